@@ -1,0 +1,42 @@
+# make demo and make test do all the set-up themselves; everything lives in .venv.
+SHELL := /bin/bash
+PY := .venv/bin/python
+INSTALLED := .venv/installed
+LOCKS := requirements.lock requirements-dev.lock
+COMPILE = .venv/bin/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --custom-compile-command "make lock"
+
+.PHONY: help install demo test lint format bench sample lock clean
+
+help: ## list what there is to make
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(INSTALLED) ## a virtual environment from the locks
+
+$(INSTALLED): $(LOCKS) $(wildcard cluster/image/*.lock) cluster/image/install.sh
+	cluster/image/install.sh .venv $(LOCKS)
+	@touch $@
+
+demo: $(INSTALLED) ## the whole chain on the embedded sample
+	$(PY) jobs/pipeline.py
+
+test: $(INSTALLED) ## all tests
+	$(PY) -m pytest
+
+lint: $(INSTALLED) ## ruff, its formatter and mypy
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+
+format: $(INSTALLED) ## let ruff mend what it can
+	$(PY) -m ruff check --fix
+	$(PY) -m ruff format
+
+bench: $(INSTALLED) ## every speed claim, on the sample
+	$(PY) jobs/benchmark.py ingest
+
+lock: $(INSTALLED) ## resolve the dependencies again
+	$(COMPILE) requirements.in -o requirements.lock
+	$(COMPILE) requirements-dev.in -o requirements-dev.lock
+
+clean: ## remove what make built
+	rm -rf .venv build
