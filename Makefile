@@ -12,8 +12,9 @@ help: ## list what there is to make
 
 install: $(INSTALLED) ## a virtual environment from the locks
 
-$(INSTALLED): $(LOCKS) $(wildcard cluster/image/*.lock) cluster/image/install.sh
+$(INSTALLED): $(LOCKS) $(wildcard cluster/image/*.lock) cluster/image/install.sh pyproject.toml
 	cluster/image/install.sh .venv $(LOCKS)
+	.venv/bin/uv pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
 demo: $(INSTALLED) ## the whole chain on the embedded sample

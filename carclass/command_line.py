@@ -1,0 +1,116 @@
+"""The jobs' command line: --config FILE, and every setting of the job's section as --key value."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic_core import PydanticUndefined
+
+from carclass.config import CommandLineText, Config, Section, read_file, section_type, validate
+from carclass.dataset import Dataset
+from carclass.errors import UserError
+from carclass.progress import table
+
+
+def settings(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Any, str, str]]:
+    """(dotted key, default, type, explanation) of every setting in a section, depth first."""
+    for name, field in section.model_fields.items():
+        inner = section_type(field.annotation)
+        if inner is not None:
+            yield from settings(inner, f"{prefix}{name}.")
+            continue
+        default = "required" if field.default is PydanticUndefined else field.default
+        explanation = " ".join((field.description or _inherited(section, name)).split())
+        yield f"{prefix}{name}", default, _type_name(field.annotation), explanation
+
+
+def _inherited(section: type[Section], name: str) -> str:
+    """What the parent section says of a setting whose default alone was changed."""
+    parents = [parent for parent in section.__mro__[1:] if issubclass(parent, Section)]
+    said = (parent.model_fields[name].description for parent in parents if name in parent.model_fields)
+    return next((text for text in said if text), "")
+
+
+def _type_name(annotation: Any) -> str:
+    if hasattr(annotation, "__args__"):
+        options = [str(option) if isinstance(option, str) else _type_name(option) for option in annotation.__args__]
+        return "|".join(option for option in options if option != "NoneType")
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def parse(doc: str, section: str | None, argv: list[str] | None = None) -> Config:
+    """The settings of one job.
+
+    section: the section whose settings are `--key value` (besides --root); None takes every section's, with
+    dotted keys. UserError when the file lacks the section or a value is wrong.
+    """
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", required=section is not None, help="YAML file, see jobs/experiments/"
+    )
+    kind = Config if section is None else section_type(Config.model_fields[section].annotation)
+    assert kind is not None
+    options = [*([] if section is None else [s for s in settings(Config) if s[0] == "root"]), *settings(kind)]
+    for key, default, type_name, explanation in options:
+        text = f"{explanation} [{default}]" if default is not None else explanation
+        parser.add_argument(f"--{key}", metavar=type_name.upper().replace("|", " | "), help=text.replace("%", "%%"))
+    given = vars(parser.parse_args(argv))
+    path = Path(given.pop("config") or sample_config())
+    overrides = {
+        key if key == "root" or section is None else f"{section}.{key}": value
+        for key, value in given.items()
+        if value is not None
+    }
+    config = load(path, overrides)
+    if section is not None and getattr(config, section) is None:
+        raise UserError(f"{path} has no `{section}:` section, which this job reads. Add one, or choose another file.")
+    return config
+
+
+def sample_config() -> Path:
+    """The embedded sample's config file."""
+    return Path(__file__).parent.parent / "jobs" / "experiments" / "sample.yml"
+
+
+def load(path: Path, overrides: dict[str, str]) -> Config:
+    """A config file with dotted keys replaced; values are read as YAML."""
+    values = read_file(path)
+    for key, text in overrides.items():
+        *steps, last = key.split(".")
+        place = values
+        for step in steps:
+            if not isinstance(place.get(step), dict):
+                place[step] = {}
+            place = place[step]
+        value = yaml.safe_load(text)
+        place[last] = CommandLineText(value) if isinstance(value, str) else value
+    return validate(values, source=path, base=Path(os.path.abspath(path)).parent)
+
+
+def dataset_table(published: Dataset, **more: str) -> str:
+    """What a job that made a dataset says at its end."""
+    counts = published.manifest
+    rows = [("inputs", f"{counts['inputs']:,}"), ("rows", f"{counts['rows']:,}")]
+    rows += [(f"  {split}", f"{number:,}") for split, number in counts["splits"].items()]
+    rows += [("quarantined", f"{counts['quarantined']:,}")]
+    rows += [(f"  {reason}", f"{number:,}") for reason, number in counts["reasons"].items()]
+    rows += [(f"outcome {name}", f"{number:,}") for name, number in counts.get("outcomes", {}).items()]
+    return table([*rows, *more.items(), ("place", published.uri)], title=f"dataset {published.name}")
+
+
+def main(job: Callable[[], None]) -> None:
+    """Runs a job; a user's mistake becomes one paragraph on stderr and exit status 2."""
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    logging.getLogger("carclass").setLevel(logging.INFO)
+    try:
+        job()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

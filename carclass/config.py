@@ -1,0 +1,332 @@
+"""Every setting once: its type, unit, default and reason.
+
+A config file is YAML with the sections below; each job reads its own section. Unknown keys are errors.
+`${NAME}` and `${NAME:-default}` are replaced from the environment. Relative paths in a file are relative
+to that file; relative paths on the command line are relative to the working directory.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+
+from carclass.errors import UserError
+
+NAMED = ("imagenet", "imagenet-v2", "sample", "zoo")
+"""Words that stand for weights (see weights.py) or for the embedded sample, where a path could be."""
+
+
+class CommandLineText(str):
+    """A value typed on the command line: as a path, relative to where the user stands."""
+
+
+def _resolve(value: Any, info: ValidationInfo) -> Any:
+    """Makes a local path absolute, so that no worker depends on its working directory."""
+    if not isinstance(value, str) or value in NAMED or "://" in value:
+        return value
+    base = Path.cwd() if isinstance(value, CommandLineText) else (info.context or {}).get("base", Path.cwd())
+    return str(Path(os.path.normpath(base / Path(value).expanduser())))
+
+
+Uri = Annotated[str, BeforeValidator(_resolve)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Share = Annotated[float, Field(ge=0, le=1)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Section(BaseModel):
+    """A part of the config file: immutable, and strict about its keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    def digest(self) -> str:
+        """sha256 of the settings, the same whatever the order in which they were written."""
+        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
+
+
+class Ingest(Section):
+    """Photos and labels → a dataset."""
+
+    dataset: Name = "v1"
+    """Name of the dataset to publish."""
+    photos: Uri
+    """Folder, s3:// prefix or .tgz/.tar archive of photos; `sample`: drawn cars with their labels."""
+    labels: Uri | None = None
+    """CSV (img_name,class,subset) or folder of Stanford's devkit; without it, photos lie in a folder per class."""
+    num_classes: int | None = Field(None, ge=2)
+    """How many classes the labels must name; another number is an error."""
+    val_fraction: Share = 0.2
+    """Share of the train subset held out for validation, decided photo by photo from its content."""
+    max_side: int | None = Field(800, ge=16)
+    """Longest side of a stored photo in pixels; larger ones are shrunk. 800 is the detector zoo's scale."""
+    quality: int = Field(92, ge=50, le=100)
+    """JPEG quality of re-encoded photos; upright RGB JPEGs that need no shrinking keep their bytes."""
+    min_side: int = Field(16, ge=1)
+    """Photos with a shorter side in pixels are quarantined."""
+    max_pixels: int = Field(100_000_000, ge=1)
+    """Photos with more pixels are quarantined unread (decompression bombs)."""
+    part_rows: int = Field(256, ge=1)
+    """Photos per Parquet file: about 25 MB, a few seconds of work."""
+    seed: int = 123
+    """Decides, with a photo's content, whether it is held out. 123 is the original's."""
+
+
+class Detector(Section):
+    """What finds the vehicle."""
+
+    model: Literal["mask_rcnn_r50_fpn", "sample"] = "mask_rcnn_r50_fpn"
+    """Detectron2 architecture: the zoo's Mask R-CNN, or the sample's small one."""
+    weights: Uri = "zoo"
+    """`zoo` (fetched once), `sample` (in the package), or the URI of a .safetensors, .pth or .pkl file."""
+    weights_sha256: Sha256 | None = None
+    """Checked before the weights are opened; required for `zoo`, http(s) and every .pkl."""
+    classes: dict[int, str] = {2: "car", 5: "bus", 7: "truck"}
+    """COCO category ids that count as the vehicle, with the names they get in the dataset."""
+    score_threshold: Share = 0.5
+    """Detections below it are ignored; 0.5 is the original's."""
+    short_side: int = Field(480, ge=32)
+    """Pixels of the photo's shorter side as the detector sees it; 480 costs a third of the zoo's 800."""
+    max_size: int = Field(1333, ge=32)
+    """Upper limit of the longer side in pixels, as in the zoo."""
+    num_proposals: int = Field(100, ge=1)
+    """Proposals kept per photo; the zoo's 1000 are for crowded scenes."""
+    num_detections: int = Field(5, ge=1)
+    """Detections kept per photo; one vehicle is wanted."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Arithmetic of the network: bf16 autocast is 1.5 to 2 times faster on recent CPUs and GPUs."""
+
+
+class Cutout(Section):
+    """What is done to the photo once the vehicle is found."""
+
+    mode: Literal["crop", "mask", "crop+mask"] = "crop+mask"
+    """Cut out the box, paint over the background, or both."""
+    fill: tuple[int, int, int] = (124, 116, 104)
+    """RGB colour of the removed background: ImageNet's mean, so it is zero after normalisation."""
+    margin: Share = 0.05
+    """Border kept around the box, as a share of its width and height."""
+
+
+class Mask(Section):
+    """A dataset → a dataset with the background removed."""
+
+    source: Name = "v1"
+    """Dataset to read."""
+    dataset: Name = "v2"
+    """Name of the dataset to publish."""
+    limit: int | None = Field(None, ge=1)
+    """Mask only that many photos, chosen by content; all of them by default."""
+    truth: Uri | None = None
+    """COCO file with the true masks (or `sample`): the masks' mean IoU on the test split is measured."""
+    detector: Detector = Detector()
+    cutout: Cutout = Cutout()
+    num_actors: int | None = Field(None, ge=1)
+    """Detector processes; by default one per GPU, without GPUs one per CPU."""
+    use_gpu: bool | None = None
+    """true, false, or by default: when the cluster has one."""
+    batch_size: int = Field(8, ge=1)
+    """Photos per detector call."""
+    quality: int = Field(92, ge=50, le=100)
+    """JPEG quality of the result."""
+    part_rows: int = Field(256, ge=1)
+    """Photos per Parquet file."""
+
+
+class Model(Section):
+    """The network."""
+
+    architecture: Literal["resnet50", "resnet26-narrow"] = "resnet50"
+    """resnet26-narrow has two blocks a stage and a quarter of the width: for the sample and for tests."""
+    stride_in_1x1: bool = False
+    """Blocks stride in the 1x1 convolution: true for Keras' and MSRA's weights, false for torchvision's."""
+    image_size: int = Field(224, ge=32)
+    """Side in pixels of the square that a photo is resized to."""
+    dropout: Share = 0.2
+    """Before the classifier."""
+
+
+class Augmentation(Section):
+    """Random changes of a training photo, drawn from (seed, epoch, photo)."""
+
+    flip: Literal["none", "horizontal", "horizontal+vertical"] = "horizontal"
+    """Mirror images, each with probability one half."""
+    rotation: Share = 0.05
+    """Largest angle, as a share of a full turn in either direction."""
+    zoom_height: Share = 0.2
+    """Largest change of the height, in or out."""
+    zoom_width: Share = 0.2
+    """Largest change of the width, in or out, drawn apart from the height."""
+
+
+class Stage(Section):
+    """How a stage is optimised."""
+
+    epochs: int = Field(ge=1)
+    """Upper limit; patience may end the stage before."""
+    lr: float = Field(gt=0)
+    """Highest learning rate."""
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    """SGD has a momentum of 0.9."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Decoupled for adamw, L2 for the others."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Course of the learning rate after the warm-up."""
+    warmup_epochs: float = Field(0.0, ge=0)
+    """Linear rise of the learning rate, in epochs."""
+    label_smoothing: Share = 0.1
+    """Share of the target spread over all classes (Szegedy et al. 2016)."""
+    batch_size: int = Field(32, ge=1)
+    """Photos per step, over all workers together."""
+    patience: int | None = Field(None, ge=1)
+    """Epochs without a better val accuracy before the stage ends; by default it runs to its end."""
+
+
+class Frozen(Stage):
+    """The head alone, on cached features of the frozen backbone."""
+
+    epochs: int = Field(30, ge=1)
+    lr: float = Field(1e-3, gt=0)
+    batch_size: int = Field(128, ge=1)
+    views: int = Field(2, ge=1)
+    """Versions of each training photo whose features are cached: 1 as it is, 2 its mirror image too,
+    more: randomly augmented ones. One is drawn per epoch."""
+
+
+class Unfrozen(Stage):
+    """Everything, from the frozen stage's best epoch; BatchNorm statistics stay frozen."""
+
+    epochs: int = Field(30, ge=1)
+    lr: float = Field(1e-4, gt=0)
+
+
+class Train(Section):
+    """A dataset → a run."""
+
+    name: Name
+    """Name of the run; the same name resumes it."""
+    dataset: Name = "v2"
+    """Dataset to train on."""
+    parent: Uri = "imagenet"
+    """`imagenet` or `imagenet-v2` (torchvision's), `sample` (in the package), or the URI of weights."""
+    parent_sha256: Sha256 | None = None
+    """Checked before the weights are opened; required for http(s)."""
+    model: Model = Model()
+    augmentation: Augmentation = Augmentation()
+    frozen: Frozen | None = Frozen()
+    """null skips the stage."""
+    unfrozen: Unfrozen | None = Unfrozen()
+    """null skips the stage."""
+    num_workers: int = Field(1, ge=1)
+    """Training processes, one per GPU where GPUs are used."""
+    use_gpu: bool | None = None
+    """true, false, or by default: when the cluster has one."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16 autocast, or float32 throughout."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Best epochs kept by val accuracy; the latest is kept as well."""
+    seed: int = 123
+    """Decides initial weights, order and augmentation."""
+
+    @model_validator(mode="after")
+    def _some_stage(self) -> "Train":
+        if self.frozen is None and self.unfrozen is None:
+            raise ValueError("`frozen` and `unfrozen` are both null: nothing would be trained; keep one")
+        return self
+
+
+class Evaluate(Section):
+    """A run and a dataset → a report."""
+
+    run: Name | None = None
+    """Run to judge; in a pipeline, the one just trained."""
+    dataset: Name | None = None
+    """Dataset whose photos are classified; by default the one the run was trained on."""
+    split: Literal["test", "val"] = "test"
+    """Split to classify; choices are made on val, test is for the end."""
+    batch_size: int = Field(64, ge=1)
+    """Photos per forward pass."""
+
+
+class Config(Section):
+    """A config file: where results live, and one section per job."""
+
+    root: Uri
+    """Folder or s3:// prefix for datasets and experiments."""
+    ingest: Ingest | None = None
+    mask: Mask | None = None
+    train: Train | None = None
+    evaluate: Evaluate = Evaluate()
+    compare_unmasked: bool = False
+    """The pipeline also trains on the unmasked dataset with the same settings, to show what masking gave."""
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """The file's keys and values, `${NAME}` replaced; UserError when it is not a YAML mapping."""
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise UserError(
+            f"config file {path}: {error.strerror or error}. Give an existing file with --config."
+        ) from error
+    try:
+        values = yaml.safe_load(re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", lambda m: _environment(m, path), text))
+    except yaml.YAMLError as error:
+        raise UserError(f"config file {path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"config file {path} holds no settings. See jobs/experiments/ for examples.")
+    return values
+
+
+def _environment(match: re.Match[str], path: str | Path) -> str:
+    name, default = match.groups()
+    if (value := os.environ.get(name, default)) is None:
+        raise UserError(f"config file {path} uses ${{{name}}}, which is not set. Say `export {name}=…` first.")
+    return value
+
+
+def validate(values: dict[str, Any], *, source: str | Path, base: Path) -> Config:
+    """Typed settings; UserError names every wrong key with its path. base: folder of relative paths."""
+    try:
+        return Config.model_validate(values, context={"base": base})
+    except ValidationError as error:
+        problems = [_explain(item) for item in error.errors()]
+    raise UserError(f"{source}: " + "; ".join(problems))
+
+
+def _explain(item: Any) -> str:
+    path = ".".join(str(step) for step in item["loc"])
+    if item["type"] != "extra_forbidden":
+        return f"`{path}`: {item['msg'].removeprefix('Value error, ')} (got {item['input']!r})"
+    known = list(_section_at(item["loc"][:-1]).model_fields)
+    close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+    hint = f"did you mean `{close[0]}`?" if close else f"known here: {', '.join(known)}"
+    return f"`{path}` is not a setting; {hint}"
+
+
+def _section_at(path: tuple[int | str, ...]) -> type[Section]:
+    section: type[Section] = Config
+    for step in path:
+        found = section_type(section.model_fields[str(step)].annotation)
+        assert found is not None, path
+        section = found
+    return section
+
+
+def section_type(annotation: Any) -> type[Section] | None:
+    """The Section inside an annotation such as `Frozen | None`, if there is one."""
+    options = getattr(annotation, "__args__", (annotation,))
+    return next((t for t in options if isinstance(t, type) and issubclass(t, Section)), None)

@@ -1,0 +1,240 @@
+"""A dataset on storage: Parquet parts, quarantine, and a manifest that is written last.
+
+<root>/datasets/<name>/parts/*.parquet       a row per photo
+<root>/datasets/<name>/quarantine/*.parquet  a row per input that is no row, with its reason
+<root>/datasets/<name>/manifest.json         settings, counts, parts: without it nothing is published
+
+Nothing is lost: inputs = rows + quarantined, each key once, checked before the manifest is written. A job that
+was killed finds its finished parts by their settings and does the rest.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from carclass import storage
+from carclass.errors import UserError
+
+ROW = pa.schema(
+    [
+        ("image_id", pa.string()),  # sha256 of the source photo's bytes
+        ("key", pa.string()),  # where the photo was, relative to its source
+        ("label", pa.string()),
+        ("split", pa.string()),  # train, val or test
+        ("width", pa.int32()),  # pixels of `image`
+        ("height", pa.int32()),
+        ("image", pa.binary()),  # encoded
+    ]
+)
+DETECTION = pa.schema(
+    [
+        ("outcome", pa.string()),  # vehicle or no_vehicle
+        ("vehicle_class", pa.string()),
+        ("score", pa.float32()),
+        ("box", pa.list_(pa.float32(), 4)),  # x1, y1, x2, y2 in the source dataset's pixels
+        ("mask", pa.string()),  # COCO run lengths (compressed) over the source dataset's photo
+        ("source_width", pa.int32()),
+        ("source_height", pa.int32()),
+    ]
+)
+MASKED_ROW = pa.schema([*ROW, *DETECTION])
+QUARANTINE = pa.schema(
+    [
+        ("key", pa.string()),
+        ("image_id", pa.string()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+        ("attempts", pa.int32()),
+    ]
+)
+SPLITS = ("train", "val", "test")
+_SETTINGS_KEY = b"carclass.settings"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A published dataset."""
+
+    uri: str
+    manifest: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self.uri.rsplit("/", 1)[1]
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names in the order of their indices."""
+        return list(self.manifest["classes"])
+
+    @property
+    def part_uris(self) -> list[str]:
+        """The Parquet files, in the order of the manifest."""
+        return [storage.join(self.uri, part) for part in self.manifest["parts"]]
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the manifest: what a run records of its data."""
+        return storage.sha256(_dump(self.manifest))
+
+    def read(self, columns: Sequence[str]) -> pa.Table:
+        """Columns of all rows, in the order of the parts."""
+        filesystem, _ = storage.locate(self.uri)
+        paths = [storage.locate(uri)[1] for uri in self.part_uris]
+        tables = [pq.read_table(path, columns=list(columns), filesystem=filesystem) for path in paths]
+        return pa.concat_tables(tables).select(columns)
+
+    def rows(self, keys: Sequence[str], columns: Sequence[str]) -> list[dict[str, Any]]:
+        """Some rows in the order of their keys given, each with its key and the columns; for few rows."""
+        filesystem, _ = storage.locate(self.uri)
+        found = {}
+        for uri in self.part_uris if keys else []:
+            table = pq.read_table(
+                storage.locate(uri)[1],
+                filesystem=filesystem,
+                columns=["key", *columns],
+                filters=pc.field("key").isin(list(keys)),
+            )
+            found.update({row["key"]: row for row in table.to_pylist()})
+        return [found[key] for key in keys]
+
+
+def place(root: str, name: str) -> str:
+    """Where a dataset lies."""
+    return storage.join(root, "datasets", name)
+
+
+def find(root: str, name: str) -> Dataset | None:
+    """A published dataset, or None."""
+    uri = place(root, name)
+    try:
+        return Dataset(uri, json.loads(storage.read_bytes(storage.join(uri, "manifest.json"))))
+    except FileNotFoundError:
+        return None
+
+
+def load(root: str, name: str) -> Dataset:
+    """A published dataset; UserError, naming those that are there, when it isn't."""
+    if (found := find(root, name)) is not None:
+        return found
+    suffix = "/manifest.json"
+    files = storage.list_files(storage.join(root, "datasets"))
+    known = [path.removesuffix(suffix) for path in files if path.endswith(suffix)]
+    there = f"Published there: {', '.join(known)}." if known else "None is published there yet: run jobs/ingest.py."
+    raise UserError(f"no dataset `{name}` in {root}. {there}")
+
+
+def find_same(root: str, name: str, settings: dict[str, Any]) -> Dataset | None:
+    """The dataset if it was made with these settings; UserError if it was made with others."""
+    found = find(root, name)
+    if found is None or found.manifest["settings"] == json.loads(_dump(settings)):
+        return found
+    old = found.manifest["settings"]
+    other = sorted(key for key in {*old, *settings} if old.get(key) != json.loads(_dump(settings)).get(key))
+    raise UserError(
+        f"dataset `{name}` in {root} was made with other settings ({', '.join(other)}). "
+        f"A dataset never changes: give this one another name, or delete {found.uri}."
+    )
+
+
+def write_part(uri: str, folder: str, rows: pa.Table, settings: dict[str, Any]) -> None:
+    """Writes rows as one Parquet file, named by its keys, so that the same work makes the same file."""
+    schema = rows.schema.with_metadata({_SETTINGS_KEY: storage.sha256(_dump(settings)).encode()})
+    name = storage.sha256("\n".join(rows["key"].to_pylist()).encode())[:24]
+    sink = pa.BufferOutputStream()
+    pq.write_table(rows.cast(schema), sink, compression="zstd", compression_level=1)
+    storage.write_bytes(storage.join(uri, folder, f"{name}.parquet"), sink.getvalue().to_pybytes())
+
+
+def finished(uri: str, settings: dict[str, Any]) -> set[str]:
+    """Keys that an interrupted job with these settings has written; what others left is removed."""
+    keys: set[str] = set()
+    wanted = storage.sha256(_dump(settings)).encode()
+    for path in _parquet_files(uri):
+        file = storage.join(uri, path)
+        filesystem, location = storage.locate(file)
+        if (pq.read_schema(location, filesystem=filesystem).metadata or {}).get(_SETTINGS_KEY) == wanted:
+            keys.update(pq.read_table(location, columns=["key"], filesystem=filesystem)["key"].to_pylist())
+        else:
+            storage.delete(file)
+    return keys
+
+
+def written(uri: str, folder: str, columns: Sequence[str]) -> pa.Table:
+    """Columns of what lies in parts/ or quarantine/, with the file each row is in as `part`."""
+    schema = MASKED_ROW if folder == "parts" else QUARANTINE
+    tables = [pa.schema([*(schema.field(name) for name in columns), ("part", pa.string())]).empty_table()]
+    for path in _parquet_files(uri):
+        if path.startswith(f"{folder}/"):
+            filesystem, location = storage.locate(storage.join(uri, path))
+            table = pq.read_table(location, columns=list(columns), filesystem=filesystem).select(columns)
+            tables.append(table.append_column("part", pa.array([path] * len(table), pa.string())))
+    return pa.concat_tables([table.replace_schema_metadata() for table in tables])
+
+
+def withdraw(uri: str, quarantined: Sequence[dict[str, Any]], settings: dict[str, Any]) -> None:
+    """Moves written rows to quarantine. quarantined: their new rows.
+
+    Quarantine is written first and decides: rows that it names leave the parts, so that a job killed in between
+    finishes the move when it runs again (with nothing new to quarantine).
+    """
+    if quarantined:
+        write_part(uri, "quarantine", pa.Table.from_pylist(list(quarantined), QUARANTINE), settings)
+    leaving = set(written(uri, "quarantine", ["key"])["key"].to_pylist())
+    table = written(uri, "parts", ["key"]).to_pydict()
+    for part in sorted({part for key, part in zip(table["key"], table["part"], strict=True) if key in leaving}):
+        filesystem, location = storage.locate(storage.join(uri, part))
+        rows = pq.read_table(location, filesystem=filesystem)
+        staying = rows.filter(pa.array([key not in leaving for key in rows["key"].to_pylist()]))
+        if len(staying):
+            write_part(uri, "parts", staying, settings)
+        storage.delete(storage.join(uri, part))
+
+
+def publish(
+    uri: str, *, inputs: Iterable[str], settings: dict[str, Any], classes: Sequence[str], facts: dict[str, Any]
+) -> Dataset:
+    """Checks that nothing is lost and writes the manifest.
+
+    inputs: every key that came in; facts: what else the manifest should say. AssertionError when a key is
+    missing, doubled or unknown: that is our mistake, and nothing is published.
+    """
+    rows, quarantined = written(uri, "parts", ["key", "split"]), written(uri, "quarantine", ["key", "reason"])
+    expected = sorted(inputs)
+    found = sorted([*rows["key"].to_pylist(), *quarantined["key"].to_pylist()])
+    assert found == expected, f"{uri}: {len(expected)} inputs, {len(found)} found: {_difference(expected, found)}"
+    splits = Counter(rows["split"].to_pylist())
+    manifest = {
+        "settings": settings,
+        "inputs": len(expected),
+        "rows": len(rows),
+        "quarantined": len(quarantined),
+        "splits": {split: splits[split] for split in SPLITS},
+        "reasons": dict(sorted(Counter(quarantined["reason"].to_pylist()).items())),
+        "classes": list(classes),
+        "parts": sorted(set(rows["part"].to_pylist())),
+        **facts,
+    }
+    storage.write_bytes(storage.join(uri, "manifest.json"), _dump(manifest))
+    return Dataset(uri, json.loads(_dump(manifest)))
+
+
+def _parquet_files(uri: str) -> list[str]:
+    return [path for path in storage.list_files(uri) if path.endswith(".parquet")]
+
+
+def _difference(expected: list[str], found: list[str]) -> str:
+    lost, extra = Counter(expected) - Counter(found), Counter(found) - Counter(expected)
+    return f"lost {list(lost)[:5]}, unexpected {list(extra)[:5]}"
+
+
+def _dump(value: Any) -> bytes:
+    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode()

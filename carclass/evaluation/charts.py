@@ -1,0 +1,214 @@
+"""Pictures for the report, as SVG that lives inside its HTML.
+
+Colours and fonts come from the page's style sheet by class name, so a chart follows light, dark and print and
+stays sharp at every size. Text is escaped by `Markup.format`.
+"""
+
+import base64
+import io
+import math
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+from PIL import Image
+
+from carclass.evaluation.metrics import NUM_CALIBRATION_BINS
+
+WIDTH, HEIGHT = 480, 302
+LEFT, RIGHT, TOP, BOTTOM = 48, 468, 30, 258  # the plotting area inside it
+HEAT_MAP_CELL = 4  # picture pixels per class: sharp on dense screens, and 196 classes stay near 20 KB
+HEAT_MAP_RIGHT = (61, 123, 240)  # mid-tones: the page behind them may be white or nearly black
+HEAT_MAP_WRONG = (238, 108, 31)
+HEAT_MAP_NAMES = 14
+
+History = dict[str, list[dict[str, Any]]]
+
+
+def best_epoch(history: History) -> tuple[int, str, dict[str, Any]] | None:
+    """The epoch with the highest finite `val_accuracy`, the earlier of equals: (position, stage, epoch row).
+
+    Position counts from 0 over all stages in order. None when no epoch has such a figure.
+    """
+    rows = [(stage, row) for stage, epochs in history.items() for row in epochs]
+    finite = [i for i, (_, row) in enumerate(rows) if math.isfinite(row["val_accuracy"])]
+    if not finite:
+        return None
+    position = max(finite, key=lambda i: rows[i][1]["val_accuracy"])
+    return position, *rows[position]
+
+
+def curve_chart(history: History, figure: str, percent: bool) -> Markup:
+    """Draw `train_<figure>` and `val_<figure>` over the epochs of all stages, one after the other.
+
+    A NaN or infinite value leaves a gap in its line. The axis starts at zero; with `percent` it shows
+    fractions as percentages.
+    """
+    rows = [row for epochs in history.values() for row in epochs]
+    values = [row[f"{part}_{figure}"] for part in ("train", "val") for row in rows]
+    ticks = nice_ticks(max((v for v in values if math.isfinite(v)), default=1.0))
+    x = [LEFT + 10 + (RIGHT - LEFT - 20) * (i / (len(rows) - 1) if len(rows) > 1 else 0.5) for i in range(len(rows))]
+
+    def y(value: float) -> float:
+        return BOTTOM - (BOTTOM - TOP) * value / ticks[-1]
+
+    parts = [_horizontal_grid(ticks, percent), _stages(history, x)]
+    for part in ("train", "val"):
+        points = [(px, y(row[f"{part}_{figure}"])) for px, row in zip(x, rows, strict=True)]
+        parts.append(_line(points, part))
+    parts.append(_axis_name("epoch"))
+    best = best_epoch(history)
+    if best is not None and math.isfinite(best[2][f"val_{figure}"]):
+        parts.append(_best_mark(x[best[0]], y(best[2][f"val_{figure}"]), best[2][f"val_{figure}"], percent))
+    return _svg(f"{figure} per epoch of training and validation", parts)
+
+
+def calibration_chart(bins: list[dict[str, Any]]) -> Markup:
+    """Draw accuracy against confidence, one column per filled bin, with the line of a calibrated model.
+
+    `bins` as `metrics.calibration_bins` returns them. The darker a column, the more photos it stands for.
+    """
+    largest = max(b["count"] for b in bins)
+    width = (RIGHT - LEFT) / NUM_CALIBRATION_BINS
+    column = Markup(
+        '<rect class="column" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" fill-opacity="{:.2f}">'
+        "<title>confidence {:.0%} to {:.0%}: {} photos, {:.1%} right</title></rect>"
+    )
+    parts = [_horizontal_grid([0, 0.25, 0.5, 0.75, 1], True)]
+    for i, b in enumerate(bins):
+        if b["count"]:
+            height = (BOTTOM - TOP) * b["accuracy"]
+            strength = 0.25 + 0.75 * math.sqrt(b["count"] / largest)
+            box = (LEFT + i * width + 1, BOTTOM - height, width - 2, height, strength)
+            parts.append(column.format(*box, b["lower"], b["upper"], b["count"], b["accuracy"]))
+    parts.append(_tag_line("ideal", LEFT, BOTTOM, RIGHT, TOP))
+    for tick in (0, 0.25, 0.5, 0.75, 1):
+        parts.append(_text("tick middle", LEFT + (RIGHT - LEFT) * tick, BOTTOM + 17, percent_text(tick, 0)))
+    parts.append(_axis_name("confidence"))
+    return _svg("share of photos named correctly against the confidence of the prediction", parts)
+
+
+def heat_map(confusion: np.ndarray, class_names: list[str]) -> Markup:
+    """Draw int (C, C) counts as a picture: one dot per label (row) and prediction (column).
+
+    A dot's strength is its share of the label's photos; rows and columns are in class order.
+    """
+    num_classes = len(class_names)
+    size, left = 720, 240
+    step = max(1, math.ceil(num_classes / HEAT_MAP_NAMES))
+    picture = base64.b64encode(_heat_map_png(confusion)).decode()
+    parts = [
+        Markup('<image class="heat" x="{}" y="4" width="{}" height="{}" href="data:image/png;base64,{}"/>').format(
+            left, size, size, picture
+        ),
+        Markup('<rect class="frame" x="{}" y="4" width="{}" height="{}"/>').format(left, size, size),
+    ]
+    for i in range(0, num_classes, step):
+        middle = (i + 0.5) * size / num_classes
+        name = f"{i + 1}\u2002{class_names[i]}"
+        name = name if len(name) <= 30 else name[:29] + "…"
+        parts.append(_text("tick end", left - 10, 9 + middle, name))
+        parts.append(_text("tick middle", left + middle, size + 24, str(i + 1)))
+    parts.append(_text("tick middle", left + size / 2, size + 48, "predicted class, by number"))
+    return _svg(f"confusion of {num_classes} classes", parts, width=left + size + 10, height=size + 56)
+
+
+def percent_text(fraction: float, digits: int = 1) -> str:
+    """Write 0.842 as "84.2 %", with a space that does not break; NaN and infinity as they are."""
+    return f"{fraction * 100:.{digits}f}\u00a0%" if math.isfinite(fraction) else str(fraction)
+
+
+def nice_ticks(highest: float) -> list[float]:
+    """Four to six round steps from zero up to at least `highest`, each 1, 2, 2.5 or 5 times a power of ten."""
+    if highest <= 0:
+        return [0.0, 1.0]
+    power = 10.0 ** math.floor(math.log10(highest / 5))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power * 5 >= highest * (1 - 1e-9))
+    count = math.ceil(highest / step - 1e-9)
+    return [round(step * i, 10) for i in range(count + 1)]
+
+
+def _heat_map_png(confusion: np.ndarray) -> bytes:
+    share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    pixels = np.empty((*confusion.shape, 4), np.uint8)
+    pixels[..., :3] = HEAT_MAP_WRONG
+    pixels[np.eye(len(confusion), dtype=bool), :3] = HEAT_MAP_RIGHT
+    # A single photo of many must still be seen: whatever is not empty starts at half strength.
+    pixels[..., 3] = np.where(confusion > 0, 128 + 127 * share, 0).astype(np.uint8)
+    pixels = pixels.repeat(HEAT_MAP_CELL, axis=0).repeat(HEAT_MAP_CELL, axis=1)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", optimize=True)
+    return file.getvalue()
+
+
+def _stages(history: History, x: list[float]) -> Markup:
+    """Name each stage above its epochs, number the epochs below, and draw a line between two stages."""
+    parts, start = [], 0
+    for stage, epochs in history.items():
+        if not epochs:
+            continue
+        middle = (x[start] + x[start + len(epochs) - 1]) / 2
+        if start:
+            between = (x[start - 1] + x[start]) / 2
+            parts.append(_tag_line("boundary", between, TOP - 18, between, BOTTOM))
+        parts.append(_text("stage middle", middle, TOP - 12, stage))
+        step = max(1, math.ceil(len(x) / 10))
+        for i in range(0, len(epochs), step):
+            parts.append(_text("tick middle", x[start + i], BOTTOM + 17, str(epochs[i]["epoch"])))
+        start += len(epochs)
+    return Markup("").join(parts)
+
+
+def _line(points: list[tuple[float, float]], part: str) -> Markup:
+    """A line through the finite points; a dot where one has no finite neighbour to be joined to."""
+    runs: list[list[tuple[float, float]]] = [[]]
+    for point in points:
+        if math.isfinite(point[1]):
+            runs[-1].append(point)
+        elif runs[-1]:
+            runs.append([])
+    drawn = []
+    for run in runs:
+        if len(run) == 1:
+            drawn.append(Markup('<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="3"/>').format(part, *run[0]))
+        elif run:
+            path = " ".join(f"{px:.1f},{py:.1f}" for px, py in run)
+            drawn.append(Markup('<polyline class="curve {}" points="{}"/>').format(part, path))
+    return Markup("").join(drawn)
+
+
+def _best_mark(x: float, y: float, value: float, percent: bool) -> Markup:
+    label = percent_text(value) if percent else f"{value:.3f}"
+    anchor, shift = ("end", 4) if x > (LEFT + RIGHT) / 2 else ("start", -4)
+    below = y + 22 if y < TOP + 20 else y - 12
+    ring = Markup('<circle class="best" cx="{:.1f}" cy="{:.1f}" r="5"/>').format(x, y)
+    return ring + _text(f"mark {anchor}", x + shift, below, label)
+
+
+def _horizontal_grid(ticks: list[float], percent: bool) -> Markup:
+    parts = []
+    for tick in ticks:
+        y = BOTTOM - (BOTTOM - TOP) * tick / ticks[-1]
+        parts.append(_tag_line("grid", LEFT, y, RIGHT, y))
+        parts.append(_text("tick end", LEFT - 8, y + 4, percent_text(tick, 0) if percent else f"{tick:g}"))
+    return Markup("").join(parts)
+
+
+def _axis_name(name: str) -> Markup:
+    return _text("tick middle", (LEFT + RIGHT) / 2, BOTTOM + 38, name)
+
+
+def _tag_line(css_class: str, x1: float, y1: float, x2: float, y2: float) -> Markup:
+    return Markup('<line class="{}" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>').format(
+        css_class, x1, y1, x2, y2
+    )
+
+
+def _text(css_class: str, x: float, y: float, text: str) -> Markup:
+    return Markup('<text class="{}" x="{:.1f}" y="{:.1f}">{}</text>').format(css_class, x, y, text)
+
+
+def _svg(label: str, parts: list[Markup], width: int = WIDTH, height: int = HEIGHT) -> Markup:
+    return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
+        width, height, label, Markup("").join(parts)
+    )

@@ -1,0 +1,151 @@
+"""Runs on storage: what was trained, from what, on what, and how it went.
+
+<root>/experiments/<name>/config.yml      the run's settings, fully resolved
+<root>/experiments/<name>/lineage.json    parent, dataset and code, with their hashes
+<root>/experiments/<name>/metrics.jsonl   a line per epoch
+<root>/experiments/<name>/tensorboard/    the same, for TensorBoard
+<root>/experiments/<name>/<stage>/        checkpoints of the stage, and its best model
+<root>/experiments/<name>/report/         what the evaluation wrote
+"""
+
+import json
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from carclass import config, dataset, storage
+from carclass.errors import UserError
+
+STAGES = ("frozen", "unfrozen")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has begun."""
+
+    root: str
+    settings: config.Train
+
+    @property
+    def uri(self) -> str:
+        """The run's folder."""
+        return place(self.root, self.settings.name)
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages that its settings ask for, in order."""
+        return [stage for stage in STAGES if getattr(self.settings, stage) is not None]
+
+    def best(self, stage: str) -> str:
+        """Where a stage's best model is, without its suffixes."""
+        return storage.join(self.uri, stage, "best")
+
+    def is_finished(self, stage: str) -> bool:
+        """Whether the stage's best model is published."""
+        return storage.exists(f"{self.best(stage)}.json")
+
+    def best_val_accuracy(self, stage: str) -> float:
+        """Of the stage's best epoch, once it is finished."""
+        return float(json.loads(storage.read_bytes(f"{self.best(stage)}.json"))["val_accuracy"])
+
+    def lineage(self) -> dict[str, Any]:
+        """What the run comes from."""
+        return dict(json.loads(storage.read_bytes(storage.join(self.uri, "lineage.json"))))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """One dict per epoch, with its stage, oldest first."""
+        try:
+            text = storage.read_bytes(storage.join(self.uri, "metrics.jsonl")).decode()
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in text.splitlines()]
+
+    def add_metrics(self, row: dict[str, Any]) -> None:
+        """Adds an epoch; what a killed run wrote of the same stage from this epoch on is dropped."""
+        kept = [r for r in self.metrics() if (r["stage"], r["epoch"]) < (row["stage"], row["epoch"])]
+        rows = [*kept, row]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        storage.write_bytes(storage.join(self.uri, "metrics.jsonl"), text.encode())
+        for stage in {row["stage"] for row in rows}:
+            events = tensorboard_events([row for row in rows if row["stage"] == stage])
+            storage.write_bytes(storage.join(self.uri, "tensorboard", stage, "events.out.tfevents.0.carclass"), events)
+
+
+def place(root: str, name: str) -> str:
+    """Where a run lies."""
+    return storage.join(root, "experiments", name)
+
+
+def begin(root: str, settings: config.Train, source: dataset.Dataset, parent_sha256: str) -> Run:
+    """Starts a run or finds it begun; UserError when its name was used with other settings or data."""
+    run = Run(root, settings)
+    text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+    origin = {
+        "parent": settings.parent,
+        "parent_sha256": parent_sha256,
+        "dataset": settings.dataset,
+        "dataset_digest": source.digest,
+        "seed": settings.seed,
+        "code": code_version(),
+    }
+    config_uri = storage.join(run.uri, "config.yml")
+    if storage.exists(config_uri):
+        _check_same(run, yaml.safe_load(storage.read_bytes(config_uri)), yaml.safe_load(text), origin)
+        return run
+    storage.write_bytes(storage.join(run.uri, "lineage.json"), json.dumps(origin, indent=1).encode())
+    storage.write_bytes(config_uri, text.encode())
+    return run
+
+
+def load(root: str, name: str) -> Run:
+    """A run by its name; UserError, naming those that are there, when it isn't."""
+    try:
+        text = storage.read_bytes(storage.join(place(root, name), "config.yml"))
+    except FileNotFoundError as error:
+        found = [path for path in storage.list_files(storage.join(root, "experiments")) if path.endswith("/config.yml")]
+        known = ", ".join(path.removesuffix("/config.yml") for path in found) or "none: run jobs/train.py"
+        raise UserError(f"no run `{name}` in {root}. There: {known}.") from error
+    return Run(root, config.Train.model_validate(yaml.safe_load(text)))
+
+
+def _check_same(run: Run, old: dict[str, Any], new: dict[str, Any], origin: dict[str, Any]) -> None:
+    other = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+    if run.lineage()["dataset_digest"] != origin["dataset_digest"]:
+        other.append("the dataset's content")
+    if other:
+        raise UserError(
+            f"run `{run.settings.name}` in {run.root} was begun with other settings ({', '.join(other)}). "
+            f"Give this one another `train.name`, or delete {run.uri}."
+        )
+
+
+def code_version() -> str:
+    """The commit the code is at, with + when files were changed; the package's version outside a checkout."""
+    folder = Path(__file__).parent
+    try:
+        command = ["git", "describe", "--always", "--dirty=+", "--abbrev=12"]
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
+    except (OSError, subprocess.CalledProcessError):
+        return metadata.version("carclass") if _is_installed() else "unknown"
+
+
+def _is_installed() -> bool:
+    return any(distribution.name == "carclass" for distribution in metadata.distributions())
+
+
+def tensorboard_events(rows: list[dict[str, Any]]) -> bytes:
+    """An event file of a stage's epochs. rows: metrics with `epoch` and `time` (seconds since 1970)."""
+    # Imported here: it takes a second, and only the worker that writes metrics needs it.
+    from torch.utils.tensorboard import SummaryWriter
+
+    with tempfile.TemporaryDirectory() as folder:
+        with SummaryWriter(folder) as writer:
+            for row in rows:
+                for name in row.keys() - {"epoch", "stage", "time"}:
+                    writer.add_scalar(name, row[name], row["epoch"], walltime=row["time"])
+        return next(Path(folder).iterdir()).read_bytes()

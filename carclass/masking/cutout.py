@@ -1,0 +1,38 @@
+"""What is done to a photo once its vehicle is found."""
+
+import numpy as np
+from PIL import Image
+
+from carclass import config
+
+
+def cut(photo: np.ndarray, box: np.ndarray, mask: np.ndarray, settings: config.Cutout) -> np.ndarray:
+    """The vehicle without its surroundings.
+
+    photo: uint8 (H,W,3) RGB; box: float (4,) x1,y1,x2,y2 in its pixels; mask: bool (H,W). Returns uint8 (h,w,3),
+    of the photo's own size unless the mode crops.
+    """
+    if "mask" in settings.mode:
+        photo = paint_background(photo, mask, settings.fill)
+    if "crop" in settings.mode:
+        x1, y1, x2, y2 = crop_window(box, photo.shape[:2], settings.margin)
+        photo = np.ascontiguousarray(photo[y1:y2, x1:x2])
+    return photo
+
+
+def paint_background(photo: np.ndarray, mask: np.ndarray, fill: tuple[int, int, int]) -> np.ndarray:
+    """The photo with everything outside the mask in one colour."""
+    canvas = Image.new("RGB", (photo.shape[1], photo.shape[0]), fill)
+    canvas.paste(Image.fromarray(photo), mask=Image.fromarray(mask.astype(np.uint8) * 255))
+    return np.asarray(canvas)
+
+
+def crop_window(box: np.ndarray, shape: tuple[int, ...], margin: float) -> tuple[int, int, int, int]:
+    """Whole pixels x1,y1,x2,y2 around a box with its margin, inside the photo and at least one pixel wide and high."""
+    height, width = shape[:2]
+    x1, y1, x2, y2 = (float(value) for value in box)
+    pad_x, pad_y = margin * (x2 - x1), margin * (y2 - y1)
+    left, top = max(0, int(x1 - pad_x)), max(0, int(y1 - pad_y))
+    left, top = min(left, width - 1), min(top, height - 1)
+    right, bottom = min(width, int(np.ceil(x2 + pad_x))), min(height, int(np.ceil(y2 + pad_y)))
+    return left, top, max(right, left + 1), max(bottom, top + 1)

@@ -1,0 +1,100 @@
+"""ResNet50 as the original used it: what it is made of, and what of it trains in a stage."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.resnet import Bottleneck, ResNet
+
+from carclass import config, weights
+from carclass.errors import UserError
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""ImageNet's channel statistics, RGB in 0..1: the input scale of all weights used here."""
+
+
+class NarrowResNet(ResNet):
+    """torchvision's ResNet with a quarter of the planes in every block; the stem keeps its width."""
+
+    def _make_layer(self, block: type, planes: int, *args: int, **kwargs: object) -> nn.Sequential:
+        return super()._make_layer(block, planes // 4, *args, **kwargs)
+
+
+def build(settings: config.Model, num_classes: int) -> nn.Module:
+    """The untrained network: (N,3,S,S) float normalised RGB → (N,num_classes) logits."""
+    if settings.architecture == "resnet50":
+        net, num_features = ResNet(Bottleneck, [3, 4, 6, 3]), 2048
+    else:
+        net, num_features = NarrowResNet(Bottleneck, [2, 2, 2, 2]), 512
+    if settings.stride_in_1x1:
+        for module in net.modules():
+            if isinstance(module, Bottleneck):
+                module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
+    net.fc = nn.Sequential(nn.Dropout(settings.dropout), nn.Linear(num_features, num_classes))
+    nn.init.zeros_(net.fc[1].bias)
+    return net.to(memory_format=torch.channels_last)
+
+
+def load_parent(net: nn.Module, train: config.Train) -> str:
+    """Puts the parent's weights into everything but the classifier, whose classes are others.
+
+    Returns the sha256 of the parent's file. UserError when the file is not this architecture's.
+    """
+    state, sha256 = weights.load(train.parent, train.parent_sha256, sample="backbone.safetensors", key="train.parent")
+    state = {name: value.float() for name, value in state.items() if not name.startswith("fc.")}
+    expected = {name: value for name, value in net.state_dict().items() if not name.startswith("fc.")}
+    # Some files leave out the counters of BatchNorm, which nothing reads here.
+    missing = [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]
+    wrong = [name for name in state if name not in expected or state[name].shape != expected[name].shape]
+    if missing or wrong:
+        raise UserError(
+            f"`train.parent`: {train.parent} is no {train.model.architecture}: "
+            f"{len(missing)} tensors are missing, {len(wrong)} don't fit (the first: {[*missing, *wrong][0]})."
+        )
+    net.load_state_dict(state, strict=False)
+    return sha256
+
+
+def prepare_stage(net: nn.Module, stage: Literal["frozen", "unfrozen"]) -> list[nn.Parameter]:
+    """Sets what trains in a stage and returns its parameters.
+
+    frozen: the classifier alone. unfrozen: everything, while BatchNorm keeps its statistics, as in the original.
+    """
+    net.requires_grad_(stage == "unfrozen")
+    net.fc.requires_grad_(True)
+    set_train_mode(net)
+    return [parameter for parameter in net.parameters() if parameter.requires_grad]
+
+
+def set_train_mode(net: nn.Module) -> None:
+    """Dropout on, BatchNorm in inference mode."""
+    net.train()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+
+
+def normalise(photos: Tensor) -> Tensor:
+    """(N,3,H,W) uint8 or float 0..255 RGB → float, ImageNet's mean 0 and deviation 1."""
+    mean = torch.tensor(MEAN, device=photos.device).view(3, 1, 1) * 255
+    std = torch.tensor(STD, device=photos.device).view(3, 1, 1) * 255
+    return (photos.float() - mean) / std
+
+
+def num_features(net: nn.Module) -> int:
+    """Width of what the classifier sees: 2048 or 512."""
+    return int(net.fc[1].in_features)
+
+
+def features(net: nn.Module, photos: Tensor) -> Tensor:
+    """(N,3,S,S) normalised → (N,2048 or 512) what the classifier sees."""
+    head, net.fc = net.fc, nn.Identity()
+    try:
+        return net(photos)
+    finally:
+        net.fc = head
+
+
+def autocast(precision: Literal["bf16", "fp32"], device: torch.device) -> torch.autocast:
+    """The arithmetic of a forward pass."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")

@@ -1,0 +1,42 @@
+"""What a person sees of long work: a line every few seconds, and a table at the end."""
+
+import logging
+import time
+from collections.abc import Sequence
+
+log = logging.getLogger(__name__)
+
+
+class Progress:
+    """Counts things done and says so at most every few seconds: `mask: 512 of 6,923 photos, 31/s, 3 min left`."""
+
+    def __init__(self, job: str, total: int, noun: str = "photos", *, every: float = 5.0) -> None:
+        self.job, self.total, self.noun, self.every = job, total, noun, every
+        self.done = 0
+        self.started = self.said = time.monotonic()
+
+    def add(self, count: int) -> None:
+        """Counts more of them."""
+        self.done += count
+        now = time.monotonic()
+        if now - self.said >= self.every:
+            self.said = now
+            rate = self.done / (now - self.started)
+            left = (self.total - self.done) / rate if rate else 0.0
+            log.info(
+                "%s: %s of %s %s, %.3g/s, %s left",
+                self.job, f"{self.done:,}", f"{self.total:,}", self.noun, rate, duration(left),
+            )  # fmt: skip
+
+
+def duration(seconds: float) -> str:
+    """'42 s', '3 min' or '2.5 h'."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def table(rows: Sequence[tuple[str, str]], *, title: str) -> str:
+    """Two columns under a title, aligned, as text."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([title, "─" * max(len(title), width + 12), *(f"{name:<{width}}  {value}" for name, value in rows)])

@@ -1,0 +1,132 @@
+"""A place: a local folder or an s3:// prefix, with reads, atomic writes and listings.
+
+S3 credentials, region and endpoint come from the usual AWS environment variables.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO
+from uuid import uuid4
+
+from pyarrow import ArrowInvalid, fs
+
+from carclass.errors import UserError
+
+READ_THREADS = 16
+"""Concurrent requests per process: S3 answers in tens of milliseconds, mostly waited for."""
+
+
+def join(uri: str, *parts: str) -> str:
+    """The URI of something below a place."""
+    return "/".join([uri.rstrip("/"), *parts])
+
+
+def locate(uri: str) -> tuple[fs.FileSystem, str]:
+    """(file system, path on it) of a local path, file:// or s3:// URI; UserError for other schemes."""
+    if "://" not in uri:
+        return fs.LocalFileSystem(), os.path.abspath(uri)
+    scheme, path = uri.split("://", 1)
+    if scheme == "file":
+        return fs.LocalFileSystem(), path
+    if scheme != "s3":
+        raise UserError(f"{uri}: places are local folders or s3:// prefixes, not {scheme}://.")
+    return _s3(), path.rstrip("/")
+
+
+@lru_cache(maxsize=1)
+def _s3() -> fs.S3FileSystem:
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    options: dict[str, Any] = {}
+    if endpoint:
+        options["scheme"], options["endpoint_override"] = endpoint.split("://", 1)
+    return fs.S3FileSystem(retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=8), **options)
+
+
+def exists(uri: str) -> bool:
+    """Whether there is a file."""
+    filesystem, path = locate(uri)
+    return bool(filesystem.get_file_info(path).type == fs.FileType.File)
+
+
+def list_files(uri: str) -> list[str]:
+    """Paths of all files below a place, relative to it and sorted.
+
+    A place that isn't there has none. UserError when S3 refuses the listing.
+    """
+    filesystem, path = locate(uri)
+    try:
+        found = filesystem.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+    except OSError as error:
+        raise UserError(
+            f"{uri}: cannot be listed ({_first_line(error)}). Check the bucket and your credentials."
+        ) from error
+    return sorted(info.path[len(path) + 1 :] for info in found if info.type == fs.FileType.File)
+
+
+def read_bytes(uri: str) -> bytes:
+    """A file's content; FileNotFoundError when it isn't there."""
+    filesystem, path = locate(uri)
+    with filesystem.open_input_stream(path) as stream:
+        return bytes(stream.read())
+
+
+def open_stream(uri: str) -> BinaryIO:
+    """A file's content from front to back, for what is too large to hold."""
+    filesystem, path = locate(uri)
+    return filesystem.open_input_stream(path, compression=None)
+
+
+def read_many(uris: Iterable[str]) -> Iterator[bytes | OSError]:
+    """Contents in the order given, read in parallel; a failure takes its file's place."""
+
+    def read(uri: str) -> bytes | OSError:
+        try:
+            return read_bytes(uri)
+        except OSError as error:
+            return error
+
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        yield from pool.map(read, uris)
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Publishes a file: readers see all of it or nothing."""
+    filesystem, path = locate(uri)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{uuid4().hex}.tmp")
+        temporary.write_bytes(data)
+        temporary.replace(target)
+        return
+    with filesystem.open_output_stream(path) as stream:
+        stream.write(data)
+
+
+def delete(uri: str) -> None:
+    """Removes a file."""
+    filesystem, path = locate(uri)
+    filesystem.delete_file(path)
+
+
+def check_root(uri: str) -> None:
+    """UserError unless the place can be written to (a bucket that isn't there, say)."""
+    probe = join(uri, f".probe-{uuid4().hex}")
+    try:
+        write_bytes(probe, b"")
+        delete(probe)
+    except (OSError, ArrowInvalid) as error:
+        raise UserError(f"`root`: {uri} cannot be written to ({_first_line(error)}).") from error
+
+
+def sha256(data: bytes) -> str:
+    """The digest that names contents here, in hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,147 @@
+"""Photos decoded once and served for many epochs, in an order that depends on (seed, epoch, photo) alone."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from carclass import config, model, photo
+from carclass.augment import augment, uniforms
+
+ORDER, VIEW, AUGMENT = 0, 1, 2
+"""What a draw is for: added to the seed, so that no two purposes share their randomness."""
+
+
+class Block(NamedTuple):
+    """Some of a split's photos, decoded."""
+
+    pixels: np.ndarray  # uint8 (N,S,S,3) RGB
+    labels: np.ndarray  # int64 (N,)
+    ids: np.ndarray  # uint64 (N,): the first bytes of image_id and key
+
+
+class Batch(NamedTuple):
+    """A worker's share of a step."""
+
+    inputs: Tensor
+    labels: Tensor  # int64 (N,)
+    weight: float  # of each sample's loss, so that the mean over workers is the mean over the step's samples
+
+
+def pixels_of(images: Sequence[bytes], size: int) -> np.ndarray:
+    """Encoded photos as the classifier sees them, in training and in evaluation alike: uint8 (N,size,size,3)."""
+    return np.stack([photo.resize(photo.decode(data, min_side=1), size, size) for data in images])
+
+
+class Feed:
+    """One split, on one of several workers.
+
+    rank, num_workers: which share of every step this worker takes.
+    """
+
+    def __init__(self, blocks: Sequence[Block], *, seed: int, rank: int = 0, num_workers: int = 1) -> None:
+        # Blocks lie in shared memory when Ray holds them; they are indexed, never joined.
+        self.blocks = [block for block in blocks if len(block.ids)]
+        self.ids = np.concatenate([block.ids for block in self.blocks])
+        self.labels = np.concatenate([block.labels for block in self.blocks])
+        self.starts = np.cumsum([0, *(len(block.ids) for block in self.blocks)])
+        self.seed, self.rank, self.num_workers = seed, rank, num_workers
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def pixels(self, indices: np.ndarray) -> np.ndarray:
+        """uint8 (N,S,S,3) of photos by their position in the split."""
+        where = np.searchsorted(self.starts, indices, side="right") - 1
+        found = [self.blocks[block].pixels[i - self.starts[block]] for block, i in zip(where, indices, strict=True)]
+        return np.stack(found)
+
+    def order(self, epoch: int | None) -> np.ndarray:
+        """Positions in the order of an epoch; None: by id, for validation."""
+        if epoch is None:
+            return np.argsort(self.ids)
+        return np.lexsort((self.ids, uniforms(self.seed + ORDER, epoch, self.ids, 1)[:, 0]))
+
+    def steps(self, epoch: int | None, batch_size: int) -> Iterator[tuple[np.ndarray, float]]:
+        """(positions, weight) of this worker's share of every step. batch_size: over all workers.
+
+        Every sample comes once. Where the last step has fewer samples than workers, a worker without any
+        repeats one at weight 0, so that all take equally many steps.
+        """
+        order = self.order(epoch)
+        for start in range(0, len(order), batch_size):
+            step = order[start : start + batch_size]
+            mine = step[self.rank :: self.num_workers]
+            yield (mine, self.num_workers / len(step)) if len(mine) else (step[:1], 0.0)
+
+
+class PhotoBatches:
+    """What the unfrozen stage trains on: photos, augmented in training."""
+
+    def __init__(
+        self, train: Feed, val: Feed, settings: config.Augmentation, batch_size: int, device: torch.device
+    ) -> None:
+        self.feeds, self.settings, self.batch_size, self.device = (train, val), settings, batch_size, device
+        self.num_steps = -(-len(train) // batch_size)
+
+    def train(self, epoch: int) -> Iterator[Batch]:
+        """An epoch's steps."""
+        feed = self.feeds[0]
+        for indices, weight in feed.steps(epoch, self.batch_size):
+            photos = to_device(feed.pixels(indices), self.device)
+            draws = uniforms(feed.seed + AUGMENT, epoch, feed.ids[indices], 5)
+            yield Batch(augment(photos, self.settings, draws), _labels(feed, indices, self.device), weight)
+
+    def val(self) -> Iterator[Batch]:
+        """Every val photo once over all workers."""
+        feed = self.feeds[1]
+        for indices, weight in feed.steps(None, self.batch_size * 4):
+            yield Batch(to_device(feed.pixels(indices), self.device), _labels(feed, indices, self.device), weight)
+
+
+class FeatureBatches:
+    """What the frozen stage trains on: cached features, of one view per photo and epoch.
+
+    features: float (V,N,D) of the train split in the feed's order, and (1,N,D) of val.
+    """
+
+    def __init__(
+        self, train: Feed, val: Feed, features: tuple[Tensor, Tensor], batch_size: int, device: torch.device
+    ) -> None:
+        self.feeds, self.batch_size, self.device = (train, val), batch_size, device
+        self.features = features[0].to(device), features[1].to(device)
+        self.num_steps = -(-len(train) // batch_size)
+
+    def train(self, epoch: int) -> Iterator[Batch]:
+        """An epoch's steps."""
+        feed, features = self.feeds[0], self.features[0]
+        views = (uniforms(feed.seed + VIEW, epoch, feed.ids, 1)[:, 0] * len(features)).astype(np.int64)
+        for indices, weight in feed.steps(epoch, self.batch_size):
+            yield Batch(features[views[indices], indices], _labels(feed, indices, self.device), weight)
+
+    def val(self) -> Iterator[Batch]:
+        """Every val photo once over all workers."""
+        feed = self.feeds[1]
+        for indices, weight in feed.steps(None, self.batch_size * 16):
+            yield Batch(self.features[1][0, indices], _labels(feed, indices, self.device), weight)
+
+
+def to_device(pixels: np.ndarray, device: torch.device) -> Tensor:
+    """uint8 (N,S,S,3) → normalised float (N,3,S,S) in channels_last on the device."""
+    # A quarter of the bytes travel: the conversion to float happens there.
+    return model.normalise(torch.from_numpy(pixels).to(device, non_blocking=True).permute(0, 3, 1, 2))
+
+
+def view_of(photos: Tensor, view: int, ids: np.ndarray, seed: int, settings: config.Augmentation) -> Tensor:
+    """The photos as a cached view shows them: 0 as they are, 1 mirrored, more: augmented by (seed, view, photo)."""
+    if view == 0 or (view == 1 and settings.flip == "none"):
+        return photos
+    if view == 1:
+        return photos.flip(3)
+    return augment(photos, settings, uniforms(seed + AUGMENT, view, ids, 5))
+
+
+def _labels(feed: Feed, indices: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(feed.labels[indices]).to(device)

@@ -1,0 +1,21 @@
+"""Photos and labels → a dataset: read, checked, split and published.
+
+  python jobs/ingest.py --config FILE
+  python jobs/ingest.py --config FILE --photos s3://bucket/cars/ --labels s3://bucket/labels.csv --root s3://bucket/out
+
+Photos that can't be used are kept apart with the reason; a second run with the same settings writes nothing.
+"""
+
+from carclass import command_line, ingest
+
+
+def main() -> None:
+    """Runs the job."""
+    settings = command_line.parse(__doc__, "ingest")
+    assert settings.ingest is not None
+    published = ingest.run(settings.root, settings.ingest)
+    print(command_line.dataset_table(published))
+
+
+if __name__ == "__main__":
+    command_line.main(main)

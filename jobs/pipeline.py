@@ -1,0 +1,58 @@
+"""The whole chain from one file: photos and labels → dataset → masked dataset → run → report.
+
+  python jobs/pipeline.py                                      the embedded sample: drawn cars, a few minutes
+  python jobs/pipeline.py --config jobs/experiments/cars196.yml --root s3://bucket/carclass
+  ray job submit --working-dir . -- python jobs/pipeline.py --config FILE     on a cluster
+
+What is finished is not done again. The last lines say where the report and the summary (JSON) lie.
+"""
+
+import json
+import time
+
+from carclass import command_line, config, ingest, lineage, progress, storage
+from carclass.errors import UserError
+from carclass.evaluation import evaluate
+from carclass.masking import quality, stream
+from carclass.training import stages
+
+
+def main() -> None:
+    """Runs the job."""
+    settings = command_line.parse(__doc__, None)
+    if settings.ingest is None or settings.train is None:
+        raise UserError("a pipeline needs the sections `ingest:` and `train:`; see jobs/experiments/sample.yml.")
+    started, summary = time.monotonic(), {}
+    photos = ingest.run(settings.root, settings.ingest)
+    summary |= {"photos_in": photos.manifest["inputs"], **{k: photos.manifest[k] for k in ("rows", "quarantined")}}
+    if settings.mask is not None:
+        masked = stream.run(settings.root, settings.mask)
+        if (iou := quality.measure(settings.root, masked, settings.mask)) is not None:
+            summary["mask_iou"] = iou
+    run, found = train_and_evaluate(settings, settings.train)
+    summary |= {f"{stage}_val_accuracy": run.best_val_accuracy(stage) for stage in run.stages}
+    summary["test_accuracy"] = found.accuracy
+    if settings.compare_unmasked:
+        plain = {"name": f"{settings.train.name}-unmasked", "dataset": settings.ingest.dataset}
+        summary["test_accuracy_unmasked"] = train_and_evaluate(settings, settings.train.model_copy(update=plain))[
+            1
+        ].accuracy
+    summary["seconds"] = time.monotonic() - started
+    path = storage.join(run.uri, "summary.json")
+    storage.write_bytes(path, json.dumps(summary, indent=1).encode())
+    rows = [
+        (name.replace("_", " "), f"{value:,.3f}" if isinstance(value, float) else f"{value:,}")
+        for name, value in summary.items()
+    ]
+    print(progress.table(rows, title=f"carclass: {settings.train.name}"))
+    print(f"report: {found.report_uri}\nsummary: {path}")
+
+
+def train_and_evaluate(settings: config.Config, train: config.Train) -> tuple[lineage.Run, evaluate.Outcome]:
+    """A run and what its last stage's best epoch reaches."""
+    run = stages.run(settings.root, train)
+    return run, evaluate.run(settings.root, settings.evaluate.model_copy(update={"run": train.name, "dataset": None}))
+
+
+if __name__ == "__main__":
+    command_line.main(main)

@@ -1,0 +1,23 @@
+"""A dataset → a run: ResNet50 with a frozen backbone, then unfrozen, on one or many workers.
+
+  python jobs/train.py --config FILE
+  python jobs/train.py --config FILE --name second --unfrozen.lr 3e-5 --num_workers 4
+
+The same name resumes a run; a finished one is left alone.
+"""
+
+from carclass import command_line, progress
+from carclass.training import stages
+
+
+def main() -> None:
+    """Runs the job."""
+    settings = command_line.parse(__doc__, "train")
+    assert settings.train is not None
+    run = stages.run(settings.root, settings.train)
+    rows = [(f"{stage} val accuracy", f"{run.best_val_accuracy(stage):.3f}") for stage in run.stages]
+    print(progress.table([*rows, ("run", run.uri)], title=f"run {settings.train.name}"))
+
+
+if __name__ == "__main__":
+    command_line.main(main)

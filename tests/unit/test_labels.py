@@ -1,0 +1,187 @@
+"""Labels from a CSV, Stanford's devkit and folders: what is read, and what a mistake is called."""
+
+import io
+
+import numpy as np
+import pytest
+from scipy.io import savemat
+
+from carclass.errors import UserError
+from carclass.labels import Label, LabelsError, parse_csv, parse_devkit, parse_folders
+
+HEADER = b"img_name,class,subset\n"
+SEDAN = Label("1.jpg", "Audi Sedan", "train")
+
+
+def csv_labels(rows: bytes) -> list[Label]:
+    return parse_csv(HEADER + rows, source="labels.csv")
+
+
+# CSV
+
+
+def test_csv_rows_become_labels_in_order():
+    assert csv_labels(b"2.jpg,BMW,test\n1.jpg,Audi Sedan,train\n") == [Label("2.jpg", "BMW", "test"), SEDAN]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b"\xef\xbb\xbf" + HEADER + b"1.jpg,Audi Sedan,train\n", id="byte order mark"),
+        pytest.param(b"img_name,class,subset\r\n1.jpg,Audi Sedan,train\r\n", id="CRLF"),
+        pytest.param(HEADER + b"1.jpg,Audi Sedan,train", id="no last line end"),
+        pytest.param(HEADER + b"\n1.jpg,Audi Sedan,train\n\n", id="empty lines"),
+        pytest.param(HEADER + b"1.jpg, Audi Sedan ,train \n", id="spaces"),
+        pytest.param(b"year,subset,class,img_name\n2012,train,Audi Sedan,1.jpg\n", id="other order, more columns"),
+        pytest.param(HEADER + b"1.jpg,Audi Sedan,train\n1.jpg,Audi Sedan,train\n", id="a repeated row"),
+    ],
+)
+def test_csv_is_read_in_every_dialect(data):
+    assert parse_csv(data, source="labels.csv") == [SEDAN]
+
+
+def test_csv_names_may_hold_commas_slashes_and_accents():
+    assert csv_labels('"a,b/c.jpg","Citroën C/V, Van",test\n'.encode()) == [
+        Label("a,b/c.jpg", "Citroën C/V, Van", "test")
+    ]
+
+
+def test_csv_without_a_column_names_it_and_those_found():
+    with pytest.raises(LabelsError, match=r"labels\.csv: no column class, subset;.*'img_name', 'label'"):
+        parse_csv(b"img_name,label\n1.jpg,Audi\n", source="labels.csv")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (b",Audi,train\n", "line 3: the photo's name is empty"),
+        (b"2.jpg, ,train\n", "line 3: the class of 2.jpg is empty"),
+        (b"2.jpg,Audi,learn\n", "line 3: the subset is 'learn'; expected train or test"),
+        (b"2.jpg,Audi,val\n", "line 3: the subset is 'val'; make it train"),
+        (b"2.jpg,Audi, Coupe,train\n", "line 3: 4 fields where the first line has 3.*quotes"),
+        (b"2.jpg,Audi\n", "line 3: 2 fields"),
+        (b'2.jpg,"Audi,train\n', "line 3: not valid CSV"),
+        (b"2.jpg,Citro\xebn,train\n", "line 3: not UTF-8"),
+        (b"1.jpg,BMW,train\n", r"line 3: 1.jpg is BMW \(train\), but Audi Sedan \(train\) at labels.csv, line 2"),
+        (b"1.jpg,Audi Sedan,test\n", r"line 3: 1.jpg is Audi Sedan \(test\), but Audi Sedan \(train\)"),
+    ],
+)
+def test_a_bad_csv_row_is_named_by_its_line(row, message):
+    with pytest.raises(LabelsError, match=message):
+        csv_labels(b"1.jpg,Audi Sedan,train\n" + row)
+
+
+@pytest.mark.parametrize(("data", "message"), [(b"", "no column img_name"), (HEADER, "no labels in it")])
+def test_an_empty_csv_is_an_error(data, message):
+    with pytest.raises(LabelsError, match=message):
+        parse_csv(data, source="labels.csv")
+
+
+def test_a_labels_error_is_a_user_error():
+    assert issubclass(LabelsError, UserError)
+
+
+# Devkit
+
+
+def devkit(class_ids: list[int], fields: tuple[str, ...] = ("bbox_x1", "class", "fname")) -> bytes:
+    """An annotations file as MATLAB lays it out: a 1 x N struct array."""
+    annotations = np.zeros((1, len(class_ids)), dtype=[(field, object) for field in fields])
+    for number, class_id in enumerate(class_ids):
+        values = {"bbox_x1": 3, "class": class_id, "fname": f"{number + 1:05d}.jpg"}
+        annotations[0, number] = tuple(values[field] for field in fields)
+    return mat(annotations=annotations)
+
+
+def mat(**variables) -> bytes:
+    buffer = io.BytesIO()
+    savemat(buffer, variables)
+    return buffer.getvalue()
+
+
+META = mat(class_names=np.array([["Acura RL", "Ram C/V Van"]], dtype=object))
+
+
+def devkit_labels(annos: bytes, meta: bytes = META) -> list[Label]:
+    return parse_devkit(annos, meta, subset="test", source="annos.mat")
+
+
+def test_devkit_class_ids_count_from_one():
+    assert devkit_labels(devkit([2, 1])) == [
+        Label("00001.jpg", "Ram C/V Van", "test"),
+        Label("00002.jpg", "Acura RL", "test"),
+    ]
+
+
+def test_a_devkit_of_one_photo_is_read():
+    assert devkit_labels(devkit([1])) == [Label("00001.jpg", "Acura RL", "test")]
+
+
+@pytest.mark.parametrize("class_id", [0, 3, 1.5])
+def test_a_class_id_outside_the_meta_file_is_named_with_its_photo(class_id):
+    with pytest.raises(LabelsError, match=rf"annos\.mat, annotation 2 \(00002\.jpg\): class {class_id}.*1 to 2"):
+        devkit_labels(devkit([1, class_id]))
+
+
+def test_the_devkit_test_file_without_classes_gets_advice():
+    with pytest.raises(LabelsError, match=r"no field class .*bbox_x1, fname.*cars_test_annos_withlabels\.mat"):
+        devkit_labels(devkit([1, 2], fields=("bbox_x1", "fname")))
+
+
+def test_swapped_devkit_files_are_told_apart():
+    with pytest.raises(LabelsError, match="no variable 'annotations'"):
+        devkit_labels(META, devkit([1]))
+
+
+def test_a_broken_meta_file_is_named():
+    with pytest.raises(LabelsError, match=r"annos\.mat \(its meta file\): no variable 'class_names'"):
+        devkit_labels(devkit([1]), devkit([1]))
+
+
+@pytest.mark.parametrize("data", [b"", b"not a MATLAB file" * 20, devkit([1, 2])[:-30]])
+def test_bytes_that_are_no_mat_file_are_an_error(data):
+    with pytest.raises(LabelsError, match=r"annos\.mat: not a readable \.mat file"):
+        devkit_labels(data)
+
+
+# Folders
+
+
+def folder_labels(*keys: str) -> list[Label]:
+    return parse_folders(keys, source="s3://cars")
+
+
+def test_class_folders_are_all_train():
+    assert folder_labels("Audi/1.jpg", "BMW/1.jpg") == [
+        Label("Audi/1.jpg", "Audi", "train"),
+        Label("BMW/1.jpg", "BMW", "train"),
+    ]
+
+
+def test_subset_folders_hold_class_folders():
+    assert folder_labels("train/Audi/1.jpg", "test/Audi/2.jpg") == [
+        Label("train/Audi/1.jpg", "Audi", "train"),
+        Label("test/Audi/2.jpg", "Audi", "test"),
+    ]
+
+
+def test_hidden_and_loose_files_get_no_label():
+    keys = ["README.txt", ".DS_Store", "Audi/.DS_Store", ".cache/Audi/1.jpg", "Audi/1.jpg"]
+    assert folder_labels(*keys) == [Label("Audi/1.jpg", "Audi", "train")]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ([], "no class folders"),
+        (["1.jpg", "2.jpg"], "s3://cars: no class folders"),
+        (["val/Audi/1.jpg"], "val/Audi/1.jpg: the subset is 'val'; make it train"),
+        (["cars/Audi/1.jpg"], "the subset is 'cars'; expected train or test"),
+        (["train/1.jpg"], "train/1.jpg: lies in the subset's folder; expected train/<class>/<file>"),
+        (["Audi/1.jpg", "Ram C/V Van/2.jpg"], "found Audi/1.jpg and Ram C/V Van/2.jpg.*slash in a class name"),
+        (["train/Ram C/V Van/2.jpg"], "found train/Ram C/V Van/2.jpg"),
+    ],
+)
+def test_any_other_tree_is_an_error_that_shows_where(keys, message):
+    with pytest.raises(LabelsError, match=message):
+        folder_labels(*keys)

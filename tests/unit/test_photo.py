@@ -1,0 +1,432 @@
+"""Bytes to pixels: every kind of input a bucket of photos holds, made here, with its pixels or its reason."""
+
+import io
+import pickle
+import struct
+import tracemalloc
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+import simplejpeg
+from PIL import Image, ImageOps
+
+from carclass import photo
+from carclass.photo import PhotoError, Reason
+
+
+def scene(height: int = 120, width: int = 160) -> np.ndarray:
+    """Smooth colours with a few hard edges and no symmetry: survives JPEG well, shows every flip."""
+    y, x = np.mgrid[0:height, 0:width]
+    pixels = np.stack([x * 255 // width, y * 255 // height, (x + y) * 255 // (width + height)], axis=2)
+    pixels[height // 8 : height // 4, width // 8 : width // 2] = (230, 40, 30)
+    return pixels.astype(np.uint8)
+
+
+def saved(image: Image.Image | np.ndarray, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def noisy_jpeg() -> bytes:
+    noise = np.random.default_rng(7).integers(0, 256, (120, 160, 3), dtype=np.uint8)
+    return saved(noise, "JPEG", quality=90)
+
+
+def reason_of(data: bytes, **limits) -> Reason:
+    with pytest.raises(PhotoError) as caught:
+        photo.decode(data, **limits)
+    assert "\n" not in caught.value.detail
+    return caught.value.reason
+
+
+def psnr(one: np.ndarray, other: np.ndarray) -> float:
+    return 10 * np.log10(255**2 / max(1e-9, np.mean((one.astype(float) - other) ** 2)))
+
+
+# What is read
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP"])
+def test_lossless_formats_give_the_exact_pixels(kind):
+    assert np.array_equal(photo.decode(saved(scene(), kind)), scene())
+
+
+def test_a_lossless_webp_gives_the_exact_pixels():
+    assert np.array_equal(photo.decode(saved(scene(), "WEBP", lossless=True)), scene())
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("JPEG", {"quality": 95}), ("JPEG", {"quality": 95, "progressive": True}), ("WEBP", {"quality": 95})],
+)
+def test_lossy_formats_give_nearly_the_same_pixels(kind, options):
+    assert psnr(photo.decode(saved(scene(), kind, **options)), scene()) > 30
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF"])
+def test_pixels_are_contiguous_writable_uint8_rgb(kind):
+    pixels = photo.decode(saved(scene(), kind))
+    assert (pixels.dtype, pixels.shape) == (np.uint8, (120, 160, 3))
+    assert pixels.flags.c_contiguous
+    assert pixels.flags.writeable
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_grey_photo_has_three_equal_channels(kind):
+    grey = Image.fromarray(scene()).convert("L")
+    pixels = photo.decode(saved(grey, kind))
+    assert np.array_equal(pixels, np.repeat(pixels[..., :1], 3, axis=2))
+    assert psnr(pixels[..., 0], np.asarray(grey)) > 35
+
+
+def test_a_palette_photo_gets_its_palette_colours():
+    palette = Image.fromarray(scene()).quantize(32)
+    assert np.array_equal(photo.decode(saved(palette, "PNG")), np.asarray(palette.convert("RGB")))
+
+
+def test_a_one_bit_photo_is_black_and_white():
+    bits = Image.fromarray(scene()).convert("1")
+    assert set(np.unique(photo.decode(saved(bits, "PNG")))) == {0, 255}
+
+
+def test_sixteen_bit_grey_keeps_its_high_byte():
+    deep = (np.arange(64 * 64, dtype=np.uint16) * 16).reshape(64, 64)
+    assert np.array_equal(photo.decode(saved(deep, "PNG"))[..., 1], deep >> 8)
+
+
+def test_sixteen_bit_rgb_keeps_its_high_byte():
+    rows = (scene(16, 16) * np.uint16(256) + np.uint16(255)).astype(">u2")
+    scanlines = b"".join(b"\0" + row.tobytes() for row in rows)
+    assert np.array_equal(photo.decode(png(16, 16, scanlines, depth=16)), scene(16, 16))
+
+
+def test_cmyk_jpeg_becomes_rgb_with_ink_the_right_way_round():
+    cmyk = Image.fromarray(scene()).convert("CMYK")
+    pixels = photo.decode(saved(cmyk, "JPEG", quality=98))
+    assert psnr(pixels, np.asarray(cmyk.convert("RGB"))) > 30
+
+
+def test_black_ink_darkens_a_cmyk_jpeg():
+    cmyk = Image.new("CMYK", (32, 32), (0, 0, 0, 200))
+    assert np.abs(photo.decode(saved(cmyk, "JPEG", quality=98)).astype(int) - 55).max() <= 2
+
+
+def test_transparency_is_laid_over_white_and_hides_its_colour():
+    rgba = np.dstack([scene(), np.full((120, 160), 255, np.uint8)])
+    rgba[:, :80, 3] = 0
+    pixels = photo.decode(saved(rgba, "PNG"))
+    assert (pixels[:, :80] == 255).all()
+    assert np.array_equal(pixels[:, 80:], scene()[:, 80:])
+
+
+def test_half_transparent_black_is_mid_grey():
+    rgba = np.zeros((32, 32, 4), np.uint8)
+    rgba[..., 3] = 128
+    assert np.unique(photo.decode(saved(rgba, "WEBP", lossless=True))).tolist() == [127]
+
+
+def test_a_transparent_palette_entry_is_white():
+    palette = Image.fromarray(np.zeros((32, 32), np.uint8), "P")
+    palette.putpalette([200, 0, 0])
+    assert (photo.decode(saved(palette, "PNG", transparency=0)) == 255).all()
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+def test_an_animation_is_its_first_frame(kind):
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    pixels = photo.decode(saved(frames[0], kind, save_all=True, append_images=frames[1:], **options))
+    assert np.array_equal(pixels[5, 5], (255, 0, 0))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_applied_as_pil_does(kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = saved(scene(), kind, exif=exif)
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+    pixels = photo.decode(data)
+    assert pixels.shape == upright.shape
+    assert psnr(pixels, upright) > 45
+
+
+def test_orientation_in_big_endian_exif_is_read():
+    exif = b"Exif\0\0MM\0*" + struct.pack(">IHHHIHHI", 8, 1, 0x0112, 3, 1, 6, 0, 0)
+    assert photo.decode(saved(scene(), "JPEG", exif=exif)).shape == (160, 120, 3)
+
+
+def test_a_damaged_exif_block_leaves_the_photo_as_it_is():
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 500)
+    assert photo.decode(saved(scene(), "JPEG", exif=exif)).shape == (120, 160, 3)
+
+
+def test_bytes_after_the_end_of_a_jpeg_are_no_fault():
+    data = saved(scene(), "JPEG")
+    assert np.array_equal(photo.decode(data + b"a phone's short film"), photo.decode(data))
+
+
+def test_a_phone_jpeg_with_unset_spectral_range_is_read():
+    data = saved(scene(), "JPEG")
+    scan = data.index(b"\0\x3f\0", data.index(b"\xff\xda"))
+    odd = data[:scan] + b"\0\0\0" + data[scan + 3 :]
+    with pytest.raises(ValueError, match="Invalid SOS"):
+        simplejpeg.decode_jpeg(odd)
+    assert np.array_equal(photo.decode(odd), photo.decode(data))
+
+
+# What is refused, and why
+
+
+def test_no_bytes_are_empty():
+    assert reason_of(b"") == Reason.EMPTY
+
+
+@pytest.mark.parametrize(
+    "data", [b"<html>404 Not Found</html>", b"BMW 3 Series Sedan 2012, sold as seen", b"\xff\xd8", bytes(500)]
+)
+def test_other_bytes_are_not_an_image(data):
+    assert reason_of(data) == Reason.NOT_AN_IMAGE
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "JPEG2000", "AVIF"])
+def test_other_image_formats_are_named_as_unsupported(kind):
+    assert reason_of(saved(scene(), kind)) == Reason.UNSUPPORTED_FORMAT
+
+
+def test_a_twelve_bit_jpeg_is_unsupported():
+    data = bytearray(saved(scene(), "JPEG"))
+    data[data.index(b"\xff\xc0") + 4] = 12
+    assert reason_of(bytes(data)) == Reason.UNSUPPORTED_FORMAT
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF"])
+@pytest.mark.parametrize("missing", [1, 2, 40, 0.5, 0.9])
+def test_a_missing_end_is_truncated(kind, missing):
+    data = saved(scene(), kind)
+    kept = len(data) - missing if isinstance(missing, int) else int(len(data) * (1 - missing))
+    assert reason_of(data[:kept]) == Reason.TRUNCATED
+
+
+@pytest.mark.parametrize("kept", [2, 500])
+def test_a_progressive_jpeg_without_its_end_is_truncated(kept):
+    assert reason_of(saved(scene(), "JPEG", progressive=True)[:-kept]) == Reason.TRUNCATED
+
+
+def test_a_jpeg_cut_in_its_header_is_truncated():
+    assert reason_of(saved(scene(), "JPEG")[:100]) == Reason.TRUNCATED
+
+
+def overwritten(data: bytes, start: int, count: int = 40) -> bytes:
+    damaged = bytearray(data)
+    damaged[start : start + count] = np.random.default_rng(3).bytes(count)
+    return bytes(damaged)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF"])
+def test_forty_overwritten_bytes_are_corrupt(kind):
+    data = noisy_jpeg() if kind == "JPEG" else saved(scene(), kind)
+    assert reason_of(overwritten(data, len(data) // 2)) == Reason.CORRUPT
+
+
+def test_damage_is_found_at_reduced_size_too():
+    data = noisy_jpeg()
+    assert reason_of(overwritten(data, len(data) // 2), max_side=40) == Reason.CORRUPT
+
+
+def test_damage_behind_an_unset_spectral_range_is_found():
+    data = noisy_jpeg()
+    scan = data.index(b"\0\x3f\0", data.index(b"\xff\xda"))
+    odd = data[:scan] + b"\0\0\0" + data[scan + 3 :]
+    assert reason_of(overwritten(odd, len(odd) // 2)) == Reason.CORRUPT
+
+
+def test_one_changed_bit_in_a_png_is_corrupt():
+    data = bytearray(saved(scene(), "PNG"))
+    data[len(data) // 2] ^= 1
+    assert reason_of(bytes(data)) == Reason.CORRUPT
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF"])
+def test_a_single_pixel_is_too_small(kind):
+    assert reason_of(saved(scene(1, 1), kind)) == Reason.TOO_SMALL
+
+
+def test_the_minimum_side_is_inclusive():
+    assert photo.decode(saved(scene(16, 40), "PNG"), min_side=16).shape == (16, 40, 3)
+    assert reason_of(saved(scene(15, 40), "PNG"), min_side=16) == Reason.TOO_SMALL
+
+
+def test_the_pixel_cap_is_inclusive():
+    assert photo.decode(saved(scene(20, 40), "PNG"), max_pixels=800).shape == (20, 40, 3)
+    assert reason_of(saved(scene(20, 40), "PNG"), max_pixels=799) == Reason.TOO_LARGE
+
+
+def test_a_side_no_jpeg_can_hold_is_too_large():
+    assert reason_of(png(16, 70_000, b"")) == Reason.TOO_LARGE
+
+
+def chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png(height: int, width: int, scanlines: bytes, depth: int = 8) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(scanlines)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def huge(kind: str, side: int) -> bytes:
+    """A small file whose header promises side x side pixels."""
+    if kind == "PNG":
+        return png(side, side, b"")
+    data = bytearray(saved(scene(32, 32), kind))
+    if kind == "JPEG":
+        at = data.index(b"\xff\xc0") + 5
+        data[at : at + 4] = struct.pack(">HH", side, side)
+    elif kind == "WEBP":
+        canvas = (side - 1).to_bytes(3, "little") * 2
+        data[12:12] = b"VP8X" + struct.pack("<I", 10) + bytes(4) + canvas
+        data[4:8] = struct.pack("<I", len(data) - 8)
+    elif kind == "GIF":
+        data[6:10] = struct.pack("<HH", side, side)
+    else:
+        data[18:26] = struct.pack("<ii", side, side)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF"])
+def test_a_huge_header_is_refused_without_allocating_or_warning(kind):
+    data = huge(kind, 16_000 if kind == "WEBP" else 20_000)
+    tracemalloc.start()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reason = reason_of(data)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert reason == Reason.TOO_LARGE
+    assert peak < 1_000_000
+
+
+def test_a_photo_just_under_our_cap_raises_no_warning_of_pil():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert reason_of(huge("PNG", 9_900)) == Reason.TRUNCATED
+
+
+def test_an_error_names_its_reason_and_survives_pickling():
+    error = pickle.loads(pickle.dumps(PhotoError(Reason.TOO_SMALL, "1x1 pixels")))
+    assert (error.reason, error.detail) == (Reason.TOO_SMALL, "1x1 pixels")
+    assert str(error) == "too_small: 1x1 pixels"
+
+
+# Shrinking, resizing, encoding
+
+
+@pytest.mark.parametrize(("shape", "expected"), [((120, 160), (48, 64)), ((160, 120), (64, 48)), ((7, 900), (1, 64))])
+def test_shrink_keeps_the_aspect(shape, expected):
+    assert photo.shrink(scene(*shape), 64).shape == (*expected, 3)
+
+
+def test_shrink_never_enlarges():
+    assert np.array_equal(photo.shrink(scene(), 160), scene())
+
+
+def test_shrink_averages_a_checkerboard_instead_of_sampling_it():
+    board = np.repeat((np.indices((128, 128)).sum(axis=0) % 2 * 255).astype(np.uint8)[..., None], 3, axis=2)
+    assert np.abs(photo.shrink(board, 32).astype(int) - 127).max() < 20
+
+
+def test_resize_gives_the_exact_size_and_matches_pil():
+    expected = np.asarray(Image.fromarray(scene()).resize((64, 56), Image.Resampling.BILINEAR))
+    resized = photo.resize(scene(), 56, 64)
+    assert resized.shape == (56, 64, 3)
+    assert np.abs(resized.astype(int) - expected).max() <= 1
+
+
+def test_resize_can_enlarge():
+    assert photo.resize(scene(), 200, 300).shape == (200, 300, 3)
+
+
+def test_resize_accepts_read_only_pixels_silently():
+    pixels = scene()
+    pixels.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert photo.resize(pixels, 64, 64).flags.c_contiguous
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("max_side", [33, 64, 79, 80, 100, 159, 160, 500])
+def test_decoding_at_reduced_size_is_decoding_then_shrinking(kind, max_side):
+    data = saved(scene(121, 161), kind)
+    reduced, expected = photo.decode(data, max_side=max_side), photo.shrink(photo.decode(data), max_side)
+    assert reduced.shape == expected.shape
+    assert psnr(reduced, expected) > 30
+
+
+def test_reduced_size_respects_orientation():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = saved(scene(), "JPEG", exif=exif)
+    reduced, expected = photo.decode(data, max_side=40), photo.shrink(photo.decode(data), 40)
+    assert reduced.shape == (40, 30, 3)
+    assert psnr(reduced, expected) > 30
+
+
+def test_encode_survives_decode():
+    assert psnr(photo.decode(photo.encode(scene(), quality=95)), scene()) > 30
+
+
+def test_encode_accepts_a_view():
+    assert np.array_equal(
+        photo.decode(photo.encode(scene()[::2, ::-1])), photo.decode(photo.encode(scene()[::2, ::-1].copy()))
+    )
+
+
+def test_higher_quality_takes_more_bytes():
+    assert len(photo.encode(scene(), quality=95)) > len(photo.encode(scene(), quality=60))
+
+
+# Storing
+
+
+LIMITS = {"min_side": 16, "max_pixels": 1_000_000, "quality": 92}
+
+
+def test_an_upright_rgb_jpeg_that_fits_keeps_its_bytes():
+    data = saved(scene(), "JPEG", quality=70)
+    assert photo.normalise(data, max_side=160, **LIMITS) == (data, 160, 120)
+
+
+def rotated_jpeg() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    return saved(scene(), "JPEG", exif=exif)
+
+
+@pytest.mark.parametrize(
+    ("data", "max_side", "size"),
+    [
+        pytest.param(saved(scene(), "JPEG"), 80, (80, 60), id="too large"),
+        pytest.param(rotated_jpeg(), None, (120, 160), id="rotated"),
+        pytest.param(saved(Image.fromarray(scene()).convert("L"), "JPEG"), None, (160, 120), id="grey"),
+        pytest.param(saved(scene(), "PNG"), None, (160, 120), id="png"),
+    ],
+)
+def test_any_other_photo_is_stored_as_an_upright_rgb_jpeg(data, max_side, size):
+    stored, width, height = photo.normalise(data, max_side=max_side, **LIMITS)
+    assert (width, height) == size
+    with Image.open(io.BytesIO(stored)) as image:
+        assert (image.format, image.mode, image.size) == ("JPEG", "RGB", size)
+        assert image.getexif().get(0x0112, 1) == 1
+
+
+def test_a_damaged_jpeg_that_fits_is_not_stored():
+    data = noisy_jpeg()
+    with pytest.raises(PhotoError):
+        photo.normalise(overwritten(data, len(data) // 2), max_side=None, **LIMITS)

@@ -1,0 +1,86 @@
+"""The report in a real browser: it loads without a complaint and its small script does what it says."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from carclass.evaluation.report import render
+from tests.unit.test_report import SECTIONS, make_report
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+SWITCHES = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--enable-logging=stderr",
+    "--v=0",
+    "--dump-dom",
+]
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+
+
+def open_page(page: str, folder: Path) -> tuple[str, list[str]]:
+    """Open the page from a file: the DOM after its script ran, and the lines of the browser's console."""
+    file = folder / "report.html"
+    file.write_text(page, encoding="utf-8")
+    command = [BROWSER, *SWITCHES, f"--user-data-dir={folder / 'profile'}", file.as_uri()]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return result.stdout, [line for line in result.stderr.splitlines() if "CONSOLE" in line]
+
+
+def with_script(page: str, script: str) -> str:
+    """The page without its content policy and with one more script at its end, acting as a reader would."""
+    page = re.sub(r'<meta http-equiv="Content-Security-Policy".*?>', "", page, flags=re.S)
+    return page.replace("</body>", f"<script>{script}</script></body>")
+
+
+def class_rows(dom: str) -> list[str]:
+    table = re.search(r'<section id="classes".*?<tbody>(.*?)</tbody>', dom, re.S).group(1)
+    return re.findall(r"<tr.*?</tr>", table, re.S)
+
+
+@pytest.mark.parametrize("num_classes", [4, 196])
+def test_a_report_opens_with_all_sections_and_a_silent_console(tmp_path, num_classes):
+    dom, console = open_page(render(make_report(num_classes, num_photos=400)), tmp_path)
+    assert console == []
+    assert [name for name in SECTIONS if f'<section id="{name}"' not in dom] == []
+
+
+def test_an_error_in_a_script_would_be_noticed(tmp_path):
+    _, console = open_page(with_script(render(make_report()), "undefinedFunction()"), tmp_path)
+    assert any("Uncaught ReferenceError" in line for line in console)
+
+
+def test_a_foreign_script_in_the_page_does_not_run(tmp_path):
+    page = render(make_report()).replace("</body>", "<script>document.title = 'taken'</script></body>")
+    dom, console = open_page(page, tmp_path)
+    assert "<title>taken" not in dom
+    assert any("Content Security Policy" in line for line in console)
+
+
+def test_a_click_on_a_header_sorts_the_classes(tmp_path):
+    script = "document.querySelectorAll('#classes th button')[5].click()"
+    dom, _ = open_page(with_script(render(make_report(num_classes=12)), script), tmp_path)
+    photos = [int(re.findall(r'data-value="(\d+)"', row)[-1]) for row in class_rows(dom)]
+    assert len(set(photos)) > 1
+    assert photos == sorted(photos)
+
+
+def test_the_filter_leaves_the_classes_with_all_its_words(tmp_path):
+    script = """
+        const input = document.querySelector("#filter");
+        input.value = "011 MAKER";
+        input.dispatchEvent(new Event("input"));
+    """
+    dom, _ = open_page(with_script(render(make_report(num_classes=12)), script), tmp_path)
+    shown = [row for row in class_rows(dom) if "hidden" not in row.split(">")[0]]
+    assert len(shown) == 1
+    assert "Maker Model 011" in shown[0]
