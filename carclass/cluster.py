@@ -2,8 +2,11 @@
 
 import logging
 import os
+import secrets
+from pathlib import Path
 
 import ray
+import ray.data
 
 from carclass.errors import UserError
 
@@ -14,10 +17,25 @@ def connect() -> None:
     """Joins the cluster that RAY_ADDRESS names (every submitted job has it), else starts one on this machine."""
     if ray.is_initialized():
         return
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    ray.init(address=os.environ.get("RAY_ADDRESS", "local"), log_to_driver=True, logging_level=logging.WARNING)
+    address = os.environ.get("RAY_ADDRESS", "local")
+    if address == "local":
+        _keep_token_private()
+    ray.init(address=address, logging_level=logging.WARNING)
+    # Jobs report progress themselves; Ray Data's log goes to the session's folder all the same.
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     found = ray.cluster_resources()
     log.info("Ray: %d CPUs, %d GPUs, %d nodes", found.get("CPU", 0), found.get("GPU", 0), len(ray.nodes()))
+
+
+def _keep_token_private() -> None:
+    """Makes the token of a local cluster readable by its owner alone: Ray would let everyone read it."""
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+    path.chmod(0o600)
 
 
 def gpus(wanted: bool | None, count: int, key: str) -> bool:

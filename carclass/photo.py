@@ -8,7 +8,8 @@ first bytes, never by the file's name. Everything else is `unsupported_format` o
 - Transparency is laid over white, the page such cut-outs are drawn for; the colour hidden under a fully
   transparent pixel never shows. 16-bit samples keep their high byte.
 - What a format lets be checked is checked: JPEG's entropy coding, PNG's checksums, lengths and end marks
-  everywhere. Damage which decodes to legal pixels (BMP, lossy WebP, a changed byte in a JPEG) has no mark.
+  everywhere. Damage which decodes to legal pixels (in a BMP, a WebP, a few changed bytes of a JPEG whose
+  coding falls into step again) leaves no trace that any decoder could see.
 """
 
 import io
