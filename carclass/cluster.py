@@ -1,16 +1,20 @@
-"""Joining a Ray cluster, and asking it what it has."""
+"""Joining a Ray cluster, asking it what it has, and streaming datasets through it."""
 
 import logging
 import os
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 
 import ray
 import ray.data
+from ray.data.expressions import col
 
+from carclass import dataset, storage
 from carclass.errors import UserError
 
 log = logging.getLogger(__name__)
+BLOCK_ROWS = 64
 
 
 def connect() -> None:
@@ -20,10 +24,12 @@ def connect() -> None:
     address = os.environ.get("RAY_ADDRESS", "local")
     if address == "local":
         _keep_token_private()
-    ray.init(address=address, logging_level=logging.WARNING)
-    # Jobs report progress themselves; Ray Data's log goes to the session's folder all the same.
+        # That a local cluster asks for its token is what we want, and no warning.
+        logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    # Jobs report progress themselves; what Ray has to say goes to its session's folder all the same.
+    ray.init(address=address, logging_level=logging.WARNING, logging_config=ray.LoggingConfig(log_level="WARNING"))
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
     found = ray.cluster_resources()
     log.info("Ray: %d CPUs, %d GPUs, %d nodes", found.get("CPU", 0), found.get("GPU", 0), len(ray.nodes()))
 
@@ -56,3 +62,13 @@ def check_cpus(count: float, key: str) -> None:
     there = ray.cluster_resources().get("CPU", 0)
     if there < count:
         raise UserError(f"`{key}` needs {count:g} CPUs at once, the cluster has {there:g}. Lower it or add nodes.")
+
+
+def stream(source: dataset.Dataset, columns: Sequence[str], split: str | None = None) -> ray.data.Dataset:
+    """A dataset's rows (or one split's) through Ray Data, in blocks small enough to keep every process busy."""
+    filesystem, _ = storage.locate(source.uri)
+    paths = [storage.locate(part)[1] for part in source.part_uris]
+    rows = ray.data.read_parquet(paths, filesystem=filesystem, columns=list({**dict.fromkeys(columns), "split": None}))
+    if split is not None:
+        rows = rows.filter(expr=col("split") == split)
+    return rows.select_columns(list(columns)).repartition(target_num_rows_per_block=BLOCK_ROWS)

@@ -80,7 +80,7 @@ def sample_config() -> Path:
 
 
 def load(path: Path, overrides: dict[str, str]) -> Config:
-    """A config file with dotted keys replaced; values are read as YAML."""
+    """A config file with dotted keys replaced; `null`, [lists] and {mappings} are read as YAML."""
     values = read_file(path)
     for key, text in overrides.items():
         *steps, last = key.split(".")
@@ -89,9 +89,18 @@ def load(path: Path, overrides: dict[str, str]) -> Config:
             if not isinstance(place.get(step), dict):
                 place[step] = {}
             place = place[step]
-        value = yaml.safe_load(text)
-        place[last] = CommandLineText(value) if isinstance(value, str) else value
+        place[last] = _value(text)
     return validate(values, source=path, base=Path(os.path.abspath(path)).parent)
+
+
+def _value(text: str) -> Any:
+    """What a value typed by the user stands for. Numbers are left to the setting's type: a name may look like one."""
+    if text != "null" and text[:1] not in ("[", "{"):
+        return CommandLineText(text)
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return CommandLineText(text)
 
 
 def dataset_table(published: Dataset, **more: str) -> str:

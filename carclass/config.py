@@ -36,7 +36,10 @@ class CommandLineText(str):
 
 def _resolve(value: Any, info: ValidationInfo) -> Any:
     """Makes a local path absolute, so that no worker depends on its working directory."""
-    if not isinstance(value, str) or value in NAMED or "://" in value:
+    if isinstance(value, str) and value.startswith("s3:") and not re.match("s3://[^/]", value):
+        raise ValueError("a place on S3 is written s3://bucket/prefix")
+    named = value in NAMED and info.field_name != "root"
+    if not isinstance(value, str) or named or "://" in value:
         return value
     base = Path.cwd() if isinstance(value, CommandLineText) else (info.context or {}).get("base", Path.cwd())
     return str(Path(os.path.normpath(base / Path(value).expanduser())))
@@ -238,7 +241,7 @@ class Train(Section):
     """bf16 autocast, or float32 throughout."""
     keep_checkpoints: int = Field(2, ge=1)
     """Best epochs kept by val accuracy; the latest is kept as well."""
-    seed: int = 123
+    seed: int = Field(123, ge=0)
     """Decides initial weights, order and augmentation."""
 
     @model_validator(mode="after")
@@ -277,11 +280,13 @@ class Config(Section):
 def read_file(path: str | Path) -> dict[str, Any]:
     """The file's keys and values, `${NAME}` replaced; UserError when it is not a YAML mapping."""
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"config file {path}: {error.strerror or error}. Give an existing file with --config."
         ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"config file {path} is not text in UTF-8 ({error}). Is it the right file?") from error
     try:
         values = yaml.safe_load(re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", lambda m: _environment(m, path), text))
     except yaml.YAMLError as error:
@@ -293,7 +298,10 @@ def read_file(path: str | Path) -> dict[str, Any]:
 
 def _environment(match: re.Match[str], path: str | Path) -> str:
     name, default = match.groups()
-    if (value := os.environ.get(name, default)) is None:
+    value = os.environ.get(name)
+    if default is not None and not value:  # as in the shell, `:-` replaces an empty value too
+        value = default
+    if value is None:
         raise UserError(f"config file {path} uses ${{{name}}}, which is not set. Say `export {name}=…` first.")
     return value
 

@@ -87,6 +87,8 @@ class Dataset:
 
     def read(self, columns: Sequence[str]) -> pa.Table:
         """Columns of all rows, in the order of the parts."""
+        if not self.part_uris:
+            return pa.schema([MASKED_ROW.field(name) for name in columns]).empty_table()
         filesystem, _ = storage.locate(self.uri)
         paths = [storage.locate(uri)[1] for uri in self.part_uris]
         tables = [pq.read_table(path, columns=list(columns), filesystem=filesystem) for path in paths]
@@ -210,6 +212,7 @@ def publish(
     rows, quarantined = written(uri, "parts", ["key", "split"]), written(uri, "quarantine", ["key", "reason"])
     expected = sorted(inputs)
     found = sorted([*rows["key"].to_pylist(), *quarantined["key"].to_pylist()])
+    assert len(set(expected)) == len(expected), f"{uri}: a key came in more than once"
     assert found == expected, f"{uri}: {len(expected)} inputs, {len(found)} found: {_difference(expected, found)}"
     splits = Counter(rows["split"].to_pylist())
     manifest = {

@@ -69,6 +69,8 @@ def list_photos(photos: str) -> list[str]:
             )
         with storage.open_stream(photos) as stream:
             keys = [member.name.removeprefix("./") for member in _members(stream, photos)]
+        if doubled := [key for key, count in Counter(keys).items() if count > 1]:
+            raise UserError(f"`ingest.photos`: {photos} holds {doubled[0]} more than once. Pack it again.")
     else:
         keys = storage.list_files(photos)
     if not keys:
@@ -87,7 +89,11 @@ def read_labels(settings: config.Ingest, keys: Sequence[str]) -> list[Label]:
         return labels.parse_csv(_read_labels_file(source), source=source)
     meta = _read_labels_file(storage.join(source, "cars_meta.mat"))
     found = []
-    for subset, name in (("train", "cars_train_annos.mat"), ("test", "cars_test_annos_withlabels.mat")):
+    subsets: list[tuple[labels.Subset, str]] = [
+        ("train", "cars_train_annos.mat"),
+        ("test", "cars_test_annos_withlabels.mat"),
+    ]
+    for subset, name in subsets:
         uri = storage.join(source, name)
         if storage.exists(uri):
             rows = labels.parse_devkit(storage.read_bytes(uri), meta, subset=subset, source=uri)
@@ -108,7 +114,8 @@ def _read_labels_file(uri: str) -> bytes:
 def match(keys: Sequence[str], found: Sequence[Label]) -> Plan:
     """Gives each photo its label: a label names a photo by its key, or by the end of exactly one key's path.
 
-    Photos without a label and labels without a photo are kept as rejected inputs.
+    Photos without a label and labels without a photo are kept as rejected inputs. UserError when two labels
+    that say different things name one photo.
     """
     by_end = defaultdict(list)
     for key in keys:
@@ -119,7 +126,12 @@ def match(keys: Sequence[str], found: Sequence[Label]) -> Plan:
         ends = [key for key in by_end[item.key.rsplit("/", 1)[-1]] if key == item.key or key.endswith("/" + item.key)]
         exact = [item.key] if item.key in ends else ends
         if len(exact) == 1:
-            labelled[exact[0]] = item._replace(key=exact[0])
+            photo_label = item._replace(key=exact[0])
+            if (earlier := labelled.setdefault(exact[0], photo_label)) != photo_label:
+                raise UserError(
+                    f"`ingest.labels`: {item.key} is {item.label} ({item.subset}), but another label for the photo "
+                    f"{exact[0]} says {earlier.label} ({earlier.subset}); keep the right one."
+                )
         else:
             detail = f"{len(exact)} photos have this name" if exact else f"labelled {item.label}, no such photo"
             rejected.append(quarantine_row(item.key, Reason.MISSING_FILE, detail))

@@ -20,8 +20,9 @@ import yaml
 
 from carclass import config, dataset, storage
 from carclass.errors import UserError
+from carclass.model import StageName
 
-STAGES = ("frozen", "unfrozen")
+STAGES: tuple[StageName, ...] = ("frozen", "unfrozen")
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Run:
         return place(self.root, self.settings.name)
 
     @property
-    def stages(self) -> list[str]:
+    def stages(self) -> list[StageName]:
         """The stages that its settings ask for, in order."""
         return [stage for stage in STAGES if getattr(self.settings, stage) is not None]
 

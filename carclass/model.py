@@ -11,6 +11,7 @@ from carclass.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """ImageNet's channel statistics, RGB in 0..1: the input scale of all weights used here."""
+StageName = Literal["frozen", "unfrozen"]
 
 
 class NarrowResNet(ResNet):
@@ -20,7 +21,7 @@ class NarrowResNet(ResNet):
         return super()._make_layer(block, planes // 4, *args, **kwargs)
 
 
-def build(settings: config.Model, num_classes: int) -> nn.Module:
+def build(settings: config.Model, num_classes: int) -> ResNet:
     """The untrained network: (N,3,S,S) float normalised RGB → (N,num_classes) logits."""
     if settings.architecture == "resnet50":
         net, num_features = ResNet(Bottleneck, [3, 4, 6, 3]), 2048
@@ -35,7 +36,7 @@ def build(settings: config.Model, num_classes: int) -> nn.Module:
     return net.to(memory_format=torch.channels_last)
 
 
-def load_parent(net: nn.Module, train: config.Train) -> str:
+def load_parent(net: ResNet, train: config.Train) -> str:
     """Puts the parent's weights into everything but the classifier, whose classes are others.
 
     Returns the sha256 of the parent's file. UserError when the file is not this architecture's.
@@ -55,7 +56,7 @@ def load_parent(net: nn.Module, train: config.Train) -> str:
     return sha256
 
 
-def prepare_stage(net: nn.Module, stage: Literal["frozen", "unfrozen"]) -> list[nn.Parameter]:
+def prepare_stage(net: ResNet, stage: StageName) -> list[nn.Parameter]:
     """Sets what trains in a stage and returns its parameters.
 
     frozen: the classifier alone. unfrozen: everything, while BatchNorm keeps its statistics, as in the original.
@@ -81,12 +82,12 @@ def normalise(photos: Tensor) -> Tensor:
     return (photos.float() - mean) / std
 
 
-def num_features(net: nn.Module) -> int:
+def num_features(net: ResNet) -> int:
     """Width of what the classifier sees: 2048 or 512."""
-    return int(net.fc[1].in_features)
+    return int(net.get_submodule("fc.1").in_features)
 
 
-def features(net: nn.Module, photos: Tensor) -> Tensor:
+def features(net: ResNet, photos: Tensor) -> Tensor:
     """(N,3,S,S) normalised → (N,2048 or 512) what the classifier sees."""
     head, net.fc = net.fc, nn.Identity()
     try:

@@ -1,6 +1,7 @@
 """What a person sees of long work: a line every few seconds, and a table at the end."""
 
 import logging
+import sys
 import time
 from collections.abc import Sequence
 
@@ -27,6 +28,12 @@ class Progress:
                 "%s: %s of %s %s, %.3g/s, %s left",
                 self.job, f"{self.done:,}", f"{self.total:,}", self.noun, rate, duration(left),
             )  # fmt: skip
+
+
+def say(line: str) -> None:
+    """A line from a training process; Ray Train would show what is printed there twice."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 def duration(seconds: float) -> str:

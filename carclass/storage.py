@@ -31,7 +31,7 @@ def locate(uri: str) -> tuple[fs.FileSystem, str]:
         return fs.LocalFileSystem(), os.path.abspath(uri)
     scheme, path = uri.split("://", 1)
     if scheme == "file":
-        return fs.LocalFileSystem(), path
+        return fs.LocalFileSystem(), os.path.abspath(path)
     if scheme != "s3":
         raise UserError(f"{uri}: places are local folders or s3:// prefixes, not {scheme}://.")
     return _s3(), path.rstrip("/")
@@ -88,6 +88,8 @@ def read_many(uris: Iterable[str]) -> Iterator[bytes | OSError]:
             return read_bytes(uri)
         except OSError as error:
             return error
+        except ArrowInvalid as error:  # a key that pyarrow takes for no path, such as one with "//"
+            return OSError(str(error))
 
     with ThreadPoolExecutor(READ_THREADS) as pool:
         yield from pool.map(read, uris)

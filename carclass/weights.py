@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
 from carclass import storage
@@ -39,6 +40,9 @@ NAMED = {
     "zoo": Source(f"{ZOO}/model_final_f10217.pkl", None),
 }
 
+# What the readers raise on bytes that are damaged, or that would run code.
+_UNREADABLE = (SafetensorError, pickle.UnpicklingError, EOFError, LookupError, RuntimeError, TypeError)
+
 
 def load(uri: str, sha256: str | None, *, sample: str, key: str) -> tuple[dict[str, torch.Tensor], str]:
     """Tensors by name, in the file's own dtype, and the file's sha256.
@@ -63,7 +67,12 @@ def load(uri: str, sha256: str | None, *, sample: str, key: str) -> tuple[dict[s
     found = storage.sha256(data)
     if sha256 not in (None, found):
         raise UserError(f"`{key}`: {uri} has sha256 {found}, expected {sha256}. The file was changed or damaged.")
-    return _tensors(uri, data, key), found
+    try:
+        return _tensors(uri, data, key), found
+    except _UNREADABLE as error:
+        raise UserError(
+            f"`{key}`: {uri} is damaged, or holds more than tensors by name. Save its state dict as .safetensors."
+        ) from error
 
 
 def _read(uri: str, sha256: str | None, key: str) -> bytes:
@@ -74,7 +83,10 @@ def _read(uri: str, sha256: str | None, key: str) -> bytes:
         cached = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "carclass" / f"{sha256}"
         if not cached.exists():
             with urllib.request.urlopen(uri, timeout=60) as answer:  # noqa: S310 - https by NAMED or by the user's own word
-                storage.write_bytes(str(cached), answer.read())
+                data = bytes(answer.read())
+            if storage.sha256(data) != sha256:
+                return data  # refused by the caller; kept, it would be refused for ever
+            storage.write_bytes(str(cached), data)
         return cached.read_bytes()
     except OSError as error:
         raise UserError(f"`{key}`: {uri} cannot be read ({error}). Give the URI of a file you have.") from error

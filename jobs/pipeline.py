@@ -22,7 +22,8 @@ def main() -> None:
     settings = command_line.parse(__doc__, None)
     if settings.ingest is None or settings.train is None:
         raise UserError("a pipeline needs the sections `ingest:` and `train:`; see jobs/experiments/sample.yml.")
-    started, summary = time.monotonic(), {}
+    started = time.monotonic()
+    summary: dict[str, int | float] = {}
     photos = ingest.run(settings.root, settings.ingest)
     summary |= {"photos_in": photos.manifest["inputs"], **{k: photos.manifest[k] for k in ("rows", "quarantined")}}
     if settings.mask is not None:

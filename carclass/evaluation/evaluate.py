@@ -89,14 +89,7 @@ def predict(source: dataset.Dataset, settings: config.Evaluate, model_uri: str) 
     """key, label, predicted, confidence and probabilities of every photo of the split, in the order of keys."""
     use_gpu = cluster.gpus(None, 1, "evaluate")
     count = int(ray.cluster_resources()["GPU" if use_gpu else "CPU"])
-    filesystem, _ = storage.locate(source.uri)
-    rows = ray.data.read_parquet(
-        [storage.locate(part)[1] for part in source.part_uris],
-        filesystem=filesystem,
-        columns=["key", "label", "image"],
-        filter=pc.field("split") == settings.split,
-        ray_remote_args={"num_cpus": TASK_CPUS},
-    )
+    rows = cluster.stream(source, ["key", "label", "image"], settings.split)
     predicted = rows.map_batches(
         PredictPhotos,
         fn_constructor_kwargs={"model_uri": model_uri, "use_gpu": use_gpu},

@@ -10,7 +10,7 @@ import pyarrow as pa
 import ray
 import torch
 
-from carclass import cluster, config, dataset, photo, storage
+from carclass import cluster, config, dataset, photo
 from carclass.masking.cutout import cut
 from carclass.masking.detector import Detection, Detector, decode_mask, encode_mask
 from carclass.progress import Progress
@@ -82,10 +82,7 @@ def _write(uri: str, source: dataset.Dataset, todo: set[str], settings: config.M
     count = settings.num_actors or int(ray.cluster_resources().get("GPU", 0) or ray.cluster_resources()["CPU"])
     use_gpu = cluster.gpus(settings.use_gpu, 1 if settings.num_actors is None else count, "mask.use_gpu")
     cluster.check_cpus((count + 1) * TASK_CPUS, "mask.num_actors")
-    filesystem, _ = storage.locate(source.uri)
-    rows = ray.data.read_parquet(
-        [storage.locate(part)[1] for part in source.part_uris], filesystem=filesystem, columns=dataset.ROW.names
-    )
+    rows = cluster.stream(source, dataset.ROW.names)
     masked = (
         rows.map_batches(
             partial(keep, keys=ray.put(todo)),

@@ -1,7 +1,6 @@
 """What the frozen backbone says of each photo, computed once and kept on storage."""
 
 import json
-import logging
 
 import numpy as np
 import torch
@@ -9,9 +8,9 @@ from safetensors.torch import load, save
 from torch import Tensor, distributed, nn
 
 from carclass import lineage, model, storage
+from carclass.progress import say
 from carclass.training.feed import Feed, to_device, view_of
 
-log = logging.getLogger(__name__)
 BATCH_SIZE = 64
 """Photos per forward pass without gradients: enough for any device, and it changes no result."""
 
@@ -68,7 +67,7 @@ def compute(net: nn.Module, feed: Feed, num_views: int, run: lineage.Run, device
             with model.autocast(settings.precision, device):
                 found[view, indices] = model.features(net, seen).float().cpu()
         if feed.rank == 0 and start // BATCH_SIZE % 20 == 19:
-            print(f"{settings.name} features: {start + len(indices):,} of {len(mine):,} photos", flush=True)
+            say(f"{settings.name} features: {start + len(indices):,} of {len(mine):,} photos")
     return _sum_over_workers(found, device)
 
 

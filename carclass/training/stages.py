@@ -3,20 +3,22 @@
 import logging
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 import ray.train
 import ray.train.torch
 import torch
 from torch import nn
+from torchvision.models.resnet import ResNet
 
 from carclass import cluster, config, dataset, lineage, model, storage
 from carclass.errors import UserError
+from carclass.progress import say
 from carclass.training import checkpoint, features, loop
 from carclass.training.feed import Block, FeatureBatches, Feed, PhotoBatches, pixels_of
 
@@ -29,7 +31,7 @@ class Job(NamedTuple):
     """What every worker of a stage is given."""
 
     run: lineage.Run
-    stage: str
+    stage: model.StageName
     classes: list[str]
     digest: str  # of the dataset
     blocks: dict[str, list[ray.ObjectRef]]  # decoded photos by split
@@ -64,17 +66,10 @@ def _threads(settings: config.Train, use_gpu: bool) -> int:
 
 def decode(source: dataset.Dataset, split: str, size: int) -> list[ray.ObjectRef]:
     """A split's photos, decoded once through Ray Data; the blocks stay in the object store."""
-    filesystem, _ = storage.locate(source.uri)
-    rows = ray.data.read_parquet(
-        [storage.locate(part)[1] for part in source.part_uris],
-        filesystem=filesystem,
-        columns=["image_id", "key", "label", "image"],
-        filter=pc.field("split") == split,
-    )
+    rows = cluster.stream(source, ["image_id", "key", "label", "image"], split)
     index = {name: i for i, name in enumerate(source.classes)}
-    decoded = rows.map_batches(
-        decode_batch, fn_kwargs={"index": index, "size": size}, batch_size=DECODE_ROWS, batch_format="pyarrow"
-    )
+    decode_rows = partial(decode_batch, index=index, size=size)
+    decoded = rows.map_batches(decode_rows, batch_size=DECODE_ROWS, batch_format="pyarrow")
     return list(decoded.materialize().to_numpy_refs())
 
 
@@ -128,7 +123,7 @@ def _fit(job: Job, use_gpu: bool) -> None:
     checkpoint.publish_model(job.run.best(job.stage), net, facts)
 
 
-def start_of(job: Job) -> nn.Module:
+def start_of(job: Job) -> ResNet:
     """The network as a stage finds it: the parent's weights, or the frozen stage's best."""
     settings = job.run.settings
     torch.manual_seed(settings.seed)  # the classifier's first weights, the same on every worker
@@ -140,7 +135,7 @@ def start_of(job: Job) -> nn.Module:
     return net
 
 
-def trained_part(net: nn.Module, stage: str) -> nn.Module:
+def trained_part(net: ResNet, stage: str) -> nn.Module:
     """What a stage's checkpoints hold: the classifier alone, or the whole network."""
     return net.fc if stage == "frozen" else net
 
@@ -185,10 +180,9 @@ def _report(job: Job, trainee: loop.Trainee, metrics: dict[str, Any], state: dic
         ray.train.report(metrics)
         return
     job.run.add_metrics({"stage": job.stage, **metrics, "time": time.time()})
-    print(
+    say(
         f"{job.run.settings.name} {job.stage} {metrics['epoch']}/{trainee.stage.epochs}: "
-        f"loss {metrics['train_loss']:.3f}, val accuracy {metrics['val_accuracy']:.3f}, {metrics['seconds']:.1f} s",
-        flush=True,
+        f"loss {metrics['train_loss']:.3f}, val accuracy {metrics['val_accuracy']:.3f}, {metrics['seconds']:.1f} s"
     )
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save_folder(Path(folder), trainee.module, trainee.optimizer, state)

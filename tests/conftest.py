@@ -1,0 +1,124 @@
+"""What tests share: a small sample, an S3 server and a Ray cluster on this machine, a dataset made of the sample."""
+
+import logging
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import boto3
+import pytest
+
+from carclass import config, dataset, storage
+from carclass.sample.generate import write_sample
+
+Rows = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="session")
+def photos_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with photos/, labels.csv and truth.json: 60 good photos of ten classes and the sample's 17 oddities."""
+    folder = tmp_path_factory.mktemp("sample")
+    write_sample(folder, train_per_class=4, test_per_class=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A client of an S3 server on loopback; the environment sends everyone else there too."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    log = (tmp_path_factory.mktemp("s3") / "server.log").open("w")
+    server = subprocess.Popen(command, stdout=log, stderr=log)
+    endpoint = f"http://127.0.0.1:{port}"
+    try:
+        _wait_for(f"{endpoint}/moto-api/", server)
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("AWS_ENDPOINT_URL", endpoint)
+            environment.setenv("AWS_ACCESS_KEY_ID", "test")
+            environment.setenv("AWS_SECRET_ACCESS_KEY", "test")
+            environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
+            environment.setenv("AWS_EC2_METADATA_DISABLED", "true")
+            yield boto3.client("s3")
+    finally:
+        server.kill()
+        server.wait()
+        log.close()
+
+
+def _wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        assert server.poll() is None, "the S3 server ended at once"
+        try:
+            urllib.request.urlopen(url, timeout=1).close()
+            return
+        except OSError:
+            time.sleep(0.1)
+    raise TimeoutError(url)
+
+
+@pytest.fixture
+def bucket(s3: Any) -> str:
+    """The name of a bucket of the test's own."""
+    name = f"test-{uuid4().hex}"
+    s3.create_bucket(Bucket=name)
+    return name
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3: Any) -> Iterator[str]:
+    """A Ray cluster on this machine, by its address; its workers know the S3 server. Jobs called here join it."""
+    import ray  # here, so that tests without a cluster don't wait for it
+    import ray.data
+
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=500_000_000,
+        logging_level=logging.WARNING,
+    )
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def ingested(ray_cluster: str, photos_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dataset.Dataset:
+    """The small sample, ingested from its folder."""
+    from carclass import ingest
+
+    root = str(tmp_path_factory.mktemp("ingested"))
+    settings = config.Ingest(photos=str(photos_folder / "photos"), labels=str(photos_folder / "labels.csv"))
+    return ingest.run(root, settings)
+
+
+@pytest.fixture(scope="session")
+def contents() -> Callable[[dataset.Dataset], tuple[Rows, Rows]]:
+    """All that a dataset holds, in the order of its keys: rows and quarantine."""
+
+    def contents(published: dataset.Dataset) -> tuple[Rows, Rows]:
+        rows = published.read(dataset.ROW.names).to_pylist()
+        quarantine = dataset.written(published.uri, "quarantine", dataset.QUARANTINE.names).drop(["part"]).to_pylist()
+        return sorted(rows, key=lambda row: row["key"]), sorted(quarantine, key=lambda row: row["key"])
+
+    return contents
+
+
+@pytest.fixture(scope="session")
+def files_below() -> Callable[[str], dict[str, tuple[int, int]]]:
+    """Every file below a local folder, with its time of change and its inode: a file written again has others."""
+
+    def files_below(folder: str) -> dict[str, tuple[int, int]]:
+        stats = {path: (Path(folder) / path).stat() for path in storage.list_files(folder)}
+        return {path: (stat.st_mtime_ns, stat.st_ino) for path, stat in stats.items()}
+
+    return files_below

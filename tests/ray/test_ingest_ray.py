@@ -1,0 +1,239 @@
+"""Ingest end to end on a Ray cluster: complete, repeatable, restartable, the same from every kind of source."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from carclass import config, dataset, ingest, photo, storage
+from carclass.errors import UserError
+from carclass.sample.generate import FIRST_ODDITY, ODDITIES, file_name
+from carclass.sample.models import MODELS
+
+JOB = Path(__file__).parents[2] / "jobs" / "ingest.py"
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+Rows = list[dict[str, Any]]
+Contents = Callable[[dataset.Dataset], tuple[Rows, Rows]]
+
+
+def settings(folder: Path, **more: Any) -> config.Ingest:
+    known = {"photos": str(folder / "photos"), "labels": str(folder / "labels.csv")}
+    return config.Ingest.model_validate(known | more)
+
+
+def odd_keys(kind: str) -> list[str]:
+    return [file_name(FIRST_ODDITY + i) for i, oddity in enumerate(ODDITIES) if oddity.kind == kind]
+
+
+# The sample, end to end
+
+
+def test_every_input_is_a_row_or_in_quarantine(ingested: dataset.Dataset, contents: Contents, photos_folder: Path):
+    rows, quarantine = contents(ingested)
+    keys = [row["key"] for row in [*rows, *quarantine]]
+    labelled = {line.split(",")[0] for line in (photos_folder / "labels.csv").read_text().splitlines()[1:]}
+    assert sorted(keys) == sorted(labelled | {path.name for path in (photos_folder / "photos").iterdir()})
+    assert ingested.manifest["inputs"] == ingested.manifest["rows"] + ingested.manifest["quarantined"] == len(keys)
+
+
+def test_what_the_sample_has_wrong_is_in_quarantine_for_the_right_reason(ingested: dataset.Dataset, contents: Contents):
+    _, quarantine = contents(ingested)
+    expected = {
+        "truncated": "truncated",
+        "text": "not_an_image",
+        "empty": "empty",
+        "one_pixel": "too_small",
+        "missing": "missing_file",
+        "unlabelled": "no_label",
+        "conflicting_labels": "label_conflict",
+    }
+    reasons = {key: reason for kind, reason in expected.items() for key in odd_keys(kind)}
+    reasons[odd_keys("train_in_test")[0]] = "leakage"
+    assert {row["key"]: row["reason"] for row in quarantine} == reasons
+    assert ingested.manifest["reasons"] == dict(Counter(reasons.values()))
+
+
+def test_every_reason_belongs_to_the_closed_vocabulary_and_is_explained(ingested: dataset.Dataset, contents: Contents):
+    _, quarantine = contents(ingested)
+    assert {row["reason"] for row in quarantine} <= set(photo.Reason)
+    assert all(row["detail"] for row in quarantine)
+
+
+def test_odd_but_sound_photos_become_upright_rgb_rows(ingested: dataset.Dataset, contents: Contents):
+    rows = {row["key"]: row for row in contents(ingested)[0]}
+    for kind in ("cmyk", "exif_rotated", "grayscale", "png_16_bit", "png_transparent"):
+        (key,) = odd_keys(kind)
+        pixels = photo.decode(rows[key]["image"])
+        assert pixels.shape == (rows[key]["height"], rows[key]["width"], 3)
+        assert rows[key]["image"].startswith(b"\xff\xd8")
+        assert rows[key]["width"] > rows[key]["height"]
+
+
+def test_a_sound_photo_keeps_its_bytes_and_is_named_by_them(
+    ingested: dataset.Dataset, contents: Contents, photos_folder: Path
+):
+    row = contents(ingested)[0][0]
+    source = (photos_folder / "photos" / row["key"]).read_bytes()
+    assert (row["image"], row["image_id"]) == (source, storage.sha256(source))
+
+
+def test_splits_follow_subset_and_content(ingested: dataset.Dataset, contents: Contents, photos_folder: Path):
+    lines = (photos_folder / "labels.csv").read_text().splitlines()[1:]
+    subsets = {key: subset for key, _, subset in (line.rsplit(",", 2) for line in lines)}
+    rows = contents(ingested)[0]
+    for row in rows:
+        held = subsets[row["key"]] == "train" and ingest.held_out(row["image_id"], 123, 0.2)
+        assert row["split"] == ("val" if held else subsets[row["key"]])
+    assert ingested.manifest["splits"] == dict(Counter(row["split"] for row in rows))
+    assert ingested.manifest["splits"]["test"] == 21  # two of each class, and the one that train repeats
+
+
+def test_no_bytes_are_in_two_splits_or_under_two_labels(ingested: dataset.Dataset, contents: Contents):
+    kept: dict[str, tuple[str, str]] = {}
+    for row in contents(ingested)[0]:
+        assert kept.setdefault(row["image_id"], (row["split"], row["label"])) == (row["split"], row["label"])
+    assert len(kept) == len(contents(ingested)[0]) - 1  # one of the copies under one label
+
+
+def test_classes_are_sorted_by_name(ingested: dataset.Dataset):
+    assert ingested.classes == sorted(model.name for model in MODELS)
+
+
+# The same work again
+
+
+def test_a_second_run_writes_nothing(
+    ingested: dataset.Dataset, photos_folder: Path, files_below: Callable[[str], dict[str, tuple[int, int]]]
+):
+    root = ingested.uri.removesuffix("/datasets/v1")
+    before = files_below(root)
+    again = ingest.run(root, settings(photos_folder))
+    assert again == ingested
+    assert files_below(root) == before
+
+
+def test_the_size_of_parts_is_no_other_dataset(ingested: dataset.Dataset, photos_folder: Path):
+    root = ingested.uri.removesuffix("/datasets/v1")
+    assert ingest.run(root, settings(photos_folder, part_rows=7)) == ingested
+
+
+def test_other_settings_under_the_same_name_are_refused(ingested: dataset.Dataset, photos_folder: Path):
+    root = ingested.uri.removesuffix("/datasets/v1")
+    with pytest.raises(UserError, match=r"made with other settings \(val_fraction\)"):
+        ingest.run(root, settings(photos_folder, val_fraction=0.3))
+
+
+@pytest.fixture
+def killed(ray_cluster: str, photos_folder: Path, tmp_path: Path) -> Iterator[str]:
+    """The root of a job that was killed with SIGKILL as soon as its first part was there."""
+    config_file = tmp_path / "config.yml"
+    config_file.write_text(
+        f"root: {tmp_path}\ningest:\n  photos: {photos_folder}/photos\n  labels: {photos_folder}/labels.csv\n"
+        "  part_rows: 2\n"
+    )
+    environment = {**os.environ, "RAY_ADDRESS": ray_cluster}
+    with (tmp_path / "log").open("w") as log:
+        job = subprocess.Popen(
+            [sys.executable, str(JOB), "--config", str(config_file)], env=environment, stdout=log, stderr=log
+        )
+        try:
+            parts = tmp_path / "datasets" / "v1" / "parts"
+            while not list(parts.glob("*.parquet")):
+                assert job.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.005)
+        finally:
+            job.send_signal(signal.SIGKILL)
+            job.wait()
+    yield str(tmp_path)
+
+
+def test_a_killed_job_goes_on_where_it_was_and_ends_as_an_undisturbed_one(
+    killed: str, ingested: dataset.Dataset, photos_folder: Path, contents: Contents
+):
+    uri = dataset.place(killed, "v1")
+    assert dataset.find(killed, "v1") is None
+    first = set(storage.list_files(uri))
+    resumed = ingest.run(killed, settings(photos_folder, part_rows=2))
+    assert contents(resumed) == contents(ingested)
+    assert 0 < len(first & set(storage.list_files(uri)))
+
+
+# Other sources
+
+
+def test_an_archive_gives_the_same_as_the_folder(
+    photos_folder: Path, tmp_path: Path, ingested: dataset.Dataset, contents: Contents
+):
+    with tarfile.open(tmp_path / "photos.tgz", "w:gz", compresslevel=1) as archive:
+        archive.add(photos_folder / "photos", ".")
+    given = settings(photos_folder, photos=str(tmp_path / "photos.tgz"), part_rows=20)
+    assert contents(ingest.run(str(tmp_path), given)) == contents(ingested)
+
+
+def test_a_folder_per_class_needs_no_labels(ingested: dataset.Dataset, photos_folder: Path, tmp_path: Path):
+    expected = {}
+    for line in (photos_folder / "labels.csv").read_text().splitlines()[1:]:
+        key, label, subset = line.rsplit(",", 2)
+        if key < file_name(40):
+            place = tmp_path / "photos" / subset / label / key
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(photos_folder / "photos" / key, place)
+            expected[f"{subset}/{label}/{key}"] = (label, subset)
+    (tmp_path / "photos" / ".DS_Store").write_bytes(b"")
+    published = ingest.run(str(tmp_path), config.Ingest(photos=str(tmp_path / "photos"), val_fraction=0))
+    rows = published.read(["key", "label", "split"]).to_pylist()
+    assert {row["key"]: (row["label"], row["split"]) for row in rows} == expected
+    assert published.manifest["reasons"] == {"no_label": 1}
+
+
+def test_photos_that_are_all_unusable_are_all_in_quarantine(tmp_path: Path):
+    for name in ("A/x.jpg", "B/y.jpg"):
+        storage.write_bytes(str(tmp_path / "photos" / name), b"no photo")
+    published = ingest.run(str(tmp_path), config.Ingest(photos=str(tmp_path / "photos")))
+    assert (published.manifest["rows"], published.manifest["reasons"]) == (0, {"not_an_image": 2})
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"photos": "{tmp}/nowhere"}, r"`ingest.photos`: no files in .*/nowhere"),
+        ({"photos": "{tmp}/nowhere.tgz"}, r"`ingest.photos`: no archive .*/nowhere.tgz"),
+        ({"labels": "{tmp}/nowhere.csv"}, r"`ingest.labels`: .*/nowhere.csv cannot be read"),
+        ({"labels": "{tmp}/columns.csv"}, r"columns.csv: no column class, subset"),
+        ({"labels": "{tmp}/one_class.csv"}, r"gives 1 class\(es\) to the photos; at least two are needed"),
+        ({"labels": "{tmp}/others.csv"}, r"gives 0 class\(es\) to the photos"),
+        ({"num_classes": 11}, r"`ingest.num_classes` says 11, .* have 10 classes"),
+        ({"labels": None}, r"no class folders; expected <class>/<file>"),
+    ],
+)
+def test_a_mistake_is_named_and_nothing_is_written(
+    photos_folder: Path, tmp_path: Path, given: dict[str, Any], message: str
+):
+    (tmp_path / "columns.csv").write_text("img_name,klass\n000000.jpg,A\n")
+    (tmp_path / "one_class.csv").write_text("img_name,class,subset\n000000.jpg,A,train\n")
+    (tmp_path / "others.csv").write_text("img_name,class,subset\nz.jpg,A,train\n")
+    filled = {key: value.format(tmp=tmp_path) if isinstance(value, str) else value for key, value in given.items()}
+    root = tmp_path / "root"
+    with pytest.raises(UserError, match=message):
+        ingest.run(str(root), settings(photos_folder, **filled))
+    assert storage.list_files(str(root)) == []
+
+
+def test_a_root_that_cannot_be_written_to_is_named(photos_folder: Path, tmp_path: Path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match=r"`root`: .*/file/root cannot be written to"):
+        ingest.run(str(tmp_path / "file" / "root"), settings(photos_folder))

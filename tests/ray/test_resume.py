@@ -1,0 +1,73 @@
+"""A training job killed in the middle goes on where it was when it is run again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from carclass import config, ingest
+
+EPOCHS = 40
+JOBS = Path(__file__).parents[2] / "jobs"
+
+
+def start(config_file: Path) -> subprocess.Popen:
+    command = [sys.executable, str(JOBS / "train.py"), "--config", str(config_file)]
+    # A session of its own: killing its group takes Ray's processes along, as the loss of a machine does.
+    return subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+
+
+def wait_for_epoch(metrics: Path, epoch: int, job: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 180
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < epoch:
+        assert time.monotonic() < deadline, "no epoch came in time"
+        assert job.poll() is None, "the job ended before it was killed"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def killed_and_resumed(ray_cluster, photos_folder: Path, tmp_path_factory) -> tuple[list[dict], list[dict]]:
+    """Metrics at the moment of the kill, and at the end of the second run."""
+    root = tmp_path_factory.mktemp("resume")
+    photos, labels = str(photos_folder / "photos"), str(photos_folder / "labels.csv")
+    ingest.run(str(root), config.Ingest(photos=photos, labels=labels))
+    config_file = root / "train.yml"
+    train = {
+        "name": "killed",
+        "dataset": "v1",
+        "parent": "sample",
+        "model": {"architecture": "resnet26-narrow", "image_size": 64},
+        "frozen": None,
+        "unfrozen": {"epochs": EPOCHS, "batch_size": 8},
+    }
+    config_file.write_text(yaml.safe_dump({"root": str(root), "train": train}))
+    metrics = root / "experiments" / "killed" / "metrics.jsonl"
+    job = start(config_file)
+    wait_for_epoch(metrics, 5, job)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+    before = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert start(config_file).wait(timeout=400) == 0
+    return before, [json.loads(line) for line in metrics.read_text().splitlines()]
+
+
+def test_the_kill_came_in_the_middle(killed_and_resumed):
+    before, _ = killed_and_resumed
+    assert 5 <= len(before) < EPOCHS
+
+
+def test_every_epoch_is_there_once(killed_and_resumed):
+    _, after = killed_and_resumed
+    assert [row["epoch"] for row in after] == list(range(1, EPOCHS + 1))
+
+
+def test_checkpointed_epochs_are_not_trained_again(killed_and_resumed):
+    before, after = killed_and_resumed
+    # The last line may be of an epoch whose checkpoint was not yet stored: it is trained again.
+    assert after[: len(before) - 1] == before[:-1]

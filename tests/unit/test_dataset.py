@@ -1,0 +1,277 @@
+"""Datasets: nothing lost, nothing twice, nothing published before it is whole, and every step can be repeated."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from carclass import dataset, storage
+from carclass.errors import UserError
+
+SETTINGS = {"photos": "s3://bucket/photos", "seed": 1}
+
+
+@pytest.fixture
+def uri(tmp_path: Path) -> str:
+    return dataset.place(str(tmp_path), "v1")
+
+
+def row(key: str, **more: Any) -> dict[str, Any]:
+    known = {"image_id": key * 2, "key": key, "label": "a", "split": "train", "width": 1, "height": 1, "image": b"x"}
+    return known | more
+
+
+def quarantined(key: str, reason: str = "leakage") -> dict[str, Any]:
+    return {"key": key, "image_id": None, "reason": reason, "detail": "", "attempts": 0}
+
+
+def write_rows(uri: str, keys: Sequence[str], settings: dict[str, Any] = SETTINGS, **more: Any) -> None:
+    rows = pa.Table.from_pylist([row(key, **more) for key in keys], dataset.ROW)
+    dataset.write_part(uri, "parts", rows, settings)
+
+
+def write_quarantine(uri: str, keys: Sequence[str], settings: dict[str, Any] = SETTINGS) -> None:
+    rows = pa.Table.from_pylist([quarantined(key) for key in keys], dataset.QUARANTINE)
+    dataset.write_part(uri, "quarantine", rows, settings)
+
+
+def publish(uri: str, inputs: Sequence[str], **more: Any) -> dataset.Dataset:
+    given = {"settings": SETTINGS, "classes": ["a", "b"], "facts": {"kind": "photos"}} | more
+    return dataset.publish(uri, inputs=inputs, **given)
+
+
+def keys_in(uri: str, folder: str) -> list[str]:
+    return sorted(dataset.written(uri, folder, ["key"])["key"].to_pylist())
+
+
+def manifest_of(uri: str) -> Path:
+    return Path(uri) / "manifest.json"
+
+
+# Publishing
+
+
+def test_a_manifest_counts_inputs_rows_splits_and_reasons(uri: str):
+    write_rows(uri, "ab")
+    write_rows(uri, "c", split="val")
+    write_rows(uri, "d", split="test")
+    write_quarantine(uri, "ef")
+    manifest = publish(uri, "abcdef").manifest
+    assert (manifest["inputs"], manifest["rows"], manifest["quarantined"]) == (6, 4, 2)
+    assert manifest["splits"] == {"train": 2, "val": 1, "test": 1}
+    assert manifest["reasons"] == {"leakage": 2}
+
+
+def test_the_published_dataset_is_the_one_that_is_found(tmp_path: Path, uri: str):
+    write_rows(uri, "ab")
+    assert publish(uri, "ab") == dataset.load(str(tmp_path), "v1")
+
+
+@pytest.mark.parametrize(
+    ("rows", "quarantine", "inputs", "message"),
+    [
+        ("ab", "", "abc", r"lost \['c'\]"),
+        ("abc", "", "ab", r"unexpected \['c'\]"),
+        ("ab", "b", "ab", r"unexpected \['b'\]"),
+        ("abb", "", "ab", r"unexpected \['b'\]"),
+        ("ab", "", "abb", "more than once"),
+        ("abb", "", "abb", "more than once"),
+    ],
+)
+def test_a_key_that_is_lost_or_doubled_is_our_mistake_and_nothing_is_published(
+    uri: str, rows: str, quarantine: str, inputs: str, message: str
+):
+    write_rows(uri, rows)
+    if quarantine:
+        write_quarantine(uri, quarantine)
+    with pytest.raises(AssertionError, match=message):
+        publish(uri, inputs)
+    assert not manifest_of(uri).exists()
+
+
+def test_parts_without_a_manifest_are_no_dataset(tmp_path: Path, uri: str):
+    write_rows(uri, "ab")
+    assert dataset.find(str(tmp_path), "v1") is None
+
+
+def test_the_manifest_is_written_after_everything_else(uri: str, monkeypatch: pytest.MonkeyPatch):
+    written: list[str] = []
+    write_bytes = storage.write_bytes
+
+    def spy(uri: str, data: bytes) -> None:
+        written.append(uri)
+        write_bytes(uri, data)
+
+    monkeypatch.setattr(storage, "write_bytes", spy)
+    write_rows(uri, "ab")
+    dataset.withdraw(uri, [quarantined("b")], SETTINGS)
+    publish(uri, "ab")
+    assert [uri.endswith("manifest.json") for uri in written] == [False] * (len(written) - 1) + [True]
+
+
+def test_a_dataset_without_rows_can_be_published_and_read(uri: str):
+    write_quarantine(uri, "ab")
+    published = publish(uri, "ab")
+    assert published.manifest["rows"] == 0
+    assert published.read(["key", "label"]).to_pylist() == []
+
+
+def test_the_digest_follows_the_content(uri: str):
+    write_rows(uri, "ab")
+    one = publish(uri, "ab")
+    write_rows(uri, "c")
+    assert publish(uri, "ab" + "c").digest != one.digest
+
+
+# Reading
+
+
+def test_rows_come_back_as_they_were_written(uri: str):
+    write_rows(uri, "a", label="Å, „b“", image=b"\0\xff")
+    assert publish(uri, "a").read(dataset.ROW.names).to_pylist() == [row("a", label="Å, „b“", image=b"\0\xff")]
+
+
+def test_rows_are_found_by_key_in_the_order_asked_for(uri: str):
+    write_rows(uri, "ab", label="one")
+    write_rows(uri, "cd", label="two")
+    found = publish(uri, "abcd").rows(["d", "a"], ["label"])
+    assert found == [{"key": "d", "label": "two"}, {"key": "a", "label": "one"}]
+
+
+def test_a_missing_dataset_is_answered_with_those_that_are_there(tmp_path: Path, uri: str):
+    write_rows(uri, "a")
+    publish(uri, "a")
+    with pytest.raises(UserError, match=r"no dataset `v2` in .*\. Published there: v1\."):
+        dataset.load(str(tmp_path), "v2")
+
+
+def test_a_root_without_any_dataset_says_which_job_makes_one(tmp_path: Path):
+    with pytest.raises(UserError, match=r"None is published there yet: run jobs/ingest\.py"):
+        dataset.load(str(tmp_path), "v1")
+
+
+# The same work again
+
+
+def test_a_dataset_made_with_the_same_settings_is_found(tmp_path: Path, uri: str):
+    write_rows(uri, "a")
+    published = publish(uri, "a")
+    assert dataset.find_same(str(tmp_path), "v1", dict(reversed(SETTINGS.items()))) == published
+
+
+def test_settings_are_the_same_after_their_way_through_json(tmp_path: Path, uri: str):
+    settings = {"classes": {2: "car"}, "fill": (1, 2, 3)}
+    write_rows(uri, "a", settings)
+    publish(uri, "a", settings=settings)
+    assert dataset.find_same(str(tmp_path), "v1", settings) is not None
+
+
+def test_a_dataset_made_with_other_settings_is_refused_and_says_which(tmp_path: Path, uri: str):
+    write_rows(uri, "a")
+    publish(uri, "a")
+    with pytest.raises(UserError, match=r"made with other settings \(seed, size\)\. A dataset never changes"):
+        dataset.find_same(str(tmp_path), "v1", {"photos": SETTINGS["photos"], "seed": 2, "size": 1})
+
+
+def test_nothing_is_found_where_nothing_is_published(tmp_path: Path):
+    assert dataset.find_same(str(tmp_path), "v1", SETTINGS) is None
+
+
+def test_finished_keys_are_those_of_rows_and_quarantine(uri: str):
+    write_rows(uri, "ab")
+    write_quarantine(uri, "c")
+    assert dataset.finished(uri, SETTINGS) == {"a", "b", "c"}
+
+
+def test_parts_that_other_settings_left_behind_are_removed(uri: str):
+    write_rows(uri, "ab", {**SETTINGS, "seed": 2})
+    write_quarantine(uri, "c", {**SETTINGS, "seed": 2})
+    write_rows(uri, "d")
+    assert dataset.finished(uri, SETTINGS) == {"d"}
+    assert (keys_in(uri, "parts"), keys_in(uri, "quarantine")) == (["d"], [])
+
+
+def test_nothing_is_finished_where_nothing_was_written(uri: str):
+    assert dataset.finished(uri, SETTINGS) == set()
+
+
+def test_the_same_rows_make_the_same_file(uri: str):
+    write_rows(uri, "ab")
+    (part,) = (Path(uri) / "parts").iterdir()
+    before = part.read_bytes()
+    write_rows(uri, "ab")
+    assert [path.read_bytes() for path in (Path(uri) / "parts").iterdir()] == [before]
+
+
+# Withdrawing rows
+
+
+def test_withdrawn_rows_move_to_quarantine(uri: str):
+    write_rows(uri, "abc")
+    write_rows(uri, "de")
+    dataset.withdraw(uri, [quarantined("b"), quarantined("d"), quarantined("e")], SETTINGS)
+    assert (keys_in(uri, "parts"), keys_in(uri, "quarantine")) == (["a", "c"], ["b", "d", "e"])
+
+
+def test_rows_that_stay_keep_everything(uri: str):
+    write_rows(uri, "ab", label="x", image=b"pixels")
+    dataset.withdraw(uri, [quarantined("b")], SETTINGS)
+    assert publish(uri, "ab").read(dataset.ROW.names).to_pylist() == [row("a", label="x", image=b"pixels")]
+
+
+def test_parts_without_withdrawn_rows_are_not_written_again(uri: str):
+    write_rows(uri, "ab")
+    (part,) = (Path(uri) / "parts").iterdir()
+    before = part.stat().st_mtime_ns
+    write_rows(uri, "cd")
+    dataset.withdraw(uri, [quarantined("c")], SETTINGS)
+    assert part.stat().st_mtime_ns == before
+
+
+class KilledError(Exception):
+    """Stands for a SIGKILL at a chosen moment."""
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_a_withdrawal_killed_after_any_step_is_finished_by_the_next_run(
+    uri: str, monkeypatch: pytest.MonkeyPatch, step: int
+):
+    write_rows(uri, "abc")
+    write_rows(uri, "de")
+    write_rows(uri, "f")
+    with monkeypatch.context() as patched:
+        kill_after(step, patched)
+        with pytest.raises(KilledError):
+            dataset.withdraw(uri, [quarantined(key) for key in "bdf"], SETTINGS)
+    # What a job does when it runs again: take stock, finish the move, look for leaks once more.
+    assert dataset.finished(uri, SETTINGS) == set("abcdef")
+    dataset.withdraw(uri, [], SETTINGS)
+    left = [key for key in "bdf" if key in keys_in(uri, "parts")]
+    dataset.withdraw(uri, [quarantined(key) for key in left], SETTINGS)
+    assert (keys_in(uri, "parts"), keys_in(uri, "quarantine")) == (["a", "c", "e"], ["b", "d", "f"])
+    assert publish(uri, "abcdef").manifest["rows"] == 3
+
+
+def kill_after(step: int, patched: pytest.MonkeyPatch) -> None:
+    """Lets `step` writes and deletions happen and raises at the next one."""
+    done: list[int] = []
+    for name in ("write_bytes", "delete"):
+        original = getattr(storage, name)
+
+        def step_or_die(*given: Any, original: Any = original) -> None:
+            done.append(1)
+            if len(done) > step:
+                raise KilledError
+            original(*given)
+
+        patched.setattr(storage, name, step_or_die)
+
+
+def test_the_manifest_is_readable_json(uri: str):
+    write_rows(uri, "a", label="Škoda")
+    publish(uri, "a", classes=["Škoda", "b"])
+    assert json.loads(manifest_of(uri).read_text(encoding="utf-8"))["classes"] == ["Škoda", "b"]
+    assert "Škoda" in manifest_of(uri).read_text(encoding="utf-8")

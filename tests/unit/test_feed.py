@@ -1,0 +1,213 @@
+"""The feed: every sample once per epoch, the same steps however many workers share them."""
+
+import numpy as np
+import pytest
+import torch
+
+from carclass import model, photo
+from carclass.config import Augmentation
+from carclass.training.feed import Block, FeatureBatches, Feed, PhotoBatches, pixels_of, to_device, view_of
+
+CPU = torch.device("cpu")
+SIDE = 8
+
+
+def block(ids: np.ndarray) -> Block:
+    """Photos whose pixels and label follow from their id, so that a mix-up shows."""
+    pixels = np.stack([np.random.default_rng(int(i)).integers(0, 256, (SIDE, SIDE, 3), np.uint8) for i in ids])
+    return Block(pixels, (ids % np.uint64(10)).astype(np.int64), ids)
+
+
+def ids_of(count: int) -> np.ndarray:
+    return np.random.default_rng(5).integers(0, 2**63, count, np.uint64)
+
+
+def blocks(count: int, size: int = 7) -> list[Block]:
+    ids = ids_of(count)
+    return [block(ids[start : start + size]) for start in range(0, count, size)]
+
+
+def feeds(count: int, num_workers: int) -> list[Feed]:
+    return [Feed(blocks(count), seed=1, rank=rank, num_workers=num_workers) for rank in range(num_workers)]
+
+
+SHARES = [(23, 8, 1), (23, 8, 2), (23, 8, 3), (24, 8, 3), (25, 8, 4), (3, 8, 5), (8, 1, 3), (17, 16, 4)]
+shares = pytest.mark.parametrize(("count", "batch_size", "num_workers"), SHARES)
+
+
+# Steps
+
+
+@shares
+@pytest.mark.parametrize("epoch", [0, 7, None])
+def test_every_sample_comes_once_per_epoch_over_all_workers(
+    count: int, batch_size: int, num_workers: int, epoch: int | None
+):
+    seen = [
+        index
+        for feed in feeds(count, num_workers)
+        for indices, weight in feed.steps(epoch, batch_size)
+        if weight > 0
+        for index in indices
+    ]
+    assert sorted(seen) == list(range(count))
+
+
+@shares
+def test_the_workers_shares_together_are_the_step_of_one_worker(count: int, batch_size: int, num_workers: int):
+    alone = [set(indices) for indices, _ in feeds(count, 1)[0].steps(3, batch_size)]
+    shared: list[set[int]] = [set() for _ in alone]
+    for feed in feeds(count, num_workers):
+        for step, (indices, weight) in enumerate(feed.steps(3, batch_size)):
+            shared[step] |= set(indices) if weight else set()
+    assert shared == alone
+
+
+@shares
+def test_all_workers_take_equally_many_steps_and_none_is_empty(count: int, batch_size: int, num_workers: int):
+    lengths = [[len(indices) for indices, _ in feed.steps(0, batch_size)] for feed in feeds(count, num_workers)]
+    assert {len(steps) for steps in lengths} == {-(-count // batch_size)}
+    assert min(min(steps) for steps in lengths) >= 1
+
+
+@shares
+def test_the_mean_over_workers_is_the_mean_over_the_steps_samples(count: int, batch_size: int, num_workers: int):
+    loss = np.random.default_rng(2).uniform(0, 5, count)
+    alone = [loss[indices].mean() for indices, _ in feeds(count, 1)[0].steps(3, batch_size)]
+    sums = [
+        [(loss[indices] * weight).sum() for indices, weight in feed.steps(3, batch_size)]
+        for feed in feeds(count, num_workers)
+    ]
+    np.testing.assert_allclose(np.mean(sums, axis=0), alone)
+
+
+# Order
+
+
+def test_the_order_does_not_depend_on_how_photos_lie_in_blocks():
+    rng, ids = np.random.default_rng(0), ids_of(40)
+    one = Feed(blocks(40), seed=1)
+    shuffled = rng.permutation(ids)
+    other = Feed([block(shuffled[:3]), block(shuffled[3:30]), block(shuffled[30:])], seed=1)
+    for epoch in (None, 0, 5):
+        np.testing.assert_array_equal(one.ids[one.order(epoch)], other.ids[other.order(epoch)])
+
+
+def test_every_epoch_and_seed_has_an_order_of_its_own():
+    one, other = Feed(blocks(40), seed=1), Feed(blocks(40), seed=2)
+    orders = {tuple(order) for order in (one.order(0), one.order(1), other.order(0))}
+    assert len(orders) == 3
+
+
+def test_an_epochs_order_does_not_depend_on_the_epochs_before():
+    fresh, used = Feed(blocks(40), seed=1), Feed(blocks(40), seed=1)
+    for epoch in range(4):
+        list(used.steps(epoch, 8))
+    np.testing.assert_array_equal(fresh.order(4), used.order(4))
+
+
+def test_positions_lead_to_the_photos_they_stand_for():
+    feed = Feed(blocks(20, size=6), seed=1)
+    indices = np.array([19, 0, 6, 5, 12])
+    expected = np.concatenate([item.pixels for item in blocks(20, size=6)])[indices]
+    np.testing.assert_array_equal(feed.pixels(indices), expected)
+
+
+def test_empty_blocks_do_no_harm():
+    empty = Block(np.zeros((0, SIDE, SIDE, 3), np.uint8), np.zeros(0, np.int64), np.zeros(0, np.uint64))
+    feed = Feed([empty, blocks(5)[0], empty], seed=1)
+    assert len(feed) == 5
+    np.testing.assert_array_equal(feed.pixels(np.arange(5)), blocks(5)[0].pixels)
+
+
+# Batches
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_a_photo_is_augmented_the_same_however_many_workers_there_are(num_workers: int):
+    seen: dict[int, torch.Tensor] = {}
+    for train in feeds(20, num_workers):
+        batches = PhotoBatches(train, train, Augmentation(), 8, CPU)
+        for (indices, _), batch in zip(train.steps(2, 8), batches.train(2), strict=True):
+            seen.update(zip(train.ids[indices].tolist(), batch.inputs, strict=True))
+    alone = Feed(blocks(20), seed=1)
+    (whole,) = PhotoBatches(alone, alone, Augmentation(), 20, CPU).train(2)
+    for i, expected in zip(alone.order(2), whole.inputs, strict=True):
+        torch.testing.assert_close(seen[int(alone.ids[i])], expected, atol=1e-5, rtol=0)
+
+
+def test_labels_stay_with_their_photos():
+    train = Feed(blocks(20), seed=1)
+    nothing = Augmentation(flip="none", rotation=0, zoom_height=0, zoom_width=0)
+    for batch in PhotoBatches(train, train, nothing, 8, CPU).train(0):
+        for inputs, label in zip(batch.inputs, batch.labels, strict=True):
+            distance = [(inputs - other).abs().max().item() for other in to_device(train.pixels(np.arange(20)), CPU)]
+            assert train.labels[int(np.argmin(distance))] == label
+            assert min(distance) < 1e-4
+
+
+def test_validation_photos_are_not_augmented():
+    val = Feed(blocks(6), seed=1)
+    (batch,) = PhotoBatches(Feed(blocks(20), seed=1), val, Augmentation(), 8, CPU).val()
+    torch.testing.assert_close(batch.inputs, to_device(val.pixels(val.order(None)), CPU))
+
+
+def test_num_steps_counts_the_last_short_step():
+    train = Feed(blocks(17), seed=1)
+    batches = PhotoBatches(train, train, Augmentation(), 8, CPU)
+    assert batches.num_steps == len(list(batches.train(0))) == 3
+
+
+def test_features_come_with_their_labels_and_one_view_per_epoch():
+    train, val = Feed(blocks(20), seed=1), Feed(blocks(6), seed=1)
+    # A feature says which view of which photo it is.
+    features = torch.stack([torch.stack([torch.full((20,), float(view)), torch.arange(20.0)], 1) for view in range(3)])
+    batches = FeatureBatches(train, val, (features, torch.zeros((1, 6, 2))), 8, CPU)
+    seen = torch.cat([batch.inputs for batch in batches.train(0)])
+    labels = torch.cat([batch.labels for batch in batches.train(0)])
+    assert sorted(seen[:, 1].tolist()) == list(range(20))
+    assert labels.tolist() == [train.labels[int(position)] for position in seen[:, 1]]
+    assert set(seen[:, 0].tolist()) == {0.0, 1.0, 2.0}
+
+
+def test_a_photos_view_changes_from_epoch_to_epoch_but_not_with_the_workers():
+    def views(epoch: int, num_workers: int) -> dict[float, float]:
+        found = {}
+        for train in feeds(20, num_workers):
+            pairs = [torch.stack([torch.full((20,), float(v)), torch.arange(20.0)], 1) for v in range(3)]
+            batches = FeatureBatches(train, train, (torch.stack(pairs), torch.zeros((1, 20, 2))), 8, CPU)
+            found.update({row[1]: row[0] for batch in batches.train(epoch) for row in batch.inputs.tolist()})
+        return found
+
+    assert views(0, 1) == views(0, 3)
+    assert views(0, 1) != views(1, 1)
+
+
+# Views and pixels
+
+
+def test_the_first_two_views_are_the_photo_and_its_mirror_image():
+    photos = to_device(blocks(4)[0].pixels, CPU)
+    views = [view_of(photos, view, ids_of(4), 1, Augmentation()) for view in range(3)]
+    torch.testing.assert_close(views[0], photos)
+    torch.testing.assert_close(views[1], photos.flip(3))
+    assert not torch.allclose(views[2], photos)
+
+
+def test_without_flips_no_view_is_mirrored():
+    photos = to_device(blocks(4)[0].pixels, CPU)
+    torch.testing.assert_close(view_of(photos, 1, ids_of(4), 1, Augmentation(flip="none")), photos)
+
+
+def test_the_device_gets_what_normalising_the_photos_gives():
+    pixels = blocks(4)[0].pixels
+    expected = model.normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    torch.testing.assert_close(to_device(pixels, CPU), expected)
+
+
+def test_encoded_photos_become_squares_of_one_size():
+    rng = np.random.default_rng(0)
+    images = [photo.encode(rng.integers(0, 256, (h, w, 3), np.uint8)) for h, w in ((30, 50), (16, 16), (64, 20))]
+    found = pixels_of(images, 16)
+    assert (found.shape, found.dtype) == ((3, 16, 16, 3), np.uint8)
+    np.testing.assert_array_equal(found[1], photo.decode(images[1]))

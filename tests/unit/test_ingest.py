@@ -1,0 +1,329 @@
+"""The parts of ingest that need no cluster: matching, splitting, leakage, listings, labels."""
+
+import io
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from scipy.io import savemat
+
+from carclass import config, dataset, ingest, photo, storage
+from carclass.errors import UserError
+from carclass.labels import Label
+from carclass.photo import PhotoError, Reason
+
+SCHEMA = pa.schema([(name, pa.string()) for name in ("key", "image_id", "label", "split")])
+
+
+def settings(**more: Any) -> config.Ingest:
+    return config.Ingest(photos="/photos", **more)
+
+
+# Matching labels and photos
+
+
+def test_a_label_names_a_photo_by_its_whole_key():
+    plan = ingest.match(["train/x.jpg", "test/x.jpg"], [Label("test/x.jpg", "A", "test")])
+    assert plan.photos == [Label("test/x.jpg", "A", "test")]
+
+
+def test_a_label_names_a_photo_by_the_end_of_its_path():
+    plan = ingest.match(["photos/train/x.jpg", "photos/train/y.jpg"], [Label("train/x.jpg", "A", "train")])
+    assert plan.photos == [Label("photos/train/x.jpg", "A", "train")]
+
+
+def test_the_end_of_a_path_begins_at_a_slash():
+    plan = ingest.match(["photos/max.jpg"], [Label("ax.jpg", "A", "train")])
+    assert plan.photos == []
+
+
+def test_a_whole_key_wins_over_the_end_of_another_path():
+    plan = ingest.match(["x.jpg", "old/x.jpg"], [Label("x.jpg", "A", "train")])
+    assert [item.key for item in plan.photos] == ["x.jpg"]
+
+
+def test_a_label_that_fits_two_photos_names_none_of_them():
+    plan = ingest.match(["a/x.jpg", "b/x.jpg"], [Label("x.jpg", "A", "train")])
+    assert plan.photos == []
+    assert {row["key"]: row["reason"] for row in plan.rejected} == {
+        "x.jpg": "missing_file",
+        "a/x.jpg": "no_label",
+        "b/x.jpg": "no_label",
+    }
+    assert plan.rejected[0]["detail"] == "2 photos have this name"
+
+
+def test_a_label_without_a_photo_and_a_photo_without_a_label_are_kept_as_rejected():
+    plan = ingest.match(["x.jpg"], [Label("y.jpg", "A", "train")])
+    assert [(row["key"], row["reason"]) for row in plan.rejected] == [("y.jpg", "missing_file"), ("x.jpg", "no_label")]
+
+
+def test_two_labels_that_contradict_each_other_on_one_photo_are_refused():
+    with pytest.raises(UserError, match=r"x.jpg is B \(train\), but .* the photo p/a/x.jpg says A \(train\)"):
+        ingest.match(["p/a/x.jpg"], [Label("a/x.jpg", "A", "train"), Label("x.jpg", "B", "train")])
+
+
+def test_two_labels_that_agree_on_one_photo_are_one():
+    plan = ingest.match(["p/a/x.jpg"], [Label("a/x.jpg", "A", "train"), Label("x.jpg", "A", "train")])
+    assert plan.photos == [Label("p/a/x.jpg", "A", "train")]
+
+
+def test_every_photo_and_every_lone_label_is_somewhere_once():
+    keys = [f"{folder}/{i}.jpg" for folder in "ab" for i in range(20)]
+    found = [Label(f"a/{i}.jpg", "A", "train") for i in range(10)] + [Label(f"{i}.jpg", "B", "test") for i in (12, 99)]
+    plan = ingest.match(keys, found)
+    everywhere = [item.key for item in plan.photos] + [row["key"] for row in plan.rejected]
+    assert sorted(everywhere) == sorted([*keys, "12.jpg", "99.jpg"])
+
+
+# Splitting
+
+
+def ids(count: int) -> list[str]:
+    return [storage.sha256(str(i).encode()) for i in range(count)]
+
+
+def test_about_the_share_asked_for_is_held_out():
+    held = sum(ingest.held_out(image_id, 123, 0.2) for image_id in ids(5000))
+    assert held == pytest.approx(1000, abs=100)  # 3.5 standard deviations
+
+
+def test_every_class_is_held_out_in_the_same_proportion():
+    shares = [sum(ingest.held_out(i, 123, 0.2) for i in ids(10_000)[start::10]) / 1000 for start in range(10)]
+    assert shares == pytest.approx([0.2] * 10, abs=0.045)
+
+
+def test_whether_a_photo_is_held_out_depends_on_its_content_and_the_seed_alone():
+    few = {image_id for image_id in ids(100) if ingest.held_out(image_id, 1, 0.2)}
+    many = {image_id for image_id in ids(1000) if ingest.held_out(image_id, 1, 0.2)}
+    assert few == many & set(ids(100))
+
+
+def test_a_larger_share_holds_out_the_same_photos_and_more():
+    one, other = ({i for i in ids(500) if ingest.held_out(i, 1, fraction)} for fraction in (0.1, 0.3))
+    assert one < other
+
+
+def test_another_seed_holds_out_other_photos():
+    one, other = ({i for i in ids(500) if ingest.held_out(i, seed, 0.2)} for seed in (1, 2))
+    assert len(one & other) < len(one) / 2
+
+
+@pytest.mark.parametrize(("fraction", "count"), [(0.0, 0), (1.0, 200)])
+def test_none_or_all_can_be_held_out(fraction: float, count: int):
+    assert sum(ingest.held_out(image_id, 1, fraction) for image_id in ids(200)) == count
+
+
+# Leakage
+
+
+def leaks(*rows: tuple[str, str, str, str]) -> dict[str, str]:
+    table = pa.Table.from_pylist([dict(zip(SCHEMA.names, row, strict=True)) for row in rows], SCHEMA)
+    return {row["key"]: row["reason"] for row in ingest.find_leaks(table)}
+
+
+def test_a_train_photo_that_is_also_a_test_photo_leaks_and_the_test_photo_stays():
+    assert leaks(("a", "1", "A", "train"), ("b", "1", "A", "test")) == {"a": "leakage"}
+
+
+def test_a_val_photo_that_is_also_a_test_photo_leaks():
+    assert leaks(("a", "1", "A", "val"), ("b", "1", "A", "test")) == {"a": "leakage"}
+
+
+def test_the_same_bytes_under_two_labels_are_a_conflict_of_all_of_them():
+    rows = [("a", "1", "A", "train"), ("b", "1", "B", "train"), ("c", "1", "A", "train")]
+    assert leaks(*rows) == dict.fromkeys("abc", "label_conflict")
+
+
+def test_copies_under_one_label_stay():
+    assert leaks(("a", "1", "A", "train"), ("b", "1", "A", "train"), ("c", "2", "B", "train")) == {}
+
+
+def test_test_photos_are_never_touched():
+    assert leaks(("a", "1", "A", "test"), ("b", "1", "B", "test")) == {}
+
+
+def test_a_leak_says_which_photo_it_repeats():
+    table = pa.Table.from_pylist(
+        [
+            {"key": "a.jpg", "image_id": "1", "label": "A", "split": "train"},
+            {"key": "b.jpg", "image_id": "1", "label": "A", "split": "test"},
+        ],
+        SCHEMA,
+    )
+    assert ingest.find_leaks(table)[0]["detail"] == "same bytes as the test photo b.jpg"
+
+
+# Rows
+
+
+def loaded(data: bytes | None, subset: str = "train") -> dict[str, Any]:
+    return {"key": "x.jpg", "label": "A", "subset": subset, "data": data, "error": None if data else "timed out"}
+
+
+def jpeg(height: int = 40, width: int = 60, seed: int = 0) -> bytes:
+    return photo.encode(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+
+
+def test_a_row_holds_the_photo_its_size_and_the_hash_of_its_source():
+    data = jpeg()
+    row = ingest.to_row(loaded(data), settings(val_fraction=0))
+    assert row == {
+        "image_id": storage.sha256(data),
+        "key": "x.jpg",
+        "label": "A",
+        "split": "train",
+        "width": 60,
+        "height": 40,
+        "image": data,
+    }
+
+
+def test_a_large_photo_is_shrunk_and_keeps_the_hash_of_its_source():
+    data = jpeg()
+    row = ingest.to_row(loaded(data), settings(max_side=30))
+    assert (row["width"], row["height"], row["image_id"]) == (30, 20, storage.sha256(data))
+    assert photo.decode(row["image"]).shape == (20, 30, 3)
+
+
+@pytest.mark.parametrize(("subset", "split"), [("train", "val"), ("test", "test")])
+def test_only_train_photos_are_held_out(subset: str, split: str):
+    assert ingest.to_row(loaded(jpeg(), subset), settings(val_fraction=1))["split"] == split
+
+
+def test_copies_come_to_the_same_split():
+    rows = [ingest.to_row(loaded(jpeg(seed=seed)), settings(val_fraction=0.5)) for seed in (*range(20), *range(20))]
+    assert [row["split"] for row in rows[:20]] == [row["split"] for row in rows[20:]]
+
+
+def test_a_photo_that_storage_could_not_give_is_unreadable_and_says_why():
+    with pytest.raises(PhotoError, match="unreadable: timed out"):
+        ingest.to_row(loaded(None), settings())
+
+
+def test_a_batch_becomes_a_part_and_a_part_of_quarantine(tmp_path: Path):
+    sources = [loaded(jpeg()), {**loaded(b"text"), "key": "y.jpg"}, {**loaded(None), "key": "z.jpg"}]
+    batch = pa.Table.from_pylist(sources, ingest.LOADED)
+    counts = ingest.write_batch(batch, str(tmp_path), settings(), {})
+    rejected = dataset.written(str(tmp_path), "quarantine", ["key", "image_id", "reason", "attempts"]).drop(["part"])
+    assert counts.to_pylist() == [{"rows": 1, "rejected": 2}]
+    assert dataset.written(str(tmp_path), "parts", ["key"])["key"].to_pylist() == ["x.jpg"]
+    assert rejected.to_pylist() == [
+        {"key": "y.jpg", "image_id": storage.sha256(b"text"), "reason": Reason.NOT_AN_IMAGE, "attempts": 1},
+        {"key": "z.jpg", "image_id": None, "reason": Reason.UNREADABLE, "attempts": 1},
+    ]
+
+
+# Listing photos
+
+
+def tar(names: list[str], *, mode: str = "w:gz") -> bytes:
+    buffer, rng = io.BytesIO(), np.random.default_rng(0)
+    with tarfile.open(fileobj=buffer, mode=mode) as archive:  # type: ignore[call-overload]
+        for name in names:
+            info, data = tarfile.TarInfo(name), rng.bytes(20_000)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def test_an_archive_lists_its_files_as_a_folder_does(tmp_path: Path):
+    (tmp_path / "photos.tgz").write_bytes(tar(["./a/x.jpg", "b/y.jpg"]))
+    assert ingest.list_photos(str(tmp_path / "photos.tgz")) == ["a/x.jpg", "b/y.jpg"]
+
+
+@pytest.mark.parametrize("name", ["nothing", "nothing.tgz", "s.tar"])
+def test_photos_that_are_not_there_are_named(tmp_path: Path, name: str):
+    with pytest.raises(UserError, match=rf"`ingest.photos`: no (files in|archive) .*{name}"):
+        ingest.list_photos(str(tmp_path / name))
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match=r"`ingest.photos`: no files in"):
+        ingest.list_photos(str(tmp_path))
+
+
+def test_an_archive_without_files_is_refused(tmp_path: Path):
+    (tmp_path / "photos.tar").write_bytes(tar([], mode="w"))
+    with pytest.raises(UserError, match=r"`ingest.photos`: no files in"):
+        ingest.list_photos(str(tmp_path / "photos.tar"))
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9])
+def test_an_archive_that_was_cut_off_is_refused(tmp_path: Path, mode: str, share: float):
+    whole = tar([f"{i}.jpg" for i in range(10)], mode=mode)
+    (tmp_path / "photos.tar").write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(UserError, match=r"no readable tar archive .* Copy it again"):
+        ingest.list_photos(str(tmp_path / "photos.tar"))
+
+
+def test_something_else_that_is_called_an_archive_is_refused(tmp_path: Path):
+    (tmp_path / "photos.tgz").write_bytes(b"<html>not found</html>" * 100)
+    with pytest.raises(UserError, match="no readable tar archive"):
+        ingest.list_photos(str(tmp_path / "photos.tgz"))
+
+
+def test_an_archive_with_two_files_of_one_name_is_refused(tmp_path: Path):
+    (tmp_path / "photos.tar").write_bytes(tar(["a.jpg", "b.jpg", "./a.jpg"], mode="w"))
+    with pytest.raises(UserError, match=r"holds a\.jpg more than once"):
+        ingest.list_photos(str(tmp_path / "photos.tar"))
+
+
+# Reading labels
+
+
+def test_a_csv_is_read(tmp_path: Path):
+    (tmp_path / "labels.csv").write_text("img_name,class,subset\nx.jpg,A,train\n")
+    assert ingest.read_labels(settings(labels=str(tmp_path / "labels.csv")), []) == [Label("x.jpg", "A", "train")]
+
+
+def test_a_csv_without_the_columns_is_refused_with_those_it_has(tmp_path: Path):
+    (tmp_path / "labels.csv").write_text("file,class\nx.jpg,A\n")
+    with pytest.raises(
+        UserError, match=r"labels.csv: no column img_name, subset; the first line has \['file', 'class'\]"
+    ):
+        ingest.read_labels(settings(labels=str(tmp_path / "labels.csv")), [])
+
+
+@pytest.mark.parametrize("name", ["labels.csv", "devkit"])
+def test_labels_that_are_not_there_are_named_with_what_to_give_instead(tmp_path: Path, name: str):
+    with pytest.raises(UserError, match=rf"`ingest.labels`: .*{name}.* cannot be read .*Give a .csv"):
+        ingest.read_labels(settings(labels=str(tmp_path / name)), [])
+
+
+def test_without_labels_a_photos_folder_names_its_class():
+    found = ingest.read_labels(settings(), ["train/A/x.jpg", "test/B/y.jpg"])
+    assert found == [Label("train/A/x.jpg", "A", "train"), Label("test/B/y.jpg", "B", "test")]
+
+
+def test_without_labels_photos_outside_class_folders_are_refused():
+    with pytest.raises(UserError, match="/photos: no class folders"):
+        ingest.read_labels(settings(), ["x.jpg"])
+
+
+def annotations(names: list[str]) -> np.ndarray:
+    fields = [("class", np.uint8), ("fname", object)]
+    return np.array([(i + 1, name) for i, name in enumerate(names)], fields)
+
+
+def test_stanfords_devkit_names_photos_in_the_folders_of_its_archives(tmp_path: Path):
+    savemat(tmp_path / "cars_meta.mat", {"class_names": np.array(["A", "B"], object)})
+    for name in ("cars_train_annos", "cars_test_annos_withlabels"):
+        savemat(tmp_path / f"{name}.mat", {"annotations": annotations(["00001.jpg", "00002.jpg"])})
+    found = ingest.read_labels(settings(labels=str(tmp_path)), [])
+    assert found == [
+        Label("cars_train/00001.jpg", "A", "train"),
+        Label("cars_train/00002.jpg", "B", "train"),
+        Label("cars_test/00001.jpg", "A", "test"),
+        Label("cars_test/00002.jpg", "B", "test"),
+    ]
+
+
+def test_the_devkit_does_without_test_labels(tmp_path: Path):
+    savemat(tmp_path / "cars_meta.mat", {"class_names": np.array(["A", "B"], object)})
+    savemat(tmp_path / "cars_train_annos.mat", {"annotations": annotations(["00001.jpg", "00002.jpg"])})
+    assert {item.subset for item in ingest.read_labels(settings(labels=str(tmp_path)), [])} == {"train"}

@@ -1,0 +1,124 @@
+"""Places on the local disk: the S3 side of the same functions is in tests/s3."""
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from carclass import storage
+from carclass.errors import UserError
+
+
+def test_what_is_written_is_read_back(tmp_path: Path):
+    uri = storage.join(str(tmp_path), "a", "b.bin")
+    storage.write_bytes(uri, b"content")
+    assert storage.read_bytes(uri) == b"content"
+
+
+def test_writing_replaces_what_was_there(tmp_path: Path):
+    uri = str(tmp_path / "a")
+    storage.write_bytes(uri, b"a long first content")
+    storage.write_bytes(uri, b"second")
+    assert storage.read_bytes(uri) == b"second"
+
+
+def test_writing_leaves_no_other_file_behind(tmp_path: Path):
+    storage.write_bytes(str(tmp_path / "a"), b"1")
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_reader_sees_an_old_or_a_new_file_and_never_half_of_one(tmp_path: Path):
+    uri, contents, seen = str(tmp_path / "a"), (b"0" * 1_000_000, b"1" * 1_000_000), set()
+    storage.write_bytes(uri, contents[0])
+    done = threading.Event()
+
+    def write() -> None:
+        for i in range(40):
+            storage.write_bytes(uri, contents[i % 2])
+        done.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    while not done.is_set():
+        seen.add(storage.read_bytes(uri))
+    writer.join()
+    assert seen <= set(contents)
+
+
+def test_a_file_that_is_not_there_is_a_file_not_found_error(tmp_path: Path):
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(str(tmp_path / "nothing"))
+
+
+def test_exists_tells_files_from_folders_and_nothing(tmp_path: Path):
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    found = [storage.exists(str(tmp_path / name)) for name in ("file", "folder", "nothing")]
+    assert found == [True, False, False]
+
+
+def test_a_listing_has_all_files_below_sorted_and_relative(tmp_path: Path):
+    for name in ("b.txt", "a/z.txt", "a/b/c.txt", "ä ö#?.txt"):
+        storage.write_bytes(str(tmp_path / name), b"")
+    (tmp_path / "empty").mkdir()
+    assert storage.list_files(str(tmp_path)) == ["a/b/c.txt", "a/z.txt", "b.txt", "ä ö#?.txt"]
+
+
+@pytest.mark.parametrize("form", ["{}", "{}/", "file://{}", "file://{}/"])
+def test_a_place_may_be_written_with_a_scheme_and_a_slash_at_its_end(tmp_path: Path, form: str):
+    storage.write_bytes(str(tmp_path / "a/b.txt"), b"")
+    assert storage.list_files(form.format(tmp_path)) == ["a/b.txt"]
+
+
+def test_a_place_that_is_not_there_has_no_files(tmp_path: Path):
+    assert storage.list_files(str(tmp_path / "nothing")) == []
+
+
+def test_a_file_has_no_listing(tmp_path: Path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match="cannot be listed"):
+        storage.list_files(str(tmp_path / "file"))
+
+
+def test_other_schemes_are_refused_by_name():
+    with pytest.raises(UserError, match=r"gs://bucket/a: places are local folders or s3:// prefixes, not gs://"):
+        storage.read_bytes("gs://bucket/a")
+
+
+def test_many_files_come_in_the_order_asked_for_and_failures_take_their_place(tmp_path: Path):
+    for i in range(50):
+        storage.write_bytes(str(tmp_path / str(i)), str(i).encode())
+    found = list(storage.read_many(str(tmp_path / str(i)) for i in [*range(49, -1, -1), 999, 7]))
+    assert found[:50] == [str(i).encode() for i in range(49, -1, -1)]
+    assert isinstance(found[50], FileNotFoundError)
+    assert found[51] == b"7"
+
+
+def test_a_stream_gives_the_bytes_of_an_archive_as_they_are(tmp_path: Path):
+    path = tmp_path / "photos.gz"  # a name that pyarrow would decompress by itself
+    path.write_bytes(b"\x1f\x8b not gzip")
+    with storage.open_stream(str(path)) as stream:
+        assert stream.read() == b"\x1f\x8b not gzip"
+
+
+def test_checking_a_root_leaves_nothing_in_it(tmp_path: Path):
+    storage.check_root(str(tmp_path / "new"))
+    assert storage.list_files(str(tmp_path)) == []
+
+
+def test_a_root_below_a_file_is_refused(tmp_path: Path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match=r"`root`: .*file/results cannot be written to"):
+        storage.check_root(str(tmp_path / "file" / "results"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_root_without_permission_is_refused(tmp_path: Path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="cannot be written to"):
+        storage.check_root(str(tmp_path / "results"))
+
+
+def test_join_does_not_double_a_slash():
+    assert storage.join("s3://bucket/a/", "b", "c.txt") == "s3://bucket/a/b/c.txt"
