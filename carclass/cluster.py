@@ -24,6 +24,8 @@ def connect() -> None:
     address = os.environ.get("RAY_ADDRESS", "local")
     if address == "local":
         _keep_token_private()
+        # Idle workers stay for the next step: starting one costs seconds of imports.
+        os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
         # That a local cluster asks for its token is what we want, and no warning.
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     # Jobs report progress themselves; what Ray has to say goes to its session's folder all the same.

@@ -103,6 +103,11 @@ def _value(text: str) -> Any:
         return CommandLineText(text)
 
 
+def number(value: int | float) -> str:
+    """A figure for a person: 1,067 or 0.934."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.3f}"
+
+
 def dataset_table(published: Dataset, **more: str) -> str:
     """What a job that made a dataset says at its end."""
     counts = published.manifest

@@ -115,12 +115,14 @@ def place(root: str, name: str) -> str:
 
 
 def find(root: str, name: str) -> Dataset | None:
-    """A published dataset, or None."""
+    """A published dataset, or None; UserError when the place can't be read."""
     uri = place(root, name)
     try:
         return Dataset(uri, json.loads(storage.read_bytes(storage.join(uri, "manifest.json"))))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise UserError(f"`root`: {uri} cannot be read ({error}). Check the place and your credentials.") from error
 
 
 def load(root: str, name: str) -> Dataset:

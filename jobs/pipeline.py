@@ -41,10 +41,7 @@ def main() -> None:
     summary["seconds"] = time.monotonic() - started
     path = storage.join(run.uri, "summary.json")
     storage.write_bytes(path, json.dumps(summary, indent=1).encode())
-    rows = [
-        (name.replace("_", " "), f"{value:,.3f}" if isinstance(value, float) else f"{value:,}")
-        for name, value in summary.items()
-    ]
+    rows = [(name.replace("_", " "), command_line.number(value)) for name, value in summary.items()]
     print(progress.table(rows, title=f"carclass: {settings.train.name}"))
     print(f"report: {found.report_uri}\nsummary: {path}")
 

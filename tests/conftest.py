@@ -85,6 +85,8 @@ def ray_cluster(s3: Any) -> Iterator[str]:
         include_dashboard=False,
         object_store_memory=500_000_000,
         logging_level=logging.WARNING,
+        # Idle workers stay: starting one costs seconds of imports.
+        _system_config={"idle_worker_killing_time_threshold_ms": 600_000},
     )
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield ray.get_runtime_context().gcs_address

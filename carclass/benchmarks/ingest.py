@@ -35,7 +35,7 @@ def run(photos: Path | None, folder: Path) -> dict[str, float]:
     first = _plain(files[::2], folder / "plain-1")
     ours = _ours(photos, files, folder / "ours")
     second = _plain(files[1::2], folder / "plain-2")
-    num_cpus = ray.cluster_resources()["CPU"]
+    num_cpus = int(ray.cluster_resources()["CPU"])
     plain = len(files) / (first + second)
     return {
         "photos": len(files),

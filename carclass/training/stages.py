@@ -55,7 +55,8 @@ def run(root: str, settings: config.Train) -> lineage.Run:
     cluster.check_cpus(0 if use_gpu else settings.num_workers, "train.num_workers")
     blocks = {split: decode(source, split, settings.model.image_size) for split in ("train", "val")}
     for stage in missing:
-        _fit(Job(this, stage, source.classes, source.digest, blocks, _threads(settings, use_gpu)), use_gpu)
+        job = Job(this, stage, source.classes, source.digest, blocks, _threads(settings, use_gpu))
+        _publish(job, _fit(job, use_gpu))
     return this
 
 
@@ -81,8 +82,8 @@ def decode_batch(batch: pa.Table, index: dict[str, int], size: int) -> dict[str,
     return {"pixels": pixels_of(batch["image"].to_pylist(), size), "labels": labels, "ids": ids}
 
 
-def _fit(job: Job, use_gpu: bool) -> None:
-    """Runs a stage on its workers and publishes its best epoch."""
+def _fit(job: Job, use_gpu: bool) -> ray.train.Checkpoint:
+    """Runs a stage on its workers, or goes on with it; returns the checkpoint of its best epoch."""
     filesystem, path = storage.locate(job.run.uri)
     settings = job.run.settings
     trainer = ray.train.torch.TorchTrainer(
@@ -103,9 +104,14 @@ def _fit(job: Job, use_gpu: bool) -> None:
             ),
         ),
     )
-    result = trainer.fit()
-    best = result.get_best_checkpoint("val_accuracy", "max")
+    best = trainer.fit().get_best_checkpoint("val_accuracy", "max")
     assert best is not None, f"stage {job.stage} of {settings.name} ended without a checkpoint"
+    return best
+
+
+def _publish(job: Job, best: ray.train.Checkpoint) -> None:
+    """Writes the whole network as the stage's best epoch left it."""
+    settings = job.run.settings
     net = start_of(job)
     module = trained_part(net, job.stage)
     with best.as_directory() as folder:
@@ -144,6 +150,7 @@ def _work(given: dict[str, Any]) -> None:
     """A worker's part of a stage."""
     job = Job(**given)
     settings, context = job.run.settings, ray.train.get_context()
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # an epoch is one line, ours
     torch.set_num_threads(job.num_threads)
     device = ray.train.torch.get_device()
     rank, num_workers = context.get_world_rank(), context.get_world_size()

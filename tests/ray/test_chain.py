@@ -14,6 +14,9 @@ from carclass.evaluation import evaluate
 from carclass.masking import quality, stream
 from carclass.photo import decode
 from carclass.training import stages
+from carclass.training.checkpoint import read_model
+from carclass.weights import load
+from tests.unit.test_report_in_browser import BROWSER, open_page
 
 MASK = {"detector": config.Detector(model="sample", weights="sample", short_side=160)}
 MODEL = config.Model(architecture="resnet26-narrow", image_size=64)
@@ -104,17 +107,12 @@ def test_best_and_latest_checkpoints_are_kept(run: lineage.Run):
 
 
 def test_the_frozen_stage_leaves_the_backbone_as_it_was(run: lineage.Run):
-    from carclass.training.checkpoint import read_model
-    from carclass.weights import load
-
     trained, _ = read_model(run.best("frozen"))
     parent, _ = load("sample", None, sample="backbone.safetensors", key="train.parent")
     assert (trained["layer4.0.conv1.weight"] == parent["layer4.0.conv1.weight"].float()).all()
 
 
 def test_the_unfrozen_stage_moves_the_backbone(run: lineage.Run):
-    from carclass.training.checkpoint import read_model
-
     frozen, unfrozen = (read_model(run.best(stage))[0] for stage in ("frozen", "unfrozen"))
     assert not (frozen["layer4.0.conv1.weight"] == unfrozen["layer4.0.conv1.weight"]).all()
 
@@ -163,3 +161,9 @@ def test_validation_and_evaluation_agree(root: str, run: lineage.Run, outcome: e
 def test_the_report_shows_photos_before_and_after_masking(outcome: evaluate.Outcome):
     page = Path(outcome.report_uri).read_text()
     assert page.count("data:image/jpeg;base64,") >= 2 * evaluate.NUM_MASKING_SAMPLES
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_the_report_opens_in_a_browser_with_a_silent_console(outcome: evaluate.Outcome, tmp_path: Path):
+    _, console = open_page(Path(outcome.report_uri).read_text(), tmp_path)
+    assert console == []

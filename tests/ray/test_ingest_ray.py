@@ -8,7 +8,7 @@ import sys
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,7 @@ def test_other_settings_under_the_same_name_are_refused(ingested: dataset.Datase
 
 
 @pytest.fixture
-def killed(ray_cluster: str, photos_folder: Path, tmp_path: Path) -> Iterator[str]:
+def killed(ray_cluster: str, photos_folder: Path, tmp_path: Path) -> str:
     """The root of a job that was killed with SIGKILL as soon as its first part was there."""
     config_file = tmp_path / "config.yml"
     config_file.write_text(
@@ -155,7 +155,7 @@ def killed(ray_cluster: str, photos_folder: Path, tmp_path: Path) -> Iterator[st
         finally:
             job.send_signal(signal.SIGKILL)
             job.wait()
-    yield str(tmp_path)
+    return str(tmp_path)
 
 
 def test_a_killed_job_goes_on_where_it_was_and_ends_as_an_undisturbed_one(
@@ -164,9 +164,9 @@ def test_a_killed_job_goes_on_where_it_was_and_ends_as_an_undisturbed_one(
     uri = dataset.place(killed, "v1")
     assert dataset.find(killed, "v1") is None
     first = set(storage.list_files(uri))
-    resumed = ingest.run(killed, settings(photos_folder, part_rows=2))
+    resumed = ingest.run(killed, settings(photos_folder))
     assert contents(resumed) == contents(ingested)
-    assert 0 < len(first & set(storage.list_files(uri)))
+    assert first & set(storage.list_files(uri)), "nothing of the killed job's work was kept"
 
 
 # Other sources
@@ -186,6 +186,7 @@ def test_a_folder_per_class_needs_no_labels(ingested: dataset.Dataset, photos_fo
     for line in (photos_folder / "labels.csv").read_text().splitlines()[1:]:
         key, label, subset = line.rsplit(",", 2)
         if key < file_name(40):
+            label = label.replace("/", "-")
             place = tmp_path / "photos" / subset / label / key
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(photos_folder / "photos" / key, place)

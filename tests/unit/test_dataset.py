@@ -153,6 +153,12 @@ def test_a_root_without_any_dataset_says_which_job_makes_one(tmp_path: Path):
         dataset.load(str(tmp_path), "v1")
 
 
+def test_a_root_that_cannot_be_read_is_named(tmp_path: Path, uri: str):
+    manifest_of(uri).mkdir(parents=True)
+    with pytest.raises(UserError, match=r"`root`: .*datasets/v1 cannot be read .* your credentials"):
+        dataset.find(str(tmp_path), "v1")
+
+
 # The same work again
 
 

@@ -1,0 +1,159 @@
+"""Places on S3, over the wire: a real server on loopback, spoken to as one would speak to AWS."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from carclass import config, dataset, ingest, storage
+from carclass.errors import UserError
+
+Rows = list[dict[str, Any]]
+
+
+@pytest.fixture
+def put(s3: Any, bucket: str) -> Callable[..., None]:
+    def put(key: str, data: bytes = b"content", **more: Any) -> None:
+        s3.put_object(Bucket=bucket, Key=key, Body=data, **more)
+
+    return put
+
+
+def keys_in(s3: Any, bucket: str) -> dict[str, str]:
+    """Every object of a bucket with the time it was written."""
+    pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket)
+    return {item["Key"]: str(item["LastModified"]) for page in pages for item in page.get("Contents", [])}
+
+
+# Storage
+
+
+def test_what_is_written_is_read_back_and_seen_by_others(s3: Any, bucket: str):
+    uri = f"s3://{bucket}/a/ä #?.bin"
+    storage.write_bytes(uri, b"content")
+    assert storage.read_bytes(uri) == b"content"
+    assert s3.get_object(Bucket=bucket, Key="a/ä #?.bin")["Body"].read() == b"content"
+
+
+def test_a_listing_has_all_objects_below_and_nothing_beside(bucket: str, put: Callable[..., None]):
+    for key in ("p/b.jpg", "p/a/c.jpg", "p/", "pp/d.jpg", "e.jpg"):
+        put(key)
+    assert storage.list_files(f"s3://{bucket}/p") == storage.list_files(f"s3://{bucket}/p/") == ["a/c.jpg", "b.jpg"]
+
+
+def test_an_object_that_is_not_there_is_a_file_not_found_error(bucket: str):
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(f"s3://{bucket}/nothing")
+
+
+def test_exists_tells_objects_from_prefixes_and_nothing(bucket: str, put: Callable[..., None]):
+    put("a/b")
+    assert [storage.exists(f"s3://{bucket}/{key}") for key in ("a/b", "a", "c")] == [True, False, False]
+
+
+def test_a_failed_read_takes_its_objects_place(bucket: str, put: Callable[..., None]):
+    put("a")
+    put("frozen", StorageClass="GLACIER")  # listed, but not readable before it is restored
+    put("b//c")  # a legal key, which pyarrow takes for no path
+    uris = [f"s3://{bucket}/{key}" for key in ("a", "nothing", "frozen", "b//c", "a")]
+    found = list(storage.read_many(uris))
+    assert [type(item) is bytes for item in found] == [True, False, False, False, True]
+    assert all(isinstance(item, OSError) for item in found[1:4])
+
+
+def test_checking_a_root_leaves_no_object_of_its_own(s3: Any, bucket: str):
+    storage.check_root(f"s3://{bucket}/out")
+    assert [key for key in keys_in(s3, bucket) if not key.endswith("/")] == []
+
+
+# Ingest
+
+
+@pytest.fixture(scope="session")
+def uploaded(s3: Any, photos_folder: Path) -> str:
+    """The small sample as a place on S3."""
+    s3.create_bucket(Bucket="sample")
+    for path in photos_folder.rglob("*.*"):
+        s3.put_object(Bucket="sample", Key=f"cars/{path.relative_to(photos_folder)}", Body=path.read_bytes())
+    return "s3://sample/cars"
+
+
+def settings(place: str, **more: Any) -> config.Ingest:
+    return config.Ingest.model_validate({"photos": f"{place}/photos", "labels": f"{place}/labels.csv"} | more)
+
+
+def test_a_sample_on_s3_gives_the_same_dataset_as_on_disk(
+    uploaded: str, bucket: str, ingested: dataset.Dataset, contents: Callable[[dataset.Dataset], tuple[Rows, Rows]]
+):
+    published = ingest.run(f"s3://{bucket}/out", settings(uploaded))
+    assert contents(published) == contents(ingested)
+    counts = ("inputs", "rows", "quarantined", "splits", "reasons", "classes")
+    assert [published.manifest[name] for name in counts] == [ingested.manifest[name] for name in counts]
+
+
+def test_a_second_run_on_s3_writes_nothing(s3: Any, uploaded: str, bucket: str, ray_cluster: str):
+    first = ingest.run(f"s3://{bucket}/out", settings(uploaded))
+    before = keys_in(s3, bucket)
+    assert ingest.run(f"s3://{bucket}/out", settings(uploaded)) == first
+    assert keys_in(s3, bucket) == before
+
+
+def test_objects_that_cannot_be_read_are_quarantined_and_the_rest_is_published(
+    s3: Any, bucket: str, put: Callable[..., None], photos_folder: Path, ray_cluster: str
+):
+    photo = (photos_folder / "photos" / "000000.jpg").read_bytes()
+    put("photos/a.jpg", photo)
+    put("photos/frozen.jpg", photo, StorageClass="GLACIER")
+    put("photos/b//c.jpg", photo)
+    put("labels.csv", b"img_name,class,subset\na.jpg,A,test\nfrozen.jpg,A,train\nb//c.jpg,B,train\ngone.jpg,B,test\n")
+    found = ingest.run(f"s3://{bucket}/out", settings(f"s3://{bucket}"))
+    quarantine = dataset.written(found.uri, "quarantine", ["key", "reason", "detail"]).to_pylist()
+    assert found.manifest["rows"] == 1
+    assert {row["key"]: row["reason"] for row in quarantine} == {
+        "frozen.jpg": "unreadable",
+        "b//c.jpg": "unreadable",
+        "gone.jpg": "missing_file",
+    }
+    assert all(row["detail"] for row in quarantine)
+
+
+def test_a_photo_that_vanished_after_the_listing_is_unreadable(bucket: str, put: Callable[..., None]):
+    put("photos/A/x.jpg")
+    rows = [{"key": key, "label": "A", "subset": "train"} for key in ("A/x.jpg", "A/gone.jpg")]
+    loaded = ingest.load_batch(pa.Table.from_pylist(rows, ingest.SOURCE), f"s3://{bucket}/photos").to_pylist()
+    assert loaded[0]["data"] == b"content"
+    assert loaded[1]["data"] is None
+    assert "gone.jpg" in loaded[1]["error"]
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"photos": "s3://{bucket}/photos"}, "`ingest.photos`: no files in s3://{bucket}/photos"),
+        ({"photos": "s3://not-there/photos"}, "`ingest.photos`: no files in s3://not-there/photos"),
+        ({"photos": "s3://{bucket}/photos.tgz"}, "`ingest.photos`: no archive s3://{bucket}/photos.tgz"),
+        ({"labels": "s3://{bucket}/labels.csv"}, "`ingest.labels`: s3://{bucket}/labels.csv cannot be read"),
+    ],
+)
+def test_a_source_that_is_not_there_is_named_and_nothing_is_published(
+    s3: Any, uploaded: str, bucket: str, given: dict[str, str], message: str
+):
+    filled = {key: value.format(bucket=bucket) for key, value in given.items()}
+    with pytest.raises(UserError, match=message.format(bucket=bucket)):
+        ingest.run(f"s3://{bucket}/out", settings(uploaded, **filled))
+    assert [key for key in keys_in(s3, bucket) if not key.endswith("/")] == []
+
+
+def test_a_root_in_a_bucket_that_is_not_there_is_named(uploaded: str):
+    with pytest.raises(UserError, match=r"`root`: s3://not-there/out cannot be written to .*NO_SUCH_BUCKET"):
+        ingest.run("s3://not-there/out", settings(uploaded))
+
+
+def test_no_dataset_in_an_empty_bucket_says_which_job_makes_one(bucket: str):
+    with pytest.raises(UserError, match=r"no dataset `v1` in .*run jobs/ingest.py"):
+        dataset.load(f"s3://{bucket}/out", "v1")
