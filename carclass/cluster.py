@@ -29,11 +29,14 @@ def connect() -> None:
         # That a local cluster asks for its token is what we want, and no warning.
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     # Jobs report progress themselves; what Ray has to say goes to its session's folder all the same.
-    ray.init(address=address, logging_level=logging.WARNING, logging_config=ray.LoggingConfig(log_level="WARNING"))
+    context = ray.init(
+        address=address, logging_level=logging.WARNING, logging_config=ray.LoggingConfig(log_level="WARNING")
+    )
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     found = ray.cluster_resources()
-    log.info("Ray: %d CPUs, %d GPUs, %d nodes", found.get("CPU", 0), found.get("GPU", 0), len(ray.nodes()))
+    size = (found.get("CPU", 0), found.get("GPU", 0), len(ray.nodes()))
+    log.info("Ray: %d CPUs, %d GPUs, %d node(s), dashboard %s", *size, context.dashboard_url or "off")
 
 
 def _keep_token_private() -> None:

@@ -48,6 +48,7 @@ def _resolve(value: Any, info: ValidationInfo) -> Any:
 Uri = Annotated[str, BeforeValidator(_resolve)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Share = Annotated[float, Field(ge=0, le=1)]
+Byte = Annotated[int, Field(ge=0, le=255)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -87,6 +88,12 @@ class Ingest(Section):
     seed: int = 123
     """Decides, with a photo's content, whether it is held out. 123 is the original's."""
 
+    @model_validator(mode="after")
+    def _sample_has_labels(self) -> "Ingest":
+        if self.photos == "sample" and self.labels is not None:
+            raise ValueError("`photos: sample` brings its own labels: leave `labels` out")
+        return self
+
 
 class Detector(Section):
     """What finds the vehicle."""
@@ -97,7 +104,7 @@ class Detector(Section):
     """`zoo` (fetched once), `sample` (in the package), or the URI of a .safetensors, .pth or .pkl file."""
     weights_sha256: Sha256 | None = None
     """Checked before the weights are opened; required for `zoo`, http(s) and every .pkl."""
-    classes: dict[int, str] = {2: "car", 5: "bus", 7: "truck"}
+    classes: dict[int, str] = Field({2: "car", 5: "bus", 7: "truck"}, min_length=1)
     """COCO category ids that count as the vehicle, with the names they get in the dataset."""
     score_threshold: Share = 0.5
     """Detections below it are ignored; 0.5 is the original's."""
@@ -118,7 +125,7 @@ class Cutout(Section):
 
     mode: Literal["crop", "mask", "crop+mask"] = "crop+mask"
     """Cut out the box, paint over the background, or both."""
-    fill: tuple[int, int, int] = (124, 116, 104)
+    fill: tuple[Byte, Byte, Byte] = (124, 116, 104)
     """RGB colour of the removed background: ImageNet's mean, so it is zero after normalisation."""
     margin: Share = 0.05
     """Border kept around the box, as a share of its width and height."""
@@ -180,7 +187,7 @@ class Stage(Section):
 
     epochs: int = Field(ge=1)
     """Upper limit; patience may end the stage before."""
-    lr: float = Field(gt=0)
+    lr: float = Field(gt=0, allow_inf_nan=False)
     """Highest learning rate."""
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     """SGD has a momentum of 0.9."""
@@ -202,7 +209,7 @@ class Frozen(Stage):
     """The head alone, on cached features of the frozen backbone."""
 
     epochs: int = Field(30, ge=1)
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(1e-3, gt=0, allow_inf_nan=False)
     batch_size: int = Field(128, ge=1)
     views: int = Field(2, ge=1)
     """Versions of each training photo whose features are cached: 1 as it is, 2 its mirror image too,
@@ -213,7 +220,7 @@ class Unfrozen(Stage):
     """Everything, from the frozen stage's best epoch; BatchNorm statistics stay frozen."""
 
     epochs: int = Field(30, ge=1)
-    lr: float = Field(1e-4, gt=0)
+    lr: float = Field(1e-4, gt=0, allow_inf_nan=False)
 
 
 class Train(Section):

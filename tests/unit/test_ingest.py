@@ -36,8 +36,8 @@ def test_a_label_names_a_photo_by_the_end_of_its_path():
 
 
 def test_the_end_of_a_path_begins_at_a_slash():
-    plan = ingest.match(["photos/max.jpg"], [Label("ax.jpg", "A", "train")])
-    assert plan.photos == []
+    keys = ["old-train/x.jpg", "max.jpg"]
+    assert ingest.match(keys, [Label("train/x.jpg", "A", "train"), Label("ax.jpg", "A", "train")]).photos == []
 
 
 def test_a_whole_key_wins_over_the_end_of_another_path():
