@@ -152,8 +152,8 @@ class Mask(Section):
     """Photos per detector call."""
     quality: int = Field(92, ge=50, le=100)
     """JPEG quality of the result."""
-    part_rows: int = Field(256, ge=1)
-    """Photos per Parquet file."""
+    part_rows: int = Field(64, ge=1)
+    """Photos per Parquet file, and so between two reports of progress: half a minute of work on a CPU."""
 
 
 class Model(Section):
