@@ -2,7 +2,9 @@
 
     python -m carclass.sample.train_backbone
 
-remakes backbone.safetensors and its hash, up to rounding, in about five minutes on two cores.
+remakes backbone.safetensors and its hash in about a minute on one core: weights as good, not the same bits, since
+threads round as they please. Training is short and only tells kinds of body apart, so that the features are good but,
+as ImageNet's, not made for the classes to come: telling 2012's sedan from 2016's is left to the unfrozen stage.
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ from carclass.sample.draw import box_of
 from carclass.sample.models import PRETRAIN_MODELS
 from carclass.sample.training import SEED, Drawing, draw, save_weights
 
-NUM_PHOTOS, NUM_HELD_OUT = 3_600, 600
-NUM_EPOCHS, BATCH_SIZE = 12, 32
+NUM_PHOTOS, NUM_HELD_OUT = 2_400, 600
+NUM_EPOCHS, BATCH_SIZE = 3, 32
 LR, WEIGHT_DECAY = 3e-3, 0.05
+KINDS = sorted({each.shape.kind for each in PRETRAIN_MODELS})
 SETTINGS = config.Model(architecture="resnet26-narrow", image_size=96)
 
 
@@ -32,8 +35,8 @@ def main() -> None:
     torch.manual_seed(SEED)
     drawings = draw(PRETRAIN_MODELS, NUM_PHOTOS)
     photos = torch.from_numpy(np.stack([prepare(drawing, index) for index, drawing in enumerate(drawings)]))
-    labels = torch.tensor([drawing.label for drawing in drawings])
-    net = model.build(SETTINGS, len(PRETRAIN_MODELS))
+    labels = torch.tensor([KINDS.index(PRETRAIN_MODELS[drawing.label].shape.kind) for drawing in drawings])
+    net = model.build(SETTINGS, len(KINDS))
     train(net, photos[NUM_HELD_OUT:], labels[NUM_HELD_OUT:])
     print(
         f"accuracy on {NUM_HELD_OUT} held-out photos: {accuracy(net, photos[:NUM_HELD_OUT], labels[:NUM_HELD_OUT]):.3f}"
@@ -76,7 +79,7 @@ def train(net: torch.nn.Module, photos: Tensor, labels: Tensor) -> None:
 
 @torch.inference_mode()
 def accuracy(net: torch.nn.Module, photos: Tensor, labels: Tensor) -> float:
-    """Share of photos whose model is recognised."""
+    """Share of photos whose kind of body is recognised."""
     return float((net(model.normalise(photos)).argmax(1) == labels).float().mean())
 
 

@@ -30,7 +30,7 @@ esac
     fail "could not make $venv. On Debian or Ubuntu install python3-venv first."
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes -r "$here/uv.lock"
 export VIRTUAL_ENV="$venv"
-"$venv/bin/uv" pip sync --quiet --require-hashes "$@" "$here/uv.lock"
+"$venv/bin/uv" pip sync --quiet --compile-bytecode --require-hashes "$@" "$here/uv.lock"
 # Detectron2 has no wheel in the registry, and its Python needs no compiled part: build the wheel without one.
 PYTHONPATH="$here/torch_stub" "$venv/bin/uv" pip install --quiet --no-deps --no-build-isolation \
     --require-hashes -r "$here/detectron2.lock"
