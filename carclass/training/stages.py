@@ -100,11 +100,11 @@ def _fit(job: Job, use_gpu: bool) -> ray.train.Checkpoint:
             storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=3),
             checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=settings.keep_checkpoints, checkpoint_score_attribute="val_accuracy"
+                num_to_keep=settings.keep_checkpoints, checkpoint_score_attribute="score"
             ),
         ),
     )
-    best = trainer.fit().get_best_checkpoint("val_accuracy", "max")
+    best = trainer.fit().get_best_checkpoint("score", "max")
     assert best is not None, f"stage {job.stage} of {settings.name} ended without a checkpoint"
     return best
 
@@ -183,8 +183,10 @@ def _work(given: dict[str, Any]) -> None:
 
 def _report(job: Job, trainee: loop.Trainee, metrics: dict[str, Any], state: dict[str, Any]) -> None:
     """Writes an epoch's metrics and checkpoint, and tells Ray; the first worker does it for all."""
+    # Of equal epochs the first is the best, for Ray's choice of checkpoints as for ours.
+    scored = {**metrics, "score": metrics["val_accuracy"] - 1e-9 * metrics["epoch"]}
     if ray.train.get_context().get_world_rank() != 0:
-        ray.train.report(metrics)
+        ray.train.report(scored)
         return
     job.run.add_metrics({"stage": job.stage, **metrics, "time": time.time()})
     say(
@@ -194,7 +196,7 @@ def _report(job: Job, trainee: loop.Trainee, metrics: dict[str, Any], state: dic
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.save_folder(Path(folder), trainee.module, trainee.optimizer, state)
         ray.train.report(
-            metrics,
+            scored,
             checkpoint=ray.train.Checkpoint.from_directory(folder),
             checkpoint_dir_name=f"epoch-{metrics['epoch']:04d}",
         )
