@@ -41,6 +41,8 @@ def connect() -> None:
 
 def _keep_token_private() -> None:
     """Makes the token of a local cluster readable by its owner alone: Ray would let everyone read it."""
+    if "RAY_AUTH_TOKEN" in os.environ:
+        return
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():

@@ -94,10 +94,11 @@ def _fit(job: Job, use_gpu: bool) -> ray.train.Checkpoint:
             use_gpu=use_gpu,
             resources_per_worker={"GPU": 1} if use_gpu else {"CPU": job.num_threads},
         ),
-        run_config=ray.train.RunConfig(
+        run_config=ray.train.RunConfig(  # type: ignore[call-arg]  # mypy sees Train V1's
             name=job.stage,
             storage_path=path,
             storage_filesystem=filesystem,
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),  # an epoch is one line, ours
             failure_config=ray.train.FailureConfig(max_failures=3),
             checkpoint_config=ray.train.CheckpointConfig(
                 num_to_keep=settings.keep_checkpoints, checkpoint_score_attribute="score"
@@ -150,7 +151,6 @@ def _work(given: dict[str, Any]) -> None:
     """A worker's part of a stage."""
     job = Job(**given)
     settings, context = job.run.settings, ray.train.get_context()
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # an epoch is one line, ours
     torch.set_num_threads(job.num_threads)
     device = ray.train.torch.get_device()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
