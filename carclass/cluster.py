@@ -75,7 +75,7 @@ def stream(source: dataset.Dataset, columns: Sequence[str], split: str | None = 
     """A dataset's rows (or one split's) through Ray Data, in blocks small enough to keep every process busy."""
     filesystem, _ = storage.locate(source.uri)
     paths = [storage.locate(part)[1] for part in source.part_uris]
-    rows = ray.data.read_parquet(paths, filesystem=filesystem, columns=list({**dict.fromkeys(columns), "split": None}))
+    rows = ray.data.read_parquet(paths, filesystem=filesystem)
     if split is not None:
         rows = rows.filter(expr=col("split") == split)
     return rows.select_columns(list(columns)).repartition(target_num_rows_per_block=BLOCK_ROWS)
