@@ -16,7 +16,7 @@ from carclass.sample.generate import write_sample
 MAX_SIDE, QUALITY = 224, 92
 """Small enough that every photo has to be shrunk and encoded again, on both sides."""
 WARM_UP = 64
-"""Photos ingested before the clock starts, so that no worker is still importing."""
+"""Photos ingested before the clock starts, in parts of four, so that every worker has done its imports."""
 
 
 def run(photos: Path | None, folder: Path) -> dict[str, float]:
@@ -31,7 +31,7 @@ def run(photos: Path | None, folder: Path) -> dict[str, float]:
     if len(files) < 4 * WARM_UP:
         raise UserError(f"--photos {photos} holds {len(files)} .jpg files; give a folder with at least {4 * WARM_UP}.")
     cluster.connect()
-    _ours(photos, files[:: len(files) // WARM_UP], folder / "warm-up")
+    _ours(photos, files[:: len(files) // WARM_UP], folder / "warm-up", part_rows=4)
     first = _plain(files[::2], folder / "plain-1")
     ours = _ours(photos, files, folder / "ours")
     second = _plain(files[1::2], folder / "plain-2")
@@ -47,13 +47,15 @@ def run(photos: Path | None, folder: Path) -> dict[str, float]:
     }
 
 
-def _ours(photos: Path, files: list[Path], root: Path) -> float:
+def _ours(photos: Path, files: list[Path], root: Path, part_rows: int = 256) -> float:
     """Seconds from the list of photos to the published dataset."""
     root.mkdir()
     rows = [f"{path.relative_to(photos)},{'even' if i % 2 else 'odd'},test" for i, path in enumerate(files)]
     labels = root / "labels.csv"
     labels.write_text("\n".join(["img_name,class,subset", *rows]))
-    settings = config.Ingest(photos=str(photos), labels=str(labels), max_side=MAX_SIDE, quality=QUALITY)
+    settings = config.Ingest(
+        photos=str(photos), labels=str(labels), max_side=MAX_SIDE, quality=QUALITY, part_rows=part_rows
+    )
     started = time.perf_counter()
     published = ingest.run(str(root), settings)
     seconds = time.perf_counter() - started

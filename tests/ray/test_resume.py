@@ -13,7 +13,7 @@ import yaml
 
 from carclass import config, ingest
 
-EPOCHS = 40
+EPOCHS = 20
 JOBS = Path(__file__).parents[2] / "jobs"
 
 
