@@ -50,7 +50,11 @@ def parse(doc: str, section: str | None, argv: list[str] | None = None) -> Confi
     dotted keys. UserError when the file lacks the section or a value is wrong.
     """
     parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        # The list of all settings belongs to --help: an error shall stay one paragraph.
+        usage="%(prog)s --config FILE [--key value ...]" if section else "%(prog)s [--config FILE] [--key value ...]",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--config", metavar="FILE", required=section is not None, help="YAML file, see jobs/experiments/"
