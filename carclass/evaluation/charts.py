@@ -1,8 +1,4 @@
-"""Pictures for the report, as SVG that lives inside its HTML.
-
-Colours and fonts come from the page's style sheet by class name, so a chart follows light, dark and print and
-stays sharp at every size. Text is escaped by `Markup.format`.
-"""
+"""Pictures for the report of an evaluation, drawn with `svg`."""
 
 import base64
 import io
@@ -13,10 +9,10 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
+from carclass import svg
 from carclass.evaluation.metrics import NUM_CALIBRATION_BINS
+from carclass.svg import BOTTOM, LEFT, RIGHT, TOP, percent_text
 
-WIDTH, HEIGHT = 480, 302
-LEFT, RIGHT, TOP, BOTTOM = 48, 468, 30, 258  # the plotting area inside it
 HEAT_MAP_CELL = 4  # picture pixels per class: sharp on dense screens, and 196 classes stay near 20 KB
 HEAT_MAP_RIGHT = (61, 123, 240)  # mid-tones: the page behind them may be white or nearly black
 HEAT_MAP_WRONG = (238, 108, 31)
@@ -46,21 +42,21 @@ def curve_chart(history: History, figure: str, percent: bool) -> Markup:
     """
     rows = [row for epochs in history.values() for row in epochs]
     values = [row[f"{part}_{figure}"] for part in ("train", "val") for row in rows]
-    ticks = nice_ticks(max((v for v in values if math.isfinite(v)), default=1.0))
+    ticks = svg.nice_ticks(max((v for v in values if math.isfinite(v)), default=1.0))
     x = [LEFT + 10 + (RIGHT - LEFT - 20) * (i / (len(rows) - 1) if len(rows) > 1 else 0.5) for i in range(len(rows))]
 
     def y(value: float) -> float:
         return BOTTOM - (BOTTOM - TOP) * value / ticks[-1]
 
-    parts = [_horizontal_grid(ticks, percent), _stages(history, x)]
+    parts = [svg.horizontal_grid(ticks, percent), _stages(history, x)]
     for part in ("train", "val"):
         points = [(px, y(row[f"{part}_{figure}"])) for px, row in zip(x, rows, strict=True)]
         parts.append(_line(points, part))
-    parts.append(_axis_name("epoch"))
+    parts.append(svg.axis_name("epoch"))
     best = best_epoch(history)
     if best is not None and math.isfinite(best[2][f"val_{figure}"]):
         parts.append(_best_mark(x[best[0]], y(best[2][f"val_{figure}"]), best[2][f"val_{figure}"], percent))
-    return _svg(f"{figure} per epoch of training and validation", parts)
+    return svg.drawing(f"{figure} per epoch of training and validation", parts)
 
 
 def calibration_chart(bins: list[dict[str, Any]]) -> Markup:
@@ -74,18 +70,18 @@ def calibration_chart(bins: list[dict[str, Any]]) -> Markup:
         '<rect class="column" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" fill-opacity="{:.2f}">'
         "<title>confidence {:.0%} to {:.0%}: {} photos, {:.1%} right</title></rect>"
     )
-    parts = [_horizontal_grid([0, 0.25, 0.5, 0.75, 1], True)]
+    parts = [svg.horizontal_grid([0, 0.25, 0.5, 0.75, 1], True)]
     for i, b in enumerate(bins):
         if b["count"]:
             height = (BOTTOM - TOP) * b["accuracy"]
             strength = 0.25 + 0.75 * math.sqrt(b["count"] / largest)
             box = (LEFT + i * width + 1, BOTTOM - height, width - 2, height, strength)
             parts.append(column.format(*box, b["lower"], b["upper"], b["count"], b["accuracy"]))
-    parts.append(_tag_line("ideal", LEFT, BOTTOM, RIGHT, TOP))
+    parts.append(svg.line("ideal", LEFT, BOTTOM, RIGHT, TOP))
     for tick in (0, 0.25, 0.5, 0.75, 1):
-        parts.append(_text("tick middle", LEFT + (RIGHT - LEFT) * tick, BOTTOM + 17, percent_text(tick, 0)))
-    parts.append(_axis_name("confidence"))
-    return _svg("share of photos named correctly against the confidence of the prediction", parts)
+        parts.append(svg.text("tick middle", LEFT + (RIGHT - LEFT) * tick, BOTTOM + 17, percent_text(tick, 0)))
+    parts.append(svg.axis_name("confidence"))
+    return svg.drawing("share of photos named correctly against the confidence of the prediction", parts)
 
 
 def heat_map(confusion: np.ndarray, class_names: list[str]) -> Markup:
@@ -107,25 +103,10 @@ def heat_map(confusion: np.ndarray, class_names: list[str]) -> Markup:
         middle = (i + 0.5) * size / num_classes
         name = f"{i + 1}\u2002{class_names[i]}"
         name = name if len(name) <= 30 else name[:29] + "…"
-        parts.append(_text("tick end", left - 10, 9 + middle, name))
-        parts.append(_text("tick middle", left + middle, size + 24, str(i + 1)))
-    parts.append(_text("tick middle", left + size / 2, size + 48, "predicted class, by number"))
-    return _svg(f"confusion of {num_classes} classes", parts, width=left + size + 10, height=size + 56)
-
-
-def percent_text(fraction: float, digits: int = 1) -> str:
-    """Write 0.842 as "84.2 %", with a space that does not break; NaN and infinity as they are."""
-    return f"{fraction * 100:.{digits}f}\u00a0%" if math.isfinite(fraction) else str(fraction)
-
-
-def nice_ticks(highest: float) -> list[float]:
-    """Four to six round steps from zero up to at least `highest`, each 1, 2, 2.5 or 5 times a power of ten."""
-    if highest <= 0:
-        return [0.0, 1.0]
-    power = 10.0 ** math.floor(math.log10(highest / 5))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power * 5 >= highest * (1 - 1e-9))
-    count = math.ceil(highest / step - 1e-9)
-    return [round(step * i, 10) for i in range(count + 1)]
+        parts.append(svg.text("tick end", left - 10, 9 + middle, name))
+        parts.append(svg.text("tick middle", left + middle, size + 24, str(i + 1)))
+    parts.append(svg.text("tick middle", left + size / 2, size + 48, "predicted class, by number"))
+    return svg.drawing(f"confusion of {num_classes} classes", parts, width=left + size + 10, height=size + 56)
 
 
 def _heat_map_png(confusion: np.ndarray) -> bytes:
@@ -150,11 +131,11 @@ def _stages(history: History, x: list[float]) -> Markup:
         middle = (x[start] + x[start + len(epochs) - 1]) / 2
         if start:
             between = (x[start - 1] + x[start]) / 2
-            parts.append(_tag_line("boundary", between, TOP - 18, between, BOTTOM))
-        parts.append(_text("stage middle", middle, TOP - 12, stage))
+            parts.append(svg.line("boundary", between, TOP - 18, between, BOTTOM))
+        parts.append(svg.text("stage middle", middle, TOP - 12, stage))
         step = max(1, math.ceil(len(x) / 10))
         for i in range(0, len(epochs), step):
-            parts.append(_text("tick middle", x[start + i], BOTTOM + 17, str(epochs[i]["epoch"])))
+            parts.append(svg.text("tick middle", x[start + i], BOTTOM + 17, str(epochs[i]["epoch"])))
         start += len(epochs)
     return Markup("").join(parts)
 
@@ -182,33 +163,4 @@ def _best_mark(x: float, y: float, value: float, percent: bool) -> Markup:
     anchor, shift = ("end", 4) if x > (LEFT + RIGHT) / 2 else ("start", -4)
     below = y + 22 if y < TOP + 20 else y - 12
     ring = Markup('<circle class="best" cx="{:.1f}" cy="{:.1f}" r="5"/>').format(x, y)
-    return ring + _text(f"mark {anchor}", x + shift, below, label)
-
-
-def _horizontal_grid(ticks: list[float], percent: bool) -> Markup:
-    parts = []
-    for tick in ticks:
-        y = BOTTOM - (BOTTOM - TOP) * tick / ticks[-1]
-        parts.append(_tag_line("grid", LEFT, y, RIGHT, y))
-        parts.append(_text("tick end", LEFT - 8, y + 4, percent_text(tick, 0) if percent else f"{tick:g}"))
-    return Markup("").join(parts)
-
-
-def _axis_name(name: str) -> Markup:
-    return _text("tick middle", (LEFT + RIGHT) / 2, BOTTOM + 38, name)
-
-
-def _tag_line(css_class: str, x1: float, y1: float, x2: float, y2: float) -> Markup:
-    return Markup('<line class="{}" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>').format(
-        css_class, x1, y1, x2, y2
-    )
-
-
-def _text(css_class: str, x: float, y: float, text: str) -> Markup:
-    return Markup('<text class="{}" x="{:.1f}" y="{:.1f}">{}</text>').format(css_class, x, y, text)
-
-
-def _svg(label: str, parts: list[Markup], width: int = WIDTH, height: int = HEIGHT) -> Markup:
-    return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
-        width, height, label, Markup("").join(parts)
-    )
+    return ring + svg.text(f"mark {anchor}", x + shift, below, label)

@@ -1,15 +1,12 @@
 """One evaluation as one HTML file: no network, no files beside it, readable in light, dark and on paper."""
 
-import base64
-import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
+from carclass import page
 from carclass.evaluation import charts
 
 LARGEST_CONFUSION_TABLE = 24
@@ -72,19 +69,11 @@ class Report:
 
 
 def render(report: Report) -> str:
-    """Return the page as one HTML document, with every photo inside it as a data: URI.
-
-    Text from data is escaped, and the page's content policy lets nothing run but the page's own script.
-    """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= FILTERS
-    return environment.get_template("report.html.j2").render(
+    """Return the page as one HTML document, with every photo inside it as a data: URI."""
+    return page.render(
+        Path(__file__).with_name("report.html.j2"),
+        title=report.title,
+        facts=report.facts,
         report=report,
         metrics=report.metrics,
         classes=_weakest_first(report.metrics["per_class"]),
@@ -111,26 +100,3 @@ def _summary(metrics: dict[str, Any]) -> dict[str, int | float]:
 def _weakest_first(per_class: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Order classes by F1, the weakest first; classes without photos have nothing to say and come last."""
     return sorted(per_class, key=lambda row: (row["support"] == 0, row["f1"]))
-
-
-def _jpeg_uri(photo: bytes) -> str:
-    assert photo[:2] == b"\xff\xd8", f"not a JPEG file: it starts with {photo[:4]!r}"
-    return f"data:image/jpeg;base64,{base64.b64encode(photo).decode()}"
-
-
-def _script_hash(script: str) -> str:
-    """What a Content-Security-Policy calls a script by, so that no other script in the page runs."""
-    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
-
-
-def _decimal(value: float, digits: int = 3) -> str:
-    return f"{value:.{digits}f}"
-
-
-FILTERS: dict[str, Callable[..., str]] = {
-    "percent": charts.percent_text,
-    "number": "{:,}".format,
-    "decimal": _decimal,
-    "jpeg": _jpeg_uri,
-    "script_hash": _script_hash,
-}

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from carclass.evaluation.charts import best_epoch, curve_chart, heat_map, nice_ticks
+from carclass.evaluation.charts import best_epoch, curve_chart, heat_map
 from carclass.evaluation.metrics import classification_metrics, confusion_matrix
 from carclass.evaluation.report import MaskingSample, Mistake, Report, render
+from carclass.svg import nice_ticks
 
 SECTIONS = [
     "summary", "curves", "confusion", "pairs", "classes", "mistakes", "calibration", "masking", "data"

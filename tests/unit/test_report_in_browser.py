@@ -1,4 +1,4 @@
-"""The report in a real browser: it loads without a complaint and its small script does what it says."""
+"""The reports in a real browser: they load without a complaint and their small script does what it says."""
 
 import re
 import shutil
@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from carclass.evaluation.report import render
+from carclass.masking.report import render as render_masking
+from tests.unit.test_masking_report import SECTIONS as MASKING_SECTIONS
+from tests.unit.test_masking_report import make_masking_report
 from tests.unit.test_report import SECTIONS, make_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -52,6 +55,19 @@ def test_a_report_opens_with_all_sections_and_a_silent_console(tmp_path, num_cla
     dom, console = open_page(render(make_report(num_classes, num_photos=400)), tmp_path)
     assert console == []
     assert [name for name in SECTIONS if f'<section id="{name}"' not in dom] == []
+
+
+def test_a_masking_report_opens_with_all_sections_and_a_silent_console(tmp_path):
+    dom, console = open_page(render_masking(make_masking_report()), tmp_path)
+    assert console == []
+    assert [name for name in MASKING_SECTIONS if f'<section id="{name}"' not in dom] == []
+
+
+def test_no_script_runs_in_a_masking_report(tmp_path):
+    page = render_masking(make_masking_report()).replace("</body>", "<script>document.title = 'taken'</script></body>")
+    dom, console = open_page(page, tmp_path)
+    assert "<title>taken" not in dom
+    assert any("Content Security Policy" in line for line in console)
 
 
 def test_an_error_in_a_script_would_be_noticed(tmp_path):
