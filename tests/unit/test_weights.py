@@ -3,6 +3,8 @@
 import http.server
 import io
 import pickle
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from importlib import resources
@@ -23,14 +25,19 @@ def load(uri: str | Path, sha256: str | None = None) -> tuple[dict[str, torch.Te
     return weights.load(str(uri), sha256, sample="backbone.safetensors", key="train.parent")
 
 
+def localise(uri: str | Path, sha256: str | None = None, cache: str | Path = "/nowhere") -> weights.Source:
+    return weights.localise(str(uri), sha256, sample="backbone.safetensors", cache=str(cache), key="train.parent")
+
+
 def pth(value: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
 
 
-def pkl() -> bytes:
-    return pickle.dumps({"model": {name: tensor.numpy() for name, tensor in STATE.items()}, "author": "zoo"})
+def pkl(protocol: int | None = None) -> bytes:
+    arrays = {name: tensor.numpy() for name, tensor in STATE.items()}
+    return pickle.dumps({"model": arrays, "__author__": "zoo"}, protocol)
 
 
 @pytest.fixture
@@ -56,7 +63,15 @@ class Trap:
 
 
 @pytest.mark.parametrize(
-    ("name", "data"), [("w.safetensors", save(STATE)), ("w.pth", pth(STATE)), ("w.pt", pth(STATE)), ("w.pkl", pkl())]
+    ("name", "data"),
+    [
+        ("w.safetensors", save(STATE)),
+        ("w.pth", pth(STATE)),
+        ("w.pt", pth(STATE)),
+        ("checkpoint.pth", pth({"model": STATE, "iteration": 7})),
+        *(("w.pkl", pkl(protocol)) for protocol in range(2, 6)),
+        ("w.pkl", pkl(3).replace(b"numpy._core", b"numpy.core")),  # numpy 1's, as in the zoo
+    ],
 )
 def test_tensors_come_back_by_name_in_the_files_own_dtype(file: Any, name: str, data: bytes):
     found, digest = load(file(name, data), storage.sha256(data))
@@ -87,10 +102,37 @@ def test_a_file_with_another_hash_is_refused_before_it_is_opened(file: Any, tmp_
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("uri", ["/data/w.pkl", "s3://bucket/w.pkl", "https://example.org/w.pth", "zoo"])
-def test_what_has_to_be_trusted_needs_a_hash(uri: str):
+@pytest.mark.parametrize("uri", ["/data/w.pkl", "s3://bucket/w.pkl", "https://example.org/w.pth"])
+@pytest.mark.parametrize("job", [load, localise])
+def test_what_has_to_be_trusted_needs_a_hash(uri: str, job: Any):
     with pytest.raises(UserError, match=r"opened only with a known sha256.* set `train.parent_sha256`"):
-        load(uri)
+        job(uri)
+
+
+@pytest.mark.parametrize("trap_in", ["whole file", "weights", "beside the weights"])
+@pytest.mark.parametrize("job", [load, localise])
+def test_a_pickle_that_would_run_code_does_not_run_it_though_its_hash_is_pinned(
+    file: Any, tmp_path: Path, job: Any, trap_in: str
+):
+    trap = Trap(tmp_path / "ran")
+    values = {"whole file": trap, "weights": {"model": {"a": trap}}, "beside the weights": {"model": {}, "a": trap}}
+    data = pickle.dumps(values[trap_in])
+    with pytest.raises(UserError, match=r"`train.parent`: .*w.pkl is damaged, or .* asks for pathlib.Path.mkdir"):
+        job(file("w.pkl", data), storage.sha256(data))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("use", ["open('/dev/null')", "__import__('socket').socket()"])
+def test_the_process_that_reads_pickles_can_open_nothing(use: str):
+    code = f"import socket; from carclass import unpickle; unpickle.give_up_powers(); {use}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "Too many open files" in done.stderr
+
+
+def test_a_pickle_that_takes_too_long_is_given_up(file: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(weights, "UNPICKLE_SECONDS", 0.01)
+    with pytest.raises(UserError, match=r"`train.parent`: .*w.pkl took more than 0.01 s"):
+        load(file("w.pkl", pkl()), storage.sha256(pkl()))
 
 
 @pytest.mark.parametrize("name", ["w.pth", "w.pt"])
@@ -119,11 +161,17 @@ def test_the_refusal_does_not_advise_to_trust_the_file(file: Any, tmp_path: Path
         ("w.pth", b""),
         ("w.pth", b"hello"),
         ("w.pth", pth(STATE)[:200]),
+        ("w.pth", pth([STATE])),
+        ("w.pth", pth({"conv": STATE})),
+        ("w.pkl", b""),
+        ("w.pkl", pkl()[:-3]),
+        ("w.pkl", pickle.dumps({"weights": {}})),
+        ("w.pkl", pickle.dumps({"model": {"conv.weight": "a string"}})),
     ],
 )
 def test_a_damaged_file_is_named(file: Any, name: str, data: bytes):
     with pytest.raises(UserError, match=f"`train.parent`: .*{name} is damaged"):
-        load(file(name, data))
+        load(file(name, data), storage.sha256(data))
 
 
 def test_a_missing_file_is_named(tmp_path: Path):
@@ -134,6 +182,59 @@ def test_a_missing_file_is_named(tmp_path: Path):
 def test_another_format_is_refused_with_those_that_are_read(file: Any):
     with pytest.raises(UserError, match=r"w.h5 is none of .safetensors, .pth, .pt or .pkl"):
         load(file("w.h5", b"hdf"))
+
+
+# What every process opens
+
+
+def test_a_pickle_becomes_data_once(file: Any, tmp_path: Path):
+    digest = storage.sha256(pkl())
+    path = file("w.pkl", pkl())
+    local = localise(path, digest, tmp_path / "cache")
+    before = Path(local.uri).stat()
+    path.unlink()  # what is kept stands for it
+    assert localise(path, digest, tmp_path / "cache") == local
+    after = Path(local.uri).stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_the_data_of_a_pickle_holds_its_tensors_and_is_pinned(file: Any, tmp_path: Path):
+    digest = storage.sha256(pkl())
+    local = localise(file("w.pkl", pkl()), digest, tmp_path / "cache")
+    assert local.uri == str(tmp_path / "cache" / f"{digest}.safetensors")
+    found, sha256 = load(local.uri, local.sha256)
+    assert sha256 == local.sha256
+    assert {name: tensor.dtype for name, tensor in found.items()} == {name: t.dtype for name, t in STATE.items()}
+    assert all(torch.equal(found[name], tensor) for name, tensor in STATE.items())
+
+
+@pytest.mark.parametrize("damage", [b"", save({"conv.weight": torch.zeros(2, 3)})])
+def test_data_that_is_not_what_was_written_is_made_again(file: Any, tmp_path: Path, damage: bytes):
+    path, digest = file("w.pkl", pkl()), storage.sha256(pkl())
+    local = localise(path, digest, tmp_path / "cache")
+    Path(local.uri).write_bytes(damage)
+    assert localise(path, digest, tmp_path / "cache") == local
+    assert storage.sha256(Path(local.uri).read_bytes()) == local.sha256
+
+
+@pytest.mark.parametrize(("name", "data"), [("w.safetensors", save(STATE)), ("w.pth", pth(STATE))])
+def test_data_on_storage_stays_where_it_is_and_is_pinned(file: Any, tmp_path: Path, name: str, data: bytes):
+    path = file(name, data)
+    assert localise(path, None, tmp_path / "cache") == (str(path), storage.sha256(data))
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pkl"])
+def test_nothing_is_made_of_a_file_with_another_hash(file: Any, tmp_path: Path, name: str):
+    with pytest.raises(UserError, match=r"sha256 [0-9a-f]{64}, expected 0{64}"):
+        localise(file(name, pickle.dumps(Trap(tmp_path / "ran"))), "0" * 64, tmp_path / "cache")
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_sample_stays_in_the_package_and_is_pinned(tmp_path: Path):
+    local = localise("sample", None, tmp_path / "cache")
+    assert (local.uri, local.sha256) == ("sample", load("sample")[1])
 
 
 # What comes from the web
@@ -167,6 +268,15 @@ def test_a_download_is_kept_and_fetched_once(web: tuple[str, list[str]]):
     for _ in range(2):
         found, _ = load(f"{address}/w.safetensors", storage.sha256(save(STATE)))
     assert torch.equal(found["conv.weight"], STATE["conv.weight"])
+    assert requests == ["/w.safetensors"]
+
+
+def test_a_download_is_kept_as_data_on_storage(web: tuple[str, list[str]], tmp_path: Path):
+    address, requests = web
+    digest = storage.sha256(save(STATE))
+    local = localise(f"{address}/w.safetensors", digest, tmp_path / "root")
+    assert local.uri == str(tmp_path / "root" / f"{digest}.safetensors")
+    assert torch.equal(load(local.uri, local.sha256)[0]["conv.weight"], STATE["conv.weight"])
     assert requests == ["/w.safetensors"]
 
 

@@ -1,0 +1,72 @@
+"""torchvision's Mask R-CNN v2 behind Detectron2's contract."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import MaskRCNN_ResNet50_FPN_V2_Weights, maskrcnn_resnet50_fpn_v2
+from torchvision.models.detection.image_list import ImageList
+
+from carclass import config
+from carclass.masking.detectron import Boxes, Instances, Network, check_classes, merge_into_background
+
+_NAMES = MaskRCNN_ResNet50_FPN_V2_Weights.COCO_V1.meta["categories"]
+COCO_IDS = [number for number, name in enumerate(_NAMES) if name not in ("__background__", "N/A")]
+"""COCO's own ids, with gaps, of the 80 classes counted from 0."""
+
+
+class TorchvisionMaskRCNN(Network):
+    """maskrcnn_resnet50_fpn_v2 (Li et al. 2021), untrained; its own resizing is left out: photos come resized."""
+
+    input_format = "RGB"
+    finds_masks = True
+
+    counted_from_0: Tensor
+
+    def __init__(self, settings: config.Detector) -> None:
+        super().__init__()
+        check_classes(settings.classes, len(COCO_IDS))
+        self.model = maskrcnn_resnet50_fpn_v2(
+            weights=None,
+            weights_backbone=None,
+            rpn_post_nms_top_n_test=settings.num_proposals,
+            box_score_thresh=settings.score_threshold,
+            box_detections_per_img=settings.num_detections,
+        )
+        heads = self.model.roi_heads
+        merge_into_background(heads.box_predictor.cls_score, [COCO_IDS[number] for number in settings.classes], 0)
+        # Boxes are computed in the dtype of their offsets: in bf16 they would lie pixels off.
+        self.model.rpn.head.register_forward_hook(_in_float)
+        heads.box_predictor.register_forward_hook(_in_float)
+        counted_from_0 = torch.full((len(_NAMES),), -1)
+        counted_from_0[COCO_IDS] = torch.arange(len(COCO_IDS))
+        self.register_buffer("counted_from_0", counted_from_0, persistent=False)
+
+    def forward(self, inputs: list[dict[str, Tensor]]) -> list[dict[str, Instances]]:
+        """See Network."""
+        images = self._batch([item["image"] for item in inputs])
+        features = self.model.backbone(images.tensors)
+        proposals, _ = self.model.rpn(images, features)
+        found, _ = self.model.roi_heads(features, proposals, images.image_sizes)
+        pairs = zip(found, images.image_sizes, strict=True)
+        return [{"instances": self._instances(result, size)} for result, size in pairs]
+
+    def _batch(self, photos: list[Tensor]) -> ImageList:
+        """Normalised and padded as by its own transform."""
+        transform = self.model.transform
+        sizes = [(photo.shape[1], photo.shape[2]) for photo in photos]
+        return ImageList(transform.batch_images([transform.normalize(photo / 255) for photo in photos]), sizes)
+
+    def _instances(self, found: dict[str, Tensor], size: tuple[int, int]) -> Instances:
+        return Instances(
+            size,
+            pred_boxes=Boxes(found["boxes"]),
+            scores=found["scores"],
+            pred_classes=self.counted_from_0[found["labels"]],
+            pred_masks=found["masks"],
+        )
+
+
+def _in_float(_: nn.Module, __: Any, output: Any) -> Any:
+    """A module's output, tensors or lists of tensors, in float32."""
+    return output.float() if isinstance(output, Tensor) else type(output)(_in_float(_, __, item) for item in output)
