@@ -4,17 +4,24 @@ import logging
 import os
 import secrets
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import ray
 import ray.data
-from ray.data.expressions import col
 
 from carclass import dataset, storage
 from carclass.errors import UserError
 
 log = logging.getLogger(__name__)
 BLOCK_ROWS = 64
+TASK_CPUS = 0.5
+"""CPUs reserved by a reading or writing task and by an actor on a CPU: actors never hold all of a machine, which
+would leave none for the tasks that feed them."""
 
 
 def connect() -> None:
@@ -71,11 +78,33 @@ def check_cpus(count: float, key: str) -> None:
         raise UserError(f"`{key}` needs {count:g} CPUs at once, the cluster has {there:g}. Lower it or add nodes.")
 
 
-def stream(source: dataset.Dataset, columns: Sequence[str], split: str | None = None) -> ray.data.Dataset:
-    """A dataset's rows (or one split's) through Ray Data, in blocks small enough to keep every process busy."""
-    filesystem, _ = storage.locate(source.uri)
-    paths = [storage.locate(part)[1] for part in source.part_uris]
-    rows = ray.data.read_parquet(paths, filesystem=filesystem)
-    if split is not None:
-        rows = rows.filter(expr=col("split") == split)
-    return rows.select_columns(list(columns)).repartition(target_num_rows_per_block=BLOCK_ROWS)
+def stream(
+    source: dataset.Dataset,
+    columns: Sequence[str],
+    *,
+    split: str | None = None,
+    keys: ray.ObjectRef | None = None,
+    block_rows: int = BLOCK_ROWS,
+) -> ray.data.Dataset:
+    """A dataset's rows through Ray Data, in blocks small enough to keep every process busy.
+
+    split: only its rows; keys: a set in the object store, of the rows wanted; block_rows: rows that a process gets
+    at a time. Parts are read by our own storage, as pyarrow's file systems lose their retries on the way to another
+    process.
+    """
+    parts = ray.data.from_items([{"uri": uri} for uri in source.part_uris], override_num_blocks=len(source.part_uris))
+    read = partial(read_part, columns=list(columns), split=split, keys=keys)
+    rows = parts.map_batches(read, batch_size=1, batch_format="pyarrow", num_cpus=TASK_CPUS)
+    return rows.repartition(target_num_rows_per_block=block_rows)
+
+
+def read_part(batch: pa.Table, columns: list[str], split: str | None, keys: Any) -> pa.Table:
+    """The wanted rows of one part; batch: its uri."""
+    filesystem, path = storage.locate(batch["uri"][0].as_py())
+    filters = None if split is None else pc.field("split") == split
+    if keys is not None:
+        wanted = ray.get(keys)
+        there = pq.read_table(path, columns=["key"], filesystem=filesystem)["key"].to_pylist()
+        chosen = pc.field("key").isin([key for key in there if key in wanted])
+        filters = chosen if filters is None else filters & chosen
+    return pq.read_table(path, columns=columns, filesystem=filesystem, filters=filters).replace_schema_metadata()

@@ -125,8 +125,12 @@ def dataset_table(published: Dataset, **more: str) -> str:
 
 def main(job: Callable[[], None]) -> None:
     """Runs a job; a user's mistake becomes one paragraph on stderr and exit status 2."""
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
-    logging.getLogger("carclass").setLevel(logging.INFO)
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    ours = logging.getLogger("carclass")
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    ours.propagate = False  # Ray gives the root logger a handler of its own: what we say would appear twice
     try:
         job()
     except UserError as error:

@@ -26,8 +26,14 @@ from pydantic import (
 
 from carclass.errors import UserError
 
-NAMED = ("imagenet", "imagenet-v2", "sample", "zoo")
-"""Words that stand for weights (see weights.py) or for the embedded sample, where a path could be."""
+DETECTORS = ("mask_rcnn_r50_fpn", "faster_rcnn_r101_fpn", "torchvision_mask_rcnn_v2", "sample")
+NAMED = ("imagenet", "imagenet-v2", "sample", "zoo", *DETECTORS)
+"""Words that stand for weights (weights.py), detectors or the embedded sample, where a path could be."""
+PROFILES = {
+    "exact": {"short_side": 800, "num_proposals": 1000, "num_detections": 100},
+    "fast": {"short_side": 352, "num_proposals": 100, "num_detections": 5},
+}
+"""How much a detector looks at: as the model zoo does, or trimmed for photos of one large vehicle."""
 
 
 class CommandLineText(str):
@@ -98,26 +104,35 @@ class Ingest(Section):
 class Detector(Section):
     """What finds the vehicle."""
 
-    model: Literal["mask_rcnn_r50_fpn", "sample"] = "mask_rcnn_r50_fpn"
-    """Detectron2 architecture: the zoo's Mask R-CNN, or the sample's small one."""
+    model: Uri = "mask_rcnn_r50_fpn"
+    """`mask_rcnn_r50_fpn` or `faster_rcnn_r101_fpn` (boxes only) of Detectron2, `torchvision_mask_rcnn_v2`,
+    `sample`, or the URI of a Detectron2 .yaml."""
     weights: Uri = "zoo"
     """`zoo` (fetched once), `sample` (in the package), or the URI of a .safetensors, .pth or .pkl file."""
     weights_sha256: Sha256 | None = None
     """Checked before the weights are opened; required for `zoo`, http(s) and every .pkl."""
     classes: dict[int, str] = Field({2: "car", 5: "bus", 7: "truck"}, min_length=1)
-    """COCO category ids that count as the vehicle, with the names they get in the dataset."""
+    """Which of COCO's 80 classes, counted from 0, are the vehicle, with the names they get in the dataset."""
     score_threshold: Share = 0.5
     """Detections below it are ignored; 0.5 is the original's."""
-    short_side: int = Field(480, ge=32)
-    """Pixels of the photo's shorter side as the detector sees it; 480 costs a third of the zoo's 800."""
+    profile: Literal["exact", "fast"] = "fast"
+    """`exact` looks as the zoo does (800 px, 1000 proposals, 100 detections), `fast` is trimmed; the three
+    settings below replace the profile's."""
+    short_side: int = Field(PROFILES["fast"]["short_side"], ge=32)
+    """Pixels of the photo's shorter side as the detector sees it."""
+    num_proposals: int = Field(PROFILES["fast"]["num_proposals"], ge=1)
+    """Proposals kept per photo; the zoo's 1000 are for crowded scenes."""
+    num_detections: int = Field(PROFILES["fast"]["num_detections"], ge=1)
+    """Vehicles kept per photo, the surest first."""
     max_size: int = Field(1333, ge=32)
     """Upper limit of the longer side in pixels, as in the zoo."""
-    num_proposals: int = Field(100, ge=1)
-    """Proposals kept per photo; the zoo's 1000 are for crowded scenes."""
-    num_detections: int = Field(5, ge=1)
-    """Detections kept per photo; one vehicle is wanted."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Arithmetic of the network: bf16 autocast is 1.5 to 2 times faster on recent CPUs and GPUs."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _profile(cls, values: Any) -> Any:
+        return {**PROFILES.get(values.get("profile", ""), {}), **values} if isinstance(values, dict) else values
 
 
 class Cutout(Section):
@@ -131,6 +146,21 @@ class Cutout(Section):
     """Border kept around the box, as a share of its width and height."""
 
 
+class Exclude(Section):
+    """Which photos go to quarantine for their mask, as `doubtful_mask`; by default none does."""
+
+    no_vehicle: bool = False
+    """Photos in which no vehicle was found, which are otherwise kept whole."""
+    several_vehicles: bool = False
+    """Photos with another vehicle at least half as large."""
+    touches_border: bool = False
+    """Photos whose vehicle is cut off by the photo's edge."""
+    min_area_fraction: Share = 0.0
+    """Smallest share of the photo that the vehicle covers."""
+    min_stability: Share = 0.0
+    """Smallest agreement of the mask with itself, cut at a lower and a higher threshold."""
+
+
 class Mask(Section):
     """A dataset → a dataset with the background removed."""
 
@@ -140,16 +170,22 @@ class Mask(Section):
     """Name of the dataset to publish."""
     limit: int | None = Field(None, ge=1)
     """Mask only that many photos, chosen by content; all of them by default."""
+    preview: int | None = Field(None, ge=1, le=500)
+    """Publish nothing: mask that many photos, chosen by content, for a contact sheet and a report to look at."""
     truth: Uri | None = None
-    """COCO file with the true masks (or `sample`): the masks' mean IoU on the test split is measured."""
+    """COCO file with the true masks (or `sample`): the masks are judged by it."""
     detector: Detector = Detector()
+    choice: Literal["largest", "central", "surest"] = "largest"
+    """Which of several vehicles: the one with the largest mask, and of those within 10 % of it the most central;
+    the one nearest to the middle; or the one with the highest score."""
     cutout: Cutout = Cutout()
+    exclude: Exclude = Exclude()
     num_actors: int | None = Field(None, ge=1)
     """Detector processes; by default one per GPU, without GPUs one per CPU."""
     use_gpu: bool | None = None
     """true, false, or by default: when the cluster has one."""
     batch_size: int = Field(8, ge=1)
-    """Photos per detector call."""
+    """Photos per forward pass on a GPU, all of one shape; a CPU takes them one by one."""
     quality: int = Field(92, ge=50, le=100)
     """JPEG quality of the result."""
     part_rows: int = Field(64, ge=1)

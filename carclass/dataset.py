@@ -16,7 +16,6 @@ from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from carclass import storage
@@ -38,6 +37,11 @@ DETECTION = pa.schema(
         ("outcome", pa.string()),  # vehicle or no_vehicle
         ("vehicle_class", pa.string()),
         ("score", pa.float32()),
+        ("num_vehicles", pa.int32()),
+        ("several_vehicles", pa.bool_()),  # another one is at least half as large
+        ("touches_border", pa.bool_()),
+        ("area_fraction", pa.float32()),  # of the photo, covered by the mask (by the box where there is none)
+        ("stability", pa.float32()),  # of the mask against its threshold, 0 to 1
         ("box", pa.list_(pa.float32(), 4)),  # x1, y1, x2, y2 in the source dataset's pixels
         ("mask", pa.string()),  # COCO run lengths (compressed) over the source dataset's photo
         ("source_width", pa.int32()),
@@ -97,15 +101,14 @@ class Dataset:
     def rows(self, keys: Sequence[str], columns: Sequence[str]) -> list[dict[str, Any]]:
         """Some rows in the order of their keys given, each with its key and the columns; for few rows."""
         filesystem, _ = storage.locate(self.uri)
-        found = {}
+        found: dict[str, dict[str, Any]] = {}
         for uri in self.part_uris if keys else []:
-            table = pq.read_table(
-                storage.locate(uri)[1],
-                filesystem=filesystem,
-                columns=["key", *columns],
-                filters=pc.field("key").isin(list(keys)),
-            )
-            found.update({row["key"]: row for row in table.to_pylist()})
+            path = storage.locate(uri)[1]
+            there = pq.read_table(path, columns=["key"], filesystem=filesystem)["key"].to_pylist()
+            wanted = [i for i, key in enumerate(there) if key in set(keys)]
+            if wanted:  # else the part's photos need not be fetched
+                table = pq.read_table(path, columns=["key", *columns], filesystem=filesystem)
+                found.update({row["key"]: row for row in table.take(wanted).to_pylist()})
         return [found[key] for key in keys]
 
 
@@ -149,6 +152,13 @@ def find_same(root: str, name: str, settings: dict[str, Any]) -> Dataset | None:
     )
 
 
+def quarantine_row(
+    key: str, reason: str, detail: str, image_id: str | None = None, attempts: int = 0
+) -> dict[str, Any]:
+    """A row of QUARANTINE."""
+    return {"key": key, "image_id": image_id, "reason": str(reason), "detail": detail, "attempts": attempts}
+
+
 def write_part(uri: str, folder: str, rows: pa.Table, settings: dict[str, Any]) -> None:
     """Writes rows as one Parquet file, named by its keys, so that the same work makes the same file."""
     schema = rows.schema.with_metadata({_SETTINGS_KEY: storage.sha256(_dump(settings)).encode()})
@@ -165,11 +175,27 @@ def finished(uri: str, settings: dict[str, Any]) -> set[str]:
     for path in _parquet_files(uri):
         file = storage.join(uri, path)
         filesystem, location = storage.locate(file)
-        if (pq.read_schema(location, filesystem=filesystem).metadata or {}).get(_SETTINGS_KEY) == wanted:
-            keys.update(pq.read_table(location, columns=["key"], filesystem=filesystem)["key"].to_pylist())
+        table = pq.read_table(location, columns=["key"], filesystem=filesystem)
+        if (table.schema.metadata or {}).get(_SETTINGS_KEY) == wanted:
+            keys.update(table["key"].to_pylist())
         else:
             storage.delete(file)
     return keys
+
+
+def drop_repeats(uri: str) -> None:
+    """Removes files that repeat a key of an earlier one; their other photos then count as not done.
+
+    Two processes may have written the same photos in different batches: one that was thought dead, say.
+    """
+    seen: set[str] = set()
+    for path in _parquet_files(uri):
+        filesystem, location = storage.locate(storage.join(uri, path))
+        keys = pq.read_table(location, columns=["key"], filesystem=filesystem)["key"].to_pylist()
+        if seen.isdisjoint(keys):
+            seen.update(keys)
+        else:
+            storage.delete(storage.join(uri, path))
 
 
 def written(uri: str, folder: str, columns: Sequence[str]) -> pa.Table:
@@ -203,13 +229,13 @@ def withdraw(uri: str, quarantined: Sequence[dict[str, Any]], settings: dict[str
         storage.delete(storage.join(uri, part))
 
 
-def publish(
+def draft(
     uri: str, *, inputs: Iterable[str], settings: dict[str, Any], classes: Sequence[str], facts: dict[str, Any]
 ) -> Dataset:
-    """Checks that nothing is lost and writes the manifest.
+    """A dataset that is complete but not published yet: checks that nothing is lost and makes its manifest.
 
     inputs: every key that came in; facts: what else the manifest should say. AssertionError when a key is
-    missing, doubled or unknown: that is our mistake, and nothing is published.
+    missing, doubled or unknown: that is our mistake, and nothing may be published.
     """
     rows, quarantined = written(uri, "parts", ["key", "split"]), written(uri, "quarantine", ["key", "reason"])
     expected = sorted(inputs)
@@ -228,8 +254,13 @@ def publish(
         "parts": sorted(set(rows["part"].to_pylist())),
         **facts,
     }
-    storage.write_bytes(storage.join(uri, "manifest.json"), _dump(manifest))
     return Dataset(uri, json.loads(_dump(manifest)))
+
+
+def publish(complete: Dataset) -> Dataset:
+    """Writes the manifest of a draft: from now on the dataset is there for others."""
+    storage.write_bytes(storage.join(complete.uri, "manifest.json"), _dump(complete.manifest))
+    return complete
 
 
 def _parquet_files(uri: str) -> list[str]:

@@ -55,7 +55,8 @@ def run(root: str, settings: config.Ingest) -> dataset.Dataset:
     dataset.withdraw(uri, [], identity)
     dataset.withdraw(uri, find_leaks(dataset.written(uri, "parts", ["key", "image_id", "label", "split"])), identity)
     inputs = [*(item.key for item in plan.photos), *(row["key"] for row in plan.rejected)]
-    published = dataset.publish(uri, inputs=inputs, settings=identity, classes=classes, facts={"kind": "photos"})
+    facts = {"kind": "photos"}
+    published = dataset.publish(dataset.draft(uri, inputs=inputs, settings=identity, classes=classes, facts=facts))
     _warn_of_thin_classes(published)
     return published
 
@@ -134,9 +135,9 @@ def match(keys: Sequence[str], found: Sequence[Label]) -> Plan:
                 )
         else:
             detail = f"{len(exact)} photos have this name" if exact else f"labelled {item.label}, no such photo"
-            rejected.append(quarantine_row(item.key, Reason.MISSING_FILE, detail))
+            rejected.append(dataset.quarantine_row(item.key, Reason.MISSING_FILE, detail))
     without = [key for key in keys if key not in labelled]
-    rejected += [quarantine_row(key, Reason.NO_LABEL, "no label names this photo") for key in without]
+    rejected += [dataset.quarantine_row(key, Reason.NO_LABEL, "no label names this photo") for key in without]
     return Plan(sorted(labelled.values()), rejected)
 
 
@@ -164,17 +165,12 @@ def find_leaks(rows: pa.Table) -> list[dict[str, Any]]:
         for row in trained:
             others = ", ".join(other["key"] for other in group if other is not row)
             if tested:
-                found.append(quarantine_row(row["key"], Reason.LEAKAGE, f"same bytes as the test photo {tested[0]}"))
+                detail = f"same bytes as the test photo {tested[0]}"
+                found.append(dataset.quarantine_row(row["key"], Reason.LEAKAGE, detail))
             elif len({other["label"] for other in trained}) > 1:
-                found.append(quarantine_row(row["key"], Reason.LABEL_CONFLICT, f"same bytes as {others}, other label"))
+                detail = f"same bytes as {others}, other label"
+                found.append(dataset.quarantine_row(row["key"], Reason.LABEL_CONFLICT, detail))
     return found
-
-
-def quarantine_row(
-    key: str, reason: Reason, detail: str, image_id: str | None = None, attempts: int = 0
-) -> dict[str, Any]:
-    """A row of QUARANTINE."""
-    return {"key": key, "image_id": image_id, "reason": str(reason), "detail": detail, "attempts": attempts}
 
 
 def to_row(source: dict[str, Any], settings: config.Ingest) -> dict[str, Any]:
@@ -207,7 +203,7 @@ def write_batch(batch: pa.Table, uri: str, settings: config.Ingest, identity: di
             rows.append(to_row(source, settings))
         except PhotoError as error:
             image_id = storage.sha256(source["data"]) if source["data"] is not None else None
-            rejected.append(quarantine_row(source["key"], error.reason, error.detail, image_id, attempts=1))
+            rejected.append(dataset.quarantine_row(source["key"], error.reason, error.detail, image_id, attempts=1))
     if rows:
         dataset.write_part(uri, "parts", pa.Table.from_pylist(rows, dataset.ROW), identity)
     if rejected:

@@ -62,15 +62,18 @@ class Reason(StrEnum):
     NO_LABEL = "no_label"  # a photo without a label
     LABEL_CONFLICT = "label_conflict"  # the same bytes under two labels
     LEAKAGE = "leakage"  # a train photo whose bytes are also in test
+    CRASHED = "crashed"  # every process that worked on it ended
+    DOUBTFUL_MASK = "doubtful_mask"  # excluded by the user's own measure
 
 
 class PhotoError(ValueError):
     """A photo that cannot be used: `reason` for the program, `detail` (one line) for a person."""
 
-    def __init__(self, reason: Reason, detail: str):
-        super().__init__(reason, detail)
+    def __init__(self, reason: Reason, detail: str, attempts: int = 1):
+        super().__init__(reason, detail, attempts)
         self.reason = reason
         self.detail = detail
+        self.attempts = attempts
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}"

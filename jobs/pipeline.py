@@ -22,6 +22,8 @@ def main() -> None:
     settings = command_line.parse(__doc__, None)
     if settings.ingest is None or settings.train is None:
         raise UserError("a pipeline needs the sections `ingest:` and `train:`; see jobs/experiments/sample.yml.")
+    if settings.mask is not None and settings.mask.preview is not None:
+        raise UserError("`mask.preview` only looks and publishes nothing to train on. Say it to jobs/mask.py.")
     started = time.monotonic()
     summary: dict[str, int | float] = {}
     photos = ingest.run(settings.root, settings.ingest)

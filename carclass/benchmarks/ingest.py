@@ -19,11 +19,14 @@ WARM_UP = 64
 """Photos ingested before the clock starts, in parts of four, so that every worker has done its imports."""
 
 
-def run(photos: Path | None, folder: Path) -> dict[str, float]:
+def run(photos: Path | None, weights: Path | None, folder: Path) -> dict[str, float]:
     """Figures of one comparison. photos: a folder of photos, the sample without it; folder: room to work in.
 
-    The plain loop runs before and after ours, so that a drift of the machine's speed falls on both.
+    There is no network, so weights are refused. The plain loop runs before and after ours, so that a drift of the
+    machine's speed falls on both.
     """
+    if weights is not None:
+        raise UserError("--weights has no effect on the benchmark `ingest`, which runs no network. Leave it out.")
     if photos is None:
         write_sample(folder / "sample")
         photos = folder / "sample" / "photos"

@@ -20,8 +20,6 @@ from carclass.training.feed import pixels_of, to_device
 
 log = logging.getLogger(__name__)
 NUM_MISTAKES, NUM_MASKING_SAMPLES = 24, 12
-TASK_CPUS = 0.5
-"""As in masking: predictors never hold all of a machine's CPUs."""
 
 
 class Outcome(NamedTuple):
@@ -89,14 +87,14 @@ def predict(source: dataset.Dataset, settings: config.Evaluate, model_uri: str) 
     """key, label, predicted, confidence and probabilities of every photo of the split, in the order of keys."""
     use_gpu = cluster.gpus(None, 1, "evaluate")
     count = int(ray.cluster_resources()["GPU" if use_gpu else "CPU"])
-    rows = cluster.stream(source, ["key", "label", "image"], settings.split)
+    rows = cluster.stream(source, ["key", "label", "image"], split=settings.split)
     predicted = rows.map_batches(
         PredictPhotos,
         fn_constructor_kwargs={"model_uri": model_uri, "use_gpu": use_gpu},
         compute=ray.data.ActorPoolStrategy(size=count),
         batch_size=settings.batch_size,
         batch_format="pyarrow",
-        num_cpus=TASK_CPUS,
+        num_cpus=cluster.TASK_CPUS,
         num_gpus=1 if use_gpu else 0,
     )
     table = pa.concat_tables(ray.get(predicted.to_arrow_refs())).sort_by("key")

@@ -6,13 +6,14 @@ from PIL import Image
 from carclass import config
 
 
-def cut(photo: np.ndarray, box: np.ndarray, mask: np.ndarray, settings: config.Cutout) -> np.ndarray:
+def cut(photo: np.ndarray, box: np.ndarray, mask: np.ndarray | None, settings: config.Cutout) -> np.ndarray:
     """The vehicle without its surroundings.
 
-    photo: uint8 (H,W,3) RGB; box: float (4,) x1,y1,x2,y2 in its pixels; mask: bool (H,W). Returns uint8 (h,w,3),
-    of the photo's own size unless the mode crops.
+    photo: uint8 (H,W,3) RGB; box: float (4,) x1,y1,x2,y2 in its pixels; mask: bool (H,W), needed unless the
+    mode is `crop`. Returns uint8 (h,w,3), of the photo's own size unless the mode crops.
     """
     if "mask" in settings.mode:
+        assert mask is not None
         photo = paint_background(photo, mask, settings.fill)
     if "crop" in settings.mode:
         x1, y1, x2, y2 = crop_window(box, photo.shape[:2], settings.margin)

@@ -1,90 +1,135 @@
-"""Finds the vehicle of a photo: Detectron2's contract behind one function on arrays."""
+"""Finds the vehicle of a photo: a network behind one function on arrays."""
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from pycocotools import mask as coco_mask
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from carclass import config, weights
-from carclass.errors import UserError
-from carclass.masking import detectron
+from carclass import config
+from carclass.masking import networks
+from carclass.masking.choice import Rule, choose, stability, touches_border
+from carclass.masking.detectron import Instances, paste_masks_in_image
 from carclass.model import autocast
+
+CANVAS = 32
+"""Networks see photos on canvases whose sides are multiples of it: the coarsest step of the feature pyramid."""
 
 
 class Detection(NamedTuple):
     """The vehicle of a photo, in the photo's own pixels."""
 
-    category: int  # COCO id
+    category: int  # of COCO's 80 classes
     score: float
     box: np.ndarray  # float32 (4,): x1, y1, x2, y2
-    mask: np.ndarray  # bool (H, W)
+    mask: np.ndarray | None  # bool (H, W); None from a network that finds boxes only
+    num_vehicles: int
+    several_vehicles: bool
+    touches_border: bool
+    area_fraction: float
+    stability: float | None
 
 
 class Detector:
     """A network with its weights, on one device.
 
-    UserError when the weights aren't there, aren't what their hash says or don't fit the architecture.
+    On a GPU, photos of the same canvas (size after scaling, rounded up) go through together. On a CPU a batch gains
+    nothing, and photos go one by one. Either way a photo is never padded to another's size, so that what is found in
+    it depends on no other photo. UserError for wrong weights.
     """
 
-    def __init__(self, settings: config.Detector, device: str = "cpu") -> None:
-        self.settings, self.device = settings, torch.device(device)
-        cfg = detectron.load_config(
-            settings.model,
-            MODEL__RPN__POST_NMS_TOPK_TEST=settings.num_proposals,
-            MODEL__ROI_HEADS__SCORE_THRESH_TEST=settings.score_threshold,
-            TEST__DETECTIONS_PER_IMAGE=settings.num_detections,
-        )
-        self.model = detectron.build(cfg)
-        _load_weights(self.model, settings)
-        self.model.to(self.device)
+    def __init__(self, settings: config.Detector, rule: Rule = "largest", device: str = "cpu") -> None:
+        self.settings, self.rule, self.device = settings, rule, torch.device(device)
+        self.network = networks.build(settings)
+        self.finds_masks = self.network.finds_masks
+        _make_fast(self.network, settings.precision)
+        self.network.to(self.device)
+
+    def __call__(self, photos: Sequence[np.ndarray], batch_size: int = 1) -> list[Detection | None]:
+        """The vehicle of each photo, or None. photos: uint8 (H,W,3) RGB each; batch_size: photos per forward pass."""
+        found: list[Detection | None] = [None] * len(photos)
+        for batch in self._batches(photos, batch_size if self.device.type == "cuda" else 1):
+            outputs = self.forward([photos[i] for i in batch])
+            for i, instances in zip(batch, outputs, strict=True):
+                found[i] = self._describe(instances, photos[i].shape[:2])
+        return found
 
     @torch.inference_mode()
-    def __call__(self, photos: Sequence[np.ndarray]) -> list[Detection | None]:
-        """The largest vehicle of each photo by mask area, or None. photos: uint8 (H,W,3) RGB each."""
-        inputs = [self._input(photo) for photo in photos]
+    def forward(self, photos: Sequence[np.ndarray]) -> list[Instances]:
+        """What the network says of photos of one canvas, in the scaled photos' pixels; masks are not pasted."""
+        inputs = [{"image": self._input(photo)} for photo in photos]
         with autocast(self.settings.precision, self.device):
-            outputs = self.model.inference(inputs, do_postprocess=False)  # type: ignore[operator]
-        return [self._choose(found, photo.shape[:2]) for found, photo in zip(outputs, photos, strict=True)]
+            return [output["instances"] for output in self.network(inputs)]
 
-    def _input(self, photo: np.ndarray) -> dict[str, torch.Tensor]:
-        """Detectron2's input: BGR, 0..255, resized on the device."""
+    def _batches(self, photos: Sequence[np.ndarray], batch_size: int) -> Iterator[list[int]]:
+        """Indices of photos that share a canvas, at most batch_size at a time."""
+        groups = defaultdict(list)
+        for i, photo in enumerate(photos):
+            groups[tuple(-(-side // CANVAS) for side in self._scaled(photo))].append(i)
+        for group in groups.values():
+            yield from (group[start : start + batch_size] for start in range(0, len(group), batch_size))
+
+    def _scaled(self, photo: np.ndarray) -> tuple[int, int]:
+        """Height and width as the network sees them."""
         height, width = photo.shape[:2]
         scale = min(self.settings.short_side / min(height, width), self.settings.max_size / max(height, width))
-        size = max(1, round(height * scale)), max(1, round(width * scale))
-        pixels = torch.tensor(photo, device=self.device).permute(2, 0, 1).flip(0)[None].float()
-        return {"image": torch.nn.functional.interpolate(pixels, size, mode="bilinear", antialias=True)[0]}
+        return max(1, round(height * scale)), max(1, round(width * scale))
 
-    def _choose(self, found: "detectron.Instances", shape: tuple[int, int]) -> Detection | None:
-        """Filters classes, compares areas on the small masks, and pastes only the chosen one."""
-        wanted = torch.tensor(sorted(self.settings.classes), device=self.device)
-        found = found[torch.isin(found.pred_classes, wanted)]
-        if len(found) == 0:
+    def _input(self, photo: np.ndarray) -> Tensor:
+        """float (3,h,w), 0..255, in the network's channel order, resized on the device."""
+        pixels = torch.tensor(photo, device=self.device).permute(2, 0, 1)[None].float()
+        if self.network.input_format == "BGR":
+            pixels = pixels.flip(1)
+        size = self._scaled(photo)
+        return nn.functional.interpolate(pixels, size, mode="bilinear", antialias=True)[0]
+
+    @torch.inference_mode()
+    def _describe(self, found: Instances, shape: tuple[int, int]) -> Detection | None:
+        """Chooses among a few small masks, and pastes only the chosen one."""
+        boxes, scores = found.pred_boxes.tensor.float().cpu(), found.scores.float().cpu()
+        soft = found.pred_masks.float() if self.finds_masks else None
+        chosen = choose(boxes, scores, None if soft is None else soft.cpu(), found.image_size, self.rule)
+        if chosen is None:
             return None
-        areas = found.pred_boxes.area() * (found.pred_masks[:, 0].float() > 0.5).float().mean((1, 2))
-        best = found[int(areas.argmax())]
-        scale = torch.tensor([shape[1] / found.image_size[1], shape[0] / found.image_size[0]] * 2, device=self.device)
-        box = best.pred_boxes.tensor.float() * scale
-        mask = detectron.paste_masks_in_image(best.pred_masks[:, 0].float(), box, shape, threshold=0.5)[0]
+        i, (height, width) = chosen.position, shape
+        box = boxes[i] * torch.tensor([width / found.image_size[1], height / found.image_size[0]] * 2)
+        if soft is None:
+            mask, area = None, float((box[2] - box[0]) * (box[3] - box[1])) / (height * width)
+            cut_off = bool((box[:2] < 1).any() or box[2] > width - 1 or box[3] > height - 1)
+        else:
+            pasted = paste_masks_in_image(soft[i], box[None].to(self.device), shape, threshold=0.5)
+            mask = pasted[0].to(torch.uint8).cpu().numpy().view(bool)
+            area, cut_off = float(mask.mean()), touches_border(mask)
         return Detection(
-            int(best.pred_classes[0]), float(best.scores[0]), box[0].cpu().numpy(), mask.cpu().numpy().astype(bool)
+            category=int(found.pred_classes[i]),
+            score=float(scores[i]),
+            box=box.numpy(),
+            mask=mask,
+            num_vehicles=chosen.num_vehicles,
+            several_vehicles=chosen.several,
+            touches_border=cut_off,
+            area_fraction=area,
+            stability=None if soft is None else stability(soft[i].cpu()),
         )
 
 
-def _load_weights(model: torch.nn.Module, settings: config.Detector) -> None:
-    key = "mask.detector.weights"
-    state, _ = weights.load(settings.weights, settings.weights_sha256, sample="detector.safetensors", key=key)
-    expected = model.state_dict()
-    # BatchNorm's counters and the anchors, which some files leave out, are never learnt.
-    missing = [n for n in expected if n not in state and "num_batches_tracked" not in n and "cell_anchors" not in n]
-    wrong = [name for name in state if name in expected and state[name].shape != expected[name].shape]
-    if missing or wrong:
-        raise UserError(
-            f"`{key}`: {settings.weights} is no {settings.model}: {len(missing)} tensors are missing, "
-            f"{len(wrong)} don't fit (the first: {[*missing, *wrong][0]}). Choose the `mask.detector.model` it is for."
-        )
-    model.load_state_dict({name: state[name].float() for name in state if name in expected}, strict=False)
+def _make_fast(network: nn.Module, precision: str) -> None:
+    """Does once what would be done at every pass: folds BatchNorm, casts weights, lays them out channels last."""
+    for module in network.modules():
+        norm = getattr(module, "norm", None)
+        if isinstance(module, nn.Conv2d) and hasattr(norm, "running_var"):
+            assert norm is not None
+            module.weight, module.bias = fuse_conv_bn_weights(
+                module.weight, module.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            )
+            module.norm = None  # type: ignore[assignment]
+        if precision == "bf16" and isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+            module.to(torch.bfloat16)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def encode_mask(mask: np.ndarray) -> str:

@@ -1,4 +1,10 @@
-"""A dataset → a dataset without backgrounds: Ray Data streams the photos through a pool of detectors."""
+"""A dataset → a dataset without backgrounds: Ray Data streams the photos through a pool of detectors.
+
+read parts → decode (tasks) → detect (actors) → cut, encode and write parts (tasks)
+
+A photo is worked on alone or beside others with the same result, so a job that was killed and run again makes the
+rows that an undisturbed one makes.
+"""
 
 import logging
 from collections import Counter
@@ -10,63 +16,77 @@ import pyarrow as pa
 import ray
 import torch
 
-from carclass import cluster, config, dataset, photo
+from carclass import cluster, config, dataset, photo, storage
+from carclass.attempts import Attempts
+from carclass.errors import UserError
+from carclass.masking import look, networks, quality
+from carclass.masking.choice import find_doubts
 from carclass.masking.cutout import cut
-from carclass.masking.detector import Detection, Detector, decode_mask, encode_mask
-from carclass.progress import Progress
+from carclass.masking.detector import Detection, Detector, encode_mask
+from carclass.photo import PhotoError, Reason
+from carclass.telemetry import Meter
 
 log = logging.getLogger(__name__)
-TASK_CPUS = 0.5
-"""CPUs reserved by a reading or writing task and by a detector on a CPU: detectors never hold all of a machine,
-which would leave none for the tasks that feed them."""
+CPU_BATCH, GPU_BATCHES = 4, 8
+"""Photos an actor takes at a time: a second or two of work on a CPU; on a GPU so many forward passes that photos of
+the same shape meet."""
+MAX_PASSES = 3
+"""A second pass over the photos is needed only when parts were written twice, which a lost node may cause."""
 
-
-class DetectPhotos:
-    """A detector process: adds DETECTION's columns to a batch of rows."""
-
-    def __init__(self, settings: config.Detector, *, use_gpu: bool) -> None:
-        if not use_gpu:
-            torch.set_num_threads(1)
-        self.settings = settings
-        self.detect = Detector(settings, "cuda" if use_gpu else "cpu")
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        photos = [photo.decode(data) for data in batch["image"].to_pylist()]
-        found = [self._columns(*pair) for pair in zip(self.detect(photos), photos, strict=True)]
-        columns = pa.Table.from_pylist(found, dataset.DETECTION)
-        return pa.Table.from_arrays([*batch.columns, *columns.columns], schema=dataset.MASKED_ROW)
-
-    def _columns(self, found: Detection | None, pixels: np.ndarray) -> dict[str, Any]:
-        size = {"source_width": pixels.shape[1], "source_height": pixels.shape[0]}
-        if found is None:
-            return {"outcome": "no_vehicle", **size}
-        return {
-            "outcome": "vehicle",
-            "vehicle_class": self.settings.classes[found.category],
-            "score": found.score,
-            "box": found.box.tolist(),
-            "mask": encode_mask(found.mask),
-            **size,
-        }
+TROUBLE = pa.schema([("reason", pa.string()), ("detail", pa.string()), ("attempts", pa.int32())])
+SIZE = pa.schema([("source_width", pa.int32()), ("source_height", pa.int32())])
+DECODED = pa.schema([*dataset.ROW, *SIZE, *TROUBLE, ("pixels", pa.large_binary())])
+FOUND = pa.schema([field for field in dataset.DETECTION if field.name not in ("mask", *SIZE.names)])
+DETECTED = pa.schema([*dataset.ROW, *SIZE, *TROUBLE, *FOUND, ("mask_pixels", pa.large_binary())])
+WRITTEN = pa.schema([("outcome", pa.string()), ("reason", pa.string())])
+MEASURES = ("score", "num_vehicles", "several_vehicles", "touches_border", "area_fraction", "stability")
 
 
 def run(root: str, settings: config.Mask) -> dataset.Dataset:
     """Publishes `<root>/datasets/<dataset>`, or finds it published. UserError for wrong settings or weights."""
     source = dataset.load(root, settings.source)
-    compute = {"dataset", "truth", "num_actors", "use_gpu", "batch_size", "part_rows"}
-    identity = {**settings.model_dump(mode="json", exclude=compute), "source_digest": source.digest}
+    settings = _prepare(root, settings)
+    identity = _identity(settings, source)
     if (found := dataset.find_same(root, settings.dataset, identity)) is not None:
         log.info("mask: dataset %s is published, nothing to do", settings.dataset)
         return found
-    Detector(settings.detector)  # wrong weights are found here, before any process waits for them
-    cluster.connect()
-    uri = dataset.place(root, settings.dataset)
-    wanted = choose(source.read(["image_id", "key"]), settings.limit)
-    _write(uri, source, wanted - dataset.finished(uri, identity), settings, identity)
-    outcomes = Counter(dataset.written(uri, "parts", ["outcome"])["outcome"].to_pylist())
-    log.info("mask: %s", ", ".join(f"{count:,} {outcome}" for outcome, count in sorted(outcomes.items())))
-    facts = {"kind": "masked", "outcomes": dict(sorted(outcomes.items()))}
-    return dataset.publish(uri, inputs=wanted, settings=identity, classes=source.classes, facts=facts)
+    draft = _mask(dataset.place(root, settings.dataset), source, settings, identity, settings.limit)
+    look.write(draft, source, quality.truth(root, settings))
+    return dataset.publish(draft)
+
+
+def preview(root: str, settings: config.Mask) -> str:
+    """Masks `preview` photos and keeps nothing but their report and contact sheet; returns their place."""
+    source = dataset.load(root, settings.source)
+    settings = _prepare(root, settings)
+    uri = storage.join(root, "previews", settings.dataset)
+    for path in storage.list_files(uri):
+        storage.delete(storage.join(uri, path))
+    draft = _mask(uri, source, settings, _identity(settings, source), settings.preview)
+    look.write(draft, source, quality.truth(root, settings), num_sheet=draft.manifest["rows"])
+    for part in draft.part_uris:
+        storage.delete(part)
+    return uri
+
+
+def _prepare(root: str, settings: config.Mask) -> config.Mask:
+    """Settings whose detector names one weights file by its hash; wrong weights are found before any process waits."""
+    settings = settings.model_copy(update={"detector": networks.localise(settings.detector, root)})
+    if "mask" in settings.cutout.mode and not Detector(settings.detector).finds_masks:
+        raise UserError(
+            f"`mask.cutout.mode` is {settings.cutout.mode}, but {settings.detector.model} finds boxes only. "
+            "Say `crop`, or choose a detector with masks."
+        )
+    return settings
+
+
+def _identity(settings: config.Mask, source: dataset.Dataset) -> dict[str, Any]:
+    """What decides the rows: a dataset with the same identity is the same dataset."""
+    compute = {"dataset", "preview", "truth", "num_actors", "use_gpu", "batch_size", "part_rows"}
+    known = settings.model_dump(mode="json", exclude=compute)
+    known["detector"]["weights"] = known["detector"].pop("weights_sha256")
+    known["detector"]["architecture"] = networks.architecture_digest(settings.detector)
+    return {**known, "source_digest": source.digest}
 
 
 def choose(rows: pa.Table, limit: int | None) -> set[str]:
@@ -75,61 +95,157 @@ def choose(rows: pa.Table, limit: int | None) -> set[str]:
     return {key for _, key in pairs[:limit]}
 
 
+def _mask(
+    uri: str, source: dataset.Dataset, settings: config.Mask, identity: dict[str, Any], limit: int | None
+) -> dataset.Dataset:
+    """The complete dataset at uri, not published yet."""
+    cluster.connect()
+    wanted = choose(source.read(["image_id", "key"]), limit)
+    for _ in range(MAX_PASSES):
+        dataset.drop_repeats(uri)
+        if not (todo := wanted - dataset.finished(uri, identity)):
+            break
+        _write(uri, source, todo, settings, identity)
+    outcomes = Counter(dataset.written(uri, "parts", ["outcome"])["outcome"].to_pylist())
+    facts = {"kind": "masked", "outcomes": dict(sorted(outcomes.items()))}
+    return dataset.draft(uri, inputs=wanted, settings=identity, classes=source.classes, facts=facts)
+
+
 def _write(uri: str, source: dataset.Dataset, todo: set[str], settings: config.Mask, identity: dict[str, Any]) -> None:
     """Streams the rows whose key is in todo through the detectors into parts."""
-    if not todo:
-        return
     count = settings.num_actors or int(ray.cluster_resources().get("GPU", 0) or ray.cluster_resources()["CPU"])
     use_gpu = cluster.gpus(settings.use_gpu, 1 if settings.num_actors is None else count, "mask.use_gpu")
-    cluster.check_cpus((count + 1) * TASK_CPUS, "mask.num_actors")
-    rows = cluster.stream(source, dataset.ROW.names)
-    masked = (
-        rows.map_batches(
-            partial(keep, keys=ray.put(todo)),
-            batch_size=settings.batch_size,
-            batch_format="pyarrow",
-            num_cpus=TASK_CPUS,
-        )
-        .map_batches(
-            DetectPhotos,
-            fn_constructor_kwargs={"settings": settings.detector, "use_gpu": use_gpu},
-            compute=ray.data.ActorPoolStrategy(size=count),
-            batch_size=settings.batch_size,
-            batch_format="pyarrow",
-            num_cpus=TASK_CPUS,
-            num_gpus=1 if use_gpu else 0,
-        )
-        .map_batches(
-            partial(write_batch, uri=uri, settings=settings, identity=identity),
-            batch_size=settings.part_rows,
-            batch_format="pyarrow",
-            num_cpus=TASK_CPUS,
-        )
+    if "batch_size" in settings.model_fields_set and not use_gpu:
+        log.warning("mask: `mask.batch_size` has no effect without GPUs: a CPU takes photos one by one")
+    cluster.check_cpus((count + 1) * cluster.TASK_CPUS, "mask.num_actors")
+    attempts, block_rows = Attempts(), GPU_BATCHES * settings.batch_size if use_gpu else CPU_BATCH
+    rows = cluster.stream(source, dataset.ROW.names, keys=ray.put(todo), block_rows=block_rows)
+    decoded = rows.map_batches(
+        partial(decode_batch, attempts=attempts),
+        batch_size=block_rows,
+        batch_format="pyarrow",
+        num_cpus=cluster.TASK_CPUS,
     )
-    progress = Progress("mask", len(todo))
-    for summary in masked.iter_rows():
-        progress.add(summary["rows"])
+    detected = decoded.map_batches(
+        DetectPhotos,
+        fn_constructor_kwargs={"settings": settings, "attempts": attempts, "use_gpu": use_gpu},
+        compute=ray.data.ActorPoolStrategy(size=count),
+        batch_size=block_rows,
+        batch_format="pyarrow",
+        num_cpus=cluster.TASK_CPUS,
+        num_gpus=1 if use_gpu else 0,
+    )
+    written = detected.map_batches(
+        partial(write_batch, uri=uri, settings=settings, identity=identity),
+        batch_size=settings.part_rows,
+        batch_format="pyarrow",
+        num_cpus=cluster.TASK_CPUS,
+    )
+    meter = Meter("mask", len(todo))
+    for summary in written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        assert isinstance(summary, pa.Table)
+        meter.add(summary["outcome"].drop_null().to_pylist(), summary["reason"].drop_null().to_pylist())
 
 
-def keep(batch: pa.Table, keys: Any) -> pa.Table:
-    """Rows whose key is among those still to do."""
-    wanted = ray.get(keys)
-    return batch.filter(pa.array([key in wanted for key in batch["key"].to_pylist()], pa.bool_()))
+def decode_batch(batch: pa.Table, attempts: Attempts) -> pa.Table:
+    """Rows of ROW as rows of DECODED: with their pixels, or with what is wrong with them."""
+    images = batch["image"].to_pylist()
+    decoded = attempts.run("decode", batch["key"].to_pylist(), lambda chosen: [_decode(images[i]) for i in chosen])
+    return _extend(batch, [_trouble(item) if isinstance(item, PhotoError) else _raw(item) for item in decoded], DECODED)
+
+
+def _decode(image: bytes) -> np.ndarray | PhotoError:
+    try:
+        return photo.decode(image, min_side=1)
+    except PhotoError as error:
+        return error
+
+
+def _raw(pixels: np.ndarray) -> dict[str, Any]:
+    return {"source_height": pixels.shape[0], "source_width": pixels.shape[1], "pixels": pixels.tobytes()}
+
+
+def _trouble(error: PhotoError) -> dict[str, Any]:
+    return {"reason": str(error.reason), "detail": error.detail, "attempts": error.attempts}
+
+
+def _extend(batch: pa.Table, rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
+    """The columns of schema: from rows those that their dicts speak of, from the batch the others."""
+    named = set().union(*rows)
+    more = pa.Table.from_pylist(
+        rows, pa.schema([f for f in schema if f.name in named or f.name not in batch.schema.names])
+    )
+    return pa.table([(more if name in more.schema.names else batch)[name] for name in schema.names], schema=schema)
+
+
+class DetectPhotos:
+    """A detector process: rows of DECODED → rows of DETECTED."""
+
+    def __init__(self, settings: config.Mask, attempts: Attempts, *, use_gpu: bool) -> None:
+        if not use_gpu:
+            torch.set_num_threads(1)
+        self.settings, self.attempts = settings, attempts
+        self.detect = Detector(settings.detector, settings.choice, "cuda" if use_gpu else "cpu")
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        rows = batch.select(["key", "source_height", "source_width", *TROUBLE.names, "pixels"]).to_pylist()
+        sound = [row for row in rows if row["reason"] is None]
+        photos = [
+            np.frombuffer(row["pixels"], np.uint8).reshape(row["source_height"], row["source_width"], 3)
+            for row in sound
+        ]  # fmt: skip
+        keys, size = [row["key"] for row in sound], self.settings.batch_size
+        found = self.attempts.run("detect", keys, lambda chosen: self.detect([photos[i] for i in chosen], size))
+        for row, result in zip(sound, found, strict=True):
+            row |= _trouble(result) if isinstance(result, PhotoError) else self._columns(result)
+        return _extend(batch.drop(["pixels"]), [{**row, "pixels": None} for row in rows], DETECTED)
+
+    def _columns(self, found: Detection | None) -> dict[str, Any]:
+        if found is None:
+            return {"outcome": "no_vehicle", "num_vehicles": 0}
+        columns = {name: getattr(found, name) for name in MEASURES}
+        mask = None if found.mask is None else found.mask.tobytes()
+        vehicle_class = self.settings.detector.classes[found.category]
+        return {
+            "outcome": "vehicle",
+            "vehicle_class": vehicle_class,
+            "box": found.box.tolist(),
+            **columns,
+            "mask_pixels": mask,
+        }
 
 
 def write_batch(batch: pa.Table, uri: str, settings: config.Mask, identity: dict[str, Any]) -> pa.Table:
-    """Cuts the vehicles out and makes a part; returns how many rows."""
-    rows = [_cut_row(row, settings) for row in batch.to_pylist()]
+    """Cuts the vehicles out and makes a part (and a part of quarantine); returns rows of WRITTEN."""
+    rows, rejected = [], []
+    for row in batch.to_pylist():
+        if row["reason"] is None and (doubts := find_doubts(row, settings.exclude)):
+            row |= {"reason": str(Reason.DOUBTFUL_MASK), "detail": ", ".join(doubts), "attempts": 1}
+        if row["reason"] is None:
+            rows.append(_cut_row(row, settings))
+        else:
+            trouble = [row[name] for name in ("key", "reason", "detail", "image_id", "attempts")]
+            rejected.append(dataset.quarantine_row(*trouble))
     if rows:
         dataset.write_part(uri, "parts", pa.Table.from_pylist(rows, dataset.MASKED_ROW), identity)
-    return pa.table({"rows": [len(rows)]})
+    if rejected:
+        dataset.write_part(uri, "quarantine", pa.Table.from_pylist(rejected, dataset.QUARANTINE), identity)
+    outcomes = [*(row["outcome"] for row in rows), *([None] * len(rejected))]
+    return pa.table([outcomes, [*([None] * len(rows)), *(row["reason"] for row in rejected)]], schema=WRITTEN)
 
 
 def _cut_row(row: dict[str, Any], settings: config.Mask) -> dict[str, Any]:
-    """A row with its photo cut out; a photo without a vehicle stays whole."""
+    """A row of DETECTED as one of MASKED_ROW, its photo cut out; a photo without a vehicle stays whole."""
     if row["outcome"] == "no_vehicle":
         return row
-    mask = decode_mask(row["mask"], row["source_height"], row["source_width"])
+    mask = row["mask_pixels"]
+    if mask is not None:
+        mask = np.frombuffer(mask, bool).reshape(row["source_height"], row["source_width"])
     pixels = cut(photo.decode(row["image"], min_side=1), np.array(row["box"]), mask, settings.cutout)
-    image = photo.encode(pixels, quality=settings.quality)
-    return {**row, "image": image, "width": pixels.shape[1], "height": pixels.shape[0]}
+    return {
+        **row,
+        "mask": None if mask is None else encode_mask(mask),
+        "image": photo.encode(pixels, quality=settings.quality),
+        "width": pixels.shape[1],
+        "height": pixels.shape[0],
+    }

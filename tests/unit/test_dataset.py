@@ -40,7 +40,7 @@ def write_quarantine(uri: str, keys: Sequence[str], settings: dict[str, Any] = S
 
 def publish(uri: str, inputs: Sequence[str], **more: Any) -> dataset.Dataset:
     given = {"settings": SETTINGS, "classes": ["a", "b"], "facts": {"kind": "photos"}} | more
-    return dataset.publish(uri, inputs=inputs, **given)
+    return dataset.publish(dataset.draft(uri, inputs=inputs, **given))
 
 
 def keys_in(uri: str, folder: str) -> list[str]:

@@ -1,0 +1,139 @@
+"""One masking job as one HTML file: what was found, how sure it is, and the photos that are worth a look."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from markupsafe import Markup
+
+from carclass import page, photo, svg
+from carclass.masking.sheet import Look, panel
+from carclass.svg import BOTTOM, LEFT, RIGHT, TOP
+
+NUM_BINS = 20
+SMALL_AREA = 0.1
+"""Share of the photo below which a vehicle counts as hardly in the picture."""
+JPEG_QUALITY = 75  # some 25 KB a panel, so that 90 of them stay below 5 MB
+
+FLAGS = {
+    "several_vehicles": ("Another vehicle is at least half as large", "mask.exclude.several_vehicles"),
+    "touches_border": ("The vehicle is cut off by the photo's edge", "mask.exclude.touches_border"),
+}
+"""Flag → what it says of a photo and the setting that leaves such photos out."""
+
+
+@dataclass(kw_only=True, slots=True)
+class MaskingReport:
+    """Everything the page shows. Histograms are counts as `histogram` returns them, over the photos with a vehicle."""
+
+    title: str
+    facts: list[tuple[str, str]]
+    """What was masked and how, as (name, value): dataset, parent, detector, settings."""
+    outcomes: dict[str, int]
+    """`vehicle` and `no_vehicle` → photos of the dataset."""
+    quarantined: dict[str, int]
+    """Reason → number of photos that were set aside. May be empty."""
+    flags: dict[str, int]
+    """Flag (`several_vehicles`, `touches_border`) → photos that have it."""
+    classes: dict[str, int]
+    """Vehicle class → photos."""
+    scores: list[int]
+    areas: list[int]
+    """Share of the photo that the vehicle covers."""
+    stabilities: list[int]
+    """All zero when the detector finds boxes only."""
+    mean_iou: float | None
+    """Mean intersection over union with the true masks; None when no truth is known."""
+    ious: list[int]
+    """All zero when no truth is known."""
+    doubtful: list[Look]
+    """Worst first: by IoU where the truth is known, else by `doubt`; at most 50. May be empty."""
+    sheet: list[Look]
+    """A fair sample of all photos; at most 40. May be empty."""
+
+    def __post_init__(self) -> None:
+        for counts in (self.scores, self.areas, self.stabilities, self.ious):
+            assert len(counts) == NUM_BINS, counts
+
+
+def histogram(values: np.ndarray) -> list[int]:
+    """Count float (N,) values in NUM_BINS equal bins from 0 to 1; NaN is left out. Counts of parts can be added."""
+    known = np.clip(values[~np.isnan(values)], 0, 1)
+    return np.histogram(known, NUM_BINS, (0, 1))[0].tolist()
+
+
+def doubt(
+    outcome: str,
+    score: float | None,
+    stability: float | None,
+    several_vehicles: bool | None,
+    touches_border: bool | None,
+    area_fraction: float | None,
+) -> float:
+    """How much a photo deserves a look, 0 to 1: 1 where no vehicle was found.
+
+    Otherwise one minus the product of all reasons to trust the mask, as if they were independent chances that it
+    is right: one bad sign is enough to be looked at, and several add up. Score and stability are such shares
+    already; another large vehicle may be the one that was meant (so 0.6); a vehicle at the border may be cut off
+    rightly (0.9); below SMALL_AREA trust falls with the area. None, what a detector does not tell, changes nothing.
+    """
+    if outcome == "no_vehicle":
+        return 1.0
+    trust = (1.0 if score is None else score) * (1.0 if stability is None else stability)
+    trust *= (0.6 if several_vehicles else 1.0) * (0.9 if touches_border else 1.0)
+    if area_fraction is not None:
+        trust *= min(1.0, area_fraction / SMALL_AREA)
+    return 1.0 - trust
+
+
+def render(report: MaskingReport) -> str:
+    """Return the page as one HTML document, with every photo inside it as a data: URI."""
+    return page.render(
+        Path(__file__).with_name("report.html.j2"),
+        title=report.title,
+        facts=report.facts,
+        report=report,
+        num_photos=sum(report.outcomes.values()),
+        num_vehicles=report.outcomes.get("vehicle", 0),
+        flags=[(*FLAGS.get(flag, (flag.replace("_", " "), "")), count) for flag, count in report.flags.items()],
+        limits=_limits(report),
+        chart=histogram_chart,
+        median=_median,
+        picture=lambda look: photo.encode(panel(look), quality=JPEG_QUALITY),
+    )
+
+
+def histogram_chart(counts: list[int], name: str) -> Markup:
+    """Draw counts in equal bins from 0 to 1, with what lies below each edge as its tooltip.
+
+    A single photo of many must still be seen: a column that is not empty is at least 2 pixels high.
+    """
+    total, width = sum(counts), (RIGHT - LEFT) / len(counts)
+    ticks = svg.nice_ticks(max(counts) / total)
+    column = Markup(
+        '<rect class="column" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}">'
+        "<title>{:.2f} to {:.2f}: {:,} of {:,} photos; {:,} below {:.2f}</title></rect>"
+    )
+    parts = [svg.horizontal_grid(ticks, True)]
+    for i, count in enumerate(counts):
+        if count:
+            height = max(2.0, (BOTTOM - TOP) * count / total / ticks[-1])
+            lower, upper = i / len(counts), (i + 1) / len(counts)
+            box = (LEFT + i * width + 1, BOTTOM - height, width - 2, height)
+            parts.append(column.format(*box, lower, upper, count, total, sum(counts[: i + 1]), upper))
+    for tick in (0, 0.25, 0.5, 0.75, 1):
+        parts.append(svg.text("tick middle", LEFT + (RIGHT - LEFT) * tick, BOTTOM + 17, f"{tick:g}"))
+    parts.append(svg.axis_name(name))
+    return svg.drawing(f"share of {total} photos by {name}", parts)
+
+
+def _median(counts: list[int]) -> float:
+    """Lower edge of the bin in which the median lies: at least half of the photos have this much or more."""
+    return int(np.searchsorted(np.cumsum(counts), sum(counts) / 2, side="right")) / len(counts)
+
+
+def _limits(report: MaskingReport) -> list[tuple[float, list[int]]]:
+    """Every bin's upper edge with the photos below it by area, by stability and by score, where there are any."""
+    measures = (report.areas, report.stabilities, report.scores)
+    rows = [((i + 1) / NUM_BINS, [sum(counts[: i + 1]) for counts in measures]) for i in range(NUM_BINS - 1)]
+    return [(limit, below) for limit, below in rows if any(below)]
