@@ -98,6 +98,17 @@ def stream(
     return rows.repartition(target_num_rows_per_block=block_rows)
 
 
+def limit_read_ahead(rows: ray.data.Dataset, num_bytes: int) -> None:
+    """Lets a pipeline hold so much in flight, however much memory there is.
+
+    Without it, photos are read until the object store is full, and small blocks of them lie in the driver's own
+    memory, which then grows with the number of photos.
+    """
+    rows.context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
+        object_store_memory=num_bytes
+    )
+
+
 def read_part(batch: pa.Table, columns: list[str], split: str | None, keys: Any) -> pa.Table:
     """The wanted rows of one part; batch: its uri."""
     filesystem, path = storage.locate(batch["uri"][0].as_py())

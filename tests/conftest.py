@@ -108,7 +108,8 @@ def contents() -> Callable[[dataset.Dataset], tuple[Rows, Rows]]:
     """All that a dataset holds, in the order of its keys: rows and quarantine."""
 
     def contents(published: dataset.Dataset) -> tuple[Rows, Rows]:
-        rows = published.read(dataset.ROW.names).to_pylist()
+        schema = dataset.MASKED_ROW if published.manifest["kind"] == "masked" else dataset.ROW
+        rows = published.read(schema.names).to_pylist()
         quarantine = dataset.written(published.uri, "quarantine", dataset.QUARANTINE.names).drop(["part"]).to_pylist()
         return sorted(rows, key=lambda row: row["key"]), sorted(quarantine, key=lambda row: row["key"])
 

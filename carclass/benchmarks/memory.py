@@ -21,7 +21,7 @@ EVERY_S = 0.5
 
 
 def run(photos: Path | None, weights: Path | None, folder: Path) -> dict[str, float]:
-    """Peak memory in MB of driver, workers and object store, and how far the totals differ.
+    """Peak memory in MB of driver, workers and Ray's own processes, and how far the sums' peaks differ.
 
     photos: a folder of photos, repeated under new ids until there are enough; the drawn sample without it. Always the
     sample's own detector, as it is about memory, at a low resolution, so that it takes minutes.
@@ -40,7 +40,7 @@ def run(photos: Path | None, weights: Path | None, folder: Path) -> dict[str, fl
         root = folder / str(count)
         _repeat(sound, count, root)
         peaks = _watch(root)
-        totals.append(peaks["driver"] + peaks["workers"])
+        totals.append(peaks["together"])
         say(f"{count:,} photos: " + ", ".join(f"{name} {value:,.0f} MB" for name, value in peaks.items()))
         figures |= {f"{name}_mb_{count}": value for name, value in peaks.items()}
     return figures | {"largest_vs_smallest": max(totals) / min(totals)}
@@ -76,7 +76,7 @@ def _row(key: str, image: bytes, width: int, height: int) -> dict[str, str | int
 
 
 def _watch(root: Path) -> dict[str, float]:
-    """Runs the job in processes of its own; the most that driver, workers and object store held, in MB."""
+    """Runs the job in processes of its own; the most that each kind of them held, and all together, in MB."""
     mask = {"detector": {"model": "sample", "weights": "sample", "short_side": 96, "num_proposals": 10}}
     (root / "mask.yml").write_text(json.dumps({"root": str(root), "mask": mask}))
     command = [sys.executable, str(Path(__file__).parents[2] / "jobs" / "mask.py"), "--config", str(root / "mask.yml")]
@@ -91,25 +91,20 @@ def _watch(root: Path) -> dict[str, float]:
     return dict(peaks)
 
 
-def _memory(driver: int) -> dict[str, float]:
-    """MB that the processes of a session hold for themselves, and what of the object store the raylet has touched."""
+def _memory(session: int) -> dict[str, float]:
+    """MB of the processes of a session, memory that several share counted in parts (PSS)."""
     found: dict[str, float] = defaultdict(float)
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             pid = int(folder.name)
-            if os.getsid(pid) != driver:
+            if os.getsid(pid) != session:
                 continue
             title = (folder / "cmdline").read_text()
-            sizes = {
-                line.split(":")[0]: line.split()[1] for line in (folder / "smaps_rollup").read_text().splitlines()[1:]
-            }
-        except (OSError, IndexError):  # it has just ended
+            lines = (folder / "smaps_rollup").read_text().splitlines()[1:]
+        except OSError:  # it has just ended
             continue
-        private = (int(sizes.get("Private_Clean", 0)) + int(sizes.get("Private_Dirty", 0))) / 1024
-        if pid == driver:
-            found["driver"] += private
-        elif title.startswith("ray::"):
-            found["workers"] += private
-        elif "raylet/raylet" in title:
-            found["object_store"] += int(sizes.get("Pss_Shmem", 0)) / 1024
+        size = next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0) / 1024
+        name = "driver" if pid == session else "workers" if title.startswith("ray::") else "ray"
+        found[name] += size
+        found["together"] += size
     return found

@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 CPU_BATCH, GPU_BATCHES = 4, 8
 """Photos an actor takes at a time: a second or two of work on a CPU; on a GPU so many forward passes that photos of
 the same shape meet."""
+IN_FLIGHT = 32_000_000
+"""Bytes on their way through the pool, for each photo that an actor takes at a time: some 25 decoded ones."""
 MAX_PASSES = 3
 """A second pass over the photos is needed only when parts were written twice, which a lost node may cause."""
 
@@ -120,6 +122,7 @@ def _write(uri: str, source: dataset.Dataset, todo: set[str], settings: config.M
     cluster.check_cpus((count + 1) * cluster.TASK_CPUS, "mask.num_actors")
     attempts, block_rows = Attempts(), GPU_BATCHES * settings.batch_size if use_gpu else CPU_BATCH
     rows = cluster.stream(source, dataset.ROW.names, keys=ray.put(todo), block_rows=block_rows)
+    cluster.limit_read_ahead(rows, count * block_rows * IN_FLIGHT)
     decoded = rows.map_batches(
         partial(decode_batch, attempts=attempts),
         batch_size=block_rows,

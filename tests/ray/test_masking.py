@@ -1,0 +1,142 @@
+"""Masking jobs on a real cluster: what they publish, what they leave to look at, what they tell of themselves."""
+
+import re
+import time
+import urllib.request
+from pathlib import Path
+
+import pyarrow.compute as pc
+import pytest
+import ray
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from carclass import config, dataset, storage
+from carclass.errors import UserError
+from carclass.masking import detectron, quality, stream
+from carclass.telemetry import Meter
+
+SAMPLE = config.Detector(model="sample", weights="sample", short_side=160, num_proposals=30)
+
+
+@pytest.fixture(scope="module")
+def root(ingested: dataset.Dataset) -> str:
+    return ingested.uri.rsplit("/", 2)[0]
+
+
+@pytest.fixture(scope="module")
+def masked(root: str, photos_folder: Path) -> dataset.Dataset:
+    truth = str(photos_folder / "truth.json")
+    return stream.run(root, config.Mask(detector=SAMPLE, num_actors=2, part_rows=20, truth=truth))
+
+
+def test_every_row_measures_its_mask(masked: dataset.Dataset):
+    rows = masked.read(dataset.DETECTION.names).filter(pc.field("outcome") == "vehicle").to_pylist()
+    assert rows
+    for row in rows:
+        assert 0 < row["area_fraction"] < 1
+        assert 0 < row["stability"] <= 1
+        assert row["num_vehicles"] >= 1
+        assert row["several_vehicles"] <= (row["num_vehicles"] > 1)
+
+
+def test_a_masking_run_leaves_a_report_and_a_contact_sheet(masked: dataset.Dataset):
+    page = storage.read_bytes(storage.join(masked.uri, "report.html")).decode()
+    assert f"{masked.manifest['outcomes']['vehicle']:,} of {masked.manifest['rows']:,} photos" in page
+    with Image.open(Path(masked.uri, "contact_sheet.jpg")) as sheet:
+        assert sheet.width > 1000
+
+
+def test_the_report_knows_the_truth(masked: dataset.Dataset, photos_folder: Path):
+    ious = quality.ious(masked, str(photos_folder / "truth.json"))
+    assert f"{sum(ious.values()) / len(ious):.3f}" in Path(masked.uri, "report.html").read_text()
+
+
+def test_a_preview_leaves_pictures_and_no_dataset(root: str):
+    uri = stream.preview(root, config.Mask(detector=SAMPLE, num_actors=1, dataset="looked-at", preview=6))
+    assert storage.list_files(uri) == ["contact_sheet.jpg", "report.html"]
+    assert dataset.find(root, "looked-at") is None
+
+
+def test_a_second_preview_may_have_other_settings(root: str):
+    for margin in (0.0, 0.2):
+        settings = config.Mask(
+            detector=SAMPLE, num_actors=1, dataset="twice", preview=3, cutout=config.Cutout(margin=margin)
+        )
+        uri = stream.preview(root, settings)
+        assert f"margin {margin:g}" in Path(uri, "report.html").read_text()
+
+
+def test_excluded_photos_are_in_quarantine_with_what_is_said_against_them(root: str, masked: dataset.Dataset):
+    exclude = config.Exclude(no_vehicle=True, min_area_fraction=0.25)
+    found = stream.run(root, config.Mask(detector=SAMPLE, num_actors=1, dataset="large", exclude=exclude))
+    rows = masked.read(["key", "outcome", "area_fraction"]).to_pylist()
+    kept = {row["key"] for row in rows if row["outcome"] == "vehicle" and row["area_fraction"] >= 0.25}
+    assert set(found.read(["key"])["key"].to_pylist()) == kept
+    assert found.manifest["reasons"] == {"doubtful_mask": len(rows) - len(kept)}
+    details = dataset.written(found.uri, "quarantine", ["detail"])["detail"].to_pylist()
+    assert all("of the photo" in detail or detail == "no vehicle" for detail in details)
+
+
+def metrics() -> dict[str, float]:
+    """The jobs' own metrics as Prometheus would read them: the last value of each name and its own labels."""
+    port = ray.nodes()[0]["MetricsExportPort"]
+    text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
+    found = {}
+    for line in text.splitlines():
+        if line.startswith("ray_carclass_"):
+            name, labels, value = re.fullmatch(r"(\w+)\{(.*)\} (\S+)", line).groups()
+            kept = re.findall(r'(?:job|outcome|reason)="(\w+)"', labels)
+            found["|".join([name, *sorted(kept)])] = float(value)
+    return found
+
+
+def test_outcomes_can_be_watched_by_prometheus(root: str, ray_cluster: str):
+    meter = Meter("watched", 10)
+    meter.add(["vehicle", "vehicle", "no_vehicle"], ["crashed"])
+    expected = {
+        "ray_carclass_photos_total|vehicle|watched": 2,
+        "ray_carclass_photos_total|no_vehicle|watched": 1,
+        "ray_carclass_quarantined_total|crashed|watched": 1,
+        "ray_carclass_queue|watched": 6,
+    }
+    deadline = time.monotonic() + 60
+    while not expected.items() <= metrics().items():
+        assert time.monotonic() < deadline, metrics()
+        time.sleep(1)
+    assert metrics()["ray_carclass_photos_per_second|watched"] > 0
+
+
+@pytest.fixture(scope="module")
+def faster_rcnn(tmp_path_factory: pytest.TempPathFactory) -> config.Detector:
+    """The original's detector, untrained, sure of whatever it sees."""
+    torch.manual_seed(0)
+    network = detectron.build(detectron.load_config("faster_rcnn_r101_fpn"))
+    network.roi_heads.box_predictor.cls_score.bias.data[2] = 20.0
+    file = tmp_path_factory.mktemp("weights") / "faster.safetensors"
+    save_file({name: value.contiguous() for name, value in network.state_dict().items()}, file)
+    return config.Detector(
+        model="faster_rcnn_r101_fpn",
+        weights=str(file),
+        classes={2: "car", 7: "truck"},
+        score_threshold=0.0,
+        short_side=64,
+    )
+
+
+def test_a_detector_of_boxes_makes_crops_without_masks(root: str, faster_rcnn: config.Detector):
+    crop = config.Cutout(mode="crop", margin=0)
+    found = stream.run(root, config.Mask(detector=faster_rcnn, num_actors=1, dataset="boxes", cutout=crop, limit=4))
+    rows = found.read(["outcome", "mask", "stability", "box", "width", "height", "area_fraction"]).to_pylist()
+    assert {row["outcome"] for row in rows} == {"vehicle"}
+    assert {(row["mask"], row["stability"]) for row in rows} == {(None, None)}
+    for row in rows:
+        x1, y1, x2, y2 = row["box"]
+        assert abs(row["width"] - (x2 - x1)) <= 2
+        assert abs(row["height"] - (y2 - y1)) <= 2
+
+
+def test_masks_from_a_detector_of_boxes_are_refused(root: str, faster_rcnn: config.Detector):
+    with pytest.raises(UserError, match=r"`mask.cutout.mode` is crop\+mask, but faster_rcnn_r101_fpn finds boxes only"):
+        stream.run(root, config.Mask(detector=faster_rcnn, dataset="boxes-masked"))
