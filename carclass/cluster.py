@@ -6,19 +6,18 @@ import secrets
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 import ray.data
 
-from carclass import dataset, storage
+from carclass import dataset
 from carclass.errors import UserError
 
 log = logging.getLogger(__name__)
 BLOCK_ROWS = 64
+PLACE = pa.schema([("part", pa.string()), ("position", pa.int64())])
 TASK_CPUS = 0.5
 """CPUs reserved by a reading or writing task and by an actor on a CPU: actors never hold all of a machine, which
 would leave none for the tasks that feed them."""
@@ -78,44 +77,40 @@ def check_cpus(count: float, key: str) -> None:
         raise UserError(f"`{key}` needs {count:g} CPUs at once, the cluster has {there:g}. Lower it or add nodes.")
 
 
-def stream(
-    source: dataset.Dataset,
-    columns: Sequence[str],
-    *,
-    split: str | None = None,
-    keys: ray.ObjectRef | None = None,
-    block_rows: int = BLOCK_ROWS,
-) -> ray.data.Dataset:
-    """A dataset's rows through Ray Data, in blocks small enough to keep every process busy.
+def stream(source: dataset.Dataset, columns: Sequence[str], split: str | None = None) -> ray.data.Dataset:
+    """A dataset's rows (or one split's) through Ray Data, in blocks small enough to keep every process busy.
 
-    split: only its rows; keys: a set in the object store, of the rows wanted; block_rows: rows that a process gets
-    at a time. Parts are read by our own storage, as pyarrow's file systems lose their retries on the way to another
-    process.
+    Parts are read by our own storage, as pyarrow's file systems lose their retries on the way to another process.
     """
-    parts = ray.data.from_items([{"uri": uri} for uri in source.part_uris], override_num_blocks=len(source.part_uris))
-    read = partial(read_part, columns=list(columns), split=split, keys=keys)
-    rows = parts.map_batches(read, batch_size=1, batch_format="pyarrow", num_cpus=TASK_CPUS)
-    return rows.repartition(target_num_rows_per_block=block_rows)
+    read = partial(read_part, columns=list(columns), split=split)
+    rows = _parts(source).map_batches(read, batch_size=1, batch_format="pyarrow", num_cpus=TASK_CPUS)
+    return rows.repartition(target_num_rows_per_block=BLOCK_ROWS)
 
 
-def limit_read_ahead(rows: ray.data.Dataset, num_bytes: int) -> None:
-    """Lets a pipeline hold so much in flight, however much memory there is.
-
-    Without it, photos are read until the object store is full, and small blocks of them lie in the driver's own
-    memory, which then grows with the number of photos.
-    """
-    rows.context.execution_options.resource_limits = ray.data.ExecutionResources.for_limits(
-        object_store_memory=num_bytes
-    )
-
-
-def read_part(batch: pa.Table, columns: list[str], split: str | None, keys: Any) -> pa.Table:
-    """The wanted rows of one part; batch: its uri."""
-    filesystem, path = storage.locate(batch["uri"][0].as_py())
+def read_part(batch: pa.Table, columns: list[str], split: str | None) -> pa.Table:
+    """The rows of one part; batch: its uri."""
     filters = None if split is None else pc.field("split") == split
-    if keys is not None:
-        wanted = ray.get(keys)
-        there = pq.read_table(path, columns=["key"], filesystem=filesystem)["key"].to_pylist()
-        chosen = pc.field("key").isin([key for key in there if key in wanted])
-        filters = chosen if filters is None else filters & chosen
-    return pq.read_table(path, columns=columns, filesystem=filesystem, filters=filters).replace_schema_metadata()
+    return dataset.read_part(batch["part"][0].as_py(), columns, filters).replace_schema_metadata()
+
+
+def stream_places(source: dataset.Dataset, keys: ray.ObjectRef, block_rows: int) -> ray.data.Dataset:
+    """Where the rows of some keys are (`part`, `position`), in blocks of block_rows, for slow work on large rows.
+
+    Whoever works on a row fetches it by `dataset.take`: what waits in a queue is small, however many photos wait, and
+    nothing is read long before its time. keys: a set in the object store.
+    """
+    find = partial(find_places, keys=keys)
+    places = _parts(source).map_batches(find, batch_size=1, batch_format="pyarrow", num_cpus=TASK_CPUS)
+    return places.repartition(target_num_rows_per_block=block_rows)
+
+
+def find_places(batch: pa.Table, keys: ray.ObjectRef) -> pa.Table:
+    """The wanted rows' places in one part; batch: its uri."""
+    part, wanted = batch["part"][0].as_py(), ray.get(keys)
+    positions = [i for i, key in enumerate(dataset.read_part(part, ["key"])["key"].to_pylist()) if key in wanted]
+    return pa.table([[part] * len(positions), positions], schema=PLACE)
+
+
+def _parts(source: dataset.Dataset) -> ray.data.Dataset:
+    parts = source.part_uris
+    return ray.data.from_items([{"part": uri} for uri in parts], override_num_blocks=max(1, len(parts)))

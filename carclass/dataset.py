@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from carclass import storage
@@ -60,6 +62,8 @@ QUARANTINE = pa.schema(
 )
 SPLITS = ("train", "val", "test")
 _SETTINGS_KEY = b"carclass.settings"
+_GROUP_ROWS = 16
+"""Rows that a part lets be read by themselves: a megabyte or two of photos."""
 
 
 @dataclass(frozen=True)
@@ -93,23 +97,41 @@ class Dataset:
         """Columns of all rows, in the order of the parts."""
         if not self.part_uris:
             return pa.schema([MASKED_ROW.field(name) for name in columns]).empty_table()
-        filesystem, _ = storage.locate(self.uri)
-        paths = [storage.locate(uri)[1] for uri in self.part_uris]
-        tables = [pq.read_table(path, columns=list(columns), filesystem=filesystem) for path in paths]
-        return pa.concat_tables(tables).select(columns)
+        return pa.concat_tables(read_part(uri, columns) for uri in self.part_uris)
 
     def rows(self, keys: Sequence[str], columns: Sequence[str]) -> list[dict[str, Any]]:
         """Some rows in the order of their keys given, each with its key and the columns; for few rows."""
-        filesystem, _ = storage.locate(self.uri)
         found: dict[str, dict[str, Any]] = {}
         for uri in self.part_uris if keys else []:
-            path = storage.locate(uri)[1]
-            there = pq.read_table(path, columns=["key"], filesystem=filesystem)["key"].to_pylist()
+            there = read_part(uri, ["key"])["key"].to_pylist()
             wanted = [i for i, key in enumerate(there) if key in set(keys)]
             if wanted:  # else the part's photos need not be fetched
-                table = pq.read_table(path, columns=["key", *columns], filesystem=filesystem)
-                found.update({row["key"]: row for row in table.take(wanted).to_pylist()})
+                found.update({row["key"]: row for row in take(uri, wanted, ["key", *columns]).to_pylist()})
         return [found[key] for key in keys]
+
+
+def read_part(uri: str, columns: Sequence[str] | None = None, filters: pc.Expression | None = None) -> pa.Table:
+    """Columns (all by default) of one Parquet file, or of those of its rows that a filter lets through."""
+    filesystem, path = storage.locate(uri)
+    names = None if columns is None else list(columns)
+    table = storage.patiently(lambda: pq.read_table(path, columns=names, filesystem=filesystem, filters=filters))
+    return table if names is None else table.select(names)
+
+
+def take(part_uri: str, positions: Sequence[int], columns: Sequence[str]) -> pa.Table:
+    """Some rows of a part by their positions in it, in the order given; little more than these is read."""
+    filesystem, path = storage.locate(part_uri)
+
+    def read() -> tuple[np.ndarray, list[int], dict[int, pa.Table]]:
+        with pq.ParquetFile(path, filesystem=filesystem, pre_buffer=True) as file:
+            starts = np.cumsum([0, *(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))])
+            groups = (np.searchsorted(starts, positions, side="right") - 1).tolist()
+            return starts, groups, {group: file.read_row_group(group, columns=list(columns)) for group in set(groups)}
+
+    starts, groups, tables = storage.patiently(read)
+    places = zip(groups, positions, strict=True)
+    rows = pa.concat_tables(tables[group].slice(position - starts[group], 1) for group, position in places)
+    return rows.select(columns).replace_schema_metadata()
 
 
 def place(root: str, name: str) -> str:
@@ -164,7 +186,7 @@ def write_part(uri: str, folder: str, rows: pa.Table, settings: dict[str, Any]) 
     schema = rows.schema.with_metadata({_SETTINGS_KEY: storage.sha256(_dump(settings)).encode()})
     name = storage.sha256("\n".join(rows["key"].to_pylist()).encode())[:24]
     sink = pa.BufferOutputStream()
-    pq.write_table(rows.cast(schema), sink, compression="zstd", compression_level=1)
+    pq.write_table(rows.cast(schema), sink, compression="zstd", compression_level=1, row_group_size=_GROUP_ROWS)
     storage.write_bytes(storage.join(uri, folder, f"{name}.parquet"), sink.getvalue().to_pybytes())
 
 
@@ -174,8 +196,7 @@ def finished(uri: str, settings: dict[str, Any]) -> set[str]:
     wanted = storage.sha256(_dump(settings)).encode()
     for path in _parquet_files(uri):
         file = storage.join(uri, path)
-        filesystem, location = storage.locate(file)
-        table = pq.read_table(location, columns=["key"], filesystem=filesystem)
+        table = read_part(file, ["key"])
         if (table.schema.metadata or {}).get(_SETTINGS_KEY) == wanted:
             keys.update(table["key"].to_pylist())
         else:
@@ -190,8 +211,7 @@ def drop_repeats(uri: str) -> None:
     """
     seen: set[str] = set()
     for path in _parquet_files(uri):
-        filesystem, location = storage.locate(storage.join(uri, path))
-        keys = pq.read_table(location, columns=["key"], filesystem=filesystem)["key"].to_pylist()
+        keys = read_part(storage.join(uri, path), ["key"])["key"].to_pylist()
         if seen.isdisjoint(keys):
             seen.update(keys)
         else:
@@ -204,8 +224,7 @@ def written(uri: str, folder: str, columns: Sequence[str]) -> pa.Table:
     tables = [pa.schema([*(schema.field(name) for name in columns), ("part", pa.string())]).empty_table()]
     for path in _parquet_files(uri):
         if path.startswith(f"{folder}/"):
-            filesystem, location = storage.locate(storage.join(uri, path))
-            table = pq.read_table(location, columns=list(columns), filesystem=filesystem).select(columns)
+            table = read_part(storage.join(uri, path), columns)
             tables.append(table.append_column("part", pa.array([path] * len(table), pa.string())))
     return pa.concat_tables([table.replace_schema_metadata() for table in tables])
 
@@ -221,8 +240,7 @@ def withdraw(uri: str, quarantined: Sequence[dict[str, Any]], settings: dict[str
     leaving = set(written(uri, "quarantine", ["key"])["key"].to_pylist())
     table = written(uri, "parts", ["key"]).to_pydict()
     for part in sorted({part for key, part in zip(table["key"], table["part"], strict=True) if key in leaving}):
-        filesystem, location = storage.locate(storage.join(uri, part))
-        rows = pq.read_table(location, filesystem=filesystem)
+        rows = read_part(storage.join(uri, part))
         staying = rows.filter(pa.array([key not in leaving for key in rows["key"].to_pylist()]))
         if len(staying):
             write_part(uri, "parts", staying, settings)

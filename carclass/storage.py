@@ -5,17 +5,22 @@ S3 credentials, region and endpoint come from the usual AWS environment variable
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 from uuid import uuid4
 
 from pyarrow import ArrowInvalid, fs
 
 from carclass.errors import UserError
 
+T = TypeVar("T")
+NUM_ATTEMPTS = 8
+BUSY = ("INTERNAL_FAILURE", "SLOW_DOWN", "SERVICE_UNAVAILABLE", "NETWORK_CONNECTION")
 READ_THREADS = 16
 """Concurrent requests per process: S3 answers in tens of milliseconds, mostly waited for."""
 
@@ -43,7 +48,9 @@ def _s3() -> fs.S3FileSystem:
     options: dict[str, Any] = {}
     if endpoint:
         options["scheme"], options["endpoint_override"] = endpoint.split("://", 1)
-    return fs.S3FileSystem(retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=8), **options)
+    # Opened when written to: a small object is then one request and not three.
+    retries = fs.AwsStandardS3RetryStrategy(max_attempts=NUM_ATTEMPTS)
+    return fs.S3FileSystem(retry_strategy=retries, allow_delayed_open=True, **options)
 
 
 def exists(uri: str) -> bool:
@@ -70,8 +77,12 @@ def list_files(uri: str) -> list[str]:
 def read_bytes(uri: str) -> bytes:
     """A file's content; FileNotFoundError when it isn't there."""
     filesystem, path = locate(uri)
-    with filesystem.open_input_stream(path) as stream:
-        return bytes(stream.read())
+
+    def read() -> bytes:
+        with filesystem.open_input_stream(path) as stream:
+            return bytes(stream.read())
+
+    return patiently(read)
 
 
 def open_stream(uri: str) -> BinaryIO:
@@ -93,6 +104,22 @@ def read_many(uris: Iterable[str]) -> Iterator[bytes | OSError]:
 
     with ThreadPoolExecutor(READ_THREADS) as pool:
         yield from pool.map(read, uris)
+
+
+def patiently(read: Callable[[], T]) -> T:
+    """What a read returns, tried again after a growing pause when S3 was busy.
+
+    pyarrow repeats refused requests itself, but not where the refusal is longer than the few bytes asked for, as of a
+    small column in a Parquet file: that becomes an internal failure.
+    """
+    for attempt in range(NUM_ATTEMPTS - 1):
+        try:
+            return read()
+        except OSError as error:
+            if not any(f"AWS Error {name}" in str(error) for name in BUSY):
+                raise
+            time.sleep(random.uniform(0.5, 1) * 0.1 * 2**attempt)  # noqa: S311 - spreads the load, decides nothing
+    return read()
 
 
 def write_bytes(uri: str, data: bytes) -> None:

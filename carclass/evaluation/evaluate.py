@@ -87,7 +87,7 @@ def predict(source: dataset.Dataset, settings: config.Evaluate, model_uri: str) 
     """key, label, predicted, confidence and probabilities of every photo of the split, in the order of keys."""
     use_gpu = cluster.gpus(None, 1, "evaluate")
     count = int(ray.cluster_resources()["GPU" if use_gpu else "CPU"])
-    rows = cluster.stream(source, ["key", "label", "image"], split=settings.split)
+    rows = cluster.stream(source, ["key", "label", "image"], settings.split)
     predicted = rows.map_batches(
         PredictPhotos,
         fn_constructor_kwargs={"model_uri": model_uri, "use_gpu": use_gpu},

@@ -1,6 +1,8 @@
 """A dataset → a dataset without backgrounds: Ray Data streams the photos through a pool of detectors.
 
-read parts → decode (tasks) → detect (actors) → cut, encode and write parts (tasks)
+find rows (tasks) → fetch and decode (tasks) → detect (actors) → cut, encode and write parts (tasks)
+
+Without GPUs, fetching and decoding happen in the actors, where Ray Data puts work that asks for the same resources.
 
 A photo is worked on alone or beside others with the same result, so a job that was killed and run again makes the
 rows that an undisturbed one makes.
@@ -13,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import torch
 
@@ -30,8 +33,6 @@ log = logging.getLogger(__name__)
 CPU_BATCH, GPU_BATCHES = 4, 8
 """Photos an actor takes at a time: a second or two of work on a CPU; on a GPU so many forward passes that photos of
 the same shape meet."""
-IN_FLIGHT = 32_000_000
-"""Bytes on their way through the pool, for each photo that an actor takes at a time: some 25 decoded ones."""
 MAX_PASSES = 3
 """A second pass over the photos is needed only when parts were written twice, which a lost node may cause."""
 
@@ -121,9 +122,7 @@ def _write(uri: str, source: dataset.Dataset, todo: set[str], settings: config.M
         log.warning("mask: `mask.batch_size` has no effect without GPUs: a CPU takes photos one by one")
     cluster.check_cpus((count + 1) * cluster.TASK_CPUS, "mask.num_actors")
     attempts, block_rows = Attempts(), GPU_BATCHES * settings.batch_size if use_gpu else CPU_BATCH
-    rows = cluster.stream(source, dataset.ROW.names, keys=ray.put(todo), block_rows=block_rows)
-    cluster.limit_read_ahead(rows, count * block_rows * IN_FLIGHT)
-    decoded = rows.map_batches(
+    decoded = cluster.stream_places(source, ray.put(todo), block_rows).map_batches(
         partial(decode_batch, attempts=attempts),
         batch_size=block_rows,
         batch_format="pyarrow",
@@ -151,10 +150,18 @@ def _write(uri: str, source: dataset.Dataset, todo: set[str], settings: config.M
 
 
 def decode_batch(batch: pa.Table, attempts: Attempts) -> pa.Table:
-    """Rows of ROW as rows of DECODED: with their pixels, or with what is wrong with them."""
+    """Places of rows → rows of DECODED: with their pixels, or with what is wrong with them."""
+    batch = _fetch(batch)
     images = batch["image"].to_pylist()
     decoded = attempts.run("decode", batch["key"].to_pylist(), lambda chosen: [_decode(images[i]) for i in chosen])
     return _extend(batch, [_trouble(item) if isinstance(item, PhotoError) else _raw(item) for item in decoded], DECODED)
+
+
+def _fetch(places: pa.Table) -> pa.Table:
+    """The source's rows at these places."""
+    parts = dict.fromkeys(places["part"].to_pylist())
+    positions = {part: places.filter(pc.field("part") == part)["position"].to_pylist() for part in parts}
+    return pa.concat_tables(dataset.take(part, found, dataset.ROW.names) for part, found in positions.items())
 
 
 def _decode(image: bytes) -> np.ndarray | PhotoError:

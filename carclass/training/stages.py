@@ -67,7 +67,7 @@ def _threads(settings: config.Train, use_gpu: bool) -> int:
 
 def decode(source: dataset.Dataset, split: str, size: int) -> list[ray.ObjectRef]:
     """A split's photos, decoded once through Ray Data; the blocks stay in the object store."""
-    rows = cluster.stream(source, ["image_id", "key", "label", "image"], split=split)
+    rows = cluster.stream(source, ["image_id", "key", "label", "image"], split)
     index = {name: i for i, name in enumerate(source.classes)}
     decode_rows = partial(decode_batch, index=index, size=size)
     decoded = rows.map_batches(decode_rows, batch_size=DECODE_ROWS, batch_format="pyarrow")

@@ -85,6 +85,7 @@ class Cluster:
             "idle_worker_killing_time_threshold_ms": 600_000,
         }
         options = [f"--port={self.port}", "--include-dashboard=false", f"--system-config={json.dumps(system)}"]
+        self.started: list[subprocess.Popen] = []
         self.head = self._start("head", "--head", *options)
         self.node: subprocess.Popen | None = None
 
@@ -105,8 +106,8 @@ class Cluster:
         return titled(below(self.head.pid) | (below(self.node.pid) if self.node else {}), "ray::MapWorker(")
 
     def stop(self) -> None:
-        for process in (self.node, self.head):
-            if process is not None and process.poll() is None:
+        for process in reversed(self.started):
+            if process.poll() is None:
                 process.terminate()
                 process.wait(timeout=60)
 
@@ -117,6 +118,7 @@ class Cluster:
         environment = {key: value for key, value in self.environment.items() if key != "RAY_ADDRESS"}
         with log.open("w") as out:
             process = subprocess.Popen([RAY, "start", *options, *more], env=environment, stdout=out, stderr=out)
+        self.started.append(process)
         wait_for(lambda: "Ray runtime started" in log.read_text(), process, log)
         return process
 

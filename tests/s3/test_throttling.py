@@ -27,6 +27,7 @@ SLOW_DOWN = b"""<?xml version="1.0" encoding="UTF-8"?>
 <Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"""
 HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length"}
 Rows = list[dict[str, Any]]
+CONTENT = bytes(10_000)  # larger than an answer that says no, which a reader gets in its place
 MASK = config.Mask(
     detector=config.Detector(model="sample", weights="sample", short_side=96, num_proposals=10),
     num_actors=1,
@@ -62,18 +63,29 @@ class Handler(http.server.BaseHTTPRequestHandler):
     server: Proxy
 
     def answer(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = b"".join(self.chunks())
         if self.server.refuses(f"{self.command} {self.path}"):
             self.reply(503, {"Content-Type": "application/xml"}, SLOW_DOWN)
             return
         behind = http.client.HTTPConnection(self.server.behind, timeout=60)
-        behind.request(self.command, self.path, body, dict(self.headers))
+        kept = {name: value for name, value in self.headers.items() if name.lower() not in {*HOP_BY_HOP, "expect"}}
+        behind.request(self.command, self.path, body, {**kept, "Content-Length": str(len(body))})
         answer = behind.getresponse()
         given = {name: value for name, value in answer.getheaders() if name.lower() not in HOP_BY_HOP}
         if self.command == "HEAD":
             given["Content-Length"] = answer.headers.get("Content-Length", "0")
         self.reply(answer.status, given, answer.read())
         behind.close()
+
+    def chunks(self) -> Iterator[bytes]:
+        """The body, whichever way it is framed."""
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            yield self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            return
+        while size := int(self.rfile.readline(), 16):
+            yield self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer  # noqa: N815
 
@@ -106,15 +118,15 @@ def proxy(s3: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
 def test_a_request_that_is_refused_is_made_again(proxy: Proxy, bucket: str):
     proxy.first = 2
     uri = f"s3://{bucket}/a/b.bin"
-    storage.write_bytes(uri, b"content")
-    assert storage.read_bytes(uri) == b"content"
+    storage.write_bytes(uri, CONTENT)
+    assert storage.read_bytes(uri) == CONTENT
     assert storage.list_files(f"s3://{bucket}/a") == ["b.bin"]
     assert proxy.refused >= 6
 
 
 def test_the_time_between_attempts_grows(proxy: Proxy, bucket: str):
     proxy.first = 5
-    storage.write_bytes(f"s3://{bucket}/b.bin", b"content")
+    storage.write_bytes(f"s3://{bucket}/b.bin", CONTENT)
     (times,) = [times for request, times in proxy.times.items() if "b.bin" in request and request.startswith("PUT")]
     waits = [later - earlier for earlier, later in itertools.pairwise(times)]
     assert len(waits) == 5

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from carclass import dataset, storage
@@ -139,6 +140,27 @@ def test_rows_are_found_by_key_in_the_order_asked_for(uri: str):
     write_rows(uri, "cd", label="two")
     found = publish(uri, "abcd").rows(["d", "a"], ["label"])
     assert found == [{"key": "d", "label": "two"}, {"key": "a", "label": "one"}]
+
+
+def test_rows_are_taken_by_their_position_across_row_groups(uri: str):
+    keys = [f"{i:03d}" for i in range(50)]
+    dataset.write_part(uri, "parts", pa.Table.from_pylist([row(key) for key in keys], dataset.ROW), SETTINGS)
+    (part,) = publish(uri, keys).part_uris
+    assert pq.ParquetFile(part).num_row_groups > 1
+    found = dataset.take(part, [49, 0, 17, 16, 15], ["label", "key"])
+    assert found["key"].to_pylist() == ["049", "000", "017", "016", "015"]
+    assert found.column_names == ["label", "key"]
+
+
+def test_a_file_that_repeats_a_key_is_dropped_and_others_stay(uri: str):
+    for keys in ("abc", "cd", "ef"):
+        write_rows(uri, keys)
+    dataset.drop_repeats(uri)
+    left = keys_in(uri, "parts")
+    assert left in (["a", "b", "c", "e", "f"], ["c", "d", "e", "f"])
+    before = keys_in(uri, "parts")
+    dataset.drop_repeats(uri)
+    assert keys_in(uri, "parts") == before
 
 
 def test_a_missing_dataset_is_answered_with_those_that_are_there(tmp_path: Path, uri: str):
