@@ -129,6 +129,13 @@ def test_a_job_run_with_a_wrong_file_says_so_without_a_traceback(tmp_path: Path)
     assert done.stderr.count("\n") == 1
 
 
+def test_a_preview_is_no_part_of_a_pipeline():
+    command = [sys.executable, str(JOBS / "pipeline.py"), "--mask.preview", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=120, check=False)
+    assert done.returncode == 2
+    assert "`mask.preview` only looks" in done.stderr
+
+
 # Help
 
 

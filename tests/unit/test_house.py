@@ -14,6 +14,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in zip
 
 PLAIN = (
     "augment",
+    "benchmarks.masking_in_process",
     "config",
     "dataset",
     "errors",

@@ -122,3 +122,46 @@ def test_a_root_without_permission_is_refused(tmp_path: Path):
 
 def test_join_does_not_double_a_slash():
     assert storage.join("s3://bucket/a/", "b", "c.txt") == "s3://bucket/a/b/c.txt"
+
+
+# Patience
+
+
+class Busy:
+    """A read that is refused some times before it succeeds."""
+
+    def __init__(self, refusals: int, message: str) -> None:
+        self.refusals, self.message, self.calls = refusals, message, 0
+
+    def __call__(self) -> str:
+        self.calls += 1
+        if self.calls <= self.refusals:
+            raise OSError(self.message)
+        return "content"
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that would have been slept."""
+    taken: list[float] = []
+    monkeypatch.setattr(storage.time, "sleep", taken.append)
+    return taken
+
+
+def test_a_busy_place_is_asked_again_after_growing_pauses(pauses: list[float]):
+    assert storage.patiently(Busy(4, "AWS Error INTERNAL_FAILURE during GetObject")) == "content"
+    assert len(pauses) == 4
+    assert pauses == sorted(pauses)
+
+
+def test_patience_ends(pauses: list[float]):
+    busy = Busy(100, "AWS Error SLOW_DOWN during GetObject")
+    with pytest.raises(OSError, match="SLOW_DOWN"):
+        storage.patiently(busy)
+    assert busy.calls == storage.NUM_ATTEMPTS
+
+
+def test_a_file_that_is_not_there_is_not_waited_for(pauses: list[float]):
+    with pytest.raises(OSError, match="NO_SUCH_KEY"):
+        storage.patiently(Busy(1, "AWS Error NO_SUCH_KEY during GetObject"))
+    assert pauses == []
