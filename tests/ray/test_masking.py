@@ -113,6 +113,8 @@ def faster_rcnn(tmp_path_factory: pytest.TempPathFactory) -> config.Detector:
     """The original's detector, untrained, sure of whatever it sees."""
     torch.manual_seed(0)
     network = detectron.build(detectron.load_config("faster_rcnn_r101_fpn"))
+    for weight in network.backbone.parameters():
+        weight.data.mul_(0.5)  # a hundred untrained layers would overflow
     network.roi_heads.box_predictor.cls_score.bias.data[2] = 20.0
     file = tmp_path_factory.mktemp("weights") / "faster.safetensors"
     save_file({name: value.contiguous() for name, value in network.state_dict().items()}, file)

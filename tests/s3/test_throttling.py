@@ -1,57 +1,44 @@
 """An S3 that says SlowDown: what was asked is asked again, later, and nothing is lost or doubled.
 
-A proxy before the S3 server answers a share of the requests, drawn from a seed, as a throttled S3 does. This file, run
-as a script, is the job whose processes all speak to the proxy.
+A proxy before the S3 server refuses the first few requests for each object, as a throttled S3 does.
 """
 
 import http.client
 import http.server
 import itertools
 import os
-import random
-import subprocess
-import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from carclass import config, dataset, ingest, storage
-from carclass.masking import stream
+from carclass import storage
 
 SLOW_DOWN = b"""<?xml version="1.0" encoding="UTF-8"?>
 <Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"""
 HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length"}
-Rows = list[dict[str, Any]]
 CONTENT = bytes(10_000)  # larger than an answer that says no, which a reader gets in its place
-MASK = config.Mask(
-    detector=config.Detector(model="sample", weights="sample", short_side=96, num_proposals=10),
-    num_actors=1,
-    part_rows=8,
-)
 
 
 class Proxy(http.server.ThreadingHTTPServer):
-    """Passes requests on, or refuses them: a share at random, and the first few of each object."""
+    """Passes requests on, or refuses them: the first few of each."""
 
     daemon_threads = True
 
     def __init__(self, endpoint: str) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.behind = endpoint.split("://")[1]
-        self.share, self.first = 0.0, 0
-        self.random, self.lock = random.Random(0), threading.Lock()
+        self.first, self.lock = 0, threading.Lock()
         self.times: dict[str, list[float]] = defaultdict(list)
         self.refused = 0
 
     def refuses(self, request: str) -> bool:
         with self.lock:
             self.times[request].append(time.monotonic())
-            refused = len(self.times[request]) <= self.first or self.random.random() < self.share
+            refused = len(self.times[request]) <= self.first
             self.refused += refused
             return refused
 
@@ -132,38 +119,3 @@ def test_the_time_between_attempts_grows(proxy: Proxy, bucket: str):
     assert len(waits) == 5
     # Drawn at random below a limit that doubles: the last two are longer than the first two all but always.
     assert sum(waits[-2:]) > sum(waits[:2])
-
-
-def job(root: str, photos: str) -> None:
-    """Ingest and masking in a cluster of its own."""
-    import ray
-
-    ray.init(address="local", num_cpus=2, include_dashboard=False)
-    ingest.run(root, config.Ingest(photos=f"{photos}/photos", labels=f"{photos}/labels.csv", part_rows=16))
-    stream.run(root, MASK)
-
-
-def test_a_throttled_job_makes_the_dataset_of_an_undisturbed_one(
-    proxy: Proxy,
-    s3: Any,
-    bucket: str,
-    ingested: dataset.Dataset,
-    photos_folder: Path,
-    contents: Callable[[dataset.Dataset], tuple[Rows, Rows]],
-):
-    expected = stream.run(ingested.uri.rsplit("/", 2)[0], MASK.model_copy(update={"dataset": "unthrottled"}))
-    for path in photos_folder.rglob("*.*"):
-        s3.put_object(Bucket=bucket, Key=f"cars/{path.relative_to(photos_folder)}", Body=path.read_bytes())
-    proxy.share = 0.3
-    command = [sys.executable, __file__, f"s3://{bucket}/out", f"s3://{bucket}/cars"]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert proxy.refused > 50
-    proxy.share = 0.0
-    for found, wanted in zip(contents(dataset.load(f"s3://{bucket}/out", "v2")), contents(expected), strict=True):
-        assert [a["key"] for a, b in zip(found, wanted, strict=True) if a != b] == []
-
-
-if __name__ == "__main__":
-    job(*sys.argv[1:])
