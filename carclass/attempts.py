@@ -64,11 +64,15 @@ class Attempts:
         else:
             for i, name in enumerate(names):
                 earlier = ray.get(self.ledger.begin_alone.remote(name))
-                results += work([i]) if earlier < NUM_ALONE else [_crashed(stage, earlier + 1)]
-                self.ledger.end.remote([name])
+                if earlier < NUM_ALONE:
+                    results += work([i])
+                    self.ledger.end.remote([name])
+                else:  # its count stays until all have ended: a later photo may end this process too
+                    results.append(_crashed(stage))
         self.ledger.end.remote(names)
         return results
 
 
-def _crashed(stage: str, attempts: int) -> PhotoError:
-    return PhotoError(Reason.CRASHED, f"{attempts} processes ended in the attempt to {stage} it")
+def _crashed(stage: str) -> PhotoError:
+    attempts = NUM_ALONE + 1
+    return PhotoError(Reason.CRASHED, f"{attempts} processes ended in the attempt to {stage} it", attempts)

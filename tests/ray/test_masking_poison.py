@@ -1,0 +1,281 @@
+"""Photos that end the process they are worked on in, photos that do not decode, and photos that are merely strange.
+
+The traps are set in a job of its own: this file, run as a script, is its driver.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from carclass import config, dataset, ingest, photo, storage
+from carclass.attempts import NUM_ALONE, Ledger
+from carclass.masking import stream
+from carclass.masking.detector import Detector, decode_mask, mask_iou
+from carclass.sample.background import paint_scene
+from carclass.sample.car import Pen, Pose, draw_car
+from carclass.sample.draw import draw_photo
+from carclass.sample.models import MODELS
+
+Rows = list[dict[str, Any]]
+SETTINGS = config.Mask(
+    detector=config.Detector(model="sample", weights="sample", short_side=96, num_proposals=10),
+    num_actors=2,
+    part_rows=8,
+)
+TRAPS = {"detect": (255, 0, 255), "decode": (255, 255, 0)}
+"""The colour of a photo's corner that ends the process in a stage."""
+CORNER = 24
+
+
+# What a process that is about to end leaves behind
+
+
+def test_a_batch_is_no_suspect_before_it_was_begun_or_after_it_has_ended():
+    ledger = Ledger()
+    assert not ledger.begin(["a", "b"])
+    ledger.end(["a", "b"])
+    assert not ledger.begin(["a", "b"])
+
+
+def test_a_batch_with_one_that_never_ended_is_suspect():
+    ledger = Ledger()
+    ledger.begin(["a", "b"])
+    assert ledger.begin(["b", "c"])
+
+
+def test_what_is_begun_alone_is_counted_for_each():
+    ledger = Ledger()
+    assert [ledger.begin_alone(name) for name in ("a", "a", "b", "a")] == [0, 1, 0, 2]
+
+
+def test_what_has_ended_leaves_nothing_in_memory():
+    ledger = Ledger()
+    for _ in range(2):
+        ledger.begin(["a", "b"])
+    for name in ("a", "b"):
+        ledger.begin_alone(name)
+    ledger.end(["a", "b"])
+    assert not any(vars(ledger).values())
+
+
+# A job with traps
+
+
+def set_traps(log: str) -> None:
+    """Wraps what works on photos, so that one with a coloured corner is noted in the log and ends the process."""
+    detect, decode = Detector.__call__, photo.decode
+
+    def step(stage: str, photos: Sequence[np.ndarray]) -> None:
+        corners = [pixels[: CORNER // 2, : CORNER // 2].mean((0, 1)) for pixels in photos]
+        marked = [abs(corner - TRAPS[stage]).max() < 30 for corner in corners]
+        if any(marked):
+            names = [storage.sha256(pixels.tobytes()) for pixels, found in zip(photos, marked, strict=True) if found]
+            with open(log, "a") as file:
+                file.write(json.dumps([stage, names]) + "\n")
+            os.kill(os.getpid(), signal.SIGSEGV)
+
+    def detect_or_end(self: Detector, photos: Sequence[np.ndarray], batch_size: int = 1) -> Any:
+        step("detect", photos)
+        return detect(self, photos, batch_size)
+
+    def decode_or_end(data: bytes, **more: Any) -> np.ndarray:
+        pixels = decode(data, **more)
+        step("decode", [pixels])
+        return pixels
+
+    Detector.__call__, photo.decode = detect_or_end, decode_or_end  # type: ignore[method-assign]
+
+
+def drive(root: str, log: str) -> None:
+    """A masking job whose detector processes have the traps set; without GPUs they decode the photos too."""
+    import ray
+
+    class TrappedDetectPhotos(stream.DetectPhotos):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            set_traps(log)
+            super().__init__(*args, **kwargs)
+
+    stream.DetectPhotos = TrappedDetectPhotos  # type: ignore[misc]
+    ray.init(address="local", num_cpus=4, include_dashboard=False)
+    stream.run(root, SETTINGS)
+
+
+class Poisoned(NamedTuple):
+    """A dataset with some bad photos, masked with traps and without."""
+
+    masked: dataset.Dataset
+    undisturbed: dataset.Dataset
+    bad: dict[str, list[str]]  # keys by what is wrong with them
+    tries: list[tuple[str, list[str]]]  # every process that ended: the stage, and keys of bad photos at hand
+
+
+def with_corner(image: bytes, colour: tuple[int, int, int]) -> bytes:
+    pixels = photo.decode(image).copy()
+    pixels[:CORNER, :CORNER] = colour
+    return photo.encode(pixels)
+
+
+def publish(root: str, rows: Rows) -> dataset.Dataset:
+    """A source dataset of one part, made by hand."""
+    uri, settings = dataset.place(root, "v1"), {"made": "by hand"}
+    dataset.write_part(uri, "parts", pa.Table.from_pylist(rows, dataset.ROW), settings)
+    keys, classes = [row["key"] for row in rows], sorted({row["label"] for row in rows})
+    return dataset.publish(
+        dataset.draft(uri, inputs=keys, settings=settings, classes=classes, facts={"kind": "photos"})
+    )
+
+
+@pytest.fixture(scope="module")
+def poisoned(ingested: dataset.Dataset, tmp_path_factory: pytest.TempPathFactory) -> Poisoned:
+    """Five batches of four photos: one has two that end processes, one has one in decoding, one has damaged ones."""
+    root = tmp_path_factory.mktemp("poisoned")
+    assert stream.CPU_BATCH == 4
+    keys = sorted(ingested.read(["key"])["key"].to_pylist())[:20]
+    rows = ingested.rows(keys, dataset.ROW.names)
+    places = {"detect": [1, 2], "decode": [9], "damaged": [13, 14]}
+    for stage, colour in TRAPS.items():
+        for i in places[stage]:
+            rows[i]["image"] = with_corner(rows[i]["image"], colour)
+    names = {storage.sha256(photo.decode(row["image"]).tobytes()): row["key"] for row in rows}
+    rows[13]["image"], rows[14]["image"] = rows[13]["image"][:-1000], b"a page of text"
+    publish(str(root), rows)
+    command = [sys.executable, __file__, str(root), str(root / "tries")]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    tries = [json.loads(line) for line in (root / "tries").read_text().splitlines()]
+    return Poisoned(
+        dataset.load(str(root), "v2"),
+        stream.run(str(root), SETTINGS.model_copy(update={"dataset": "undisturbed"})),
+        {what: [keys[i] for i in found] for what, found in places.items()},
+        [(stage, [names[name] for name in found]) for stage, found in tries],
+    )
+
+
+def quarantine(published: dataset.Dataset) -> dict[str, dict[str, Any]]:
+    table = dataset.written(published.uri, "quarantine", dataset.QUARANTINE.names)
+    return {row["key"]: row for row in table.to_pylist()}
+
+
+@pytest.mark.parametrize("stage", TRAPS)
+def test_photos_that_end_processes_are_quarantined_as_crashed(poisoned: Poisoned, stage: str):
+    found = {key: row for key, row in quarantine(poisoned.masked).items() if key in poisoned.bad[stage]}
+    assert sorted(found) == poisoned.bad[stage]
+    for row in found.values():
+        assert (row["reason"], row["attempts"]) == ("crashed", NUM_ALONE + 1)
+        assert stage in row["detail"]
+
+
+@pytest.mark.parametrize("stage", TRAPS)
+def test_no_photo_ends_more_processes_than_it_has_attempts(poisoned: Poisoned, stage: str):
+    ended = Counter(key for where, keys in poisoned.tries for key in keys if where == stage)
+    assert sorted(ended) == poisoned.bad[stage]
+    assert max(ended.values()) <= NUM_ALONE + 1
+
+
+def test_two_bad_photos_were_in_one_batch(poisoned: Poisoned):
+    assert ("detect", poisoned.bad["detect"][:2]) in poisoned.tries
+
+
+def test_photos_that_do_not_decode_are_quarantined_with_their_own_reason(poisoned: Poisoned):
+    found = quarantine(poisoned.masked)
+    reasons = [(found[key]["reason"], found[key]["attempts"]) for key in poisoned.bad["damaged"]]
+    assert reasons == [("truncated", 1), ("not_an_image", 1)]
+
+
+def test_all_other_photos_are_rows_as_if_there_were_no_bad_ones(
+    poisoned: Poisoned, contents: Callable[[dataset.Dataset], tuple[Rows, Rows]]
+):
+    crashed = {*poisoned.bad["detect"], *poisoned.bad["decode"]}
+    rows, expected = contents(poisoned.masked)[0], contents(poisoned.undisturbed)[0]
+    expected = [row for row in expected if row["key"] not in crashed]
+    assert [row["key"] for row in rows] == [row["key"] for row in expected]
+    assert [one["key"] for one, other in zip(rows, expected, strict=True) if one != other] == []
+
+
+# Photos that are strange, and have an outcome all the same
+
+BIG = (4619, 3464)
+ROWS, COLUMNS = 2, 20
+
+
+def save(pixels: np.ndarray, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(photo.encode(pixels))
+
+
+def crowd() -> np.ndarray:
+    """40 cars on one photo of 4000x400 pixels, large enough for a detector that sees it at a third of that."""
+    rng = np.random.default_rng(3)
+    canvas = Image.new("RGB", (200 * COLUMNS, 200 * ROWS))
+    paint_scene(canvas, "field", 60, rng)
+    for i in range(ROWS * COLUMNS):
+        model, (row, column) = MODELS[i % len(MODELS)], divmod(i, COLUMNS)
+        length = model.shape.length
+        pose = Pose(x=100 + 200 * column, y=170 + 200 * row, scale=170 / length, angle=0.0, mirrored=bool(i % 2))
+        draw_car(Pen(canvas, Image.new("L", canvas.size), pose, length), model, rng)
+    return np.asarray(canvas)
+
+
+def empty() -> np.ndarray:
+    canvas = Image.new("RGB", (256, 180))
+    paint_scene(canvas, "desert", 110, np.random.default_rng(3))
+    return np.asarray(canvas)
+
+
+@pytest.fixture(scope="module")
+def strange(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, dict[str, Any]], np.ndarray]:
+    """Masked rows of strange photos by their keys, and the true mask of the car on the big one."""
+    root = tmp_path_factory.mktemp("strange")
+    pixels, vehicles = draw_photo((3, 1), MODELS[0], "city")
+    save(np.asarray(Image.fromarray(pixels).resize(BIG, Image.Resampling.BICUBIC)), root / "photos" / "A" / "big.jpg")
+    save(crowd(), root / "photos" / "A" / "crowd.jpg")
+    save(empty(), root / "photos" / "B" / "empty.jpg")
+    save(pixels[:1, :1], root / "photos" / "B" / "dot.jpg")
+    ingest.run(str(root), config.Ingest(photos=str(root / "photos"), max_side=None, min_side=1))
+    settings = config.Mask(detector=config.Detector(model="sample", weights="sample", short_side=160), num_actors=1)
+    rows = stream.run(str(root), settings).read(dataset.MASKED_ROW.names).to_pylist()
+    truth = np.asarray(Image.fromarray(vehicles[0].mask).resize(BIG, Image.Resampling.NEAREST))
+    return {Path(row["key"]).stem: row | {"source": (root / "photos" / row["key"])} for row in rows}, truth
+
+
+def test_a_photo_of_16_million_pixels_is_cut_out_in_its_own_pixels(strange: tuple[dict, np.ndarray]):
+    row, truth = strange[0]["big"], strange[1]
+    x1, y1, x2, y2 = row["box"]
+    assert (row["outcome"], row["source_width"], row["source_height"]) == ("vehicle", *BIG)
+    assert 0 <= x1 < x2 <= BIG[0]
+    assert 0 <= y1 < y2 <= BIG[1]
+    assert mask_iou(decode_mask(row["mask"], BIG[1], BIG[0]), truth) >= 0.9
+
+
+def test_a_photo_of_forty_cars_is_one_of_several_vehicles(strange: tuple[dict, np.ndarray]):
+    row = strange[0]["crowd"]
+    assert (row["outcome"], row["several_vehicles"]) == ("vehicle", True)
+
+
+@pytest.mark.parametrize("name", ["empty", "dot"])
+def test_a_photo_without_a_vehicle_keeps_its_bytes(strange: tuple[dict, np.ndarray], name: str):
+    row = strange[0][name]
+    assert (row["outcome"], row["image"]) == ("no_vehicle", row["source"].read_bytes())
+
+
+def test_a_photo_of_one_pixel_is_too_small_by_default(ray_cluster: str, tmp_path: Path):
+    for name in ("A/dot.jpg", "B/dot.jpg"):
+        save(np.zeros((1, 1, 3), np.uint8), tmp_path / "photos" / name)
+    published = ingest.run(str(tmp_path), config.Ingest(photos=str(tmp_path / "photos")))
+    assert published.manifest["reasons"] == {"too_small": 2}
+
+
+if __name__ == "__main__":
+    drive(*sys.argv[1:])
