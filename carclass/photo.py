@@ -22,7 +22,6 @@ from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
-import torch
 from PIL import Image
 
 # PIL's own limit warns or raises by its own number; ours is checked before PIL decodes anything.
@@ -152,6 +151,8 @@ def _fit(height: int, width: int, max_side: int) -> tuple[int, int]:
 
 
 def _interpolate(pixels: np.ndarray, height: int, width: int, *, mode: str) -> np.ndarray:
+    import torch  # here, as most processes never resize, and it takes seconds
+
     _assert_rgb(pixels)
     if pixels.shape[:2] == (height, width):
         return pixels

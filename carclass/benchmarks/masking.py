@@ -18,7 +18,7 @@ import ray.data
 from carclass import cluster, config, dataset, ingest
 from carclass.benchmarks.plain_masking import PlainMasker, choose_photos, detector_file, loop, save_checkpoint, settings
 from carclass.masking import quality, stream
-from carclass.masking.detector import decode_mask, mask_iou
+from carclass.masking.masks import decode_mask, mask_iou
 from carclass.progress import say
 
 WARM_UP = 20

@@ -5,14 +5,12 @@ says (a pickup is often found as a car and as a truck). Of the vehicles, the one
 of those within LARGEST_TIE of it the most central; config.Mask.choice offers other rules.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torchvision.ops import nms
-
-from carclass import config
 
 SAME_VEHICLE = 0.7
 """Intersection over union of two boxes above which they are one vehicle."""
@@ -69,19 +67,3 @@ def stability(mask: Tensor) -> float:
 def touches_border(mask: np.ndarray) -> bool:
     """Whether a (H,W) mask reaches the photo's edge, where a vehicle may be cut off."""
     return bool(mask[0].any() or mask[-1].any() or mask[:, 0].any() or mask[:, -1].any())
-
-
-def find_doubts(row: dict[str, Any], exclude: config.Exclude) -> list[str]:
-    """What the user's own measures have against a photo, in words. row: the columns of dataset.DETECTION."""
-    if row["outcome"] == "no_vehicle":
-        return ["no vehicle"] if exclude.no_vehicle else []
-    doubts = []
-    if exclude.several_vehicles and row["several_vehicles"]:
-        doubts.append(f"one of {row['num_vehicles']} vehicles")
-    if exclude.touches_border and row["touches_border"]:
-        doubts.append("touches the border")
-    if row["area_fraction"] < exclude.min_area_fraction:
-        doubts.append(f"covers {row['area_fraction']:.3f} of the photo")
-    if row["stability"] is not None and row["stability"] < exclude.min_stability:
-        doubts.append(f"mask stability {row['stability']:.2f}")
-    return doubts

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
@@ -130,19 +129,3 @@ def _make_fast(network: nn.Module, precision: str) -> None:
         if precision == "bf16" and isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
             module.to(torch.bfloat16)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-
-def encode_mask(mask: np.ndarray) -> str:
-    """COCO's compressed run lengths of a bool (H,W) mask."""
-    return str(coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode())
-
-
-def decode_mask(counts: str, height: int, width: int) -> np.ndarray:
-    """The bool (H,W) mask of COCO's compressed run lengths."""
-    return np.asarray(coco_mask.decode({"size": [height, width], "counts": counts.encode()}), dtype=bool)
-
-
-def mask_iou(one: np.ndarray, other: np.ndarray) -> float:
-    """Intersection over union of two bool masks of the same shape; 1 when both are empty."""
-    union = int(np.logical_or(one, other).sum())
-    return float(np.logical_and(one, other).sum() / union) if union else 1.0

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from carclass import dataset, photo, storage
 from carclass.masking import quality
-from carclass.masking.detector import decode_mask
+from carclass.masking.masks import decode_mask
 from carclass.masking.report import FLAGS, MaskingReport, doubt, histogram, render
 from carclass.masking.sheet import Look, contact_sheet, shrink
 

@@ -7,7 +7,7 @@ from pycocotools import mask as coco_mask
 
 from carclass import config, dataset, storage
 from carclass.errors import UserError
-from carclass.masking.detector import decode_mask, mask_iou
+from carclass.masking.masks import decode_mask, mask_iou
 from carclass.sample import source as sample
 
 

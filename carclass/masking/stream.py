@@ -23,10 +23,9 @@ from carclass import cluster, config, dataset, photo, storage
 from carclass.attempts import Attempts
 from carclass.errors import UserError
 from carclass.masking import look, networks, quality
-from carclass.masking.choice import find_doubts
-from carclass.masking.cutout import cut
-from carclass.masking.detector import Detection, Detector, encode_mask
-from carclass.photo import PhotoError, Reason
+from carclass.masking.detector import Detection, Detector
+from carclass.masking.write import write_batch
+from carclass.photo import PhotoError
 from carclass.telemetry import Meter
 
 log = logging.getLogger(__name__)
@@ -41,7 +40,6 @@ SIZE = pa.schema([("source_width", pa.int32()), ("source_height", pa.int32())])
 DECODED = pa.schema([*dataset.ROW, *SIZE, *TROUBLE, ("pixels", pa.large_binary())])
 FOUND = pa.schema([field for field in dataset.DETECTION if field.name not in ("mask", *SIZE.names)])
 DETECTED = pa.schema([*dataset.ROW, *SIZE, *TROUBLE, *FOUND, ("mask_pixels", pa.large_binary())])
-WRITTEN = pa.schema([("outcome", pa.string()), ("reason", pa.string())])
 MEASURES = ("score", "num_vehicles", "several_vehicles", "touches_border", "area_fraction", "stability")
 
 
@@ -223,39 +221,3 @@ class DetectPhotos:
             **columns,
             "mask_pixels": mask,
         }
-
-
-def write_batch(batch: pa.Table, uri: str, settings: config.Mask, identity: dict[str, Any]) -> pa.Table:
-    """Cuts the vehicles out and makes a part (and a part of quarantine); returns rows of WRITTEN."""
-    rows, rejected = [], []
-    for row in batch.to_pylist():
-        if row["reason"] is None and (doubts := find_doubts(row, settings.exclude)):
-            row |= {"reason": str(Reason.DOUBTFUL_MASK), "detail": ", ".join(doubts), "attempts": 1}
-        if row["reason"] is None:
-            rows.append(_cut_row(row, settings))
-        else:
-            trouble = [row[name] for name in ("key", "reason", "detail", "image_id", "attempts")]
-            rejected.append(dataset.quarantine_row(*trouble))
-    if rows:
-        dataset.write_part(uri, "parts", pa.Table.from_pylist(rows, dataset.MASKED_ROW), identity)
-    if rejected:
-        dataset.write_part(uri, "quarantine", pa.Table.from_pylist(rejected, dataset.QUARANTINE), identity)
-    outcomes = [*(row["outcome"] for row in rows), *([None] * len(rejected))]
-    return pa.table([outcomes, [*([None] * len(rows)), *(row["reason"] for row in rejected)]], schema=WRITTEN)
-
-
-def _cut_row(row: dict[str, Any], settings: config.Mask) -> dict[str, Any]:
-    """A row of DETECTED as one of MASKED_ROW, its photo cut out; a photo without a vehicle stays whole."""
-    if row["outcome"] == "no_vehicle":
-        return row
-    mask = row["mask_pixels"]
-    if mask is not None:
-        mask = np.frombuffer(mask, bool).reshape(row["source_height"], row["source_width"])
-    pixels = cut(photo.decode(row["image"], min_side=1), np.array(row["box"]), mask, settings.cutout)
-    return {
-        **row,
-        "mask": None if mask is None else encode_mask(mask),
-        "image": photo.encode(pixels, quality=settings.quality),
-        "width": pixels.shape[1],
-        "height": pixels.shape[0],
-    }

@@ -21,7 +21,8 @@ from PIL import Image
 from carclass import config, dataset, ingest, photo, storage
 from carclass.attempts import NUM_ALONE, Ledger
 from carclass.masking import stream
-from carclass.masking.detector import Detector, decode_mask, mask_iou
+from carclass.masking.detector import Detector
+from carclass.masking.masks import decode_mask, mask_iou
 from carclass.sample.background import paint_scene
 from carclass.sample.car import Pen, Pose, draw_car
 from carclass.sample.draw import draw_photo

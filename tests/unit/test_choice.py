@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from carclass import config
-from carclass.masking.choice import choose, find_doubts, stability, touches_border
+from carclass.masking.choice import choose, stability, touches_border
+from carclass.masking.write import find_doubts
 
 SIZE = (100, 200)  # height, width
 

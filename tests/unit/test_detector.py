@@ -10,7 +10,8 @@ from pycocotools import mask as coco_mask
 
 from carclass import config, photo
 from carclass.masking import networks
-from carclass.masking.detector import Detector, decode_mask, encode_mask, mask_iou
+from carclass.masking.detector import Detector
+from carclass.masking.masks import decode_mask, encode_mask, mask_iou
 
 SETTINGS = config.Detector(model="sample", weights="sample", short_side=160, num_proposals=30)
 

@@ -1,6 +1,8 @@
 """The rules of the house that a program can check: where Ray may live, which way imports point, how long things get."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -26,10 +28,12 @@ PLAIN = (
     "masking.cutout",
     "masking.detector",
     "masking.look",
+    "masking.masks",
     "masking.networks",
     "masking.quality",
     "masking.report",
     "masking.sheet",
+    "masking.write",
     "model",
     "page",
     "photo",
@@ -93,6 +97,11 @@ def test_plain_modules_do_without_ray_and_import_no_room_of_it(name: str):
 def test_ray_lives_in_its_rooms_and_nowhere_else():
     rooms = tuple(f"carclass.{room}" for room in RAY_ROOMS)
     assert [name for name in NAMES if uses_ray(name) and not name.startswith(rooms)] == []
+
+
+def test_processes_that_only_read_and_write_do_without_torch():
+    code = "import sys, carclass.attempts, carclass.cluster, carclass.masking.write; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=HOUSE, check=False).returncode == 0
 
 
 def test_the_library_knows_nothing_of_jobs_and_tests():

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from carclass import config, model, sample
-from carclass.masking.detector import Detection, Detector, mask_iou
+from carclass.masking.detector import Detection, Detector
+from carclass.masking.masks import mask_iou
 from carclass.sample.background import SCENES
 from carclass.sample.draw import Vehicle, draw_photo
 from carclass.sample.models import MODELS
