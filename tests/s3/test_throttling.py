@@ -1,21 +1,34 @@
 """An S3 that says SlowDown: what was asked is asked again, later, and nothing is lost or doubled.
 
-A proxy before the S3 server refuses the first few requests for each object, as a throttled S3 does.
+A proxy before the S3 server refuses the first few requests for each object, or a share of all at random, as a throttled
+S3 does. This file, run as a script, is the job whose processes all speak to the proxy.
 """
 
 import http.client
 import http.server
 import itertools
 import os
+import random
+import subprocess
+import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from carclass import storage
+from carclass import config, dataset, ingest, storage
+from carclass.masking import stream
+
+Rows = list[dict[str, Any]]
+MASK = config.Mask(
+    detector=config.Detector(model="sample", weights="sample", short_side=96, num_proposals=10),
+    num_actors=1,
+    part_rows=16,
+)
 
 SLOW_DOWN = b"""<?xml version="1.0" encoding="UTF-8"?>
 <Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"""
@@ -24,21 +37,22 @@ CONTENT = bytes(10_000)  # larger than an answer that says no, which a reader ge
 
 
 class Proxy(http.server.ThreadingHTTPServer):
-    """Passes requests on, or refuses them: the first few of each."""
+    """Passes requests on, or refuses them: the first few of each, and a share at random."""
 
     daemon_threads = True
 
     def __init__(self, endpoint: str) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.behind = endpoint.split("://")[1]
-        self.first, self.lock = 0, threading.Lock()
+        self.first, self.share = 0, 0.0
+        self.random, self.lock = random.Random(0), threading.Lock()
         self.times: dict[str, list[float]] = defaultdict(list)
         self.refused = 0
 
     def refuses(self, request: str) -> bool:
         with self.lock:
             self.times[request].append(time.monotonic())
-            refused = len(self.times[request]) <= self.first
+            refused = len(self.times[request]) <= self.first or self.random.random() < self.share
             self.refused += refused
             return refused
 
@@ -119,3 +133,38 @@ def test_the_time_between_attempts_grows(proxy: Proxy, bucket: str):
     assert len(waits) == 5
     # Drawn at random below a limit that doubles: the last two are longer than the first two all but always.
     assert sum(waits[-2:]) > sum(waits[:2])
+
+
+def job(root: str, photos: str) -> None:
+    """Ingest and masking in a cluster of its own."""
+    import ray
+
+    ray.init(address="local", num_cpus=2, include_dashboard=False)
+    ingest.run(root, config.Ingest(photos=f"{photos}/photos", labels=f"{photos}/labels.csv"))
+    stream.run(root, MASK)
+
+
+def test_a_throttled_job_makes_the_dataset_of_an_undisturbed_one(
+    proxy: Proxy,
+    s3: Any,
+    bucket: str,
+    ingested: dataset.Dataset,
+    photos_folder: Path,
+    contents: Callable[[dataset.Dataset], tuple[Rows, Rows]],
+):
+    expected = stream.run(ingested.uri.rsplit("/", 2)[0], MASK.model_copy(update={"dataset": "unthrottled"}))
+    for path in photos_folder.rglob("*.*"):
+        s3.put_object(Bucket=bucket, Key=f"cars/{path.relative_to(photos_folder)}", Body=path.read_bytes())
+    proxy.share = 0.3
+    command = [sys.executable, __file__, f"s3://{bucket}/out", f"s3://{bucket}/cars"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert proxy.refused > 50
+    proxy.share = 0.0
+    for found, wanted in zip(contents(dataset.load(f"s3://{bucket}/out", "v2")), contents(expected), strict=True):
+        assert [a["key"] for a, b in zip(found, wanted, strict=True) if a != b] == []
+
+
+if __name__ == "__main__":
+    job(*sys.argv[1:])
