@@ -112,23 +112,18 @@ class Dataset:
 
 def read_part(uri: str, columns: Sequence[str] | None = None, filters: pc.Expression | None = None) -> pa.Table:
     """Columns (all by default) of one Parquet file, or of those of its rows that a filter lets through."""
-    filesystem, path = storage.locate(uri)
     names = None if columns is None else list(columns)
-    table = storage.patiently(lambda: pq.read_table(path, columns=names, filesystem=filesystem, filters=filters))
+    with storage.open_file(uri) as file:
+        table = pq.read_table(file, columns=names, filters=filters)
     return table if names is None else table.select(names)
 
 
 def take(part_uri: str, positions: Sequence[int], columns: Sequence[str]) -> pa.Table:
     """Some rows of a part by their positions in it, in the order given; little more than these is read."""
-    filesystem, path = storage.locate(part_uri)
-
-    def read() -> tuple[np.ndarray, list[int], dict[int, pa.Table]]:
-        with pq.ParquetFile(path, filesystem=filesystem, pre_buffer=True) as file:
-            starts = np.cumsum([0, *(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))])
-            groups = (np.searchsorted(starts, positions, side="right") - 1).tolist()
-            return starts, groups, {group: file.read_row_group(group, columns=list(columns)) for group in set(groups)}
-
-    starts, groups, tables = storage.patiently(read)
+    with storage.open_file(part_uri) as opened, pq.ParquetFile(opened, pre_buffer=True) as file:
+        starts = np.cumsum([0, *(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))])
+        groups = (np.searchsorted(starts, positions, side="right") - 1).tolist()
+        tables = {group: file.read_row_group(group, columns=list(columns)) for group in set(groups)}
     places = zip(groups, positions, strict=True)
     rows = pa.concat_tables(tables[group].slice(position - starts[group], 1) for group, position in places)
     return rows.select(columns).replace_schema_metadata()

@@ -4,6 +4,7 @@ S3 credentials, region and endpoint come from the usual AWS environment variable
 """
 
 import hashlib
+import io
 import os
 import random
 import time
@@ -14,13 +15,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 from uuid import uuid4
 
-from pyarrow import ArrowInvalid, fs
+from pyarrow import ArrowInvalid, NativeFile, PythonFile, fs
 
 from carclass.errors import UserError
 
 T = TypeVar("T")
 NUM_ATTEMPTS = 8
-BUSY = ("INTERNAL_FAILURE", "SLOW_DOWN", "SERVICE_UNAVAILABLE", "NETWORK_CONNECTION")
+BUSY = ("INTERNAL_FAILURE", "SLOW_DOWN", "SERVICE_UNAVAILABLE", "NETWORK_CONNECTION", "UNKNOWN (HTTP status 503)")
 READ_THREADS = 16
 """Concurrent requests per process: S3 answers in tens of milliseconds, mostly waited for."""
 
@@ -56,7 +57,7 @@ def _s3() -> fs.S3FileSystem:
 def exists(uri: str) -> bool:
     """Whether there is a file."""
     filesystem, path = locate(uri)
-    return bool(filesystem.get_file_info(path).type == fs.FileType.File)
+    return bool(patiently(lambda: filesystem.get_file_info(path)).type == fs.FileType.File)
 
 
 def list_files(uri: str) -> list[str]:
@@ -66,7 +67,8 @@ def list_files(uri: str) -> list[str]:
     """
     filesystem, path = locate(uri)
     try:
-        found = filesystem.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+        selector = fs.FileSelector(path, recursive=True, allow_not_found=True)
+        found = patiently(lambda: filesystem.get_file_info(selector))
     except OSError as error:
         raise UserError(
             f"{uri}: cannot be listed ({_first_line(error)}). Check the bucket and your credentials."
@@ -91,6 +93,40 @@ def open_stream(uri: str) -> BinaryIO:
     return filesystem.open_input_stream(path, compression=None)
 
 
+def open_file(uri: str) -> NativeFile:
+    """A file to read from here and there, as Parquet files are; FileNotFoundError when it isn't there."""
+    filesystem, path = locate(uri)
+    file = patiently(lambda: filesystem.open_input_file(path))
+    return file if isinstance(filesystem, fs.LocalFileSystem) else PythonFile(_Patient(file), "r")
+
+
+class _Patient(io.RawIOBase):
+    """A file whose every read is tried again while S3 is busy: one of many may fail, and all of them soon do."""
+
+    def __init__(self, file: NativeFile) -> None:
+        self.file, self.position = file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.file.size()}[whence]
+        self.position = start + offset
+        return self.position
+
+    def read(self, size: int = -1) -> bytes:
+        start, count = self.position, self.file.size() - self.position if size < 0 else size
+        data: bytes = patiently(lambda: self.file.read_at(count, start))
+        self.position += len(data)
+        return data
+
+
 def read_many(uris: Iterable[str]) -> Iterator[bytes | OSError]:
     """Contents in the order given, read in parallel; a failure takes its file's place."""
 
@@ -106,20 +142,20 @@ def read_many(uris: Iterable[str]) -> Iterator[bytes | OSError]:
         yield from pool.map(read, uris)
 
 
-def patiently(read: Callable[[], T]) -> T:
-    """What a read returns, tried again after a growing pause when S3 was busy.
+def patiently(request: Callable[[], T]) -> T:
+    """What a request returns, made again after a growing pause when S3 was busy.
 
     pyarrow repeats refused requests itself, but not where the refusal is longer than the few bytes asked for, as of a
-    small column in a Parquet file: that becomes an internal failure.
+    small column in a Parquet file, nor where it has no body, as of a file's size, nor when it has done so often lately.
     """
     for attempt in range(NUM_ATTEMPTS - 1):
         try:
-            return read()
+            return request()
         except OSError as error:
             if not any(f"AWS Error {name}" in str(error) for name in BUSY):
                 raise
             time.sleep(random.uniform(0.5, 1) * 0.1 * 2**attempt)  # noqa: S311 - spreads the load, decides nothing
-    return read()
+    return request()
 
 
 def write_bytes(uri: str, data: bytes) -> None:
@@ -132,14 +168,18 @@ def write_bytes(uri: str, data: bytes) -> None:
         temporary.write_bytes(data)
         temporary.replace(target)
         return
-    with filesystem.open_output_stream(path) as stream:
-        stream.write(data)
+
+    def put() -> None:
+        with filesystem.open_output_stream(path) as stream:
+            stream.write(data)
+
+    patiently(put)
 
 
 def delete(uri: str) -> None:
     """Removes a file."""
     filesystem, path = locate(uri)
-    filesystem.delete_file(path)
+    patiently(lambda: filesystem.delete_file(path))
 
 
 def check_root(uri: str) -> None:
