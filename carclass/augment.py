@@ -14,7 +14,12 @@ from carclass import config
 
 
 def uniforms(seed: int, epoch: int, ids: np.ndarray, count: int) -> np.ndarray:
-    """(N,count) float64 in [0,1), a function of seed, epoch and each id alone. ids: uint64 (N,).
+    """(N,count) float64 in [0,1), a function of seed, epoch and each id alone. ids: uint64 (N,)."""
+    return (bits(seed, epoch, ids, count) >> np.uint64(11)) * 2.0**-53
+
+
+def bits(seed: int, epoch: int, ids: np.ndarray, count: int) -> np.ndarray:
+    """(N,count) uint64, each bit random, a function of seed, epoch and each id alone. ids: uint64 (N,).
 
     The mixing is SplitMix64's (Steele, Lea and Flood 2014).
     """
@@ -23,7 +28,7 @@ def uniforms(seed: int, epoch: int, ids: np.ndarray, count: int) -> np.ndarray:
             np.asarray(ids, np.uint64) ^ _mix(np.array(seed, np.uint64) + _mix(np.array(epoch + 1, np.uint64)))
         )
         steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        return (_mix(state[:, None] + steps) >> np.uint64(11)) * 2.0**-53
+        return _mix(state[:, None] + steps)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

@@ -58,6 +58,14 @@ Byte = Annotated[int, Field(ge=0, le=255)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
+def _workers(value: Any) -> Any:
+    counts = [str(count) for count in (value if isinstance(value, list | tuple) else [value])]
+    numbers = [int(count) for count in counts if count.isdecimal()]
+    if len(numbers) != len(counts) or len(counts) not in (1, 2) or numbers != sorted(numbers) or numbers[0] < 1:
+        raise ValueError("give one number, or [fewest, most], greater than or equal to 1")
+    return numbers[0] if len(numbers) == 1 else tuple(numbers)
+
+
 class Section(BaseModel):
     """A part of the config file: immutable, and strict about its keys."""
 
@@ -276,22 +284,29 @@ class Train(Section):
     """null skips the stage."""
     unfrozen: Unfrozen | None = Unfrozen()
     """null skips the stage."""
-    num_workers: int = Field(1, ge=1)
-    """Training processes, one per GPU where GPUs are used."""
+    num_workers: Annotated[int | tuple[int, int], BeforeValidator(_workers)] = 1
+    """Training processes, one per GPU where GPUs are used; [fewest, most]: as many as there is room for at the time."""
     use_gpu: bool | None = None
     """true, false, or by default: when the cluster has one."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16 autocast, or float32 throughout."""
+    checkpoint_steps: int | None = Field(100, ge=1)
+    """Steps between checkpoints within an epoch, written while training goes on; null: only at epochs' ends."""
     keep_checkpoints: int = Field(2, ge=1)
-    """Best epochs kept by val accuracy; the latest is kept as well."""
+    """Best epochs kept by val accuracy; the two latest checkpoints are kept as well."""
     seed: int = Field(123, ge=0)
-    """Decides initial weights, order and augmentation."""
+    """Decides initial weights, order, augmentation and dropout."""
 
     @model_validator(mode="after")
     def _some_stage(self) -> "Train":
         if self.frozen is None and self.unfrozen is None:
             raise ValueError("`frozen` and `unfrozen` are both null: nothing would be trained; keep one")
         return self
+
+    @property
+    def workers(self) -> tuple[int, int]:
+        """The fewest and the most workers."""
+        return self.num_workers if isinstance(self.num_workers, tuple) else (self.num_workers, self.num_workers)
 
 
 class Evaluate(Section):

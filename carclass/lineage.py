@@ -3,7 +3,8 @@
 <root>/experiments/<name>/config.yml      the run's settings, fully resolved
 <root>/experiments/<name>/lineage.json    parent, dataset and code, with their hashes
 <root>/experiments/<name>/metrics.jsonl   a line per epoch
-<root>/experiments/<name>/tensorboard/    the same, for TensorBoard
+<root>/experiments/<name>/steps/<stage>/  a file per epoch, a line per step
+<root>/experiments/<name>/tensorboard/    both, for TensorBoard
 <root>/experiments/<name>/<stage>/        checkpoints of the stage, and its best model
 <root>/experiments/<name>/report/         what the evaluation wrote
 """
@@ -23,6 +24,9 @@ from carclass.errors import UserError
 from carclass.model import StageName
 
 STAGES: tuple[StageName, ...] = ("frozen", "unfrozen")
+MACHINES = ("num_workers", "use_gpu", "checkpoint_steps", "keep_checkpoints")
+"""Settings of what a run is trained on and how it is kept, which may change when it goes on."""
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -66,15 +70,39 @@ class Run:
             return []
         return [json.loads(line) for line in text.splitlines()]
 
-    def add_metrics(self, row: dict[str, Any]) -> None:
-        """Adds an epoch; what a killed run wrote of the same stage from this epoch on is dropped."""
-        kept = [r for r in self.metrics() if (r["stage"], r["epoch"]) < (row["stage"], row["epoch"])]
-        rows = [*kept, row]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        storage.write_bytes(storage.join(self.uri, "metrics.jsonl"), text.encode())
-        for stage in {row["stage"] for row in rows}:
-            events = tensorboard_events([row for row in rows if row["stage"] == stage])
-            storage.write_bytes(storage.join(self.uri, "tensorboard", stage, "events.out.tfevents.0.carclass"), events)
+    def steps(self, stage: str, epoch: int) -> list[Row]:
+        """One dict per step of a finished epoch: `step` counted from 1, `loss`, `accuracy`, `lr`."""
+        text = storage.read_bytes(storage.join(self.uri, "steps", stage, f"{epoch:04d}.jsonl")).decode()
+        return [json.loads(line) for line in text.splitlines()]
+
+
+class Journal:
+    """Adds a stage's epochs to the run's metrics. Each epoch has files of its own where it is long, so none costs
+    more than the one before.
+
+    epoch: the last one that counts: what a killed run wrote after it is dropped.
+    """
+
+    def __init__(self, run: Run, stage: str, epoch: int) -> None:
+        self.run, self.stage = run, stage
+        self.rows = [row for row in run.metrics() if (row["stage"], row["epoch"]) <= (stage, epoch)]
+
+    def add(self, metrics: Row, steps: list[Row]) -> None:
+        """Writes an epoch, its steps first. metrics: with `epoch` and `time` (seconds since 1970)."""
+        self.rows.append({"stage": self.stage, **metrics})
+        epoch = f"{metrics['epoch']:04d}"
+        self._write(f"steps/{self.stage}/{epoch}.jsonl", _lines(steps))
+        self._write(
+            f"tensorboard/{self.stage}/events.out.tfevents.{epoch}.carclass", tensorboard_events(metrics, steps)
+        )
+        self._write("metrics.jsonl", _lines(self.rows))
+
+    def _write(self, path: str, data: bytes) -> None:
+        storage.patiently(lambda: storage.write_bytes(storage.join(self.run.uri, path), data))
+
+
+def _lines(rows: list[Row]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
 def place(root: str, name: str) -> str:
@@ -115,7 +143,7 @@ def load(root: str, name: str) -> Run:
 
 
 def _check_same(run: Run, old: dict[str, Any], new: dict[str, Any], origin: dict[str, Any]) -> None:
-    other = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+    other = sorted(key for key in {*old, *new} - {*MACHINES} if old.get(key) != new.get(key))
     if run.lineage()["dataset_digest"] != origin["dataset_digest"]:
         other.append("the dataset's content")
     if other:
@@ -139,14 +167,17 @@ def _is_installed() -> bool:
     return any(distribution.name == "carclass" for distribution in metadata.distributions())
 
 
-def tensorboard_events(rows: list[dict[str, Any]]) -> bytes:
-    """An event file of a stage's epochs. rows: metrics with `epoch` and `time` (seconds since 1970)."""
+def tensorboard_events(metrics: Row, steps: list[Row]) -> bytes:
+    """An event file of one epoch: its metrics by epoch, and `step/loss` and the like by step since the first epoch."""
     # Imported here: it takes a second, and only the worker that writes metrics needs it.
     from torch.utils.tensorboard import SummaryWriter
 
     with tempfile.TemporaryDirectory() as folder:
         with SummaryWriter(folder) as writer:
-            for row in rows:
-                for name in row.keys() - {"epoch", "stage", "time"}:
-                    writer.add_scalar(name, row[name], row["epoch"], walltime=row["time"])
+            for name in sorted(metrics.keys() - {"epoch", "time"}):
+                writer.add_scalar(name, metrics[name], metrics["epoch"], walltime=metrics["time"])
+            before = (metrics["epoch"] - 1) * len(steps)
+            for row in steps:
+                for name in sorted(row.keys() - {"step"}):
+                    writer.add_scalar(f"step/{name}", row[name], before + row["step"], walltime=metrics["time"])
         return next(Path(folder).iterdir()).read_bytes()

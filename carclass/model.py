@@ -2,11 +2,12 @@
 
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from carclass import config, weights
+from carclass import augment, config, weights
 from carclass.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -21,6 +22,31 @@ class NarrowResNet(ResNet):
         return super()._make_layer(block, planes // 4, *args, **kwargs)
 
 
+class SampleDropout(nn.Dropout):
+    """Dropout of (N,width) features whose choices are drawn for each sample, before each step, from its id.
+
+    So neither the number of workers nor a restart changes them.
+    """
+
+    def __init__(self, p: float, width: int) -> None:
+        super().__init__(p)
+        self.width = width
+        self.keep: Tensor | None = None
+
+    def draw(self, seed: int, epoch: int, ids: np.ndarray, device: torch.device) -> None:
+        """Chooses what the samples of the next step keep. ids: uint64 (N,)."""
+        if self.p:
+            draws = augment.bits(seed, epoch, ids, -(-self.width // 4)).view(np.uint16)[:, : self.width]
+            self.keep = torch.from_numpy(draws >= round(self.p * 2**16)).to(device, non_blocking=True)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(N,width) → (N,width); in evaluation as it is."""
+        if not self.training or not self.p:
+            return inputs
+        assert self.keep is not None, "nothing was drawn for these samples"
+        return inputs * self.keep * (1 / (1 - self.p) if self.p < 1 else 0)
+
+
 def build(settings: config.Model, num_classes: int) -> ResNet:
     """The untrained network: (N,3,S,S) float normalised RGB → (N,num_classes) logits."""
     if settings.architecture == "resnet50":
@@ -31,7 +57,7 @@ def build(settings: config.Model, num_classes: int) -> ResNet:
         for module in net.modules():
             if isinstance(module, Bottleneck):
                 module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
-    net.fc = nn.Sequential(nn.Dropout(settings.dropout), nn.Linear(num_features, num_classes))
+    net.fc = nn.Sequential(SampleDropout(settings.dropout, num_features), nn.Linear(num_features, num_classes))
     nn.init.zeros_(net.fc[1].bias)
     return net.to(memory_format=torch.channels_last)
 

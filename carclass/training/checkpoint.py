@@ -1,60 +1,182 @@
-"""Checkpoints: tensors as safetensors, everything else as readable JSON, each file with its sha256."""
+"""Checkpoints: tensors as safetensors, everything else as readable JSON, each file with its sha256.
+
+<stage>/epoch-0003/            after three epochs
+<stage>/epoch-0003-00000512/   and 512 samples into the fourth
+    weights.safetensors  optimizer.safetensors  checkpoint.json (written last)
+"""
 
 import json
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load, load_file, save, save_file
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from carclass import storage
 from carclass.errors import UserError
+from carclass.progress import say
 
-INDEX = "checkpoint.json"
-
-
-def save_folder(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Writes weights.safetensors, optimizer.safetensors and checkpoint.json with the state and their hashes."""
-    save_file(_contiguous(module.state_dict()), folder / "weights.safetensors")
-    save_file(_optimizer_tensors(optimizer), folder / "optimizer.safetensors")
-    hashes = {path.name: storage.sha256(path.read_bytes()) for path in sorted(folder.glob("*.safetensors"))}
-    (folder / INDEX).write_text(json.dumps({**state, "sha256": hashes}, indent=1))
+INDEX, WEIGHTS, OPTIMIZER = "checkpoint.json", "weights.safetensors", "optimizer.safetensors"
 
 
-def load_folder(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Puts a checkpoint back and returns its state; UserError when a file is not what its hash says."""
-    state: dict[str, Any] = json.loads((folder / INDEX).read_text())
-    for name, expected in state["sha256"].items():
-        if storage.sha256((folder / name).read_bytes()) != expected:
-            raise UserError(
-                f"{folder / name} is damaged: its sha256 is not the one in {INDEX}. Delete this checkpoint."
-            )
-    module.load_state_dict(load_file(folder / "weights.safetensors"))
-    _load_optimizer(optimizer, load_file(folder / "optimizer.safetensors"))
+class DamagedError(UserError):
+    """A checkpoint whose files are not what they were when they were written."""
+
+
+class Snapshot(NamedTuple):
+    """A copy of all that a checkpoint holds, which later steps don't change."""
+
+    name: str
+    tensors: dict[str, dict[str, Tensor]]  # by file
+    state: dict[str, Any]
+
+
+def name_of(epoch: int, samples: int = 0) -> str:
+    """The name of a checkpoint; names sort by age. epoch: those completed; samples: of the next one."""
+    return f"epoch-{epoch:04d}" + (f"-{samples:08d}" if samples else "")
+
+
+def take(name: str, module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Snapshot:
+    """Copies everything to memory of the host."""
+    return Snapshot(name, {WEIGHTS: _copy(module.state_dict()), OPTIMIZER: _optimizer_tensors(optimizer)}, state)
+
+
+def write(uri: str, snapshot: Snapshot) -> None:
+    """Writes a checkpoint below a stage's folder."""
+    folder, hashes = storage.join(uri, snapshot.name), {"state": _state_hash(snapshot.state)}
+    for name, tensors in snapshot.tensors.items():
+        data = save(tensors)
+        hashes[name] = storage.sha256(data)
+        _write(storage.join(folder, name), data)
+    _write(storage.join(folder, INDEX), json.dumps({**snapshot.state, "sha256": hashes}, indent=1).encode())
+
+
+def names(uri: str) -> list[str]:
+    """The checkpoints below a stage's folder, oldest first."""
+    paths = [path.split("/") for path in storage.list_files(uri)]
+    return sorted(path[0] for path in paths if path[1:] == [INDEX])
+
+
+def verify(uri: str) -> dict[str, bytes]:
+    """A checkpoint's files by name; DamagedError unless each is what its hash says."""
+    try:
+        files = {name: storage.read_bytes(storage.join(uri, name)) for name in (INDEX, WEIGHTS, OPTIMIZER)}
+        state = json.loads(files[INDEX])
+        hashes = state.pop("sha256")
+        found = {"state": _state_hash(state), **{name: storage.sha256(files[name]) for name in (WEIGHTS, OPTIMIZER)}}
+    except FileNotFoundError as error:
+        raise DamagedError(f"checkpoint {uri} is damaged: a file is missing ({error})") from error
+    except (KeyError, ValueError) as error:
+        raise DamagedError(f"checkpoint {uri} is damaged: {INDEX} cannot be read ({error})") from error
+    wrong = [name for name in found if found[name] != hashes.get(name)]
+    if wrong:
+        raise DamagedError(f"checkpoint {uri} is damaged: the sha256 of {wrong[0]} is not the one in {INDEX}")
+    return files
+
+
+def restore(uri: str, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Puts a checkpoint back and returns its state; DamagedError, before anything is changed, when it isn't sound."""
+    files = verify(uri)
+    module.load_state_dict(load(files[WEIGHTS]))
+    _load_optimizer(optimizer, load(files[OPTIMIZER]))
+    state: dict[str, Any] = json.loads(files[INDEX])
+    del state["sha256"]
     return state
+
+
+def newest_sound(uri: str) -> str | None:
+    """The checkpoint to go on from, None where there is none. Damaged ones after it are removed, with a warning.
+
+    UserError when none is sound; they are then left as they are.
+    """
+    damaged: list[str] = []
+    for name in reversed(names(uri)):
+        try:
+            verify(storage.join(uri, name))
+        except DamagedError as error:
+            say(f"warning: {error}; going back to the checkpoint before it")
+            damaged.append(name)
+            continue
+        remove(uri, damaged)
+        return name
+    if damaged:
+        raise _none_sound(uri)
+    return None
+
+
+def restore_best(uri: str, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Puts back the epoch with the best val accuracy, of equal ones the earliest, and returns its state.
+
+    If it is damaged, the next best that is there, with a warning. UserError when none is sound.
+    """
+    scores = {}
+    for name in names(uri):
+        state = json.loads(storage.read_bytes(storage.join(uri, name, INDEX)))
+        if name == name_of(state["epoch"]):
+            scores[name] = state["val_accuracies"][-1]
+    for name in sorted(scores, key=lambda name: (-scores[name], name)):
+        try:
+            return restore(storage.join(uri, name), module, optimizer)
+        except DamagedError as error:
+            say(f"warning: {error}; taking the next best epoch")
+    raise _none_sound(uri)
+
+
+def prune(uri: str, kept: Iterable[str]) -> None:
+    """Removes all checkpoints but some, and what killed runs left unfinished."""
+    found = {path.split("/")[0] for path in storage.list_files(uri) if path.startswith("epoch-")}
+    remove(uri, found - {*kept})
+
+
+def remove(uri: str, found: Iterable[str]) -> None:
+    """Deletes checkpoints; one that is half deleted is none."""
+    for name in sorted(found):
+        folder = storage.join(uri, name)
+        if storage.exists(storage.join(folder, INDEX)):
+            storage.delete(storage.join(folder, INDEX))
+        filesystem, path = storage.locate(folder)
+        filesystem.delete_dir(path)
+
+
+def _state_hash(state: dict[str, Any]) -> str:
+    return storage.sha256(json.dumps(state, sort_keys=True).encode())
+
+
+def _none_sound(uri: str) -> UserError:
+    return UserError(
+        f"no checkpoint in {uri} is sound. Bring one back from a backup, or delete this folder to train the stage anew."
+    )
+
+
+def _write(uri: str, data: bytes) -> None:
+    storage.patiently(lambda: storage.write_bytes(uri, data))
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Moments and step counts, named `<parameter number>.<moment>`; the settings are in the run's config."""
     states = optimizer.state_dict()["state"]
-    return _contiguous({f"{i}.{name}": torch.as_tensor(value) for i, s in states.items() for name, value in s.items()})
+    return _copy({f"{i}.{name}": torch.as_tensor(value) for i, s in states.items() for name, value in s.items()})
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         number, name = key.split(".", 1)
-        state.setdefault(int(number), {})[name] = value
+        like = parameters[int(number)]
+        # In the parameter's memory format, as it was: in another one the arithmetic is slower and rounds differently.
+        fits = value.shape == like.shape
+        state.setdefault(int(number), {})[name] = torch.empty_like(like).copy_(value) if fits else value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
 def publish_model(uri: str, net: nn.Module, facts: dict[str, Any]) -> None:
     """Writes the whole network as <uri>.safetensors and, last, what is needed to use it as <uri>.json."""
-    data = save(_contiguous(net.state_dict()))
-    storage.write_bytes(f"{uri}.safetensors", data)
+    data = save(_copy(net.state_dict()))
+    _write(f"{uri}.safetensors", data)
     described = json.dumps({**facts, "sha256": storage.sha256(data)}, indent=1, ensure_ascii=False)
-    storage.write_bytes(f"{uri}.json", described.encode())
+    _write(f"{uri}.json", described.encode())
 
 
 def read_model(uri: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -71,5 +193,9 @@ def read_model(uri: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return load(data), facts
 
 
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+def _copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    # Tensors in channels_last are stored in the order of their dimensions.
+    return {
+        name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, value in tensors.items()
+    }

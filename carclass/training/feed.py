@@ -10,7 +10,7 @@ from torch import Tensor
 from carclass import config, model, photo
 from carclass.augment import augment, uniforms
 
-ORDER, VIEW, AUGMENT = 0, 1, 2
+ORDER, VIEW, AUGMENT, DROPOUT = 0, 1, 2, 3
 """What a draw is for: added to the seed, so that no two purposes share their randomness."""
 
 
@@ -28,6 +28,7 @@ class Batch(NamedTuple):
     inputs: Tensor
     labels: Tensor  # int64 (N,)
     weight: float  # of each sample's loss, so that the mean over workers is the mean over the step's samples
+    ids: np.ndarray  # uint64 (N,)
 
 
 def pixels_of(images: Sequence[bytes], size: int) -> np.ndarray:
@@ -64,15 +65,16 @@ class Feed:
             return np.argsort(self.ids)
         return np.lexsort((self.ids, uniforms(self.seed + ORDER, epoch, self.ids, 1)[:, 0]))
 
-    def steps(self, epoch: int | None, batch_size: int) -> Iterator[tuple[np.ndarray, float]]:
+    def steps(self, epoch: int | None, batch_size: int, start: int = 0) -> Iterator[tuple[np.ndarray, float]]:
         """(positions, weight) of this worker's share of every step. batch_size: over all workers.
 
+        start: how many samples of the epoch were taken before, in whole steps.
         Every sample comes once. Where the last step has fewer samples than workers, a worker without any
         repeats one at weight 0, so that all take equally many steps.
         """
         order = self.order(epoch)
-        for start in range(0, len(order), batch_size):
-            step = order[start : start + batch_size]
+        for first in range(start, len(order), batch_size):
+            step = order[first : first + batch_size]
             mine = step[self.rank :: self.num_workers]
             yield (mine, self.num_workers / len(step)) if len(mine) else (step[:1], 0.0)
 
@@ -86,19 +88,19 @@ class PhotoBatches:
         self.feeds, self.settings, self.batch_size, self.device = (train, val), settings, batch_size, device
         self.num_steps = -(-len(train) // batch_size)
 
-    def train(self, epoch: int) -> Iterator[Batch]:
-        """An epoch's steps."""
+    def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """An epoch's steps after its first `start` samples."""
         feed = self.feeds[0]
-        for indices, weight in feed.steps(epoch, self.batch_size):
+        for indices, weight in feed.steps(epoch, self.batch_size, start):
             photos = to_device(feed.pixels(indices), self.device)
             draws = uniforms(feed.seed + AUGMENT, epoch, feed.ids[indices], 5)
-            yield Batch(augment(photos, self.settings, draws), _labels(feed, indices, self.device), weight)
+            yield _batch(augment(photos, self.settings, draws), feed, indices, weight)
 
     def val(self) -> Iterator[Batch]:
         """Every val photo once over all workers."""
         feed = self.feeds[1]
         for indices, weight in feed.steps(None, self.batch_size * 4):
-            yield Batch(to_device(feed.pixels(indices), self.device), _labels(feed, indices, self.device), weight)
+            yield _batch(to_device(feed.pixels(indices), self.device), feed, indices, weight)
 
 
 class FeatureBatches:
@@ -114,18 +116,18 @@ class FeatureBatches:
         self.features = features[0].to(device), features[1].to(device)
         self.num_steps = -(-len(train) // batch_size)
 
-    def train(self, epoch: int) -> Iterator[Batch]:
-        """An epoch's steps."""
+    def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """An epoch's steps after its first `start` samples."""
         feed, features = self.feeds[0], self.features[0]
         views = (uniforms(feed.seed + VIEW, epoch, feed.ids, 1)[:, 0] * len(features)).astype(np.int64)
-        for indices, weight in feed.steps(epoch, self.batch_size):
-            yield Batch(features[views[indices], indices], _labels(feed, indices, self.device), weight)
+        for indices, weight in feed.steps(epoch, self.batch_size, start):
+            yield _batch(features[views[indices], indices], feed, indices, weight)
 
     def val(self) -> Iterator[Batch]:
         """Every val photo once over all workers."""
         feed = self.feeds[1]
         for indices, weight in feed.steps(None, self.batch_size * 16):
-            yield Batch(self.features[1][0, indices], _labels(feed, indices, self.device), weight)
+            yield _batch(self.features[1][0, indices], feed, indices, weight)
 
 
 def to_device(pixels: np.ndarray, device: torch.device) -> Tensor:
@@ -143,5 +145,5 @@ def view_of(photos: Tensor, view: int, ids: np.ndarray, seed: int, settings: con
     return augment(photos, settings, uniforms(seed + AUGMENT, view, ids, 5))
 
 
-def _labels(feed: Feed, indices: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(feed.labels[indices]).to(device)
+def _batch(inputs: Tensor, feed: Feed, indices: np.ndarray, weight: float) -> Batch:
+    return Batch(inputs, torch.from_numpy(feed.labels[indices]).to(inputs.device), weight, feed.ids[indices])

@@ -3,14 +3,16 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 
 from carclass import config, model
-from carclass.training.feed import Batch
+from carclass.training.feed import DROPOUT, Batch
 
 
 class Batches(Protocol):
@@ -18,11 +20,46 @@ class Batches(Protocol):
 
     num_steps: int
 
-    def train(self, epoch: int) -> Iterator[Batch]:
-        """An epoch's steps."""
+    def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """An epoch's steps after its first `start` samples."""
 
     def val(self) -> Iterator[Batch]:
         """The val split."""
+
+
+@dataclass
+class State:
+    """How far a stage is: what its checkpoints hold besides tensors."""
+
+    epoch: int = 0  # those completed
+    val_accuracies: list[float] = field(default_factory=list)  # of them
+    steps: list[list[float]] = field(default_factory=list)  # of the next one: each step's summed loss, hits, samples
+    seconds: float = 0.0  # spent on the next one
+
+    @property
+    def samples(self) -> int:
+        """How many samples of the next epoch's order have been trained on."""
+        return int(sum(count for _, _, count in self.steps))
+
+    @property
+    def best_epoch(self) -> int:
+        """The first of the epochs with the highest val accuracy."""
+        return self.val_accuracies.index(max(self.val_accuracies)) + 1
+
+
+class Finished(NamedTuple):
+    """What is told of an epoch."""
+
+    metrics: dict[str, float]
+    steps: list[dict[str, float]]  # `step` counted from 1, and the mean loss, accuracy and lr of each
+
+
+class Keeping(NamedTuple):
+    """What a loop does besides training, on every worker alike."""
+
+    save: Callable[[State, Finished | None, bool], None]  # with the epoch just finished, if any; whether it must be
+    leaving: Callable[[], bool] = lambda: False  # asked after every step; the answer is the same on every worker
+    every: int | None = None  # steps between checkpoints within an epoch
 
 
 class Trainee(NamedTuple):
@@ -33,7 +70,7 @@ class Trainee(NamedTuple):
     optimizer: torch.optim.Optimizer
     stage: config.Stage
     autocast: torch.autocast
-    seed: int  # of dropout, another one on each worker
+    seed: int
 
 
 def make_optimizer(parameters: list[nn.Parameter], stage: config.Stage) -> torch.optim.Optimizer:
@@ -58,72 +95,98 @@ def learning_rate(stage: config.Stage, progress: float) -> float:
     return stage.lr * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
 
 
-def run(
-    trainee: Trainee,
-    batches: Batches,
-    state: dict[str, Any] | None,
-    report: Callable[[dict[str, Any], dict[str, Any]], None],
-) -> None:
-    """Trains until the last epoch or until patience runs out.
-
-    state: what a checkpoint holds, None at the start. report: called after every epoch, on every worker, with the
-    epoch's metrics and the state to keep.
-    """
-    state = state or {"epoch": 0, "best_val_accuracy": -1.0, "best_epoch": 0}
-    patience = trainee.stage.patience
-    for epoch in range(state["epoch"] + 1, trainee.stage.epochs + 1):
-        if patience is not None and state["best_epoch"] and epoch - 1 - state["best_epoch"] >= patience:
-            break
-        started = time.perf_counter()
-        metrics = {"epoch": epoch, **train_epoch(trainee, batches, epoch), **validate(trainee, batches)}
-        metrics["seconds"] = time.perf_counter() - started
-        state["epoch"] = epoch
-        if metrics["val_accuracy"] > state["best_val_accuracy"]:
-            state = {**state, "best_val_accuracy": metrics["val_accuracy"], "best_epoch": epoch}
-        report(metrics, dict(state))
+def run(trainee: Trainee, batches: Batches, state: State, keeping: Keeping) -> bool:
+    """Trains on from a state until the last epoch or until patience runs out; False when told to leave before."""
+    while not is_done(trainee.stage, state):
+        if not train_epoch(trainee, batches, state, keeping):
+            return False
+        finished = finish_epoch(trainee, batches, state)
+        keeping.save(state, finished, True)
+    return True
 
 
-def train_epoch(trainee: Trainee, batches: Batches, epoch: int) -> dict[str, float]:
-    """Every train sample once; returns train_loss, train_accuracy and the epoch's last lr."""
+def is_done(stage: config.Stage, state: State) -> bool:
+    """Whether a stage is at its end."""
+    waited = state.epoch - state.best_epoch if state.epoch else 0
+    return state.epoch >= stage.epochs or (stage.patience is not None and waited >= stage.patience)
+
+
+def train_epoch(trainee: Trainee, batches: Batches, state: State, keeping: Keeping) -> bool:
+    """Every train sample that state's epoch has not seen yet, once; False when told to leave before its end."""
     model.set_train_mode(trainee.module)
-    torch.manual_seed(trainee.seed + 1000 * epoch)  # a resumed run drops out what an undisturbed one does
-    totals = torch.zeros(3)
-    for step, batch in enumerate(batches.train(epoch)):
-        rate = learning_rate(trainee.stage, epoch - 1 + (step + 1) / batches.num_steps)
-        for group in trainee.optimizer.param_groups:
-            group["lr"] = rate
-        with trainee.autocast:
-            logits = trainee.forward(batch.inputs)
-        loss = functional.cross_entropy(
-            logits.float(), batch.labels, reduction="sum", label_smoothing=trainee.stage.label_smoothing
-        )
-        trainee.optimizer.zero_grad(set_to_none=True)
-        (loss * batch.weight).backward()
-        trainee.optimizer.step()
-        if batch.weight:
-            totals += _tally(loss.detach(), logits.detach(), batch.labels)
-    loss_sum, correct, count = _over_workers(totals).tolist()
-    return {"train_loss": loss_sum / count, "train_accuracy": correct / count, "lr": rate}
+    started = time.perf_counter() - state.seconds
+    fresh: list[Tensor] = []  # stays on the device, so that no step waits for the one before
+    left = False
+    for batch in batches.train(state.epoch + 1, state.samples):
+        step = len(state.steps) + len(fresh)
+        fresh.append(train_step(trainee, batch, state.epoch + 1, (step + 1) / batches.num_steps))
+        left = keeping.leaving()
+        due = keeping.every is not None and (step + 1) % keeping.every == 0 and step + 1 < batches.num_steps
+        if left or due:
+            state.steps += _over_workers(torch.stack(fresh)).tolist()
+            state.seconds = time.perf_counter() - started
+            fresh.clear()
+            keeping.save(state, None, left)
+        if left:
+            return False
+    if fresh:
+        state.steps += _over_workers(torch.stack(fresh)).tolist()
+    state.seconds = time.perf_counter() - started
+    return True
+
+
+def train_step(trainee: Trainee, batch: Batch, epoch: int, share: float) -> Tensor:
+    """One step; returns this worker's tally. share: of the epoch, once the step is done."""
+    for group in trainee.optimizer.param_groups:
+        group["lr"] = learning_rate(trainee.stage, epoch - 1 + share)
+    for module in trainee.module.modules():
+        if isinstance(module, model.SampleDropout):
+            module.draw(trainee.seed + DROPOUT, epoch, batch.ids, batch.inputs.device)
+    with trainee.autocast:
+        logits = trainee.forward(batch.inputs)
+    loss = functional.cross_entropy(
+        logits.float(), batch.labels, reduction="sum", label_smoothing=trainee.stage.label_smoothing
+    )
+    trainee.optimizer.zero_grad(set_to_none=True)
+    (loss * batch.weight).backward()
+    trainee.optimizer.step()
+    return _tally(loss.detach(), logits.detach(), batch)
+
+
+def finish_epoch(trainee: Trainee, batches: Batches, state: State) -> Finished:
+    """Validates, and moves state on to the next epoch."""
+    started, epoch, lr = time.perf_counter(), state.epoch + 1, partial(learning_rate, trainee.stage)
+    loss, hits, count = (math.fsum(column) for column in zip(*state.steps, strict=True))
+    metrics = {"epoch": epoch, "train_loss": loss / count, "train_accuracy": hits / count, "lr": lr(epoch)}
+    metrics |= validate(trainee, batches)
+    metrics["seconds"] = state.seconds + time.perf_counter() - started
+    steps = [
+        {"step": i, "loss": loss / count, "accuracy": hits / count, "lr": lr(epoch - 1 + i / batches.num_steps)}
+        for i, (loss, hits, count) in enumerate(state.steps, 1)
+    ]
+    state.epoch, state.steps, state.seconds = epoch, [], 0.0
+    state.val_accuracies.append(metrics["val_accuracy"])
+    return Finished(metrics, steps)
 
 
 @torch.inference_mode()
 def validate(trainee: Trainee, batches: Batches) -> dict[str, float]:
     """Every val sample once over all workers: val_loss (without label smoothing) and val_accuracy."""
     trainee.module.eval()
-    totals = torch.zeros(3)
+    tallies = []
     for batch in batches.val():
-        if batch.weight:
-            with trainee.autocast:
-                logits = trainee.module(batch.inputs)
-            loss = functional.cross_entropy(logits.float(), batch.labels, reduction="sum")
-            totals += _tally(loss, logits, batch.labels)
-    loss_sum, correct, count = _over_workers(totals).tolist()
-    return {"val_loss": loss_sum / count, "val_accuracy": correct / count}
+        with trainee.autocast:
+            logits = trainee.module(batch.inputs)
+        tallies.append(_tally(functional.cross_entropy(logits.float(), batch.labels, reduction="sum"), logits, batch))
+    loss, hits, count = _over_workers(torch.stack(tallies).sum(0)).tolist()
+    return {"val_loss": loss / count, "val_accuracy": hits / count}
 
 
-def _tally(loss: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-    """Summed loss, hits and samples."""
-    return torch.tensor([float(loss), float((logits.argmax(1) == labels).sum()), float(len(labels))])
+def _tally(loss: Tensor, logits: Tensor, batch: Batch) -> Tensor:
+    """float64 (3,) on the device: summed loss, hits and samples; zeros for samples that another worker counts."""
+    hits = (logits.argmax(1) == batch.labels).sum()
+    tally = torch.stack([loss.double(), hits.double(), hits.new_full((), len(logits)).double()])
+    return tally if batch.weight else torch.zeros_like(tally)
 
 
 def _over_workers(totals: Tensor) -> Tensor:

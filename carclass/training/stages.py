@@ -1,10 +1,10 @@
-"""A dataset → a run: one Ray Train run per stage, frozen then unfrozen, each resumed under its own name."""
+"""A dataset → a run: one Ray Train run per stage, frozen then unfrozen, each resumed from its checkpoints."""
 
 import logging
-import tempfile
+import signal
+import threading
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,18 +13,25 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from torch import nn
+from torch import distributed, nn
 from torchvision.models.resnet import ResNet
 
 from carclass import cluster, config, dataset, lineage, model, storage
 from carclass.errors import UserError
-from carclass.progress import say
 from carclass.training import checkpoint, features, loop
 from carclass.training.feed import Block, FeatureBatches, Feed, PhotoBatches, pixels_of
+from carclass.training.keeper import Keeper
 
 log = logging.getLogger(__name__)
 DECODE_ROWS = 128
 """Photos per decoded block: 20 MB at 224 pixels."""
+MAX_VAIN = 3
+"""How often workers are replaced without any checkpoint in between: then it is the program that fails."""
+
+STAY, ASK, LEAVE = 0, 1, 2
+ASK_SECONDS = 2.0
+"""How often Ray is asked whether a node is drained; a spot instance has two minutes, a container half of one."""
+_told_to_end = threading.Event()
 
 
 class Job(NamedTuple):
@@ -51,18 +58,20 @@ def run(root: str, settings: config.Train) -> lineage.Run:
         log.info("train: run %s is finished, nothing to do", settings.name)
         return this
     cluster.connect()
-    use_gpu = cluster.gpus(settings.use_gpu, settings.num_workers, "train.use_gpu")
-    cluster.check_cpus(0 if use_gpu else settings.num_workers, "train.num_workers")
+    fewest, _ = settings.workers
+    use_gpu = cluster.gpus(settings.use_gpu, fewest, "train.use_gpu")
+    cluster.check_cpus(0 if use_gpu else fewest, "train.num_workers")
     blocks = {split: decode(source, split, settings.model.image_size) for split in ("train", "val")}
     for stage in missing:
         job = Job(this, stage, source.classes, source.digest, blocks, _threads(settings, use_gpu))
-        _publish(job, _fit(job, use_gpu))
+        _fit(job, use_gpu)
+        _publish(job)
     return this
 
 
 def _threads(settings: config.Train, use_gpu: bool) -> int:
     """Threads of a worker: all of the machine's cores on CPUs, shared among the workers."""
-    return 1 if use_gpu else max(1, int(ray.cluster_resources()["CPU"]) // settings.num_workers)
+    return 1 if use_gpu else max(1, int(ray.cluster_resources()["CPU"]) // settings.workers[1])
 
 
 def decode(source: dataset.Dataset, split: str, size: int) -> list[ray.ObjectRef]:
@@ -82,15 +91,35 @@ def decode_batch(batch: pa.Table, index: dict[str, int], size: int) -> dict[str,
     return {"pixels": pixels_of(batch["image"].to_pylist(), size), "labels": labels, "ids": ids}
 
 
-def _fit(job: Job, use_gpu: bool) -> ray.train.Checkpoint:
-    """Runs a stage on its workers, or goes on with it; returns the checkpoint of its best epoch."""
+def _fit(job: Job, use_gpu: bool) -> None:
+    """Runs a stage to its end. Workers that leave or are lost are replaced, as long as that gains anything."""
+    uri, vain = storage.join(job.run.uri, job.stage), 0
+    newest = checkpoint.newest_sound(uri)
+    while True:
+        before, error = newest, None
+        try:
+            if _run_workers(job, use_gpu):
+                return
+        except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as failure:
+            error = failure
+        newest = checkpoint.newest_sound(uri)
+        vain = vain + 1 if newest == before else 0
+        if error is not None and vain == MAX_VAIN:
+            raise error
+        what = "workers left" if error is None else f"workers were lost ({str(error).strip().splitlines()[-1][:200]})"
+        log.warning("train: %s; going on from %s", what, newest or "the start")
+
+
+def _run_workers(job: Job, use_gpu: bool) -> bool:
+    """One group of workers, until the stage's end or, False, until they leave."""
     filesystem, path = storage.locate(job.run.uri)
-    settings = job.run.settings
+    fewest, most = job.run.settings.workers
     trainer = ray.train.torch.TorchTrainer(
-        _work,
+        _work,  # type: ignore[arg-type]  # it may return something
         train_loop_config=job._asdict(),
+        torch_config=TorchConfig(),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=settings.num_workers,
+            num_workers=most if fewest == most else (fewest, most),  # type: ignore[arg-type]  # mypy sees Train V1's
             use_gpu=use_gpu,
             resources_per_worker={"GPU": 1} if use_gpu else {"CPU": job.num_threads},
         ),
@@ -99,30 +128,24 @@ def _fit(job: Job, use_gpu: bool) -> ray.train.Checkpoint:
             storage_path=path,
             storage_filesystem=filesystem,
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),  # an epoch is one line, ours
-            failure_config=ray.train.FailureConfig(max_failures=3),
-            checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=settings.keep_checkpoints, checkpoint_score_attribute="score"
-            ),
         ),
     )
-    best = trainer.fit().get_best_checkpoint("score", "max")
-    assert best is not None, f"stage {job.stage} of {settings.name} ended without a checkpoint"
-    return best
+    result: Any = trainer.fit()
+    return bool(result.return_value)
 
 
-def _publish(job: Job, best: ray.train.Checkpoint) -> None:
+def _publish(job: Job) -> None:
     """Writes the whole network as the stage's best epoch left it."""
-    settings = job.run.settings
+    settings, uri = job.run.settings, storage.join(job.run.uri, job.stage)
     net = start_of(job)
     module = trained_part(net, job.stage)
-    with best.as_directory() as folder:
-        optimizer = loop.make_optimizer(list(module.parameters()), getattr(settings, job.stage))
-        state = checkpoint.load_folder(Path(folder), module, optimizer)
+    optimizer = loop.make_optimizer(list(module.parameters()), getattr(settings, job.stage))
+    state = loop.State(**checkpoint.restore_best(uri, module, optimizer))
     facts = {
         "run": settings.name,
         "stage": job.stage,
-        "epoch": state["epoch"],
-        "val_accuracy": state["best_val_accuracy"],
+        "epoch": state.epoch,
+        "val_accuracy": state.val_accuracies[-1],
         "classes": job.classes,
         "model": settings.model.model_dump(),
         "precision": settings.precision,
@@ -147,8 +170,8 @@ def trained_part(net: ResNet, stage: str) -> nn.Module:
     return net.fc if stage == "frozen" else net
 
 
-def _work(given: dict[str, Any]) -> None:
-    """A worker's part of a stage."""
+def _work(given: dict[str, Any]) -> bool:
+    """A worker's part of a stage; False when it leaves before the end."""
     job = Job(**given)
     settings, context = job.run.settings, ray.train.get_context()
     torch.set_num_threads(job.num_threads)
@@ -171,32 +194,82 @@ def _work(given: dict[str, Any]) -> None:
         batches = PhotoBatches(feeds[0], feeds[1], settings.augmentation, stage.batch_size, device)
     module = trained_part(net, job.stage)
     optimizer = loop.make_optimizer(parameters, stage)
+    state = _restore(job, module, optimizer)
     precision = "fp32" if job.stage == "frozen" else settings.precision  # a linear layer gains nothing from bf16
     forward = ray.train.torch.prepare_model(module) if num_workers > 1 else module
-    trainee = loop.Trainee(module, forward, optimizer, stage, model.autocast(precision, device), settings.seed + rank)
-    state = None
-    if (latest := ray.train.get_checkpoint()) is not None:
-        with latest.as_directory() as folder:
-            state = checkpoint.load_folder(Path(folder), module, optimizer)
-    loop.run(trainee, batches, state, lambda metrics, kept: _report(job, trainee, metrics, kept))
+    trainee = loop.Trainee(module, forward, optimizer, stage, model.autocast(precision, device), settings.seed)
+    return _train(job, trainee, batches, state)
 
 
-def _report(job: Job, trainee: loop.Trainee, metrics: dict[str, Any], state: dict[str, Any]) -> None:
-    """Writes an epoch's metrics and checkpoint, and tells Ray; the first worker does it for all."""
-    # Of equal epochs the first is the best, for Ray's choice of checkpoints as for ours.
-    scored = {**metrics, "score": metrics["val_accuracy"] - 1e-9 * metrics["epoch"]}
-    if ray.train.get_context().get_world_rank() != 0:
-        ray.train.report(scored)
-        return
-    job.run.add_metrics({"stage": job.stage, **metrics, "time": time.time()})
-    say(
-        f"{job.run.settings.name} {job.stage} {metrics['epoch']}/{trainee.stage.epochs}: "
-        f"loss {metrics['train_loss']:.3f}, val accuracy {metrics['val_accuracy']:.3f}, {metrics['seconds']:.1f} s"
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save_folder(Path(folder), trainee.module, trainee.optimizer, state)
-        ray.train.report(
-            scored,
-            checkpoint=ray.train.Checkpoint.from_directory(folder),
-            checkpoint_dir_name=f"epoch-{metrics['epoch']:04d}",
-        )
+def _restore(job: Job, module: nn.Module, optimizer: torch.optim.Optimizer) -> loop.State:
+    """Where the newest checkpoint left the stage; the driver has seen to it that it is sound."""
+    uri = storage.join(job.run.uri, job.stage)
+    found = checkpoint.names(uri)
+    return loop.State(**checkpoint.restore(storage.join(uri, found[-1]), module, optimizer)) if found else loop.State()
+
+
+def _train(job: Job, trainee: loop.Trainee, batches: loop.Batches, state: loop.State) -> bool:
+    """Runs the loop; the first worker writes for all."""
+    leaving, every = Departure(), job.run.settings.checkpoint_steps
+    if ray.train.get_context().get_world_rank() > 0:
+        return loop.run(trainee, batches, state, loop.Keeping(lambda *_: None, leaving, every))
+    keeper = Keeper(job.run, job.stage, trainee.module, trainee.optimizer, state)
+    try:
+        return loop.run(trainee, batches, state, loop.Keeping(keeper.save, leaving, every))
+    finally:
+        keeper.wait()
+
+
+# Leaving in time
+
+
+class Departure:
+    """Whether the workers leave, all at the same step: one was told to end, or its machine will be taken away.
+
+    A spot instance is announced as a drained node, the end of a container as SIGTERM. One per worker.
+    """
+
+    def __init__(self) -> None:
+        context = ray.train.get_context()
+        self.first, several = context.get_world_rank() == 0, context.get_world_size() > 1
+        # On CPUs also where gradients go from GPU to GPU: asking then doesn't wait for the GPU's work.
+        self.group = distributed.new_group(backend="gloo") if several else None
+        self.asked = time.monotonic()
+
+    def __call__(self) -> bool:
+        """Asked by every worker after every step; all get the same answer."""
+        due = self.first and time.monotonic() - self.asked > ASK_SECONDS
+        sign = torch.tensor(LEAVE if _told_to_end.is_set() else ASK if due else STAY)
+        if self.group is not None:
+            distributed.all_reduce(sign, distributed.ReduceOp.MAX, group=self.group)
+        if sign == ASK:
+            self.asked = time.monotonic()
+            return ray.train.get_preemption_info() is not None  # asked by all together, too
+        return bool(sign == LEAVE)
+
+
+def listen() -> None:
+    """From now on SIGTERM means leave. Called in the main thread, where alone Python takes signals."""
+    _told_to_end.clear()
+    signal.signal(signal.SIGTERM, lambda *_: _told_to_end.set())
+
+
+_TorchBackend: type = ray.train.torch.TorchConfig().backend_cls
+
+
+class Backend(_TorchBackend):
+    """Ray's backend for PyTorch, whose workers also listen."""
+
+    def on_training_start(self, worker_group, backend_config):
+        """Called before the training function, which runs in another thread."""
+        super().on_training_start(worker_group, backend_config)
+        worker_group.execute(listen)
+
+
+class TorchConfig(ray.train.torch.TorchConfig):
+    """Ray's set-up for PyTorch, with our backend."""
+
+    @property
+    def backend_cls(self) -> type:
+        """What sets the workers up."""
+        return Backend

@@ -74,6 +74,11 @@ def test_a_missing_required_setting_is_named():
         ({"train": {"name": ".."}}, "train.name"),
         ({"train": {"name": "x", "seed": -1}}, "train.seed"),
         ({"train": {"name": "x", "num_workers": 0}}, "train.num_workers"),
+        ({"train": {"name": "x", "num_workers": 2.5}}, "train.num_workers"),
+        ({"train": {"name": "x", "num_workers": True}}, "train.num_workers"),
+        ({"train": {"name": "x", "num_workers": [4, 1]}}, "train.num_workers"),
+        ({"train": {"name": "x", "num_workers": [1, 2, 3]}}, "train.num_workers"),
+        ({"train": {"name": "x", "checkpoint_steps": 0}}, "train.checkpoint_steps"),
         ({"train": {"name": "x", "frozen": {"lr": 0}}}, "train.frozen.lr"),
         ({"train": {"name": "x", "unfrozen": {"optimizer": "lion"}}}, "train.unfrozen.optimizer"),
         ({"evaluate": {"split": "train"}}, "evaluate.split"),
@@ -87,6 +92,16 @@ def test_a_value_of_the_wrong_type_or_range_is_named_by_its_key(values: dict[str
 def test_the_error_repeats_the_value_given():
     with pytest.raises(UserError, match=r"`train.num_workers`: .*greater than or equal to 1 \(got 0\)"):
         config_of(train={"name": "x", "num_workers": 0})
+
+
+@pytest.mark.parametrize(("given", "workers"), [(4, (4, 4)), ([1, 4], (1, 4)), ([2, 2], (2, 2))])
+def test_workers_are_one_number_or_the_fewest_and_the_most(given: Any, workers: tuple[int, int]):
+    assert config_of(train={"name": "x", "num_workers": given}).train.workers == workers
+
+
+def test_a_range_of_workers_survives_the_runs_config_file():
+    settings = Train(name="x", num_workers=(1, 4))
+    assert Train.model_validate(settings.model_dump(mode="json")) == settings
 
 
 def test_a_run_without_any_stage_is_refused():

@@ -41,6 +41,7 @@ PLAIN = (
     "svg",
     "training.checkpoint",
     "training.feed",
+    "training.keeper",
     "training.loop",
     "unpickle",
     "weights",

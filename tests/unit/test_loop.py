@@ -1,0 +1,194 @@
+"""The loop: a stage that is interrupted after any step and goes on ends as one that nothing happened to, to the bit."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from carclass import config, model
+from carclass.training import checkpoint, loop
+from carclass.training.feed import Block, FeatureBatches, Feed, PhotoBatches
+
+SIDE, EPOCHS = 32, 3
+MODEL = config.Model(architecture="resnet26-narrow", image_size=SIDE, dropout=0.3)
+FP32 = model.autocast("fp32", torch.device("cpu"))
+
+
+def feed_of(count: int, seed: int) -> Feed:
+    rng = np.random.default_rng(seed)
+    pixels = rng.integers(0, 256, (count, SIDE, SIDE, 3), np.uint8)
+    return Feed([Block(pixels, rng.integers(0, 4, count), rng.integers(0, 2**63, count, np.uint64))], seed=1)
+
+
+class Stage:
+    """A stage on storage, run by one process after another."""
+
+    def __init__(self, uri: str, kind: str, **settings: object) -> None:
+        self.uri, self.kind = uri, kind
+        self.settings = config.Unfrozen(
+            **{"epochs": EPOCHS, "batch_size": 8, "lr": 1e-2, "warmup_epochs": 1, **settings}
+        )
+        self.told: list[loop.Finished] = []
+
+    def begin(self) -> tuple[loop.Trainee, loop.Batches]:
+        torch.manual_seed(0)
+        net = model.build(MODEL, 4)
+        model.prepare_stage(net, "frozen" if self.kind == "features" else "unfrozen")
+        train, val = feed_of(29, 1), feed_of(9, 2)
+        if self.kind == "photos":
+            batches: loop.Batches = PhotoBatches(train, val, config.Augmentation(), 8, torch.device("cpu"))
+        else:
+            features = torch.rand(2, 29, 512), torch.rand(1, 9, 512)
+            batches = FeatureBatches(train, val, features, 8, torch.device("cpu"))
+        module = net if self.kind == "photos" else net.fc
+        optimizer = loop.make_optimizer(list(module.parameters()), self.settings)
+        return loop.Trainee(module, module, optimizer, self.settings, FP32, seed=1), batches
+
+    def run(self, *, leave_after: int | None = None, every: int | None = None) -> bool:
+        """A process's part: to the end, or until it is told to leave after some steps. Whether the end was reached."""
+        trainee, batches = self.begin()
+        found = checkpoint.newest_sound(self.uri)
+        at = f"{self.uri}/{found}"
+        state = loop.State(**checkpoint.restore(at, trainee.module, trainee.optimizer)) if found else loop.State()
+        steps = iter(range(1, 10**6))
+
+        def save(state: loop.State, finished: loop.Finished | None, must: bool) -> None:
+            name = checkpoint.name_of(state.epoch, state.samples)
+            checkpoint.write(self.uri, checkpoint.take(name, trainee.module, trainee.optimizer, asdict(state)))
+            self.told += [finished] if finished else []
+
+        return loop.run(trainee, batches, state, loop.Keeping(save, lambda: next(steps) == leave_after, every))
+
+    def losses(self) -> list[tuple[int, float, float, float]]:
+        """Of every step, with its epoch and lr."""
+        return [
+            (told.metrics["epoch"], row["step"], row["loss"], row["lr"]) for told in self.told for row in told.steps
+        ]
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        trainee, _ = self.begin()
+        checkpoint.restore(f"{self.uri}/{checkpoint.names(self.uri)[-1]}", trainee.module, trainee.optimizer)
+        moments = trainee.optimizer.state_dict()["state"]
+        return {
+            **trainee.module.state_dict(),
+            **{f"{i}.{name}": m for i, s in moments.items() for name, m in s.items()},
+        }
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Callable[..., Stage]:
+    return lambda name, kind="features", **settings: Stage(str(tmp_path / name), kind, **settings)
+
+
+def assert_same(one: Stage, other: Stage) -> None:
+    assert one.losses() == other.losses()
+    ours, theirs = one.weights(), other.weights()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+@pytest.mark.parametrize("kind", ["features", "photos"])
+@pytest.mark.parametrize("leave_after", [1, 3, 4, 6, 11])  # an epoch has four steps
+def test_a_stage_that_left_and_goes_on_is_the_undisturbed_one(stage: Callable[..., Stage], kind: str, leave_after: int):
+    undisturbed, left = stage("undisturbed", kind), stage("left", kind)
+    assert undisturbed.run()
+    assert not left.run(leave_after=leave_after)
+    assert left.run()
+    assert_same(left, undisturbed)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_every_optimizer_goes_on_where_it_was(stage: Callable[..., Stage], optimizer: str):
+    undisturbed, left = stage("undisturbed", optimizer=optimizer), stage("left", optimizer=optimizer)
+    undisturbed.run()
+    left.run(leave_after=6)
+    left.run()
+    assert_same(left, undisturbed)
+
+
+def test_a_stage_that_leaves_after_every_step_comes_to_the_same_end(stage: Callable[..., Stage]):
+    undisturbed, left = stage("undisturbed"), stage("left")
+    undisturbed.run()
+    while not left.run(leave_after=1):
+        pass
+    assert_same(left, undisturbed)
+
+
+def test_checkpoints_within_an_epoch_change_nothing(stage: Callable[..., Stage]):
+    plain, often = stage("plain"), stage("often")
+    plain.run()
+    often.run(every=3)
+    assert_same(often, plain)
+
+
+def test_checkpoints_within_an_epoch_say_how_many_samples_were_seen(stage: Callable[..., Stage]):
+    often = stage("often", epochs=1)
+    often.run(every=2)
+    assert checkpoint.names(often.uri) == ["epoch-0000-00000016", "epoch-0001"]
+
+
+def test_the_epochs_loss_is_the_mean_over_its_samples(stage: Callable[..., Stage]):
+    one = stage("one", epochs=1)
+    one.run()
+    (told,) = one.told
+    losses, counts = [row["loss"] for row in told.steps], [8, 8, 8, 5]
+    assert told.metrics["train_loss"] == pytest.approx(np.average(losses, weights=counts))
+
+
+def test_patience_counts_on_after_a_restart(stage: Callable[..., Stage]):
+    whole, left = stage("whole", epochs=20, lr=1e-9, patience=2), stage("left", epochs=20, lr=1e-9, patience=2)
+    whole.run()
+    left.run(leave_after=7)
+    left.run()
+    assert [told.metrics["epoch"] for told in left.told] == [told.metrics["epoch"] for told in whole.told] == [1, 2, 3]
+
+
+def test_a_finished_stage_trains_no_more(stage: Callable[..., Stage]):
+    one = stage("one")
+    one.run()
+    told = len(one.told)
+    assert one.run()
+    assert len(one.told) == told
+
+
+# Dropout
+
+
+def kept(ids: np.ndarray, *, seed: int = 1, epoch: int = 1, p: float = 0.3) -> torch.Tensor:
+    dropout = model.SampleDropout(p, 300)
+    dropout.draw(seed, epoch, ids, torch.device("cpu"))
+    return dropout(torch.ones(len(ids), 300))
+
+
+IDS = np.random.default_rng(3).integers(0, 2**63, 40, np.uint64)
+
+
+def test_what_a_sample_drops_does_not_depend_on_the_others_of_its_batch():
+    assert torch.equal(kept(IDS)[::3], kept(IDS[::3]))
+
+
+def test_every_epoch_and_seed_drops_something_else():
+    assert not torch.equal(kept(IDS), kept(IDS, epoch=2))
+    assert not torch.equal(kept(IDS), kept(IDS, seed=2))
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean():
+    found = kept(IDS)
+    assert (found == 0).float().mean() == pytest.approx(0.3, abs=0.02)
+    assert found.mean() == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize(("p", "mean"), [(0.0, 1.0), (1.0, 0.0)])
+def test_nothing_or_everything_may_be_dropped(p: float, mean: float):
+    assert kept(IDS, p=p).mean() == mean
+
+
+def test_nothing_is_dropped_in_evaluation():
+    dropout = model.SampleDropout(0.5, 300).eval()
+    assert torch.equal(dropout(torch.ones(4, 300)), torch.ones(4, 300))
+
+
+def test_the_classifier_keeps_its_names():
+    assert {"fc.1.weight", "fc.1.bias"} <= model.build(MODEL, 4).state_dict().keys()
