@@ -57,6 +57,11 @@ def _keep_token_private() -> None:
     path.chmod(0o600)
 
 
+def nodes() -> set[str]:
+    """The machines that are there, by their ids."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
 def gpus(wanted: bool | None, count: int, key: str) -> bool:
     """Whether to use GPUs; UserError when they are asked for and the cluster has fewer than count."""
     there = int(ray.cluster_resources().get("GPU", 0))

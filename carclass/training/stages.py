@@ -28,6 +28,8 @@ DECODE_ROWS = 128
 MAX_VAIN = 3
 """How often workers are replaced without any checkpoint in between: then it is the program that fails."""
 
+MAX_WAIT = 120.0
+"""Seconds until decoded photos are taken for lost."""
 STAY, ASK, LEAVE = 0, 1, 2
 ASK_SECONDS = 2.0
 """How often Ray is asked whether a node is drained; a spot instance has two minutes, a container half of one."""
@@ -61,10 +63,9 @@ def run(root: str, settings: config.Train) -> lineage.Run:
     fewest, _ = settings.workers
     use_gpu = cluster.gpus(settings.use_gpu, fewest, "train.use_gpu")
     cluster.check_cpus(0 if use_gpu else fewest, "train.num_workers")
-    blocks = {split: decode(source, split, settings.model.image_size) for split in ("train", "val")}
     for stage in missing:
-        job = Job(this, stage, source.classes, source.digest, blocks, _threads(settings, use_gpu))
-        _fit(job, use_gpu)
+        job = Job(this, stage, source.classes, source.digest, {}, _threads(settings, use_gpu))
+        _fit(job, source, use_gpu)
         _publish(job)
     return this
 
@@ -91,11 +92,14 @@ def decode_batch(batch: pa.Table, index: dict[str, int], size: int) -> dict[str,
     return {"pixels": pixels_of(batch["image"].to_pylist(), size), "labels": labels, "ids": ids}
 
 
-def _fit(job: Job, use_gpu: bool) -> None:
+def _fit(job: Job, source: dataset.Dataset, use_gpu: bool) -> None:
     """Runs a stage to its end. Workers that leave or are lost are replaced, as long as that gains anything."""
-    uri, vain = storage.join(job.run.uri, job.stage), 0
+    uri, nodes, vain = storage.join(job.run.uri, job.stage), set[str](), 0
     newest = checkpoint.newest_sound(uri)
     while True:
+        if not nodes or nodes - cluster.nodes():  # a lost node takes photos along
+            nodes, size = cluster.nodes(), job.run.settings.model.image_size
+            job = job._replace(blocks={split: decode(source, split, size) for split in ("train", "val")})
         before, error = newest, None
         try:
             if _run_workers(job, use_gpu):
@@ -177,12 +181,9 @@ def _work(given: dict[str, Any]) -> bool:
     torch.set_num_threads(job.num_threads)
     device = ray.train.torch.get_device()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
-    feeds = [
-        Feed(
-            [Block(**block) for block in ray.get(job.blocks[s])], seed=settings.seed, rank=rank, num_workers=num_workers
-        )
-        for s in ("train", "val")
-    ]
+    # Without a time limit, a worker would hold the CPUs for which the tasks wait that make lost photos again.
+    blocks = [[Block(**block) for block in ray.get(job.blocks[s], timeout=MAX_WAIT)] for s in ("train", "val")]
+    feeds = [Feed(split, seed=settings.seed, rank=rank, num_workers=num_workers) for split in blocks]
     net = start_of(job).to(device)
     parameters = model.prepare_stage(net, job.stage)
     stage = getattr(settings, job.stage)

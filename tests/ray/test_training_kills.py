@@ -1,0 +1,218 @@
+"""A stage that loses a worker, its controller or a machine, or is told to leave, ends as one that nothing happened to.
+
+To the bit with the same workers; to within the order of sums with others. Real Ray Train, a small network.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import pytest
+import yaml
+
+from carclass import config, dataset, ingest, lineage, storage
+from carclass.training import checkpoint, stages
+from tests.ray.test_masking_kills import Cluster, Job, below, start, titled
+from tests.s3.test_throttling import Proxy, proxy  # noqa: F401
+
+EPOCHS = 8
+OUTAGE = 15.0
+"""Seconds; an outage of 60 was tried by hand."""
+TRAIN: dict[str, Any] = {
+    "dataset": "v1",
+    "parent": "sample",
+    "model": {"architecture": "resnet26-narrow", "image_size": 64},
+    "frozen": None,
+    "unfrozen": {"epochs": EPOCHS, "batch_size": 8, "lr": 1e-3},
+    "precision": "fp32",
+    "checkpoint_steps": 1,
+}
+
+
+def train(root: str, name: str, **changes: Any) -> lineage.Run:
+    return stages.run(root, config.Train(**{**TRAIN, "name": name, **changes}))
+
+
+def losses(run: lineage.Run) -> list[tuple[int, int, float]]:
+    """Of every step of every epoch."""
+    rows = [(epoch, row["step"], row["loss"]) for epoch in range(1, EPOCHS + 1) for row in run.steps("unfrozen", epoch)]
+    assert [row["epoch"] for row in run.metrics()] == list(range(1, EPOCHS + 1))
+    return rows
+
+
+def trained(run: lineage.Run) -> str:
+    """The hash of what was published."""
+    return storage.sha256(storage.read_bytes(f"{run.best('unfrozen')}.safetensors"))
+
+
+def reached(root: str, name: str, wanted: str) -> bool:
+    return checkpoint.names(f"{lineage.place(root, name)}/unfrozen")[-1:] >= [wanted]
+
+
+def strike(root: str, name: str, wanted: str, victim: str, number: int) -> Callable[[], int]:
+    """Sends a signal to one of our processes as soon as a checkpoint is there; returns what tells its id."""
+    struck: list[int] = []
+
+    def wait() -> None:
+        while not reached(root, name, wanted):
+            time.sleep(0.005)
+        struck.append(titled(below(os.getpid()), victim)[-1])
+        os.kill(struck[0], number)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return lambda: (thread.join(timeout=1), struck[0])[1]
+
+
+@pytest.fixture(scope="module")
+def root(ingested: dataset.Dataset) -> str:
+    return ingested.uri.rsplit("/", 2)[0]
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def undisturbed(request: pytest.FixtureRequest, root: str) -> lineage.Run:
+    return train(root, f"undisturbed-{request.param}", num_workers=request.param)
+
+
+def assert_same(one: lineage.Run, other: lineage.Run) -> None:
+    assert losses(one) == losses(other)
+    assert trained(one) == trained(other)
+
+
+def test_a_killed_worker_leaves_no_trace(root: str, undisturbed: lineage.Run, caplog: pytest.LogCaptureFixture):
+    name = f"killed-{uuid4().hex[:8]}"
+    struck = strike(root, name, "epoch-0002-00000008", "ray::RayTrainWorker", signal.SIGKILL)
+    run = train(root, name, num_workers=undisturbed.settings.num_workers)
+    assert struck()
+    assert "workers were lost" in caplog.text
+    assert_same(run, undisturbed)
+
+
+def test_a_killed_controller_leaves_no_trace(root: str, undisturbed: lineage.Run, caplog: pytest.LogCaptureFixture):
+    name = f"controller-{uuid4().hex[:8]}"
+    struck = strike(root, name, "epoch-0002-00000008", "ray::TrainController", signal.SIGKILL)
+    run = train(root, name, num_workers=undisturbed.settings.num_workers)
+    assert struck()
+    assert "workers were lost" in caplog.text
+    assert_same(run, undisturbed)
+
+
+def test_a_worker_told_to_end_saves_where_it_is(root: str, undisturbed: lineage.Run, caplog: pytest.LogCaptureFixture):
+    """Without checkpoints within epochs, so that the one it goes on from can only be that of its leaving."""
+    name = f"told-{uuid4().hex[:8]}"
+    struck = strike(root, name, "epoch-0002", "ray::RayTrainWorker", signal.SIGTERM)
+    run = train(root, name, num_workers=undisturbed.settings.num_workers, checkpoint_steps=None)
+    assert struck()
+    assert "workers left; going on from epoch-000" in caplog.text
+    assert_same(run, undisturbed)
+
+
+# Other workers, other machines
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two nodes of two CPUs, of which one can be lost."""
+    cluster = Cluster(tmp_path_factory.mktemp("cluster"))
+    cluster.add_node()
+    yield cluster
+    cluster.stop()
+
+
+def start_training(
+    cluster: Cluster, folder: Path, root: str, name: str, num_workers: str, *, epochs: int = EPOCHS, **changes: Any
+) -> Job:
+    config_file = folder / "train.yml"
+    settings = {**TRAIN, "unfrozen": {**TRAIN["unfrozen"], "epochs": epochs}, "name": name, **changes}
+    config_file.write_text(yaml.safe_dump({"root": root, "train": settings}))
+    return start("train.py", config_file, cluster.environment, "--num_workers", num_workers)
+
+
+def wait_until(reached: Callable[[], bool], job: Job) -> None:
+    deadline = time.monotonic() + 120
+    while not reached():
+        assert job.process.poll() is None, job.log.read_text()
+        assert time.monotonic() < deadline, job.log.read_text()
+        time.sleep(0.005)
+
+
+def assert_close(root: str, name: str, other: lineage.Run) -> None:
+    found, expected = np.array(losses(lineage.load(root, name))), np.array(losses(other))
+    np.testing.assert_array_equal(found[:, :2], expected[:, :2])
+    np.testing.assert_allclose(found[:, 2], expected[:, 2], rtol=2e-3)
+
+
+def test_workers_may_change_from_one_to_two_and_back(
+    cluster: Cluster, root: str, undisturbed: lineage.Run, tmp_path: Path
+):
+    name = f"changed-{uuid4().hex[:8]}"
+    for num_workers, until in (("1", "epoch-0002-00000008"), ("2", "epoch-0005-00000008")):
+        job = start_training(cluster, tmp_path, root, name, num_workers)
+        wait_until(lambda until=until: reached(root, name, until), job)
+        job.process.kill()
+        job.process.wait()
+    start_training(cluster, tmp_path, root, name, "1").end()
+    assert_close(root, name, undisturbed)
+
+
+def test_training_goes_on_with_fewer_workers_when_a_node_is_lost(
+    cluster: Cluster, root: str, undisturbed: lineage.Run, tmp_path: Path
+):
+    if cluster.node is None:
+        cluster.add_node()
+    name = f"elastic-{uuid4().hex[:8]}"
+    job = start_training(cluster, tmp_path, root, name, "[1, 2]")
+    wait_until(lambda: reached(root, name, "epoch-0002-00000008"), job)
+    cluster.lose_node()
+    job.end()
+    assert "workers were lost" in job.log.read_text()
+    assert_close(root, name, undisturbed)
+
+
+def test_a_node_that_will_be_taken_away_is_left_in_time(cluster: Cluster, root: str, tmp_path: Path):
+    """Without checkpoints within epochs and with very many epochs' time: what it goes on from is what leaving saved."""
+    if cluster.node is None:
+        cluster.add_node()
+    name = f"drained-{uuid4().hex[:8]}"
+    cluster.environment["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "0.5"
+    job = start_training(cluster, tmp_path, root, name, "[1, 2]", epochs=100, checkpoint_steps=None)
+    wait_until(lambda: reached(root, name, "epoch-0002"), job)
+    node, cluster.node = cluster.node, None
+    assert node is not None
+    node.terminate()  # as when a pod is ended: Ray drains the node
+    job.end()
+    assert "workers left; going on from epoch" in job.log.read_text()
+    assert [row["epoch"] for row in lineage.load(root, name).metrics()] == list(range(1, 101))
+
+
+# Storage
+
+
+def test_training_outlives_an_outage_of_its_storage(
+    ray_cluster: str,
+    photos_folder: Path,
+    bucket: str,
+    proxy: Proxy,  # noqa: F811
+    tmp_path: Path,
+):
+    root, name = f"s3://{bucket}/root", "outage"
+    labels = str(photos_folder / "labels.csv")
+    ingest.run(root, config.Ingest(photos=str(photos_folder / "photos"), labels=labels))
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    config_file = tmp_path / "train.yml"
+    config_file.write_text(yaml.safe_dump({"root": root, "train": {**TRAIN, "name": name}}))
+    job = start("train.py", config_file, environment)
+    wait_until(lambda: reached(root, name, "epoch-0001"), job)
+    proxy.share = 1.0
+    time.sleep(OUTAGE)
+    proxy.share = 0.0
+    job.end()
+    assert proxy.refused > 0
+    assert "workers were lost" not in job.log.read_text()
+    losses(lineage.load(root, name))
