@@ -5,6 +5,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from carclass import augment, config, weights
@@ -15,8 +16,32 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 StageName = Literal["frozen", "unfrozen"]
 
 
-class NarrowResNet(ResNet):
-    """torchvision's ResNet with a quarter of the planes in every block; the stem keeps its width."""
+class FoldedBottleneck(Bottleneck):
+    """torchvision's block, whose BatchNorms with frozen statistics are part of the convolutions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N,C,H,W) → (N,C',H',W'), as torchvision's."""
+        shortcut = x if self.downsample is None else conv_norm(self.downsample[0], self.downsample[1], x)
+        x = self.relu(conv_norm(self.conv1, self.bn1, x))
+        x = self.relu(conv_norm(self.conv2, self.bn2, x))
+        return self.relu(conv_norm(self.conv3, self.bn3, x) + shortcut)
+
+
+class FoldedResNet(ResNet):
+    """torchvision's ResNet, names of tensors included, of FoldedBottlenecks."""
+
+    def __init__(self, num_blocks: list[int]) -> None:
+        super().__init__(FoldedBottleneck, num_blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N,3,S,S) float normalised RGB → (N,num_classes) logits."""
+        x = self.maxpool(self.relu(conv_norm(self.conv1, self.bn1, x)))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+class NarrowResNet(FoldedResNet):
+    """A quarter of the planes in every block; the stem keeps its width."""
 
     def _make_layer(self, block: type, planes: int, *args: int, **kwargs: object) -> nn.Sequential:
         return super()._make_layer(block, planes // 4, *args, **kwargs)
@@ -50,9 +75,9 @@ class SampleDropout(nn.Dropout):
 def build(settings: config.Model, num_classes: int) -> ResNet:
     """The untrained network: (N,3,S,S) float normalised RGB → (N,num_classes) logits."""
     if settings.architecture == "resnet50":
-        net, num_features = ResNet(Bottleneck, [3, 4, 6, 3]), 2048
+        net, num_features = FoldedResNet([3, 4, 6, 3]), 2048
     else:
-        net, num_features = NarrowResNet(Bottleneck, [2, 2, 2, 2]), 512
+        net, num_features = NarrowResNet([2, 2, 2, 2]), 512
     if settings.stride_in_1x1:
         for module in net.modules():
             if isinstance(module, Bottleneck):
@@ -60,6 +85,30 @@ def build(settings: config.Model, num_classes: int) -> ResNet:
     net.fc = nn.Sequential(SampleDropout(settings.dropout, num_features), nn.Linear(num_features, num_classes))
     nn.init.zeros_(net.fc[1].bias)
     return net.to(memory_format=torch.channels_last)
+
+
+def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the one convolution that does what a convolution and its BatchNorm's statistics do together.
+
+    norm: anything with BatchNorm's tensors. Gradients pass through to all of them.
+    """
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    mean = norm.running_mean if conv.bias is None else norm.running_mean - conv.bias
+    return conv.weight * scale.view(-1, 1, 1, 1), norm.bias - mean * scale
+
+
+def conv_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """A convolution and its BatchNorm: one after the other while statistics are learnt, folded where they are frozen.
+
+    Folded is the same function with the same gradients, up to rounding. The few million weights are scaled at every
+    pass instead of many times more activations, which BatchNorm would also keep for the backward pass.
+    """
+    if norm.training:
+        return norm(conv(x))
+    weight, bias = fold(conv, norm)
+    return functional.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def load_parent(net: ResNet, train: config.Train) -> str:

@@ -5,10 +5,15 @@
   python jobs/benchmark.py masking --photos DIR --weights DIR
   python jobs/benchmark.py masking --photos DIR --weights DIR --in-process
   python jobs/benchmark.py memory
+  python jobs/benchmark.py frozen --photos DIR --weights DIR
+  python jobs/benchmark.py train --photos DIR --weights DIR
+  python jobs/benchmark.py train --photos DIR --weights DIR --in-process
 
 ingest   photos into a published dataset through Ray Data, against a PIL loop on one core
 masking  the pool of detectors, exact and fast, against DefaultPredictor: a plain loop, and in map_batches
 memory   peak memory of a masking job over 1,000, 4,000 and 16,000 photos of the drawn sample
+frozen   the frozen stage on cached features, against a loop that runs the backbone in every epoch
+train    the unfrozen stage, against a script with DataLoader, ImageFolder and DDP
 """
 
 import argparse
@@ -22,7 +27,8 @@ from carclass import command_line, progress
 from carclass.errors import UserError
 
 MODULES = {("ingest", False): "ingest", ("masking", False): "masking", ("masking", True): "masking_in_process"}
-MODULES |= {("memory", False): "memory"}
+MODULES |= {("memory", False): "memory", ("frozen", False): "frozen", ("frozen", True): "frozen"}
+MODULES |= {("train", False): "train", ("train", True): "train_in_process"}
 
 
 def main() -> None:

@@ -7,13 +7,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from carclass import config
 from carclass.masking import networks
 from carclass.masking.choice import Rule, choose, stability, touches_border
 from carclass.masking.detectron import Instances, paste_masks_in_image
-from carclass.model import autocast
+from carclass.model import autocast, fold
 
 CANVAS = 32
 """Networks see photos on canvases whose sides are multiples of it: the coarsest step of the feature pyramid."""
@@ -122,9 +121,7 @@ def _make_fast(network: nn.Module, precision: str) -> None:
         norm = getattr(module, "norm", None)
         if isinstance(module, nn.Conv2d) and hasattr(norm, "running_var"):
             assert norm is not None
-            module.weight, module.bias = fuse_conv_bn_weights(
-                module.weight, module.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-            )
+            module.weight, module.bias = (nn.Parameter(tensor, requires_grad=False) for tensor in fold(module, norm))
             module.norm = None  # type: ignore[assignment]
         if precision == "bf16" and isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
             module.to(torch.bfloat16)

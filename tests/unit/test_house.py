@@ -16,7 +16,9 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in zip
 
 PLAIN = (
     "augment",
+    "benchmarks.frozen",
     "benchmarks.masking_in_process",
+    "benchmarks.train_in_process",
     "config",
     "dataset",
     "errors",
@@ -40,6 +42,7 @@ PLAIN = (
     "storage",
     "svg",
     "training.checkpoint",
+    "training.features",
     "training.feed",
     "training.keeper",
     "training.loop",

@@ -1,0 +1,123 @@
+"""The unfrozen stage in one process and without Ray: our steps against a plain script's, in photos per second.
+
+The plain script has DataLoader, ImageFolder, torchvision's transforms and DDP, decodes in every epoch with as many
+processes as there are cores (at most 16), crops and flips at random, and learns BatchNorm's statistics. Ours decodes
+once, before the clock starts, as a stage of many epochs does; it flips, turns and zooms at random, and keeps
+BatchNorm's statistics, as the unfrozen stage always does. Photos, size, precision, batch size, optimizer and loss are
+the same. The sides take turns, the first steps of every turn are not counted, and figures are medians. The share of
+time outside the model is what our steps take longer than steps on a batch that is on the device already.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from carclass import config, model
+from carclass.benchmarks import labelled, plain_training
+from carclass.benchmarks.timing import WARM_UP, Clock
+from carclass.progress import say
+from carclass.training import loop
+from carclass.training.feed import Batch, Block, Feed, PhotoBatches
+
+BATCH_SIZE, ROUNDS = 32, 3
+NUM_STEPS = {"cpu": 12, "cuda": 180}
+"""Counted in a turn."""
+
+
+def run(photos: Path | None, weights: Path | None, folder: Path) -> dict[str, float]:
+    """Figures of one comparison on the GPU, if there is one, else on all CPUs."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = choose(photos, device.type)
+    given = settings(labelled.backbone_file(weights))
+    classes = labelled.num_classes(chosen)
+    plain_folder = labelled.lay_out(chosen, folder / "plain") / "train"
+    blocks = labelled.decode(chosen["train"], given.model.image_size)
+    rates: dict[str, list[float]] = {"plain": [], "ours": [], "on_device": []}
+    for _ in range(ROUNDS):
+        plain = plain_training.unfrozen_rate(plain_folder, Path(given.parent), given.model_dump(), classes)
+        rates["plain"].append(plain)
+        for side, rate in ours(blocks, given, classes, device).items():
+            rates[side].append(rate)
+        say(", ".join(f"{side} {found[-1]:.2f} photos/s" for side, found in rates.items()))
+    return figures(rates, len(chosen["train"]), given)
+
+
+def choose(photos: Path | None, device: str) -> dict[str, list[labelled.Photo]]:
+    """Enough for the steps of a turn."""
+    return labelled.choose(photos, {"train": (WARM_UP + NUM_STEPS[device]) * BATCH_SIZE})
+
+
+def settings(file: Path) -> config.Train:
+    """Of both sides."""
+    return config.Train(
+        name="benchmark",
+        parent=str(file),
+        model=config.Model(stride_in_1x1=True),
+        frozen=None,
+        unfrozen=config.Unfrozen(batch_size=BATCH_SIZE),
+    )
+
+
+def ours(blocks: list[Block], given: config.Train, num_classes: int, device: torch.device) -> dict[str, float]:
+    """Photos per second of our steps, and of the same steps on a batch that is on the device already."""
+    assert given.unfrozen is not None
+    torch.manual_seed(given.seed)
+    net = model.build(given.model, num_classes)
+    model.load_parent(net, given)
+    parameters = model.prepare_stage(net.to(device), "unfrozen")
+    trainee = loop.Trainee(
+        net,
+        net,
+        loop.make_optimizer(parameters, given.unfrozen),
+        given.unfrozen,
+        model.autocast(given.precision, device),
+        given.seed,
+    )
+    feed = Feed(blocks, seed=given.seed)
+    rates = {}
+    for name, repeat in (("ours", False), ("on_device", True)):
+        batches = Timed(PhotoBatches(feed, feed, given.augmentation, BATCH_SIZE, device), repeat, Clock(device))
+        loop.train_epoch(trainee, batches, 1)
+        rates[name] = batches.clock.rate()
+    return rates
+
+
+class Timed:
+    """Batches on a clock. repeat: the first one over and over."""
+
+    def __init__(self, batches: PhotoBatches, repeat: bool, clock: Clock) -> None:
+        self.batches, self.repeat, self.clock, self.num_steps = batches, repeat, clock, batches.num_steps
+
+    def train(self, epoch: int) -> Iterator[Batch]:
+        """An epoch's steps."""
+        for batch in self.clock.after_warm_up(self._batches(epoch)):
+            yield batch
+            self.clock.count(len(batch.labels))
+
+    def val(self) -> Iterator[Batch]:
+        """Nothing is validated here."""
+        return iter(())
+
+    def _batches(self, epoch: int) -> Iterator[Batch]:
+        batches = self.batches.train(epoch)
+        return iter([next(batches)] * self.num_steps) if self.repeat else batches
+
+
+def figures(rates: dict[str, list[float]], num_photos: int, given: config.Train) -> dict[str, float]:
+    """Medians over the turns, and of the turns' ratios."""
+    ratios = [mine / plain for mine, plain in zip(rates["ours"], rates["plain"], strict=True)]
+    outside = [1 - mine / model for mine, model in zip(rates["ours"], rates["on_device"], strict=True)]
+    return {
+        "photos": num_photos,
+        "image_size": given.model.image_size,
+        "batch_size": BATCH_SIZE,
+        "turns": ROUNDS,
+        "plain_images_per_s": median(rates["plain"]),
+        "ours_images_per_s": median(rates["ours"]),
+        "ours_vs_plain": median(ratios),
+        "ours_vs_plain_lowest": min(ratios),
+        "ours_vs_plain_highest": max(ratios),
+        "share_outside_the_model": median(outside),
+    }
