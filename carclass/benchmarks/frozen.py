@@ -12,7 +12,6 @@ costs next to nothing, and a second view costs us a second pass. Accuracies are 
 import time
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -75,12 +74,13 @@ def _cached(chosen: dict[str, list[labelled.Photo]], ours: config.Train, device:
     batches = FeatureBatches(feeds[0], feeds[1], (found[0], found[1]), ours.frozen.batch_size, device)
     optimizer = loop.make_optimizer(parameters, ours.frozen)
     trainee = loop.Trainee(net.fc, net.fc, optimizer, ours.frozen, model.autocast("fp32", device), ours.seed)
-    epochs: list[dict[str, Any]] = []
-    loop.run(trainee, batches, None, lambda metrics, state: epochs.append(metrics))
+    epochs: list[loop.Finished | None] = []
+    loop.run(trainee, batches, loop.State(), loop.Keeping(lambda state, finished, must: epochs.append(finished)))
+    assert epochs[-1] is not None
     times.append(time.perf_counter())
     say(f"carclass, {ours.frozen.views} view(s): {times[-1] - times[0]:.1f} s")
     parts = zip(("decode", "features", "head"), (end - start for start, end in pairwise(times)), strict=True)
-    return {**dict(parts), "seconds": times[-1] - times[0], "accuracy": epochs[-1]["val_accuracy"]}
+    return {**dict(parts), "seconds": times[-1] - times[0], "accuracy": epochs[-1].metrics["val_accuracy"]}
 
 
 def _plain(

@@ -79,7 +79,7 @@ def ours(blocks: list[Block], given: config.Train, num_classes: int, device: tor
     rates = {}
     for name, repeat in (("ours", False), ("on_device", True)):
         batches = Timed(PhotoBatches(feed, feed, given.augmentation, BATCH_SIZE, device), repeat, Clock(device))
-        loop.train_epoch(trainee, batches, 1)
+        loop.train_epoch(trainee, batches, loop.State(), loop.Keeping(lambda *_: None))
         rates[name] = batches.clock.rate()
     return rates
 
@@ -90,9 +90,9 @@ class Timed:
     def __init__(self, batches: PhotoBatches, repeat: bool, clock: Clock) -> None:
         self.batches, self.repeat, self.clock, self.num_steps = batches, repeat, clock, batches.num_steps
 
-    def train(self, epoch: int) -> Iterator[Batch]:
-        """An epoch's steps."""
-        for batch in self.clock.after_warm_up(self._batches(epoch)):
+    def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """An epoch's steps after its first `start` samples."""
+        for batch in self.clock.after_warm_up(self._batches(epoch, start)):
             yield batch
             self.clock.count(len(batch.labels))
 
@@ -100,8 +100,8 @@ class Timed:
         """Nothing is validated here."""
         return iter(())
 
-    def _batches(self, epoch: int) -> Iterator[Batch]:
-        batches = self.batches.train(epoch)
+    def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
+        batches = self.batches.train(epoch, start)
         return iter([next(batches)] * self.num_steps) if self.repeat else batches
 
 

@@ -90,6 +90,7 @@ def test_the_timed_epoch_gives_each_photos_features_with_its_label(photos_folder
     chosen = {"train": sound(photos_folder, 6), "val": sound(photos_folder, 6)}
     folder = labelled.lay_out(chosen, tmp_path)
     net = model.build(NARROW, 3)
+    net.fc = torch.nn.Linear(512, 3)
     trainer = plain_training.HeadTrainer(net.fc, frozen_settings(), 6, CPU)
     loaders = {split: plain_training.loader(folder / split, 4, 64, changed=False, shuffle=False) for split in chosen}
     epoch = plain_training.frozen_epoch(net, trainer, loaders)
