@@ -24,6 +24,7 @@ PLAIN = (
     "errors",
     "evaluation.metrics",
     "evaluation.report",
+    "export",
     "labels",
     "lineage",
     "masking.choice",

@@ -1,0 +1,75 @@
+"""Exports of ResNet50 with ImageNet's weights, compared on real photos; ../shared and build/weights where present."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from carclass import config, export, model, weights
+from carclass.training.feed import pixels_of, to_device
+
+HOUSE = Path(__file__).parents[2]
+PHOTOS = HOUSE.parent / "shared" / "cars196" / "photos"
+WEIGHTS = HOUSE / "build" / "weights" / "resnet50-imagenet.safetensors"
+SETTINGS = config.Model(stride_in_1x1=True)
+FACTS: dict[str, Any] = {
+    "run": "real",
+    "stage": "unfrozen",
+    "epoch": 1,
+    "val_accuracy": 0.9,
+    "classes": [f"class {i}" for i in range(1000)],
+    "model": SETTINGS.model_dump(),
+    "sha256": "0" * 64,
+}
+
+pytestmark = pytest.mark.skipif(
+    not (PHOTOS.is_dir() and WEIGHTS.exists()), reason="needs ../shared/cars196 and build/weights"
+)
+
+
+@pytest.fixture(scope="module")
+def net() -> Any:
+    state, _ = weights.load(str(WEIGHTS), None, sample="", key="train.parent")
+    net = model.build(SETTINGS, 1000)
+    net.load_state_dict({name.replace("fc.", "fc.1."): value.float() for name, value in state.items()}, strict=False)
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def pixels() -> np.ndarray:
+    """uint8 (8,224,224,3), from all over the folder."""
+    paths = sorted(PHOTOS.iterdir())[::900][:8]
+    return pixels_of([path.read_bytes() for path in paths], SETTINGS.image_size)
+
+
+@pytest.fixture(scope="module")
+def expected(net: Any, pixels: np.ndarray) -> torch.Tensor:
+    with torch.inference_mode():
+        return net(to_device(pixels, torch.device("cpu")))
+
+
+@pytest.fixture(scope="module")
+def files(net: Any, expected: torch.Tensor) -> dict[str, bytes]:
+    """Made after the expected logits, as exporting changes how the network's weights lie in memory."""
+    return {name: kind.write(export.PhotoClassifier(net), FACTS) for name, kind in export.FORMATS.items()}
+
+
+@pytest.mark.parametrize("name", export.FORMATS)
+def test_real_photos_get_the_networks_logits(
+    files: dict[str, bytes], pixels: np.ndarray, expected: torch.Tensor, name: str
+):
+    photos = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    with torch.inference_mode():
+        found = export.FORMATS[name].read(files[name])(photos)
+    torch.testing.assert_close(found, expected, atol=export.TOLERANCE, rtol=0)
+
+
+def test_real_photos_get_the_networks_logits_from_onnxruntime(
+    files: dict[str, bytes], pixels: np.ndarray, expected: torch.Tensor
+):
+    session = onnxruntime.InferenceSession(files["model.onnx"], providers=["CPUExecutionProvider"])
+    (found,) = session.run(["logits"], {"photos": np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))})
+    np.testing.assert_allclose(found, expected, atol=export.TOLERANCE, rtol=0)
