@@ -66,6 +66,10 @@ def gpus(wanted: bool | None, count: int, key: str) -> bool:
     """Whether to use GPUs; UserError when they are asked for and the cluster has fewer than count."""
     there = int(ray.cluster_resources().get("GPU", 0))
     if wanted is None:
+        if 0 < there < count:
+            log.warning(
+                "`%s`: %d GPU(s) for %d processes: none is used; start %d to use them", key, there, count, there
+            )
         return there >= count
     if wanted and there < count:
         raise UserError(
@@ -80,6 +84,34 @@ def check_cpus(count: float, key: str) -> None:
     there = ray.cluster_resources().get("CPU", 0)
     if there < count:
         raise UserError(f"`{key}` needs {count:g} CPUs at once, the cluster has {there:g}. Lower it or add nodes.")
+
+
+def object_store() -> int:
+    """Bytes that the largest node has for objects."""
+    return int(max(resources.get("object_store_memory", 0) for resources in _nodes()))
+
+
+def memory(use_gpu: bool) -> int | None:
+    """Bytes of one GPU, or of all nodes together; None where every GPU stays taken for a minute."""
+    if not use_gpu:
+        return int(sum(resources.get("memory", 0) for resources in _nodes()))
+    asked = ray.remote(num_gpus=1, num_cpus=0)(_gpu_memory).remote()
+    ready, _ = ray.wait([asked], timeout=60)
+    if not ready:
+        ray.cancel(asked)
+        return None
+    return int(ray.get(asked))
+
+
+def _gpu_memory() -> int:
+    import torch  # here: only this one process needs it
+
+    return int(torch.cuda.get_device_properties(0).total_memory)
+
+
+def _nodes() -> list[dict[str, float]]:
+    """Resources of each node that is alive."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def stream(source: dataset.Dataset, columns: Sequence[str], split: str | None = None) -> ray.data.Dataset:

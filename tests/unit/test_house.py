@@ -47,6 +47,7 @@ PLAIN = (
     "training.feed",
     "training.keeper",
     "training.loop",
+    "training.preflight",
     "unpickle",
     "weights",
 )

@@ -1,0 +1,29 @@
+"""What a cluster says of itself before training."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from carclass import cluster
+
+HOUSE = Path(__file__).parents[2]
+ONE_GPU = """
+import ray
+from carclass import cluster
+ray.init(address="local", num_cpus=1, num_gpus=1, include_dashboard=False)
+print(cluster.gpus(None, 2, "train.use_gpu"))
+"""
+
+
+def test_the_object_store_is_that_of_the_largest_node(ray_cluster: str):
+    assert cluster.object_store() == 500_000_000  # as the fixture starts it
+
+
+def test_the_memory_of_the_hosts_is_what_ray_counts(ray_cluster: str):
+    assert 10**9 < (cluster.memory(use_gpu=False) or 0) < 10**13
+
+
+def test_fewer_gpus_than_processes_are_left_out_with_a_warning():
+    done = subprocess.run([sys.executable, "-c", ONE_GPU], capture_output=True, text=True, cwd=HOUSE, timeout=120)
+    assert done.stdout.split()[-1] == "False"
+    assert "`train.use_gpu`: 1 GPU(s) for 2 processes: none is used; start 1 to use them" in done.stderr

@@ -1,0 +1,230 @@
+"""The check before training: each message in its case, and estimates that agree with what PyTorch takes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+
+from carclass import config, dataset, model
+from carclass.errors import UserError
+from carclass.training import checkpoint, loop, preflight
+
+HOUSE = Path(__file__).parents[2]
+SMALL = config.Model(architecture="resnet26-narrow", image_size=96)
+GB = 10**9
+
+
+def train_settings(**changes: object) -> config.Train:
+    return config.Train(name="first", parent="sample", model=SMALL).model_copy(update=changes)
+
+
+def of_size(train: int, val: int, num_classes: int = 10) -> dataset.Dataset:
+    """A dataset of which only the counts matter."""
+    classes = [f"class {i}" for i in range(num_classes)]
+    return dataset.Dataset("root/datasets/v2", {"splits": {"train": train, "val": val, "test": 0}, "classes": classes})
+
+
+def of_rows(root: Path, rows: list[tuple[str, str]]) -> dataset.Dataset:
+    """A published dataset. rows: label and split."""
+    uri, settings = dataset.place(str(root), "v2"), {"dataset": "v2"}
+    given = [
+        {"image_id": "0", "key": f"{i}", "label": label, "split": split, "width": 1, "height": 1, "image": b""}
+        for i, (label, split) in enumerate(rows)
+    ]
+    dataset.write_part(uri, "parts", pa.Table.from_pylist(given, dataset.ROW), settings)
+    classes = sorted({label for label, _ in rows})
+    keys = [row["key"] for row in given]
+    return dataset.publish(dataset.draft(uri, inputs=keys, settings=settings, classes=classes, facts={}))
+
+
+@pytest.fixture(scope="module")
+def net() -> torch.nn.Module:
+    return model.build(SMALL, 10)
+
+
+# The whole
+
+
+def test_a_run_that_fits_passes_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    source = of_rows(tmp_path, [("a", "train"), ("b", "train"), ("a", "val")])
+    preflight.check(str(tmp_path), train_settings(), source, use_gpu=False, object_store=GB, memory=8 * GB)
+    assert caplog.text == ""
+
+
+def test_memory_that_nobody_knows_is_not_checked(tmp_path: Path):
+    source = of_rows(tmp_path, [("a", "train"), ("b", "train"), ("a", "val")])
+    settings = train_settings(unfrozen=config.Unfrozen(batch_size=10**6))
+    preflight.check(str(tmp_path), settings, source, use_gpu=True, object_store=GB, memory=None)
+
+
+# Classes
+
+
+def test_classes_without_train_photos_are_named_in_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    preflight.check_classes(of_rows(tmp_path, [("a", "train"), ("b", "train"), ("c", "test"), ("d", "val")]))
+    assert "2 classes have no train photo and will never be predicted: c, d" in caplog.text
+
+
+def test_fewer_than_two_classes_to_learn_are_refused(tmp_path: Path):
+    source = of_rows(tmp_path, [("a", "train"), ("b", "test"), ("c", "val")])
+    with pytest.raises(
+        UserError, match=r"`train.dataset`: `v2` has train photos of 1 of its 3 classes, .* or choose another"
+    ):
+        preflight.check_classes(source)
+
+
+# Object store
+
+
+def test_photos_that_exceed_the_object_store_are_a_warning_with_the_size_that_fits(caplog: pytest.LogCaptureFixture):
+    settings = train_settings(model=config.Model(image_size=300))
+    preflight.check_object_store(settings, of_size(8000, 2000), 2 * GB)
+    assert "10,000 photos of `v2` take 2.7 GB when decoded to 300 pixels (`train.model.image_size`)" in caplog.text
+    assert "largest object store has 2.0 GB" in caplog.text
+    assert "Up to 258 pixels fit" in caplog.text
+
+
+def test_photos_that_just_fit_the_object_store_are_no_matter(caplog: pytest.LogCaptureFixture):
+    preflight.check_object_store(train_settings(model=config.Model(image_size=258)), of_size(8000, 2000), 2 * GB)
+    assert caplog.text == ""
+
+
+# Disk
+
+
+def test_a_full_disk_is_refused_before_anything_is_written(tmp_path: Path, net: torch.nn.Module):
+    many = train_settings(keep_checkpoints=10**8)
+    with pytest.raises(UserError, match=r"`root`: .* GB free, and run `first` takes up to .* `train.keep_checkpoints`"):
+        preflight.check_disk(str(tmp_path / "not" / "there"), many, of_size(10, 5), net)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_root_on_s3_has_no_free_space_to_check(net: torch.nn.Module):
+    preflight.check_disk("s3://bucket/root", train_settings(keep_checkpoints=10**8), of_size(10, 5), net)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_disk_is_estimated_as_checkpoints_take_it(tmp_path: Path, net: torch.nn.Module, optimizer: str):
+    settings = train_settings(frozen=None, unfrozen=config.Unfrozen(optimizer=optimizer), keep_checkpoints=3)
+    assert settings.unfrozen is not None
+    made = loop.make_optimizer(model.prepare_stage(net, "unfrozen"), settings.unfrozen)
+    net(torch.rand(1, 3, 96, 96)).sum().backward()
+    made.step()
+    checkpoint.save_folder(tmp_path, net, made, {})
+    one = sum(path.stat().st_size for path in tmp_path.iterdir())
+    weights = (tmp_path / "weights.safetensors").stat().st_size
+    assert preflight.disk_bytes(settings, of_size(10, 5), net) == pytest.approx(5 * one + weights, rel=0.02)
+
+
+def test_features_are_counted_for_the_frozen_stage(net: torch.nn.Module):
+    both = [
+        preflight.disk_bytes(train_settings(frozen=config.Frozen(views=views)), of_size(1000, 100), net)
+        for views in (1, 3)
+    ]
+    assert both[1] - both[0] == 2 * 1000 * 512 * 2
+
+
+# Memory: messages
+
+
+def test_a_batch_too_large_for_a_gpu_is_refused_with_the_one_that_fits(net: torch.nn.Module):
+    def check(batch_size: int) -> None:
+        settings = train_settings(unfrozen=config.Unfrozen(batch_size=batch_size), num_workers=2)
+        preflight.check_memory(settings, of_size(10, 5), net, 2 * GB, use_gpu=True)
+
+    with pytest.raises(
+        UserError, match=r"`train.unfrozen.batch_size`: 5000 photos of 96 pixels over 2 worker"
+    ) as caught:
+        check(5000)
+    assert "don't fit into 2.0 GB of a GPU" in str(caught.value)
+    fitting = int(str(caught.value).split("Up to ")[1].split(" fit")[0])
+    assert 800 < fitting < 1000  # 2.1 MB a photo, of about 1 GB on each
+    check(fitting)
+    with pytest.raises(UserError):
+        check(fitting + 1)
+
+
+def test_workers_on_cpus_share_the_memory(net: torch.nn.Module):
+    settings = train_settings(unfrozen=config.Unfrozen(batch_size=128), num_workers=4)
+    preflight.check_memory(settings, of_size(10, 5), net, 16 * GB, use_gpu=False)
+    with pytest.raises(UserError, match=r"don't fit into 1.0 GB of memory for each worker"):
+        preflight.check_memory(settings, of_size(10, 5), net, 4 * GB, use_gpu=False)
+
+
+def test_where_not_even_one_photo_fits_the_message_says_what_else_to_change(net: torch.nn.Module):
+    settings = train_settings(frozen=None)
+    with pytest.raises(
+        UserError, match=r"Not even one fits; or lower `train.model.image_size`, or take more or larger"
+    ):
+        preflight.check_memory(settings, of_size(10, 5), net, GB // 2, use_gpu=True)
+
+
+def test_too_many_views_are_refused_with_the_number_that_fits(net: torch.nn.Module):
+    settings = train_settings(frozen=config.Frozen(views=500))
+    with pytest.raises(
+        UserError, match=r"`train.frozen.views`: features of 500 views of `v2`, 41 MB each, .* Up to 24 f"
+    ):
+        preflight.check_memory(settings, of_size(10_000, 1000), net, 2 * GB, use_gpu=True)
+
+
+# Memory: estimates
+
+
+def test_weights_gradients_and_moments_are_counted(net: torch.nn.Module):
+    settings = train_settings(precision="fp32")
+    assert settings.unfrozen is not None
+    parameters = model.prepare_stage(net, "unfrozen")
+    made = loop.make_optimizer(parameters, settings.unfrozen)
+    net(torch.rand(1, 3, 96, 96)).sum().backward()
+    made.step()
+    moments = [value for state in made.state.values() for value in state.values()]
+    held = [*net.state_dict().values(), *(parameter.grad for parameter in parameters), *moments]
+    found = preflight.step_memory(settings, settings.unfrozen, net).fixed
+    assert found == pytest.approx(sum(tensor.nbytes for tensor in held), rel=0.02)
+
+
+def test_every_photo_of_a_step_adds_the_same(net: torch.nn.Module):
+    one, two, nine = (preflight.saved_bytes(net, train_settings(), count) for count in (1, 2, 9))
+    assert nine - one == 8 * (two - one)
+
+
+STEP = """
+import sys, torch
+from carclass import config, model
+from carclass.training import loop, preflight
+
+precision = sys.argv[1]
+settings = config.Train(
+    name="x", precision=precision, model=config.Model(architecture="resnet26-narrow", image_size=96)
+)
+net = model.build(settings.model, 10)
+optimizer = loop.make_optimizer(model.prepare_stage(net, "unfrozen"), settings.unfrozen)
+
+def peak(num_photos):
+    photos = torch.ones(num_photos, 3, 96, 96).to(memory_format=torch.channels_last)
+    with model.autocast(precision, photos.device):
+        logits = net(photos)
+    loss = torch.nn.functional.cross_entropy(logits.float(), torch.zeros(num_photos, dtype=torch.int64))
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return 1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+
+small, large = peak(48), peak(144)
+print((large - small) / 96, preflight.step_memory(settings, settings.unfrozen, net).per_photo)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory from /proc")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_photo_takes_the_memory_that_was_estimated(precision: str):
+    # Every large block is given back at once: what malloc keeps for later is none of the network's.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 18), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", STEP, precision]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HOUSE, env=environment, timeout=300, check=True)
+    measured, estimated = map(float, done.stdout.split())
+    assert estimated == pytest.approx(measured, rel=0.15)
