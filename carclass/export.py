@@ -9,6 +9,7 @@ model.onnx and model.pt2 take uint8 (N,3,S,S) RGB, which is what a decoder gives
 logits: normalisation is inside. Labels and preprocessing are in the metadata of every file, see describe().
 """
 
+import copy
 import io
 import json
 import logging
@@ -21,7 +22,7 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from safetensors.torch import load, save
 from torch import Tensor, nn
-from torchvision.models.resnet import ResNet
+from torchvision.models.resnet import Bottleneck, ResNet
 
 from carclass import config, dataset, lineage, model, storage
 from carclass.training import checkpoint
@@ -40,7 +41,10 @@ Classify = Callable[[Tensor], Tensor]
 
 
 class PhotoClassifier(nn.Module):
-    """`model.normalise` and the network in one: uint8 (N,3,S,S) RGB → float32 (N,C) logits."""
+    """`model.normalise` and the network in one: uint8 (N,3,S,S) RGB → float32 (N,C) logits.
+
+    net: of model.build; it stays as it is, and its tensors are copied.
+    """
 
     mean: Tensor
     std: Tensor
@@ -51,7 +55,12 @@ class PhotoClassifier(nn.Module):
         self.register_buffer("mean", torch.tensor(model.MEAN).view(3, 1, 1) * 255)
         self.register_buffer("std", torch.tensor(model.STD).view(3, 1, 1) * 255)
         # Plain strides: from channels_last the exporter would make an ONNX graph of more nodes.
-        self.net = net.to(memory_format=torch.contiguous_format)
+        self.net = copy.deepcopy(net).to(memory_format=torch.contiguous_format)
+        # torchvision's own forward pass: exporters fold its BatchNorms, ours would be folded again in every pass.
+        for module in self.net.modules():
+            if isinstance(module, model.FoldedBottleneck):
+                module.__class__ = Bottleneck
+        self.net.__class__ = ResNet
         self.eval()
 
     def forward(self, photos: Tensor) -> Tensor:
@@ -82,12 +91,12 @@ def run(root: str, name: str) -> str:
     settings = config.Model.model_validate(facts["model"])
     net = model.build(settings, len(facts["classes"]))
     net.load_state_dict(state)
-    classify = PhotoClassifier(net)
+    net.eval()
     photos = _photos(dataset.load(root, this.settings.dataset), settings.image_size)
-    files = {file: kind.write(classify, facts) for file, kind in FORMATS.items()}
+    files = {file: kind.write(PhotoClassifier(net), facts) for file, kind in FORMATS.items()}
     index: dict[str, Any] = {"model_sha256": facts["sha256"], "tolerance": TOLERANCE, "files": {}}
     for file, data in files.items():
-        found = largest_difference(FORMATS[file].read(data), classify, photos)
+        found = largest_difference(FORMATS[file].read(data), lambda batch: net(model.normalise(batch)), photos)
         assert found <= TOLERANCE, f"{file} of run {name} differs by {found:.2g} from the network: nothing is published"
         log.info("export: %s, %.1f MB, logits differ by %.1g at most", file, len(data) / 1e6, found)
         index["files"][file] = {"sha256": storage.sha256(data), "largest_difference": found}

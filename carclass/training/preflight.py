@@ -27,9 +27,9 @@ PROCESS = 800_000_000
 """Bytes of a worker before it holds a tensor: on a CPU PyTorch's libraries, on a GPU CUDA's context and its kernels."""
 USABLE = 0.9
 """Share of the memory to count on: workspaces of the libraries and fragmentation take the rest."""
-HEAP = 1.6
-"""What a byte of activations takes on a CPU, where malloc keeps pieces of what was freed: 1.55 to 1.65 in bfloat16 and
-float32, measured as resident memory on Linux. On a GPU, with an allocator for tensors, it is 1."""
+HEAP = 1.4
+"""What a byte of a photo's tensors takes on a CPU, where malloc keeps pieces of what was freed: 1.1 to 1.4, measured as
+resident memory on Linux. On a GPU, whose allocator is made for tensors, it is 1."""
 
 
 class Step(NamedTuple):
@@ -115,7 +115,7 @@ def check_disk(root: str, settings: config.Train, source: dataset.Dataset, net: 
 
 def disk_bytes(settings: config.Train, source: dataset.Dataset, net: ResNet) -> int:
     """What a run writes at most: each stage's checkpoints and best model, and the frozen stage's features."""
-    num_checkpoints = settings.keep_checkpoints + 2  # the best, the latest, and the one being written
+    num_checkpoints = settings.keep_checkpoints + 3  # the best, the two latest, and the one being written
     total = 0
     for stage, trained in ((settings.frozen, net.fc), (settings.unfrozen, net)):
         if stage is not None:
@@ -130,13 +130,16 @@ def check_memory(settings: config.Train, source: dataset.Dataset, net: ResNet, m
 
     memory: bytes of one GPU, or of all nodes together, which the workers share.
     """
-    share = memory if use_gpu else memory // settings.num_workers
+    fewest, most = settings.workers
+    # Where their number is free: a GPU bears most with the fewest workers, hosts with the most.
+    num_workers, share = (fewest, memory) if use_gpu else (most, memory // most)
     usable = USABLE * share - PROCESS
     there = f"{_text(share)} of {'a GPU' if use_gpu else 'memory for each worker'}"
     if settings.frozen is not None:
         _check_views(settings.frozen.views, source, net, usable, there)
     if settings.unfrozen is not None:
-        _check_batch_size(settings, net, usable, there, heap=1.0 if use_gpu else HEAP)
+        step = step_memory(settings, settings.unfrozen, net, use_gpu=use_gpu)
+        _check_batch_size(settings, num_workers, step, usable, there)
 
 
 def _check_views(views: int, source: dataset.Dataset, net: ResNet, usable: float, there: str) -> None:
@@ -151,26 +154,28 @@ def _check_views(views: int, source: dataset.Dataset, net: ResNet, usable: float
         )
 
 
-def _check_batch_size(settings: config.Train, net: ResNet, usable: float, there: str, *, heap: float) -> None:
+def _check_batch_size(settings: config.Train, num_workers: int, step: Step, usable: float, there: str) -> None:
     assert settings.unfrozen is not None
-    step = step_memory(settings, settings.unfrozen, net)
-    fitting = max(0, int((usable - step.fixed) // (heap * step.per_photo))) * settings.num_workers
+    fitting = max(0, int((usable - step.fixed) // step.per_photo)) * num_workers
     if settings.unfrozen.batch_size > fitting:
         advice = f"Up to {fitting} fit" if fitting else "Not even one fits"
         raise UserError(
             f"`train.unfrozen.batch_size`: {settings.unfrozen.batch_size} photos of {settings.model.image_size} pixels "
-            f"over {settings.num_workers} worker(s) don't fit into {there}, of which weights, gradients, optimizer and "
-            f"libraries take {_text(PROCESS + step.fixed)} and each photo {_text(heap * step.per_photo)}. {advice}; or "
+            f"over {num_workers} worker(s) don't fit into {there}, of which weights, gradients, optimizer and "
+            f"libraries take {_text(PROCESS + step.fixed)} and each photo {_text(step.per_photo)}. {advice}; or "
             "lower `train.model.image_size`, or take more or larger machines."
         )
 
 
-def step_memory(settings: config.Train, stage: config.Stage, net: ResNet) -> Step:
+def step_memory(settings: config.Train, stage: config.Stage, net: ResNet, *, use_gpu: bool) -> Step:
     """Of a step that trains the whole network; validation, with larger batches but nothing kept, takes less."""
-    # Weights, gradients, moments; with several workers DDP's copy of the gradients; bf16 autocast's copy of weights.
-    copies = 2 + MOMENTS[stage.optimizer] + (settings.num_workers > 1) + 0.5 * (settings.precision == "bf16")
     one, two = (saved_bytes(net, settings, num_photos) for num_photos in (1, 2))
-    return Step(int(FLOAT * _numel(net) * copies), two - one)
+    weights, moments = FLOAT * _numel(net), MOMENTS[stage.optimizer]
+    copies = 1 + moments + (settings.workers[1] > 1)  # gradients, moments, with several workers DDP's gradients
+    if not use_gpu:
+        copies += 1 + 2 * moments  # a checkpoint that is being written: all of it, and a file of it at a time
+    # What autograd saves whatever the number of photos are weights, as they are and folded or in bfloat16.
+    return Step(weights * copies + max(weights, 2 * one - two), int((two - one) * (1.0 if use_gpu else HEAP)))
 
 
 def saved_bytes(net: ResNet, settings: config.Train, num_photos: int) -> int:
@@ -186,6 +191,7 @@ def saved_bytes(net: ResNet, settings: config.Train, num_photos: int) -> int:
         return tensor
 
     model.prepare_stage(net, "unfrozen")
+    net.fc.eval()  # dropout would want ids of photos, and holds next to nothing
     size = settings.model.image_size
     with FakeTensorMode(allow_non_fake_inputs=True):
         photos = hold(torch.empty(num_photos, 3, size, size).to(memory_format=torch.channels_last))

@@ -52,8 +52,7 @@ def expected(net: Any, pixels: np.ndarray) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def files(net: Any, expected: torch.Tensor) -> dict[str, bytes]:
-    """Made after the expected logits, as exporting changes how the network's weights lie in memory."""
+def files(net: Any) -> dict[str, bytes]:
     return {name: kind.write(export.PhotoClassifier(net), FACTS) for name, kind in export.FORMATS.items()}
 
 

@@ -172,6 +172,11 @@ def test_an_onnx_model_names_its_input_and_output(folder: Path):
     assert shapes == {"photos": ["N", 3, 96, 96], "logits": ["N", 10]}
 
 
+def test_batch_normalisation_is_folded_into_the_onnx_convolutions_for_good(folder: Path):
+    kinds = {node.op_type for node in onnx.load(folder / "model.onnx").graph.node}
+    assert kinds == {"Cast", "Sub", "Div", "Conv", "Relu", "MaxPool", "Add", "ReduceMean", "Reshape", "Gemm"}
+
+
 @pytest.mark.parametrize("name", export.FORMATS)
 def test_no_file_holds_a_path_of_this_machine(folder: Path, name: str):
     data = (folder / name).read_bytes()

@@ -112,12 +112,13 @@ def test_disk_is_estimated_as_checkpoints_take_it(tmp_path: Path, net: torch.nn.
     settings = train_settings(frozen=None, unfrozen=config.Unfrozen(optimizer=optimizer), keep_checkpoints=3)
     assert settings.unfrozen is not None
     made = loop.make_optimizer(model.prepare_stage(net, "unfrozen"), settings.unfrozen)
+    net.get_submodule("fc").eval()
     net(torch.rand(1, 3, 96, 96)).sum().backward()
     made.step()
-    checkpoint.save_folder(tmp_path, net, made, {})
-    one = sum(path.stat().st_size for path in tmp_path.iterdir())
-    weights = (tmp_path / "weights.safetensors").stat().st_size
-    assert preflight.disk_bytes(settings, of_size(10, 5), net) == pytest.approx(5 * one + weights, rel=0.02)
+    checkpoint.write(str(tmp_path), checkpoint.take("epoch-0001", net, made, {}))
+    one = sum(path.stat().st_size for path in (tmp_path / "epoch-0001").iterdir())
+    weights = (tmp_path / "epoch-0001" / "weights.safetensors").stat().st_size
+    assert preflight.disk_bytes(settings, of_size(10, 5), net) == pytest.approx(6 * one + weights, rel=0.02)
 
 
 def test_features_are_counted_for_the_frozen_stage(net: torch.nn.Module):
@@ -142,14 +143,14 @@ def test_a_batch_too_large_for_a_gpu_is_refused_with_the_one_that_fits(net: torc
         check(5000)
     assert "don't fit into 2.0 GB of a GPU" in str(caught.value)
     fitting = int(str(caught.value).split("Up to ")[1].split(" fit")[0])
-    assert 800 < fitting < 1000  # 2.1 MB a photo, of about 1 GB on each
+    assert 1400 < fitting < 1600  # 1.3 MB a photo, of about 1 GB on each
     check(fitting)
     with pytest.raises(UserError):
         check(fitting + 1)
 
 
 def test_workers_on_cpus_share_the_memory(net: torch.nn.Module):
-    settings = train_settings(unfrozen=config.Unfrozen(batch_size=128), num_workers=4)
+    settings = train_settings(unfrozen=config.Unfrozen(batch_size=256), num_workers=4)
     preflight.check_memory(settings, of_size(10, 5), net, 16 * GB, use_gpu=False)
     with pytest.raises(UserError, match=r"don't fit into 1.0 GB of memory for each worker"):
         preflight.check_memory(settings, of_size(10, 5), net, 4 * GB, use_gpu=False)
@@ -174,17 +175,36 @@ def test_too_many_views_are_refused_with_the_number_that_fits(net: torch.nn.Modu
 # Memory: estimates
 
 
-def test_weights_gradients_and_moments_are_counted(net: torch.nn.Module):
+def test_weights_gradients_and_moments_are_counted_and_the_folded_weights(net: torch.nn.Module):
     settings = train_settings(precision="fp32")
     assert settings.unfrozen is not None
     parameters = model.prepare_stage(net, "unfrozen")
+    net.get_submodule("fc").eval()
     made = loop.make_optimizer(parameters, settings.unfrozen)
     net(torch.rand(1, 3, 96, 96)).sum().backward()
     made.step()
     moments = [value for state in made.state.values() for value in state.values()]
-    held = [*net.state_dict().values(), *(parameter.grad for parameter in parameters), *moments]
-    found = preflight.step_memory(settings, settings.unfrozen, net).fixed
+    folded = [parameter for parameter in parameters if parameter.ndim == 4]
+    held = [*net.state_dict().values(), *(parameter.grad for parameter in parameters), *moments, *folded]
+    found = preflight.step_memory(settings, settings.unfrozen, net, use_gpu=True).fixed
     assert found == pytest.approx(sum(tensor.nbytes for tensor in held), rel=0.02)
+
+
+def test_a_worker_on_a_cpu_also_holds_the_checkpoint_that_is_being_written(net: torch.nn.Module):
+    settings = train_settings()
+    assert settings.unfrozen is not None
+    on = {
+        use_gpu: preflight.step_memory(settings, settings.unfrozen, net, use_gpu=use_gpu) for use_gpu in (True, False)
+    }
+    weights = sum(tensor.nbytes for tensor in net.state_dict().values())
+    assert on[False].fixed - on[True].fixed == pytest.approx(5 * weights, rel=0.02)
+
+
+def test_a_free_number_of_workers_is_judged_by_the_fewest_on_gpus_and_the_most_on_cpus(net: torch.nn.Module):
+    settings = train_settings(unfrozen=config.Unfrozen(batch_size=5000), num_workers=(2, 4))
+    for use_gpu, num_workers in ((True, 2), (False, 4)):
+        with pytest.raises(UserError, match=rf"over {num_workers} worker\(s\)"):
+            preflight.check_memory(settings, of_size(10, 5), net, 4 * GB, use_gpu=use_gpu)
 
 
 def test_every_photo_of_a_step_adds_the_same(net: torch.nn.Module):
@@ -203,6 +223,7 @@ settings = config.Train(
 )
 net = model.build(settings.model, 10)
 optimizer = loop.make_optimizer(model.prepare_stage(net, "unfrozen"), settings.unfrozen)
+net.fc.eval()
 
 def peak(num_photos):
     photos = torch.ones(num_photos, 3, 96, 96).to(memory_format=torch.channels_last)
@@ -215,7 +236,7 @@ def peak(num_photos):
     return 1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 
 small, large = peak(48), peak(144)
-print((large - small) / 96, preflight.step_memory(settings, settings.unfrozen, net).per_photo)
+print((large - small) / 96, preflight.step_memory(settings, settings.unfrozen, net, use_gpu=True).per_photo)
 """
 
 
