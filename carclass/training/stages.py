@@ -18,7 +18,7 @@ from torchvision.models.resnet import ResNet
 
 from carclass import cluster, config, dataset, lineage, model, storage
 from carclass.errors import UserError
-from carclass.training import checkpoint, features, loop
+from carclass.training import checkpoint, features, loop, preflight
 from carclass.training.feed import Block, FeatureBatches, Feed, PhotoBatches, pixels_of
 from carclass.training.keeper import Keeper
 
@@ -54,15 +54,19 @@ def run(root: str, settings: config.Train) -> lineage.Run:
         if not source.manifest["splits"][split]:
             raise UserError(f"dataset `{settings.dataset}` has no {split} photos; give it some, or change its split.")
     parent_sha256 = model.load_parent(model.build(settings.model, len(source.classes)), settings)
-    this = lineage.begin(root, settings, source, parent_sha256)
+    this = lineage.Run(root, settings)
     missing = [stage for stage in this.stages if not this.is_finished(stage)]
+    if missing:  # checked before anything is written: a run that is refused can be begun with other settings
+        cluster.connect()
+        fewest, _ = settings.workers
+        use_gpu = cluster.gpus(settings.use_gpu, fewest, "train.use_gpu")
+        cluster.check_cpus(0 if use_gpu else fewest, "train.num_workers")
+        store, memory = cluster.object_store(), cluster.memory(use_gpu)
+        preflight.check(root, settings, source, use_gpu=use_gpu, object_store=store, memory=memory)
+    this = lineage.begin(root, settings, source, parent_sha256)
     if not missing:
         log.info("train: run %s is finished, nothing to do", settings.name)
         return this
-    cluster.connect()
-    fewest, _ = settings.workers
-    use_gpu = cluster.gpus(settings.use_gpu, fewest, "train.use_gpu")
-    cluster.check_cpus(0 if use_gpu else fewest, "train.num_workers")
     for stage in missing:
         job = Job(this, stage, source.classes, source.digest, {}, _threads(settings, use_gpu))
         _fit(job, source, use_gpu)

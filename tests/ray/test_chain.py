@@ -138,6 +138,12 @@ def test_more_workers_than_cpus_are_refused(root: str):
         stages.run(root, train_settings("many", num_workers=500))
 
 
+def test_a_run_that_cannot_fit_is_refused_before_anything_is_written(root: str):
+    with pytest.raises(UserError, match=r"`train.unfrozen.batch_size`: 1000000 photos of 64 pixels .* Up to \d+ fit"):
+        stages.run(root, train_settings("huge", unfrozen=config.Unfrozen(batch_size=10**6)))
+    assert not Path(lineage.place(root, "huge")).exists()
+
+
 def test_every_test_photo_is_classified_once(root: str, outcome: evaluate.Outcome):
     predictions = pq.read_table(Path(outcome.report_uri).parent / "predictions.parquet")
     tested = dataset.load(root, "v2").read(["key", "split"]).filter(pc.field("split") == "test")
