@@ -1,9 +1,12 @@
 """What tests share: a small sample, an S3 server and a Ray cluster on this machine, a dataset made of the sample."""
 
 import logging
+import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -79,10 +82,13 @@ def ray_cluster(s3: Any) -> Iterator[str]:
     import ray  # here, so that tests without a cluster don't wait for it
     import ray.data
 
+    # A folder of its own: Ray Train looks there for its cluster, and finds another one if there are several. Not
+    # pytest's, whose path is too long for a socket.
+    os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-")
     ray.init(
         address="local",
         num_cpus=4,
-        include_dashboard=False,
+        include_dashboard=True,  # Ray Train asks it whether a run's controller is still there
         object_store_memory=500_000_000,
         logging_level=logging.WARNING,
         # Idle workers stay: starting one costs seconds of imports.
@@ -91,6 +97,7 @@ def ray_cluster(s3: Any) -> Iterator[str]:
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
+    shutil.rmtree(os.environ.pop("RAY_TMPDIR"), ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

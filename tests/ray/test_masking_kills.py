@@ -7,10 +7,12 @@ has to end by itself, one has a cluster of its own and loses all of it.
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -72,11 +74,12 @@ def titled(pids: dict[int, str], start: str) -> list[int]:
 class Cluster:
     """A Ray cluster on this machine whose nodes can be lost."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, dashboard: bool = False) -> None:
         self.folder, self.port = folder, free_port()
         known = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         self.environment = {**known, **token, "OMP_NUM_THREADS": "1", "RAY_ADDRESS": f"127.0.0.1:{self.port}"}
+        self.environment["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-")
         # A lost node is noticed in two seconds, not in fifteen; idle workers stay, as starting one costs seconds.
         system = {
             "health_check_period_ms": 500,
@@ -84,7 +87,7 @@ class Cluster:
             "health_check_initial_delay_ms": 1000,
             "idle_worker_killing_time_threshold_ms": 600_000,
         }
-        options = [f"--port={self.port}", "--include-dashboard=false", f"--system-config={json.dumps(system)}"]
+        options = [f"--port={self.port}", f"--include-dashboard={dashboard}", f"--system-config={json.dumps(system)}"]
         self.started: list[subprocess.Popen] = []
         self.head = self._start("head", "--head", *options)
         self.node: subprocess.Popen | None = None
@@ -110,6 +113,7 @@ class Cluster:
             if process.poll() is None:
                 process.terminate()
                 process.wait(timeout=60)
+        shutil.rmtree(self.environment["RAY_TMPDIR"], ignore_errors=True)
 
     def _start(self, name: str, *options: str) -> subprocess.Popen:
         more = ["--num-cpus=2", "--object-store-memory=200000000", f"--dashboard-agent-listen-port={free_port()}"]

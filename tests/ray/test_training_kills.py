@@ -119,7 +119,7 @@ def test_a_worker_told_to_end_saves_where_it_is(root: str, undisturbed: lineage.
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Two nodes of two CPUs, of which one can be lost."""
-    cluster = Cluster(tmp_path_factory.mktemp("cluster"))
+    cluster = Cluster(tmp_path_factory.mktemp("cluster"), dashboard=True)
     cluster.add_node()
     yield cluster
     cluster.stop()
