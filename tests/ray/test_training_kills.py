@@ -22,8 +22,7 @@ from tests.ray.test_masking_kills import Cluster, Job, below, start, titled
 from tests.s3.test_throttling import Proxy, proxy  # noqa: F401
 
 EPOCHS = 8
-OUTAGE = 15.0
-"""Seconds; an outage of 60 was tried by hand."""
+OUTAGE = 15.0  # seconds
 TRAIN: dict[str, Any] = {
     "dataset": "v1",
     "parent": "sample",
