@@ -24,7 +24,9 @@ class FoldedBottleneck(Bottleneck):
         shortcut = x if self.downsample is None else conv_norm(self.downsample[0], self.downsample[1], x)
         x = self.relu(conv_norm(self.conv1, self.bn1, x))
         x = self.relu(conv_norm(self.conv2, self.bn2, x))
-        return self.relu(conv_norm(self.conv3, self.bn3, x) + shortcut)
+        x = conv_norm(self.conv3, self.bn3, x)
+        x += shortcut
+        return self.relu(x)
 
 
 class FoldedResNet(ResNet):
@@ -100,12 +102,13 @@ def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 
 def conv_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """A convolution and its BatchNorm: one after the other while statistics are learnt, folded where they are frozen.
+    """A convolution and its BatchNorm: folded on CPUs where statistics are frozen, else one after the other.
 
     Folded is the same function with the same gradients, up to rounding. The few million weights are scaled at every
     pass instead of many times more activations, which BatchNorm would also keep for the backward pass.
     """
-    if norm.training:
+    # A GPU would pay for it with hundreds of small kernels, and for the bias with a pass of its own.
+    if norm.training or x.device.type != "cpu":
         return norm(conv(x))
     weight, bias = fold(conv, norm)
     return functional.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
