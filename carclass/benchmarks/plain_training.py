@@ -53,8 +53,9 @@ def loader(folder: Path, batch_size: int, size: int, changed: bool, shuffle: boo
     """Photos of a folder per class. changed: a random crop and flip, else resized alone."""
     steps = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()] if changed else []
     steps = [*(steps or [transforms.Resize((size, size))]), transforms.ToTensor()]
+    transform = transforms.Compose([*steps, transforms.Normalize(model.MEAN, model.STD)])
     return DataLoader(
-        ImageFolder(str(folder), transforms.Compose([*steps, transforms.Normalize(model.MEAN, model.STD)])),
+        ImageFolder(str(folder), transform, allow_empty=True),  # a class may have no photo in a small choice
         batch_size=batch_size,
         shuffle=shuffle,
         num_workers=min(MAX_DECODERS, os.cpu_count() or 1),
