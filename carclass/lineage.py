@@ -98,7 +98,7 @@ class Journal:
         self._write("metrics.jsonl", _lines(self.rows))
 
     def _write(self, path: str, data: bytes) -> None:
-        storage.patiently(lambda: storage.write_bytes(storage.join(self.run.uri, path), data))
+        storage.write_bytes(storage.join(self.run.uri, path), data)
 
 
 def _lines(rows: list[Row]) -> bytes:

@@ -182,6 +182,12 @@ def delete(uri: str) -> None:
     patiently(lambda: filesystem.delete_file(path))
 
 
+def delete_folder(uri: str) -> None:
+    """Removes all files below a place."""
+    filesystem, path = locate(uri)
+    patiently(lambda: filesystem.delete_dir(path))
+
+
 def check_root(uri: str) -> None:
     """UserError unless the place can be written to (a bucket that isn't there, say)."""
     probe = join(uri, f".probe-{uuid4().hex}")

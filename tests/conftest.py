@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ import pytest
 
 from carclass import config, dataset, storage
 from carclass.sample.generate import write_sample
+from tests.busy_s3 import Proxy
 
 Rows = list[dict[str, Any]]
 
@@ -74,6 +76,19 @@ def bucket(s3: Any) -> str:
     name = f"test-{uuid4().hex}"
     s3.create_bucket(Bucket=name)
     return name
+
+
+@pytest.fixture
+def proxy(s3: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """A proxy to which this process and those that it starts speak."""
+    server = Proxy(os.environ["AWS_ENDPOINT_URL"])
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    storage._s3.cache_clear()
+    yield server
+    storage._s3.cache_clear()
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture(scope="session")

@@ -48,8 +48,10 @@ def write(uri: str, snapshot: Snapshot) -> None:
     for name, tensors in snapshot.tensors.items():
         data = save(tensors)
         hashes[name] = storage.sha256(data)
-        _write(storage.join(folder, name), data)
-    _write(storage.join(folder, INDEX), json.dumps({**snapshot.state, "sha256": hashes}, indent=1).encode())
+        storage.write_bytes(storage.join(folder, name), data)
+    storage.write_bytes(
+        storage.join(folder, INDEX), json.dumps({**snapshot.state, "sha256": hashes}, indent=1).encode()
+    )
 
 
 def names(uri: str) -> list[str]:
@@ -135,8 +137,7 @@ def remove(uri: str, found: Iterable[str]) -> None:
         folder = storage.join(uri, name)
         if storage.exists(storage.join(folder, INDEX)):
             storage.delete(storage.join(folder, INDEX))
-        filesystem, path = storage.locate(folder)
-        filesystem.delete_dir(path)
+        storage.delete_folder(folder)
 
 
 def _state_hash(state: dict[str, Any]) -> str:
@@ -147,10 +148,6 @@ def _none_sound(uri: str) -> UserError:
     return UserError(
         f"no checkpoint in {uri} is sound. Bring one back from a backup, or delete this folder to train the stage anew."
     )
-
-
-def _write(uri: str, data: bytes) -> None:
-    storage.patiently(lambda: storage.write_bytes(uri, data))
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -174,9 +171,9 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
 def publish_model(uri: str, net: nn.Module, facts: dict[str, Any]) -> None:
     """Writes the whole network as <uri>.safetensors and, last, what is needed to use it as <uri>.json."""
     data = save(_copy(net.state_dict()))
-    _write(f"{uri}.safetensors", data)
+    storage.write_bytes(f"{uri}.safetensors", data)
     described = json.dumps({**facts, "sha256": storage.sha256(data)}, indent=1, ensure_ascii=False)
-    _write(f"{uri}.json", described.encode())
+    storage.write_bytes(f"{uri}.json", described.encode())
 
 
 def read_model(uri: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

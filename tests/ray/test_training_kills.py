@@ -18,8 +18,8 @@ import yaml
 
 from carclass import config, dataset, ingest, lineage, storage
 from carclass.training import checkpoint, stages
-from tests.ray.test_masking_kills import Cluster, Job, below, start, titled
-from tests.s3.test_throttling import Proxy, proxy  # noqa: F401
+from tests.busy_s3 import Proxy
+from tests.clusters import Cluster, Job, below, start, titled
 
 EPOCHS = 8
 OUTAGE = 15.0  # seconds
@@ -74,9 +74,9 @@ def root(ingested: dataset.Dataset) -> str:
     return ingested.uri.rsplit("/", 2)[0]
 
 
-@pytest.fixture(scope="module", params=[1, 2])
-def undisturbed(request: pytest.FixtureRequest, root: str) -> lineage.Run:
-    return train(root, f"undisturbed-{request.param}", num_workers=request.param)
+@pytest.fixture(scope="module")
+def undisturbed(root: str) -> lineage.Run:
+    return train(root, "undisturbed", num_workers=2)
 
 
 def assert_same(one: lineage.Run, other: lineage.Run) -> None:
@@ -197,7 +197,7 @@ def test_training_outlives_an_outage_of_its_storage(
     ray_cluster: str,
     photos_folder: Path,
     bucket: str,
-    proxy: Proxy,  # noqa: F811
+    proxy: Proxy,
     tmp_path: Path,
 ):
     root, name = f"s3://{bucket}/root", "outage"

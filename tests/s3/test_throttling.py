@@ -4,24 +4,17 @@ A proxy before the S3 server refuses the first few requests for each object, or 
 S3 does. This file, run as a script, is the job whose processes all speak to the proxy.
 """
 
-import http.client
-import http.server
 import itertools
 import os
-import random
 import subprocess
 import sys
-import threading
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from carclass import config, dataset, ingest, storage
 from carclass.masking import stream
+from tests.busy_s3 import Proxy
 
 Rows = list[dict[str, Any]]
 MASK = config.Mask(
@@ -30,90 +23,7 @@ MASK = config.Mask(
     part_rows=16,
 )
 
-SLOW_DOWN = b"""<?xml version="1.0" encoding="UTF-8"?>
-<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"""
-HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length"}
 CONTENT = bytes(10_000)  # larger than an answer that says no, which a reader gets in its place
-
-
-class Proxy(http.server.ThreadingHTTPServer):
-    """Passes requests on, or refuses them: the first few of each, and a share at random."""
-
-    daemon_threads = True
-
-    def __init__(self, endpoint: str) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.behind = endpoint.split("://")[1]
-        self.first, self.share = 0, 0.0
-        self.random, self.lock = random.Random(0), threading.Lock()
-        self.times: dict[str, list[float]] = defaultdict(list)
-        self.refused = 0
-
-    def refuses(self, request: str) -> bool:
-        with self.lock:
-            self.times[request].append(time.monotonic())
-            refused = len(self.times[request]) <= self.first or self.random.random() < self.share
-            self.refused += refused
-            return refused
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection."""
-
-    protocol_version = "HTTP/1.1"
-    server: Proxy
-
-    def answer(self) -> None:
-        body = b"".join(self.chunks())
-        if self.server.refuses(f"{self.command} {self.path}"):
-            self.reply(503, {"Content-Type": "application/xml"}, SLOW_DOWN)
-            return
-        behind = http.client.HTTPConnection(self.server.behind, timeout=60)
-        kept = {name: value for name, value in self.headers.items() if name.lower() not in {*HOP_BY_HOP, "expect"}}
-        behind.request(self.command, self.path, body, {**kept, "Content-Length": str(len(body))})
-        answer = behind.getresponse()
-        given = {name: value for name, value in answer.getheaders() if name.lower() not in HOP_BY_HOP}
-        if self.command == "HEAD":
-            given["Content-Length"] = answer.headers.get("Content-Length", "0")
-        self.reply(answer.status, given, answer.read())
-        behind.close()
-
-    def chunks(self) -> Iterator[bytes]:
-        """The body, whichever way it is framed."""
-        if self.headers.get("Transfer-Encoding") != "chunked":
-            yield self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            return
-        while size := int(self.rfile.readline(), 16):
-            yield self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
-
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer  # noqa: N815
-
-    def reply(self, status: int, headers: dict[str, str], body: bytes) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        if "Content-Length" not in headers:
-            self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(b"" if self.command == "HEAD" else body)
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def proxy(s3: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """A proxy to which this process and those that it starts speak."""
-    server = Proxy(os.environ["AWS_ENDPOINT_URL"])
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-    storage._s3.cache_clear()
-    yield server
-    storage._s3.cache_clear()
-    server.shutdown()
-    server.server_close()
 
 
 def test_a_request_that_is_refused_is_made_again(proxy: Proxy, bucket: str):

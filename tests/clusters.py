@@ -1,0 +1,125 @@
+"""Clusters and jobs in processes of their own, which pytest's know nothing of and which can be lost."""
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+JOBS = Path(__file__).parents[1] / "jobs"
+RAY = Path(sys.executable).with_name("ray")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def below(pid: int) -> dict[int, str]:
+    """Every process that a process started, and those that these started, with their titles."""
+    parents, titles = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(folder.name)] = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            titles[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+        except (FileNotFoundError, ProcessLookupError):  # ended in the meantime
+            continue
+    found, generation = set(), {pid}
+    while generation := {child for child, parent in parents.items() if parent in generation}:
+        found |= generation
+    return {child: titles[child] for child in sorted(found) if child in titles}
+
+
+def titled(pids: dict[int, str], start: str) -> list[int]:
+    return [pid for pid, title in pids.items() if title.split(" ")[0].rsplit("/", 1)[-1].startswith(start)]
+
+
+class Cluster:
+    """A Ray cluster on this machine whose nodes can be lost."""
+
+    def __init__(self, folder: Path, *, dashboard: bool = False) -> None:
+        self.folder, self.port = folder, free_port()
+        known = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        self.environment = {**known, **token, "OMP_NUM_THREADS": "1", "RAY_ADDRESS": f"127.0.0.1:{self.port}"}
+        self.environment["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-")
+        # A lost node is noticed in two seconds, not in fifteen; idle workers stay, as starting one costs seconds.
+        system = {
+            "health_check_period_ms": 500,
+            "health_check_failure_threshold": 3,
+            "health_check_initial_delay_ms": 1000,
+            "idle_worker_killing_time_threshold_ms": 600_000,
+        }
+        options = [f"--port={self.port}", f"--include-dashboard={dashboard}", f"--system-config={json.dumps(system)}"]
+        self.started: list[subprocess.Popen] = []
+        self.head = self._start("head", "--head", *options)
+        self.node: subprocess.Popen | None = None
+
+    def add_node(self) -> None:
+        """A second node, which can be lost."""
+        self.node = self._start("node", f"--address=127.0.0.1:{self.port}")
+
+    def lose_node(self) -> None:
+        """Kills the second node's raylet and waits for what the node leaves behind."""
+        assert self.node is not None
+        (raylet,) = titled(below(self.node.pid), "raylet")
+        os.kill(raylet, signal.SIGKILL)
+        self.node.wait(timeout=60)
+        self.node = None
+
+    def detectors(self) -> list[int]:
+        """Processes of the actors that have a detector."""
+        return titled(below(self.head.pid) | (below(self.node.pid) if self.node else {}), "ray::MapWorker(")
+
+    def stop(self) -> None:
+        for process in reversed(self.started):
+            if process.poll() is None:
+                process.terminate()
+                process.wait(timeout=60)
+        shutil.rmtree(self.environment["RAY_TMPDIR"], ignore_errors=True)
+
+    def _start(self, name: str, *options: str) -> subprocess.Popen:
+        more = ["--num-cpus=2", "--object-store-memory=200000000", f"--dashboard-agent-listen-port={free_port()}"]
+        more += ["--min-worker-port=0", "--max-worker-port=0", "--node-ip-address=127.0.0.1", "--block"]
+        log = self.folder / f"{name}-{time.monotonic_ns()}.log"
+        environment = {key: value for key, value in self.environment.items() if key != "RAY_ADDRESS"}
+        with log.open("w") as out:
+            process = subprocess.Popen([RAY, "start", *options, *more], env=environment, stdout=out, stderr=out)
+        self.started.append(process)
+        wait_for(lambda: "Ray runtime started" in log.read_text(), process, log)
+        return process
+
+
+def wait_for(reached: Callable[[], bool], process: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not reached():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.02)
+
+
+class Job(NamedTuple):
+    """A running job and its log."""
+
+    process: subprocess.Popen
+    log: Path
+
+    def end(self) -> None:
+        """Waits until the job has ended well."""
+        assert self.process.wait(timeout=180) == 0, self.log.read_text()
+
+
+def start(name: str, config_file: Path, environment: dict[str, str], *options: str) -> Job:
+    log = config_file.with_name(f"{name.removesuffix('.py')}-{time.monotonic_ns()}.log")
+    command = [sys.executable, JOBS / name, "--config", config_file, *options]
+    with log.open("w") as out:
+        return Job(subprocess.Popen(command, env=environment, stdout=out, stderr=out), log)
