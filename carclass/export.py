@@ -202,7 +202,12 @@ def to_onnx(classify: PhotoClassifier, facts: dict[str, Any]) -> bytes:
 def from_onnx(data: bytes) -> Classify:
     """An ONNX model as the standard's own evaluator runs it: slowly."""
     evaluator = ReferenceEvaluator(onnx.load_from_string(data))
-    return lambda photos: torch.from_numpy(list(evaluator.run(None, {"photos": photos.numpy()}))[0])
+
+    def classify(photos: Tensor) -> Tensor:
+        (logits,) = evaluator.run(None, {"photos": photos.numpy()})
+        return torch.from_numpy(logits)
+
+    return classify
 
 
 FORMATS = {

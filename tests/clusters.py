@@ -59,7 +59,8 @@ class Cluster:
             "health_check_initial_delay_ms": 1000,
             "idle_worker_killing_time_threshold_ms": 600_000,
         }
-        options = [f"--port={self.port}", f"--include-dashboard={dashboard}", f"--system-config={json.dumps(system)}"]
+        options = [f"--port={self.port}", f"--system-config={json.dumps(system)}"]
+        options += [f"--include-dashboard={dashboard}", f"--dashboard-port={free_port()}"]
         self.started: list[subprocess.Popen] = []
         self.head = self._start("head", "--head", *options)
         self.node: subprocess.Popen | None = None

@@ -74,15 +74,15 @@ class Trainee(NamedTuple):
 
 
 def make_optimizer(parameters: list[nn.Parameter], stage: config.Stage) -> torch.optim.Optimizer:
-    """The stage's optimizer; biases and normalisation are not decayed."""
+    """The stage's optimizer; biases and normalisation are not decayed. Fused: one pass over the parameters."""
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": stage.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     if stage.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=stage.lr, momentum=0.9)
+        return torch.optim.SGD(groups, lr=stage.lr, momentum=0.9, fused=True)
     kind = torch.optim.AdamW if stage.optimizer == "adamw" else torch.optim.Adam
-    return kind(groups, lr=stage.lr)
+    return kind(groups, lr=stage.lr, fused=True)
 
 
 def learning_rate(stage: config.Stage, progress: float) -> float:
