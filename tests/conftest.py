@@ -51,6 +51,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
             environment.setenv("AWS_SECRET_ACCESS_KEY", "test")
             environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
             environment.setenv("AWS_EC2_METADATA_DISABLED", "true")
+            storage._s3.cache_clear()  # a client made before would speak to AWS
             yield boto3.client("s3")
     finally:
         server.kill()
