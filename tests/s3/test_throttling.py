@@ -1,7 +1,7 @@
 """An S3 that says SlowDown: what was asked is asked again, later, and nothing is lost or doubled.
 
 A proxy before the S3 server refuses the first few requests for each object, or a share of all at random, as a throttled
-S3 does. This file, run as a script, is the job whose processes all speak to the proxy.
+S3 does. This file, run as a module, is the job whose processes all speak to the proxy.
 """
 
 import itertools
@@ -66,9 +66,10 @@ def test_a_throttled_job_makes_the_dataset_of_an_undisturbed_one(
     for path in photos_folder.rglob("*.*"):
         s3.put_object(Bucket=bucket, Key=f"cars/{path.relative_to(photos_folder)}", Body=path.read_bytes())
     proxy.share = 0.15
-    command = [sys.executable, __file__, f"s3://{bucket}/out", f"s3://{bucket}/cars"]
+    command = [sys.executable, "-m", "tests.s3.test_throttling", f"s3://{bucket}/out", f"s3://{bucket}/cars"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    house = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=house, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert proxy.refused > 20
     proxy.share = 0.0
