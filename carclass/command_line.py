@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 from pydantic_core import PydanticUndefined
 
-from carclass.config import CommandLineText, Config, Section, read_file, section_type, validate
+from carclass import config_file
+from carclass.config import CommandLineText, Config, Section, section_type, validate
 from carclass.dataset import Dataset
 from carclass.errors import UserError
 from carclass.progress import table
@@ -85,7 +86,7 @@ def sample_config() -> Path:
 
 def load(path: Path, overrides: dict[str, str]) -> Config:
     """A config file with dotted keys replaced; `null`, [lists] and {mappings} are read as YAML."""
-    values = read_file(path)
+    values = config_file.read(path)
     for key, text in overrides.items():
         *steps, last = key.split(".")
         place = values

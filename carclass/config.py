@@ -13,7 +13,6 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -265,6 +264,8 @@ class Unfrozen(Stage):
 
     epochs: int = Field(30, ge=1)
     lr: float = Field(1e-4, gt=0, allow_inf_nan=False)
+    micro_batch_size: int | None = Field(None, ge=1)
+    """Photos that a worker computes at once; gradients of its share of a step are summed over them. By default all."""
 
 
 class Train(Section):
@@ -333,35 +334,6 @@ class Config(Section):
     evaluate: Evaluate = Evaluate()
     compare_unmasked: bool = False
     """The pipeline also trains on the unmasked dataset with the same settings, to show what masking gave."""
-
-
-def read_file(path: str | Path) -> dict[str, Any]:
-    """The file's keys and values, `${NAME}` replaced; UserError when it is not a YAML mapping."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"config file {path}: {error.strerror or error}. Give an existing file with --config."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"config file {path} is not text in UTF-8 ({error}). Is it the right file?") from error
-    try:
-        values = yaml.safe_load(re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", lambda m: _environment(m, path), text))
-    except yaml.YAMLError as error:
-        raise UserError(f"config file {path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"config file {path} holds no settings. See jobs/experiments/ for examples.")
-    return values
-
-
-def _environment(match: re.Match[str], path: str | Path) -> str:
-    name, default = match.groups()
-    value = os.environ.get(name)
-    if default is not None and not value:  # as in the shell, `:-` replaces an empty value too
-        value = default
-    if value is None:
-        raise UserError(f"config file {path} uses ${{{name}}}, which is not set. Say `export {name}=…` first.")
-    return value
 
 
 def validate(values: dict[str, Any], *, source: str | Path, base: Path) -> Config:

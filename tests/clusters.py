@@ -52,6 +52,9 @@ class Cluster:
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         self.environment = {**known, **token, "OMP_NUM_THREADS": "1", "RAY_ADDRESS": f"127.0.0.1:{self.port}"}
         self.environment["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-")
+        dashboard_port = free_port()
+        if dashboard:  # or one of Ray Train's helpers, which asks there for its controller, finds another cluster's
+            self.environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{dashboard_port}"
         # A lost node is noticed in two seconds, not in fifteen; idle workers stay, as starting one costs seconds.
         system = {
             "health_check_period_ms": 500,
@@ -60,7 +63,7 @@ class Cluster:
             "idle_worker_killing_time_threshold_ms": 600_000,
         }
         options = [f"--port={self.port}", f"--system-config={json.dumps(system)}"]
-        options += [f"--include-dashboard={dashboard}", f"--dashboard-port={free_port()}"]
+        options += [f"--include-dashboard={dashboard}", f"--dashboard-port={dashboard_port}"]
         self.started: list[subprocess.Popen] = []
         self.head = self._start("head", "--head", *options)
         self.node: subprocess.Popen | None = None

@@ -59,9 +59,8 @@ def compute(net: nn.Module, feed: Feed, num_views: int, run: lineage.Run, device
     width = model.num_features(net)
     found = torch.zeros(num_views, len(feed), width)
     mine = np.arange(len(feed))[feed.rank :: feed.num_workers]
-    for start in range(0, len(mine), BATCH_SIZE):
-        indices = mine[start : start + BATCH_SIZE]
-        photos = to_device(feed.pixels(indices), device)
+    for indices, start, pixels in feed.read((mine[i : i + BATCH_SIZE], i) for i in range(0, len(mine), BATCH_SIZE)):
+        photos = to_device(pixels, device)
         for view in range(num_views):
             seen = view_of(photos, view, feed.ids[indices], feed.seed, settings.augmentation)
             with model.autocast(settings.precision, device):

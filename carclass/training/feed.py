@@ -1,23 +1,40 @@
-"""Photos decoded once and served for many epochs, in an order that depends on (seed, epoch, photo) alone."""
+"""A split's photos in memory, served for many epochs, in an order that depends on (seed, epoch, photo) alone."""
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from carclass import config, model, photo
 from carclass.augment import augment, uniforms
 
+T = TypeVar("T")
 ORDER, VIEW, AUGMENT, DROPOUT = 0, 1, 2, 3
 """What a draw is for: added to the seed, so that no two purposes share their randomness."""
+AHEAD = 4
+"""Batches that are read, in a thread each, while one is trained on: of photos kept encoded, 2,500 a second or so."""
+
+
+class Encoded:
+    """Photos kept as they are on storage, a tenth as large as decoded, and decoded whenever they are asked for."""
+
+    def __init__(self, images: pa.Array, size: int) -> None:
+        self.images, self.size = images, size
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """uint8 (S,S,3) RGB."""
+        return pixels_of([self.images[int(index)].as_py()], self.size)[0]
 
 
 class Block(NamedTuple):
-    """Some of a split's photos, decoded."""
+    """Some of a split's photos."""
 
-    pixels: np.ndarray  # uint8 (N,S,S,3) RGB
+    pixels: np.ndarray | Encoded  # uint8 (N,S,S,3) RGB
     labels: np.ndarray  # int64 (N,)
     ids: np.ndarray  # uint64 (N,): the first bytes of image_id and key
 
@@ -59,6 +76,16 @@ class Feed:
         found = [self.blocks[block].pixels[i - self.starts[block]] for block, i in zip(where, indices, strict=True)]
         return np.stack(found)
 
+    def read(self, batches: Iterable[tuple[np.ndarray, T]]) -> Iterator[tuple[np.ndarray, T, np.ndarray]]:
+        """(positions, what came with them, their pixels), a few batches being read ahead."""
+        with ThreadPoolExecutor(AHEAD) as pool:
+            reading: deque = deque()
+            for indices, more in batches:
+                reading.append((indices, more, pool.submit(self.pixels, indices)))
+                if len(reading) > AHEAD:
+                    yield _done(reading.popleft())
+            yield from map(_done, reading)
+
     def order(self, epoch: int | None) -> np.ndarray:
         """Positions in the order of an epoch; None: by id, for validation."""
         if epoch is None:
@@ -91,16 +118,16 @@ class PhotoBatches:
     def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """An epoch's steps after its first `start` samples."""
         feed = self.feeds[0]
-        for indices, weight in feed.steps(epoch, self.batch_size, start):
-            photos = to_device(feed.pixels(indices), self.device)
+        for indices, weight, pixels in feed.read(feed.steps(epoch, self.batch_size, start)):
+            photos = to_device(pixels, self.device)
             draws = uniforms(feed.seed + AUGMENT, epoch, feed.ids[indices], 5)
             yield _batch(augment(photos, self.settings, draws), feed, indices, weight)
 
     def val(self) -> Iterator[Batch]:
         """Every val photo once over all workers."""
         feed = self.feeds[1]
-        for indices, weight in feed.steps(None, self.batch_size * 4):
-            yield _batch(to_device(feed.pixels(indices), self.device), feed, indices, weight)
+        for indices, weight, pixels in feed.read(feed.steps(None, self.batch_size * 4)):
+            yield _batch(to_device(pixels, self.device), feed, indices, weight)
 
 
 class FeatureBatches:
@@ -143,6 +170,11 @@ def view_of(photos: Tensor, view: int, ids: np.ndarray, seed: int, settings: con
     if view == 1:
         return photos.flip(3)
     return augment(photos, settings, uniforms(seed + AUGMENT, view, ids, 5))
+
+
+def _done(batch: tuple) -> tuple:
+    *told, pixels = batch
+    return *told, pixels.result()
 
 
 def _batch(inputs: Tensor, feed: Feed, indices: np.ndarray, weight: float) -> Batch:

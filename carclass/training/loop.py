@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -10,6 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
 from carclass import config, model
 from carclass.training.feed import DROPOUT, Batch
@@ -71,6 +73,7 @@ class Trainee(NamedTuple):
     stage: config.Stage
     autocast: torch.autocast
     seed: int
+    piece: int | None = None  # samples that a worker computes at once; None: its share of a step
 
 
 def make_optimizer(parameters: list[nn.Parameter], stage: config.Stage) -> torch.optim.Optimizer:
@@ -139,6 +142,26 @@ def train_step(trainee: Trainee, batch: Batch, epoch: int, share: float) -> Tens
     """One step; returns this worker's tally. share: of the epoch, once the step is done."""
     for group in trainee.optimizer.param_groups:
         group["lr"] = learning_rate(trainee.stage, epoch - 1 + share)
+    trainee.optimizer.zero_grad(set_to_none=True)
+    *others, last = pieces(batch, trainee.piece)
+    tallies = []
+    with trainee.forward.no_sync() if isinstance(trainee.forward, DistributedDataParallel) else nullcontext():
+        tallies += [backward(trainee, piece, epoch) for piece in others]
+    tallies.append(backward(trainee, last, epoch))  # workers exchange the sum of all pieces' gradients
+    trainee.optimizer.step()
+    return torch.stack(tallies).sum(0)
+
+
+def pieces(batch: Batch, size: int | None) -> Iterator[Batch]:
+    """A batch in pieces of at most `size` samples; None: whole."""
+    size = size or len(batch.ids)
+    for start in range(0, len(batch.ids), size):
+        part = slice(start, start + size)
+        yield Batch(batch.inputs[part], batch.labels[part], batch.weight, batch.ids[part])
+
+
+def backward(trainee: Trainee, batch: Batch, epoch: int) -> Tensor:
+    """Adds to the gradients; returns this worker's tally."""
     for module in trainee.module.modules():
         if isinstance(module, model.SampleDropout):
             module.draw(trainee.seed + DROPOUT, epoch, batch.ids, batch.inputs.device)
@@ -147,9 +170,7 @@ def train_step(trainee: Trainee, batch: Batch, epoch: int, share: float) -> Tens
     loss = functional.cross_entropy(
         logits.float(), batch.labels, reduction="sum", label_smoothing=trainee.stage.label_smoothing
     )
-    trainee.optimizer.zero_grad(set_to_none=True)
     (loss * batch.weight).backward()
-    trainee.optimizer.step()
     return _tally(loss.detach(), logits.detach(), batch)
 
 

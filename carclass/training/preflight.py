@@ -80,20 +80,36 @@ def check_classes(source: dataset.Dataset) -> None:
         log.warning("train: %d classes have no train photo and will never be predicted: %s", len(unseen), names)
 
 
-def check_object_store(settings: config.Train, source: dataset.Dataset, there: int) -> None:
-    """Warns when the decoded train and val photos, uint8 (S,S,3) each, are more than a node's object store.
+def decoded_size(settings: config.Train, source: dataset.Dataset, object_store: int) -> int | None:
+    """Pixels of the sides that photos are decoded to before training, once; None where they would not fit into memory.
 
-    No error: Ray then keeps some of them in files on its disk, seen to work with twice the photos that fit.
+    object_store: bytes that the cluster's largest node has for them.
     """
-    size, count = settings.model.image_size, source.manifest["splits"]["train"] + source.manifest["splits"]["val"]
-    needed = 3 * size * size * count
+    return settings.model.image_size if _decoded(settings, source) <= object_store else None
+
+
+def check_object_store(settings: config.Train, source: dataset.Dataset, there: int) -> None:
+    """Warns when the decoded train and val photos, uint8 (S,S,3) each, are more than a node's object store."""
+    needed, count = _decoded(settings, source), _num_photos(source)
     if needed > there:
         log.warning(
             "train: %s photos of `%s` take %s when decoded to %d pixels (`train.model.image_size`), and the cluster's "
-            "largest object store has %s: Ray keeps the rest on disk, which is slower. Up to %d pixels fit; or give "
-            "Ray more memory (`ray start --object-store-memory`, or RAY_DEFAULT_OBJECT_STORE_MEMORY_PROPORTION).",
-            f"{count:,}", source.name, _text(needed), size, _text(there), int((there / count / 3) ** 0.5),
+            "largest object store has %s: they stay encoded and are decoded anew in every epoch. Up to %d pixels fit; "
+            "or give Ray more memory (`ray start --object-store-memory`, or "
+            "RAY_DEFAULT_OBJECT_STORE_MEMORY_PROPORTION).",
+            f"{count:,}", source.name, _text(needed), settings.model.image_size, _text(there),
+            int((there / count / 3) ** 0.5),
         )  # fmt: skip
+
+
+def _decoded(settings: config.Train, source: dataset.Dataset) -> int:
+    """Bytes of the decoded train and val photos."""
+    return 3 * settings.model.image_size**2 * _num_photos(source)
+
+
+def _num_photos(source: dataset.Dataset) -> int:
+    splits = source.manifest["splits"]
+    return int(splits["train"] + splits["val"])
 
 
 def check_disk(root: str, settings: config.Train, source: dataset.Dataset, net: ResNet) -> None:
@@ -156,13 +172,18 @@ def _check_views(views: int, source: dataset.Dataset, net: ResNet, usable: float
 
 def _check_batch_size(settings: config.Train, num_workers: int, step: Step, usable: float, there: str) -> None:
     assert settings.unfrozen is not None
-    fitting = max(0, int((usable - step.fixed) // step.per_photo)) * num_workers
-    if settings.unfrozen.batch_size > fitting:
-        advice = f"Up to {fitting} fit" if fitting else "Not even one fits"
+    stage, fitting = settings.unfrozen, max(0, int((usable - step.fixed) // step.per_photo))
+    share = -(-stage.batch_size // num_workers)
+    if min(share, stage.micro_batch_size or share) > fitting:
+        fits = (
+            f"Up to {fitting * num_workers} fit; or set `train.unfrozen.micro_batch_size` to {fitting} or less"
+            if fitting
+            else "Not even one fits"
+        )
         raise UserError(
-            f"`train.unfrozen.batch_size`: {settings.unfrozen.batch_size} photos of {settings.model.image_size} pixels "
+            f"`train.unfrozen.batch_size`: {stage.batch_size} photos of {settings.model.image_size} pixels "
             f"over {num_workers} worker(s) don't fit into {there}, of which weights, gradients, optimizer and "
-            f"libraries take {_text(PROCESS + step.fixed)} and each photo {_text(step.per_photo)}. {advice}; or "
+            f"libraries take {_text(PROCESS + step.fixed)} and each photo {_text(step.per_photo)}. {fits}, "
             "lower `train.model.image_size`, or take more or larger machines."
         )
 

@@ -19,17 +19,17 @@ from torchvision.models.resnet import ResNet
 from carclass import cluster, config, dataset, lineage, model, storage
 from carclass.errors import UserError
 from carclass.training import checkpoint, features, loop, preflight
-from carclass.training.feed import Block, FeatureBatches, Feed, PhotoBatches, pixels_of
+from carclass.training.feed import Block, Encoded, FeatureBatches, Feed, PhotoBatches, pixels_of
 from carclass.training.keeper import Keeper
 
 log = logging.getLogger(__name__)
-DECODE_ROWS = 128
-"""Photos per decoded block: 20 MB at 224 pixels."""
+READ_ROWS = 128
+"""Photos per block: 20 MB when decoded to 224 pixels."""
 MAX_VAIN = 3
 """How often workers are replaced without any checkpoint in between: then it is the program that fails."""
 
 MAX_WAIT = 120.0
-"""Seconds until decoded photos are taken for lost."""
+"""Seconds until photos in the object store are taken for lost."""
 STAY, ASK, LEAVE = 0, 1, 2
 ASK_SECONDS = 2.0
 """How often Ray is asked whether a node is drained; a spot instance has two minutes, a container half of one."""
@@ -43,7 +43,7 @@ class Job(NamedTuple):
     stage: model.StageName
     classes: list[str]
     digest: str  # of the dataset
-    blocks: dict[str, list[ray.ObjectRef]]  # decoded photos by split
+    blocks: dict[str, list[ray.ObjectRef]]  # photos by split
     num_threads: int
 
 
@@ -79,21 +79,34 @@ def _threads(settings: config.Train, use_gpu: bool) -> int:
     return 1 if use_gpu else max(1, int(ray.cluster_resources()["CPU"]) // settings.workers[1])
 
 
-def decode(source: dataset.Dataset, split: str, size: int) -> list[ray.ObjectRef]:
-    """A split's photos, decoded once through Ray Data; the blocks stay in the object store."""
+def read(source: dataset.Dataset, split: str, size: int | None) -> list[ray.ObjectRef]:
+    """A split's photos, streamed once through Ray Data; the blocks stay in the object store.
+
+    size: pixels of the sides they are decoded to; None: they stay encoded.
+    """
     rows = cluster.stream(source, ["image_id", "key", "label", "image"], split)
     index = {name: i for i, name in enumerate(source.classes)}
-    decode_rows = partial(decode_batch, index=index, size=size)
-    decoded = rows.map_batches(decode_rows, batch_size=DECODE_ROWS, batch_format="pyarrow")
-    return list(decoded.materialize().to_numpy_refs())
+    held = rows.map_batches(partial(read_batch, index=index, size=size), batch_size=READ_ROWS, batch_format="pyarrow")
+    held = held.materialize()
+    return list(held.to_arrow_refs() if size is None else held.to_numpy_refs())
 
 
-def decode_batch(batch: pa.Table, index: dict[str, int], size: int) -> dict[str, np.ndarray]:
-    """A Block's arrays from a dataset's rows."""
+def read_batch(batch: pa.Table, index: dict[str, int], size: int | None) -> pa.Table | dict[str, np.ndarray]:
+    """A Block's columns from a dataset's rows."""
     names = [f"{i}/{key}" for i, key in zip(batch["image_id"].to_pylist(), batch["key"].to_pylist(), strict=True)]
     ids = np.array([int(storage.sha256(name.encode())[:16], 16) for name in names], np.uint64)
     labels = np.array([index[label] for label in batch["label"].to_pylist()], np.int64)
+    if size is None:
+        return pa.table({"images": batch["image"], "labels": labels, "ids": ids})
     return {"pixels": pixels_of(batch["image"].to_pylist(), size), "labels": labels, "ids": ids}
+
+
+def block_of(held: pa.Table | dict[str, np.ndarray], size: int) -> Block:
+    """Photos as they lie in the object store, where they stay: nothing is copied."""
+    if isinstance(held, dict):
+        return Block(**held)
+    images = held["images"].combine_chunks()
+    return Block(Encoded(images, size), held["labels"].to_numpy(), held["ids"].to_numpy())
 
 
 def _fit(job: Job, source: dataset.Dataset, use_gpu: bool) -> None:
@@ -102,8 +115,8 @@ def _fit(job: Job, source: dataset.Dataset, use_gpu: bool) -> None:
     newest = checkpoint.newest_sound(uri)
     while True:
         if not nodes or nodes - cluster.nodes():  # a lost node takes photos along
-            nodes, size = cluster.nodes(), job.run.settings.model.image_size
-            job = job._replace(blocks={split: decode(source, split, size) for split in ("train", "val")})
+            nodes, size = cluster.nodes(), preflight.decoded_size(job.run.settings, source, cluster.object_store())
+            job = job._replace(blocks={split: read(source, split, size) for split in ("train", "val")})
         before, error = newest, None
         try:
             if _run_workers(job, use_gpu):
@@ -186,7 +199,8 @@ def _work(given: dict[str, Any]) -> bool:
     device = ray.train.torch.get_device()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
     # Without a time limit, a worker would hold the CPUs for which the tasks wait that make lost photos again.
-    blocks = [[Block(**block) for block in ray.get(job.blocks[s], timeout=MAX_WAIT)] for s in ("train", "val")]
+    held = [ray.get(job.blocks[split], timeout=MAX_WAIT) for split in ("train", "val")]
+    blocks = [[block_of(block, settings.model.image_size) for block in split] for split in held]
     feeds = [Feed(split, seed=settings.seed, rank=rank, num_workers=num_workers) for split in blocks]
     net = start_of(job).to(device)
     parameters = model.prepare_stage(net, job.stage)
@@ -202,7 +216,10 @@ def _work(given: dict[str, Any]) -> bool:
     state = _restore(job, module, optimizer)
     precision = "fp32" if job.stage == "frozen" else settings.precision  # a linear layer gains nothing from bf16
     forward = ray.train.torch.prepare_model(module) if num_workers > 1 else module
-    trainee = loop.Trainee(module, forward, optimizer, stage, model.autocast(precision, device), settings.seed)
+    trainee = loop.Trainee(
+        module, forward, optimizer, stage, model.autocast(precision, device), settings.seed,
+        stage.micro_batch_size if job.stage == "unfrozen" else None,
+    )  # fmt: skip
     return _train(job, trainee, batches, state)
 
 

@@ -1,27 +1,28 @@
-"""A stage that loses a worker, its controller or its storage, or is told to leave, ends as if nothing had happened.
+"""A stage that loses a worker, its controller, a node or its storage, or is told to leave, ends as if undisturbed.
 
-To the bit. Real Ray Train, a small network.
+To the bit with as many workers; to within the order of sums with others. Real Ray Train, a small network.
 """
 
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import numpy as np
 import pytest
 import yaml
 
 from carclass import config, dataset, ingest, lineage, storage
 from carclass.training import checkpoint, stages
 from tests.busy_s3 import Proxy
-from tests.clusters import Job, below, start, titled
+from tests.clusters import Cluster, Job, below, start, titled
 
 EPOCHS = 8
-OUTAGE = 15.0  # seconds
+OUTAGE = 60.0  # seconds
 TRAIN: dict[str, Any] = {
     "dataset": "v1",
     "parent": "sample",
@@ -111,7 +112,25 @@ def test_a_worker_told_to_end_saves_where_it_is(root: str, undisturbed: lineage.
     assert_same(run, undisturbed)
 
 
-# Storage
+# Other workers, other machines
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two nodes of two CPUs, of which one can be lost."""
+    cluster = Cluster(tmp_path_factory.mktemp("cluster"), dashboard=True)
+    cluster.add_node()
+    yield cluster
+    cluster.stop()
+
+
+def start_training(
+    cluster: Cluster, folder: Path, root: str, name: str, num_workers: str, *, epochs: int = EPOCHS, **changes: Any
+) -> Job:
+    config_file = folder / "train.yml"
+    settings = {**TRAIN, "unfrozen": {**TRAIN["unfrozen"], "epochs": epochs}, "name": name, **changes}
+    config_file.write_text(yaml.safe_dump({"root": root, "train": settings}))
+    return start("train.py", config_file, cluster.environment, "--num_workers", num_workers)
 
 
 def wait_until(reached: Callable[[], bool], job: Job) -> None:
@@ -120,6 +139,58 @@ def wait_until(reached: Callable[[], bool], job: Job) -> None:
         assert job.process.poll() is None, job.log.read_text()
         assert time.monotonic() < deadline, job.log.read_text()
         time.sleep(0.005)
+
+
+def assert_close(root: str, name: str, other: lineage.Run) -> None:
+    found, expected = np.array(losses(lineage.load(root, name))), np.array(losses(other))
+    np.testing.assert_array_equal(found[:, :2], expected[:, :2])
+    np.testing.assert_allclose(found[:, 2], expected[:, 2], rtol=2e-3)
+
+
+def test_workers_may_change_from_one_to_two_and_back(
+    cluster: Cluster, root: str, undisturbed: lineage.Run, tmp_path: Path
+):
+    name = f"changed-{uuid4().hex[:8]}"
+    for num_workers, until in (("1", "epoch-0002-00000008"), ("2", "epoch-0005-00000008")):
+        job = start_training(cluster, tmp_path, root, name, num_workers)
+        wait_until(lambda until=until: reached(root, name, until), job)
+        job.process.kill()
+        job.process.wait()
+    start_training(cluster, tmp_path, root, name, "1").end()
+    assert_close(root, name, undisturbed)
+
+
+def test_training_goes_on_with_fewer_workers_when_a_node_is_lost(
+    cluster: Cluster, root: str, undisturbed: lineage.Run, tmp_path: Path
+):
+    if cluster.node is None:
+        cluster.add_node()
+    name = f"elastic-{uuid4().hex[:8]}"
+    job = start_training(cluster, tmp_path, root, name, "[1, 2]")
+    wait_until(lambda: reached(root, name, "epoch-0002-00000008"), job)
+    cluster.lose_node()
+    job.end()
+    assert "workers were lost" in job.log.read_text()
+    assert_close(root, name, undisturbed)
+
+
+def test_a_node_that_will_be_taken_away_is_left_in_time(cluster: Cluster, root: str, tmp_path: Path):
+    """Without checkpoints within epochs and with very many epochs' time: what it goes on from is what leaving saved."""
+    if cluster.node is None:
+        cluster.add_node()
+    name = f"drained-{uuid4().hex[:8]}"
+    cluster.environment["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "0.5"
+    job = start_training(cluster, tmp_path, root, name, "[1, 2]", epochs=100, checkpoint_steps=None)
+    wait_until(lambda: reached(root, name, "epoch-0002"), job)
+    node, cluster.node = cluster.node, None
+    assert node is not None
+    node.terminate()  # as when a pod is ended: Ray drains the node
+    job.end()
+    assert "workers left; going on from epoch" in job.log.read_text()
+    assert [row["epoch"] for row in lineage.load(root, name).metrics()] == list(range(1, 101))
+
+
+# Storage
 
 
 def test_training_outlives_an_outage_of_its_storage(

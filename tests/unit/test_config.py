@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from carclass import command_line
-from carclass.config import CommandLineText, Config, Frozen, Mask, Train, read_file, validate
+from carclass import command_line, config_file
+from carclass.config import CommandLineText, Config, Frozen, Mask, Train, validate
 from carclass.errors import UserError
 
 EXPERIMENTS = sorted((Path(__file__).parents[2] / "jobs" / "experiments").glob("*.yml"))
@@ -171,7 +171,7 @@ def test_a_path_typed_by_the_user_is_plain_text_once_it_is_checked():
 
 def test_environment_variables_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PLACE", "s3://bucket")
-    assert read_file(file_with(tmp_path, "root: ${PLACE}/out")) == {"root": "s3://bucket/out"}
+    assert config_file.read(file_with(tmp_path, "root: ${PLACE}/out")) == {"root": "s3://bucket/out"}
 
 
 @pytest.mark.parametrize("value", [None, ""])
@@ -181,40 +181,40 @@ def test_an_unset_or_empty_variable_has_the_default_given(
     monkeypatch.delenv("PLACE", raising=False)
     if value is not None:
         monkeypatch.setenv("PLACE", value)
-    assert read_file(file_with(tmp_path, "root: ${PLACE:-../out}/x")) == {"root": "../out/x"}
+    assert config_file.read(file_with(tmp_path, "root: ${PLACE:-../out}/x")) == {"root": "../out/x"}
 
 
 def test_a_variable_that_is_set_wins_over_its_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PLACE", "here")
-    assert read_file(file_with(tmp_path, "root: ${PLACE:-there}")) == {"root": "here"}
+    assert config_file.read(file_with(tmp_path, "root: ${PLACE:-there}")) == {"root": "here"}
 
 
 def test_an_unset_variable_without_default_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("NOT_THERE", raising=False)
     with pytest.raises(UserError, match=r"\$\{NOT_THERE\}, which is not set. Say `export NOT_THERE"):
-        read_file(file_with(tmp_path, "root: ${NOT_THERE}"))
+        config_file.read(file_with(tmp_path, "root: ${NOT_THERE}"))
 
 
 def test_a_missing_file_is_named(tmp_path: Path):
     with pytest.raises(UserError, match=r"config file .*nothing.yml: No such file"):
-        read_file(tmp_path / "nothing.yml")
+        config_file.read(tmp_path / "nothing.yml")
 
 
 def test_a_file_that_is_no_yaml_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match="not valid YAML"):
-        read_file(file_with(tmp_path, "root: [unclosed"))
+        config_file.read(file_with(tmp_path, "root: [unclosed"))
 
 
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path):
     (tmp_path / "weights.yml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not text in UTF-8"):
-        read_file(tmp_path / "weights.yml")
+        config_file.read(tmp_path / "weights.yml")
 
 
 @pytest.mark.parametrize("text", ["", "# nothing", "- a list", "a word"])
 def test_a_file_without_settings_is_refused(tmp_path: Path, text: str):
     with pytest.raises(UserError, match="holds no settings"):
-        read_file(file_with(tmp_path, text))
+        config_file.read(file_with(tmp_path, text))
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)

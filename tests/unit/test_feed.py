@@ -1,12 +1,23 @@
 """The feed: every sample once per epoch, the same steps however many workers share them."""
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
 from carclass import model, photo
 from carclass.config import Augmentation
-from carclass.training.feed import Block, FeatureBatches, Feed, PhotoBatches, pixels_of, to_device, view_of
+from carclass.training.feed import (
+    AHEAD,
+    Block,
+    Encoded,
+    FeatureBatches,
+    Feed,
+    PhotoBatches,
+    pixels_of,
+    to_device,
+    view_of,
+)
 
 CPU = torch.device("cpu")
 SIDE = 8
@@ -33,6 +44,29 @@ def feeds(count: int, num_workers: int) -> list[Feed]:
 
 SHARES = [(23, 8, 1), (23, 8, 2), (23, 8, 3), (24, 8, 3), (25, 8, 4), (3, 8, 5), (8, 1, 3), (17, 16, 4)]
 shares = pytest.mark.parametrize(("count", "batch_size", "num_workers"), SHARES)
+
+
+# Pixels
+
+
+def test_photos_kept_encoded_look_like_photos_decoded_before():
+    rng = np.random.default_rng(2)
+    images = [photo.encode(rng.integers(0, 256, (30 + i, 40, 3), np.uint8)) for i in range(9)]
+    ids, labels = ids_of(9), np.zeros(9, np.int64)
+    decoded = Feed([Block(pixels_of(images, SIDE), labels, ids)], seed=1)
+    encoded = Feed([Block(Encoded(pa.array(images), SIDE), labels, ids)], seed=1)
+    chosen = np.array([7, 0, 7, 3])
+    np.testing.assert_array_equal(encoded.pixels(chosen), decoded.pixels(chosen))
+
+
+def test_what_is_read_ahead_comes_in_order():
+    (feed,) = feeds(23, 1)
+    steps = list(feed.steps(0, 2))
+    assert len(steps) > AHEAD
+    for (indices, weight), (found, told, pixels) in zip(steps, feed.read(iter(steps)), strict=True):
+        assert found is indices
+        assert told == weight
+        np.testing.assert_array_equal(pixels, feed.pixels(indices))
 
 
 # Steps

@@ -45,7 +45,8 @@ class Stage:
             batches = FeatureBatches(train, val, features, 8, torch.device("cpu"))
         module = net if self.kind == "photos" else net.fc
         optimizer = loop.make_optimizer(list(module.parameters()), self.settings)
-        return loop.Trainee(module, module, optimizer, self.settings, FP32, seed=1), batches
+        piece = self.settings.micro_batch_size
+        return loop.Trainee(module, module, optimizer, self.settings, FP32, seed=1, piece=piece), batches
 
     def run(self, *, leave_after: int | None = None, every: int | None = None) -> bool:
         """A process's part: to the end, or until it is told to leave after some steps. Whether the end was reached."""
@@ -135,6 +136,14 @@ def test_the_epochs_loss_is_the_mean_over_its_samples(stage: Callable[..., Stage
     (told,) = one.told
     losses, counts = [row["loss"] for row in told.steps], [8, 8, 8, 5]
     assert told.metrics["train_loss"] == pytest.approx(np.average(losses, weights=counts))
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 100])
+def test_gradients_summed_over_pieces_are_those_of_the_whole_batch(stage: Callable[..., Stage], size: int):
+    whole, pieces = stage("whole", optimizer="sgd"), stage("pieces", optimizer="sgd", micro_batch_size=size)
+    whole.run()
+    pieces.run()
+    np.testing.assert_allclose(pieces.losses(), whole.losses(), rtol=1e-5)
 
 
 def test_patience_counts_on_after_a_restart(stage: Callable[..., Stage]):

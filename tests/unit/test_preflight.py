@@ -93,6 +93,12 @@ def test_photos_that_just_fit_the_object_store_are_no_matter(caplog: pytest.LogC
     assert caplog.text == ""
 
 
+def test_photos_are_decoded_beforehand_only_where_all_fit():
+    settings = train_settings(model=config.Model(image_size=258))
+    assert preflight.decoded_size(settings, of_size(8000, 2000), 2 * GB) == 258
+    assert preflight.decoded_size(settings, of_size(8000, 2100), 2 * GB) is None
+
+
 # Disk
 
 
@@ -149,6 +155,19 @@ def test_a_batch_too_large_for_a_gpu_is_refused_with_the_one_that_fits(net: torc
         check(fitting + 1)
 
 
+def test_a_batch_too_large_for_a_gpu_fits_in_pieces(net: torch.nn.Module):
+    def check(micro_batch_size: int | None) -> None:
+        unfrozen = config.Unfrozen(batch_size=5000, micro_batch_size=micro_batch_size)
+        preflight.check_memory(train_settings(unfrozen=unfrozen), of_size(10, 5), net, 2 * GB, use_gpu=True)
+
+    with pytest.raises(UserError, match=r"or set `train.unfrozen.micro_batch_size` to \d+ or less") as caught:
+        check(None)
+    fitting = int(str(caught.value).split("micro_batch_size` to ")[1].split(" or less")[0])
+    check(fitting)
+    with pytest.raises(UserError):
+        check(fitting + 1)
+
+
 def test_workers_on_cpus_share_the_memory(net: torch.nn.Module):
     settings = train_settings(unfrozen=config.Unfrozen(batch_size=256), num_workers=4)
     preflight.check_memory(settings, of_size(10, 5), net, 16 * GB, use_gpu=False)
@@ -158,9 +177,7 @@ def test_workers_on_cpus_share_the_memory(net: torch.nn.Module):
 
 def test_where_not_even_one_photo_fits_the_message_says_what_else_to_change(net: torch.nn.Module):
     settings = train_settings(frozen=None)
-    with pytest.raises(
-        UserError, match=r"Not even one fits; or lower `train.model.image_size`, or take more or larger"
-    ):
+    with pytest.raises(UserError, match=r"Not even one fits, lower `train.model.image_size`, or take more or larger"):
         preflight.check_memory(settings, of_size(10, 5), net, GB // 2, use_gpu=True)
 
 
