@@ -244,6 +244,8 @@ class Stage(Section):
     """Share of the target spread over all classes (Szegedy et al. 2016)."""
     batch_size: int = Field(32, ge=1)
     """Photos per step, over all workers together."""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Weight of the past, per step, in a moving average of the weights, which is validated and kept; null: none."""
     patience: int | None = Field(None, ge=1)
     """Epochs without a better val accuracy before the stage ends; by default it runs to its end."""
 
@@ -264,6 +266,7 @@ class Unfrozen(Stage):
 
     epochs: int = Field(30, ge=1)
     lr: float = Field(1e-4, gt=0, allow_inf_nan=False)
+    ema_decay: float | None = Field(0.99, gt=0, lt=1)
     micro_batch_size: int | None = Field(None, ge=1)
     """Photos that a worker computes at once; gradients of its share of a step are summed over them. By default all."""
 

@@ -134,15 +134,14 @@ def load_parent(net: ResNet, train: config.Train) -> str:
     return sha256
 
 
-def prepare_stage(net: ResNet, stage: StageName) -> list[nn.Parameter]:
-    """Sets what trains in a stage and returns its parameters.
+def prepare_stage(net: ResNet, stage: StageName) -> None:
+    """Sets what trains in a stage.
 
     frozen: the classifier alone. unfrozen: everything, while BatchNorm keeps its statistics, as in the original.
     """
     net.requires_grad_(stage == "unfrozen")
     net.fc.requires_grad_(True)
     set_train_mode(net)
-    return [parameter for parameter in net.parameters() if parameter.requires_grad]
 
 
 def set_train_mode(net: nn.Module) -> None:

@@ -62,7 +62,7 @@ def _cached(chosen: dict[str, list[labelled.Photo]], ours: config.Train, device:
     torch.manual_seed(ours.seed)
     net = model.build(ours.model, labelled.num_classes(chosen))
     model.load_parent(net, ours)
-    parameters = model.prepare_stage(net.to(device), "frozen")
+    model.prepare_stage(net.to(device), "frozen")
     times = [time.perf_counter()]
     feeds = [Feed(labelled.decode(chosen[split], ours.model.image_size), seed=ours.seed) for split in ("train", "val")]
     times.append(time.perf_counter())
@@ -72,8 +72,8 @@ def _cached(chosen: dict[str, list[labelled.Photo]], ours: config.Train, device:
     ]
     times.append(time.perf_counter())
     batches = FeatureBatches(feeds[0], feeds[1], (found[0], found[1]), ours.frozen.batch_size, device)
-    optimizer = loop.make_optimizer(parameters, ours.frozen)
-    trainee = loop.Trainee(net.fc, net.fc, optimizer, ours.frozen, model.autocast("fp32", device), ours.seed)
+    trained = loop.make_trained(net.fc, ours.frozen)
+    trainee = loop.Trainee(trained, net.fc, ours.frozen, model.autocast("fp32", device), ours.seed)
     epochs: list[loop.Finished | None] = []
     loop.run(trainee, batches, loop.State(), loop.Keeping(lambda state, finished, must: epochs.append(finished)))
     assert epochs[-1] is not None

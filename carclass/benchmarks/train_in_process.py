@@ -62,19 +62,7 @@ def settings(file: Path) -> config.Train:
 
 def ours(blocks: list[Block], given: config.Train, num_classes: int, device: torch.device) -> dict[str, float]:
     """Photos per second of our steps, and of the same steps on a batch that is on the device already."""
-    assert given.unfrozen is not None
-    torch.manual_seed(given.seed)
-    net = model.build(given.model, num_classes)
-    model.load_parent(net, given)
-    parameters = model.prepare_stage(net.to(device), "unfrozen")
-    trainee = loop.Trainee(
-        net,
-        net,
-        loop.make_optimizer(parameters, given.unfrozen),
-        given.unfrozen,
-        model.autocast(given.precision, device),
-        given.seed,
-    )
+    trainee = trainee_of(given, num_classes, device)
     feed = Feed(blocks, seed=given.seed)
     rates = {}
     for name, repeat in (("ours", False), ("on_device", True)):
@@ -82,6 +70,17 @@ def ours(blocks: list[Block], given: config.Train, num_classes: int, device: tor
         loop.train_epoch(trainee, batches, loop.State(), loop.Keeping(lambda *_: None))
         rates[name] = batches.clock.rate()
     return rates
+
+
+def trainee_of(given: config.Train, num_classes: int, device: torch.device) -> loop.Trainee:
+    """The unfrozen stage at its start."""
+    assert given.unfrozen is not None
+    torch.manual_seed(given.seed)
+    net = model.build(given.model, num_classes)
+    model.load_parent(net, given)
+    model.prepare_stage(net.to(device), "unfrozen")
+    trained = loop.make_trained(net, given.unfrozen)
+    return loop.Trainee(trained, net, given.unfrozen, model.autocast(given.precision, device), given.seed)
 
 
 class Timed:

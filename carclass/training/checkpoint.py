@@ -2,7 +2,9 @@
 
 <stage>/epoch-0003/            after three epochs
 <stage>/epoch-0003-00000512/   and 512 samples into the fourth
-    weights.safetensors  optimizer.safetensors  checkpoint.json (written last)
+    weights.safetensors    those to use: the average's, where weights are averaged
+    optimizer.safetensors  its moments, and the weights that were averaged
+    checkpoint.json        written last
 """
 
 import json
@@ -18,10 +20,25 @@ from carclass.errors import UserError
 from carclass.progress import say
 
 INDEX, WEIGHTS, OPTIMIZER = "checkpoint.json", "weights.safetensors", "optimizer.safetensors"
+AVERAGED = "averaged."
+"""Before the names of weights that were averaged, which no moment's name begins with."""
 
 
 class DamagedError(UserError):
     """A checkpoint whose files are not what they were when they were written."""
+
+
+class Trained(NamedTuple):
+    """What a stage changes."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: nn.Module | None = None  # of the module's weights over the steps, a module of the same kind
+
+    @property
+    def best(self) -> nn.Module:
+        """The module to validate and to use."""
+        return self.module if self.average is None else self.average
 
 
 class Snapshot(NamedTuple):
@@ -37,9 +54,14 @@ def name_of(epoch: int, samples: int = 0) -> str:
     return f"epoch-{epoch:04d}" + (f"-{samples:08d}" if samples else "")
 
 
-def take(name: str, module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Snapshot:
+def take(name: str, trained: Trained, state: dict[str, Any]) -> Snapshot:
     """Copies everything to memory of the host."""
-    return Snapshot(name, {WEIGHTS: _copy(module.state_dict()), OPTIMIZER: _optimizer_tensors(optimizer)}, state)
+    moving = _optimizer_tensors(trained.optimizer)
+    if trained.average is not None:
+        moving |= {
+            f"{AVERAGED}{name}": tensor for name, tensor in _copy(dict(trained.module.named_parameters())).items()
+        }
+    return Snapshot(name, {WEIGHTS: _copy(trained.best.state_dict()), OPTIMIZER: moving}, state)
 
 
 def write(uri: str, snapshot: Snapshot) -> None:
@@ -77,14 +99,15 @@ def verify(uri: str) -> dict[str, bytes]:
     return files
 
 
-def restore(uri: str, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def restore(uri: str, trained: Trained) -> dict[str, Any]:
     """Puts a checkpoint back and returns its state; DamagedError, before anything is changed, when it isn't sound."""
     files = verify(uri)
-    module.load_state_dict(load(files[WEIGHTS]))
-    _load_optimizer(optimizer, load(files[OPTIMIZER]))
-    state: dict[str, Any] = json.loads(files[INDEX])
-    del state["sha256"]
-    return state
+    weights, moving = load(files[WEIGHTS]), load(files[OPTIMIZER])
+    trained.best.load_state_dict(weights)
+    averaged = {name.removeprefix(AVERAGED): moving.pop(name) for name in [*moving] if name.startswith(AVERAGED)}
+    trained.module.load_state_dict(weights | averaged)
+    _load_optimizer(trained.optimizer, moving)
+    return _state(files)
 
 
 def newest_sound(uri: str) -> str | None:
@@ -107,8 +130,8 @@ def newest_sound(uri: str) -> str | None:
     return None
 
 
-def restore_best(uri: str, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Puts back the epoch with the best val accuracy, of equal ones the earliest, and returns its state.
+def restore_best(uri: str, module: nn.Module) -> dict[str, Any]:
+    """Puts back the weights of the epoch with the best val accuracy, of equal ones the earliest, and returns its state.
 
     If it is damaged, the next best that is there, with a warning. UserError when none is sound.
     """
@@ -119,9 +142,12 @@ def restore_best(uri: str, module: nn.Module, optimizer: torch.optim.Optimizer) 
             scores[name] = state["val_accuracies"][-1]
     for name in sorted(scores, key=lambda name: (-scores[name], name)):
         try:
-            return restore(storage.join(uri, name), module, optimizer)
+            files = verify(storage.join(uri, name))
         except DamagedError as error:
             say(f"warning: {error}; taking the next best epoch")
+            continue
+        module.load_state_dict(load(files[WEIGHTS]))
+        return _state(files)
     raise _none_sound(uri)
 
 
@@ -138,6 +164,12 @@ def remove(uri: str, found: Iterable[str]) -> None:
         if storage.exists(storage.join(folder, INDEX)):
             storage.delete(storage.join(folder, INDEX))
         storage.delete_folder(folder)
+
+
+def _state(files: dict[str, bytes]) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads(files[INDEX])
+    del state["sha256"]
+    return state
 
 
 def _state_hash(state: dict[str, Any]) -> str:

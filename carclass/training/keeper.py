@@ -4,9 +4,6 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 
-import torch
-from torch import nn
-
 from carclass import lineage, storage
 from carclass.progress import say
 from carclass.training import checkpoint
@@ -19,10 +16,8 @@ class Keeper:
     What goes wrong in the thread comes up when the next checkpoint is saved, or at the end.
     """
 
-    def __init__(
-        self, run: lineage.Run, stage: str, module: nn.Module, optimizer: torch.optim.Optimizer, state: State
-    ) -> None:
-        self.run, self.stage, self.module, self.optimizer = run, stage, module, optimizer
+    def __init__(self, run: lineage.Run, stage: str, trained: checkpoint.Trained, state: State) -> None:
+        self.run, self.stage, self.trained = run, stage, trained
         self.uri = storage.join(run.uri, stage)
         self.journal = lineage.Journal(run, stage, state.epoch)
         self.thread = ThreadPoolExecutor(1)
@@ -34,7 +29,7 @@ class Keeper:
             return
         self.wait()
         name = checkpoint.name_of(state.epoch, state.samples)
-        snapshot = checkpoint.take(name, self.module, self.optimizer, asdict(state))
+        snapshot = checkpoint.take(name, self.trained, asdict(state))
         if finished is not None:
             self._say(finished)
         self.writing = self.thread.submit(self._write, snapshot, finished, time.time())

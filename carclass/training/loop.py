@@ -1,5 +1,6 @@
 """One stage on one worker: epochs of steps, validation, early stopping. Knows nothing of Ray."""
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from carclass import config, model
+from carclass.training.checkpoint import Trained
 from carclass.training.feed import DROPOUT, Batch
 
 
@@ -67,13 +69,19 @@ class Keeping(NamedTuple):
 class Trainee(NamedTuple):
     """What is trained, and how."""
 
-    module: nn.Module  # the classifier (frozen) or the whole network (unfrozen), without DDP
-    forward: nn.Module  # the same, wrapped where there are several workers
-    optimizer: torch.optim.Optimizer
+    trained: Trained  # the classifier (frozen) or the whole network (unfrozen), without DDP
+    forward: nn.Module  # its module, wrapped where there are several workers
     stage: config.Stage
     autocast: torch.autocast
     seed: int
     piece: int | None = None  # samples that a worker computes at once; None: its share of a step
+
+
+def make_trained(module: nn.Module, stage: config.Stage) -> Trained:
+    """A module as a stage begins, with all that checkpoints hold of it."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    average = None if stage.ema_decay is None else copy.deepcopy(module).requires_grad_(False)
+    return Trained(module, make_optimizer(parameters, stage), average)
 
 
 def make_optimizer(parameters: list[nn.Parameter], stage: config.Stage) -> torch.optim.Optimizer:
@@ -116,13 +124,13 @@ def is_done(stage: config.Stage, state: State) -> bool:
 
 def train_epoch(trainee: Trainee, batches: Batches, state: State, keeping: Keeping) -> bool:
     """Every train sample that state's epoch has not seen yet, once; False when told to leave before its end."""
-    model.set_train_mode(trainee.module)
+    model.set_train_mode(trainee.trained.module)
     started = time.perf_counter() - state.seconds
     fresh: list[Tensor] = []  # stays on the device, so that no step waits for the one before
     left = False
     for batch in batches.train(state.epoch + 1, state.samples):
         step = len(state.steps) + len(fresh)
-        fresh.append(train_step(trainee, batch, state.epoch + 1, (step + 1) / batches.num_steps))
+        fresh.append(train_step(trainee, batch, state.epoch * batches.num_steps + step + 1, batches.num_steps))
         left = keeping.leaving()
         due = keeping.every is not None and (step + 1) % keeping.every == 0 and step + 1 < batches.num_steps
         if left or due:
@@ -138,17 +146,20 @@ def train_epoch(trainee: Trainee, batches: Batches, state: State, keeping: Keepi
     return True
 
 
-def train_step(trainee: Trainee, batch: Batch, epoch: int, share: float) -> Tensor:
-    """One step; returns this worker's tally. share: of the epoch, once the step is done."""
-    for group in trainee.optimizer.param_groups:
-        group["lr"] = learning_rate(trainee.stage, epoch - 1 + share)
-    trainee.optimizer.zero_grad(set_to_none=True)
+def train_step(trainee: Trainee, batch: Batch, step: int, num_steps: int) -> Tensor:
+    """One step; returns this worker's tally. step: counted from the stage's start, from 1; num_steps: of an epoch."""
+    epoch = (step - 1) // num_steps + 1
+    for group in trainee.trained.optimizer.param_groups:
+        group["lr"] = learning_rate(trainee.stage, step / num_steps)
+    trainee.trained.optimizer.zero_grad(set_to_none=True)
     *others, last = pieces(batch, trainee.piece)
     tallies = []
     with trainee.forward.no_sync() if isinstance(trainee.forward, DistributedDataParallel) else nullcontext():
         tallies += [backward(trainee, piece, epoch) for piece in others]
     tallies.append(backward(trainee, last, epoch))  # workers exchange the sum of all pieces' gradients
-    trainee.optimizer.step()
+    trainee.trained.optimizer.step()
+    if trainee.trained.average is not None:
+        average(trainee, step)
     return torch.stack(tallies).sum(0)
 
 
@@ -162,7 +173,7 @@ def pieces(batch: Batch, size: int | None) -> Iterator[Batch]:
 
 def backward(trainee: Trainee, batch: Batch, epoch: int) -> Tensor:
     """Adds to the gradients; returns this worker's tally."""
-    for module in trainee.module.modules():
+    for module in trainee.trained.module.modules():
         if isinstance(module, model.SampleDropout):
             module.draw(trainee.seed + DROPOUT, epoch, batch.ids, batch.inputs.device)
     with trainee.autocast:
@@ -172,6 +183,16 @@ def backward(trainee: Trainee, batch: Batch, epoch: int) -> Tensor:
     )
     (loss * batch.weight).backward()
     return _tally(loss.detach(), logits.detach(), batch)
+
+
+@torch.no_grad()
+def average(trainee: Trainee, step: int) -> None:
+    """Moves the average towards the weights: an exponential moving average, younger where few steps were taken."""
+    assert trainee.trained.average is not None
+    assert trainee.stage.ema_decay is not None
+    decay = min(trainee.stage.ema_decay, (1 + step) / (10 + step))  # as in TensorFlow's ExponentialMovingAverage
+    for ours, theirs in zip(trainee.trained.average.parameters(), trainee.trained.module.parameters(), strict=True):
+        ours.lerp_(theirs, 1 - decay)
 
 
 def finish_epoch(trainee: Trainee, batches: Batches, state: State) -> Finished:
@@ -193,11 +214,11 @@ def finish_epoch(trainee: Trainee, batches: Batches, state: State) -> Finished:
 @torch.inference_mode()
 def validate(trainee: Trainee, batches: Batches) -> dict[str, float]:
     """Every val sample once over all workers: val_loss (without label smoothing) and val_accuracy."""
-    trainee.module.eval()
+    module = trainee.trained.best.eval()
     tallies = []
     for batch in batches.val():
         with trainee.autocast:
-            logits = trainee.module(batch.inputs)
+            logits = module(batch.inputs)
         tallies.append(_tally(functional.cross_entropy(logits.float(), batch.labels, reduction="sum"), logits, batch))
     loss, hits, count = _over_workers(torch.stack(tallies).sum(0)).tolist()
     return {"val_loss": loss / count, "val_accuracy": hits / count}

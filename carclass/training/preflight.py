@@ -135,10 +135,15 @@ def disk_bytes(settings: config.Train, source: dataset.Dataset, net: ResNet) -> 
     total = 0
     for stage, trained in ((settings.frozen, net.fc), (settings.unfrozen, net)):
         if stage is not None:
-            total += FLOAT * (num_checkpoints * _numel(trained) * (1 + MOMENTS[stage.optimizer]) + _numel(net))
+            total += FLOAT * (num_checkpoints * _numel(trained) * (1 + kept_copies(stage)) + _numel(net))
     if settings.frozen is not None:
         total += _features(settings.frozen.views, source, net) * FLOAT // 2  # kept in half precision
     return total
+
+
+def kept_copies(stage: config.Stage) -> int:
+    """Tensors that checkpoints hold besides each weight: its moments, and its average."""
+    return MOMENTS[stage.optimizer] + (stage.ema_decay is not None)
 
 
 def check_memory(settings: config.Train, source: dataset.Dataset, net: ResNet, memory: int, *, use_gpu: bool) -> None:
@@ -191,10 +196,10 @@ def _check_batch_size(settings: config.Train, num_workers: int, step: Step, usab
 def step_memory(settings: config.Train, stage: config.Stage, net: ResNet, *, use_gpu: bool) -> Step:
     """Of a step that trains the whole network; validation, with larger batches but nothing kept, takes less."""
     one, two = (saved_bytes(net, settings, num_photos) for num_photos in (1, 2))
-    weights, moments = FLOAT * _numel(net), MOMENTS[stage.optimizer]
-    copies = 1 + moments + (settings.workers[1] > 1)  # gradients, moments, with several workers DDP's gradients
+    weights, kept = FLOAT * _numel(net), kept_copies(stage)
+    copies = 1 + kept + (settings.workers[1] > 1)  # gradients, what is kept, with several workers DDP's gradients
     if not use_gpu:
-        copies += 1 + 2 * moments  # a checkpoint that is being written: all of it, and a file of it at a time
+        copies += 1 + 2 * kept  # a checkpoint that is being written: all of it, and a file of it at a time
     # What autograd saves whatever the number of photos are weights, as they are and folded or in bfloat16.
     return Step(weights * copies + max(weights, 2 * one - two), int((two - one) * (1.0 if use_gpu else HEAP)))
 

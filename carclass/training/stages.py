@@ -159,9 +159,7 @@ def _publish(job: Job) -> None:
     """Writes the whole network as the stage's best epoch left it."""
     settings, uri = job.run.settings, storage.join(job.run.uri, job.stage)
     net = start_of(job)
-    module = trained_part(net, job.stage)
-    optimizer = loop.make_optimizer(list(module.parameters()), getattr(settings, job.stage))
-    state = loop.State(**checkpoint.restore_best(uri, module, optimizer))
+    state = loop.State(**checkpoint.restore_best(uri, trained_part(net, job.stage)))
     facts = {
         "run": settings.name,
         "stage": job.stage,
@@ -203,7 +201,7 @@ def _work(given: dict[str, Any]) -> bool:
     blocks = [[block_of(block, settings.model.image_size) for block in split] for split in held]
     feeds = [Feed(split, seed=settings.seed, rank=rank, num_workers=num_workers) for split in blocks]
     net = start_of(job).to(device)
-    parameters = model.prepare_stage(net, job.stage)
+    model.prepare_stage(net, job.stage)
     stage = getattr(settings, job.stage)
     batches: loop.Batches
     if job.stage == "frozen":
@@ -211,23 +209,20 @@ def _work(given: dict[str, Any]) -> bool:
         batches = FeatureBatches(feeds[0], feeds[1], cached, stage.batch_size, device)
     else:
         batches = PhotoBatches(feeds[0], feeds[1], settings.augmentation, stage.batch_size, device)
-    module = trained_part(net, job.stage)
-    optimizer = loop.make_optimizer(parameters, stage)
-    state = _restore(job, module, optimizer)
+    trained = loop.make_trained(trained_part(net, job.stage), stage)
+    state = _restore(job, trained)
     precision = "fp32" if job.stage == "frozen" else settings.precision  # a linear layer gains nothing from bf16
-    forward = ray.train.torch.prepare_model(module) if num_workers > 1 else module
-    trainee = loop.Trainee(
-        module, forward, optimizer, stage, model.autocast(precision, device), settings.seed,
-        stage.micro_batch_size if job.stage == "unfrozen" else None,
-    )  # fmt: skip
+    forward = ray.train.torch.prepare_model(trained.module) if num_workers > 1 else trained.module
+    piece = stage.micro_batch_size if job.stage == "unfrozen" else None
+    trainee = loop.Trainee(trained, forward, stage, model.autocast(precision, device), settings.seed, piece)
     return _train(job, trainee, batches, state)
 
 
-def _restore(job: Job, module: nn.Module, optimizer: torch.optim.Optimizer) -> loop.State:
+def _restore(job: Job, trained: checkpoint.Trained) -> loop.State:
     """Where the newest checkpoint left the stage; the driver has seen to it that it is sound."""
     uri = storage.join(job.run.uri, job.stage)
     found = checkpoint.names(uri)
-    return loop.State(**checkpoint.restore(storage.join(uri, found[-1]), module, optimizer)) if found else loop.State()
+    return loop.State(**checkpoint.restore(storage.join(uri, found[-1]), trained)) if found else loop.State()
 
 
 def _train(job: Job, trainee: loop.Trainee, batches: loop.Batches, state: loop.State) -> bool:
@@ -235,7 +230,7 @@ def _train(job: Job, trainee: loop.Trainee, batches: loop.Batches, state: loop.S
     leaving, every = Departure(), job.run.settings.checkpoint_steps
     if ray.train.get_context().get_world_rank() > 0:
         return loop.run(trainee, batches, state, loop.Keeping(lambda *_: None, leaving, every))
-    keeper = Keeper(job.run, job.stage, trainee.module, trainee.optimizer, state)
+    keeper = Keeper(job.run, job.stage, trainee.trained, state)
     try:
         return loop.run(trainee, batches, state, loop.Keeping(keeper.save, leaving, every))
     finally:

@@ -8,23 +8,22 @@ from torch import nn
 
 from carclass.errors import UserError
 from carclass.training import checkpoint
-from carclass.training.checkpoint import INDEX, OPTIMIZER, WEIGHTS
+from carclass.training.checkpoint import INDEX, OPTIMIZER, WEIGHTS, Trained
 
 
-def trained(value: float) -> tuple[nn.Module, torch.optim.Optimizer]:
+def trained(value: float) -> Trained:
     module = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
     nn.init.constant_(module.weight, value)
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
     module(torch.ones(1, 3, 8, 8)).sum().backward()
     optimizer.step()
-    return module, optimizer
+    return Trained(module, optimizer)
 
 
 def write(folder: Path, epoch: int, samples: int = 0, *, val_accuracies: list[float] | None = None) -> Path:
-    module, optimizer = trained(epoch + samples / 100)
     name = checkpoint.name_of(epoch, samples)
     state = {"epoch": epoch, "val_accuracies": val_accuracies or []}
-    checkpoint.write(str(folder), checkpoint.take(name, module, optimizer, state))
+    checkpoint.write(str(folder), checkpoint.take(name, trained(epoch + samples / 100), state))
     return folder / name
 
 
@@ -39,24 +38,42 @@ def truncate(path: Path) -> None:
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path):
-    expected, _ = trained(2.05)
-    module, optimizer = trained(7)
-    state = checkpoint.restore(str(write(tmp_path, 2, 5)), module, optimizer)
+    expected, found = trained(2.05), trained(7)
+    state = checkpoint.restore(str(write(tmp_path, 2, 5)), found)
     assert state == {"epoch": 2, "val_accuracies": []}
-    assert torch.equal(module.weight, expected.weight)
+    assert torch.equal(found.module.weight, expected.module.weight)
+
+
+def test_averaged_weights_come_back_beside_those_that_are_trained(tmp_path: Path):
+    written, found = (trained(value)._replace(average=trained(value + 1).module) for value in (2, 7))
+    checkpoint.write(str(tmp_path), checkpoint.take("epoch-0001", written, {}))
+    checkpoint.restore(str(tmp_path / "epoch-0001"), found)
+    assert found.average is not None
+    assert torch.equal(found.module.weight, written.module.weight)
+    assert torch.equal(found.average.weight, trained(3).module.weight)
+
+
+def test_averaged_weights_are_the_ones_to_use(tmp_path: Path):
+    written = trained(2)._replace(average=trained(3).module)
+    state = {"epoch": 1, "val_accuracies": [0.5]}
+    checkpoint.write(str(tmp_path), checkpoint.take("epoch-0001", written, state))
+    module = trained(7).module
+    assert checkpoint.restore_best(str(tmp_path), module) == state
+    assert torch.equal(module.weight, trained(3).module.weight)
 
 
 def test_moments_come_back_in_the_memory_format_of_their_parameters(tmp_path: Path):
-    module, optimizer = trained(7)
-    checkpoint.restore(str(write(tmp_path, 2)), module, optimizer)
+    found = trained(7)
+    checkpoint.restore(str(write(tmp_path, 2)), found)
+    module, optimizer, _ = found
     assert optimizer.state[module.weight]["exp_avg"].stride() == module.weight.stride()
 
 
 def test_a_snapshot_is_not_changed_by_later_steps(tmp_path: Path):
-    module, optimizer = trained(1)
-    before = module.weight.detach().clone()
-    snapshot = checkpoint.take("epoch-0001", module, optimizer, {})
-    optimizer.step()
+    found = trained(1)
+    before = found.module.weight.detach().clone()
+    snapshot = checkpoint.take("epoch-0001", found, {})
+    found.optimizer.step()
     assert torch.equal(snapshot.tensors[WEIGHTS]["weight"], before)
 
 
@@ -111,25 +128,25 @@ def test_when_no_checkpoint_is_sound_the_user_is_told_what_to_do(tmp_path: Path)
 
 def test_a_damaged_checkpoint_changes_nothing_in_the_network(tmp_path: Path):
     flip(write(tmp_path, 2) / OPTIMIZER)
-    module, optimizer = trained(7)
-    before = module.weight.detach().clone()
+    found = trained(7)
+    before = found.module.weight.detach().clone()
     with pytest.raises(checkpoint.DamagedError):
-        checkpoint.restore(str(tmp_path / "epoch-0002"), module, optimizer)
-    assert torch.equal(module.weight, before)
+        checkpoint.restore(str(tmp_path / "epoch-0002"), found)
+    assert torch.equal(found.module.weight, before)
 
 
 def test_the_best_epoch_is_the_first_of_the_most_accurate(tmp_path: Path):
     for epoch in (1, 2, 3):
         write(tmp_path, epoch, val_accuracies=[0.5, 0.7, 0.7][:epoch])
     write(tmp_path, 3, 64, val_accuracies=[0.5, 0.7, 0.7])
-    assert checkpoint.restore_best(str(tmp_path), *trained(7))["epoch"] == 2
+    assert checkpoint.restore_best(str(tmp_path), trained(7).module)["epoch"] == 2
 
 
 def test_a_damaged_best_epoch_gives_way_to_the_next_best(tmp_path: Path):
     for epoch in (1, 2, 3):
         write(tmp_path, epoch, val_accuracies=[0.5, 0.7, 0.6][:epoch])
     flip(tmp_path / "epoch-0002" / WEIGHTS)
-    assert checkpoint.restore_best(str(tmp_path), *trained(7))["epoch"] == 3
+    assert checkpoint.restore_best(str(tmp_path), trained(7).module)["epoch"] == 3
 
 
 def test_pruning_removes_all_but_what_is_kept(tmp_path: Path):

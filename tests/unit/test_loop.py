@@ -44,21 +44,20 @@ class Stage:
             features = torch.rand(2, 29, 512), torch.rand(1, 9, 512)
             batches = FeatureBatches(train, val, features, 8, torch.device("cpu"))
         module = net if self.kind == "photos" else net.fc
-        optimizer = loop.make_optimizer(list(module.parameters()), self.settings)
-        piece = self.settings.micro_batch_size
-        return loop.Trainee(module, module, optimizer, self.settings, FP32, seed=1, piece=piece), batches
+        trained = loop.make_trained(module, self.settings)
+        return loop.Trainee(trained, module, self.settings, FP32, 1, self.settings.micro_batch_size), batches
 
     def run(self, *, leave_after: int | None = None, every: int | None = None) -> bool:
         """A process's part: to the end, or until it is told to leave after some steps. Whether the end was reached."""
         trainee, batches = self.begin()
         found = checkpoint.newest_sound(self.uri)
         at = f"{self.uri}/{found}"
-        state = loop.State(**checkpoint.restore(at, trainee.module, trainee.optimizer)) if found else loop.State()
+        state = loop.State(**checkpoint.restore(at, trainee.trained)) if found else loop.State()
         steps = iter(range(1, 10**6))
 
         def save(state: loop.State, finished: loop.Finished | None, must: bool) -> None:
             name = checkpoint.name_of(state.epoch, state.samples)
-            checkpoint.write(self.uri, checkpoint.take(name, trainee.module, trainee.optimizer, asdict(state)))
+            checkpoint.write(self.uri, checkpoint.take(name, trainee.trained, asdict(state)))
             self.told += [finished] if finished else []
 
         return loop.run(trainee, batches, state, loop.Keeping(save, lambda: next(steps) == leave_after, every))
@@ -71,10 +70,11 @@ class Stage:
 
     def weights(self) -> dict[str, torch.Tensor]:
         trainee, _ = self.begin()
-        checkpoint.restore(f"{self.uri}/{checkpoint.names(self.uri)[-1]}", trainee.module, trainee.optimizer)
-        moments = trainee.optimizer.state_dict()["state"]
+        checkpoint.restore(f"{self.uri}/{checkpoint.names(self.uri)[-1]}", trainee.trained)
+        moments = trainee.trained.optimizer.state_dict()["state"]
         return {
-            **trainee.module.state_dict(),
+            **trainee.trained.module.state_dict(),
+            **{f"best.{name}": tensor for name, tensor in trainee.trained.best.state_dict().items()},
             **{f"{i}.{name}": m for i, s in moments.items() for name, m in s.items()},
         }
 
@@ -115,6 +115,33 @@ def test_a_stage_that_leaves_after_every_step_comes_to_the_same_end(stage: Calla
     while not left.run(leave_after=1):
         pass
     assert_same(left, undisturbed)
+
+
+def test_the_average_goes_on_where_it_was(stage: Callable[..., Stage]):
+    undisturbed, left = stage("undisturbed", ema_decay=0.9), stage("left", ema_decay=0.9)
+    undisturbed.run()
+    left.run(leave_after=6)
+    left.run()
+    assert_same(left, undisturbed)
+
+
+def test_the_average_follows_the_weights_from_where_they_began(stage: Callable[..., Stage]):
+    trainee, batches = stage("one", ema_decay=0.5).begin()
+    trained = trainee.trained
+    expected = trained.module[1].weight.detach().clone()
+    for step, batch in enumerate(batches.train(1), 1):
+        loop.train_step(trainee, batch, step, batches.num_steps)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * trained.module[1].weight.detach()
+    assert trained.average is not None
+    torch.testing.assert_close(trained.average[1].weight, expected)
+
+
+def test_what_is_validated_is_the_average(stage: Callable[..., Stage]):
+    trainee, batches = stage("one", ema_decay=0.5).begin()
+    assert trainee.trained.average is not None
+    torch.nn.init.zeros_(trainee.trained.average[1].weight)
+    assert loop.validate(trainee, batches)["val_loss"] == pytest.approx(np.log(4))
 
 
 def test_checkpoints_within_an_epoch_change_nothing(stage: Callable[..., Stage]):
