@@ -86,6 +86,12 @@ def check_cpus(count: float, key: str) -> None:
         raise UserError(f"`{key}` needs {count:g} CPUs at once, the cluster has {there:g}. Lower it or add nodes.")
 
 
+def cpus_each(count: int) -> int:
+    """CPUs that each of `count` processes can have when all run at once, none spanning two nodes; at least 1."""
+    nodes = [int(resources.get("CPU", 0)) for resources in _nodes()]
+    return next((cpus for cpus in range(max(nodes), 1, -1) if sum(there // cpus for there in nodes) >= count), 1)
+
+
 def object_store() -> int:
     """Bytes that the largest node has for objects."""
     return int(max(resources.get("object_store_memory", 0) for resources in _nodes()))

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,9 +86,12 @@ class Cluster:
         return titled(below(self.head.pid) | (below(self.node.pid) if self.node else {}), "ray::MapWorker(")
 
     def stop(self) -> None:
+        """Kills all of it: told to end, a node would wait half a minute for what still runs on it."""
         for process in reversed(self.started):
             if process.poll() is None:
-                process.terminate()
+                for pid in (process.pid, *below(process.pid)):
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
                 process.wait(timeout=60)
         shutil.rmtree(self.environment["RAY_TMPDIR"], ignore_errors=True)
 

@@ -67,16 +67,29 @@ def run(root: str, settings: config.Train) -> lineage.Run:
     if not missing:
         log.info("train: run %s is finished, nothing to do", settings.name)
         return this
+    held = Held(settings, source)
     for stage in missing:
-        job = Job(this, stage, source.classes, source.digest, {}, _threads(settings, use_gpu))
-        _fit(job, source, use_gpu)
+        job = Job(this, stage, source.classes, source.digest, {}, 1)
+        _fit(job, held, use_gpu)
         _publish(job)
     return this
 
 
-def _threads(settings: config.Train, use_gpu: bool) -> int:
-    """Threads of a worker: all of the machine's cores on CPUs, shared among the workers."""
-    return 1 if use_gpu else max(1, int(ray.cluster_resources()["CPU"]) // settings.workers[1])
+class Held:
+    """The train and val photos of a dataset in the object store, where every stage finds them."""
+
+    def __init__(self, settings: config.Train, source: dataset.Dataset) -> None:
+        self.settings, self.source = settings, source
+        self.nodes: set[str] = set()
+        self.blocks: dict[str, list[ray.ObjectRef]] = {}
+
+    def get(self) -> dict[str, list[ray.ObjectRef]]:
+        """The blocks of each split; read again once a node is lost, which takes some along."""
+        if not self.blocks or self.nodes - cluster.nodes():
+            self.nodes = cluster.nodes()
+            size = preflight.decoded_size(self.settings, self.source, cluster.object_store())
+            self.blocks = {split: read(self.source, split, size) for split in ("train", "val")}
+        return self.blocks
 
 
 def read(source: dataset.Dataset, split: str, size: int | None) -> list[ray.ObjectRef]:
@@ -109,14 +122,13 @@ def block_of(held: pa.Table | dict[str, np.ndarray], size: int) -> Block:
     return Block(Encoded(images, size), held["labels"].to_numpy(), held["ids"].to_numpy())
 
 
-def _fit(job: Job, source: dataset.Dataset, use_gpu: bool) -> None:
+def _fit(job: Job, held: Held, use_gpu: bool) -> None:
     """Runs a stage to its end. Workers that leave or are lost are replaced, as long as that gains anything."""
-    uri, nodes, vain = storage.join(job.run.uri, job.stage), set[str](), 0
+    uri, vain = storage.join(job.run.uri, job.stage), 0
     newest = checkpoint.newest_sound(uri)
     while True:
-        if not nodes or nodes - cluster.nodes():  # a lost node takes photos along
-            nodes, size = cluster.nodes(), preflight.decoded_size(job.run.settings, source, cluster.object_store())
-            job = job._replace(blocks={split: read(source, split, size) for split in ("train", "val")})
+        num_threads = 1 if use_gpu else cluster.cpus_each(job.run.settings.workers[1])
+        job = job._replace(blocks=held.get(), num_threads=num_threads)
         before, error = newest, None
         try:
             if _run_workers(job, use_gpu):

@@ -13,6 +13,16 @@ from carclass import cluster
 ray.init(address="local", num_cpus=1, num_gpus=1, include_dashboard=False)
 print(cluster.gpus(None, 2, "train.use_gpu"))
 """
+THREE_NODES = """
+from ray.cluster_utils import Cluster
+import ray
+from carclass import cluster
+nodes = Cluster()
+for cpus in (5, 4, 2):
+    nodes.add_node(num_cpus=cpus, include_dashboard=False)
+ray.init(address=nodes.address)
+print(*(cluster.cpus_each(count) for count in (1, 2, 3, 5, 6, 100)))
+"""
 
 
 def test_the_object_store_is_that_of_the_largest_node(ray_cluster: str):
@@ -21,6 +31,11 @@ def test_the_object_store_is_that_of_the_largest_node(ray_cluster: str):
 
 def test_the_memory_of_the_hosts_is_what_ray_counts(ray_cluster: str):
     assert 10**9 < (cluster.memory(use_gpu=False) or 0) < 10**13
+
+
+def test_processes_share_the_cpus_of_nodes_and_none_spans_two():
+    done = subprocess.run([sys.executable, "-c", THREE_NODES], capture_output=True, text=True, cwd=HOUSE, timeout=120)
+    assert done.stdout.split()[-6:] == ["5", "4", "2", "2", "1", "1"]
 
 
 def test_fewer_gpus_than_processes_are_left_out_with_a_warning():

@@ -112,13 +112,45 @@ def test_a_worker_told_to_end_saves_where_it_is(root: str, undisturbed: lineage.
     assert_same(run, undisturbed)
 
 
-# Other workers, other machines
+# Other workers
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Two nodes of two CPUs, of which one can be lost."""
-    cluster = Cluster(tmp_path_factory.mktemp("cluster"), dashboard=True)
+def interrupt(root: str, name: str, wanted: str) -> None:
+    """As Ctrl-C does, as soon as a checkpoint is there."""
+
+    def wait() -> None:
+        while not reached(root, name, wanted):
+            time.sleep(0.005)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def assert_close(root: str, name: str, other: lineage.Run) -> None:
+    found, expected = np.array(losses(lineage.load(root, name))), np.array(losses(other))
+    np.testing.assert_array_equal(found[:, :2], expected[:, :2])
+    # Sums in another order round differently, and every step makes more of it; another photo would make 0.1 at once.
+    np.testing.assert_allclose(found[:20, 2], expected[:20, 2], rtol=1e-3)
+    np.testing.assert_allclose(found[20:, 2], expected[20:, 2], rtol=2e-2)
+
+
+def test_workers_may_change_from_one_to_two_and_back(root: str, undisturbed: lineage.Run):
+    name = f"changed-{uuid4().hex[:8]}"
+    for num_workers, until in ((1, "epoch-0002-00000008"), (2, "epoch-0005-00000008")):
+        interrupt(root, name, until)
+        with pytest.raises(KeyboardInterrupt):
+            train(root, name, num_workers=num_workers)
+    train(root, name, num_workers=1)
+    assert_close(root, name, undisturbed)
+
+
+# Other machines
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    """Two nodes of two CPUs, one of which can be lost; for each test, as Ray Train is slow to see new ones."""
+    cluster = Cluster(tmp_path, dashboard=True)
     cluster.add_node()
     yield cluster
     cluster.stop()
@@ -141,30 +173,9 @@ def wait_until(reached: Callable[[], bool], job: Job) -> None:
         time.sleep(0.005)
 
 
-def assert_close(root: str, name: str, other: lineage.Run) -> None:
-    found, expected = np.array(losses(lineage.load(root, name))), np.array(losses(other))
-    np.testing.assert_array_equal(found[:, :2], expected[:, :2])
-    np.testing.assert_allclose(found[:, 2], expected[:, 2], rtol=2e-3)
-
-
-def test_workers_may_change_from_one_to_two_and_back(
-    cluster: Cluster, root: str, undisturbed: lineage.Run, tmp_path: Path
-):
-    name = f"changed-{uuid4().hex[:8]}"
-    for num_workers, until in (("1", "epoch-0002-00000008"), ("2", "epoch-0005-00000008")):
-        job = start_training(cluster, tmp_path, root, name, num_workers)
-        wait_until(lambda until=until: reached(root, name, until), job)
-        job.process.kill()
-        job.process.wait()
-    start_training(cluster, tmp_path, root, name, "1").end()
-    assert_close(root, name, undisturbed)
-
-
 def test_training_goes_on_with_fewer_workers_when_a_node_is_lost(
     cluster: Cluster, root: str, undisturbed: lineage.Run, tmp_path: Path
 ):
-    if cluster.node is None:
-        cluster.add_node()
     name = f"elastic-{uuid4().hex[:8]}"
     job = start_training(cluster, tmp_path, root, name, "[1, 2]")
     wait_until(lambda: reached(root, name, "epoch-0002-00000008"), job)
@@ -176,18 +187,17 @@ def test_training_goes_on_with_fewer_workers_when_a_node_is_lost(
 
 def test_a_node_that_will_be_taken_away_is_left_in_time(cluster: Cluster, root: str, tmp_path: Path):
     """Without checkpoints within epochs and with very many epochs' time: what it goes on from is what leaving saved."""
-    if cluster.node is None:
-        cluster.add_node()
     name = f"drained-{uuid4().hex[:8]}"
     cluster.environment["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "0.5"
-    job = start_training(cluster, tmp_path, root, name, "[1, 2]", epochs=100, checkpoint_steps=None)
+    cluster.environment["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "15"  # of workers on the node that is taken away
+    job = start_training(cluster, tmp_path, root, name, "[1, 2]", epochs=40, checkpoint_steps=None)
     wait_until(lambda: reached(root, name, "epoch-0002"), job)
-    node, cluster.node = cluster.node, None
-    assert node is not None
-    node.terminate()  # as when a pod is ended: Ray drains the node
+    assert cluster.node is not None
+    assert titled(below(cluster.node.pid), "ray::RayTrainWorker")
+    cluster.node.terminate()  # as when a pod is ended: Ray drains the node
     job.end()
     assert "workers left; going on from epoch" in job.log.read_text()
-    assert [row["epoch"] for row in lineage.load(root, name).metrics()] == list(range(1, 101))
+    assert [row["epoch"] for row in lineage.load(root, name).metrics()] == list(range(1, 41))
 
 
 # Storage
