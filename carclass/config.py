@@ -253,10 +253,10 @@ class Stage(Section):
 class Frozen(Stage):
     """The head alone, on cached features of the frozen backbone."""
 
-    epochs: int = Field(30, ge=1)
-    lr: float = Field(1e-3, gt=0, allow_inf_nan=False)
+    epochs: int = Field(80, ge=1)
+    lr: float = Field(2e-3, gt=0, allow_inf_nan=False)
     batch_size: int = Field(128, ge=1)
-    views: int = Field(2, ge=1)
+    views: int = Field(4, ge=1)
     """Versions of each training photo whose features are cached: 1 as it is, 2 its mirror image too,
     more: randomly augmented ones. One is drawn per epoch."""
 
@@ -265,7 +265,11 @@ class Unfrozen(Stage):
     """Everything, from the frozen stage's best epoch; BatchNorm statistics stay frozen."""
 
     epochs: int = Field(30, ge=1)
-    lr: float = Field(1e-4, gt=0, allow_inf_nan=False)
+    lr: float = Field(6e-4, gt=0, allow_inf_nan=False)
+    weight_decay: float = Field(0.05, ge=0)
+    warmup_epochs: float = Field(1.0, ge=0)
+    layer_decay: float = Field(0.5, gt=0, le=1)
+    """Learning rate of each block as a share of that of the block above; the last block and the classifier have lr."""
     ema_decay: float | None = Field(0.99, gt=0, lt=1)
     micro_batch_size: int | None = Field(None, ge=1)
     """Photos that a worker computes at once; gradients of its share of a step are summed over them. By default all."""

@@ -144,6 +144,11 @@ def prepare_stage(net: ResNet, stage: StageName) -> None:
     set_train_mode(net)
 
 
+def blocks_above(name: str) -> int:
+    """How many blocks lie between a tensor and the last block; 0 for the classifier's. name: as in the state dict."""
+    return {"layer3": 1, "layer2": 2, "layer1": 3, "bn1": 4, "conv1": 4}.get(name.split(".")[0], 0)
+
+
 def set_train_mode(net: nn.Module) -> None:
     """Dropout on, BatchNorm in inference mode."""
     net.train()

@@ -79,16 +79,23 @@ class Trainee(NamedTuple):
 
 def make_trained(module: nn.Module, stage: config.Stage) -> Trained:
     """A module as a stage begins, with all that checkpoints hold of it."""
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     average = None if stage.ema_decay is None else copy.deepcopy(module).requires_grad_(False)
-    return Trained(module, make_optimizer(parameters, stage), average)
+    return Trained(module, make_optimizer(module, stage), average)
 
 
-def make_optimizer(parameters: list[nn.Parameter], stage: config.Stage) -> torch.optim.Optimizer:
-    """The stage's optimizer; biases and normalisation are not decayed. Fused: one pass over the parameters."""
+def make_optimizer(module: nn.Module, stage: config.Stage) -> torch.optim.Optimizer:
+    """The stage's optimizer for what trains; biases and normalisation are not decayed. Fused: one pass over it all.
+
+    Each block's rate is the one above's times the stage's layer_decay, that of the last block and the classifier 1.
+    """
+    layer_decay = stage.layer_decay if isinstance(stage, config.Unfrozen) else 1.0
+    grouped: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            grouped.setdefault((model.blocks_above(name), parameter.ndim > 1), []).append(parameter)
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": stage.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": found, "scale": layer_decay**above, "weight_decay": stage.weight_decay if decayed else 0.0}
+        for (above, decayed), found in sorted(grouped.items(), key=lambda item: item[0])
     ]
     if stage.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=stage.lr, momentum=0.9, fused=True)
@@ -150,7 +157,7 @@ def train_step(trainee: Trainee, batch: Batch, step: int, num_steps: int) -> Ten
     """One step; returns this worker's tally. step: counted from the stage's start, from 1; num_steps: of an epoch."""
     epoch = (step - 1) // num_steps + 1
     for group in trainee.trained.optimizer.param_groups:
-        group["lr"] = learning_rate(trainee.stage, step / num_steps)
+        group["lr"] = learning_rate(trainee.stage, step / num_steps) * group["scale"]
     trainee.trained.optimizer.zero_grad(set_to_none=True)
     *others, last = pieces(batch, trainee.piece)
     tallies = []

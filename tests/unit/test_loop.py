@@ -189,6 +189,25 @@ def test_a_finished_stage_trains_no_more(stage: Callable[..., Stage]):
     assert len(one.told) == told
 
 
+# Learning rates
+
+
+def test_each_block_learns_at_its_share_of_the_rate_of_the_block_above(stage: Callable[..., Stage]):
+    trainee, batches = stage("one", "photos", layer_decay=0.5, warmup_epochs=0, schedule="constant", lr=0.08).begin()
+    loop.train_step(trainee, next(iter(batches.train(1))), 1, batches.num_steps)
+    rates = {id(p): group["lr"] for group in trainee.trained.optimizer.param_groups for p in group["params"]}
+    found = {name.split(".")[0]: rates[id(p)] for name, p in trainee.trained.module.named_parameters()}
+    assert found == pytest.approx(
+        {"conv1": 0.005, "bn1": 0.005, "layer1": 0.01, "layer2": 0.02, "layer3": 0.04, "layer4": 0.08, "fc": 0.08}
+    )
+
+
+def test_only_weights_of_several_dimensions_are_decayed(stage: Callable[..., Stage]):
+    trainee, _ = stage("one", "photos", weight_decay=0.3).begin()
+    for group in trainee.trained.optimizer.param_groups:
+        assert {group["weight_decay"]} == {0.3 if p.ndim > 1 else 0.0 for p in group["params"]}
+
+
 # Dropout
 
 
