@@ -21,7 +21,7 @@ AHEAD = 4
 
 
 class Encoded:
-    """Photos kept as they are on storage, usually much smaller than decoded, and decoded whenever they are asked for."""
+    """Photos as they are on storage, usually much smaller than decoded; decoded whenever they are asked for."""
 
     def __init__(self, images: pa.Array, size: int) -> None:
         self.images, self.size = images, size
