@@ -3,7 +3,9 @@
 import logging
 import os
 import secrets
+import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from carclass.errors import UserError
 
 log = logging.getLogger(__name__)
 BLOCK_ROWS = 64
+DASHBOARD = 8265
+"""Ray's usual port for it."""
 PLACE = pa.schema([("part", pa.string()), ("position", pa.int64())])
 TASK_CPUS = 0.5
 """CPUs reserved by a reading or writing task and by an actor on a CPU: actors never hold all of a machine, which
@@ -27,22 +31,35 @@ def connect() -> None:
     """Joins the cluster that RAY_ADDRESS names (every submitted job has it), else starts one on this machine."""
     if ray.is_initialized():
         return
-    address = os.environ.get("RAY_ADDRESS", "local")
+    address, port = os.environ.get("RAY_ADDRESS", "local"), None
     if address == "local":
         _keep_token_private()
         # Idle workers stay for the next step: starting one costs seconds of imports.
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
         # That a local cluster asks for its token is what we want, and no warning.
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+        port = _free_port(DASHBOARD)
+        # Ray Train's helpers ask there after their run, and else whichever cluster was started last on this machine.
+        os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
     # Jobs report progress themselves; what Ray has to say goes to its session's folder all the same.
-    context = ray.init(
-        address=address, logging_level=logging.WARNING, logging_config=ray.LoggingConfig(log_level="WARNING")
-    )
+    quiet = ray.LoggingConfig(log_level="WARNING")
+    context = ray.init(address=address, dashboard_port=port, logging_level=logging.WARNING, logging_config=quiet)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     found = ray.cluster_resources()
     size = (found.get("CPU", 0), found.get("GPU", 0), len(ray.nodes()))
     log.info("Ray: %d CPUs, %d GPUs, %d node(s), dashboard %s", *size, context.dashboard_url or "off")
+
+
+def _free_port(first: int) -> int:
+    """The first port of this machine, from `first` on, that nothing listens on."""
+    for port in range(first, first + 1000):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                return port
+    raise UserError(f"no port from {first} to {first + 999} is free for Ray's dashboard. End what holds them.")
 
 
 def _keep_token_private() -> None:
