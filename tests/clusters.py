@@ -40,6 +40,15 @@ def below(pid: int) -> dict[int, str]:
     return {child: titles[child] for child in sorted(found) if child in titles}
 
 
+def kill(process: subprocess.Popen) -> None:
+    """Ends a process and all below it; a node of Ray's, told to end, would wait half a minute for what runs on it."""
+    if process.poll() is None:
+        for pid in (process.pid, *below(process.pid)):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait(timeout=60)
+
+
 def titled(pids: dict[int, str], start: str) -> list[int]:
     return [pid for pid, title in pids.items() if title.split(" ")[0].rsplit("/", 1)[-1].startswith(start)]
 
@@ -86,13 +95,8 @@ class Cluster:
         return titled(below(self.head.pid) | (below(self.node.pid) if self.node else {}), "ray::MapWorker(")
 
     def stop(self) -> None:
-        """Kills all of it: told to end, a node would wait half a minute for what still runs on it."""
         for process in reversed(self.started):
-            if process.poll() is None:
-                for pid in (process.pid, *below(process.pid)):
-                    with suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-                process.wait(timeout=60)
+            kill(process)
         shutil.rmtree(self.environment["RAY_TMPDIR"], ignore_errors=True)
 
     def _start(self, name: str, *options: str) -> subprocess.Popen:

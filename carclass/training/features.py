@@ -1,54 +1,69 @@
-"""What the frozen backbone says of each photo, computed once and kept on storage."""
+"""What the frozen backbone says of each photo, computed once and kept on storage.
+
+<root>/features/<hash of all it depends on>.safetensors: of each split half (V,N,D) by view and photo, labels, ids
+"""
 
 import json
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save
 from torch import Tensor, distributed, nn
 
 from carclass import lineage, model, storage
 from carclass.progress import say
-from carclass.training.feed import Feed, to_device, view_of
+from carclass.training.feed import FeatureBatches, Feed, Samples, to_device, view_of
 
+SPLITS = ("train", "val")
 BATCH_SIZE = 64
 """Photos per forward pass without gradients: enough for any device, and it changes no result."""
 
 
-def load_or_compute(
-    net: nn.Module, train: Feed, val: Feed, run: lineage.Run, dataset_digest: str, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Features of every train view and of val: float (V,N,D) and (1,M,D), in the feeds' order, on every worker.
-
-    They are kept in <root>/features under the hash of all they depend on.
-    """
+def place(run: lineage.Run, dataset_digest: str) -> str:
+    """Where the features of a run's frozen stage lie, or will."""
     settings = run.settings
     assert settings.frozen is not None
-    depends = {
+    views = settings.frozen.views
+    depends: dict[str, Any] = {
         "parent": run.lineage()["parent_sha256"],
         "model": settings.model.model_dump(exclude={"dropout"}),
         "dataset": dataset_digest,
-        "views": settings.frozen.views,
-        "augmentation": settings.augmentation.model_dump(),
-        "seed": settings.seed,
+        "views": views,
         "precision": settings.precision,
     }
+    if views == 2:  # the second one is the mirror image, if any
+        depends["mirrored"] = settings.augmentation.flip != "none"
+    if views > 2:
+        depends |= {"augmentation": settings.augmentation.model_dump(), "seed": settings.seed}
     digest = storage.sha256(json.dumps(depends, sort_keys=True).encode())
-    uri = storage.join(run.root, "features", f"{digest[:24]}.safetensors")
-    if storage.exists(uri):
-        kept = load(storage.read_bytes(uri))
-        return tuple(
-            _reorder(kept[split], kept[f"{split}_ids"], feed) for split, feed in (("train", train), ("val", val))
-        )  # type: ignore[return-value]
-    found = compute(net, train, settings.frozen.views, run, device), compute(net, val, 1, run, device)
-    if train.rank == 0:
-        tensors = {"train": found[0].half(), "val": found[1].half()}
-        ids = {
-            "train_ids": torch.from_numpy(train.ids.view(np.int64)),
-            "val_ids": torch.from_numpy(val.ids.view(np.int64)),
-        }
-        storage.write_bytes(uri, save({**tensors, **ids}))
-    return found
+    return storage.join(run.root, "features", f"{digest[:24]}.safetensors")
+
+
+def write(uri: str, net: nn.Module, feeds: Sequence[Feed], run: lineage.Run, device: torch.device) -> None:
+    """Computes the features of train and val, all workers together, and publishes them."""
+    assert run.settings.frozen is not None
+    tensors = {}
+    for split, feed, views in zip(SPLITS, feeds, (run.settings.frozen.views, 1), strict=True):
+        tensors[split] = compute(net, feed, views, run, device).half()
+        tensors[f"{split}_labels"] = torch.from_numpy(feed.labels)
+        tensors[f"{split}_ids"] = torch.from_numpy(feed.ids.view(np.int64))
+    if feeds[0].rank == 0:
+        storage.write_bytes(uri, save(tensors))
+    if distributed.is_initialized():
+        distributed.barrier()
+
+
+def read(uri: str, batch_size: int, device: torch.device, **share: int) -> FeatureBatches:
+    """Published features to train on; the photos are not needed. share: seed, rank, num_workers, as of a Feed."""
+    kept = load_tensors(storage.read_bytes(uri))
+    train, val = (
+        Samples(kept[f"{split}_ids"].numpy().view(np.uint64), kept[f"{split}_labels"].numpy(), **share)
+        for split in SPLITS
+    )
+    return FeatureBatches(train, val, (kept["train"].float(), kept["val"].float()), batch_size, device)
 
 
 @torch.inference_mode()
@@ -77,9 +92,3 @@ def _sum_over_workers(found: Tensor, device: torch.device) -> Tensor:
         distributed.all_reduce(shared)
         return shared.cpu()
     return found
-
-
-def _reorder(kept: Tensor, ids: Tensor, feed: Feed) -> Tensor:
-    """Kept features in the order of a feed, which may have read its photos in another one."""
-    place = {photo: i for i, photo in enumerate(ids.numpy().view(np.uint64).tolist())}
-    return kept[:, [place[photo] for photo in feed.ids.tolist()]].float()

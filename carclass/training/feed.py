@@ -53,38 +53,18 @@ def pixels_of(images: Sequence[bytes], size: int) -> np.ndarray:
     return np.stack([photo.resize(photo.decode(data, min_side=1), size, size) for data in images])
 
 
-class Feed:
-    """One split, on one of several workers.
+class Samples:
+    """Which samples a split has, on one of several workers.
 
-    rank, num_workers: which share of every step this worker takes.
+    ids: uint64 (N,). labels: int64 (N,). rank, num_workers: which share of every step this worker takes.
     """
 
-    def __init__(self, blocks: Sequence[Block], *, seed: int, rank: int = 0, num_workers: int = 1) -> None:
-        # Blocks lie in shared memory when Ray holds them; they are indexed, never joined.
-        self.blocks = [block for block in blocks if len(block.ids)]
-        self.ids = np.concatenate([block.ids for block in self.blocks])
-        self.labels = np.concatenate([block.labels for block in self.blocks])
-        self.starts = np.cumsum([0, *(len(block.ids) for block in self.blocks)])
+    def __init__(self, ids: np.ndarray, labels: np.ndarray, *, seed: int, rank: int = 0, num_workers: int = 1) -> None:
+        self.ids, self.labels = ids, labels
         self.seed, self.rank, self.num_workers = seed, rank, num_workers
 
     def __len__(self) -> int:
         return len(self.ids)
-
-    def pixels(self, indices: np.ndarray) -> np.ndarray:
-        """uint8 (N,S,S,3) of photos by their position in the split."""
-        where = np.searchsorted(self.starts, indices, side="right") - 1
-        found = [self.blocks[block].pixels[i - self.starts[block]] for block, i in zip(where, indices, strict=True)]
-        return np.stack(found)
-
-    def read(self, batches: Iterable[tuple[np.ndarray, T]]) -> Iterator[tuple[np.ndarray, T, np.ndarray]]:
-        """(positions, what came with them, their pixels), a few batches being read ahead."""
-        with ThreadPoolExecutor(AHEAD) as pool:
-            reading: deque = deque()
-            for indices, more in batches:
-                reading.append((indices, more, pool.submit(self.pixels, indices)))
-                if len(reading) > AHEAD:
-                    yield _done(reading.popleft())
-            yield from map(_done, reading)
 
     def order(self, epoch: int | None) -> np.ndarray:
         """Positions in the order of an epoch; None: by id, for validation."""
@@ -104,6 +84,33 @@ class Feed:
             step = order[first : first + batch_size]
             mine = step[self.rank :: self.num_workers]
             yield (mine, self.num_workers / len(step)) if len(mine) else (step[:1], 0.0)
+
+
+class Feed(Samples):
+    """Samples with their photos. share: seed, rank, num_workers."""
+
+    def __init__(self, blocks: Sequence[Block], **share: int) -> None:
+        # Blocks lie in shared memory when Ray holds them; they are indexed, never joined.
+        self.blocks = [block for block in blocks if len(block.ids)]
+        ids, labels = (np.concatenate([getattr(block, of) for block in self.blocks]) for of in ("ids", "labels"))
+        super().__init__(ids, labels, **share)
+        self.starts = np.cumsum([0, *(len(block.ids) for block in self.blocks)])
+
+    def pixels(self, indices: np.ndarray) -> np.ndarray:
+        """uint8 (N,S,S,3) of photos by their position in the split."""
+        where = np.searchsorted(self.starts, indices, side="right") - 1
+        found = [self.blocks[block].pixels[i - self.starts[block]] for block, i in zip(where, indices, strict=True)]
+        return np.stack(found)
+
+    def read(self, batches: Iterable[tuple[np.ndarray, T]]) -> Iterator[tuple[np.ndarray, T, np.ndarray]]:
+        """(positions, what came with them, their pixels), a few batches being read ahead."""
+        with ThreadPoolExecutor(AHEAD) as pool:
+            reading: deque = deque()
+            for indices, more in batches:
+                reading.append((indices, more, pool.submit(self.pixels, indices)))
+                if len(reading) > AHEAD:
+                    yield _done(reading.popleft())
+            yield from map(_done, reading)
 
 
 class PhotoBatches:
@@ -133,28 +140,28 @@ class PhotoBatches:
 class FeatureBatches:
     """What the frozen stage trains on: cached features, of one view per photo and epoch.
 
-    features: float (V,N,D) of the train split in the feed's order, and (1,N,D) of val.
+    features: float (V,N,D) of the train samples, and (1,N,D) of val.
     """
 
     def __init__(
-        self, train: Feed, val: Feed, features: tuple[Tensor, Tensor], batch_size: int, device: torch.device
+        self, train: Samples, val: Samples, features: tuple[Tensor, Tensor], batch_size: int, device: torch.device
     ) -> None:
-        self.feeds, self.batch_size, self.device = (train, val), batch_size, device
+        self.samples, self.batch_size = (train, val), batch_size
         self.features = features[0].to(device), features[1].to(device)
         self.num_steps = -(-len(train) // batch_size)
 
     def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """An epoch's steps after its first `start` samples."""
-        feed, features = self.feeds[0], self.features[0]
-        views = (uniforms(feed.seed + VIEW, epoch, feed.ids, 1)[:, 0] * len(features)).astype(np.int64)
-        for indices, weight in feed.steps(epoch, self.batch_size, start):
-            yield _batch(features[views[indices], indices], feed, indices, weight)
+        samples, features = self.samples[0], self.features[0]
+        views = (uniforms(samples.seed + VIEW, epoch, samples.ids, 1)[:, 0] * len(features)).astype(np.int64)
+        for indices, weight in samples.steps(epoch, self.batch_size, start):
+            yield _batch(features[views[indices], indices], samples, indices, weight)
 
     def val(self) -> Iterator[Batch]:
         """Every val photo once over all workers."""
-        feed = self.feeds[1]
-        for indices, weight in feed.steps(None, self.batch_size * 16):
-            yield _batch(self.features[1][0, indices], feed, indices, weight)
+        samples = self.samples[1]
+        for indices, weight in samples.steps(None, self.batch_size * 16):
+            yield _batch(self.features[1][0, indices], samples, indices, weight)
 
 
 def to_device(pixels: np.ndarray, device: torch.device) -> Tensor:
@@ -177,5 +184,5 @@ def _done(batch: tuple) -> tuple:
     return *told, pixels.result()
 
 
-def _batch(inputs: Tensor, feed: Feed, indices: np.ndarray, weight: float) -> Batch:
-    return Batch(inputs, torch.from_numpy(feed.labels[indices]).to(inputs.device), weight, feed.ids[indices])
+def _batch(inputs: Tensor, samples: Samples, indices: np.ndarray, weight: float) -> Batch:
+    return Batch(inputs, torch.from_numpy(samples.labels[indices]).to(inputs.device), weight, samples.ids[indices])

@@ -19,7 +19,7 @@ from torchvision.models.resnet import ResNet
 from carclass import cluster, config, dataset, lineage, model, storage
 from carclass.errors import UserError
 from carclass.training import checkpoint, features, loop, preflight
-from carclass.training.feed import Block, Encoded, FeatureBatches, Feed, PhotoBatches, pixels_of
+from carclass.training.feed import Block, Encoded, Feed, PhotoBatches, pixels_of
 from carclass.training.keeper import Keeper
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class Job(NamedTuple):
     stage: model.StageName
     classes: list[str]
     digest: str  # of the dataset
-    blocks: dict[str, list[ray.ObjectRef]]  # photos by split
+    blocks: dict[str, list[ray.ObjectRef]]  # photos of train and val, in this order; none where features are cached
     num_threads: int
 
 
@@ -128,7 +128,8 @@ def _fit(job: Job, held: Held, use_gpu: bool) -> None:
     newest = checkpoint.newest_sound(uri)
     while True:
         num_threads = 1 if use_gpu else cluster.cpus_each(job.run.settings.workers[1])
-        job = job._replace(blocks=held.get(), num_threads=num_threads)
+        is_cached = job.stage == "frozen" and storage.exists(features.place(job.run, job.digest))
+        job = job._replace(blocks={} if is_cached else held.get(), num_threads=num_threads)
         before, error = newest, None
         try:
             if _run_workers(job, use_gpu):
@@ -207,27 +208,34 @@ def _work(given: dict[str, Any]) -> bool:
     settings, context = job.run.settings, ray.train.get_context()
     torch.set_num_threads(job.num_threads)
     device = ray.train.torch.get_device()
-    rank, num_workers = context.get_world_rank(), context.get_world_size()
-    # Without a time limit, a worker would hold the CPUs for which the tasks wait that make lost photos again.
-    held = [ray.get(job.blocks[split], timeout=MAX_WAIT) for split in ("train", "val")]
-    blocks = [[block_of(block, settings.model.image_size) for block in split] for split in held]
-    feeds = [Feed(split, seed=settings.seed, rank=rank, num_workers=num_workers) for split in blocks]
     net = start_of(job).to(device)
     model.prepare_stage(net, job.stage)
     stage = getattr(settings, job.stage)
-    batches: loop.Batches
-    if job.stage == "frozen":
-        cached = features.load_or_compute(net, feeds[0], feeds[1], job.run, job.digest, device)
-        batches = FeatureBatches(feeds[0], feeds[1], cached, stage.batch_size, device)
-    else:
-        batches = PhotoBatches(feeds[0], feeds[1], settings.augmentation, stage.batch_size, device)
+    batches = _batches(job, net, device)
     trained = loop.make_trained(trained_part(net, job.stage), stage)
     state = _restore(job, trained)
     precision = "fp32" if job.stage == "frozen" else settings.precision  # a linear layer gains nothing from bf16
-    forward = ray.train.torch.prepare_model(trained.module) if num_workers > 1 else trained.module
+    forward = ray.train.torch.prepare_model(trained.module) if context.get_world_size() > 1 else trained.module
     piece = stage.micro_batch_size if job.stage == "unfrozen" else None
     trainee = loop.Trainee(trained, forward, stage, model.autocast(precision, device), settings.seed, piece)
     return _train(job, trainee, batches, state)
+
+
+def _batches(job: Job, net: ResNet, device: torch.device) -> loop.Batches:
+    """A worker's share of what the stage trains on."""
+    settings, context = job.run.settings, ray.train.get_context()
+    share = {"seed": settings.seed, "rank": context.get_world_rank(), "num_workers": context.get_world_size()}
+    # Without a time limit, a worker would hold the CPUs for which the tasks wait that make lost photos again.
+    held = [ray.get(refs, timeout=MAX_WAIT) for refs in job.blocks.values()]
+    blocks = [[block_of(block, settings.model.image_size) for block in split] for split in held]
+    feeds = [Feed(split, **share) for split in blocks]
+    if job.stage == "unfrozen":
+        assert settings.unfrozen is not None
+        return PhotoBatches(feeds[0], feeds[1], settings.augmentation, settings.unfrozen.batch_size, device)
+    assert settings.frozen is not None
+    if feeds:
+        features.write(features.place(job.run, job.digest), net, feeds, job.run, device)
+    return features.read(features.place(job.run, job.digest), settings.frozen.batch_size, device, **share)
 
 
 def _restore(job: Job, trained: checkpoint.Trained) -> loop.State:

@@ -2,8 +2,6 @@
 
 import os
 import secrets
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +13,8 @@ from typing import NamedTuple
 
 import pytest
 
-RAY = str(Path(sys.executable).with_name("ray"))
+from tests.clusters import RAY, free_port, kill
+
 REPO = Path(__file__).parents[2]
 
 
@@ -24,12 +23,6 @@ class Head(NamedTuple):
 
     url: str
     token: str
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def environment(token: str | None, home: Path) -> dict[str, str]:
@@ -61,8 +54,7 @@ def head(tmp_path_factory) -> Iterator[Head]:
         wait_until_up(url, token, process, home / "head.log")
         yield Head(url, token)
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(timeout=60)
+        kill(process)
 
 
 def wait_until_up(url: str, token: str, process: subprocess.Popen, log: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from carclass import config, lineage, model
 from carclass.training import features, loop
-from carclass.training.feed import Block, FeatureBatches, Feed, PhotoBatches, pixels_of
+from carclass.training.feed import Block, Feed, PhotoBatches, pixels_of
 
 CPU = torch.device("cpu")
 SETTINGS = config.Train(
@@ -41,7 +41,7 @@ def epochs(batches: loop.Batches, net: torch.nn.Module, module: torch.nn.Module)
     return [finished.metrics for finished in told if finished is not None]
 
 
-def test_the_stage_on_cached_features_equals_the_one_on_photos(feeds: tuple[Feed, Feed]):
+def test_the_stage_on_cached_features_equals_the_one_on_photos(feeds: tuple[Feed, Feed], tmp_path: Path):
     assert SETTINGS.frozen is not None
     nets = []
     for _ in range(2):
@@ -50,10 +50,47 @@ def test_the_stage_on_cached_features_equals_the_one_on_photos(feeds: tuple[Feed
         model.load_parent(net, SETTINGS)
         model.prepare_stage(net, "frozen")
         nets.append(net)
-    run = lineage.Run("", SETTINGS)
-    found = tuple(features.compute(nets[0], feed, 1, run, CPU) for feed in feeds)
-    cached = epochs(FeatureBatches(*feeds, found, 8, CPU), nets[0], nets[0].fc)
+    uri = str(tmp_path / "features.safetensors")
+    features.write(uri, nets[0], feeds, lineage.Run("", SETTINGS), CPU)
+    cached = epochs(features.read(uri, 8, CPU, seed=1), nets[0], nets[0].fc)
     plain = epochs(PhotoBatches(*feeds, SETTINGS.augmentation, 8, CPU), nets[1], nets[1])
     for ours, theirs in zip(cached, plain, strict=True):
         for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3)
+
+
+def place(root: Path, views: int, **changes: object) -> str:
+    settings = config.Train(**{**SETTINGS.model_dump(), "frozen": {"views": views}, **changes})
+    return features.place(lineage.Run(str(root), settings), "digest of the dataset")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    folder = tmp_path / "experiments" / "x"
+    folder.mkdir(parents=True)
+    (folder / "lineage.json").write_text('{"parent_sha256": "0"}')
+    return tmp_path
+
+
+def test_photos_as_they_are_have_the_same_features_whatever_the_seed_and_the_augmentation(root: Path):
+    assert place(root, 1) == place(root, 1, seed=7, augmentation={"flip": "horizontal", "rotation": 0.2})
+
+
+def test_mirrored_photos_have_other_features_than_photos_that_are_never_mirrored(root: Path):
+    places = [place(root, 2, augmentation={"flip": flip}) for flip in ("none", "horizontal", "horizontal+vertical")]
+    assert places[0] != places[1] == places[2]
+
+
+@pytest.mark.parametrize("changes", [{"seed": 7}, {"augmentation": {"rotation": 0.2}}])
+def test_augmented_photos_have_features_of_their_own(root: Path, changes: dict[str, object]):
+    assert place(root, 3) != place(root, 3, **changes)
+
+
+@pytest.mark.parametrize("changes", [{"precision": "bf16"}, {"model": {"image_size": 96}}])
+def test_features_depend_on_how_they_are_computed(root: Path, changes: dict[str, object]):
+    assert place(root, 1) != place(root, 1, **changes)
+
+
+def test_dropout_comes_after_the_features(root: Path):
+    model_settings = SETTINGS.model.model_dump()
+    assert place(root, 1) == place(root, 1, model={**model_settings, "dropout": 0.7})
