@@ -14,26 +14,7 @@ from PIL import Image, ImageOps
 
 from carclass import photo
 from carclass.photo import PhotoError, Reason
-
-
-def scene(height: int = 120, width: int = 160) -> np.ndarray:
-    """Smooth colours with a few hard edges and no symmetry: survives JPEG well, shows every flip."""
-    y, x = np.mgrid[0:height, 0:width]
-    pixels = np.stack([x * 255 // width, y * 255 // height, (x + y) * 255 // (width + height)], axis=2)
-    pixels[height // 8 : height // 4, width // 8 : width // 2] = (230, 40, 30)
-    return pixels.astype(np.uint8)
-
-
-def saved(image: Image.Image | np.ndarray, kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def noisy_jpeg() -> bytes:
-    noise = np.random.default_rng(7).integers(0, 256, (120, 160, 3), dtype=np.uint8)
-    return saved(noise, "JPEG", quality=90)
+from tests.photos import noisy_jpeg, overwritten, psnr, saved, scene
 
 
 def reason_of(data: bytes, **limits) -> Reason:
@@ -41,10 +22,6 @@ def reason_of(data: bytes, **limits) -> Reason:
         photo.decode(data, **limits)
     assert "\n" not in caught.value.detail
     return caught.value.reason
-
-
-def psnr(one: np.ndarray, other: np.ndarray) -> float:
-    return 10 * np.log10(255**2 / max(1e-9, np.mean((one.astype(float) - other) ** 2)))
 
 
 # What is read
@@ -221,12 +198,6 @@ def test_a_jpeg_cut_in_its_header_is_truncated():
     assert reason_of(saved(scene(), "JPEG")[:100]) == Reason.TRUNCATED
 
 
-def overwritten(data: bytes, start: int, count: int = 40) -> bytes:
-    damaged = bytearray(data)
-    damaged[start : start + count] = np.random.default_rng(3).bytes(count)
-    return bytes(damaged)
-
-
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF"])
 def test_forty_overwritten_bytes_are_corrupt(kind):
     data = noisy_jpeg() if kind == "JPEG" else saved(scene(), kind)
@@ -322,111 +293,3 @@ def test_an_error_names_its_reason_and_survives_pickling():
     error = pickle.loads(pickle.dumps(PhotoError(Reason.TOO_SMALL, "1x1 pixels")))
     assert (error.reason, error.detail) == (Reason.TOO_SMALL, "1x1 pixels")
     assert str(error) == "too_small: 1x1 pixels"
-
-
-# Shrinking, resizing, encoding
-
-
-@pytest.mark.parametrize(("shape", "expected"), [((120, 160), (48, 64)), ((160, 120), (64, 48)), ((7, 900), (1, 64))])
-def test_shrink_keeps_the_aspect(shape, expected):
-    assert photo.shrink(scene(*shape), 64).shape == (*expected, 3)
-
-
-def test_shrink_never_enlarges():
-    assert np.array_equal(photo.shrink(scene(), 160), scene())
-
-
-def test_shrink_averages_a_checkerboard_instead_of_sampling_it():
-    board = np.repeat((np.indices((128, 128)).sum(axis=0) % 2 * 255).astype(np.uint8)[..., None], 3, axis=2)
-    assert np.abs(photo.shrink(board, 32).astype(int) - 127).max() < 20
-
-
-def test_resize_gives_the_exact_size_and_matches_pil():
-    expected = np.asarray(Image.fromarray(scene()).resize((64, 56), Image.Resampling.BILINEAR))
-    resized = photo.resize(scene(), 56, 64)
-    assert resized.shape == (56, 64, 3)
-    assert np.abs(resized.astype(int) - expected).max() <= 1
-
-
-def test_resize_can_enlarge():
-    assert photo.resize(scene(), 200, 300).shape == (200, 300, 3)
-
-
-def test_resize_accepts_read_only_pixels_silently():
-    pixels = scene()
-    pixels.flags.writeable = False
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert photo.resize(pixels, 64, 64).flags.c_contiguous
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-@pytest.mark.parametrize("max_side", [33, 64, 79, 80, 100, 159, 160, 500])
-def test_decoding_at_reduced_size_is_decoding_then_shrinking(kind, max_side):
-    data = saved(scene(121, 161), kind)
-    reduced, expected = photo.decode(data, max_side=max_side), photo.shrink(photo.decode(data), max_side)
-    assert reduced.shape == expected.shape
-    assert psnr(reduced, expected) > 30
-
-
-def test_reduced_size_respects_orientation():
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    data = saved(scene(), "JPEG", exif=exif)
-    reduced, expected = photo.decode(data, max_side=40), photo.shrink(photo.decode(data), 40)
-    assert reduced.shape == (40, 30, 3)
-    assert psnr(reduced, expected) > 30
-
-
-def test_encode_survives_decode():
-    assert psnr(photo.decode(photo.encode(scene(), quality=95)), scene()) > 30
-
-
-def test_encode_accepts_a_view():
-    assert np.array_equal(
-        photo.decode(photo.encode(scene()[::2, ::-1])), photo.decode(photo.encode(scene()[::2, ::-1].copy()))
-    )
-
-
-def test_higher_quality_takes_more_bytes():
-    assert len(photo.encode(scene(), quality=95)) > len(photo.encode(scene(), quality=60))
-
-
-# Storing
-
-
-LIMITS = {"min_side": 16, "max_pixels": 1_000_000, "quality": 92}
-
-
-def test_an_upright_rgb_jpeg_that_fits_keeps_its_bytes():
-    data = saved(scene(), "JPEG", quality=70)
-    assert photo.normalise(data, max_side=160, **LIMITS) == (data, 160, 120)
-
-
-def rotated_jpeg() -> bytes:
-    exif = Image.Exif()
-    exif[0x0112] = 8
-    return saved(scene(), "JPEG", exif=exif)
-
-
-@pytest.mark.parametrize(
-    ("data", "max_side", "size"),
-    [
-        pytest.param(saved(scene(), "JPEG"), 80, (80, 60), id="too large"),
-        pytest.param(rotated_jpeg(), None, (120, 160), id="rotated"),
-        pytest.param(saved(Image.fromarray(scene()).convert("L"), "JPEG"), None, (160, 120), id="grey"),
-        pytest.param(saved(scene(), "PNG"), None, (160, 120), id="png"),
-    ],
-)
-def test_any_other_photo_is_stored_as_an_upright_rgb_jpeg(data, max_side, size):
-    stored, width, height = photo.normalise(data, max_side=max_side, **LIMITS)
-    assert (width, height) == size
-    with Image.open(io.BytesIO(stored)) as image:
-        assert (image.format, image.mode, image.size) == ("JPEG", "RGB", size)
-        assert image.getexif().get(0x0112, 1) == 1
-
-
-def test_a_damaged_jpeg_that_fits_is_not_stored():
-    data = noisy_jpeg()
-    with pytest.raises(PhotoError):
-        photo.normalise(overwritten(data, len(data) // 2), max_side=None, **LIMITS)

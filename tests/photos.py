@@ -1,0 +1,36 @@
+"""Photos made for tests, and how alike two are."""
+
+import io
+
+import numpy as np
+from PIL import Image
+
+
+def scene(height: int = 120, width: int = 160) -> np.ndarray:
+    """Smooth colours with a few hard edges and no symmetry: survives JPEG well, shows every flip."""
+    y, x = np.mgrid[0:height, 0:width]
+    pixels = np.stack([x * 255 // width, y * 255 // height, (x + y) * 255 // (width + height)], axis=2)
+    pixels[height // 8 : height // 4, width // 8 : width // 2] = (230, 40, 30)
+    return pixels.astype(np.uint8)
+
+
+def saved(image: Image.Image | np.ndarray, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def noisy_jpeg() -> bytes:
+    noise = np.random.default_rng(7).integers(0, 256, (120, 160, 3), dtype=np.uint8)
+    return saved(noise, "JPEG", quality=90)
+
+
+def overwritten(data: bytes, start: int, count: int = 40) -> bytes:
+    damaged = bytearray(data)
+    damaged[start : start + count] = np.random.default_rng(3).bytes(count)
+    return bytes(damaged)
+
+
+def psnr(one: np.ndarray, other: np.ndarray) -> float:
+    return 10 * np.log10(255**2 / max(1e-9, np.mean((one.astype(float) - other) ** 2)))
