@@ -21,6 +21,7 @@ import pytest
 from carclass import config, dataset, storage
 from carclass.sample.generate import write_sample
 from tests.busy_s3 import Proxy
+from tests.clusters import free_port
 
 Rows = list[dict[str, Any]]
 
@@ -101,9 +102,12 @@ def ray_cluster(s3: Any) -> Iterator[str]:
     # A folder of its own: Ray Train looks there for its cluster, and finds another one if there are several. Not
     # pytest's, whose path is too long for a socket.
     os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-")
+    port = free_port()
+    os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"  # not that of a cluster which a test starts
     ray.init(
         address="local",
         num_cpus=4,
+        dashboard_port=port,
         include_dashboard=True,  # Ray Train asks it whether a run's controller is still there
         object_store_memory=500_000_000,
         logging_level=logging.WARNING,
@@ -113,6 +117,7 @@ def ray_cluster(s3: Any) -> Iterator[str]:
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
+    del os.environ["RAY_API_SERVER_ADDRESS"]
     shutil.rmtree(os.environ.pop("RAY_TMPDIR"), ignore_errors=True)
 
 
