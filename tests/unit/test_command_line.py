@@ -160,7 +160,7 @@ def test_every_job_is_covered_here_or_reads_no_section():
 def test_help_gives_defaults_and_says_what_is_required():
     found = {key: default for key, default, _, _ in command_line.settings(Train)}
     assert found["name"] == "required"
-    assert found["unfrozen.lr"] == 1e-4
+    assert found["unfrozen.lr"] == 6e-4
 
 
 def test_an_inherited_explanation_is_found():
