@@ -17,7 +17,7 @@ T = TypeVar("T")
 ORDER, VIEW, AUGMENT, DROPOUT = 0, 1, 2, 3
 """What a draw is for: added to the seed, so that no two purposes share their randomness."""
 AHEAD = 4
-"""Batches that are read, in a thread each, while one is trained on: of photos kept encoded, 2,500 a second or so."""
+"""Batches that are read, in a thread each, while one is trained on."""
 
 
 class Encoded:
