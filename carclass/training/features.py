@@ -28,6 +28,7 @@ def place(run: lineage.Run, dataset_digest: str) -> str:
     assert settings.frozen is not None
     views = settings.frozen.views
     depends: dict[str, Any] = {
+        "format": 2,  # since labels are kept too
         "parent": run.lineage()["parent_sha256"],
         "model": settings.model.model_dump(exclude={"dropout"}),
         "dataset": dataset_digest,

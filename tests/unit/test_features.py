@@ -1,12 +1,13 @@
 """The frozen stage on cached features is the frozen stage on photos, only faster."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from carclass import config, lineage, model
+from carclass import config, lineage, model, storage
 from carclass.training import features, loop
 from carclass.training.feed import Block, Feed, PhotoBatches, pixels_of
 
@@ -94,3 +95,17 @@ def test_features_depend_on_how_they_are_computed(root: Path, changes: dict[str,
 def test_dropout_comes_after_the_features(root: Path):
     model_settings = SETTINGS.model.model_dump()
     assert place(root, 1) == place(root, 1, model={**model_settings, "dropout": 0.7})
+
+
+def test_a_file_written_before_labels_were_kept_is_not_taken_for_one_with_labels(root: Path):
+    depends = {
+        "parent": "0",
+        "model": SETTINGS.model.model_dump(exclude={"dropout"}),
+        "dataset": "digest of the dataset",
+        "views": 3,
+        "augmentation": SETTINGS.augmentation.model_dump(),
+        "seed": SETTINGS.seed,
+        "precision": SETTINGS.precision,
+    }
+    old = storage.sha256(json.dumps(depends, sort_keys=True).encode())
+    assert old[:24] not in place(root, 3)
