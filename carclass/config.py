@@ -298,10 +298,10 @@ class Train(Section):
     """true, false, or by default: when the cluster has one."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16 autocast, or float32 throughout."""
-    checkpoint_steps: int | None = Field(100, ge=1)
-    """Steps between checkpoints within an epoch, written while training goes on; null: only at epochs' ends."""
+    checkpoint_steps: int = Field(100, ge=1)
+    """Steps between checkpoints to go on from, which are written while training goes on; the two latest are kept."""
     keep_checkpoints: int = Field(2, ge=1)
-    """Best epochs kept by val accuracy; the two latest checkpoints are kept as well."""
+    """Epochs whose weights are kept, the best by val accuracy."""
     seed: int = Field(123, ge=0)
     """Decides initial weights, order, augmentation and dropout."""
 

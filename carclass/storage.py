@@ -158,20 +158,22 @@ def patiently(request: Callable[[], T]) -> T:
     return request()
 
 
-def write_bytes(uri: str, data: bytes) -> None:
-    """Publishes a file: readers see all of it or nothing."""
+def write_bytes(uri: str, *pieces: bytes | memoryview) -> None:
+    """Publishes a file, given whole or in pieces: readers see all of it or nothing."""
     filesystem, path = locate(uri)
     if isinstance(filesystem, fs.LocalFileSystem):
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = target.with_name(f".{target.name}.{uuid4().hex}.tmp")
-        temporary.write_bytes(data)
+        with temporary.open("wb") as file:
+            file.writelines(pieces)
         temporary.replace(target)
         return
 
     def put() -> None:
         with filesystem.open_output_stream(path) as stream:
-            stream.write(data)
+            for piece in pieces:
+                stream.write(piece)
 
     patiently(put)
 
@@ -198,9 +200,12 @@ def check_root(uri: str) -> None:
         raise UserError(f"`root`: {uri} cannot be written to ({_first_line(error)}).") from error
 
 
-def sha256(data: bytes) -> str:
-    """The digest that names contents here, in hex."""
-    return hashlib.sha256(data).hexdigest()
+def sha256(*pieces: bytes | memoryview) -> str:
+    """The digest that names contents here, whole or in pieces, in hex."""
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def _first_line(error: Exception) -> str:

@@ -1,10 +1,10 @@
 """Checkpoints: tensors as safetensors, everything else as readable JSON, each file with its sha256.
 
-<stage>/epoch-0003/            after three epochs
-<stage>/epoch-0003-00000512/   and 512 samples into the fourth
-    weights.safetensors    those to use: the average's, where weights are averaged
-    optimizer.safetensors  its moments, and the weights that were averaged
-    checkpoint.json        written last
+<stage>/epoch-0003/            what three epochs led to, to be used
+    weights.safetensors        the average's, where weights are averaged
+    checkpoint.json            written last
+<stage>/epoch-0003-00000512/   and 512 samples into the fourth, to go on from; besides these two files
+    optimizer.safetensors      its moments, and the weights that were averaged
 """
 
 import json
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from carclass import storage
@@ -20,6 +20,8 @@ from carclass.errors import UserError
 from carclass.progress import say
 
 INDEX, WEIGHTS, OPTIMIZER = "checkpoint.json", "weights.safetensors", "optimizer.safetensors"
+DTYPES = {torch.float32: "F32", torch.int64: "I64"}
+"""What checkpoints hold, in the words of safetensors: weights and moments, and counters of BatchNorm."""
 AVERAGED = "averaged."
 """Before the names of weights that were averaged, which no moment's name begins with."""
 
@@ -54,26 +56,54 @@ def name_of(epoch: int, samples: int = 0) -> str:
     return f"epoch-{epoch:04d}" + (f"-{samples:08d}" if samples else "")
 
 
+def goes_on(name: str) -> bool:
+    """Whether a checkpoint of that name is one to go on from, rather than an epoch's result."""
+    return name.count("-") > 1
+
+
 def take(name: str, trained: Trained, state: dict[str, Any]) -> Snapshot:
-    """Copies everything to memory of the host."""
+    """Copies to memory of the host what a checkpoint of that name holds."""
+    weights = _copy(trained.best.state_dict())
+    if not goes_on(name):
+        return Snapshot(name, {WEIGHTS: weights}, state)
     moving = _optimizer_tensors(trained.optimizer)
     if trained.average is not None:
         moving |= {
             f"{AVERAGED}{name}": tensor for name, tensor in _copy(dict(trained.module.named_parameters())).items()
         }
-    return Snapshot(name, {WEIGHTS: _copy(trained.best.state_dict()), OPTIMIZER: moving}, state)
+    return Snapshot(name, {WEIGHTS: weights, OPTIMIZER: moving}, state)
 
 
 def write(uri: str, snapshot: Snapshot) -> None:
     """Writes a checkpoint below a stage's folder."""
     folder, hashes = storage.join(uri, snapshot.name), {"state": _state_hash(snapshot.state)}
     for name, tensors in snapshot.tensors.items():
-        data = save(tensors)
-        hashes[name] = storage.sha256(data)
-        storage.write_bytes(storage.join(folder, name), data)
+        pieces = serialise(tensors)
+        hashes[name] = storage.sha256(*pieces)
+        storage.write_bytes(storage.join(folder, name), *pieces)
     storage.write_bytes(
         storage.join(folder, INDEX), json.dumps({**snapshot.state, "sha256": hashes}, indent=1).encode()
     )
+
+
+def serialise(tensors: dict[str, Tensor]) -> list[bytes | memoryview]:
+    """A safetensors file in pieces, the tensors being views of their memory.
+
+    The library's `save` copies everything, which takes longer than hashing and writing it.
+    """
+    header, pieces, end = {}, [], 0
+    for name, tensor in tensors.items():
+        data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": [*tensor.shape],
+            "data_offsets": [end, end + data.nbytes],
+        }
+        pieces.append(data.data)
+        end += data.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return [len(text).to_bytes(8, "little"), text, *pieces]
 
 
 def names(uri: str) -> list[str]:
@@ -82,13 +112,19 @@ def names(uri: str) -> list[str]:
     return sorted(path[0] for path in paths if path[1:] == [INDEX])
 
 
+def to_go_on_from(uri: str) -> list[str]:
+    """Those of them that hold all that training needs to go on, oldest first."""
+    return [name for name in names(uri) if goes_on(name)]
+
+
 def verify(uri: str) -> dict[str, bytes]:
     """A checkpoint's files by name; DamagedError unless each is what its hash says."""
+    tensors = (WEIGHTS, OPTIMIZER) if goes_on(uri.rsplit("/", 1)[-1]) else (WEIGHTS,)
     try:
-        files = {name: storage.read_bytes(storage.join(uri, name)) for name in (INDEX, WEIGHTS, OPTIMIZER)}
+        files = {name: storage.read_bytes(storage.join(uri, name)) for name in (INDEX, *tensors)}
         state = json.loads(files[INDEX])
         hashes = state.pop("sha256")
-        found = {"state": _state_hash(state), **{name: storage.sha256(files[name]) for name in (WEIGHTS, OPTIMIZER)}}
+        found = {"state": _state_hash(state), **{name: storage.sha256(files[name]) for name in tensors}}
     except FileNotFoundError as error:
         raise DamagedError(f"checkpoint {uri} is damaged: a file is missing ({error})") from error
     except (KeyError, ValueError) as error:
@@ -111,12 +147,12 @@ def restore(uri: str, trained: Trained) -> dict[str, Any]:
 
 
 def newest_sound(uri: str) -> str | None:
-    """The checkpoint to go on from, None where there is none. Damaged ones after it are removed, with a warning.
+    """The newest to go on from, None where there is none. Damaged ones after it are removed, with a warning.
 
     UserError when none is sound; they are then left as they are.
     """
     damaged: list[str] = []
-    for name in reversed(names(uri)):
+    for name in reversed(to_go_on_from(uri)):
         try:
             verify(storage.join(uri, name))
         except DamagedError as error:
@@ -137,9 +173,8 @@ def restore_best(uri: str, module: nn.Module) -> dict[str, Any]:
     """
     scores = {}
     for name in names(uri):
-        state = json.loads(storage.read_bytes(storage.join(uri, name, INDEX)))
-        if name == name_of(state["epoch"]):
-            scores[name] = state["val_accuracies"][-1]
+        if not goes_on(name):
+            scores[name] = json.loads(storage.read_bytes(storage.join(uri, name, INDEX)))["val_accuracies"][-1]
     for name in sorted(scores, key=lambda name: (-scores[name], name)):
         try:
             files = verify(storage.join(uri, name))
@@ -202,9 +237,9 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
 
 def publish_model(uri: str, net: nn.Module, facts: dict[str, Any]) -> None:
     """Writes the whole network as <uri>.safetensors and, last, what is needed to use it as <uri>.json."""
-    data = save(_copy(net.state_dict()))
-    storage.write_bytes(f"{uri}.safetensors", data)
-    described = json.dumps({**facts, "sha256": storage.sha256(data)}, indent=1, ensure_ascii=False)
+    pieces = serialise(_copy(net.state_dict()))
+    storage.write_bytes(f"{uri}.safetensors", *pieces)
+    described = json.dumps({**facts, "sha256": storage.sha256(*pieces)}, indent=1, ensure_ascii=False)
     storage.write_bytes(f"{uri}.json", described.encode())
 
 

@@ -1,5 +1,8 @@
 """Writes a stage's checkpoints and metrics behind the loop's back. Knows nothing of Ray."""
 
+import os
+import sys
+import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -8,6 +11,9 @@ from carclass import lineage, storage
 from carclass.progress import say
 from carclass.training import checkpoint
 from carclass.training.loop import Finished, State
+
+LOWEST = 19
+"""Of the priorities of POSIX."""
 
 
 class Keeper:
@@ -20,37 +26,48 @@ class Keeper:
         self.run, self.stage, self.trained = run, stage, trained
         self.uri = storage.join(run.uri, stage)
         self.journal = lineage.Journal(run, stage, state.epoch)
-        self.thread = ThreadPoolExecutor(1)
+        self.thread = ThreadPoolExecutor(1, initializer=_stand_back)
         self.writing: Future[None] | None = None
 
-    def save(self, state: State, finished: Finished | None, must: bool) -> None:
+    def save(self, state: State, must: bool) -> None:
         """Saves where training is; if it needn't be, only when the last checkpoint is written by now."""
         if not must and self.writing is not None and not self.writing.done():
             return
-        self.wait()
-        name = checkpoint.name_of(state.epoch, state.samples)
-        snapshot = checkpoint.take(name, self.trained, asdict(state))
-        if finished is not None:
-            self._say(finished)
-        self.writing = self.thread.submit(self._write, snapshot, finished, time.time())
+        self._begin(state, None)
+
+    def finish(self, state: State, finished: Finished) -> None:
+        """Keeps an epoch's metrics, and its weights if they are among the best; what is needed to go on takes longer
+        to write, and is left to `save`.
+        """
+        self._say(finished)
+        self._begin(state, finished)
 
     def wait(self) -> None:
         """Returns when all is written."""
         if self.writing is not None:
             self.writing.result()
 
-    def _write(self, snapshot: checkpoint.Snapshot, finished: Finished | None, now: float) -> None:
-        # Metrics first: a checkpoint without the metrics of its epoch would never get them.
+    def _begin(self, state: State, finished: Finished | None) -> None:
+        self.wait()
+        name, best, snapshot = checkpoint.name_of(state.epoch, state.samples), self._best(state), None
+        if finished is None or name in best:
+            snapshot = checkpoint.take(name, self.trained, asdict(state))
+        self.writing = self.thread.submit(self._write, snapshot, best, finished, time.time())
+
+    def _write(
+        self, snapshot: checkpoint.Snapshot | None, best: set[str], finished: Finished | None, now: float
+    ) -> None:
         if finished is not None:
             self.journal.add({**finished.metrics, "time": now}, finished.steps)
-        checkpoint.write(self.uri, snapshot)
-        checkpoint.prune(self.uri, self._kept(snapshot.state["val_accuracies"]))
+        if snapshot is not None:
+            checkpoint.write(self.uri, snapshot)
+            # Two to go on from, should the newest be damaged.
+            checkpoint.prune(self.uri, best | {*checkpoint.to_go_on_from(self.uri)[-2:]})
 
-    def _kept(self, val_accuracies: list[float]) -> set[str]:
-        """The best epochs, and the two latest checkpoints: the one to go on from, and one should it be damaged."""
-        epochs = sorted(range(len(val_accuracies)), key=lambda i: (-val_accuracies[i], i))
-        best = {checkpoint.name_of(i + 1) for i in epochs[: self.run.settings.keep_checkpoints]}
-        return best | {*checkpoint.names(self.uri)[-2:]}
+    def _best(self, state: State) -> set[str]:
+        """The names of the best epochs' checkpoints."""
+        epochs = sorted(range(state.epoch), key=lambda i: (-state.val_accuracies[i], i))
+        return {checkpoint.name_of(i + 1) for i in epochs[: self.run.settings.keep_checkpoints]}
 
     def _say(self, finished: Finished) -> None:
         metrics, settings = finished.metrics, self.run.settings
@@ -58,3 +75,9 @@ class Keeper:
             f"{settings.name} {self.stage} {metrics['epoch']}/{getattr(settings, self.stage).epochs}: "
             f"loss {metrics['train_loss']:.3f}, val accuracy {metrics['val_accuracy']:.3f}, {metrics['seconds']:.1f} s"
         )
+
+
+def _stand_back() -> None:
+    """Leaves the CPUs to the steps wherever both want them."""
+    if sys.platform == "linux":  # where priorities are those of threads
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST)

@@ -61,9 +61,10 @@ class Finished(NamedTuple):
 class Keeping(NamedTuple):
     """What a loop does besides training, on every worker alike."""
 
-    save: Callable[[State, Finished | None, bool], None]  # with the epoch just finished, if any; whether it must be
+    save: Callable[[State, bool], None] = lambda *_: None  # where training is; whether it must be
+    finish: Callable[[State, Finished], None] = lambda *_: None  # the epoch just finished
     leaving: Callable[[], bool] = lambda: False  # asked after every step; the answer is the same on every worker
-    every: int | None = None  # steps between checkpoints within an epoch
+    every: int | None = None  # steps between checkpoints
 
 
 class Trainee(NamedTuple):
@@ -118,8 +119,7 @@ def run(trainee: Trainee, batches: Batches, state: State, keeping: Keeping) -> b
     while not is_done(trainee.stage, state):
         if not train_epoch(trainee, batches, state, keeping):
             return False
-        finished = finish_epoch(trainee, batches, state)
-        keeping.save(state, finished, True)
+        keeping.finish(state, finish_epoch(trainee, batches, state))
     return True
 
 
@@ -136,15 +136,15 @@ def train_epoch(trainee: Trainee, batches: Batches, state: State, keeping: Keepi
     fresh: list[Tensor] = []  # stays on the device, so that no step waits for the one before
     left = False
     for batch in batches.train(state.epoch + 1, state.samples):
-        step = len(state.steps) + len(fresh)
-        fresh.append(train_step(trainee, batch, state.epoch * batches.num_steps + step + 1, batches.num_steps))
+        step = state.epoch * batches.num_steps + len(state.steps) + len(fresh) + 1
+        fresh.append(train_step(trainee, batch, step, batches.num_steps))
         left = keeping.leaving()
-        due = keeping.every is not None and (step + 1) % keeping.every == 0 and step + 1 < batches.num_steps
+        due = keeping.every is not None and step % keeping.every == 0
         if left or due:
             state.steps += _over_workers(torch.stack(fresh)).tolist()
             state.seconds = time.perf_counter() - started
             fresh.clear()
-            keeping.save(state, None, left)
+            keeping.save(state, left)
         if left:
             return False
     if fresh:

@@ -131,11 +131,12 @@ def check_disk(root: str, settings: config.Train, source: dataset.Dataset, net: 
 
 def disk_bytes(settings: config.Train, source: dataset.Dataset, net: ResNet) -> int:
     """What a run writes at most: each stage's checkpoints and best model, and the frozen stage's features."""
-    num_checkpoints = settings.keep_checkpoints + 3  # the best, the two latest, and the one being written
     total = 0
     for stage, trained in ((settings.frozen, net.fc), (settings.unfrozen, net)):
         if stage is not None:
-            total += FLOAT * (num_checkpoints * _numel(trained) * (1 + kept_copies(stage)) + _numel(net))
+            # The best epochs and the two latest to go on from, each with one being written, and the published model.
+            kept = settings.keep_checkpoints + 1 + 3 * (1 + kept_copies(stage))
+            total += FLOAT * (kept * _numel(trained) + _numel(net))
     if settings.frozen is not None:
         total += _features(settings.frozen.views, source, net) * FLOAT // 2  # kept in half precision
     return total
@@ -199,7 +200,7 @@ def step_memory(settings: config.Train, stage: config.Stage, net: ResNet, *, use
     weights, kept = FLOAT * _numel(net), kept_copies(stage)
     copies = 1 + kept + (settings.workers[1] > 1)  # gradients, what is kept, with several workers DDP's gradients
     if not use_gpu:
-        copies += 1 + 2 * kept  # a checkpoint that is being written: all of it, and a file of it at a time
+        copies += 1 + kept  # a checkpoint that is being written
     # What autograd saves whatever the number of photos are weights, as they are and folded or in bfloat16.
     return Step(weights * copies + max(weights, 2 * one - two), int((two - one) * (1.0 if use_gpu else HEAP)))
 

@@ -241,7 +241,7 @@ def _batches(job: Job, net: ResNet, device: torch.device) -> loop.Batches:
 def _restore(job: Job, trained: checkpoint.Trained) -> loop.State:
     """Where the newest checkpoint left the stage; the driver has seen to it that it is sound."""
     uri = storage.join(job.run.uri, job.stage)
-    found = checkpoint.names(uri)
+    found = checkpoint.to_go_on_from(uri)
     return loop.State(**checkpoint.restore(storage.join(uri, found[-1]), trained)) if found else loop.State()
 
 
@@ -249,10 +249,10 @@ def _train(job: Job, trainee: loop.Trainee, batches: loop.Batches, state: loop.S
     """Runs the loop; the first worker writes for all."""
     leaving, every = Departure(), job.run.settings.checkpoint_steps
     if ray.train.get_context().get_world_rank() > 0:
-        return loop.run(trainee, batches, state, loop.Keeping(lambda *_: None, leaving, every))
+        return loop.run(trainee, batches, state, loop.Keeping(leaving=leaving, every=every))
     keeper = Keeper(job.run, job.stage, trainee.trained, state)
     try:
-        return loop.run(trainee, batches, state, loop.Keeping(keeper.save, leaving, every))
+        return loop.run(trainee, batches, state, loop.Keeping(keeper.save, keeper.finish, leaving, every))
     finally:
         keeper.wait()
 

@@ -105,10 +105,10 @@ def test_a_killed_controller_leaves_no_trace(root: str, undisturbed: lineage.Run
 
 
 def test_a_worker_told_to_end_saves_where_it_is(root: str, undisturbed: lineage.Run, caplog: pytest.LogCaptureFixture):
-    """Without checkpoints within epochs, so that the one it goes on from can only be that of its leaving."""
+    """Without other checkpoints to go on from, so that it can only be that of its leaving."""
     name = f"told-{uuid4().hex[:8]}"
     struck = strike(root, name, "epoch-0002", "ray::RayTrainWorker", signal.SIGTERM)
-    run = train(root, name, num_workers=undisturbed.settings.num_workers, checkpoint_steps=None)
+    run = train(root, name, num_workers=undisturbed.settings.num_workers, checkpoint_steps=1000)
     assert struck()
     assert "workers left; going on from epoch-000" in caplog.text
     assert_same(run, undisturbed)
@@ -189,11 +189,11 @@ def test_training_goes_on_with_fewer_workers_when_a_node_is_lost(
 
 
 def test_a_node_that_will_be_taken_away_is_left_in_time(cluster: Cluster, root: str, tmp_path: Path):
-    """Without checkpoints within epochs and with very many epochs' time: what it goes on from is what leaving saved."""
+    """Without other checkpoints and with very many epochs' time: what it goes on from is what leaving saved."""
     name = f"drained-{uuid4().hex[:8]}"
     cluster.environment["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "0.5"
     cluster.environment["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "15"  # of workers on the node that is taken away
-    job = start_training(cluster, tmp_path, root, name, "[1, 2]", epochs=40, checkpoint_steps=None)
+    job = start_training(cluster, tmp_path, root, name, "[1, 2]", epochs=40, checkpoint_steps=1000)
     wait_until(lambda: reached(root, name, "epoch-0002"), job)
     assert cluster.node is not None
     assert titled(below(cluster.node.pid), "ray::RayTrainWorker")

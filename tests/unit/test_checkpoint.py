@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load
 from torch import nn
 
 from carclass.errors import UserError
@@ -21,6 +22,7 @@ def trained(value: float) -> Trained:
 
 
 def write(folder: Path, epoch: int, samples: int = 0, *, val_accuracies: list[float] | None = None) -> Path:
+    """To go on from where samples are given, else an epoch's result."""
     name = checkpoint.name_of(epoch, samples)
     state = {"epoch": epoch, "val_accuracies": val_accuracies or []}
     checkpoint.write(str(folder), checkpoint.take(name, trained(epoch + samples / 100), state))
@@ -46,8 +48,8 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path):
 
 def test_averaged_weights_come_back_beside_those_that_are_trained(tmp_path: Path):
     written, found = (trained(value)._replace(average=trained(value + 1).module) for value in (2, 7))
-    checkpoint.write(str(tmp_path), checkpoint.take("epoch-0001", written, {}))
-    checkpoint.restore(str(tmp_path / "epoch-0001"), found)
+    checkpoint.write(str(tmp_path), checkpoint.take("epoch-0001-00000064", written, {}))
+    checkpoint.restore(str(tmp_path / "epoch-0001-00000064"), found)
     assert found.average is not None
     assert torch.equal(found.module.weight, written.module.weight)
     assert torch.equal(found.average.weight, trained(3).module.weight)
@@ -62,9 +64,23 @@ def test_averaged_weights_are_the_ones_to_use(tmp_path: Path):
     assert torch.equal(module.weight, trained(3).module.weight)
 
 
+def test_a_file_in_pieces_is_read_by_the_library():
+    rng = torch.Generator().manual_seed(0)
+    tensors = {
+        "weights": torch.randn(4, 3, 2, 2, generator=rng).to(memory_format=torch.channels_last),
+        "one": torch.tensor(2.5),
+        "none": torch.zeros(0, 3),
+        "counter": torch.tensor(7),
+    }
+    found = load(b"".join(checkpoint.serialise(tensors)))
+    assert found.keys() == tensors.keys()
+    assert [name for name in tensors if not torch.equal(found[name], tensors[name])] == []
+    assert [name for name in tensors if found[name].dtype != tensors[name].dtype] == []
+
+
 def test_moments_come_back_in_the_memory_format_of_their_parameters(tmp_path: Path):
     found = trained(7)
-    checkpoint.restore(str(write(tmp_path, 2)), found)
+    checkpoint.restore(str(write(tmp_path, 2, 64)), found)
     module, optimizer, _ = found
     assert optimizer.state[module.weight]["exp_avg"].stride() == module.weight.stride()
 
@@ -93,25 +109,35 @@ def test_checkpoints_are_named_in_the_order_of_their_age(tmp_path: Path):
 @pytest.mark.parametrize("name", [WEIGHTS, OPTIMIZER, INDEX])
 @pytest.mark.parametrize("harm", [flip, truncate, Path.unlink])
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path: Path, name: str, harm):
-    write(tmp_path, 1)
-    harm(write(tmp_path, 2) / name)
-    assert checkpoint.newest_sound(str(tmp_path)) == "epoch-0001"
+    write(tmp_path, 1, 64)
+    harm(write(tmp_path, 2, 64) / name)
+    assert checkpoint.newest_sound(str(tmp_path)) == "epoch-0001-00000064"
 
 
 def test_going_back_is_said(tmp_path: Path, capsys: pytest.CaptureFixture):
-    write(tmp_path, 1)
-    flip(write(tmp_path, 2) / WEIGHTS)
+    write(tmp_path, 1, 64)
+    flip(write(tmp_path, 2, 64) / WEIGHTS)
     checkpoint.newest_sound(str(tmp_path))
     said = capsys.readouterr().out
-    assert "epoch-0002 is damaged: the sha256 of weights.safetensors" in said
+    assert "epoch-0002-00000064 is damaged: the sha256 of weights.safetensors" in said
     assert "going back to the checkpoint before it" in said
 
 
 def test_a_damaged_checkpoint_is_met_only_once(tmp_path: Path):
-    write(tmp_path, 1)
-    flip(write(tmp_path, 2) / WEIGHTS)
+    write(tmp_path, 1, 64)
+    flip(write(tmp_path, 2, 64) / WEIGHTS)
     checkpoint.newest_sound(str(tmp_path))
-    assert checkpoint.names(str(tmp_path)) == ["epoch-0001"]
+    assert checkpoint.names(str(tmp_path)) == ["epoch-0001-00000064"]
+
+
+def test_an_epochs_result_is_not_gone_on_from(tmp_path: Path):
+    write(tmp_path, 1, 64)
+    write(tmp_path, 2)
+    assert checkpoint.newest_sound(str(tmp_path)) == "epoch-0001-00000064"
+
+
+def test_an_epochs_result_holds_weights_alone(tmp_path: Path):
+    assert sorted(path.name for path in write(tmp_path, 2).iterdir()) == [INDEX, WEIGHTS]
 
 
 def test_a_stage_without_checkpoints_starts_anew(tmp_path: Path):
@@ -120,18 +146,18 @@ def test_a_stage_without_checkpoints_starts_anew(tmp_path: Path):
 
 def test_when_no_checkpoint_is_sound_the_user_is_told_what_to_do(tmp_path: Path):
     for epoch in (1, 2):
-        flip(write(tmp_path, epoch) / WEIGHTS)
+        flip(write(tmp_path, epoch, 64) / WEIGHTS)
     with pytest.raises(UserError, match=r"no checkpoint in .* is sound. Bring one back .* or delete this folder"):
         checkpoint.newest_sound(str(tmp_path))
     assert len(checkpoint.names(str(tmp_path))) == 2
 
 
 def test_a_damaged_checkpoint_changes_nothing_in_the_network(tmp_path: Path):
-    flip(write(tmp_path, 2) / OPTIMIZER)
+    flip(write(tmp_path, 2, 64) / OPTIMIZER)
     found = trained(7)
     before = found.module.weight.detach().clone()
     with pytest.raises(checkpoint.DamagedError):
-        checkpoint.restore(str(tmp_path / "epoch-0002"), found)
+        checkpoint.restore(str(tmp_path / "epoch-0002-00000064"), found)
     assert torch.equal(found.module.weight, before)
 
 

@@ -32,6 +32,7 @@ class Stage:
             **{"epochs": EPOCHS, "batch_size": 8, "lr": 1e-2, "warmup_epochs": 1, **settings}
         )
         self.told: list[loop.Finished] = []
+        self.trainee: loop.Trainee | None = None
 
     def begin(self) -> tuple[loop.Trainee, loop.Batches]:
         torch.manual_seed(0)
@@ -50,17 +51,20 @@ class Stage:
     def run(self, *, leave_after: int | None = None, every: int | None = None) -> bool:
         """A process's part: to the end, or until it is told to leave after some steps. Whether the end was reached."""
         trainee, batches = self.begin()
+        self.trainee = trainee
         found = checkpoint.newest_sound(self.uri)
         at = f"{self.uri}/{found}"
         state = loop.State(**checkpoint.restore(at, trainee.trained)) if found else loop.State()
         steps = iter(range(1, 10**6))
 
-        def save(state: loop.State, finished: loop.Finished | None, must: bool) -> None:
+        def save(state: loop.State, must: bool) -> None:
             name = checkpoint.name_of(state.epoch, state.samples)
             checkpoint.write(self.uri, checkpoint.take(name, trainee.trained, asdict(state)))
-            self.told += [finished] if finished else []
 
-        return loop.run(trainee, batches, state, loop.Keeping(save, lambda: next(steps) == leave_after, every))
+        def finish(state: loop.State, finished: loop.Finished) -> None:
+            self.told.append(finished)
+
+        return loop.run(trainee, batches, state, loop.Keeping(save, finish, lambda: next(steps) == leave_after, every))
 
     def losses(self) -> list[tuple[int, float, float, float]]:
         """Of every step, with its epoch and lr."""
@@ -69,12 +73,13 @@ class Stage:
         ]
 
     def weights(self) -> dict[str, torch.Tensor]:
-        trainee, _ = self.begin()
-        checkpoint.restore(f"{self.uri}/{checkpoint.names(self.uri)[-1]}", trainee.trained)
-        moments = trainee.trained.optimizer.state_dict()["state"]
+        """With the optimizer's moments, as the last process left them."""
+        assert self.trainee is not None
+        trained = self.trainee.trained
+        moments = trained.optimizer.state_dict()["state"]
         return {
-            **trainee.trained.module.state_dict(),
-            **{f"best.{name}": tensor for name, tensor in trainee.trained.best.state_dict().items()},
+            **trained.module.state_dict(),
+            **{f"best.{name}": tensor for name, tensor in trained.best.state_dict().items()},
             **{f"{i}.{name}": m for i, s in moments.items() for name, m in s.items()},
         }
 
@@ -144,17 +149,22 @@ def test_what_is_validated_is_the_average(stage: Callable[..., Stage]):
     assert loop.validate(trainee, batches)["val_loss"] == pytest.approx(np.log(4))
 
 
-def test_checkpoints_within_an_epoch_change_nothing(stage: Callable[..., Stage]):
+def test_checkpoints_change_nothing(stage: Callable[..., Stage]):
     plain, often = stage("plain"), stage("often")
     plain.run()
     often.run(every=3)
     assert_same(often, plain)
 
 
-def test_checkpoints_within_an_epoch_say_how_many_samples_were_seen(stage: Callable[..., Stage]):
-    often = stage("often", epochs=1)
-    often.run(every=2)
-    assert checkpoint.names(often.uri) == ["epoch-0000-00000016", "epoch-0001"]
+def test_checkpoints_come_every_so_many_steps_and_say_how_many_samples_were_seen(stage: Callable[..., Stage]):
+    often = stage("often", epochs=3)  # of four steps each, the last with five samples
+    often.run(every=3)
+    assert checkpoint.names(often.uri) == [
+        "epoch-0000-00000024",
+        "epoch-0001-00000016",
+        "epoch-0002-00000008",
+        "epoch-0002-00000029",
+    ]
 
 
 def test_the_epochs_loss_is_the_mean_over_its_samples(stage: Callable[..., Stage]):
@@ -182,11 +192,12 @@ def test_patience_counts_on_after_a_restart(stage: Callable[..., Stage]):
 
 
 def test_a_finished_stage_trains_no_more(stage: Callable[..., Stage]):
-    one = stage("one")
-    one.run()
-    told = len(one.told)
-    assert one.run()
-    assert len(one.told) == told
+    trainee, batches = stage("one").begin()
+    state = loop.State()
+    assert loop.run(trainee, batches, state, loop.Keeping())
+    seen = list(state.val_accuracies)
+    assert loop.run(trainee, batches, state, loop.Keeping())
+    assert state.val_accuracies == seen
 
 
 # Learning rates
