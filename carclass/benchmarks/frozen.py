@@ -74,13 +74,12 @@ def _cached(chosen: dict[str, list[labelled.Photo]], ours: config.Train, device:
     batches = FeatureBatches(feeds[0], feeds[1], (found[0], found[1]), ours.frozen.batch_size, device)
     trained = loop.make_trained(net.fc, ours.frozen)
     trainee = loop.Trainee(trained, net.fc, ours.frozen, model.autocast("fp32", device), ours.seed)
-    epochs: list[loop.Finished | None] = []
-    loop.run(trainee, batches, loop.State(), loop.Keeping(lambda state, finished, must: epochs.append(finished)))
-    assert epochs[-1] is not None
+    state = loop.State()
+    loop.run(trainee, batches, state, loop.Keeping())
     times.append(time.perf_counter())
     say(f"carclass, {ours.frozen.views} view(s): {times[-1] - times[0]:.1f} s")
     parts = zip(("decode", "features", "head"), (end - start for start, end in pairwise(times)), strict=True)
-    return {**dict(parts), "seconds": times[-1] - times[0], "accuracy": epochs[-1].metrics["val_accuracy"]}
+    return {**dict(parts), "seconds": times[-1] - times[0], "accuracy": state.val_accuracies[-1]}
 
 
 def _plain(

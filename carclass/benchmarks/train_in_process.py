@@ -67,7 +67,7 @@ def ours(blocks: list[Block], given: config.Train, num_classes: int, device: tor
     rates = {}
     for name, repeat in (("ours", False), ("on_device", True)):
         batches = Timed(PhotoBatches(feed, feed, given.augmentation, BATCH_SIZE, device), repeat, Clock(device))
-        loop.train_epoch(trainee, batches, loop.State(), loop.Keeping(lambda *_: None))
+        loop.train_epoch(trainee, batches, loop.State(), loop.Keeping())
         rates[name] = batches.clock.rate()
     return rates
 

@@ -35,11 +35,11 @@ def feeds(photos_folder: Path) -> tuple[Feed, Feed]:
 def epochs(batches: loop.Batches, net: torch.nn.Module, module: torch.nn.Module) -> list[dict[str, float]]:
     """The metrics of a whole stage."""
     assert SETTINGS.frozen is not None
-    told: list[loop.Finished | None] = []
+    told: list[loop.Finished] = []
     trained = loop.make_trained(module, SETTINGS.frozen)
     trainee = loop.Trainee(trained, module, SETTINGS.frozen, model.autocast("fp32", CPU), seed=1)
-    loop.run(trainee, batches, loop.State(), loop.Keeping(lambda state, finished, must: told.append(finished)))
-    return [finished.metrics for finished in told if finished is not None]
+    loop.run(trainee, batches, loop.State(), loop.Keeping(finish=lambda state, finished: told.append(finished)))
+    return [finished.metrics for finished in told]
 
 
 def test_the_stage_on_cached_features_equals_the_one_on_photos(feeds: tuple[Feed, Feed], tmp_path: Path):
