@@ -22,9 +22,10 @@ BLOCK_ROWS = 64
 DASHBOARD = 8265
 """Ray's usual port for it."""
 PLACE = pa.schema([("part", pa.string()), ("position", pa.int64())])
-TASK_CPUS = 0.5
-"""CPUs reserved by a reading or writing task and by an actor on a CPU: actors never hold all of a machine, which
-would leave none for the tasks that feed them."""
+TASK_CPUS = 0.25
+"""CPUs reserved by a reading or writing task and by an actor on a CPU: so little that, next to an actor for every CPU
+and Ray's own repartitioning, which takes a whole one, there is always room for writing. Else what is done would wait in
+memory, and in ever greater numbers, until nothing is left to do."""
 
 
 def connect() -> None:

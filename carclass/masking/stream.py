@@ -118,7 +118,7 @@ def _write(uri: str, source: dataset.Dataset, todo: set[str], settings: config.M
     use_gpu = cluster.gpus(settings.use_gpu, 1 if settings.num_actors is None else count, "mask.use_gpu")
     if "batch_size" in settings.model_fields_set and not use_gpu:
         log.warning("mask: `mask.batch_size` has no effect without GPUs: a CPU takes photos one by one")
-    cluster.check_cpus((count + 1) * cluster.TASK_CPUS, "mask.num_actors")
+    cluster.check_cpus(1 + (count + 1) * cluster.TASK_CPUS, "mask.num_actors")  # 1: Ray's own repartitioning
     attempts, block_rows = Attempts(), GPU_BATCHES * settings.batch_size if use_gpu else CPU_BATCH
     decoded = cluster.stream_places(source, ray.put(todo), block_rows).map_batches(
         partial(decode_batch, attempts=attempts),
