@@ -177,12 +177,19 @@ def quarantine_row(
 
 
 def write_part(uri: str, folder: str, rows: pa.Table, settings: dict[str, Any]) -> None:
-    """Writes rows as one Parquet file, named by its keys, so that the same work makes the same file."""
-    schema = rows.schema.with_metadata({_SETTINGS_KEY: storage.sha256(_dump(settings)).encode()})
-    name = storage.sha256("\n".join(rows["key"].to_pylist()).encode())[:24]
+    """Writes rows as one Parquet file, named by settings and keys; what is there already is left as it is.
+
+    Ray does work again whose result was lost with a node, though its file was not.
+    """
+    digest = storage.sha256(_dump(settings))
+    name = storage.sha256("\n".join([digest, *rows["key"].to_pylist()]).encode())[:24]
+    uri = storage.join(uri, folder, f"{name}.parquet")
+    if storage.exists(uri):
+        return
+    schema = rows.schema.with_metadata({_SETTINGS_KEY: digest.encode()})
     sink = pa.BufferOutputStream()
     pq.write_table(rows.cast(schema), sink, compression="zstd", compression_level=1, row_group_size=_GROUP_ROWS)
-    storage.write_bytes(storage.join(uri, folder, f"{name}.parquet"), sink.getvalue().to_pybytes())
+    storage.write_bytes(uri, sink.getvalue().to_pybytes())
 
 
 def finished(uri: str, settings: dict[str, Any]) -> set[str]:

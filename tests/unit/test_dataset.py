@@ -1,7 +1,7 @@
 """Datasets: nothing lost, nothing twice, nothing published before it is whole, and every step can be repeated."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -230,8 +230,16 @@ def test_the_same_rows_make_the_same_file(uri: str):
     write_rows(uri, "ab")
     (part,) = (Path(uri) / "parts").iterdir()
     before = part.read_bytes()
+    part.unlink()
     write_rows(uri, "ab")
     assert [path.read_bytes() for path in (Path(uri) / "parts").iterdir()] == [before]
+
+
+def test_a_part_that_is_there_already_is_not_written_again(uri: str, files_below: Callable[[str], dict]):
+    write_rows(uri, "ab")
+    before = files_below(uri)
+    write_rows(uri, "ab")
+    assert files_below(uri) == before
 
 
 # Withdrawing rows
