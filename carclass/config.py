@@ -271,6 +271,8 @@ class Unfrozen(Stage):
     layer_decay: float = Field(0.5, gt=0, le=1)
     """Learning rate of each block as a share of that of the block above; the last block and the classifier have lr."""
     ema_decay: float | None = Field(0.99, gt=0, lt=1)
+    appearance: bool = True
+    """One random change of a photo's colours or sharpness in each epoch, as TrivialAugment makes them."""
     micro_batch_size: int | None = Field(None, ge=1)
     """Photos that a worker computes at once; gradients of its share of a step are summed over them. By default all."""
 

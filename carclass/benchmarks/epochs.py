@@ -40,7 +40,8 @@ def run(photos: Path | None, weights: Path | None, folder: Path) -> dict[str, fl
     )
     chosen = labelled.choose(photos, {"train": BATCH_SIZE * NUM_STEPS, "val": NUM_VAL})
     train, val = (Feed(labelled.decode(chosen[split], SIZE), seed=given.seed) for split in ("train", "val"))
-    batches = PhotoBatches(train, val, given.augmentation, BATCH_SIZE, device)
+    assert given.unfrozen is not None
+    batches = PhotoBatches(train, val, given.augmentation, given.unfrozen, device)
     trainee, state = trainee_of(given, labelled.num_classes(chosen), device), loop.State()
     keeper = Keeper(lineage.Run(str(folder), given), "unfrozen", trainee.trained, state)
     keeping = loop.Keeping(keeper.save, keeper.finish, every=given.checkpoint_steps)

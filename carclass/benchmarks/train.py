@@ -18,6 +18,7 @@ from carclass import cluster, config
 from carclass.benchmarks import labelled, plain_training, train_in_process
 from carclass.progress import say
 from carclass.training.feed import Block
+from carclass.training.stages import KEEP_MEMORY
 
 
 def run(photos: Path | None, weights: Path | None, folder: Path) -> dict[str, float]:
@@ -61,6 +62,7 @@ def _ours(task: dict[str, Any], use_gpu: bool, folder: Path) -> dict[str, float]
             name="turn",
             storage_path=str(folder),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
+            worker_runtime_env={} if use_gpu else {"env_vars": KEEP_MEMORY},
         ),
     )
     return dict(trainer.fit().return_value)  # type: ignore[attr-defined]

@@ -2,10 +2,11 @@
 
 The plain script has DataLoader, ImageFolder, torchvision's transforms and DDP, decodes in every epoch with as many
 processes as there are cores (at most 16), crops and flips at random, and learns BatchNorm's statistics. Ours decodes
-once, before the clock starts, as a stage of many epochs does; it flips, turns and zooms at random, and keeps
-BatchNorm's statistics, as the unfrozen stage always does. Photos, size, precision, batch size, optimizer and loss are
-the same. The sides take turns, the first steps of every turn are not counted, and figures are medians. The share of
-time outside the model is what our steps take longer than steps on a batch that is on the device already.
+once, before the clock starts, as a stage of many epochs does; it flips, turns, zooms and changes colours at random,
+averages the weights, and keeps BatchNorm's statistics, as the unfrozen stage does by default. Photos, size, precision,
+batch size, optimizer and loss are the same. The sides take turns, the first steps of every turn are not counted, and
+figures are medians. The share of time outside the model is what our steps take longer than steps on a batch that is on
+the device already.
 """
 
 from collections.abc import Iterator
@@ -63,10 +64,11 @@ def settings(file: Path) -> config.Train:
 def ours(blocks: list[Block], given: config.Train, num_classes: int, device: torch.device) -> dict[str, float]:
     """Photos per second of our steps, and of the same steps on a batch that is on the device already."""
     trainee = trainee_of(given, num_classes, device)
+    assert given.unfrozen is not None
     feed = Feed(blocks, seed=given.seed)
-    rates = {}
+    photos, rates = PhotoBatches(feed, feed, given.augmentation, given.unfrozen, device), {}
     for name, repeat in (("ours", False), ("on_device", True)):
-        batches = Timed(PhotoBatches(feed, feed, given.augmentation, BATCH_SIZE, device), repeat, Clock(device))
+        batches = Timed(photos, repeat, Clock(device))
         loop.train_epoch(trainee, batches, loop.State(), loop.Keeping())
         rates[name] = batches.clock.rate()
     return rates

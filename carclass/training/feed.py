@@ -10,11 +10,11 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from carclass import config, model, photo
+from carclass import appearance, config, model, photo
 from carclass.augment import augment, uniforms
 
 T = TypeVar("T")
-ORDER, VIEW, AUGMENT, DROPOUT = 0, 1, 2, 3
+ORDER, VIEW, AUGMENT, DROPOUT, APPEARANCE = range(5)
 """What a draw is for: added to the seed, so that no two purposes share their randomness."""
 AHEAD = 4
 """Batches that are read, in a thread each, while one is trained on."""
@@ -117,24 +117,30 @@ class PhotoBatches:
     """What the unfrozen stage trains on: photos, augmented in training."""
 
     def __init__(
-        self, train: Feed, val: Feed, settings: config.Augmentation, batch_size: int, device: torch.device
+        self, train: Feed, val: Feed, settings: config.Augmentation, stage: config.Unfrozen, device: torch.device
     ) -> None:
-        self.feeds, self.settings, self.batch_size, self.device = (train, val), settings, batch_size, device
-        self.num_steps = -(-len(train) // batch_size)
+        self.feeds, self.settings, self.stage, self.device = (train, val), settings, stage, device
+        self.num_steps = -(-len(train) // stage.batch_size)
 
     def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """An epoch's steps after its first `start` samples."""
         feed = self.feeds[0]
-        for indices, weight, pixels in feed.read(feed.steps(epoch, self.batch_size, start)):
-            photos = to_device(pixels, self.device)
-            draws = uniforms(feed.seed + AUGMENT, epoch, feed.ids[indices], 5)
-            yield _batch(augment(photos, self.settings, draws), feed, indices, weight)
+        for indices, weight, pixels in feed.read(feed.steps(epoch, self.stage.batch_size, start)):
+            yield _batch(self._augmented(pixels, indices, epoch), feed, indices, weight)
 
     def val(self) -> Iterator[Batch]:
         """Every val photo once over all workers."""
         feed = self.feeds[1]
-        for indices, weight, pixels in feed.read(feed.steps(None, self.batch_size * 4)):
+        for indices, weight, pixels in feed.read(feed.steps(None, self.stage.batch_size * 4)):
             yield _batch(to_device(pixels, self.device), feed, indices, weight)
+
+    def _augmented(self, pixels: np.ndarray, indices: np.ndarray, epoch: int) -> Tensor:
+        """Photos as an epoch shows them, normalised. indices: where they are in the split."""
+        seed, ids = self.feeds[0].seed, self.feeds[0].ids[indices]
+        photos = on_device(pixels, self.device)
+        if self.stage.appearance:
+            photos = appearance.change(photos.float(), uniforms(seed + APPEARANCE, epoch, ids, 2))
+        return augment(model.normalise(photos), self.settings, uniforms(seed + AUGMENT, epoch, ids, 5))
 
 
 class FeatureBatches:
@@ -166,8 +172,12 @@ class FeatureBatches:
 
 def to_device(pixels: np.ndarray, device: torch.device) -> Tensor:
     """uint8 (N,S,S,3) → normalised float (N,3,S,S) in channels_last on the device."""
-    # A quarter of the bytes travel: the conversion to float happens there.
-    return model.normalise(torch.from_numpy(pixels).to(device, non_blocking=True).permute(0, 3, 1, 2))
+    return model.normalise(on_device(pixels, device))
+
+
+def on_device(pixels: np.ndarray, device: torch.device) -> Tensor:
+    """uint8 (N,S,S,3) → uint8 (N,3,S,S): a quarter of the bytes that floats would take travel."""
+    return torch.from_numpy(pixels).to(device, non_blocking=True).permute(0, 3, 1, 2)
 
 
 def view_of(photos: Tensor, view: int, ids: np.ndarray, seed: int, settings: config.Augmentation) -> Tensor:

@@ -143,7 +143,9 @@ def timed(*, repeat: bool) -> train_in_process.Timed:
         rng.integers(0, 256, (count, 8, 8, 3), np.uint8), np.arange(count), np.arange(count).astype(np.uint64)
     )
     feed = Feed([block], seed=0)
-    return train_in_process.Timed(PhotoBatches(feed, feed, config.Augmentation(), 2, CPU), repeat, Clock(CPU))
+    return train_in_process.Timed(
+        PhotoBatches(feed, feed, config.Augmentation(), config.Unfrozen(batch_size=2), CPU), repeat, Clock(CPU)
+    )
 
 
 def test_a_turn_is_an_epoch_of_which_the_steps_after_the_warm_up_count():

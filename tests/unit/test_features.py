@@ -54,7 +54,11 @@ def test_the_stage_on_cached_features_equals_the_one_on_photos(feeds: tuple[Feed
     uri = str(tmp_path / "features.safetensors")
     features.write(uri, nets[0], feeds, lineage.Run("", SETTINGS), CPU)
     cached = epochs(features.read(uri, 8, CPU, seed=1), nets[0], nets[0].fc)
-    plain = epochs(PhotoBatches(*feeds, SETTINGS.augmentation, 8, CPU), nets[1], nets[1])
+    plain = epochs(
+        PhotoBatches(*feeds, SETTINGS.augmentation, config.Unfrozen(batch_size=8, appearance=False), CPU),
+        nets[1],
+        nets[1],
+    )
     for ours, theirs in zip(cached, plain, strict=True):
         for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3)

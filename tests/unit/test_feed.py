@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from carclass import model, photo
-from carclass.config import Augmentation
+from carclass.config import Augmentation, Unfrozen
 from carclass.training.feed import (
     AHEAD,
     Block,
@@ -21,6 +21,9 @@ from carclass.training.feed import (
 
 CPU = torch.device("cpu")
 SIDE = 8
+PLAIN = Unfrozen(batch_size=8, appearance=False)
+NOTHING = Augmentation(flip="none", rotation=0, zoom_height=0, zoom_width=0)
+CHANGED = Unfrozen(batch_size=8, appearance=True)
 
 
 def block(ids: np.ndarray) -> Block:
@@ -157,23 +160,41 @@ def test_empty_blocks_do_no_harm():
 # Batches
 
 
-@pytest.mark.parametrize("num_workers", [1, 3])
-def test_a_photo_is_augmented_the_same_however_many_workers_there_are(num_workers: int):
+def inputs_of(count: int, num_workers: int, stage: Unfrozen) -> dict[int, torch.Tensor]:
+    """What an epoch shows of each photo, by its id."""
     seen: dict[int, torch.Tensor] = {}
-    for train in feeds(20, num_workers):
-        batches = PhotoBatches(train, train, Augmentation(), 8, CPU)
-        for (indices, _), batch in zip(train.steps(2, 8), batches.train(2), strict=True):
-            seen.update(zip(train.ids[indices].tolist(), batch.inputs, strict=True))
-    alone = Feed(blocks(20), seed=1)
-    (whole,) = PhotoBatches(alone, alone, Augmentation(), 20, CPU).train(2)
-    for i, expected in zip(alone.order(2), whole.inputs, strict=True):
-        torch.testing.assert_close(seen[int(alone.ids[i])], expected, atol=1e-5, rtol=0)
+    for train in feeds(count, num_workers):
+        for batch in PhotoBatches(train, train, Augmentation(), stage, CPU).train(2):
+            seen.update(zip(batch.ids.tolist(), batch.inputs, strict=True))
+    return seen
+
+
+@pytest.mark.parametrize("num_workers", [2, 3])
+@pytest.mark.parametrize("stage", [PLAIN, CHANGED], ids=["plain", "changed"])
+def test_a_photo_is_augmented_the_same_however_many_workers_there_are(stage: Unfrozen, num_workers: int):
+    alone, shared = inputs_of(20, 1, stage), inputs_of(20, num_workers, stage)
+    assert alone.keys() == shared.keys()
+    for i, expected in alone.items():
+        torch.testing.assert_close(shared[i], expected, atol=1e-5, rtol=0)
+
+
+def test_a_photos_augmentation_does_not_depend_on_its_step():
+    alone = inputs_of(20, 1, PLAIN)
+    for i, expected in inputs_of(20, 1, PLAIN.model_copy(update={"batch_size": 20})).items():
+        torch.testing.assert_close(alone[i], expected, atol=1e-5, rtol=0)
+
+
+def test_every_epoch_changes_a_photos_appearance_anew():
+    # All in one step, so that photos can be compared in the order of their ids.
+    train, stage = Feed(blocks(20), seed=1), CHANGED.model_copy(update={"batch_size": 20})
+    batches = PhotoBatches(train, train, NOTHING, stage, CPU)
+    one, other = (torch.cat([b.inputs[b.ids.argsort()] for b in batches.train(epoch)]) for epoch in (1, 2))
+    assert (one != other).flatten(1).any(1).sum() > 10
 
 
 def test_labels_stay_with_their_photos():
     train = Feed(blocks(20), seed=1)
-    nothing = Augmentation(flip="none", rotation=0, zoom_height=0, zoom_width=0)
-    for batch in PhotoBatches(train, train, nothing, 8, CPU).train(0):
+    for batch in PhotoBatches(train, train, NOTHING, PLAIN, CPU).train(0):
         for inputs, label in zip(batch.inputs, batch.labels, strict=True):
             distance = [(inputs - other).abs().max().item() for other in to_device(train.pixels(np.arange(20)), CPU)]
             assert train.labels[int(np.argmin(distance))] == label
@@ -182,13 +203,13 @@ def test_labels_stay_with_their_photos():
 
 def test_validation_photos_are_not_augmented():
     val = Feed(blocks(6), seed=1)
-    (batch,) = PhotoBatches(Feed(blocks(20), seed=1), val, Augmentation(), 8, CPU).val()
+    (batch,) = PhotoBatches(Feed(blocks(20), seed=1), val, Augmentation(), PLAIN, CPU).val()
     torch.testing.assert_close(batch.inputs, to_device(val.pixels(val.order(None)), CPU))
 
 
 def test_num_steps_counts_the_last_short_step():
     train = Feed(blocks(17), seed=1)
-    batches = PhotoBatches(train, train, Augmentation(), 8, CPU)
+    batches = PhotoBatches(train, train, Augmentation(), PLAIN, CPU)
     assert batches.num_steps == len(list(batches.train(0))) == 3
 
 

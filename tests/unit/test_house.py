@@ -15,6 +15,7 @@ NAMES = [".".join(path.relative_to(HOUSE).with_suffix("").parts).removesuffix(".
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in zip(NAMES, PATHS, strict=True)}
 
 PLAIN = (
+    "appearance",
     "augment",
     "benchmarks.frozen",
     "benchmarks.masking_in_process",

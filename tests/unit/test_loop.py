@@ -40,7 +40,7 @@ class Stage:
         model.prepare_stage(net, "frozen" if self.kind == "features" else "unfrozen")
         train, val = feed_of(29, 1), feed_of(9, 2)
         if self.kind == "photos":
-            batches: loop.Batches = PhotoBatches(train, val, config.Augmentation(), 8, torch.device("cpu"))
+            batches: loop.Batches = PhotoBatches(train, val, config.Augmentation(), self.settings, torch.device("cpu"))
         else:
             features = torch.rand(2, 29, 512), torch.rand(1, 9, 512)
             batches = FeatureBatches(train, val, features, 8, torch.device("cpu"))
