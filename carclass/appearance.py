@@ -1,5 +1,7 @@
 """One random change of each training photo's colours or sharpness, in batches on the device.
 
+To the bit the same whatever a photo's company: all is computed pixel by pixel, or exactly.
+
 TrivialAugment (Müller and Hutter 2021, the wide version) draws one of many changes and its strength. These are its
 changes of appearance and their strengths; turns and zooms are drawn for every photo, in augment.py.
 """
@@ -9,8 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
-from torchvision.transforms.v2 import functional as library
+from torchvision.transforms.v2 import functional
 
 GRAY = (0.2989, 0.587, 0.114)
 """Shares of red, green and blue in brightness (ITU-R BT.601)."""
@@ -46,15 +47,16 @@ def color(photos: Tensor, strength: Tensor) -> Tensor:
 
 def contrast(photos: Tensor, strength: Tensor) -> Tensor:
     """Flatter or richer in contrast."""
-    return _blend(photos, _gray(photos).mean((1, 2, 3), keepdim=True), strength)
+    # In float64, where the order in which a batch is summed doesn't show.
+    return _blend(photos, _gray(photos).double().mean((1, 2, 3), keepdim=True).to(photos), strength)
 
 
 def sharpness(photos: Tensor, strength: Tensor) -> Tensor:
     """Softer or sharper; the outermost pixels stay."""
-    kernel = torch.ones(3, 1, 3, 3, device=photos.device, dtype=photos.dtype)
-    kernel[:, :, 1, 1] = 5.0
+    rows = photos[:, :, :-2] + photos[:, :, 1:-1] + photos[:, :, 2:]
     soft = photos.clone()
-    soft[:, :, 1:-1, 1:-1] = functional.conv2d(photos, kernel / 13, groups=3)
+    inside = soft[:, :, 1:-1, 1:-1]
+    inside.mul_(4).add_(rows[..., :-2]).add_(rows[..., 1:-1]).add_(rows[..., 2:]).div_(13)  # 5 in the middle, 1 around
     return _blend(photos, soft, strength)
 
 
@@ -78,7 +80,7 @@ def autocontrast(photos: Tensor, strength: Tensor) -> Tensor:
 
 def equalize(photos: Tensor, strength: Tensor) -> Tensor:
     """Each colour's levels made equally frequent, whatever the strength."""
-    return library.equalize(photos.to(torch.uint8)).to(photos)
+    return functional.equalize(photos.to(torch.uint8)).to(photos)
 
 
 CHANGES: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
@@ -94,8 +96,8 @@ CHANGES: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (
 
 
 def _gray(photos: Tensor) -> Tensor:
-    weights = torch.tensor(GRAY, device=photos.device, dtype=photos.dtype).view(1, 3, 1, 1)
-    return (photos * weights).sum(1, keepdim=True)
+    red, green, blue = (share * channel for share, channel in zip(GRAY, photos.split(1, dim=1), strict=True))
+    return red + green + blue
 
 
 def _blend(photos: Tensor, other: Tensor, strength: Tensor) -> Tensor:
