@@ -3,7 +3,7 @@
 The plain script has DataLoader, ImageFolder, torchvision's transforms and DDP, decodes in every epoch with as many
 processes as there are cores (at most 16), crops and flips at random, and learns BatchNorm's statistics. Ours decodes
 once, before the clock starts, as a stage of many epochs does; it flips, turns, zooms and changes colours at random,
-averages the weights, and keeps BatchNorm's statistics, as the unfrozen stage does by default. Photos, size, precision,
+averages the weights, and keeps BatchNorm's statistics, as the unfrozen stage does. Photos, size, precision,
 batch size, optimizer and loss are the same. The sides take turns, the first steps of every turn are not counted, and
 figures are medians. The share of time outside the model is what our steps take longer than steps on a batch that is on
 the device already.
