@@ -110,6 +110,11 @@ def cpus_each(count: int) -> int:
     return next((cpus for cpus in range(max(nodes), 1, -1) if sum(there // cpus for there in nodes) >= count), 1)
 
 
+def room(resource: str, each: float) -> int:
+    """How many processes with so much of a resource (`CPU`, `GPU`) fit at once, none spanning two nodes."""
+    return sum(int(resources.get(resource, 0) / each + 1e-9) for resources in _nodes())
+
+
 def object_store() -> int:
     """Bytes that the largest node has for objects."""
     return int(max(resources.get("object_store_memory", 0) for resources in _nodes()))

@@ -6,13 +6,13 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from pydantic_core import PydanticUndefined
 
 from carclass import config_file
-from carclass.config import CommandLineText, Config, Section, section_type, validate
+from carclass.config import CommandLineText, Config, S, Section, section_type, validate
 from carclass.dataset import Dataset
 from carclass.errors import UserError
 from carclass.progress import table
@@ -22,7 +22,7 @@ def settings(section: type[Section], prefix: str = "") -> Iterator[tuple[str, An
     """(dotted key, default, type, explanation) of every setting in a section, depth first."""
     for name, field in section.model_fields.items():
         inner = section_type(field.annotation)
-        if inner is not None:
+        if inner is not None and get_origin(field.annotation) is not dict:
             yield from settings(inner, f"{prefix}{name}.")
             continue
         default = "required" if field.default is PydanticUndefined else field.default
@@ -50,33 +50,46 @@ def parse(doc: str, section: str | None, argv: list[str] | None = None) -> Confi
     section: the section whose settings are `--key value` (besides --root); None takes every section's, with
     dotted keys. UserError when the file lacks the section or a value is wrong.
     """
+    kind = Config if section is None else section_type(Config.model_fields[section].annotation)
+    assert kind is not None
+    options = [*([] if section is None else [s for s in settings(Config) if s[0] == "root"]), *settings(kind)]
+    path, given = _arguments(doc, options, {}, argv, required=section is not None)
+    overrides = {key if key == "root" or section is None else f"{section}.{key}": given[key] for key in given}
+    config = load(path, overrides, Config)
+    if section is not None and getattr(config, section) is None:
+        raise UserError(f"{path} has no `{section}:` section, which this job reads. Add one, or choose another file.")
+    return config
+
+
+def parse_file(
+    doc: str, kind: type[S], flags: dict[str, str], argv: list[str] | None = None
+) -> tuple[Path, S, set[str]]:
+    """(path, settings, flags given) of a job whose file is of a kind of its own. flags: name → explanation."""
+    path, given = _arguments(doc, list(settings(kind)), flags, argv, required=True)
+    overrides = {key: value for key, value in given.items() if key not in flags}
+    return path, load(path, overrides, kind), {*given} & {*flags}
+
+
+def _arguments(
+    doc: str, options: list[tuple[str, Any, str, str]], flags: dict[str, str], argv: list[str] | None, *, required: bool
+) -> tuple[Path, dict[str, Any]]:
+    """The file and what else was given. options: as `settings` has them."""
     parser = argparse.ArgumentParser(
         # The list of all settings belongs to --help: an error shall stay one paragraph.
-        usage="%(prog)s --config FILE [--key value ...]" if section else "%(prog)s [--config FILE] [--key value ...]",
+        usage="%(prog)s --config FILE [--key value ...]" if required else "%(prog)s [--config FILE] [--key value ...]",
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--config", metavar="FILE", required=section is not None, help="YAML file, see jobs/experiments/"
-    )
-    kind = Config if section is None else section_type(Config.model_fields[section].annotation)
-    assert kind is not None
-    options = [*([] if section is None else [s for s in settings(Config) if s[0] == "root"]), *settings(kind)]
+    parser.add_argument("--config", metavar="FILE", required=required, help="YAML file, see jobs/experiments/")
+    for name, text in flags.items():
+        parser.add_argument(f"--{name}", action="store_const", const=True, help=text)
     for key, default, type_name, explanation in options:
         text = f"{explanation} [{default}]" if default is not None else explanation
         parser.add_argument(f"--{key}", metavar=type_name.upper().replace("|", " | "), help=text.replace("%", "%%"))
     given = vars(parser.parse_args(argv))
     path = Path(given.pop("config") or sample_config())
-    overrides = {
-        key if key == "root" or section is None else f"{section}.{key}": value
-        for key, value in given.items()
-        if value is not None
-    }
-    config = load(path, overrides)
-    if section is not None and getattr(config, section) is None:
-        raise UserError(f"{path} has no `{section}:` section, which this job reads. Add one, or choose another file.")
-    return config
+    return path, {key: value for key, value in given.items() if value is not None}
 
 
 def sample_config() -> Path:
@@ -84,18 +97,12 @@ def sample_config() -> Path:
     return Path(__file__).parent.parent / "jobs" / "experiments" / "sample.yml"
 
 
-def load(path: Path, overrides: dict[str, str]) -> Config:
+def load(path: Path, overrides: dict[str, str], kind: type[S]) -> S:
     """A config file with dotted keys replaced; `null`, [lists] and {mappings} are read as YAML."""
     values = config_file.read(path)
     for key, text in overrides.items():
-        *steps, last = key.split(".")
-        place = values
-        for step in steps:
-            if not isinstance(place.get(step), dict):
-                place[step] = {}
-            place = place[step]
-        place[last] = _value(text)
-    return validate(values, source=path, base=Path(os.path.abspath(path)).parent)
+        config_file.put(values, key, _value(text))
+    return validate(values, kind, source=path, base=Path(os.path.abspath(path)).parent)
 
 
 def _value(text: str) -> Any:

@@ -11,7 +11,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_origin
 
 from pydantic import (
     BaseModel,
@@ -51,7 +51,7 @@ def _resolve(value: Any, info: ValidationInfo) -> Any:
 
 
 Uri = Annotated[str, BeforeValidator(_resolve)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=-]*$")]
 Share = Annotated[float, Field(ge=0, le=1)]
 Byte = Annotated[int, Field(ge=0, le=255)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -73,6 +73,9 @@ class Section(BaseModel):
     def digest(self) -> str:
         """sha256 of the settings, the same whatever the order in which they were written."""
         return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
+
+
+S = TypeVar("S", bound=Section)
 
 
 class Ingest(Section):
@@ -345,31 +348,34 @@ class Config(Section):
     """The pipeline also trains on the unmasked dataset with the same settings, to show what masking gave."""
 
 
-def validate(values: dict[str, Any], *, source: str | Path, base: Path) -> Config:
+def validate(values: dict[str, Any], kind: type[S], *, source: str | Path, base: Path) -> S:
     """Typed settings; UserError names every wrong key with its path. base: folder of relative paths."""
     try:
-        return Config.model_validate(values, context={"base": base})
+        return kind.model_validate(values, context={"base": base})
     except ValidationError as error:
-        problems = [_explain(item) for item in error.errors()]
+        problems = [_explain(item, kind) for item in error.errors()]
     raise UserError(f"{source}: " + "; ".join(problems))
 
 
-def _explain(item: Any) -> str:
+def _explain(item: Any, kind: type[Section]) -> str:
     path = ".".join(str(step) for step in item["loc"])
     if item["type"] != "extra_forbidden":
         return f"`{path}`: {item['msg'].removeprefix('Value error, ')} (got {item['input']!r})"
-    known = list(_section_at(item["loc"][:-1]).model_fields)
+    known = list(_section_at(kind, item["loc"][:-1]).model_fields)
     close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
     hint = f"did you mean `{close[0]}`?" if close else f"known here: {', '.join(known)}"
     return f"`{path}` is not a setting; {hint}"
 
 
-def _section_at(path: tuple[int | str, ...]) -> type[Section]:
-    section: type[Section] = Config
-    for step in path:
-        found = section_type(section.model_fields[str(step)].annotation)
+def _section_at(section: type[Section], path: tuple[int | str, ...]) -> type[Section]:
+    steps = iter(path)
+    for step in steps:
+        annotation = section.model_fields[str(step)].annotation
+        found = section_type(annotation)
         assert found is not None, path
         section = found
+        if get_origin(annotation) is dict:
+            next(steps, None)  # a key of the user's
     return section
 
 

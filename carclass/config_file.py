@@ -29,6 +29,16 @@ def read(path: str | Path) -> dict[str, Any]:
     return values
 
 
+def put(values: dict[str, Any], key: str, value: Any) -> None:
+    """Sets a dotted key; sections on the way that aren't there are made."""
+    *steps, last = key.split(".")
+    for step in steps:
+        if not isinstance(values.get(step), dict):
+            values[step] = {}
+        values = values[step]
+    values[last] = value
+
+
 def _environment(match: re.Match[str], path: str | Path) -> str:
     name, default = match.groups()
     value = os.environ.get(name)

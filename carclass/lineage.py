@@ -35,11 +35,13 @@ class Run:
 
     root: str
     settings: config.Train
+    folder: str = "experiments"
+    """Where it lies below the root."""
 
     @property
     def uri(self) -> str:
         """The run's folder."""
-        return place(self.root, self.settings.name)
+        return storage.join(self.root, self.folder, self.settings.name)
 
     @property
     def stages(self) -> list[StageName]:
@@ -53,6 +55,11 @@ class Run:
     def is_finished(self, stage: str) -> bool:
         """Whether the stage's best model is published."""
         return storage.exists(f"{self.best(stage)}.json")
+
+    @property
+    def missing(self) -> list[StageName]:
+        """The stages that are not finished."""
+        return [stage for stage in self.stages if not self.is_finished(stage)]
 
     def best_val_accuracy(self, stage: str) -> float:
         """Of the stage's best epoch, once it is finished."""
@@ -110,9 +117,9 @@ def place(root: str, name: str) -> str:
     return storage.join(root, "experiments", name)
 
 
-def begin(root: str, settings: config.Train, source: dataset.Dataset, parent_sha256: str) -> Run:
+def begin(run: Run, source: dataset.Dataset, parent_sha256: str) -> Run:
     """Starts a run or finds it begun; UserError when its name was used with other settings or data."""
-    run = Run(root, settings)
+    settings = run.settings
     text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
     origin = {
         "parent": settings.parent,
@@ -129,6 +136,14 @@ def begin(root: str, settings: config.Train, source: dataset.Dataset, parent_sha
     storage.write_bytes(storage.join(run.uri, "lineage.json"), json.dumps(origin, indent=1).encode())
     storage.write_bytes(config_uri, text.encode())
     return run
+
+
+def adopt(run: Run, other: Run, stage: str) -> None:
+    """Gives a run a finished stage of another one, which was trained with the same settings on the same photos."""
+    rows = [row for row in other.metrics() if row["stage"] == stage]
+    storage.write_bytes(storage.join(run.uri, "metrics.jsonl"), _lines(rows))
+    for suffix in (".safetensors", ".json"):  # the latter makes the stage finished
+        storage.write_bytes(f"{run.best(stage)}{suffix}", storage.read_bytes(f"{other.best(stage)}{suffix}"))
 
 
 def load(root: str, name: str) -> Run:

@@ -11,7 +11,7 @@ of the run's dataset is not published. Needs no cluster and no GPU.
 import argparse
 from pathlib import Path
 
-from carclass import command_line, export, progress, storage
+from carclass import command_line, config, export, progress, storage
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     place.add_argument("--root", metavar="URI", help="the root itself: a folder or s3:// prefix")
     given = parser.parse_args()
     overrides = {"root": given.root} if given.root else {}
-    root = command_line.load(given.config or command_line.sample_config(), overrides).root
+    root = command_line.load(given.config or command_line.sample_config(), overrides, config.Config).root
     uri = export.run(root, given.run)
     print(progress.table([(name, storage.join(uri, name)) for name in export.FORMATS], title=f"run {given.run}"))
 

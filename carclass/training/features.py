@@ -4,6 +4,7 @@
 """
 
 import json
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,46 +14,52 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save
 from torch import Tensor, distributed, nn
 
-from carclass import lineage, model, storage
+from carclass import config, lineage, model, storage
 from carclass.progress import say
 from carclass.training.feed import FeatureBatches, Feed, Samples, to_device, view_of
 
 SPLITS = ("train", "val")
 BATCH_SIZE = 64
 """Photos per forward pass without gradients: enough for any device, and it changes no result."""
+VIEWS_SEED = 123
+"""Draws the augmented views, whatever the run's own seed: runs that differ in it share them."""
 
 
 def place(run: lineage.Run, dataset_digest: str) -> str:
     """Where the features of a run's frozen stage lie, or will."""
-    settings = run.settings
+    depends = {"parent": run.lineage()["parent_sha256"], "dataset": dataset_digest, **depends_on(run.settings)}
+    digest = storage.sha256(json.dumps(depends, sort_keys=True).encode())
+    return storage.join(run.root, "features", f"{digest[:24]}.safetensors")
+
+
+def depends_on(settings: config.Train) -> dict[str, Any]:
+    """All that makes features what they are, besides the parent's weights and the photos."""
     assert settings.frozen is not None
     views = settings.frozen.views
     depends: dict[str, Any] = {
-        "format": 2,  # since labels are kept too
-        "parent": run.lineage()["parent_sha256"],
+        "format": 3,  # since views no longer depend on the run's seed
         "model": settings.model.model_dump(exclude={"dropout"}),
-        "dataset": dataset_digest,
         "views": views,
         "precision": settings.precision,
     }
     if views == 2:  # the second one is the mirror image, if any
         depends["mirrored"] = settings.augmentation.flip != "none"
     if views > 2:
-        depends |= {"augmentation": settings.augmentation.model_dump(), "seed": settings.seed}
-    digest = storage.sha256(json.dumps(depends, sort_keys=True).encode())
-    return storage.join(run.root, "features", f"{digest[:24]}.safetensors")
+        depends["augmentation"] = settings.augmentation.model_dump()
+    return depends
 
 
 def write(uri: str, net: nn.Module, feeds: Sequence[Feed], run: lineage.Run, device: torch.device) -> None:
     """Computes the features of train and val, all workers together, and publishes them."""
     assert run.settings.frozen is not None
-    tensors = {}
+    started, tensors = time.monotonic(), {}
     for split, feed, views in zip(SPLITS, feeds, (run.settings.frozen.views, 1), strict=True):
         tensors[split] = compute(net, feed, views, run, device).half()
         tensors[f"{split}_labels"] = torch.from_numpy(feed.labels)
         tensors[f"{split}_ids"] = torch.from_numpy(feed.ids.view(np.int64))
     if feeds[0].rank == 0:
         storage.write_bytes(uri, save(tensors))
+        say(f"{run.settings.name} features: computed in {time.monotonic() - started:.0f} s")
     if distributed.is_initialized():
         distributed.barrier()
 
@@ -78,7 +85,7 @@ def compute(net: nn.Module, feed: Feed, num_views: int, run: lineage.Run, device
     for indices, start, pixels in feed.read((mine[i : i + BATCH_SIZE], i) for i in range(0, len(mine), BATCH_SIZE)):
         photos = to_device(pixels, device)
         for view in range(num_views):
-            seen = view_of(photos, view, feed.ids[indices], feed.seed, settings.augmentation)
+            seen = view_of(photos, view, feed.ids[indices], VIEWS_SEED, settings.augmentation)
             with model.autocast(settings.precision, device):
                 found[view, indices] = model.features(net, seen).float().cpu()
         if feed.rank == 0 and start // BATCH_SIZE % 20 == 19:

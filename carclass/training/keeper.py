@@ -22,8 +22,10 @@ class Keeper:
     What goes wrong in the thread comes up when the next checkpoint is saved, or at the end.
     """
 
-    def __init__(self, run: lineage.Run, stage: str, trained: checkpoint.Trained, state: State) -> None:
-        self.run, self.stage, self.trained = run, stage, trained
+    def __init__(
+        self, run: lineage.Run, stage: str, trained: checkpoint.Trained, state: State, *, quiet: bool = False
+    ) -> None:
+        self.run, self.stage, self.trained, self.quiet = run, stage, trained, quiet
         self.uri = storage.join(run.uri, stage)
         self.journal = lineage.Journal(run, stage, state.epoch)
         self.thread = ThreadPoolExecutor(1, initializer=_stand_back)
@@ -39,7 +41,8 @@ class Keeper:
         """Keeps an epoch's metrics, and its weights if they are among the best; what is needed to go on takes longer
         to write, and is left to `save`.
         """
-        self._say(finished)
+        if not self.quiet:
+            self._say(finished)
         self._begin(state, finished)
 
     def wait(self) -> None:

@@ -4,6 +4,7 @@ import logging
 import signal
 import threading
 import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,6 +24,8 @@ from carclass.training.feed import Block, Encoded, Feed, PhotoBatches, pixels_of
 from carclass.training.keeper import Keeper
 
 log = logging.getLogger(__name__)
+Blocks = dict[str, list[ray.ObjectRef]]
+"""A dataset's photos in the object store, of train and val, in this order."""
 READ_ROWS = 128
 """Photos per block: 20 MB when decoded to 224 pixels."""
 MAX_VAIN = 3
@@ -39,6 +42,18 @@ ASK_SECONDS = 2.0
 _told_to_end = threading.Event()
 
 
+class Means(NamedTuple):
+    """What a run is trained with."""
+
+    use_gpu: bool
+    devices: float | None = None  # GPUs, or CPUs, of each worker; None: one GPU, or as many CPUs as there is room for
+    here: bool = False  # by the only worker, in this process and without Ray Train
+    tell: Callable[[dict[str, float]], None] | None = (
+        None  # of the last stage's epochs but its very last; called by every worker
+    )
+    callbacks: Sequence[Any] = ()  # of Ray Train
+
+
 class Job(NamedTuple):
     """What every worker of a stage is given."""
 
@@ -46,36 +61,67 @@ class Job(NamedTuple):
     stage: model.StageName
     classes: list[str]
     digest: str  # of the dataset
-    blocks: dict[str, list[ray.ObjectRef]]  # photos of train and val, in this order; none where features are cached
+    blocks: Blocks  # none where features are cached
     num_threads: int
+    tell: Callable[[dict[str, float]], None] | None = None
+
+
+class Seat(NamedTuple):
+    """A worker's place among all of a stage."""
+
+    rank: int
+    num_workers: int
+    device: torch.device
+    is_drained: Callable[[], bool]  # whether its machine will be taken away, asked by all workers together
 
 
 def run(root: str, settings: config.Train) -> lineage.Run:
     """Trains `<root>/experiments/<name>`, or what is missing of it. UserError for wrong settings, data or weights."""
+    source, parent_sha256 = origin(root, settings)
+    this = lineage.Run(root, settings)
+    missing = this.missing
+    # Checked before anything is written: a run that is refused can be begun with other settings.
+    use_gpu = check(root, settings, source) if missing else False
+    this = lineage.begin(this, source, parent_sha256)
+    if not missing:
+        log.info("train: run %s is finished, nothing to do", settings.name)
+        return this
+    train(this, source, Held(settings, source).get, Means(use_gpu), missing)
+    return this
+
+
+def origin(root: str, settings: config.Train) -> tuple[dataset.Dataset, str]:
+    """The dataset that a run is trained on, and its parent's sha256. UserError where either can't be used."""
     source = dataset.load(root, settings.dataset)
     for split in ("train", "val"):
         if not source.manifest["splits"][split]:
             raise UserError(f"dataset `{settings.dataset}` has no {split} photos; give it some, or change its split.")
-    parent_sha256 = model.load_parent(model.build(settings.model, len(source.classes)), settings)
-    this = lineage.Run(root, settings)
-    missing = [stage for stage in this.stages if not this.is_finished(stage)]
-    if missing:  # checked before anything is written: a run that is refused can be begun with other settings
-        cluster.connect()
-        fewest, _ = settings.workers
-        use_gpu = cluster.gpus(settings.use_gpu, fewest, "train.use_gpu")
-        cluster.check_cpus(0 if use_gpu else fewest, "train.num_workers")
-        store, memory = cluster.object_store(), cluster.memory(use_gpu)
-        preflight.check(root, settings, source, use_gpu=use_gpu, object_store=store, memory=memory)
-    this = lineage.begin(root, settings, source, parent_sha256)
-    if not missing:
-        log.info("train: run %s is finished, nothing to do", settings.name)
-        return this
-    held = Held(settings, source)
-    for stage in missing:
-        job = Job(this, stage, source.classes, source.digest, {}, 1)
-        _fit(job, held, use_gpu)
+    return source, model.load_parent(model.build(settings.model, len(source.classes)), settings)
+
+
+def check(root: str, settings: config.Train, source: dataset.Dataset) -> bool:
+    """Joins the cluster; UserError when a run can't end well on it. Returns whether GPUs are used."""
+    cluster.connect()
+    fewest, _ = settings.workers
+    use_gpu = cluster.gpus(settings.use_gpu, fewest, "train.use_gpu")
+    cluster.check_cpus(0 if use_gpu else fewest, "train.num_workers")
+    store, memory = cluster.object_store(), cluster.memory(use_gpu)
+    preflight.check(root, settings, source, use_gpu=use_gpu, object_store=store, memory=memory)
+    return use_gpu
+
+
+def train(
+    this: lineage.Run,
+    source: dataset.Dataset,
+    photos: Callable[[], Blocks],
+    means: Means,
+    stages: Sequence[model.StageName],
+) -> None:
+    """Trains stages of a run that has begun, and publishes them. photos: asked for when they are needed."""
+    for stage in stages:
+        job = Job(this, stage, source.classes, source.digest, {}, 1, means.tell)
+        _fit(job, photos, means)
         _publish(job)
-    return this
 
 
 class Held:
@@ -84,13 +130,16 @@ class Held:
     def __init__(self, settings: config.Train, source: dataset.Dataset) -> None:
         self.settings, self.source = settings, source
         self.nodes: set[str] = set()
-        self.blocks: dict[str, list[ray.ObjectRef]] = {}
+        self.blocks: Blocks = {}
 
-    def get(self) -> dict[str, list[ray.ObjectRef]]:
-        """The blocks of each split; read again once a node is lost, which takes some along."""
+    def get(self, *, decoded: bool = True) -> Blocks:
+        """The blocks of each split; read again once a node is lost, which takes some along.
+
+        decoded: to the size of the settings, where they fit into memory.
+        """
         if not self.blocks or self.nodes - cluster.nodes():
             self.nodes = cluster.nodes()
-            size = preflight.decoded_size(self.settings, self.source, cluster.object_store())
+            size = preflight.decoded_size(self.settings, self.source, cluster.object_store()) if decoded else None
             self.blocks = {split: read(self.source, split, size) for split in ("train", "val")}
         return self.blocks
 
@@ -125,17 +174,17 @@ def block_of(held: pa.Table | dict[str, np.ndarray], size: int) -> Block:
     return Block(Encoded(images, size), held["labels"].to_numpy(), held["ids"].to_numpy())
 
 
-def _fit(job: Job, held: Held, use_gpu: bool) -> None:
+def _fit(job: Job, photos: Callable[[], Blocks], means: Means) -> None:
     """Runs a stage to its end. Workers that leave or are lost are replaced, as long as that gains anything."""
     uri, vain = storage.join(job.run.uri, job.stage), 0
     newest = checkpoint.newest_sound(uri)
     while True:
-        num_threads = 1 if use_gpu else cluster.cpus_each(job.run.settings.workers[1])
+        num_threads = 1 if means.use_gpu else int(means.devices or cluster.cpus_each(job.run.settings.workers[1]))
         is_cached = job.stage == "frozen" and storage.exists(features.place(job.run, job.digest))
-        job = job._replace(blocks={} if is_cached else held.get(), num_threads=num_threads)
+        job = job._replace(blocks={} if is_cached else photos(), num_threads=num_threads)
         before, error = newest, None
         try:
-            if _run_workers(job, use_gpu):
+            if work(job, ALONE[means.use_gpu]) if means.here else _run_workers(job, means):
                 return
         except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as failure:
             error = failure
@@ -147,7 +196,7 @@ def _fit(job: Job, held: Held, use_gpu: bool) -> None:
         log.warning("train: %s; going on from %s", what, newest or "the start")
 
 
-def _run_workers(job: Job, use_gpu: bool) -> bool:
+def _run_workers(job: Job, means: Means) -> bool:
     """One group of workers, until the stage's end or, False, until they leave."""
     filesystem, path = storage.locate(job.run.uri)
     fewest, most = job.run.settings.workers
@@ -157,15 +206,16 @@ def _run_workers(job: Job, use_gpu: bool) -> bool:
         torch_config=TorchConfig(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=most if fewest == most else (fewest, most),  # type: ignore[arg-type]  # mypy sees Train V1's
-            use_gpu=use_gpu,
-            resources_per_worker={"GPU": 1} if use_gpu else {"CPU": job.num_threads},
+            use_gpu=means.use_gpu,
+            resources_per_worker={"GPU": means.devices or 1} if means.use_gpu else {"CPU": job.num_threads},
         ),
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]  # mypy sees Train V1's
             name=job.stage,
             storage_path=path,
             storage_filesystem=filesystem,
+            callbacks=[*means.callbacks],
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),  # an epoch is one line, ours
-            worker_runtime_env={} if use_gpu else {"env_vars": KEEP_MEMORY},
+            worker_runtime_env={} if means.use_gpu else {"env_vars": KEEP_MEMORY},
         ),
     )
     result: Any = trainer.fit()
@@ -207,39 +257,52 @@ def trained_part(net: ResNet, stage: str) -> nn.Module:
 
 
 def _work(given: dict[str, Any]) -> bool:
+    """What Ray Train runs on a worker."""
+    context = ray.train.get_context()
+    seat = Seat(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device(), _is_drained)
+    return work(Job(**given), seat)
+
+
+def _is_drained() -> bool:
+    return ray.train.get_preemption_info() is not None
+
+
+ALONE = {use_gpu: Seat(0, 1, torch.device("cuda" if use_gpu else "cpu"), lambda: False) for use_gpu in (False, True)}
+"""The seat of an only worker, by whether it has a GPU."""
+
+
+def work(job: Job, seat: Seat) -> bool:
     """A worker's part of a stage; False when it leaves before the end."""
-    job = Job(**given)
-    settings, context = job.run.settings, ray.train.get_context()
+    settings = job.run.settings
     torch.set_num_threads(job.num_threads)
-    device = ray.train.torch.get_device()
-    net = start_of(job).to(device)
+    net = start_of(job).to(seat.device)
     model.prepare_stage(net, job.stage)
     stage = getattr(settings, job.stage)
-    batches = _batches(job, net, device)
+    batches = _batches(job, net, seat)
     trained = loop.make_trained(trained_part(net, job.stage), stage)
     state = _restore(job, trained)
     precision = "fp32" if job.stage == "frozen" else settings.precision  # a linear layer gains nothing from bf16
-    forward = ray.train.torch.prepare_model(trained.module) if context.get_world_size() > 1 else trained.module
+    forward = ray.train.torch.prepare_model(trained.module) if seat.num_workers > 1 else trained.module
     piece = stage.micro_batch_size if job.stage == "unfrozen" else None
-    trainee = loop.Trainee(trained, forward, stage, model.autocast(precision, device), settings.seed, piece)
-    return _train(job, trainee, batches, state)
+    trainee = loop.Trainee(trained, forward, stage, model.autocast(precision, seat.device), settings.seed, piece)
+    return _train(job, seat, trainee, batches, state)
 
 
-def _batches(job: Job, net: ResNet, device: torch.device) -> loop.Batches:
+def _batches(job: Job, net: ResNet, seat: Seat) -> loop.Batches:
     """A worker's share of what the stage trains on."""
-    settings, context = job.run.settings, ray.train.get_context()
-    share = {"seed": settings.seed, "rank": context.get_world_rank(), "num_workers": context.get_world_size()}
+    settings = job.run.settings
+    share = {"seed": settings.seed, "rank": seat.rank, "num_workers": seat.num_workers}
     # Without a time limit, a worker would hold the CPUs for which the tasks wait that make lost photos again.
     held = [ray.get(refs, timeout=MAX_WAIT) for refs in job.blocks.values()]
     blocks = [[block_of(block, settings.model.image_size) for block in split] for split in held]
     feeds = [Feed(split, **share) for split in blocks]
     if job.stage == "unfrozen":
         assert settings.unfrozen is not None
-        return PhotoBatches(feeds[0], feeds[1], settings.augmentation, settings.unfrozen, device)
+        return PhotoBatches(feeds[0], feeds[1], settings.augmentation, settings.unfrozen, seat.device)
     assert settings.frozen is not None
     if feeds:
-        features.write(features.place(job.run, job.digest), net, feeds, job.run, device)
-    return features.read(features.place(job.run, job.digest), settings.frozen.batch_size, device, **share)
+        features.write(features.place(job.run, job.digest), net, feeds, job.run, seat.device)
+    return features.read(features.place(job.run, job.digest), settings.frozen.batch_size, seat.device, **share)
 
 
 def _restore(job: Job, trained: checkpoint.Trained) -> loop.State:
@@ -249,16 +312,29 @@ def _restore(job: Job, trained: checkpoint.Trained) -> loop.State:
     return loop.State(**checkpoint.restore(storage.join(uri, found[-1]), trained)) if found else loop.State()
 
 
-def _train(job: Job, trainee: loop.Trainee, batches: loop.Batches, state: loop.State) -> bool:
+def _train(job: Job, seat: Seat, trainee: loop.Trainee, batches: loop.Batches, state: loop.State) -> bool:
     """Runs the loop; the first worker writes for all."""
-    leaving, every = Departure(), job.run.settings.checkpoint_steps
-    if ray.train.get_context().get_world_rank() > 0:
-        return loop.run(trainee, batches, state, loop.Keeping(leaving=leaving, every=every))
-    keeper = Keeper(job.run, job.stage, trainee.trained, state)
+    told = loop.Keeping(finish=partial(_tell, job), leaving=Departure(seat), every=job.run.settings.checkpoint_steps)
+    if seat.rank > 0:
+        return loop.run(trainee, batches, state, told)
+    keeper = Keeper(job.run, job.stage, trainee.trained, state, quiet=job.tell is not None)
+
+    def finish(state: loop.State, finished: loop.Finished) -> None:
+        keeper.finish(state, finished)
+        told.finish(state, finished)
+
     try:
-        return loop.run(trainee, batches, state, loop.Keeping(keeper.save, keeper.finish, leaving, every))
+        return loop.run(trainee, batches, state, told._replace(save=keeper.save, finish=finish))
     finally:
         keeper.wait()
+
+
+def _tell(job: Job, state: loop.State, finished: loop.Finished) -> None:
+    """Tells of an epoch. Whoever is told may end the stage, so its last epoch is told once the stage is published."""
+    if job.tell is None or job.stage != job.run.stages[-1]:
+        return
+    if not loop.is_done(getattr(job.run.settings, job.stage), state):
+        job.tell(finished.metrics)
 
 
 # Leaving in time
@@ -270,22 +346,21 @@ class Departure:
     A spot instance is announced as a drained node, the end of a container as SIGTERM. One per worker.
     """
 
-    def __init__(self) -> None:
-        context = ray.train.get_context()
-        self.first, several = context.get_world_rank() == 0, context.get_world_size() > 1
+    def __init__(self, seat: Seat) -> None:
+        self.seat = seat
         # On CPUs also where gradients go from GPU to GPU: asking then doesn't wait for the GPU's work.
-        self.group = distributed.new_group(backend="gloo") if several else None
+        self.group = distributed.new_group(backend="gloo") if seat.num_workers > 1 else None
         self.asked = time.monotonic()
 
     def __call__(self) -> bool:
         """Asked by every worker after every step; all get the same answer."""
-        due = self.first and time.monotonic() - self.asked > ASK_SECONDS
+        due = self.seat.rank == 0 and time.monotonic() - self.asked > ASK_SECONDS
         sign = torch.tensor(LEAVE if _told_to_end.is_set() else ASK if due else STAY)
         if self.group is not None:
             distributed.all_reduce(sign, distributed.ReduceOp.MAX, group=self.group)
         if sign == ASK:
             self.asked = time.monotonic()
-            return ray.train.get_preemption_info() is not None  # asked by all together, too
+            return self.seat.is_drained()
         return bool(sign == LEAVE)
 
 

@@ -63,7 +63,7 @@ class Runs:
         return str(self.folder / "root")
 
     def settings(self, name: str) -> config.Mask:
-        found = command_line.load(self.config_file, {"mask.dataset": name}).mask
+        found = command_line.load(self.config_file, {"mask.dataset": name}, config.Config).mask
         assert found is not None
         return found
 

@@ -14,7 +14,7 @@ BASE = Path("/base")
 
 
 def config_of(**values: Any) -> Any:
-    return validate({"root": "results", **values}, source="test.yml", base=BASE)
+    return validate({"root": "results", **values}, Config, source="test.yml", base=BASE)
 
 
 def file_with(folder: Path, text: str) -> Path:
@@ -124,7 +124,7 @@ def test_settings_cannot_be_changed_after_they_were_checked():
 def test_a_relative_path_in_a_file_is_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir("/")
     path = file_with(tmp_path, "root: ../results\ningest: {photos: ./photos}")
-    loaded: Any = command_line.load(path, {})
+    loaded: Any = command_line.load(path, {}, Config)
     assert loaded.root == str(tmp_path.parent / "results")
     assert loaded.ingest.photos == str(tmp_path / "photos")
 
@@ -134,7 +134,9 @@ def test_a_relative_path_on_the_command_line_is_relative_to_the_working_director
 ):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert command_line.load(file_with(tmp_path, "root: r"), {"root": "mine"}).root == str(tmp_path / "elsewhere/mine")
+    assert command_line.load(file_with(tmp_path, "root: r"), {"root": "mine"}, Config).root == str(
+        tmp_path / "elsewhere/mine"
+    )
 
 
 def test_the_home_directory_is_resolved(monkeypatch: pytest.MonkeyPatch):
@@ -221,7 +223,7 @@ def test_a_file_without_settings_is_refused(tmp_path: Path, text: str):
 def test_every_experiment_file_is_valid(path: Path, monkeypatch: pytest.MonkeyPatch):
     for name in ("CARCLASS_ROOT", "CARS196", "CARS196_WEIGHTS"):
         monkeypatch.setenv(name, "/somewhere")
-    assert command_line.load(path, {}).root == "/somewhere"
+    assert command_line.load(path, {}, Config).root == "/somewhere"
 
 
 # Digests

@@ -56,7 +56,8 @@ def begin(root: Path, photos: list[bytes]) -> lineage.Run:
     dataset.write_part(uri, "parts", pa.Table.from_pylist(rows, dataset.ROW), settings)
     keys = [row["key"] for row in rows]
     source = dataset.publish(dataset.draft(uri, inputs=keys, settings=settings, classes=CLASSES, facts={}))
-    return lineage.begin(str(root), config.Train(name="first", parent="sample", model=MODEL), source, "0" * 64)
+    settings = config.Train(name="first", parent="sample", model=MODEL)
+    return lineage.begin(lineage.Run(str(root), settings), source, "0" * 64)
 
 
 def make_net(seed: int = 0) -> torch.nn.Module:

@@ -10,7 +10,7 @@ from carclass.errors import UserError
 
 def begin(root: Path, **changes: object) -> lineage.Run:
     settings = config.Train(name="one", **changes)
-    return lineage.begin(str(root), settings, dataset.Dataset(f"{root}/datasets/v2", {}), "0" * 64)
+    return lineage.begin(lineage.Run(str(root), settings), dataset.Dataset(f"{root}/datasets/v2", {}), "0" * 64)
 
 
 def add(run: lineage.Run, stage: str, epochs: range, loss: float = 1.0) -> None:
