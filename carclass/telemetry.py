@@ -36,3 +36,9 @@ class Meter:
         self.rate.set(count / max(now - self.reported, 1e-9))
         self.queue.set(self.progress.total - self.progress.done)
         self.reported = now
+
+
+def trial_accuracy(sweep: str, trial: str, accuracy: float) -> None:
+    """Sets ray_carclass_trial_val_accuracy, tagged with the sweep and the trial's readable name."""
+    gauge = Gauge("carclass_trial_val_accuracy", "val accuracy of a trial's latest epoch", ("sweep", "trial"))
+    gauge.set(accuracy, {"sweep": sweep, "trial": trial})

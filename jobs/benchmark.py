@@ -9,6 +9,7 @@
   python jobs/benchmark.py train --photos DIR --weights DIR
   python jobs/benchmark.py train --photos DIR --weights DIR --in-process
   python jobs/benchmark.py epochs --photos DIR --weights DIR
+  python jobs/benchmark.py tune
 
 ingest   photos into a published dataset through Ray Data, against a PIL loop on one core
 masking  the pool of detectors, exact and fast, against DefaultPredictor: a plain loop, and in map_batches
@@ -16,6 +17,7 @@ memory   peak memory of a masking job over 1,000, 4,000 and 16,000 photos of the
 frozen   the frozen stage on cached features, against a loop that runs the backbone in every epoch
 train    the unfrozen stage, against a script with DataLoader, ImageFolder and DDP
 epochs   what an epoch costs beyond its arithmetic
+tune     a sweep of 16 settings of the drawn sample with pruning, against the same ones without
 """
 
 import argparse
@@ -31,7 +33,7 @@ from carclass.errors import UserError
 MODULES = {("ingest", False): "ingest", ("masking", False): "masking", ("masking", True): "masking_in_process"}
 MODULES |= {("memory", False): "memory", ("frozen", False): "frozen", ("frozen", True): "frozen"}
 MODULES |= {("train", False): "train", ("train", True): "train_in_process"}
-MODULES |= {("epochs", False): "epochs", ("epochs", True): "epochs"}
+MODULES |= {("epochs", False): "epochs", ("epochs", True): "epochs", ("tune", False): "tune"}
 
 
 def main() -> None:

@@ -9,6 +9,9 @@ import pytest
 
 from carclass.evaluation.report import render
 from carclass.masking.report import render as render_masking
+from carclass.tuning.analysis import render as render_analysis
+from tests.unit.test_analysis import SECTIONS as ANALYSIS_SECTIONS
+from tests.unit.test_analysis import make_sweep
 from tests.unit.test_masking_report import SECTIONS as MASKING_SECTIONS
 from tests.unit.test_masking_report import make_masking_report
 from tests.unit.test_report import SECTIONS, make_report
@@ -100,3 +103,17 @@ def test_the_filter_leaves_the_classes_with_all_its_words(tmp_path):
     shown = [row for row in class_rows(dom) if "hidden" not in row.split(">")[0]]
     assert len(shown) == 1
     assert "Maker Model 011" in shown[0]
+
+
+def test_an_analysis_of_a_sweep_opens_with_all_sections_and_a_silent_console(tmp_path):
+    dom, console = open_page(render_analysis(make_sweep()), tmp_path)
+    assert console == []
+    assert [name for name in ANALYSIS_SECTIONS if f'<section id="{name}"' not in dom] == []
+
+
+def test_a_click_on_a_header_sorts_the_trials(tmp_path):
+    script = "document.querySelectorAll('#trials th button')[0].click()"
+    dom, _ = open_page(with_script(render_analysis(make_sweep()), script), tmp_path)
+    table = re.search(r'<section id="trials".*?<tbody>(.*?)</tbody>', dom, re.S).group(1)
+    numbers = [int(number) for number in re.findall(r'<th scope="row"[^>]*data-value="(\d+)"', table)]
+    assert numbers == list(range(len(make_sweep().outcomes)))
