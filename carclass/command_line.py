@@ -38,6 +38,8 @@ def _inherited(section: type[Section], name: str) -> str:
 
 
 def _type_name(annotation: Any) -> str:
+    if get_origin(annotation) is dict:
+        return "mapping"
     if hasattr(annotation, "__args__"):
         options = [str(option) if isinstance(option, str) else _type_name(option) for option in annotation.__args__]
         return "|".join(option for option in options if option != "NoneType")

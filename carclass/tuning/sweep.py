@@ -33,7 +33,7 @@ MAX_FAILURES = 3
 def run(space: Space, *, resume: bool = False) -> None:
     """Runs a sweep, or what is missing of it. UserError for wrong settings, data or weights."""
     scheduler = _scheduler(space)
-    book = trials.begin(space, resume=resume)
+    book = trials.find(space, resume=resume)
     for one in [*book.found.values()]:
         if one.state == "failed":
             book.put(replace(one, state="begun", reason=None))
@@ -58,12 +58,13 @@ def _prepare(space: Space, book: Trials) -> Shared:
     source, parent_sha256 = stages.origin(space.root, settings)
     use_gpu = stages.check(space.root, settings, source)
     at_once = _at_once(space, use_gpu)
+    held = {name: stages.Held(settings, dataset.load(space.root, name)) for name in _datasets(space)}
+    trials.begin(space)  # not before: a sweep that is refused can be begun with other settings
     if 0 not in book.found:
         workers, device = space.base.workers[1], "GPU" if use_gpu else "CPU"
         devices = workers * space.search.devices_per_worker
         book.put(Trial(number=0, values=space.defaults, seed=settings.seed, device=device, devices=devices))
     first = lineage.begin(trials.run_of(space, book.found[0]), source, parent_sha256)
-    held = {name: stages.Held(settings, dataset.load(space.root, name)) for name in _datasets(space)}
     if "frozen" in first.missing:
         log.info("tune: the frozen stage of the experiment as it stands, which trials share")
         stages.train(first, source, held[settings.dataset].get, stages.Means(use_gpu), ["frozen"])

@@ -112,19 +112,13 @@ def told(space: Space, trial: Trial) -> dict[int, float]:
     return {row["epoch"]: row["val_accuracy"] for row in rows if row["stage"] == space.stage}
 
 
-def begin(space: Space, *, resume: bool) -> Trials:
-    """Starts a sweep or finds it begun; UserError when its name was used for another search.
+def find(space: Space, *, resume: bool) -> Trials:
+    """A sweep's trials, none before it has begun; UserError when its name was used for another search.
 
     resume: it must have begun.
     """
     uri, name = place(space.root, space.search.name), space.search.name
-    path = storage.join(uri, "search.yml")
-    # Defaults are left out: one that has no effect is fine, but not when it is written.
-    given = {
-        "search": space.search.model_dump(mode="json", exclude_unset=True),
-        "train": space.base.model_dump(mode="json"),
-    }
-    if storage.exists(path):
+    if storage.exists(storage.join(uri, "search.yml")):
         kept, _ = load(space.root, name)
         other = sorted(_differing(kept.search, space.search) - MAY_CHANGE)
         other += sorted(f"train.{key}" for key in _differing(kept.base, space.base) - {*lineage.MACHINES})
@@ -135,8 +129,15 @@ def begin(space: Space, *, resume: bool) -> Trials:
             )
     elif resume:
         raise _missing(space.root, name)
-    storage.write_bytes(path, yaml.safe_dump(given, sort_keys=False).encode())
     return Trials(uri)
+
+
+def begin(space: Space) -> None:
+    """Writes down what a sweep asks for."""
+    # Defaults are left out: one that has no effect is fine, but not when it is written.
+    search, train = space.search.model_dump(mode="json", exclude_unset=True), space.base.model_dump(mode="json")
+    text = yaml.safe_dump({"search": search, "train": train}, sort_keys=False)
+    storage.write_bytes(storage.join(place(space.root, space.search.name), "search.yml"), text.encode())
 
 
 def load(root: str, name: str) -> tuple[Space, Trials]:

@@ -180,12 +180,19 @@ def test_parts_of_cpus_are_refused(root: str, tmp_path: Path):
         sweep.run(load(root, tmp_path, "parts", LR, devices_per_worker=0.5))
 
 
+def test_a_sweep_that_is_refused_leaves_nothing_behind(root: str, tmp_path: Path):
+    train = {**TRAIN, "unfrozen": {"batch_size": 10**6}}
+    with pytest.raises(UserError, match="batch_size"):
+        sweep.run(load(root, tmp_path, "refused", LR, train))
+    assert storage.list_files(f"{root}/sweeps/refused") == []
+
+
 def test_pruning_that_could_never_happen_is_refused(root: str, tmp_path: Path):
     with pytest.raises(UserError, match=r"`min_epochs` is 5.*none would be ended early"):
         sweep.run(load(root, tmp_path, "late", LR, min_epochs=5))
 
 
 def test_there_is_no_analysis_before_a_trial_has_finished(root: str, tmp_path: Path):
-    trials.begin(load(root, tmp_path, "empty", LR), resume=False)
+    trials.begin(load(root, tmp_path, "empty", LR))
     with pytest.raises(UserError, match=r"no trial of sweep `empty` has finished"):
         publish.write(root, publish.read(root, "empty"))

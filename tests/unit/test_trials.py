@@ -51,36 +51,42 @@ def test_a_repetition_says_its_seed():
 
 
 def test_a_sweep_goes_on_with_the_same_search(tmp_path: Path):
-    trials.begin(load(tmp_path), resume=False).put(Trial(number=0, values={LR: 1e-3}, seed=1))
-    assert trials.begin(load(tmp_path), resume=True).found[0].values == {LR: 1e-3}
+    trials.begin(load(tmp_path))
+    trials.find(load(tmp_path), resume=False).put(Trial(number=0, values={LR: 1e-3}, seed=1))
+    assert trials.find(load(tmp_path), resume=True).found[0].values == {LR: 1e-3}
 
 
 @pytest.mark.parametrize("change", [{"max_concurrent_trials": 3}, {"num_seeds": 5}, {"devices_per_worker": 2}])
 def test_what_trials_run_on_may_change_when_a_sweep_goes_on(tmp_path: Path, change: dict[str, Any]):
-    trials.begin(load(tmp_path), resume=False)
-    trials.begin(load(tmp_path, **change), resume=False)
+    trials.begin(load(tmp_path))
+    trials.find(load(tmp_path, **change), resume=False)
 
 
 @pytest.mark.parametrize("change", [{"num_trials": 3}, {"seed": 5}, {"scheduler": "median"}])
 def test_another_search_of_the_same_name_is_refused(tmp_path: Path, change: dict[str, Any]):
-    trials.begin(load(tmp_path), resume=False)
+    trials.begin(load(tmp_path))
     with pytest.raises(UserError, match=f"other settings \\({next(iter(change))}.*another `name`"):
-        trials.begin(load(tmp_path, **change), resume=False)
+        trials.find(load(tmp_path, **change), resume=False)
 
 
 def test_a_search_around_another_experiment_is_refused(tmp_path: Path):
-    trials.begin(load(tmp_path), resume=False)
+    trials.begin(load(tmp_path))
     with pytest.raises(UserError, match=r"other settings \(train.precision\)"):
-        trials.begin(load(tmp_path, {"precision": "fp32"}), resume=False)
+        trials.find(load(tmp_path, {"precision": "fp32"}), resume=False)
+
+
+def test_looking_for_a_sweep_writes_nothing(tmp_path: Path):
+    trials.find(load(tmp_path), resume=False)
+    assert not (tmp_path / "sweeps").exists()
 
 
 def test_a_sweep_is_found_by_its_name(tmp_path: Path):
-    trials.begin(load(tmp_path), resume=False)
+    trials.begin(load(tmp_path))
     found, _ = trials.load(str(tmp_path), "s")
     assert found.dimensions == load(tmp_path).dimensions
 
 
 def test_a_sweep_that_is_not_there_is_answered_with_those_that_are(tmp_path: Path):
-    trials.begin(load(tmp_path), resume=False)
+    trials.begin(load(tmp_path))
     with pytest.raises(UserError, match=r"no sweep `t`.*There: s\."):
         trials.load(str(tmp_path), "t")
