@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from functools import cache
 
 from ray.util.metrics import Counter, Gauge
 
@@ -40,5 +41,9 @@ class Meter:
 
 def trial_accuracy(sweep: str, trial: str, accuracy: float) -> None:
     """Sets ray_carclass_trial_val_accuracy, tagged with the sweep and the trial's readable name."""
-    gauge = Gauge("carclass_trial_val_accuracy", "val accuracy of a trial's latest epoch", ("sweep", "trial"))
-    gauge.set(accuracy, {"sweep": sweep, "trial": trial})
+    _trial_gauge().set(accuracy, {"sweep": sweep, "trial": trial})
+
+
+@cache
+def _trial_gauge() -> Gauge:
+    return Gauge("carclass_trial_val_accuracy", "val accuracy of a trial's latest epoch", ("sweep", "trial"))

@@ -61,9 +61,7 @@ def _prepare(space: Space, book: Trials) -> Shared:
     held = {name: stages.Held(settings, dataset.load(space.root, name)) for name in _datasets(space)}
     trials.begin(space)  # not before: a sweep that is refused can be begun with other settings
     if 0 not in book.found:
-        workers, device = space.base.workers[1], "GPU" if use_gpu else "CPU"
-        devices = workers * space.search.devices_per_worker
-        book.put(Trial(number=0, values=space.defaults, seed=settings.seed, device=device, devices=devices))
+        book.put(Trial(number=0, values=space.defaults, seed=settings.seed, **_devices(space, use_gpu)))
     first = lineage.begin(trials.run_of(space, book.found[0]), source, parent_sha256)
     if "frozen" in first.missing:
         log.info("tune: the frozen stage of the experiment as it stands, which trials share")
@@ -75,6 +73,14 @@ def _prepare(space: Space, book: Trials) -> Shared:
         memory = int(memory * min(1.0, space.search.devices_per_worker)) if use_gpu else memory // at_once
     means = stages.Means(use_gpu, space.search.devices_per_worker, here=space.base.workers == (1, 1))
     return Shared(space, first, photos, means, memory, at_once)
+
+
+def _devices(space: Space, use_gpu: bool) -> dict[str, Any]:
+    """What a trial's record says of what it is trained on."""
+    return {
+        "device": "GPU" if use_gpu else "CPU",
+        "devices": space.base.workers[1] * space.search.devices_per_worker,
+    }
 
 
 def _at_once(space: Space, use_gpu: bool) -> int:
@@ -158,7 +164,7 @@ def _fit(shared: Shared, book: Trials, numbers: Sequence[int], scheduler: schedu
         tune_config=ray.tune.TuneConfig(
             metric="val_accuracy",
             mode="max",
-            search_alg=Clerk(space, book, numbers),
+            search_alg=Clerk(space, book, numbers, _devices(space, means.use_gpu)),
             scheduler=scheduler,
             num_samples=len(numbers),
             max_concurrent_trials=shared.at_once,
@@ -200,9 +206,10 @@ def _named(shared: Shared, name: str | None) -> type:
 class Clerk(search.Searcher):
     """Tells Ray Tune which trials to run, and records how they end. Its own state is the trials' records."""
 
-    def __init__(self, space: Space, book: Trials, numbers: Sequence[int]) -> None:
+    def __init__(self, space: Space, book: Trials, numbers: Sequence[int], devices: dict[str, Any]) -> None:
         super().__init__(metric="val_accuracy", mode="max")
-        self.space, self.book, self.all, self.coming = space, book, numbers, [*numbers]
+        self.space, self.book, self.all, self.coming, self.devices = space, book, numbers, [*numbers], devices
+        self.untidy: list[Trial] = []
         self.numbers: dict[str, int] = {}
         self.accuracies = {n: trials.told(space, one) for n, one in book.found.items() if one.is_over}
 
@@ -211,7 +218,8 @@ class Clerk(search.Searcher):
         number = self.coming.pop(0)
         self.numbers[trial_id] = number
         if number not in self.book.found:
-            self.book.put(replace(self.book.found[0], number=number, values=self._propose(number), state="begun"))
+            values, seed = self._propose(number), self.space.base.seed
+            self.book.put(Trial(number=number, values=values, seed=seed, **self.devices))
         trial = self.book.found[number]
         return {"trial": {"number": number, "title": trial.title, "name": trial.name}, "record": asdict(trial)}
 
@@ -246,9 +254,9 @@ class Clerk(search.Searcher):
         state: trials.State = "failed" if failed else "complete" if done else "pruned"
         self.book.put(replace(trial, state=state, reason=told.get(FAILURE)))
         self._say(self.book.found[trial.number])
-        for one in self.book.found.values():  # those before it, which by now write nothing any more
-            if one.is_over and one.number != trial.number:
-                _tidy(self.space, one)
+        for one in self.untidy:  # those before it, which by now write nothing any more
+            _tidy(self.space, one)
+        self.untidy = [self.book.found[trial.number]]
 
     def _say(self, trial: Trial) -> None:
         num_over = len(self.all) - len(self.book.left(self.all))

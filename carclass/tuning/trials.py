@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -148,7 +149,7 @@ def load(root: str, name: str) -> tuple[Space, Trials]:
     except FileNotFoundError as error:
         raise _missing(root, name) from error
     search, base = Search.model_validate(kept["search"]), Train.model_validate(kept["train"])
-    return of(search, base, root, uri), Trials(uri)
+    return of(search, base, root, uri, Path.cwd()), Trials(uri)
 
 
 def _differing(old: Section, new: Section) -> set[str]:

@@ -53,6 +53,19 @@ def test_choices_have_the_setting_s_type(tmp_path: Path):
     assert dimension(tmp_path, "train.unfrozen.ema_decay", choices=[None, "0.9"]).choices == (None, 0.9)
 
 
+def test_paths_among_the_choices_are_relative_to_the_search_file(tmp_path: Path):
+    found = dimension(tmp_path, "train.parent", choices=["imagenet", "mine.safetensors"])
+    assert found.choices == ("imagenet", str(tmp_path / "mine.safetensors"))
+
+
+def test_a_search_read_from_elsewhere_has_the_same_choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    found = load(tmp_path, {"train.parent": {"choices": ["imagenet", "mine.safetensors"]}})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    again = space.of(found.search, found.base, found.root, "search.yml", Path.cwd())
+    assert again.dimensions == found.dimensions
+
+
 # What is wrong
 
 
