@@ -107,12 +107,14 @@ def killed(root: str, folder: Path, cluster: Cluster, undisturbed: outcome.Sweep
             kill(cluster.head)
     cluster.stop()
     another = Cluster(folder, dashboard=True)
-    job = start("tune.py", folder / "killed.yml", another.environment, "--resume")
-    wait_for(lambda: titled(below(another.head.pid), TRIAL), job.process, job.log)
-    wait_for_epochs(root, num_epochs(root) + 1, job)
-    os.kill(titled(below(another.head.pid), TRIAL)[0], signal.SIGKILL)
-    job.end()
-    another.stop()
+    try:
+        job = start("tune.py", folder / "killed.yml", another.environment, "--resume")
+        wait_for(lambda: titled(below(another.head.pid), TRIAL), job.process, job.log)
+        wait_for_epochs(root, num_epochs(root) + 1, job)
+        os.kill(titled(below(another.head.pid), TRIAL)[0], signal.SIGKILL)
+        job.end()
+    finally:
+        another.stop()
     return Killed(publish.read(root, "killed"), over)
 
 
