@@ -29,7 +29,8 @@ class Keeper:
         self.uri = storage.join(run.uri, stage)
         self.journal = lineage.Journal(run, stage, state.epoch)
         self.thread = ThreadPoolExecutor(1, initializer=_stand_back)
-        self.writing: Future[None] | None = None
+        self.noting: Future[None] | None = None  # metrics
+        self.writing: Future[None] | None = None  # a checkpoint
 
     def save(self, state: State, must: bool) -> None:
         """Saves where training is; if it needn't be, only when the last checkpoint is written by now."""
@@ -45,8 +46,14 @@ class Keeper:
             self._say(finished)
         self._begin(state, finished)
 
+    def wait_for_metrics(self) -> None:
+        """Returns when those of the epochs finished are written."""
+        if self.noting is not None:
+            self.noting.result()
+
     def wait(self) -> None:
         """Returns when all is written."""
+        self.wait_for_metrics()
         if self.writing is not None:
             self.writing.result()
 
@@ -55,17 +62,17 @@ class Keeper:
         name, best, snapshot = checkpoint.name_of(state.epoch, state.samples), self._best(state), None
         if finished is None or name in best:
             snapshot = checkpoint.take(name, self.trained, asdict(state))
-        self.writing = self.thread.submit(self._write, snapshot, best, finished, time.time())
-
-    def _write(
-        self, snapshot: checkpoint.Snapshot | None, best: set[str], finished: Finished | None, now: float
-    ) -> None:
         if finished is not None:
-            self.journal.add({**finished.metrics, "time": now}, finished.steps)
+            self.noting = self.thread.submit(
+                self.journal.add, {**finished.metrics, "time": time.time()}, finished.steps
+            )
         if snapshot is not None:
-            checkpoint.write(self.uri, snapshot)
-            # Two to go on from, should the newest be damaged.
-            checkpoint.prune(self.uri, best | {*checkpoint.to_go_on_from(self.uri)[-2:]})
+            self.writing = self.thread.submit(self._write, snapshot, best)
+
+    def _write(self, snapshot: checkpoint.Snapshot, best: set[str]) -> None:
+        checkpoint.write(self.uri, snapshot)
+        # Two to go on from, should the newest be damaged.
+        checkpoint.prune(self.uri, best | {*checkpoint.to_go_on_from(self.uri)[-2:]})
 
     def _best(self, state: State) -> set[str]:
         """The names of the best epochs' checkpoints."""

@@ -321,7 +321,9 @@ def _train(job: Job, seat: Seat, trainee: loop.Trainee, batches: loop.Batches, s
 
     def finish(state: loop.State, finished: loop.Finished) -> None:
         keeper.finish(state, finished)
-        told.finish(state, finished)
+        if job.tell is not None:
+            keeper.wait_for_metrics()  # whoever is told may end this process at once
+            told.finish(state, finished)
 
     try:
         return loop.run(trainee, batches, state, told._replace(save=keeper.save, finish=finish))

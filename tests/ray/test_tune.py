@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from ray.tune import schedulers
 
 from carclass import command_line, config, dataset, storage
 from carclass.errors import UserError
@@ -151,10 +152,22 @@ def test_a_sweep_that_is_over_trains_nothing_when_it_is_run_again(
     assert files_below(f"{root}/sweeps/heads/trials") == before
 
 
-@pytest.mark.parametrize("scheduler", ["hyperband", "median"])
-def test_other_schedulers_come_to_an_end(root: str, tmp_path: Path, scheduler: str):
-    found = run(root, tmp_path, scheduler, HEAD_LR, HEAD, num_trials=4, num_seeds=1, scheduler=scheduler)
+def test_trials_that_hyperband_pauses_come_to_an_end(root: str, tmp_path: Path):
+    found = run(root, tmp_path, "hyperband", HEAD_LR, HEAD, num_trials=4, num_seeds=1, scheduler="hyperband")
     assert "begun" not in states(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("asha", schedulers.ASHAScheduler),
+        ("hyperband", schedulers.HyperBandScheduler),
+        ("median", schedulers.MedianStoppingRule),
+        ("none", schedulers.FIFOScheduler),
+    ],
+)
+def test_each_scheduler_is_the_one_of_its_name(root: str, tmp_path: Path, name: str, kind: type):
+    assert type(sweep._scheduler(load(root, tmp_path, "any", LR, scheduler=name))) is kind
 
 
 # What is wrong

@@ -1,0 +1,28 @@
+"""What is written behind a loop's back, and what is there when."""
+
+from pathlib import Path
+
+from torch import nn
+
+from carclass import config, lineage
+from carclass.training import loop
+from carclass.training.keeper import Keeper
+
+SETTINGS = config.Train(name="one", unfrozen=None, frozen=config.Frozen(epochs=50))
+
+
+def finished(epoch: int) -> loop.Finished:
+    metrics = {"epoch": epoch, "train_loss": 1.0, "val_accuracy": 0.5, "seconds": 0.1}
+    return loop.Finished(metrics, [{"step": 1, "loss": 1.0, "lr": 0.1}])
+
+
+def test_metrics_that_were_waited_for_are_on_storage_whatever_else_is_being_written(tmp_path: Path):
+    """A checkpoint of 40 MB is written after them, which takes longer than looking."""
+    run, state = lineage.Run(str(tmp_path), SETTINGS), loop.State()
+    keeper = Keeper(run, "frozen", loop.make_trained(nn.Linear(1000, 10_000), config.Frozen()), state)
+    for epoch in range(1, 4):
+        state.epoch, state.val_accuracies = epoch, [0.5] * epoch
+        keeper.finish(state, finished(epoch))
+        keeper.wait_for_metrics()
+        assert [row["epoch"] for row in run.metrics()] == list(range(1, epoch + 1))
+    keeper.wait()
