@@ -1,123 +1,40 @@
-"""The analysis of a sweep: its words, its table, its charts and the page that holds them."""
+"""The analysis of a sweep: its words, its table and the page that holds them."""
 
 import json
 import math
 import random
 import re
-import xml.etree.ElementTree as ET
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
 from carclass.errors import UserError
-from carclass.tuning import analysis, axes, importance, plots, setting_plots
+from carclass.tuning import analysis, importance
 from carclass.tuning.importance import MIN_TRIALS, importances
-from carclass.tuning.outcome import Outcome, Sweep
-from carclass.tuning.space import Dimension, text_of
-from carclass.tuning.trials import Trial
+from carclass.tuning.outcome import Sweep
+from carclass.tuning.space import Dimension
+from tests.sweeps import (
+    DIMENSIONS,
+    DROPOUT,
+    FLIP,
+    LR,
+    STANDS,
+    make_best,
+    make_epochs,
+    make_outcome,
+    make_sweep,
+    odd_sweeps,
+    with_repeats,
+)
 from tests.unit.test_report import section, visible_text
 
 SECTIONS = ["summary", "seeds", "trials", "curves", "parallel", "importance", "slices", "cost"]
-LR, BATCH, FLIP, DROPOUT = (
-    "train.unfrozen.lr",
-    "train.unfrozen.batch_size",
-    "train.augmentation.flip",
-    "train.model.dropout",
-)
-DIMENSIONS = (
-    Dimension(key=LR, low=1e-4, high=1e-2, log=True),
-    Dimension(key=BATCH, low=8, high=64),
-    Dimension(key=FLIP, choices=(True, False, None)),
-    Dimension(key=DROPOUT, low=0.0, high=0.6),
-)
-STANDS = {LR: 6e-4, BATCH: 32, FLIP: True, DROPOUT: 0.0}
-MAX_EPOCHS = 10
-CHARTS = [plots.learning_curves, plots.cost, plots.best_so_far, plots.pruning, setting_plots.parallel]
 
 
 @pytest.fixture(autouse=True)
 def _few_resamples(monkeypatch):
     """Importance from fewer resamples, which takes less time."""
     monkeypatch.setattr(importance, "NUM_RESAMPLES", 5)
-
-
-def make_epochs(accuracy: float, number: int = MAX_EPOCHS, seconds: float = 40.0) -> list[dict[str, Any]]:
-    """A curve that comes near to an accuracy, the more so the longer it is."""
-    return [
-        {
-            "epoch": epoch,
-            "train_loss": 2.0 / epoch,
-            "train_accuracy": 0.9,
-            "val_loss": 2.5 / epoch,
-            "val_accuracy": accuracy * (1 - 0.7 * math.exp(-epoch / 1.4)),
-            "lr": 1e-3,
-            "seconds": seconds,
-        }
-        for epoch in range(1, number + 1)
-    ]
-
-
-def make_outcome(number: int, epochs: list[dict[str, Any]], **changes: Any) -> Outcome:
-    trial = {"number": number, "values": STANDS, "seed": 123, "state": "complete"} | changes
-    return Outcome(
-        trial=Trial(**trial),
-        epochs=epochs,
-        max_epochs=MAX_EPOCHS,
-        devices=2.0,
-        finished=1_700_000_000.0 + 60 * number if epochs else None,
-    )
-
-
-def make_sweep(num_trials: int = 20, repeats: bool = True, **changes: Any) -> Sweep:
-    """Trials whose accuracy hangs on the learning rate above all, best at 2e-3, and a little on dropout and chance."""
-    generator = random.Random(5)
-    outcomes = [make_outcome(0, make_epochs(0.8))]
-    for number in range(1, num_trials):
-        values = {
-            LR: 10 ** generator.uniform(-4, -2),
-            BATCH: generator.randint(8, 64),
-            FLIP: generator.choice((True, False, None)),
-            DROPOUT: generator.uniform(0, 0.6),
-        }
-        accuracy = 0.88 - 0.14 * math.log10(values[LR] / 2e-3) ** 2 - 0.08 * abs(values[DROPOUT] - 0.2)
-        accuracy += generator.gauss(0, 0.004)
-        if number == 7:
-            state, epochs, reason = "failed", [], "torch.OutOfMemoryError: CUDA out of memory <script>alert(1)</script>"
-        elif accuracy < 0.82 and number > 3:
-            state, epochs, reason = "pruned", make_epochs(accuracy, generator.choice((1, 3))), None
-        else:
-            state, epochs, reason = "complete", make_epochs(accuracy), None
-        outcomes.append(make_outcome(number, epochs, values=values, state=state, reason=reason))
-    values = {
-        "name": "lr-and-dropout",
-        "facts": [("experiment", "full"), ("dataset", "v1-masked"), ("scheduler", "ASHA")],
-        "stage": "unfrozen",
-        "device": "GPU",
-        "dimensions": DIMENSIONS,
-        "seed": 123,
-        "outcomes": outcomes,
-    }
-    sweep = Sweep(**{**values, **changes})
-    return with_repeats(sweep) if repeats else sweep
-
-
-def with_repeats(sweep: Sweep, apart: float = 0.003) -> Sweep:
-    """The sweep with two more seeds of the best three settings and of trial 0, a little better and a little worse."""
-    outcomes = list(sweep.outcomes)
-    for one in [*sweep.complete[:3], sweep.outcomes[0]]:
-        for seed, change in ((124, apart), (125, -apart)):
-            epochs = [{**row, "val_accuracy": row["val_accuracy"] + change} for row in one.epochs]
-            repeats = {"values": one.trial.values, "seed": seed, "repeats": one.trial.number}
-            outcomes.append(make_outcome(len(outcomes), epochs, **repeats))
-    return replace(sweep, outcomes=outcomes)
-
-
-def make_best(values: dict[str, Any], epochs: list[dict[str, Any]] | None = None) -> Sweep:
-    """A sweep whose best trial, by far, has these values or epochs."""
-    sweep = make_sweep(repeats=False)
-    best = make_outcome(20, epochs or make_epochs(0.97), values={**STANDS, **values})
-    return replace(sweep, outcomes=[*sweep.outcomes, best])
 
 
 def words(sweep: Sweep) -> str:
@@ -410,134 +327,9 @@ def test_the_same_sweep_renders_to_the_same_bytes():
     assert analysis.render(make_sweep()) == analysis.render(make_sweep())
 
 
-# Charts
-
-
-def odd_sweeps() -> dict[str, Sweep]:
-    long = [f"s3://bucket/with/a/very/long/name/of/a/parent/run-{i}/model.safetensors" for i in range(9)]
-    named = [make_outcome(n, make_epochs(0.5 + n / 50), values={FLIP: name}) for n, name in enumerate(long)]
-    gap = make_epochs(0.8)
-    gap[4]["val_accuracy"] = math.nan
-    many = [Dimension(key=f"train.part_{i}.setting", low=0.0, high=1.0) for i in range(8)]
-    generator = random.Random(2)
-    hundred = [
-        make_outcome(n, make_epochs(generator.random()), values={one.key: generator.random() for one in many})
-        for n in range(100)
-    ]
-    never = [{**row, "val_accuracy": math.nan} for row in make_epochs(0.8)]
-    outside = make_outcome(0, make_epochs(0.7), values={LR: 0.0, BATCH: 128, FLIP: "other", DROPOUT: None})
-    return {
-        "one trial": make_sweep(num_trials=1, repeats=False),
-        "all alike": make_sweep(outcomes=[make_outcome(n, make_epochs(0.8)) for n in range(9)], repeats=False),
-        "one epoch": make_sweep(outcomes=[make_outcome(n, make_epochs(0.8, 1)) for n in range(3)], repeats=False),
-        "a gap": make_sweep(outcomes=[make_outcome(0, gap)], repeats=False),
-        "never a number": make_sweep(outcomes=[make_outcome(0, never), *make_sweep().outcomes[1:]], repeats=False),
-        "long names": make_sweep(outcomes=named, dimensions=[Dimension(key=FLIP, choices=tuple(long))], repeats=False),
-        "a hundred": make_sweep(outcomes=hundred, dimensions=many, repeats=False),
-        "an experiment elsewhere": make_sweep(outcomes=[outside, *make_sweep().outcomes[1:]], repeats=False),
-    }
-
-
-def numbers(svg: str) -> list[float]:
-    """Every coordinate of a picture."""
-    found = [
-        element.get(name)
-        for element in ET.fromstring(svg).iter()
-        for name in ("x", "y", "x1", "y1", "cx", "points", "transform")
-    ]
-    return [float(number) for text in filter(None, found) for number in re.findall(r"-?[\d.]+|nan|inf", text)]
-
-
-@pytest.mark.parametrize("name", odd_sweeps())
-@pytest.mark.parametrize("chart", CHARTS)
-def test_a_chart_of_an_odd_sweep_stays_inside_its_picture(chart, name):
-    svg = chart(odd_sweeps()[name])
-    assert [number for number in numbers(svg) if not -30 <= number <= 1000] == []
-
-
-@pytest.mark.parametrize("name", odd_sweeps())
-def test_slices_of_an_odd_sweep_stay_inside_their_pictures(name):
-    sweep = odd_sweeps()[name]
-    found = [number for one in sweep.dimensions for number in numbers(setting_plots.slices(sweep, one.key))]
-    assert [number for number in found if not -30 <= number <= 340] == []
-
-
 @pytest.mark.parametrize("name", odd_sweeps())
 def test_an_odd_sweep_has_a_page_and_words(name):
     assert analysis.render(odd_sweeps()[name]).count("<section") == len(SECTIONS)
-
-
-def test_a_pruned_trial_s_curve_ends_in_a_cross():
-    sweep = make_sweep()
-    num_pruned = sum(one.trial.state == "pruned" for one in sweep.outcomes)
-    assert plots.learning_curves(sweep).count('class="cross"') == num_pruned > 2
-
-
-def test_a_missing_accuracy_leaves_a_gap_in_its_curve():
-    assert plots.learning_curves(odd_sweeps()["a gap"]).count('class="curve"') == 2
-
-
-def test_a_tooltip_says_what_a_trial_was():
-    sweep = make_sweep()
-    titles = [element.text for element in ET.fromstring(plots.cost(sweep)).iter("title")]
-    assert any(title.startswith("trial 0, complete: lr=6e-4") for title in titles)
-
-
-def test_the_last_label_of_the_best_so_far_is_the_best_of_the_search():
-    sweep = make_sweep()
-    best = sweep.complete[0]
-    assert f"trial {best.trial.number}: {best.accuracy * 100:.1f}\u00a0%" in plots.best_so_far(sweep)
-
-
-def test_a_logarithmic_axis_has_its_decades_alike():
-    axis = axes.axis_of(DIMENSIONS[0], [])
-    assert [round(axis.place(value), 6) for value in (1e-4, 1e-3, 1e-2)] == [0, 0.5, 1]
-
-
-def test_an_experiment_s_value_beyond_the_range_widens_the_axis():
-    axis = axes.axis_of(DIMENSIONS[1], [128])
-    assert axis.place(64) < axis.place(128) == 1
-
-
-def test_an_experiment_s_value_that_is_no_number_has_a_place_of_its_own():
-    axis = axes.axis_of(DIMENSIONS[3], [None])
-    assert (axis.place(None), axis.ticks[0].text) == (0, "null")
-    assert axis.place(0.0) > 0.1
-
-
-def test_long_choices_are_told_by_what_differs():
-    choices = tuple(f"s3://bucket/runs/{name}/model.safetensors" for name in ("a-1", "b-22"))
-    ticks = axes.axis_of(Dimension(key="train.parent", choices=choices), []).ticks
-    assert [tick.text for tick in ticks] == ["…a-1", "…b-22"]
-
-
-def test_long_choices_have_all_of_their_names_as_tooltips():
-    sweep = odd_sweeps()["long names"]
-    titles = [element.text for element in ET.fromstring(setting_plots.slices(sweep, FLIP)).iter("title")]
-    assert set(sweep.dimensions[0].choices) <= set(titles)
-
-
-def test_ticks_of_whole_numbers_are_whole():
-    assert [tick.text for tick in axes.axis_of(Dimension(key="train.x.y", low=1, high=3), []).ticks] == ["1", "2", "3"]
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(64, "64"), (0.05, "0.05"), (3e-4, "3e-4"), (1.25e-5, "1.25e-5"), (2.0, "2"), (True, "true"), (None, "null")],
-)
-def test_values_are_written_short(value, text):
-    assert text_of(value) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(8, "8.0 GPU seconds"), (738, "12.3 GPU minutes"), (3600 * 340, "340 GPU hours")]
-)
-def test_times_are_told_in_a_unit_that_suits_them(seconds, text):
-    assert axes.time_text(seconds, "GPU") == text
-
-
-def test_a_long_name_keeps_its_start_and_its_end():
-    assert axes.fitted("resnet50-imagenet-v2", 11) == "resne…et-v2"
 
 
 def test_the_table_s_rows_are_plain_values():

@@ -10,8 +10,8 @@ import pytest
 from carclass.evaluation.report import render
 from carclass.masking.report import render as render_masking
 from carclass.tuning.analysis import render as render_analysis
+from tests.sweeps import make_sweep
 from tests.unit.test_analysis import SECTIONS as ANALYSIS_SECTIONS
-from tests.unit.test_analysis import make_sweep
 from tests.unit.test_masking_report import SECTIONS as MASKING_SECTIONS
 from tests.unit.test_masking_report import make_masking_report
 from tests.unit.test_report import SECTIONS, make_report
