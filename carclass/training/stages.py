@@ -125,21 +125,22 @@ def train(
 
 
 class Held:
-    """The train and val photos of a dataset in the object store, where every stage finds them."""
+    """The train and val photos of a dataset in the object store, where every stage finds them.
 
-    def __init__(self, settings: config.Train, source: dataset.Dataset) -> None:
-        self.settings, self.source = settings, source
+    decoded: to the size of the settings, where they fit into memory; encoded ones serve every size.
+    """
+
+    def __init__(self, settings: config.Train, source: dataset.Dataset, *, decoded: bool = True) -> None:
+        self.settings, self.source, self.decoded = settings, source, decoded
         self.nodes: set[str] = set()
         self.blocks: Blocks = {}
 
-    def get(self, *, decoded: bool = True) -> Blocks:
-        """The blocks of each split; read again once a node is lost, which takes some along.
-
-        decoded: to the size of the settings, where they fit into memory.
-        """
+    def get(self) -> Blocks:
+        """The blocks of each split; read again once a node is lost, which takes some along."""
         if not self.blocks or self.nodes - cluster.nodes():
-            self.nodes = cluster.nodes()
-            size = preflight.decoded_size(self.settings, self.source, cluster.object_store()) if decoded else None
+            self.nodes, size = cluster.nodes(), None
+            if self.decoded:
+                size = preflight.decoded_size(self.settings, self.source, cluster.object_store())
             self.blocks = {split: read(self.source, split, size) for split in ("train", "val")}
         return self.blocks
 

@@ -58,7 +58,9 @@ def _prepare(space: Space, book: Trials) -> Shared:
     source, parent_sha256 = stages.origin(space.root, settings)
     use_gpu = stages.check(space.root, settings, source)
     at_once = _at_once(space, use_gpu)
-    held = {name: stages.Held(settings, dataset.load(space.root, name)) for name in _datasets(space)}
+    sources = {name: dataset.load(space.root, name) for name in _datasets(space)}
+    decoded = all(one.key != "train.model.image_size" for one in space.dimensions)
+    held = {name: stages.Held(settings, one, decoded=decoded) for name, one in sources.items()}
     trials.begin(space)  # not before: a sweep that is refused can be begun with other settings
     if 0 not in book.found:
         book.put(Trial(number=0, values=space.defaults, seed=settings.seed, **_devices(space, use_gpu)))
@@ -66,8 +68,7 @@ def _prepare(space: Space, book: Trials) -> Shared:
     if "frozen" in first.missing:
         log.info("tune: the frozen stage of the experiment as it stands, which trials share")
         stages.train(first, source, held[settings.dataset].get, stages.Means(use_gpu), ["frozen"])
-    decoded = all(one.key != "train.model.image_size" for one in space.dimensions)
-    photos = {name: one.get(decoded=decoded) for name, one in held.items()} if _need_photos(space) else {}
+    photos = {name: one.get() for name, one in held.items()} if _need_photos(space) else {}
     memory = cluster.memory(use_gpu)
     if memory is not None:
         memory = int(memory * min(1.0, space.search.devices_per_worker)) if use_gpu else memory // at_once

@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 import yaml
 from ray.tune import schedulers
 
@@ -112,6 +113,15 @@ def test_trials_of_several_workers_are_runs_of_ray_train(root: str, tmp_path: Pa
     train = {**TRAIN, "frozen": None, "num_workers": 2, "unfrozen": {"epochs": 2, "batch_size": 16}}
     found = run(root, tmp_path, "two-workers", LR, train, num_trials=1, num_seeds=1, scheduler="none")
     assert [(one.trial.state, len(one.epochs)) for one in found.outcomes] == [("complete", 2)] * 2
+
+
+def test_photos_for_trials_of_several_sizes_are_seen_at_each_trial_s(root: str, tmp_path: Path):
+    """Also those that trial 0 was trained on before, at its own size."""
+    train = {**TRAIN, "frozen": {"epochs": 1, "views": 1}}
+    found = load(root, tmp_path, "sizes", {"train.model.image_size": {"choices": [64, 32]}}, train, num_trials=1)
+    shared = sweep._prepare(found, trials.find(found, resume=False))
+    block = ray.get(shared.photos["v1"]["train"][0])
+    assert [stages.block_of(block, size).pixels[0].shape for size in (64, 32)] == [(64, 64, 3), (32, 32, 3)]
 
 
 # The classifier alone
