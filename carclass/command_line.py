@@ -12,10 +12,11 @@ import yaml
 from pydantic_core import PydanticUndefined
 
 from carclass import config_file
-from carclass.config import CommandLineText, Config, S, Section, section_type, validate
+from carclass.config import Config
 from carclass.dataset import Dataset
 from carclass.errors import UserError
 from carclass.progress import table
+from carclass.settings import CommandLineText, S, Section, section_type, validate
 
 
 def settings(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Any, str, str]]:

@@ -7,6 +7,7 @@ from carclass.errors import UserError
 from carclass.masking import detectron
 from carclass.masking.detectron import Network
 from carclass.masking.torchvision_rcnn import TorchvisionMaskRCNN
+from carclass.settings import DETECTORS
 
 TORCHVISION = "torchvision_mask_rcnn_v2"
 _DETECTRON2 = "https://dl.fbaipublicfiles.com/detectron2"
@@ -52,9 +53,9 @@ def architecture_digest(settings: config.Detector) -> str:
 
 
 def _check_model(model: str) -> None:
-    if model not in config.DETECTORS and not model.endswith((".yaml", ".yml")):
+    if model not in DETECTORS and not model.endswith((".yaml", ".yml")):
         raise UserError(
-            f"`{detectron.KEY}`: {model} is no detector. Choose one of {', '.join(config.DETECTORS)}, "
+            f"`{detectron.KEY}`: {model} is no detector. Choose one of {', '.join(DETECTORS)}, "
             "or give the URI of a Detectron2 .yaml."
         )
 

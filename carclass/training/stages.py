@@ -1,9 +1,6 @@
 """A dataset → a run: one Ray Train run per stage, frozen then unfrozen, each resumed from its checkpoints."""
 
 import logging
-import signal
-import threading
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,12 +11,13 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from torch import distributed, nn
+from torch import nn
 from torchvision.models.resnet import ResNet
 
 from carclass import cluster, config, dataset, lineage, model, storage
 from carclass.errors import UserError
 from carclass.training import checkpoint, features, loop, preflight
+from carclass.training.departure import Departure, Seat, TorchConfig
 from carclass.training.feed import Block, Encoded, Feed, PhotoBatches, pixels_of
 from carclass.training.keeper import Keeper
 
@@ -30,16 +28,11 @@ READ_ROWS = 128
 """Photos per block: 20 MB when decoded to 224 pixels."""
 MAX_VAIN = 3
 """How often workers are replaced without any checkpoint in between: then it is the program that fails."""
-
 MAX_WAIT = 120.0
 """Seconds until photos in the object store are taken for lost."""
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000000", "MALLOC_ARENA_MAX": "1"}
 """For glibc, in workers on CPUs: what a step gives back, the next one takes again. By default every large tensor would
 be asked from the system anew, which clears its pages: a tenth of a step's time."""
-STAY, ASK, LEAVE = 0, 1, 2
-ASK_SECONDS = 2.0
-"""How often Ray is asked whether a node is drained; a spot instance has two minutes, a container half of one."""
-_told_to_end = threading.Event()
 
 
 class Means(NamedTuple):
@@ -64,15 +57,6 @@ class Job(NamedTuple):
     blocks: Blocks  # none where features are cached
     num_threads: int
     tell: Callable[[dict[str, float]], None] | None = None
-
-
-class Seat(NamedTuple):
-    """A worker's place among all of a stage."""
-
-    rank: int
-    num_workers: int
-    device: torch.device
-    is_drained: Callable[[], bool]  # whether its machine will be taken away, asked by all workers together
 
 
 def run(root: str, settings: config.Train) -> lineage.Run:
@@ -338,57 +322,3 @@ def _tell(job: Job, state: loop.State, finished: loop.Finished) -> None:
         return
     if not loop.is_done(getattr(job.run.settings, job.stage), state):
         job.tell(finished.metrics)
-
-
-# Leaving in time
-
-
-class Departure:
-    """Whether the workers leave, all at the same step: one was told to end, or its machine will be taken away.
-
-    A spot instance is announced as a drained node, the end of a container as SIGTERM. One per worker.
-    """
-
-    def __init__(self, seat: Seat) -> None:
-        self.seat = seat
-        # On CPUs also where gradients go from GPU to GPU: asking then doesn't wait for the GPU's work.
-        self.group = distributed.new_group(backend="gloo") if seat.num_workers > 1 else None
-        self.asked = time.monotonic()
-
-    def __call__(self) -> bool:
-        """Asked by every worker after every step; all get the same answer."""
-        due = self.seat.rank == 0 and time.monotonic() - self.asked > ASK_SECONDS
-        sign = torch.tensor(LEAVE if _told_to_end.is_set() else ASK if due else STAY)
-        if self.group is not None:
-            distributed.all_reduce(sign, distributed.ReduceOp.MAX, group=self.group)
-        if sign == ASK:
-            self.asked = time.monotonic()
-            return self.seat.is_drained()
-        return bool(sign == LEAVE)
-
-
-def listen() -> None:
-    """From now on SIGTERM means leave. Called in the main thread, where alone Python takes signals."""
-    _told_to_end.clear()
-    signal.signal(signal.SIGTERM, lambda *_: _told_to_end.set())
-
-
-_TorchBackend: type = ray.train.torch.TorchConfig().backend_cls
-
-
-class Backend(_TorchBackend):
-    """Ray's backend for PyTorch, whose workers also listen."""
-
-    def on_training_start(self, worker_group, backend_config):
-        """Called before the training function, which runs in another thread."""
-        super().on_training_start(worker_group, backend_config)
-        worker_group.execute(listen)
-
-
-class TorchConfig(ray.train.torch.TorchConfig):
-    """Ray's set-up for PyTorch, with our backend."""
-
-    @property
-    def backend_cls(self) -> type:
-        """What sets the workers up."""
-        return Backend

@@ -12,10 +12,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from carclass import config_file
-from carclass.config import Config, Name, Section, Train, Uri, validate
+from carclass.config import Config, Train
 from carclass.errors import UserError
 from carclass.lineage import MACHINES
 from carclass.model import StageName
+from carclass.settings import Name, Section, Uri, validate
 
 Value = bool | int | float | str | None
 NOT_VARIED = ("name", "seed", *MACHINES)

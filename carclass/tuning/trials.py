@@ -19,8 +19,9 @@ from typing import Any, Literal
 import yaml
 
 from carclass import lineage, storage
-from carclass.config import Section, Train
+from carclass.config import Train
 from carclass.errors import UserError
+from carclass.settings import Section
 from carclass.tuning.space import Search, Space, Value, describe, of
 
 State = Literal["begun", "complete", "pruned", "failed"]

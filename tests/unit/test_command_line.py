@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from carclass import command_line
-from carclass.config import Config, Train, section_type
+from carclass.config import Config, Train
 from carclass.errors import UserError
+from carclass.settings import section_type
 
 JOBS = Path(__file__).parents[2] / "jobs"
 SECTIONS = {"ingest": "ingest", "mask": "mask", "train": "train", "evaluate": "evaluate", "pipeline": None}

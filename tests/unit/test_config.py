@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from carclass import command_line, config_file
-from carclass.config import CommandLineText, Config, Frozen, Mask, Train, validate
+from carclass.config import Config, Frozen, Mask, Train
 from carclass.errors import UserError
+from carclass.settings import CommandLineText, validate
 
 EXPERIMENTS = sorted((Path(__file__).parents[2] / "jobs" / "experiments").glob("*.yml"))
 BASE = Path("/base")

@@ -41,6 +41,7 @@ PLAIN = (
     "model",
     "page",
     "photo",
+    "settings",
     "storage",
     "svg",
     "training.checkpoint",
@@ -72,6 +73,7 @@ RAY_ROOMS = (
     "ingest",
     "masking.stream",
     "telemetry",
+    "training.departure",
     "training.stages",
     "tuning.sweep",
 )
