@@ -124,6 +124,17 @@ def memory(use_gpu: bool) -> int | None:
     """Bytes of one GPU, or of all nodes together; None where every GPU stays taken for a minute."""
     if not use_gpu:
         return int(sum(resources.get("memory", 0) for resources in _nodes()))
+    address = ray.get_runtime_context().gcs_address
+    if address not in _known_gpus and (found := _ask_gpu()) is not None:
+        _known_gpus[address] = found
+    return _known_gpus.get(address)
+
+
+_known_gpus: dict[str, int] = {}
+"""Memory of a GPU by cluster: runs that share GPUs leave none free to ask."""
+
+
+def _ask_gpu() -> int | None:
     asked = ray.remote(num_gpus=1, num_cpus=0)(_gpu_memory).remote()
     ready, _ = ray.wait([asked], timeout=60)
     if not ready:

@@ -5,11 +5,13 @@ A config file is YAML with the sections below; each job reads its own section. U
 to that file; relative paths on the command line are relative to the working directory.
 """
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from carclass.settings import Name, Section, Sha256, Share, Uri
+from carclass import config_file
+from carclass.settings import Name, Parent, Section, Sha256, Share, Uri, validate
 
 Byte = Annotated[int, Field(ge=0, le=255)]
 PROFILES = {
@@ -200,6 +202,16 @@ class Stage(Section):
     """Weight of the past, per step, in a moving average of the weights, which is validated and kept; null: none."""
     patience: int | None = Field(None, ge=1)
     """Epochs without a better val accuracy before the stage ends; by default it runs to its end."""
+    keep_epochs: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Epochs whose weights are kept for runs that start from them, whatever their val accuracy; patience doesn't end
+    the stage before they are reached. The best ones' and the last one's are kept anyway."""
+
+    @model_validator(mode="after")
+    def _keeps_what_comes(self) -> "Stage":
+        beyond = [epoch for epoch in self.keep_epochs if epoch > self.epochs]
+        if beyond:
+            raise ValueError(f"`keep_epochs` has {beyond[0]}, and the stage ends after {self.epochs}")
+        return self
 
 
 class Frozen(Stage):
@@ -236,8 +248,9 @@ class Train(Section):
     """Name of the run; the same name resumes it."""
     dataset: Name = "v2"
     """Dataset to train on."""
-    parent: Uri = "imagenet"
-    """`imagenet` or `imagenet-v2` (torchvision's), `sample` (in the package), or the URI of weights."""
+    parent: Parent = "imagenet"
+    """`imagenet` or `imagenet-v2` (torchvision's), `sample` (in the package), the URI of weights, or a run under
+    the same root, with its classifier: `exp_002@12` (an epoch of its last stage), `exp_002@best`, `exp_002@last`."""
     parent_sha256: Sha256 | None = None
     """Checked before the weights are opened; required for http(s)."""
     model: Model = Model()
@@ -265,6 +278,12 @@ class Train(Section):
             raise ValueError("`frozen` and `unfrozen` are both null: nothing would be trained; keep one")
         return self
 
+    @model_validator(mode="after")
+    def _keeps_what_is_used(self) -> "Train":
+        if self.unfrozen is not None and self.frozen is not None and self.frozen.keep_epochs:
+            raise ValueError("`frozen.keep_epochs` has no effect: other runs start from the last stage, `unfrozen`")
+        return self
+
     @property
     def workers(self) -> tuple[int, int]:
         """The fewest and the most workers."""
@@ -284,6 +303,25 @@ class Evaluate(Section):
     """Photos per forward pass."""
 
 
+class Predict(Section):
+    """Photos and a run → predictions."""
+
+    run: Name | None = None
+    """Run whose network classifies the photos."""
+    photos: Uri
+    """Folder, s3:// prefix or .tgz/.tar archive of photos."""
+    name: Name = "predictions"
+    """Name of the result, below the run's folder; the same name resumes it."""
+    threshold: Share = 0.0
+    """Photos whose calibrated probability is below it are marked as rejected."""
+    detector_weights: Uri | None = None
+    """Where the weights are that the run's dataset was masked with; by default where they were then."""
+    batch_size: int = Field(64, ge=1)
+    """Photos per forward pass of the classifier."""
+    part_rows: int = Field(64, ge=1)
+    """Photos per Parquet file, and so between two reports of progress."""
+
+
 class Config(Section):
     """A config file: where results live, and one section per job."""
 
@@ -293,5 +331,19 @@ class Config(Section):
     mask: Mask | None = None
     train: Train | None = None
     evaluate: Evaluate = Evaluate()
+    predict: Predict | None = None
     compare_unmasked: bool = False
     """The pipeline also trains on the unmasked dataset with the same settings, to show what masking gave."""
+
+
+def changed(settings: Train, changes: dict[str, Any], *, source: str, base: Path) -> Train:
+    """A run's settings with some others, by dotted keys that begin with `train.`; UserError when they don't fit.
+
+    source: what asks for them; base: folder of relative paths.
+    """
+    values: dict[str, Any] = {"root": ".", "train": settings.model_dump(mode="json")}
+    for key, value in changes.items():
+        config_file.put(values, key, value)
+    found = validate(values, Config, source=source, base=base).train
+    assert found is not None
+    return found

@@ -61,22 +61,20 @@ def run(root: str, settings: config.Ingest) -> dataset.Dataset:
     return published
 
 
-def list_photos(photos: str) -> list[str]:
-    """Keys of all files of a folder, prefix or archive; UserError when there are none."""
+def list_photos(photos: str, setting: str = "ingest.photos") -> list[str]:
+    """Keys of all files of a folder, prefix or archive; UserError, naming the setting, when there are none."""
     if photos.endswith(ARCHIVES):
         if not storage.exists(photos):
-            raise UserError(
-                f"`ingest.photos`: no archive {photos}. Give a folder, an s3:// prefix or a .tgz that exists."
-            )
+            raise UserError(f"`{setting}`: no archive {photos}. Give a folder, an s3:// prefix or a .tgz that exists.")
         with storage.open_stream(photos) as stream:
             keys = [member.name.removeprefix("./") for member in _members(stream, photos)]
         if doubled := [key for key, count in Counter(keys).items() if count > 1]:
-            raise UserError(f"`ingest.photos`: {photos} holds {doubled[0]} more than once. Pack it again.")
+            raise UserError(f"`{setting}`: {photos} holds {doubled[0]} more than once. Pack it again.")
     else:
         keys = storage.list_files(photos)
     if not keys:
         raise UserError(
-            f"`ingest.photos`: no files in {photos}. Check the path or prefix; an s3:// prefix needs list permission."
+            f"`{setting}`: no files in {photos}. Check the path or prefix; an s3:// prefix needs list permission."
         )
     return keys
 
@@ -216,7 +214,10 @@ def _write(uri: str, todo: Sequence[Label], settings: config.Ingest, identity: d
     if not todo:
         return
     write = partial(write_batch, uri=uri, settings=settings, identity=identity)
-    loaded = _load_archive(settings, todo) if settings.photos.endswith(ARCHIVES) else _load_files(settings, todo)
+    if settings.photos.endswith(ARCHIVES):
+        loaded = load_archive(settings.photos, todo, settings.part_rows)
+    else:
+        loaded = _load_files(settings, todo)
     summaries = loaded.map_batches(write, batch_size=settings.part_rows, batch_format="pyarrow")
     progress, rejected = Progress("ingest", len(todo)), 0
     for summary in summaries.iter_rows():
@@ -241,10 +242,12 @@ def load_batch(batch: pa.Table, photos: str) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=LOADED)
 
 
-def _load_archive(settings: config.Ingest, todo: Sequence[Label]) -> ray.data.Dataset:
+def load_archive(photos: str, todo: Sequence[Label], part_rows: int, num_cpus: float | None = None) -> ray.data.Dataset:
+    """Rows of LOADED of an archive's photos, read by one task. num_cpus: what that reserves, by default Ray's one."""
     wanted = ray.put({item.key: item for item in todo})
-    read = partial(read_archive, wanted=wanted, part_rows=settings.part_rows)
-    return ray.data.from_items([{"uri": settings.photos}]).map_batches(read, batch_size=1, batch_format="pyarrow")
+    read = partial(read_archive, wanted=wanted, part_rows=part_rows)
+    archive = ray.data.from_items([{"uri": photos}])
+    return archive.map_batches(read, batch_size=1, batch_format="pyarrow", num_cpus=num_cpus)
 
 
 def read_archive(batch: pa.Table, wanted: Any, part_rows: int) -> Iterator[pa.Table]:

@@ -15,18 +15,26 @@ import tempfile
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from carclass import config, dataset, storage
 from carclass.errors import UserError
 from carclass.model import StageName
+from carclass.settings import EPOCH_OF_RUN
 
 STAGES: tuple[StageName, ...] = ("frozen", "unfrozen")
 MACHINES = ("num_workers", "use_gpu", "checkpoint_steps", "keep_checkpoints")
 """Settings of what a run is trained on and how it is kept, which may change when it goes on."""
 Row = dict[str, Any]
+
+
+class Start(NamedTuple):
+    """Where a run with another run as its parent starts."""
+
+    run: str
+    epoch: str  # of that run's last stage: a number, `best` or `last`
 
 
 @dataclass(frozen=True)
@@ -117,10 +125,15 @@ def place(root: str, name: str) -> str:
     return storage.join(root, "experiments", name)
 
 
+def start(parent: str) -> Start | None:
+    """What `train.parent` says of a run; None where it stands for a file."""
+    found = EPOCH_OF_RUN.fullmatch(parent)
+    return Start(*found.groups()) if found else None
+
+
 def begin(run: Run, source: dataset.Dataset, parent_sha256: str) -> Run:
     """Starts a run or finds it begun; UserError when its name was used with other settings or data."""
     settings = run.settings
-    text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
     origin = {
         "parent": settings.parent,
         "parent_sha256": parent_sha256,
@@ -131,8 +144,9 @@ def begin(run: Run, source: dataset.Dataset, parent_sha256: str) -> Run:
     }
     config_uri = storage.join(run.uri, "config.yml")
     if storage.exists(config_uri):
-        _check_same(run, yaml.safe_load(storage.read_bytes(config_uri)), yaml.safe_load(text), origin)
+        _check_same(run, load_settings(storage.read_bytes(config_uri)), origin)
         return run
+    text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
     storage.write_bytes(storage.join(run.uri, "lineage.json"), json.dumps(origin, indent=1).encode())
     storage.write_bytes(config_uri, text.encode())
     return run
@@ -154,13 +168,41 @@ def load(root: str, name: str) -> Run:
         found = [path for path in storage.list_files(storage.join(root, "experiments")) if path.endswith("/config.yml")]
         known = ", ".join(path.removesuffix("/config.yml") for path in found) or "none: run jobs/train.py"
         raise UserError(f"no run `{name}` in {root}. There: {known}.") from error
-    return Run(root, config.Train.model_validate(yaml.safe_load(text)))
+    return Run(root, load_settings(text))
 
 
-def _check_same(run: Run, old: dict[str, Any], new: dict[str, Any], origin: dict[str, Any]) -> None:
-    other = sorted(key for key in {*old, *new} - {*MACHINES} if old.get(key) != new.get(key))
-    if run.lineage()["dataset_digest"] != origin["dataset_digest"]:
-        other.append("the dataset's content")
+def load_settings(text: bytes) -> config.Train:
+    """A run's config.yml."""
+    return config.Train.model_validate(yaml.safe_load(text))
+
+
+def changes(old: config.Train, new: config.Train) -> list[str]:
+    """The settings, by dotted key, that make another run of it."""
+    before, after = flat(old.model_dump(mode="json")), flat(new.model_dump(mode="json"))
+    keys = [*before, *(key for key in after if key not in before)]
+    return [key for key in keys if key not in MACHINES and before.get(key) != after.get(key)]
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> Row:
+    """Nested settings by dotted key."""
+    found: Row = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def moved(run: Run, dataset_digest: str, parent_sha256: str | None) -> list[str]:
+    """What a run that has begun comes from and is no longer what it was, in words. None: nobody knows the parent's."""
+    was, found = run.lineage(), []
+    if was["dataset_digest"] != dataset_digest:
+        found.append("the dataset's content")
+    if parent_sha256 not in (None, was["parent_sha256"]):
+        found.append("the parent's weights")
+    return found
+
+
+def _check_same(run: Run, old: config.Train, origin: dict[str, Any]) -> None:
+    other = changes(old, run.settings) + moved(run, origin["dataset_digest"], origin["parent_sha256"])
     if other:
         raise UserError(
             f"run `{run.settings.name}` in {run.root} was begun with other settings ({', '.join(other)}). "

@@ -16,6 +16,11 @@ DETECTORS = ("mask_rcnn_r50_fpn", "faster_rcnn_r101_fpn", "torchvision_mask_rcnn
 NAMED = ("imagenet", "imagenet-v2", "sample", "zoo", *DETECTORS)
 """Words that stand for weights (weights.py), detectors or the embedded sample, where a path could be."""
 
+EPOCH_OF_RUN = re.compile(r"([A-Za-z0-9][A-Za-z0-9._=-]*)@([1-9][0-9]*|best|last)")
+"""How a run's epoch is written."""
+WEIGHTS = (".safetensors", ".pth", ".pt", ".pkl")
+"""How files of weights end."""
+
 
 class CommandLineText(str):
     """A value typed on the command line: as a path, relative to where the user stands."""
@@ -32,8 +37,18 @@ def _resolve(value: Any, info: ValidationInfo) -> Any:
     return str(Path(os.path.normpath(base / Path(value).expanduser())))
 
 
+def _resolve_parent(value: Any, info: ValidationInfo) -> Any:
+    """Leaves a run's epoch as it is; what else stands for weights is a URI."""
+    if isinstance(value, str) and EPOCH_OF_RUN.fullmatch(value):
+        return str(value)
+    if isinstance(value, str) and "@" in value and "/" not in value and not value.endswith(WEIGHTS):
+        raise ValueError("an epoch of a run is written NAME@12, NAME@best or NAME@last")
+    return _resolve(value, info)
+
+
 Uri = Annotated[str, BeforeValidator(_resolve)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=-]*$")]
+Parent = Annotated[str, BeforeValidator(_resolve_parent)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 

@@ -47,3 +47,13 @@ def trial_accuracy(sweep: str, trial: str, accuracy: float) -> None:
 @cache
 def _trial_gauge() -> Gauge:
     return Gauge("carclass_trial_val_accuracy", "val accuracy of a trial's latest epoch", ("sweep", "trial"))
+
+
+def run_accuracy(run: str, accuracy: float) -> None:
+    """Sets ray_carclass_run_val_accuracy, tagged with the run."""
+    _run_gauge().set(accuracy, {"run": run})
+
+
+@cache
+def _run_gauge() -> Gauge:
+    return Gauge("carclass_run_val_accuracy", "val accuracy of a run's latest epoch", ("run",))

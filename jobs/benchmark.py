@@ -10,6 +10,7 @@
   python jobs/benchmark.py train --photos DIR --weights DIR --in-process
   python jobs/benchmark.py epochs --photos DIR --weights DIR
   python jobs/benchmark.py tune
+  python jobs/benchmark.py predict --photos DIR --weights DIR
 
 ingest   photos into a published dataset through Ray Data, against a PIL loop on one core
 masking  the pool of detectors, exact and fast, against DefaultPredictor: a plain loop, and in map_batches
@@ -18,6 +19,7 @@ frozen   the frozen stage on cached features, against a loop that runs the backb
 train    the unfrozen stage, against a script with DataLoader, ImageFolder and DDP
 epochs   what an epoch costs beyond its arithmetic
 tune     a sweep of 16 settings of the drawn sample with pruning, against the same ones without
+predict  jobs/predict.py on new photos, masked and not, against both networks on one photo at a time
 """
 
 import argparse
@@ -34,6 +36,7 @@ MODULES = {("ingest", False): "ingest", ("masking", False): "masking", ("masking
 MODULES |= {("memory", False): "memory", ("frozen", False): "frozen", ("frozen", True): "frozen"}
 MODULES |= {("train", False): "train", ("train", True): "train_in_process"}
 MODULES |= {("epochs", False): "epochs", ("epochs", True): "epochs", ("tune", False): "tune"}
+MODULES |= {("predict", False): "predict"}
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,14 +45,23 @@ class PredictPhotos:
         self.net.load_state_dict(state)
         self.net.eval().to(self.device)
 
-    @torch.inference_mode()
     def __call__(self, batch: pa.Table) -> pa.Table:
-        photos = to_device(pixels_of(batch["image"].to_pylist(), self.settings.image_size), self.device)
+        column = pa.array(list(self.probabilities(batch["image"].to_pylist())), pa.list_(pa.float32()))
+        return pa.table({"key": batch["key"], "label": batch["label"], "probabilities": column})
+
+    @torch.inference_mode()
+    def probabilities(self, images: Sequence[bytes], batch_size: int = 0) -> np.ndarray:
+        """float32 (N,C) of N encoded photos.
+
+        batch_size: fewer photos than that are filled up with black ones, so that the network's arithmetic, which
+        depends on the size of its input, is always the same.
+        """
+        pixels = pixels_of(images, self.settings.image_size)
+        missing = max(0, batch_size - len(pixels))
+        photos = to_device(np.pad(pixels, ((0, missing), (0, 0), (0, 0), (0, 0))), self.device)
         with model.autocast(self.precision, self.device):
             logits = self.net(photos)
-        probabilities = logits.float().softmax(1).cpu().numpy()
-        column = pa.array(list(probabilities), pa.list_(pa.float32()))
-        return pa.table({"key": batch["key"], "label": batch["label"], "probabilities": column})
+        return logits.float().softmax(1).cpu().numpy()[: len(pixels)]
 
 
 def run(root: str, settings: config.Evaluate) -> Outcome:

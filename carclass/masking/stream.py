@@ -108,7 +108,11 @@ def _mask(
             break
         _write(uri, source, todo, settings, identity)
     outcomes = Counter(dataset.written(uri, "parts", ["outcome"])["outcome"].to_pylist())
-    facts = {"kind": "masked", "outcomes": dict(sorted(outcomes.items()))}
+    facts = {
+        "kind": "masked",
+        "outcomes": dict(sorted(outcomes.items())),
+        "detector_weights": settings.detector.weights,  # where they lie, for predictions: the settings have the hash
+    }
     return dataset.draft(uri, inputs=wanted, settings=identity, classes=source.classes, facts=facts)
 
 
@@ -148,8 +152,12 @@ def _write(uri: str, source: dataset.Dataset, todo: set[str], settings: config.M
 
 
 def decode_batch(batch: pa.Table, attempts: Attempts) -> pa.Table:
-    """Places of rows → rows of DECODED: with their pixels, or with what is wrong with them."""
-    batch = _fetch(batch)
+    """Places of rows → rows of DECODED."""
+    return decode_rows(_fetch(batch), attempts)
+
+
+def decode_rows(batch: pa.Table, attempts: Attempts) -> pa.Table:
+    """Rows of a dataset → rows of DECODED: with their pixels, or with what is wrong with them."""
     images = batch["image"].to_pylist()
     decoded = attempts.run("decode", batch["key"].to_pylist(), lambda chosen: [_decode(images[i]) for i in chosen])
     return _extend(batch, [_trouble(item) if isinstance(item, PhotoError) else _raw(item) for item in decoded], DECODED)

@@ -18,6 +18,17 @@ WRITTEN = pa.schema([("outcome", pa.string()), ("reason", pa.string())])
 
 def write_batch(batch: pa.Table, uri: str, settings: config.Mask, identity: dict[str, Any]) -> pa.Table:
     """Cuts the vehicles out and makes a part (and a part of quarantine); returns rows of WRITTEN."""
+    rows, rejected = cut_batch(batch, settings)
+    if rows:
+        dataset.write_part(uri, "parts", pa.Table.from_pylist(rows, dataset.MASKED_ROW), identity)
+    if rejected:
+        dataset.write_part(uri, "quarantine", pa.Table.from_pylist(rejected, dataset.QUARANTINE), identity)
+    outcomes = [*(row["outcome"] for row in rows), *([None] * len(rejected))]
+    return pa.table([outcomes, [*([None] * len(rows)), *(row["reason"] for row in rejected)]], schema=WRITTEN)
+
+
+def cut_batch(batch: pa.Table, settings: config.Mask) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of DETECTED as (rows of MASKED_ROW, their photos cut out, and rows of QUARANTINE)."""
     rows, rejected = [], []
     for row in batch.to_pylist():
         if row["reason"] is None and (doubts := find_doubts(row, settings.exclude)):
@@ -27,12 +38,7 @@ def write_batch(batch: pa.Table, uri: str, settings: config.Mask, identity: dict
         else:
             trouble = [row[name] for name in ("key", "reason", "detail", "image_id", "attempts")]
             rejected.append(dataset.quarantine_row(*trouble))
-    if rows:
-        dataset.write_part(uri, "parts", pa.Table.from_pylist(rows, dataset.MASKED_ROW), identity)
-    if rejected:
-        dataset.write_part(uri, "quarantine", pa.Table.from_pylist(rejected, dataset.QUARANTINE), identity)
-    outcomes = [*(row["outcome"] for row in rows), *([None] * len(rejected))]
-    return pa.table([outcomes, [*([None] * len(rows)), *(row["reason"] for row in rejected)]], schema=WRITTEN)
+    return rows, rejected
 
 
 def _cut_row(row: dict[str, Any], settings: config.Mask) -> dict[str, Any]:

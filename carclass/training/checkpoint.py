@@ -186,6 +186,20 @@ def restore_best(uri: str, module: nn.Module) -> dict[str, Any]:
     raise _none_sound(uri)
 
 
+def weights_of(uri: str) -> tuple[dict[str, Tensor], str]:
+    """(state dict, sha256 of its file) of a checkpoint; DamagedError when it isn't sound."""
+    data = verify(uri)[WEIGHTS]
+    return load(data), storage.sha256(data)
+
+
+def recorded_sha256(uri: str) -> str | None:
+    """What a checkpoint says of its weights, which aren't read; None where it isn't."""
+    try:
+        return str(json.loads(storage.read_bytes(storage.join(uri, INDEX)))["sha256"][WEIGHTS])
+    except FileNotFoundError:
+        return None
+
+
 def prune(uri: str, kept: Iterable[str]) -> None:
     """Removes all checkpoints but some, and what killed runs left unfinished."""
     found = {path.split("/")[0] for path in storage.list_files(uri) if path.startswith("epoch-")}

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from carclass import lineage, storage
 from carclass.progress import say
 from carclass.training import checkpoint
-from carclass.training.loop import Finished, State
+from carclass.training.loop import Finished, State, is_done
 
 LOWEST = 19
 """Of the priorities of POSIX."""
@@ -39,7 +39,7 @@ class Keeper:
         self._begin(state, None)
 
     def finish(self, state: State, finished: Finished) -> None:
-        """Keeps an epoch's metrics, and its weights if they are among the best; what is needed to go on takes longer
+        """Keeps an epoch's metrics, and its weights if they are wanted; what is needed to go on takes longer
         to write, and is left to `save`.
         """
         if not self.quiet:
@@ -59,25 +59,28 @@ class Keeper:
 
     def _begin(self, state: State, finished: Finished | None) -> None:
         self.wait()
-        name, best, snapshot = checkpoint.name_of(state.epoch, state.samples), self._best(state), None
-        if finished is None or name in best:
+        name, kept, snapshot = checkpoint.name_of(state.epoch, state.samples), self._kept(state), None
+        if finished is None or name in kept:
             snapshot = checkpoint.take(name, self.trained, asdict(state))
         if finished is not None:
             self.noting = self.thread.submit(
                 self.journal.add, {**finished.metrics, "time": time.time()}, finished.steps
             )
         if snapshot is not None:
-            self.writing = self.thread.submit(self._write, snapshot, best)
+            self.writing = self.thread.submit(self._write, snapshot, kept)
 
-    def _write(self, snapshot: checkpoint.Snapshot, best: set[str]) -> None:
+    def _write(self, snapshot: checkpoint.Snapshot, kept: set[str]) -> None:
         checkpoint.write(self.uri, snapshot)
         # Two to go on from, should the newest be damaged.
-        checkpoint.prune(self.uri, best | {*checkpoint.to_go_on_from(self.uri)[-2:]})
+        checkpoint.prune(self.uri, kept | {*checkpoint.to_go_on_from(self.uri)[-2:]})
 
-    def _best(self, state: State) -> set[str]:
-        """The names of the best epochs' checkpoints."""
-        epochs = sorted(range(state.epoch), key=lambda i: (-state.val_accuracies[i], i))
-        return {checkpoint.name_of(i + 1) for i in epochs[: self.run.settings.keep_checkpoints]}
+    def _kept(self, state: State) -> set[str]:
+        """The names of the epochs' checkpoints that are kept: of the best, and of those that other runs start from."""
+        stage = getattr(self.run.settings, self.stage)
+        best = sorted(range(1, state.epoch + 1), key=lambda epoch: (-state.val_accuracies[epoch - 1], epoch))
+        last = {state.epoch} if is_done(stage, state) else set()
+        kept = {*best[: self.run.settings.keep_checkpoints], *stage.keep_epochs} | last
+        return {checkpoint.name_of(epoch) for epoch in kept}
 
     def _say(self, finished: Finished) -> None:
         metrics, settings = finished.metrics, self.run.settings

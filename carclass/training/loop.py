@@ -126,7 +126,8 @@ def run(trainee: Trainee, batches: Batches, state: State, keeping: Keeping) -> b
 def is_done(stage: config.Stage, state: State) -> bool:
     """Whether a stage is at its end."""
     waited = state.epoch - state.best_epoch if state.epoch else 0
-    return state.epoch >= stage.epochs or (stage.patience is not None and waited >= stage.patience)
+    out_of_patience = stage.patience is not None and waited >= stage.patience
+    return state.epoch >= stage.epochs or (out_of_patience and state.epoch >= max(stage.keep_epochs, default=0))
 
 
 def train_epoch(trainee: Trainee, batches: Batches, state: State, keeping: Keeping) -> bool:

@@ -134,8 +134,9 @@ def disk_bytes(settings: config.Train, source: dataset.Dataset, net: ResNet) -> 
     total = 0
     for stage, trained in ((settings.frozen, net.fc), (settings.unfrozen, net)):
         if stage is not None:
-            # The best epochs and the two latest to go on from, each with one being written, and the published model.
-            kept = settings.keep_checkpoints + 1 + 3 * (1 + kept_copies(stage))
+            # Epochs that are kept, the last one too, and the two latest to go on from, each with one being written, and
+            # the published model.
+            kept = settings.keep_checkpoints + len(stage.keep_epochs) + 2 + 3 * (1 + kept_copies(stage))
             total += FLOAT * (kept * _numel(trained) + _numel(net))
     if settings.frozen is not None:
         total += _features(settings.frozen.views, source, net) * FLOAT // 2  # kept in half precision

@@ -16,7 +16,7 @@ from torchvision.models.resnet import ResNet
 
 from carclass import cluster, config, dataset, lineage, model, storage
 from carclass.errors import UserError
-from carclass.training import checkpoint, features, loop, preflight
+from carclass.training import checkpoint, features, loop, parent, preflight
 from carclass.training.departure import Departure, Seat, TorchConfig
 from carclass.training.feed import Block, Encoded, Feed, PhotoBatches, pixels_of
 from carclass.training.keeper import Keeper
@@ -80,7 +80,7 @@ def origin(root: str, settings: config.Train) -> tuple[dataset.Dataset, str]:
     for split in ("train", "val"):
         if not source.manifest["splits"][split]:
             raise UserError(f"dataset `{settings.dataset}` has no {split} photos; give it some, or change its split.")
-    return source, model.load_parent(model.build(settings.model, len(source.classes)), settings)
+    return source, parent.load(model.build(settings.model, len(source.classes)), root, settings, source.classes)
 
 
 def check(root: str, settings: config.Train, source: dataset.Dataset) -> bool:
@@ -232,7 +232,7 @@ def start_of(job: Job) -> ResNet:
     if job.stage == "unfrozen" and settings.frozen is not None:
         net.load_state_dict(checkpoint.read_model(job.run.best("frozen"))[0])
     else:
-        model.load_parent(net, settings)
+        parent.load(net, job.run.root, settings, job.classes)
     return net
 
 

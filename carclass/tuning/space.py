@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from carclass import config_file
-from carclass.config import Config, Train
+from carclass.config import Config, Train, changed
 from carclass.errors import UserError
 from carclass.lineage import MACHINES
 from carclass.model import StageName
@@ -164,7 +164,7 @@ class Space:
     def settings(self, values: dict[str, Value], name: str, seed: int) -> Train:
         """The settings of one trial; UserError when they don't go together."""
         changes = {**values, "train.name": name, "train.seed": seed}
-        return _changed(self.base, changes, self.root, self.source, Path.cwd())
+        return changed(self.base, changes, source=self.source, base=Path.cwd())
 
 
 def load(path: Path, search: Search) -> Space:
@@ -178,14 +178,13 @@ def load(path: Path, search: Search) -> Space:
     for key in (*search.fixed, *search.space):
         _check_key(key, source)
     folder = Path(os.path.abspath(path)).parent
-    return of(
-        search, _changed(experiment.train, search.fixed, root, f"{source}: `fixed`", folder), root, source, folder
-    )
+    base_settings = changed(experiment.train, search.fixed, source=f"{source}: `fixed`", base=folder)
+    return of(search, base_settings, root, source, folder)
 
 
 def of(search: Search, base: Train, root: str, source: str, folder: Path) -> Space:
     """The space around an experiment's settings. folder: of relative paths among the choices."""
-    dimensions = tuple(_dimension(key, found, base, root, source, folder) for key, found in search.space.items())
+    dimensions = tuple(_dimension(key, found, base, source, folder) for key, found in search.space.items())
     # Choices as the settings have them, paths among them being absolute: they are read again from somewhere else.
     typed = {one.key: Range(choices=list(one.choices)) for one in dimensions if one.choices is not None}
     search = search.model_copy(update={"space": {**search.space, **typed}})
@@ -211,13 +210,13 @@ def _check_key(key: str, source: str) -> None:
         raise UserError(f"{source}: `{key}`: a sweep sets it itself or it changes no accuracy. Leave it out.")
 
 
-def _dimension(key: str, found: Range, base: Train, root: str, source: str, folder: Path) -> Dimension:
+def _dimension(key: str, found: Range, base: Train, source: str, folder: Path) -> Dimension:
     """A range in the setting's own type, each of its values tried on the settings."""
     if isinstance(value_of(base, key), bool | str) and found.choices is None:
         raise UserError(f"{source}: `space.{key}` is no number; give `choices` instead of `min` and `max`.")
     wanted = [found.min, found.max] if found.choices is None else found.choices
     where = f"{source}: `space`"
-    values = [value_of(_changed(base, {key: _whole(value)}, root, where, folder), key) for value in wanted]
+    values = [value_of(changed(base, {key: _whole(value)}, source=where, base=folder), key) for value in wanted]
     if value_of(base, key.rsplit(".", 1)[0]) is None:
         raise UserError(f"{source}: `space.{key}`: the experiment skips that stage, which is null there.")
     if any(isinstance(value, Section) for value in (value_of(base, key), *values)):
@@ -243,15 +242,6 @@ def _check_effect(key: str, base: Train, source: str) -> None:
                 f"{source}: `space.{key}` would change nothing: the experiment trains the classifier alone, on "
                 f"{base.frozen.views} cached view(s) of each photo. Give `fixed: {{train.frozen.views: {needed}}}`."
             )
-
-
-def _changed(settings: Train, changes: dict[str, Any], root: str, source: str, folder: Path) -> Train:
-    values: dict[str, Any] = {"root": root, "train": settings.model_dump(mode="json")}
-    for key, value in changes.items():
-        config_file.put(values, key, value)
-    changed = validate(values, Config, source=source, base=folder).train
-    assert changed is not None
-    return changed
 
 
 def describe(values: dict[str, Value]) -> str:

@@ -13,7 +13,14 @@ from carclass.errors import UserError
 from carclass.settings import section_type
 
 JOBS = Path(__file__).parents[2] / "jobs"
-SECTIONS = {"ingest": "ingest", "mask": "mask", "train": "train", "evaluate": "evaluate", "pipeline": None}
+SECTIONS = {
+    "ingest": "ingest",
+    "mask": "mask",
+    "train": "train",
+    "evaluate": "evaluate",
+    "predict": "predict",
+    "pipeline": None,
+}
 
 
 @pytest.fixture

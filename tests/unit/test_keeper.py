@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import nn
 
 from carclass import config, lineage
-from carclass.training import loop
+from carclass.training import checkpoint, loop
 from carclass.training.keeper import Keeper
 
 SETTINGS = config.Train(name="one", unfrozen=None, frozen=config.Frozen(epochs=50))
@@ -26,3 +26,15 @@ def test_metrics_that_were_waited_for_are_on_storage_whatever_else_is_being_writ
         keeper.wait_for_metrics()
         assert [row["epoch"] for row in run.metrics()] == list(range(1, epoch + 1))
     keeper.wait()
+
+
+def test_weights_are_kept_of_the_best_epochs_the_last_one_and_those_that_other_runs_start_from(tmp_path: Path):
+    stage = config.Frozen(epochs=6, keep_epochs=(3,))
+    run = lineage.Run(str(tmp_path), config.Train(name="one", unfrozen=None, frozen=stage, keep_checkpoints=1))
+    state, accuracies = loop.State(), [0.1, 0.9, 0.2, 0.8, 0.7, 0.3]
+    keeper = Keeper(run, "frozen", loop.make_trained(nn.Linear(2, 2), stage), state)
+    for epoch in range(1, 7):
+        state.epoch, state.val_accuracies = epoch, accuracies[:epoch]
+        keeper.finish(state, finished(epoch))
+    keeper.wait()
+    assert checkpoint.names(keeper.uri) == ["epoch-0002", "epoch-0003", "epoch-0006"]

@@ -191,6 +191,12 @@ def test_patience_counts_on_after_a_restart(stage: Callable[..., Stage]):
     assert [told.metrics["epoch"] for told in left.told] == [told.metrics["epoch"] for told in whole.told] == [1, 2, 3]
 
 
+def test_patience_waits_for_the_epochs_that_other_runs_start_from(stage: Callable[..., Stage]):
+    waited = stage("waited", epochs=20, lr=1e-9, patience=2, keep_epochs=(6,))
+    waited.run()
+    assert [told.metrics["epoch"] for told in waited.told] == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_finished_stage_trains_no_more(stage: Callable[..., Stage]):
     trainee, batches = stage("one").begin()
     state = loop.State()

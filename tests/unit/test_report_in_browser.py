@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 
 from carclass.evaluation.report import render
+from carclass.experiments.comparison import render as render_comparison
 from carclass.masking.report import render as render_masking
 from carclass.tuning.analysis import render as render_analysis
 from tests.sweeps import make_sweep
+from tests.trees import sixteen
 from tests.unit.test_analysis import SECTIONS as ANALYSIS_SECTIONS
+from tests.unit.test_comparison import SECTIONS as COMPARISON_SECTIONS
 from tests.unit.test_masking_report import SECTIONS as MASKING_SECTIONS
 from tests.unit.test_masking_report import make_masking_report
 from tests.unit.test_report import SECTIONS, make_report
@@ -117,3 +120,9 @@ def test_a_click_on_a_header_sorts_the_trials(tmp_path):
     table = re.search(r'<section id="trials".*?<tbody>(.*?)</tbody>', dom, re.S).group(1)
     numbers = [int(number) for number in re.findall(r'<th scope="row"[^>]*data-value="(\d+)"', table)]
     assert numbers == list(range(len(make_sweep().outcomes)))
+
+
+def test_a_comparison_opens_with_all_sections_and_a_silent_console(tmp_path):
+    dom, console = open_page(render_comparison(sixteen()), tmp_path)
+    assert console == []
+    assert [name for name in COMPARISON_SECTIONS if f'<section id="{name}"' not in dom] == []

@@ -1,0 +1,204 @@
+"""Runs the experiments of a tree: parents before children, as many at a time as the cluster has room for.
+
+Each is a task of Ray's. A run with one worker is trained in it; one with several workers is a run of Ray Train.
+What is finished is left alone, what was interrupted goes on, and a branch that fails stops no other.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from carclass import cluster, config, dataset, ingest, lineage, model
+from carclass.errors import UserError
+from carclass.experiments import standing
+from carclass.experiments.tree import Experiment, Tree
+from carclass.telemetry import run_accuracy
+from carclass.training import preflight, stages
+
+log = logging.getLogger(__name__)
+SAY_EVERY = 10.0
+"""Seconds between two lines on how far the runs are."""
+MAX_RETRIES = 3
+"""How often a run goes on elsewhere when its process or node is lost."""
+
+
+@dataclass
+class Progress:
+    """How far the wanted experiments are."""
+
+    waiting: list[Experiment]
+    running: dict[Any, Experiment] = field(default_factory=dict)  # by the task's future
+    finished: list[str] = field(default_factory=list)  # by name, those that were finished before too
+    failed: dict[str, str] = field(default_factory=dict)  # name → why
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will come of it."""
+        return not self.waiting and not self.running
+
+
+def run(tree: Tree, wanted: Sequence[Experiment]) -> Progress:
+    """Trains what is missing of experiments and their parents (all in `wanted`, parents first).
+
+    UserError for wrong data or weights; what goes wrong with one of them is in what is returned.
+    """
+    progress = Progress(list(wanted))
+    for one, found in ((one, standing.of(tree)[one.name]) for one in wanted):
+        if found.state == "finished":
+            progress.waiting.remove(one)
+            progress.finished.append(one.name)
+        elif found.state == "stale":
+            progress.waiting.remove(one)
+            progress.failed[one.name] = f"stale ({found.reason}): `jobs/lineage.py rerun-stale` trains it anew"
+    if progress.waiting:
+        _check_classes(tree, wanted)
+        make_datasets(tree, {one.settings.dataset for one in progress.waiting})
+        _train(tree, progress)
+    return progress
+
+
+def make_datasets(tree: Tree, needed: set[str]) -> None:
+    """Publishes those of the budget's datasets that are needed and aren't there; what isn't the budget's must be."""
+    root = tree.budget.root
+    masks = [mask for mask in tree.budget.masks if mask.dataset in needed]
+    sources = needed | {mask.source for mask in masks}
+    if tree.budget.ingest is not None and tree.budget.ingest.dataset in sources:
+        ingest.run(root, tree.budget.ingest)
+    for mask in masks:
+        from carclass.masking import stream  # here: what only trains needs no detector
+
+        stream.run(root, mask)
+    for name in sorted(needed):
+        dataset.load(root, name)
+
+
+def _check_classes(tree: Tree, wanted: Sequence[Experiment]) -> None:
+    """UserError when a run and its parent have datasets of other classes, as far as these are published."""
+    for one in wanted:
+        parent = tree.parent(one)
+        ours = dataset.find(tree.budget.root, one.settings.dataset)
+        theirs = None if parent is None else dataset.find(tree.budget.root, parent.settings.dataset)
+        if ours is not None and theirs is not None and ours.classes != theirs.classes:
+            raise UserError(
+                f"{one.file}: dataset `{ours.name}` has {len(ours.classes)} classes, and `train.parent` "
+                f"{one.settings.parent} was trained on `{theirs.name}` with {len(theirs.classes)} or others. "
+                "Choose datasets of the same classes, or start from `imagenet`."
+            )
+
+
+def _train(tree: Tree, progress: Progress) -> None:
+    cluster.connect()
+    held: dict[tuple[str, int], stages.Held] = {}
+    said = time.monotonic()
+    while not progress.is_over:
+        for one in _ready(tree, progress):
+            progress.waiting.remove(one)
+            if (why := _begin(tree, one, held, progress)) is not None:
+                progress.failed[one.name] = why
+                log.warning("lineage: %s failed: %s", one.name, why)
+        for task in ray.wait(list(progress.running), timeout=1.0)[0] if progress.running else []:
+            one = progress.running.pop(task)
+            _end(tree, one, task, progress)
+        if time.monotonic() - said > SAY_EVERY and progress.running:
+            said = time.monotonic()
+            _say(tree, progress)
+
+
+def _ready(tree: Tree, progress: Progress) -> list[Experiment]:
+    """Those whose parent is finished. One whose parent failed fails with it."""
+    ready = []
+    for one in [*progress.waiting]:
+        parent = tree.parent(one)
+        if parent is not None and parent.name in progress.failed:
+            progress.waiting.remove(one)
+            progress.failed[one.name] = f"{parent.name}, which it starts from, failed"
+        elif parent is None or parent.name in progress.finished:
+            ready.append(one)
+    return ready
+
+
+def _begin(tree: Tree, one: Experiment, held: dict[tuple[str, int], stages.Held], progress: Progress) -> str | None:
+    """Hands an experiment to the cluster; why it can't be trained, if so."""
+    root, settings, each = tree.budget.root, one.settings, tree.budget.devices_per_worker
+    try:
+        source = dataset.load(root, settings.dataset)
+        use_gpu = stages.check(root, settings, source)
+        _check_share(settings, source, each, use_gpu=use_gpu)
+    except UserError as error:
+        return str(error)
+    photos = held.setdefault((settings.dataset, settings.model.image_size), stages.Held(settings, source))
+    here = settings.workers == (1, 1)
+    options: dict[str, Any] = {"num_cpus": 0, "max_retries": MAX_RETRIES}
+    if here:
+        options |= {"num_gpus": each, "num_cpus": 1} if use_gpu else {"num_cpus": each}
+        options |= {} if use_gpu else {"runtime_env": {"env_vars": stages.KEEP_MEMORY}}
+    task: Any = ray.remote(train_one).options(name=one.name, **options)
+    means = stages.Means(use_gpu, each, here=here, tell=_tell_nobody)
+    progress.running[task.remote(root, settings, photos.get(), means)] = one
+    return None
+
+
+def _check_share(settings: config.Train, source: dataset.Dataset, each: float, *, use_gpu: bool) -> None:
+    """UserError when a run doesn't fit beside as many others as the cluster has room for."""
+    resource = "GPU" if use_gpu else "CPU"
+    if not use_gpu and not each.is_integer():
+        raise UserError(f"`devices_per_worker` is {each:g}, and only GPUs can be shared: give whole CPUs.")
+    room = cluster.room(resource, each)
+    if room < settings.workers[0]:
+        raise UserError(f"`devices_per_worker`: the cluster has no node with {each:g} {resource}(s). Lower it.")
+    memory = cluster.memory(use_gpu)
+    if memory is not None:
+        share = int(memory * min(1.0, each)) if use_gpu else memory // room * settings.workers[1]
+        net = model.build(settings.model, len(source.classes))
+        preflight.check_memory(settings, source, net, share, use_gpu=use_gpu)
+
+
+def train_one(root: str, settings: config.Train, photos: stages.Blocks, means: stages.Means) -> str | None:
+    """Trains an experiment or what is missing of it, in a task of Ray's; why it can't be, if so."""
+    try:
+        source, parent_sha256 = stages.origin(root, settings)
+        this = lineage.begin(lineage.Run(root, settings), source, parent_sha256)
+        stages.train(this, source, lambda: photos, means, this.missing)
+    except UserError as error:  # no crash, after which Ray would try again
+        return str(error)
+    return None
+
+
+def _tell_nobody(metrics: dict[str, float]) -> None:
+    """The epochs of several runs at a time would be a muddle: the driver says how far all are."""
+
+
+def _end(tree: Tree, one: Experiment, task: Any, progress: Progress) -> None:
+    try:
+        why = ray.get(task)
+    except (ray.exceptions.RayTaskError, ray.exceptions.WorkerCrashedError, ray.exceptions.RayActorError) as error:
+        why = str(error).strip().splitlines()[-1][:300]
+    if why is not None:
+        progress.failed[one.name] = why
+        log.warning("lineage: %s failed: %s", one.name, why)
+        return
+    progress.finished.append(one.name)
+    this = lineage.Run(tree.budget.root, one.settings)
+    accuracy = this.best_val_accuracy(this.stages[-1])
+    log.info("lineage: %s finished, val accuracy %.3f", one.name, accuracy)
+
+
+def _say(tree: Tree, progress: Progress) -> None:
+    """One line on all of them."""
+    parts = []
+    for one in progress.running.values():
+        rows = lineage.Run(tree.budget.root, one.settings).metrics()
+        if rows:
+            last = rows[-1]
+            run_accuracy(one.name, last["val_accuracy"])
+            epochs = getattr(one.settings, last["stage"]).epochs
+            parts.append(f"{one.name} {last['stage']} {last['epoch']:.0f}/{epochs} val {last['val_accuracy']:.3f}")
+    rest = len(progress.running) - len(parts)
+    parts += [f"{rest} begin or wait for room"] if rest else []
+    over = len(progress.finished) + len(progress.failed)
+    total = over + len(progress.running) + len(progress.waiting)
+    log.info("lineage: %d of %d over; %s", over, total, ", ".join(parts))

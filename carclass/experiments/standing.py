@@ -1,0 +1,108 @@
+"""How far each experiment of a tree is, and whether its run is still what its files, parents and data say."""
+
+import json
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+from carclass import dataset, lineage, storage
+from carclass.errors import UserError
+from carclass.experiments.tree import Experiment, Tree
+from carclass.training import checkpoint
+
+State = Literal["missing", "begun", "finished", "stale"]
+MAX_NAMED = 3
+"""Settings that a reason names."""
+
+
+class Standing(NamedTuple):
+    """An experiment's run."""
+
+    run: lineage.Run
+    state: State
+    reason: str | None = None  # why it is stale
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The facts of the last stage's best epoch, once it is published."""
+        uri = f"{self.run.best(self.run.stages[-1])}.json"
+        return json.loads(storage.read_bytes(uri)) if storage.exists(uri) else None
+
+
+def of(tree: Tree) -> dict[str, Standing]:
+    """Every experiment's, by name. UserError when the root can't be read."""
+    digests: dict[str, str | None] = {}
+    found: dict[str, Standing] = {}
+    for one in tree.experiments:
+        name = one.settings.dataset
+        if name not in digests:
+            source = dataset.find(tree.budget.root, name)
+            digests[name] = None if source is None else source.digest
+        parent = tree.parent(one)
+        above = None if parent is None else found[parent.name]
+        found[one.name] = _standing(tree.budget.root, one, above, digests[name])
+    return found
+
+
+def _standing(root: str, one: Experiment, above: Standing | None, digest: str | None) -> Standing:
+    planned = lineage.Run(root, one.settings)
+    config_uri = storage.join(planned.uri, "config.yml")
+    if not storage.exists(config_uri):
+        return Standing(planned, "missing")
+    run = lineage.Run(root, lineage.load_settings(storage.read_bytes(config_uri)))
+    reasons = [_settings(lineage.changes(run.settings, one.settings))]
+    reasons += lineage.moved(run, digest or run.lineage()["dataset_digest"], parent_sha256(root, one.settings.parent))
+    if above is not None and above.state == "stale":
+        reasons.append(f"{above.run.settings.name} is stale")
+    if any(reasons):
+        return Standing(run, "stale", "; ".join(reason for reason in reasons if reason))
+    return Standing(run, "begun" if run.missing else "finished")
+
+
+def _settings(changed: Sequence[str]) -> str:
+    named = ", ".join(changed[:MAX_NAMED]) + (" …" if len(changed) > MAX_NAMED else "")
+    return f"other settings: {named}" if changed else ""
+
+
+def parent_sha256(root: str, parent: str) -> str | None:
+    """What a parent's weights hash to, as its run says; None where they aren't those of a run, or aren't there yet."""
+    start = lineage.start(parent)
+    if start is None:
+        return None
+    try:
+        run = lineage.load(root, start.run)
+    except UserError:
+        return None
+    if start.epoch == "best":
+        best = Standing(run, "finished").best
+        return None if best is None else str(best["sha256"])
+    stage = run.stages[-1]
+    if start.epoch == "last":
+        epochs = [row["epoch"] for row in run.metrics() if row["stage"] == stage]
+        if run.missing or not epochs:
+            return None
+        epoch = max(epochs)
+    else:
+        epoch = int(start.epoch)
+    return checkpoint.recorded_sha256(storage.join(run.uri, stage, checkpoint.name_of(epoch)))
+
+
+def put_aside(run: lineage.Run) -> str:
+    """Removes a run to train it anew; what it said of itself stays in `<root>/replaced/`, weights don't.
+
+    Returns where.
+    """
+    begun = storage.sha256(storage.read_bytes(storage.join(run.uri, "lineage.json")))[:8]
+    number = len({path.split("/")[1] for path in _replaced(run)})
+    place = storage.join(run.root, "replaced", run.settings.name, f"{number + 1:03d}-{begun}")
+    for path in storage.list_files(run.uri):
+        if path in ("config.yml", "lineage.json", "metrics.jsonl") or path.startswith("report"):
+            storage.write_bytes(storage.join(place, path), storage.read_bytes(storage.join(run.uri, path)))
+    storage.delete(storage.join(run.uri, "config.yml"))  # first: from now on it has not begun
+    storage.delete_folder(run.uri)
+    return place
+
+
+def _replaced(run: lineage.Run) -> list[str]:
+    name = run.settings.name
+    found = storage.list_files(storage.join(run.root, "replaced"))
+    return [path for path in found if path.startswith(f"{name}/")]

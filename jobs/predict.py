@@ -1,0 +1,37 @@
+"""New photos and a run → predictions: what each photo shows, how sure that is, and which should be looked at.
+
+  python jobs/predict.py --config FILE --run NAME --photos s3://bucket/new/
+  python jobs/predict.py --config FILE --run NAME --photos DIR --threshold 0.5 --name monday
+
+Photos go the way that the run's own went: read, masked if its dataset is (by the same detector), classified. No labels
+are needed. Every file is in <run>/predictions/<name>/predictions.parquet and .csv once: with the likeliest class, its
+probability, the five likeliest, and the vehicle's box, or with the reason why it can't be classified.
+
+Probabilities are calibrated: of the photos given 0.8, about 80 % should be right. The temperature is fitted on the
+run's val photos by its first prediction and kept in <run>/calibration.json; it holds for photos like these. A killed
+job goes on where it was.
+"""
+
+from carclass import command_line, progress, storage
+from carclass.prediction import stream, table
+
+
+def main() -> None:
+    """Runs the job."""
+    settings = command_line.parse(__doc__, "predict")
+    assert settings.predict is not None
+    found = stream.run(settings.root, settings.predict)
+    counts, fitted = found.counts, found.calibration
+    error = (fitted.expected_calibration_error_before, fitted.expected_calibration_error_after)
+    rows = [("photos", f"{counts.photos:,}"), ("predicted", f"{counts.predicted:,}")]
+    rows += [(f"  below {settings.predict.threshold:g}, rejected", f"{counts.rejected:,}")]
+    rows += [("quarantined", f"{sum(counts.reasons.values()):,}")]
+    rows += [(f"  {reason}", f"{number:,}") for reason, number in counts.reasons.items()]
+    rows += [("temperature", f"{fitted.temperature:.3f}, from {fitted.num_photos:,} val photos")]
+    rows += [("calibration error (val)", f"{error[0]:.3f} → {error[1]:.3f}")]
+    rows += [("table", storage.join(found.uri, table.TABLE)), ("sheet", storage.join(found.uri, table.SHEET))]
+    print(progress.table(rows, title=f"predictions of {settings.predict.run}"))
+
+
+if __name__ == "__main__":
+    command_line.main(main)
