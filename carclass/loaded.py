@@ -6,7 +6,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 from torch import nn
 
 from carclass import config, lineage, model, storage
@@ -39,7 +38,7 @@ def load(uri: str | os.PathLike[str]) -> LoadedRun:
         raise UserError(
             f"{place} is no run: it has no config.yml. Give the place <root>/experiments/<name>."
         ) from error
-    settings = config.Train.model_validate(yaml.safe_load(text))
+    settings = lineage.load_settings(text)
     # A copied run may lie under another name than the one that its settings say.
     root, folder, name = (place if "://" in place else os.path.abspath(place)).rsplit("/", 2)
     run = lineage.Run(root, settings.model_copy(update={"name": name}), folder)

@@ -17,7 +17,7 @@ from carclass.errors import UserError
 from carclass.experiments import standing
 from carclass.experiments.tree import Experiment, Tree
 from carclass.telemetry import run_accuracy
-from carclass.training import preflight, stages
+from carclass.training import features, preflight, stages
 
 log = logging.getLogger(__name__)
 SAY_EVERY = 10.0
@@ -109,16 +109,34 @@ def _train(tree: Tree, progress: Progress) -> None:
 
 
 def _ready(tree: Tree, progress: Progress) -> list[Experiment]:
-    """Those whose parent is finished. One whose parent failed fails with it."""
-    ready = []
+    """Those whose parent is finished, but for those whose cached features another is computing for all of them.
+
+    One whose parent failed fails with it.
+    """
+    ready: list[Experiment] = []
+    computed = [_features(one) for one in progress.running.values() if one.settings.frozen and not _epochs(tree, one)]
     for one in [*progress.waiting]:
         parent = tree.parent(one)
         if parent is not None and parent.name in progress.failed:
             progress.waiting.remove(one)
             progress.failed[one.name] = f"{parent.name}, which it starts from, failed"
-        elif parent is None or parent.name in progress.finished:
+        elif parent is not None and parent.name not in progress.finished:
+            continue
+        elif one.settings.frozen is None:
             ready.append(one)
+        elif (needed := _features(one)) not in computed:
+            ready.append(one)
+            computed.append(needed)
     return ready
+
+
+def _features(one: Experiment) -> Any:
+    """What the cached features of an experiment with a frozen stage depend on."""
+    return features.depends_on(one.settings), one.settings.dataset, one.settings.parent
+
+
+def _epochs(tree: Tree, one: Experiment) -> list[lineage.Row]:
+    return lineage.Run(tree.budget.root, one.settings).metrics()
 
 
 def _begin(tree: Tree, one: Experiment, held: dict[tuple[str, int], stages.Held], progress: Progress) -> str | None:
@@ -191,7 +209,7 @@ def _say(tree: Tree, progress: Progress) -> None:
     """One line on all of them."""
     parts = []
     for one in progress.running.values():
-        rows = lineage.Run(tree.budget.root, one.settings).metrics()
+        rows = _epochs(tree, one)
         if rows:
             last = rows[-1]
             run_accuracy(one.name, last["val_accuracy"])
