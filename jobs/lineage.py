@@ -18,7 +18,7 @@ from pathlib import Path
 
 from carclass import command_line, progress
 from carclass.errors import UserError
-from carclass.experiments import overview, standing, tree
+from carclass.experiments import overview, tree
 
 BUDGETS = Path(__file__).parent / "experiments" / "budgets"
 
@@ -77,13 +77,9 @@ def train(found: tree.Tree, given: argparse.Namespace) -> None:
 
     if given.verb == "run":
         names = needed(given.names, "run")
-        wanted = found.experiments if names == ["all"] else found.with_parents(names)
+        outcome = run.run(found, found.experiments if names == ["all"] else found.with_parents(names))
     else:
-        stale = [one for one in found.experiments if standing.of(found)[one.name].state == "stale"]
-        for one in stale:
-            print(f"{one.name}: what it said is now in {standing.put_aside(standing.of(found)[one.name].run)}")
-        wanted = found.with_parents([one.name for one in stale])
-    outcome = run.run(found, wanted)
+        outcome = run.rerun_stale(found)
     print(overview.draw(found))
     rows = [("finished", str(len(outcome.finished))), ("failed", str(len(outcome.failed)))]
     print(progress.table([*rows, *outcome.failed.items()], title="experiments"))

@@ -46,19 +46,29 @@ def run(tree: Tree, wanted: Sequence[Experiment]) -> Progress:
 
     UserError for wrong data or weights; what goes wrong with one of them is in what is returned.
     """
-    progress = Progress(list(wanted))
-    for one, found in ((one, standing.of(tree)[one.name]) for one in wanted):
-        if found.state == "finished":
-            progress.waiting.remove(one)
+    progress, found = Progress([]), standing.of(tree)
+    for one in wanted:
+        state, reason = found[one.name].state, found[one.name].reason
+        if state == "finished":
             progress.finished.append(one.name)
-        elif found.state == "stale":
-            progress.waiting.remove(one)
-            progress.failed[one.name] = f"stale ({found.reason}): `jobs/lineage.py rerun-stale` trains it anew"
+        elif state == "stale":
+            progress.failed[one.name] = f"stale ({reason}): `jobs/lineage.py rerun-stale` trains it anew"
+        else:
+            progress.waiting.append(one)
     if progress.waiting:
         _check_classes(tree, wanted)
         make_datasets(tree, {one.settings.dataset for one in progress.waiting})
         _train(tree, progress)
     return progress
+
+
+def rerun_stale(tree: Tree) -> Progress:
+    """Trains anew what is stale; what the old runs said of themselves is kept, see standing.put_aside."""
+    found = standing.of(tree)
+    stale = [name for name, one in found.items() if one.state == "stale"]
+    for name in stale:
+        log.info("lineage: %s (%s); it is kept as %s", name, found[name].reason, standing.put_aside(found[name].run))
+    return run(tree, tree.with_parents(stale))
 
 
 def make_datasets(tree: Tree, needed: set[str]) -> None:
