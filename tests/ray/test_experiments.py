@@ -190,3 +190,17 @@ def test_stale_runs_are_trained_anew_and_what_they_said_is_kept(found, photos_fo
     replaced = sorted(path.parts[-2] for path in (root / "replaced").glob("*/*"))
     assert (again.finished, replaced) == (["first", "child"], ["child", "first"])
     assert states == ["finished", "finished"]
+
+
+def test_a_run_waits_for_cached_features_that_another_computes(photos_folder: Path, tmp_path: Path):
+    other = {**FROZEN, "model": {"dropout": 0.5}}
+    experiments = tree.load(write(tmp_path, photos_folder, {"first": FROZEN, "other": other, "child": CHILD}), {})
+    first = experiments["first"]
+    progress = run.Progress([one for one in experiments.experiments if one.name != "child"])
+    assert [one.name for one in run._ready(experiments, progress)] == ["first"]
+    progress = run.Progress([experiments["other"]], {"a task": first})
+    assert run._ready(experiments, progress) == []
+    lineage.Journal(lineage.Run(experiments.budget.root, first.settings), "frozen", 0).add(
+        {"epoch": 1, "time": 1.0}, []
+    )
+    assert [one.name for one in run._ready(experiments, progress)] == ["other"]
