@@ -56,7 +56,7 @@ def run(tree: Tree, wanted: Sequence[Experiment]) -> Progress:
         else:
             progress.waiting.append(one)
     if progress.waiting:
-        _check_classes(tree, wanted)
+        _check_parents(tree, wanted)
         make_datasets(tree, {one.settings.dataset for one in progress.waiting})
         _train(tree, progress)
     return progress
@@ -86,10 +86,18 @@ def make_datasets(tree: Tree, needed: set[str]) -> None:
         dataset.load(root, name)
 
 
-def _check_classes(tree: Tree, wanted: Sequence[Experiment]) -> None:
-    """UserError when a run and its parent have datasets of other classes, as far as these are published."""
+def _check_parents(tree: Tree, wanted: Sequence[Experiment]) -> None:
+    """UserError when a parent is neither in the tree nor on the root, or has a dataset of other classes.
+
+    Of datasets that are still to be made nothing is known yet.
+    """
     for one in wanted:
         parent = tree.parent(one)
+        if one.start is not None and parent is None:
+            try:
+                lineage.load(tree.budget.root, one.start.run)
+            except UserError as error:
+                raise UserError(f"{one.file}: `train.parent` is {one.settings.parent}, but {error}") from error
         ours = dataset.find(tree.budget.root, one.settings.dataset)
         theirs = None if parent is None else dataset.find(tree.budget.root, parent.settings.dataset)
         if ours is not None and theirs is not None and ours.classes != theirs.classes:

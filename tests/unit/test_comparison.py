@@ -1,20 +1,17 @@
 """The page that compares a tree of experiments: its figures, its charts, and trees that are odd."""
 
-import json
 import math
 import re
 from dataclasses import replace
 from functools import cache
-from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from carclass.errors import UserError
-from carclass.experiments import charts, comparison
-from carclass.experiments.comparison import changes, groups, render, rivals, summary, table
+from carclass.experiments import comparison
+from carclass.experiments.comparison import changes, groups, render, rivals, summary
 from tests.trees import (
-    HOSTILE,
     hostile,
     make_comparison,
     make_entry,
@@ -337,61 +334,6 @@ def test_a_best_run_without_test_says_so():
     assert "exp_001 is not evaluated" in text_in(render(make_comparison([make_entry()])), "test")
 
 
-# Charts
-
-
-def test_the_tree_puts_children_below_their_parents():
-    runs = comparison._runs(sixteen())
-    order = [(run.name[-3:], depth) for run, depth in charts.tree_order(runs)]
-    assert order[1:7] == [("002", 0), ("003", 1), ("004", 1), ("005", 1), ("006", 2), ("008", 1)]
-
-
-def test_every_run_is_in_the_tree():
-    assert len(charts.tree_order(comparison._runs(sixteen()))) == 16
-
-
-def test_an_edge_of_the_tree_names_the_epoch_it_starts_from():
-    assert re.findall(r"@\d+", text_in(page_of_sixteen(), "tree")) == [*["@12"] * 3, "@69", "@12", "@22", "@24"]
-
-
-def test_every_edge_of_the_tree_is_drawn():
-    assert section(page_of_sixteen(), "tree").count('class="edge"') == 7
-
-
-@pytest.mark.parametrize("state", comparison.STATES)
-def test_a_state_is_told_in_the_tree_by_word_and_by_shape(state):
-    page = render(make_comparison([make_entry(), make_entry("other", state=state)]))
-    assert text_in(page, "tree").count(state) >= 2
-    assert len({*charts.SHAPES.values()}) == len(comparison.STATES)
-
-
-def test_every_run_with_epochs_has_a_curve_with_its_name():
-    drawn = charts.overlaid(comparison._runs(sixteen()))
-    assert len(re.findall(r'<text class="label ', drawn)) == 15
-
-
-def test_a_gap_in_a_curve_parts_it():
-    drawn = charts.overlaid(comparison._runs(odd_comparisons()["a gap"]))
-    assert drawn.count("<polyline") == 2
-
-
-@pytest.mark.parametrize("wanted", [[], [5.0], [50.0, 51.0, 52.0], [0.0] * 6, [99.0] * 6, [0.0, 1.0, 98.0, 99.0]])
-def test_labels_are_spread_within_their_room(wanted):
-    found = charts.spread(wanted, 15, 0, 100)
-    assert all(after - before >= 15 - 1e-9 for before, after in pairwise(found))
-    assert all(0 <= place <= 100 for place in found)
-
-
-def test_labels_with_room_stay_where_they_are():
-    assert charts.spread([10, 40, 80], 15, 0, 100) == [10, 40, 80]
-
-
-def test_a_difference_is_drawn_at_its_place_between_its_ends():
-    drawn = charts.differences([("a over b", rivals(sixteen())[0].verdict)])
-    low, high = map(float, re.search(r'class="interval[^"]*" x1="([\d.]+)" y1="[\d.]+" x2="([\d.]+)"', drawn).groups())
-    assert low < float(re.search(r'class="difference[^"]*" cx="([\d.]+)"', drawn)[1]) < high
-
-
 # The page as a whole
 
 
@@ -420,44 +362,3 @@ def test_an_odd_tree_has_a_page(name):
     page = render(odd_comparisons()[name])
     assert page.count("<section") == len(SECTIONS)
     assert not re.search(r'="[^"]*\bnan\b', page)
-
-
-# Table
-
-
-def test_the_table_has_a_row_for_each_experiment_in_the_tree_s_order():
-    assert table(sixteen())["name"].to_pylist() == [one.name for one in sixteen().entries]
-
-
-def test_the_table_has_our_figures_and_the_baseline_s():
-    row = table(sixteen()).to_pylist()[12]
-    figures = [row[key] for key in ("val_accuracy", "baseline_val", "baseline_test", "epochs", "best_epoch")]
-    assert figures == [pytest.approx(0.735), 0.715, 0.6458, 21, 20]
-
-
-def test_the_table_has_the_test_with_its_interval():
-    row, test = table(sixteen()).to_pylist()[12], entry("exp_013").test
-    assert (row["test_accuracy"], row["test_low"], row["test_high"]) == (test.accuracy, *test.interval)
-
-
-def test_the_table_leaves_empty_what_is_not_known():
-    row = table(sixteen()).to_pylist()[10]
-    keys = ("val_accuracy", "best_epoch", "test_accuracy", "test_photos", "baseline_test")
-    assert [row[key] for key in keys] == [None] * 5
-
-
-def test_a_test_without_a_right_photo_has_accuracy_0_in_the_table():
-    assert table(odd_comparisons()["all zero"])["test_accuracy"].to_pylist() == [0.0]
-
-
-@pytest.mark.parametrize("name", odd_comparisons())
-def test_an_odd_tree_has_a_table(name):
-    assert table(odd_comparisons()[name]).num_rows == len(odd_comparisons()[name].entries)
-
-
-def test_the_table_s_rows_are_plain_values():
-    assert json.dumps(table(sixteen()).to_pylist())
-
-
-def test_a_table_needs_no_finished_run():
-    assert table(make_comparison([make_entry(state="begun"), make_entry(HOSTILE)])).num_rows == 2
