@@ -5,6 +5,7 @@ import random
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,6 +91,14 @@ class Killed(NamedTuple):
     over: dict[str, list[float]]
 
 
+def kill_a_trial(cluster: Cluster) -> bool:
+    """Kills a trial's process, if there is one: trials end, and others begin, at any moment."""
+    with suppress(IndexError, ProcessLookupError):
+        os.kill(titled(below(cluster.head.pid), TRIAL)[0], signal.SIGKILL)
+        return True
+    return False
+
+
 @pytest.fixture(scope="module")
 def killed(root: str, folder: Path, cluster: Cluster, undisturbed: outcome.Sweep) -> Killed:
     """Killed at three random moments: the driver alone twice, then the whole machine. In the end, a trial's process."""
@@ -109,8 +118,7 @@ def killed(root: str, folder: Path, cluster: Cluster, undisturbed: outcome.Sweep
     another = Cluster(folder, dashboard=True)
     try:
         job = start("tune.py", folder / "killed.yml", another.environment, "--resume")
-        wait_for(lambda: titled(below(another.head.pid), TRIAL), job.process, job.log)
-        os.kill(titled(below(another.head.pid), TRIAL)[0], signal.SIGKILL)
+        wait_for(lambda: kill_a_trial(another), job.process, job.log)
         job.end()
     finally:
         another.stop()
