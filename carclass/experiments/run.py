@@ -211,7 +211,7 @@ def _tell_nobody(metrics: dict[str, float]) -> None:
 def _end(tree: Tree, one: Experiment, task: Any, progress: Progress) -> None:
     try:
         why = ray.get(task)
-    except (ray.exceptions.RayTaskError, ray.exceptions.WorkerCrashedError, ray.exceptions.RayActorError) as error:
+    except ray.exceptions.RayError as error:  # a program's, or of a process or node that was lost too often
         why = str(error).strip().splitlines()[-1][:300]
     if why is not None:
         progress.failed[one.name] = why

@@ -94,10 +94,14 @@ def put_aside(run: lineage.Run) -> str:
     begun = storage.sha256(storage.read_bytes(storage.join(run.uri, "lineage.json")))[:8]
     number = len({path.split("/")[1] for path in _replaced(run)})
     place = storage.join(run.root, "replaced", run.settings.name, f"{number + 1:03d}-{begun}")
-    for path in storage.list_files(run.uri):
+    paths = storage.list_files(run.uri)
+    for path in paths:
         if path in ("config.yml", "lineage.json", "metrics.jsonl") or path.startswith("report"):
             storage.write_bytes(storage.join(place, path), storage.read_bytes(storage.join(run.uri, path)))
-    storage.delete(storage.join(run.uri, "config.yml"))  # first: from now on it has not begun
+    # What says that it has begun goes after the models: a new run would take those for its own.
+    for folder in sorted({path.split("/")[0] for path in paths if "/" in path}):
+        storage.delete_folder(storage.join(run.uri, folder))
+    storage.delete(storage.join(run.uri, "config.yml"))
     storage.delete_folder(run.uri)
     return place
 

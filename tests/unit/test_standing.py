@@ -81,6 +81,18 @@ def test_a_run_that_is_put_aside_leaves_what_it_said(root: Path):
     assert not Path(run.uri, "config.yml").exists()
 
 
+def test_a_removal_that_is_interrupted_leaves_no_old_model_to_a_new_run(root: Path, monkeypatch: pytest.MonkeyPatch):
+    run = standing.of(tree_of(root, FIRST))["first"].run
+
+    def fail(uri: str) -> None:
+        raise OSError("storage is away")
+
+    monkeypatch.setattr(storage, "delete_folder", fail)
+    with pytest.raises(OSError, match="storage is away"):
+        standing.put_aside(run)
+    assert Path(run.uri, "config.yml").exists() or run.missing
+
+
 def test_the_tree_says_where_each_starts_on_what_and_how_far_it_is(root: Path):
     assert overview.draw(tree_of(root, FIRST, CHILD)).splitlines() == [
         "first: sample  v2  finished  val 0.500 (epoch 5)",
