@@ -4,20 +4,22 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 import ray.data
 
-from carclass import dataset
+from carclass import dataset, telemetry
 from carclass.errors import UserError
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 BLOCK_ROWS = 64
 DASHBOARD = 8265
 """Ray's usual port for it."""
@@ -26,6 +28,10 @@ TASK_CPUS = 0.25
 """CPUs reserved by a reading or writing task and by an actor on a CPU: so little that, next to an actor for every CPU
 and Ray's own repartitioning, which takes a whole one, there is always room for writing. Else what is done would wait in
 memory, and in ever greater numbers, until nothing is left to do."""
+
+
+TASKS_PER_CPU = 2
+"""One is at work and one is on its way; a cluster that grows by what waits sees that something does."""
 
 
 def connect() -> None:
@@ -39,12 +45,13 @@ def connect() -> None:
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
         # That a local cluster asks for its token is what we want, and no warning.
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-        port = _free_port(DASHBOARD)
+        port = free_port(DASHBOARD)
         # Ray Train's helpers ask there after their run, and else whichever cluster was started last on this machine.
         os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
     # Jobs report progress themselves; what Ray has to say goes to its session's folder all the same.
     quiet = ray.LoggingConfig(log_level="WARNING")
     context = ray.init(address=address, dashboard_port=port, logging_level=logging.WARNING, logging_config=quiet)
+    telemetry.watch_nodes()
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     found = ray.cluster_resources()
@@ -52,7 +59,7 @@ def connect() -> None:
     log.info("Ray: %d CPUs, %d GPUs, %d node(s), dashboard %s", *size, context.dashboard_url or "off")
 
 
-def _free_port(first: int) -> int:
+def free_port(first: int) -> int:
     """The first port of this machine, from `first` on, that nothing listens on."""
     for port in range(first, first + 1000):
         with socket.socket() as probe:
@@ -75,83 +82,26 @@ def _keep_token_private() -> None:
     path.chmod(0o600)
 
 
-def nodes() -> set[str]:
-    """The machines that are there, by their ids."""
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+def run_tasks(function: Callable[[Any], T], items: Iterable[Any]) -> Iterator[T]:
+    """Results of function(item), in no order, each by a task on a CPU of its own.
+
+    Items are taken only as tasks end, so that nothing waits in memory, however many there are. A task whose process or
+    node is lost is begun again.
+    """
+    task: Any = ray.remote(num_cpus=1, max_retries=-1)(_call)
+    running: list[ray.ObjectRef] = []
+    for item in items:
+        if len(running) >= TASKS_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 0))):
+            (done,), running = ray.wait(running)
+            yield ray.get(done)
+        running.append(task.remote(function, item))
+    while running:
+        (done,), running = ray.wait(running)
+        yield ray.get(done)
 
 
-def gpus(wanted: bool | None, count: int, key: str) -> bool:
-    """Whether to use GPUs; UserError when they are asked for and the cluster has fewer than count."""
-    there = int(ray.cluster_resources().get("GPU", 0))
-    if wanted is None:
-        if 0 < there < count:
-            log.warning(
-                "`%s`: %d GPU(s) for %d processes: none is used; start %d to use them", key, there, count, there
-            )
-        return there >= count
-    if wanted and there < count:
-        raise UserError(
-            f"`{key}` asks for {count} GPU(s), the cluster has {there}. "
-            f"Add GPU nodes, lower the number of processes, or leave `{key}` out to use CPUs."
-        )
-    return wanted
-
-
-def check_cpus(count: float, key: str) -> None:
-    """UserError when the cluster has fewer CPUs than a job needs at once: Ray would wait for ever."""
-    there = ray.cluster_resources().get("CPU", 0)
-    if there < count:
-        raise UserError(f"`{key}` needs {count:g} CPUs at once, the cluster has {there:g}. Lower it or add nodes.")
-
-
-def cpus_each(count: int) -> int:
-    """CPUs that each of `count` processes can have when all run at once, none spanning two nodes; at least 1."""
-    nodes = [int(resources.get("CPU", 0)) for resources in _nodes()]
-    return next((cpus for cpus in range(max(nodes), 1, -1) if sum(there // cpus for there in nodes) >= count), 1)
-
-
-def room(resource: str, each: float) -> int:
-    """How many processes with so much of a resource (`CPU`, `GPU`) fit at once, none spanning two nodes."""
-    return sum(int(resources.get(resource, 0) / each + 1e-9) for resources in _nodes())
-
-
-def object_store() -> int:
-    """Bytes that the largest node has for objects."""
-    return int(max(resources.get("object_store_memory", 0) for resources in _nodes()))
-
-
-def memory(use_gpu: bool) -> int | None:
-    """Bytes of one GPU, or of all nodes together; None where every GPU stays taken for a minute."""
-    if not use_gpu:
-        return int(sum(resources.get("memory", 0) for resources in _nodes()))
-    address = ray.get_runtime_context().gcs_address
-    if address not in _known_gpus and (found := _ask_gpu()) is not None:
-        _known_gpus[address] = found
-    return _known_gpus.get(address)
-
-
-_known_gpus: dict[str, int] = {}
-"""Memory of a GPU by cluster: runs that share GPUs leave none free to ask."""
-
-
-def _ask_gpu() -> int | None:
-    asked = ray.remote(num_gpus=1, num_cpus=0)(_gpu_memory).remote()
-    ready, _ = ray.wait([asked], timeout=60)
-    if not ready:
-        ray.cancel(asked)
-        return None
-    return int(ray.get(asked))
-
-
-def _gpu_memory() -> int:
-    import torch  # here: only this one process needs it
-
-    return int(torch.cuda.get_device_properties(0).total_memory)
-
-
-def _nodes() -> list[dict[str, float]]:
-    """Resources of each node that is alive."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+def _call(function: Callable[[Any], T], item: Any) -> T:
+    return function(item)
 
 
 def stream(source: dataset.Dataset, columns: Sequence[str], split: str | None = None) -> ray.data.Dataset:

@@ -9,10 +9,9 @@ was killed finds its finished parts by their settings and does the rest.
 """
 
 import json
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,8 @@ import pyarrow.parquet as pq
 
 from carclass import storage
 from carclass.errors import UserError
+from carclass.inventory import WRITTEN, Inventory
+from carclass.progress import Progress
 
 ROW = pa.schema(
     [
@@ -176,48 +177,49 @@ def quarantine_row(
     return {"key": key, "image_id": image_id, "reason": str(reason), "detail": detail, "attempts": attempts}
 
 
-def write_part(uri: str, folder: str, rows: pa.Table, settings: dict[str, Any]) -> None:
+def write_part(uri: str, folder: str, rows: pa.Table, settings: dict[str, Any]) -> str:
     """Writes rows as one Parquet file, named by settings and keys; what is there already is left as it is.
+
+    Returns its path below the dataset's.
 
     Ray does work again whose result was lost with a node, though its file was not.
     """
     digest = storage.sha256(_dump(settings))
     name = storage.sha256("\n".join([digest, *rows["key"].to_pylist()]).encode())[:24]
-    uri = storage.join(uri, folder, f"{name}.parquet")
-    if storage.exists(uri):
-        return
+    path = f"{folder}/{name}.parquet"
+    if storage.exists(storage.join(uri, path)):
+        return path
     schema = rows.schema.with_metadata({_SETTINGS_KEY: digest.encode()})
     sink = pa.BufferOutputStream()
     pq.write_table(rows.cast(schema), sink, compression="zstd", compression_level=1, row_group_size=_GROUP_ROWS)
-    storage.write_bytes(uri, sink.getvalue().to_pybytes())
+    storage.write_bytes(storage.join(uri, path), sink.getvalue().to_pybytes())
+    return path
 
 
-def finished(uri: str, settings: dict[str, Any]) -> set[str]:
-    """Keys that an interrupted job with these settings has written; what others left is removed."""
-    keys: set[str] = set()
+def take_stock(uri: str, inventory: Inventory, settings: dict[str, Any]) -> None:
+    """Enters in the inventory what lies in parts/ and quarantine/; what jobs with other settings left is removed."""
     wanted = storage.sha256(_dump(settings)).encode()
-    for path in _parquet_files(uri):
-        file = storage.join(uri, path)
-        table = read_part(file, ["key"])
-        if (table.schema.metadata or {}).get(_SETTINGS_KEY) == wanted:
-            keys.update(table["key"].to_pylist())
+    there, known = set(_parquet_files(uri)), set(inventory.parts())
+    new = sorted(there - known)
+    progress = Progress("stock", len(new), "parts")
+    for path, rows in zip(new, storage.in_parallel(partial(_read_written, uri), new), strict=True):
+        if (rows.schema.metadata or {}).get(_SETTINGS_KEY) == wanted:
+            inventory.add_part(path, rows)
         else:
-            storage.delete(file)
-    return keys
+            storage.delete(storage.join(uri, path))
+        progress.add(1)
+    inventory.settle(gone=known - there)
 
 
-def drop_repeats(uri: str) -> None:
+def drop_repeats(uri: str, inventory: Inventory, settings: dict[str, Any]) -> None:
     """Removes files that repeat a key of an earlier one; their other photos then count as not done.
 
     Two processes may have written the same photos in different batches: one that was thought dead, say.
     """
-    seen: set[str] = set()
-    for path in _parquet_files(uri):
-        keys = read_part(storage.join(uri, path), ["key"])["key"].to_pylist()
-        if seen.isdisjoint(keys):
-            seen.update(keys)
-        else:
-            storage.delete(storage.join(uri, path))
+    for path in (repeating := inventory.repeating_parts()):
+        storage.delete(storage.join(uri, path))
+    if repeating:
+        take_stock(uri, inventory, settings)
 
 
 def written(uri: str, folder: str, columns: Sequence[str]) -> pa.Table:
@@ -231,47 +233,40 @@ def written(uri: str, folder: str, columns: Sequence[str]) -> pa.Table:
     return pa.concat_tables([table.replace_schema_metadata() for table in tables])
 
 
-def withdraw(uri: str, quarantined: Sequence[dict[str, Any]], settings: dict[str, Any]) -> None:
-    """Moves written rows to quarantine. quarantined: their new rows.
+def withdraw(part: tuple[str, Sequence[str]], uri: str, settings: dict[str, Any]) -> None:
+    """Takes rows out of a part. part: its path, and the rows' keys.
 
     Quarantine is written first and decides: rows that it names leave the parts, so that a job killed in between
-    finishes the move when it runs again (with nothing new to quarantine).
+    finishes the move when it runs again.
     """
-    if quarantined:
-        write_part(uri, "quarantine", pa.Table.from_pylist(list(quarantined), QUARANTINE), settings)
-    leaving = set(written(uri, "quarantine", ["key"])["key"].to_pylist())
-    table = written(uri, "parts", ["key"]).to_pydict()
-    for part in sorted({part for key, part in zip(table["key"], table["part"], strict=True) if key in leaving}):
-        rows = read_part(storage.join(uri, part))
-        staying = rows.filter(pa.array([key not in leaving for key in rows["key"].to_pylist()]))
-        if len(staying):
-            write_part(uri, "parts", staying, settings)
-        storage.delete(storage.join(uri, part))
+    path, leaving = part[0], set(part[1])
+    rows = read_part(storage.join(uri, path))
+    staying = rows.filter(pa.array([key not in leaving for key in rows["key"].to_pylist()]))
+    if len(staying):
+        write_part(uri, "parts", staying, settings)
+    storage.delete(storage.join(uri, path))
 
 
 def draft(
-    uri: str, *, inputs: Iterable[str], settings: dict[str, Any], classes: Sequence[str], facts: dict[str, Any]
+    uri: str, inventory: Inventory, *, settings: dict[str, Any], classes: Sequence[str], facts: dict[str, Any]
 ) -> Dataset:
     """A dataset that is complete but not published yet: checks that nothing is lost and makes its manifest.
 
-    inputs: every key that came in; facts: what else the manifest should say. AssertionError when a key is
+    inventory: knows every key that came in; facts: what else the manifest should say. AssertionError when a key is
     missing, doubled or unknown: that is our mistake, and nothing may be published.
     """
-    rows, quarantined = written(uri, "parts", ["key", "split"]), written(uri, "quarantine", ["key", "reason"])
-    expected = sorted(inputs)
-    found = sorted([*rows["key"].to_pylist(), *quarantined["key"].to_pylist()])
-    assert len(set(expected)) == len(expected), f"{uri}: a key came in more than once"
-    assert found == expected, f"{uri}: {len(expected)} inputs, {len(found)} found: {_difference(expected, found)}"
-    splits = Counter(rows["split"].to_pylist())
+    take_stock(uri, inventory, settings)
+    assert inventory.repeated_input() is None, f"{uri}: a key came in more than once"
+    num_inputs, found = inventory.count_inputs(), inventory.count_written()
+    lost, unexpected = inventory.lost(), inventory.unexpected()
+    assert not lost + unexpected, f"{uri}: {num_inputs} inputs, lost {lost}, unexpected {unexpected}"
     manifest = {
         "settings": settings,
-        "inputs": len(expected),
-        "rows": len(rows),
-        "quarantined": len(quarantined),
-        "splits": {split: splits[split] for split in SPLITS},
-        "reasons": dict(sorted(Counter(quarantined["reason"].to_pylist()).items())),
+        "inputs": num_inputs,
+        **found,
+        "splits": {split: found["splits"].get(split, 0) for split in SPLITS},
         "classes": list(classes),
-        "parts": sorted(set(rows["part"].to_pylist())),
+        "parts": [path for path in inventory.parts() if path.startswith("parts/")],
         **facts,
     }
     return Dataset(uri, json.loads(_dump(manifest)))
@@ -287,9 +282,10 @@ def _parquet_files(uri: str) -> list[str]:
     return [path for path in storage.list_files(uri) if path.endswith(".parquet")]
 
 
-def _difference(expected: list[str], found: list[str]) -> str:
-    lost, extra = Counter(expected) - Counter(found), Counter(found) - Counter(expected)
-    return f"lost {list(lost)[:5]}, unexpected {list(extra)[:5]}"
+def _read_written(uri: str, path: str) -> pa.Table:
+    """What the inventory wants to know of a part's rows."""
+    with storage.open_file(storage.join(uri, path)) as opened, pq.ParquetFile(opened, pre_buffer=True) as file:
+        return file.read(columns=[name for name in WRITTEN if name in file.schema_arrow.names])
 
 
 def _dump(value: Any) -> bytes:

@@ -1,33 +1,39 @@
-"""Photos and labels → a dataset: listed once, read, checked, hashed, split, published."""
+"""Photos and labels → a dataset: listed once, read, checked, hashed, split, published.
+
+keys and labels → inventory → tasks, which read some photos each and write a part → inventory → manifest
+
+The driver has all photos in its inventory, on disk, and a task knows those of its part: memory depends on the cluster
+and not on how many photos there are.
+"""
 
 import logging
-import tarfile
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, BinaryIO, NamedTuple
+from itertools import chain
+from typing import Any
 
 import pyarrow as pa
 import ray
 
-from carclass import cluster, config, dataset, labels, photo, storage
+from carclass import archive, cluster, config, dataset, labels, listing, matching, photo, storage
+from carclass.archive import LOADED
 from carclass.errors import UserError
+from carclass.inventory import WRITTEN, Inventory, chunks
 from carclass.labels import Label
 from carclass.photo import PhotoError, Reason
-from carclass.progress import Progress
+from carclass.progress import Tally
 from carclass.sample import source as sample
+from carclass.telemetry import Meter
 
 log = logging.getLogger(__name__)
-ARCHIVES = (".tgz", ".tar.gz", ".tar")
-SOURCE = pa.schema([("key", pa.string()), ("label", pa.string()), ("subset", pa.string())])
-LOADED = pa.schema([*SOURCE, ("data", pa.large_binary()), ("error", pa.string())])
-
-
-class Plan(NamedTuple):
-    """What comes in: labelled photos, and inputs that can't become rows, with their reason."""
-
-    photos: list[Label]
-    rejected: list[dict[str, Any]]
+MAX_PASSES = 3
+"""A second pass over the photos is needed only when parts were written twice, which a lost node may cause."""
+QUARANTINE_ROWS = 10_000
+"""Rows of quarantine, as they are known without reading a photo, that are written as one file."""
+ARCHIVE_PARTS = 4
+"""Parts that an archive is read ahead."""
+Written = list[tuple[str, pa.Table]]
+"""What a task has written: files, with columns of WRITTEN."""
 
 
 def run(root: str, settings: config.Ingest) -> dataset.Dataset:
@@ -40,54 +46,70 @@ def run(root: str, settings: config.Ingest) -> dataset.Dataset:
     if settings.photos == "sample":
         drawn = sample.place(root)
         settings = settings.model_copy(update={"photos": drawn.photos, "labels": drawn.labels})
-    keys = list_photos(settings.photos)
-    plan = match(keys, read_labels(settings, keys))
-    classes = sorted({item.label for item in plan.photos})
-    _check_classes(classes, settings)
-    cluster.connect()
-    uri = dataset.place(root, settings.dataset)
-    done = dataset.finished(uri, identity)
-    todo = [item for item in plan.photos if item.key not in done]
-    _write(uri, todo, settings, identity)
-    rejected = [row for row in plan.rejected if row["key"] not in done]
-    if rejected:
-        dataset.write_part(uri, "quarantine", pa.Table.from_pylist(rejected, dataset.QUARANTINE), identity)
-    dataset.withdraw(uri, [], identity)
-    dataset.withdraw(uri, find_leaks(dataset.written(uri, "parts", ["key", "image_id", "label", "split"])), identity)
-    inputs = [*(item.key for item in plan.photos), *(row["key"] for row in plan.rejected)]
-    facts = {"kind": "photos"}
-    published = dataset.publish(dataset.draft(uri, inputs=inputs, settings=identity, classes=classes, facts=facts))
-    _warn_of_thin_classes(published)
+    with Inventory() as inventory:
+        list_photos(settings.photos, inventory)
+        label_photos(settings, inventory)
+        classes = inventory.classes()
+        _check_classes(classes, settings)
+        cluster.connect()
+        uri = dataset.place(root, settings.dataset)
+        _write_all(uri, inventory, settings, identity)
+        _set_leaks_aside(uri, inventory, identity)
+        facts = {"kind": "photos"}
+        published = dataset.publish(dataset.draft(uri, inventory, settings=identity, classes=classes, facts=facts))
+        _warn_of_thin_classes(inventory, classes)
     return published
 
 
-def list_photos(photos: str, setting: str = "ingest.photos") -> list[str]:
-    """Keys of all files of a folder, prefix or archive; UserError, naming the setting, when there are none."""
-    if photos.endswith(ARCHIVES):
+def list_photos(photos: str, inventory: Inventory, setting: str = "ingest.photos") -> None:
+    """Enters the keys of all files of a folder, prefix or archive; UserError, naming the setting, without any."""
+    if in_archive := photos.endswith(archive.SUFFIXES):
         if not storage.exists(photos):
             raise UserError(f"`{setting}`: no archive {photos}. Give a folder, an s3:// prefix or a .tgz that exists.")
-        with storage.open_stream(photos) as stream:
-            keys = [member.name.removeprefix("./") for member in _members(stream, photos)]
-        if doubled := [key for key, count in Counter(keys).items() if count > 1]:
-            raise UserError(f"`{setting}`: {photos} holds {doubled[0]} more than once. Pack it again.")
+        pages = chunks(archive.names(photos), listing.PAGE_KEYS)
     else:
-        keys = storage.list_files(photos)
-    if not keys:
+        pages = listing.pages(photos)
+    listed = Tally("list", "keys")
+    for page in pages:
+        inventory.add_inputs(page)
+        listed.add(len(page))
+    if not listed.done:
         raise UserError(
             f"`{setting}`: no files in {photos}. Check the path or prefix; an s3:// prefix needs list permission."
         )
-    return keys
+    if in_archive and (key := inventory.repeated_input()) is not None:
+        raise UserError(f"`{setting}`: {photos} holds {key} more than once. Pack it again.")
 
 
-def read_labels(settings: config.Ingest, keys: Sequence[str]) -> list[Label]:
-    """Labels in whichever form they come: CSV, Stanford's devkit, or a folder per class."""
+def label_photos(settings: config.Ingest, inventory: Inventory) -> None:
+    """Gives the inventory's photos their labels; UserError when two say different things of one photo."""
+    inventory.add_labels(label for _, label in read_labels(settings, inventory))
+    if (name := matching.repeated_label(inventory)) is not None:
+        labels.refuse_contradiction(read_labels(settings, inventory), name)
+    matching.match(inventory)
+
+
+def read_labels(settings: config.Ingest, inventory: Inventory) -> Iterator[tuple[str, Label]]:
+    """Labels in whichever form they come: CSV, Stanford's devkit, or a folder per class; each with where it is."""
     source = settings.labels
     if source is None:
-        return labels.parse_folders(list(keys), source=settings.photos)
-    if source.endswith(".csv"):
-        return labels.parse_csv(_read_labels_file(source), source=source)
-    meta = _read_labels_file(storage.join(source, "cars_meta.mat"))
-    found = []
+        yield from labels.parse_folders(inventory.keys, source=settings.photos)
+    elif source.endswith(".csv"):
+        try:
+            with storage.open_stream(source) as stream:
+                yield from labels.parse_csv(stream, source=source)
+        except OSError as error:
+            raise _no_labels(source, error) from error
+    else:
+        yield from _read_devkit(source)
+
+
+def _read_devkit(source: str) -> Iterator[tuple[str, Label]]:
+    uri = storage.join(source, "cars_meta.mat")
+    try:
+        meta = storage.read_bytes(uri)
+    except OSError as error:
+        raise _no_labels(uri, error) from error
     subsets: list[tuple[labels.Subset, str]] = [
         ("train", "cars_train_annos.mat"),
         ("test", "cars_test_annos_withlabels.mat"),
@@ -95,48 +117,15 @@ def read_labels(settings: config.Ingest, keys: Sequence[str]) -> list[Label]:
     for subset, name in subsets:
         uri = storage.join(source, name)
         if storage.exists(uri):
-            rows = labels.parse_devkit(storage.read_bytes(uri), meta, subset=subset, source=uri)
-            found += [row._replace(key=f"cars_{subset}/{row.key}") for row in rows]
-    return found
+            for where, row in labels.parse_devkit(storage.read_bytes(uri), meta, subset=subset, source=uri):
+                yield where, row._replace(key=f"cars_{subset}/{row.key}")
 
 
-def _read_labels_file(uri: str) -> bytes:
-    try:
-        return storage.read_bytes(uri)
-    except OSError as error:
-        raise UserError(
-            f"`ingest.labels`: {uri} cannot be read ({error}). Give a .csv, or the folder of Stanford's devkit "
-            "(cars_meta.mat and cars_train_annos.mat), or leave it out for photos in a folder per class."
-        ) from error
-
-
-def match(keys: Sequence[str], found: Sequence[Label]) -> Plan:
-    """Gives each photo its label: a label names a photo by its key, or by the end of exactly one key's path.
-
-    Photos without a label and labels without a photo are kept as rejected inputs. UserError when two labels
-    that say different things name one photo.
-    """
-    by_end = defaultdict(list)
-    for key in keys:
-        by_end[key.rsplit("/", 1)[-1]].append(key)
-    labelled: dict[str, Label] = {}
-    rejected = []
-    for item in found:
-        ends = [key for key in by_end[item.key.rsplit("/", 1)[-1]] if key == item.key or key.endswith("/" + item.key)]
-        exact = [item.key] if item.key in ends else ends
-        if len(exact) == 1:
-            photo_label = item._replace(key=exact[0])
-            if (earlier := labelled.setdefault(exact[0], photo_label)) != photo_label:
-                raise UserError(
-                    f"`ingest.labels`: {item.key} is {item.label} ({item.subset}), but another label for the photo "
-                    f"{exact[0]} says {earlier.label} ({earlier.subset}); keep the right one."
-                )
-        else:
-            detail = f"{len(exact)} photos have this name" if exact else f"labelled {item.label}, no such photo"
-            rejected.append(dataset.quarantine_row(item.key, Reason.MISSING_FILE, detail))
-    without = [key for key in keys if key not in labelled]
-    rejected += [dataset.quarantine_row(key, Reason.NO_LABEL, "no label names this photo") for key in without]
-    return Plan(sorted(labelled.values()), rejected)
+def _no_labels(uri: str, error: OSError) -> UserError:
+    return UserError(
+        f"`ingest.labels`: {uri} cannot be read ({error}). Give a .csv, or the folder of Stanford's devkit "
+        "(cars_meta.mat and cars_train_annos.mat), or leave it out for photos in a folder per class."
+    )
 
 
 def held_out(image_id: str, seed: int, fraction: float) -> bool:
@@ -146,29 +135,6 @@ def held_out(image_id: str, seed: int, fraction: float) -> bool:
     in the same proportion, up to chance.
     """
     return int(storage.sha256(f"{seed}:{image_id}".encode())[:12], 16) / 16**12 < fraction
-
-
-def find_leaks(rows: pa.Table) -> list[dict[str, Any]]:
-    """Quarantine rows for train photos that spoil a measurement: bytes also in test, or under two labels.
-
-    rows: key, image_id, label, split of everything written. Test photos are never touched.
-    """
-    groups = defaultdict(list)
-    for row in rows.select(["key", "image_id", "label", "split"]).to_pylist():
-        groups[row["image_id"]].append(row)
-    found = []
-    for group in groups.values():
-        trained = [row for row in group if row["split"] != "test"]
-        tested = [row["key"] for row in group if row["split"] == "test"]
-        for row in trained:
-            others = ", ".join(other["key"] for other in group if other is not row)
-            if tested:
-                detail = f"same bytes as the test photo {tested[0]}"
-                found.append(dataset.quarantine_row(row["key"], Reason.LEAKAGE, detail))
-            elif len({other["label"] for other in trained}) > 1:
-                detail = f"same bytes as {others}, other label"
-                found.append(dataset.quarantine_row(row["key"], Reason.LABEL_CONFLICT, detail))
-    return found
 
 
 def to_row(source: dict[str, Any], settings: config.Ingest) -> dict[str, Any]:
@@ -193,8 +159,8 @@ def to_row(source: dict[str, Any], settings: config.Ingest) -> dict[str, Any]:
     }
 
 
-def write_batch(batch: pa.Table, uri: str, settings: config.Ingest, identity: dict[str, Any]) -> pa.Table:
-    """Makes a part (and a part of quarantine) of loaded photos; returns how many of each."""
+def write_batch(batch: pa.Table, uri: str, settings: config.Ingest, identity: dict[str, Any]) -> Written:
+    """Makes a part (and a part of quarantine) of loaded photos, rows of LOADED."""
     rows, rejected = [], []
     for source in batch.to_pylist():
         try:
@@ -202,35 +168,16 @@ def write_batch(batch: pa.Table, uri: str, settings: config.Ingest, identity: di
         except PhotoError as error:
             image_id = storage.sha256(source["data"]) if source["data"] is not None else None
             rejected.append(dataset.quarantine_row(source["key"], error.reason, error.detail, image_id, attempts=1))
-    if rows:
-        dataset.write_part(uri, "parts", pa.Table.from_pylist(rows, dataset.ROW), identity)
-    if rejected:
-        dataset.write_part(uri, "quarantine", pa.Table.from_pylist(rejected, dataset.QUARANTINE), identity)
-    return pa.table({"rows": [len(rows)], "rejected": [len(rejected)]})
+    tables = [("parts", rows, dataset.ROW), ("quarantine", rejected, dataset.QUARANTINE)]
+    return [_write_part(uri, folder, found, schema, identity) for folder, found, schema in tables if found]
 
 
-def _write(uri: str, todo: Sequence[Label], settings: config.Ingest, identity: dict[str, Any]) -> None:
-    """Streams the photos through the cluster into parts."""
-    if not todo:
-        return
-    write = partial(write_batch, uri=uri, settings=settings, identity=identity)
-    if settings.photos.endswith(ARCHIVES):
-        loaded = load_archive(settings.photos, todo, settings.part_rows)
-    else:
-        loaded = _load_files(settings, todo)
-    summaries = loaded.map_batches(write, batch_size=settings.part_rows, batch_format="pyarrow")
-    progress, rejected = Progress("ingest", len(todo)), 0
-    for summary in summaries.iter_rows():
-        rejected += summary["rejected"]
-        progress.add(summary["rows"] + summary["rejected"])
-    log.info("ingest: %s photos written, %s quarantined", f"{len(todo) - rejected:,}", f"{rejected:,}")
-
-
-def _load_files(settings: config.Ingest, todo: Sequence[Label]) -> ray.data.Dataset:
-    table = pa.Table.from_pylist([item._asdict() for item in todo], SOURCE)
-    blocks = [table.slice(start, settings.part_rows) for start in range(0, len(table), settings.part_rows)]
-    load = partial(load_batch, photos=settings.photos)
-    return ray.data.from_arrow(blocks).map_batches(load, batch_size=settings.part_rows, batch_format="pyarrow")
+def _write_part(
+    uri: str, folder: str, rows: Sequence[dict[str, Any]], schema: pa.Schema, identity: dict[str, Any]
+) -> tuple[str, pa.Table]:
+    table = pa.Table.from_pylist(rows, schema)
+    path = dataset.write_part(uri, folder, table, identity)
+    return path, table.select([name for name in WRITTEN if name in schema.names])
 
 
 def load_batch(batch: pa.Table, photos: str) -> pa.Table:
@@ -242,53 +189,84 @@ def load_batch(batch: pa.Table, photos: str) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=LOADED)
 
 
-def load_archive(photos: str, todo: Sequence[Label], part_rows: int, num_cpus: float | None = None) -> ray.data.Dataset:
-    """Rows of LOADED of an archive's photos, read by one task. num_cpus: what that reserves, by default Ray's one."""
-    wanted = ray.put({item.key: item for item in todo})
-    read = partial(read_archive, wanted=wanted, part_rows=part_rows)
-    archive = ray.data.from_items([{"uri": photos}])
-    return archive.map_batches(read, batch_size=1, batch_format="pyarrow", num_cpus=num_cpus)
+def write_files(sources: pa.Table, uri: str, settings: config.Ingest, identity: dict[str, Any]) -> Written:
+    """Reads photos, rows of SOURCE, and makes a part of them."""
+    return write_batch(load_batch(sources, settings.photos), uri, settings, identity)
 
 
-def read_archive(batch: pa.Table, wanted: Any, part_rows: int) -> Iterator[pa.Table]:
-    """An archive's photos in the order in which they lie there, part_rows at a time."""
-    labelled = ray.get(wanted)
+def _write_all(uri: str, inventory: Inventory, settings: config.Ingest, identity: dict[str, Any]) -> None:
+    """Writes everything that isn't written yet, rows and quarantine."""
+    for _ in range(MAX_PASSES):
+        dataset.take_stock(uri, inventory, identity)
+        _finish_withdrawals(uri, inventory, identity)
+        dataset.drop_repeats(uri, inventory, identity)
+        if not inventory.lost():
+            return
+        _write_photos(uri, inventory, settings, identity)
+        rejected = (dataset.quarantine_row(*row) for row in inventory.rejected())
+        for rows in chunks(rejected, QUARANTINE_ROWS):
+            inventory.add_part(*_write_part(uri, "quarantine", rows, dataset.QUARANTINE, identity))
+
+
+def _write_photos(uri: str, inventory: Inventory, settings: config.Ingest, identity: dict[str, Any]) -> None:
+    """Streams the photos through the cluster into parts."""
+    if not (total := inventory.count_todo()):
+        return
+    write: Any = write_files
+    batches: Iterator[Any] = inventory.todo(settings.part_rows)
+    if settings.photos.endswith(archive.SUFFIXES):
+        write, batches = write_batch, _read_archive(settings, inventory)
+    rejected = 0
+    with Meter("ingest", total) as meter:
+        for written in cluster.run_tasks(partial(write, uri=uri, settings=settings, identity=identity), batches):
+            for path, rows in written:
+                inventory.add_part(path, rows)
+            reasons = _column("reason", written)
+            meter.add(_column("split", written), reasons)
+            rejected += len(reasons)
+    log.info("ingest: %s photos written, %s quarantined", f"{total - rejected:,}", f"{rejected:,}")
+
+
+def _column(name: str, written: Written) -> list[str]:
+    """A column of those files that have it."""
+    return [value for _, rows in written if name in rows.column_names for value in rows[name].to_pylist()]
+
+
+def _read_archive(settings: config.Ingest, inventory: Inventory) -> Iterator[ray.ObjectRef]:
+    """Tables of LOADED in the object store, made by one task, that waits while they are used too slowly."""
+    wanted = pa.concat_tables(inventory.todo(settings.part_rows, spread=False))
+    # It reserves no CPU, as the only one may be that of a task which uses up what it has read.
+    options: dict[str, Any] = {
+        "num_cpus": 0,
+        "num_returns": "streaming",
+        "_generator_backpressure_num_objects": ARCHIVE_PARTS,
+    }
+    read: Any = ray.remote(**options)(archive.read)
+    yield from read.remote(settings.photos, wanted, settings.part_rows)
+
+
+def _set_leaks_aside(uri: str, inventory: Inventory, identity: dict[str, Any]) -> None:
+    """Moves the photos that spoil a measurement to quarantine.
+
+    Copies go together: of a job killed between two of them, the next one would find the second without the first.
+    """
     rows: list[dict[str, Any]] = []
-    uri = batch["uri"][0].as_py()
-    with storage.open_stream(uri) as stream:
-        for member in _members(stream, uri):
-            if (item := labelled.get(member.name.removeprefix("./"))) is not None:
-                rows.append({**item._asdict(), "data": member.read(), "error": None})
-            if len(rows) == part_rows:
-                yield pa.Table.from_pylist(rows, LOADED)
-                rows = []
-    if rows:
-        yield pa.Table.from_pylist(rows, LOADED)
+    last = None
+    for image, row in chain(matching.find_leaks(inventory), [(None, None)]):
+        if rows and (row is None or (len(rows) >= QUARANTINE_ROWS and image != last)):
+            _write_part(uri, "quarantine", rows, dataset.QUARANTINE, identity)
+            rows = []
+        rows += [] if row is None else [row]
+        last = image
+    dataset.take_stock(uri, inventory, identity)
+    _finish_withdrawals(uri, inventory, identity)
 
 
-class Member(NamedTuple):
-    """A file in an archive."""
-
-    name: str
-    archive: tarfile.TarFile
-    info: tarfile.TarInfo
-
-    def read(self) -> bytes:
-        """Its content; only while the archive stands at it."""
-        file = self.archive.extractfile(self.info)
-        assert file is not None
-        return file.read()
-
-
-def _members(stream: BinaryIO, uri: str) -> Iterable[Member]:
-    """The regular files of an archive, read once from front to back; UserError when it is damaged."""
-    try:
-        with tarfile.open(fileobj=stream, mode="r|*") as archive:
-            for info in archive:
-                if info.isfile():
-                    yield Member(info.name, archive, info)
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise UserError(f"`ingest.photos`: {uri} is no readable tar archive ({error}). Copy it again.") from error
+def _finish_withdrawals(uri: str, inventory: Inventory, identity: dict[str, Any]) -> None:
+    """Takes rows that quarantine names out of their parts."""
+    withdraw = partial(dataset.withdraw, uri=uri, settings=identity)
+    if list(cluster.run_tasks(withdraw, inventory.withdrawn())):
+        dataset.take_stock(uri, inventory, identity)
 
 
 def _check_classes(classes: Sequence[str], settings: config.Ingest) -> None:
@@ -302,9 +280,8 @@ def _check_classes(classes: Sequence[str], settings: config.Ingest) -> None:
         raise UserError(f"{where} gives {len(classes)} class(es) to the photos; at least two are needed to train.")
 
 
-def _warn_of_thin_classes(published: dataset.Dataset) -> None:
-    table = published.read(["label", "split"]).to_pydict()
-    held = Counter(label for label, split in zip(table["label"], table["split"], strict=True) if split == "val")
-    thin = [name for name in published.classes if not held[name]]
+def _warn_of_thin_classes(inventory: Inventory, classes: Sequence[str]) -> None:
+    held = inventory.classes_of("val")
+    thin = [name for name in classes if name not in held]
     if thin:
         log.warning("ingest: %d classes have no val photo: %s", len(thin), ", ".join(thin[:10]))

@@ -1,10 +1,10 @@
-"""Labels as people keep them (a CSV, Stanford's devkit, one folder per class) -> a list of `Label`."""
+"""Labels as people keep them (a CSV, Stanford's devkit, one folder per class) -> one `Label` after the other."""
 
 import csv
 import io
 import zlib
-from collections.abc import Iterable
-from typing import Literal, NamedTuple, cast
+from collections.abc import Callable, Iterable, Iterator
+from typing import BinaryIO, Literal, NamedTuple, NoReturn, cast
 
 import numpy as np
 from scipy.io import loadmat
@@ -31,14 +31,15 @@ class LabelsError(UserError):
     """Labels that cannot be used; the message says which source, where in it, and what to do."""
 
 
-def parse_csv(data: bytes, *, source: str) -> list[Label]:
+def parse_csv(stream: BinaryIO, *, source: str) -> Iterator[tuple[str, Label]]:
     """Labels of a CSV file with the columns `img_name,class,subset`, in any order; others are ignored.
 
-    The key is `img_name` as given; spaces around class and subset are dropped. UTF-8, with or without a
-    BOM, any line ends, names with commas in quotes. A row that repeats an earlier one is dropped.
-    `source` names the file in errors. Raises LabelsError with the columns found, or the line number.
+    Each comes with where it is, in words. The key is `img_name` as given; spaces around class and subset are dropped.
+    UTF-8, with or without a BOM, any line ends, names with commas in quotes. `source` names the file in errors. Raises
+    LabelsError with the columns found, or the line number.
     """
-    reader = csv.reader(io.StringIO(_text(data, source), newline=""), strict=True)
+    reader = csv.reader(_lines(stream, source), strict=True)
+    found = False
     try:
         columns = next(reader, [])
         missing = [name for name in _COLUMNS if name not in columns]
@@ -48,7 +49,6 @@ def parse_csv(data: bytes, *, source: str) -> list[Label]:
                 f"It needs {','.join(_COLUMNS)}, with commas between."
             )
         places = [columns.index(name) for name in _COLUMNS]
-        rows = []
         for fields in filter(None, reader):  # an empty line is no row
             where = f"{source}, line {reader.line_num}"
             if len(fields) != len(columns):
@@ -57,17 +57,19 @@ def parse_csv(data: bytes, *, source: str) -> list[Label]:
                     "a name with a comma needs quotes."
                 )
             key, label, subset = (fields[place] for place in places)
-            rows.append((where, _label(key, label, subset, where)))
+            yield where, _label(key, label, subset, where)
+            found = True
     except csv.Error as error:
         raise LabelsError(f"{source}, line {reader.line_num}: not valid CSV ({error}).") from error
-    return _without_repeats(rows, source)
+    if not found:
+        raise LabelsError(f"{source}: no labels in it.")
 
 
-def parse_devkit(annos: bytes, meta: bytes, *, subset: Subset, source: str) -> list[Label]:
+def parse_devkit(annos: bytes, meta: bytes, *, subset: Subset, source: str) -> Iterator[tuple[str, Label]]:
     """Labels of Stanford's devkit: `cars_{train,test}_annos.mat` and `cars_meta.mat`, all one subset.
 
-    The key is the photo's `fname`. Class ids count from 1, as in MATLAB. The boxes are not read.
-    `source` names the annotations in errors. Raises LabelsError.
+    Each comes with where it is, in words. The key is the photo's `fname`. Class ids count from 1, as in MATLAB. The
+    boxes are not read. `source` names the annotations in errors. Raises LabelsError.
     """
     annotations = _mat_variable(annos, "annotations", source)
     names = _mat_variable(meta, "class_names", f"{source} (its meta file)")
@@ -78,38 +80,56 @@ def parse_devkit(annos: bytes, meta: bytes, *, subset: Subset, source: str) -> l
             f"{source}: the annotations have no field {', '.join(missing)} (found: {', '.join(fields)}). "
             "Stanford's cars_test_annos.mat has no classes; use cars_test_annos_withlabels.mat."
         )
-    rows = []
+    if not len(annotations):
+        raise LabelsError(f"{source}: no labels in it.")
     for number, (key, class_id) in enumerate(annotations[["fname", "class"]], start=1):
         where = f"{source}, annotation {number} ({key})"
         if not (isinstance(class_id, int | np.integer) and 1 <= class_id <= len(names)):
             raise LabelsError(f"{where}: class {class_id} is not one of the meta file's 1 to {len(names)}.")
-        rows.append((where, _label(str(key), str(names[class_id - 1]), subset, where)))
-    return _without_repeats(rows, source)
+        yield where, _label(str(key), str(names[class_id - 1]), subset, where)
 
 
-def parse_folders(keys: Iterable[str], *, source: str) -> list[Label]:
+def parse_folders(keys: Callable[[], Iterable[str]], *, source: str) -> Iterator[tuple[str, Label]]:
     """Labels of a tree with one folder per class, from the keys of its files ("/" between folders).
 
     Either `<class>/<file>`, all of it train, or `<subset>/<class>/<file>` with subset train or test; one
-    layout for the whole tree. Hidden names (`.DS_Store`) and files beside the folders get no label.
-    `source` names the tree in errors. Raises LabelsError for any other shape.
+    layout for the whole tree. Hidden names (`.DS_Store`) and files beside the folders get no label. Each label comes
+    with where it is, in words. keys: asked for twice. `source` names the tree in errors. Raises LabelsError for any
+    other shape.
     """
-    labelled = [key for key in keys if "/" in key and not any(part[:1] == "." for part in key.split("/"))]
-    if not labelled:
+    by_depth: dict[int, str] = {}
+    for key in filter(_in_folders, keys()):
+        by_depth.setdefault(key.count("/"), key)
+    if not by_depth:
         raise LabelsError(f"{source}: no class folders; expected <class>/<file> or <subset>/<class>/<file>.")
-    by_depth = {key.count("/"): key for key in reversed(labelled)}
     if len(by_depth) > 1 or max(by_depth) > 2:
         raise LabelsError(
             f"{source}: expected <class>/<file> or <subset>/<class>/<file> throughout, "
             f"but found {' and '.join(by_depth[depth] for depth in sorted(by_depth))}. "
             "A slash in a class name makes two folders: rename them to one."
         )
-    return [_folder_label(key, source) for key in labelled]
+    for key in filter(_in_folders, keys()):
+        where = f"{source}, {key}"
+        yield where, _folder_label(key, where)
 
 
-def _folder_label(key: str, source: str) -> Label:
+def refuse_contradiction(rows: Iterable[tuple[str, Label]], name: str) -> NoReturn:
+    """Raises the LabelsError that says where two labels of one name differ. rows: all labels, and where each is."""
+    of_name = ((where, label) for where, label in rows if label.key == name)
+    earlier_where, earlier = next(of_name)
+    where, label = next((where, label) for where, label in of_name if label != earlier)
+    raise LabelsError(
+        f"{where}: {name} is {label.label} ({label.subset}), but {earlier.label} "
+        f"({earlier.subset}) at {earlier_where}; keep the right one."
+    )
+
+
+def _in_folders(key: str) -> bool:
+    return "/" in key and not any(part[:1] == "." for part in key.split("/"))
+
+
+def _folder_label(key: str, where: str) -> Label:
     *folders, _ = key.split("/")
-    where = f"{source}, {key}"
     if len(folders) == 2:
         return _label(key, folders[1], folders[0], where)
     if folders[0] in ("train", "test", *_VALIDATION_NAMES):
@@ -129,26 +149,14 @@ def _label(key: str, label: str, subset: str, where: str) -> Label:
     return Label(key, label, cast(Subset, subset))
 
 
-def _without_repeats(rows: list[tuple[str, Label]], source: str) -> list[Label]:
-    if not rows:
-        raise LabelsError(f"{source}: no labels in it.")
-    first: dict[str, tuple[str, Label]] = {}
-    for where, label in rows:
-        earlier_where, earlier = first.setdefault(label.key, (where, label))
-        if earlier != label:
-            raise LabelsError(
-                f"{where}: {label.key} is {label.label} ({label.subset}), but {earlier.label} "
-                f"({earlier.subset}) at {earlier_where}; keep the right one."
-            )
-    return [label for _, label in first.values()]
-
-
-def _text(data: bytes, source: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise LabelsError(f"{source}, line {line}: not UTF-8 ({error.reason}); save it as UTF-8.") from error
+def _lines(stream: BinaryIO, source: str) -> Iterator[str]:
+    """The lines of a text, one by one, each with its end."""
+    with io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="") as text:
+        for number, line in enumerate(text, start=1):
+            try:
+                yield line if line.isascii() else line.encode(errors="surrogateescape").decode()
+            except UnicodeDecodeError as error:
+                raise LabelsError(f"{source}, line {number}: not UTF-8 ({error.reason}); save it as UTF-8.") from error
 
 
 def _mat_variable(data: bytes, name: str, source: str) -> np.ndarray:

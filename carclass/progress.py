@@ -8,11 +8,14 @@ from collections.abc import Sequence
 log = logging.getLogger(__name__)
 
 
-class Progress:
-    """Counts things done and says so at most every few seconds: `mask: 512 of 6,923 photos, 31/s, 3 min left`."""
+class Tally:
+    """Counts things done, of which nobody knows the number, and says so at most every few seconds.
 
-    def __init__(self, job: str, total: int, noun: str = "photos", *, every: float = 5.0) -> None:
-        self.job, self.total, self.noun, self.every = job, total, noun, every
+    As `list: 1,200,000 keys, 8,500/s`.
+    """
+
+    def __init__(self, job: str, noun: str, *, every: float = 5.0) -> None:
+        self.job, self.noun, self.every = job, noun, every
         self.done = 0
         self.started = self.said = time.monotonic()
 
@@ -22,12 +25,24 @@ class Progress:
         now = time.monotonic()
         if now - self.said >= self.every:
             self.said = now
-            rate = self.done / (now - self.started)
-            left = (self.total - self.done) / rate if rate else 0.0
-            log.info(
-                "%s: %s of %s %s, %.3g/s, %s left",
-                self.job, f"{self.done:,}", f"{self.total:,}", self.noun, rate, duration(left),
-            )  # fmt: skip
+            log.info("%s: %s", self.job, self.line(self.done / (now - self.started)))
+
+    def line(self, rate: float) -> str:
+        """What is said. rate: per second."""
+        return f"{self.done:,} {self.noun}, {rate:,.0f}/s"
+
+
+class Progress(Tally):
+    """Counts things done of a known number: `mask: 512 of 6,923 photos, 31/s, 3 min left`."""
+
+    def __init__(self, job: str, total: int, noun: str = "photos", *, every: float = 5.0) -> None:
+        super().__init__(job, noun, every=every)
+        self.total = total
+
+    def line(self, rate: float) -> str:
+        """What is said. rate: per second."""
+        left = duration((self.total - self.done) / rate if rate else 0.0)
+        return f"{self.done:,} of {self.total:,} {self.noun}, {rate:.3g}/s, {left} left"
 
 
 def say(line: str) -> None:

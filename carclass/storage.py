@@ -8,22 +8,26 @@ import io
 import os
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 from uuid import uuid4
 
 from pyarrow import ArrowInvalid, NativeFile, PythonFile, fs
 
 from carclass.errors import UserError
 
+S = TypeVar("S")
 T = TypeVar("T")
 NUM_ATTEMPTS = 8
 BUSY = ("INTERNAL_FAILURE", "SLOW_DOWN", "SERVICE_UNAVAILABLE", "NETWORK_CONNECTION", "UNKNOWN (HTTP status 503)")
 READ_THREADS = 16
 """Concurrent requests per process: S3 answers in tens of milliseconds, mostly waited for."""
+STREAM_BYTES = 4 * 2**20
+"""Of a stream, read at a time: each time is a request."""
 
 
 def join(uri: str, *parts: str) -> str:
@@ -88,9 +92,8 @@ def read_bytes(uri: str) -> bytes:
 
 
 def open_stream(uri: str) -> BinaryIO:
-    """A file's content from front to back, for what is too large to hold."""
-    filesystem, path = locate(uri)
-    return filesystem.open_input_stream(path, compression=None)
+    """A file's content from front to back, for what is too large to hold; FileNotFoundError when it isn't there."""
+    return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, open_file(uri)), STREAM_BYTES))
 
 
 def open_file(uri: str) -> NativeFile:
@@ -138,8 +141,19 @@ def read_many(uris: Iterable[str]) -> Iterator[bytes | OSError]:
         except ArrowInvalid as error:  # a key that pyarrow takes for no path, such as one with "//"
             return OSError(str(error))
 
+    return in_parallel(read, uris)
+
+
+def in_parallel(function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
+    """Results in the order of the items, by threads; few are begun before they are wanted, however many there are."""
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        yield from pool.map(read, uris)
+        begun: deque[Future[T]] = deque()
+        for item in items:
+            if len(begun) == 2 * READ_THREADS:
+                yield begun.popleft().result()
+            begun.append(pool.submit(function, item))
+        while begun:
+            yield begun.popleft().result()
 
 
 def patiently(request: Callable[[], T]) -> T:

@@ -11,6 +11,7 @@
   python jobs/benchmark.py epochs --photos DIR --weights DIR
   python jobs/benchmark.py tune
   python jobs/benchmark.py predict --photos DIR --weights DIR
+  python jobs/benchmark.py scale
 
 ingest   photos into a published dataset through Ray Data, against a PIL loop on one core
 masking  the pool of detectors, exact and fast, against DefaultPredictor: a plain loop, and in map_batches
@@ -20,6 +21,7 @@ train    the unfrozen stage, against a script with DataLoader, ImageFolder and D
 epochs   what an epoch costs beyond its arithmetic
 tune     a sweep of 16 settings of the drawn sample with pruning, against the same ones without
 predict  jobs/predict.py on new photos, masked and not, against both networks on one photo at a time
+scale    keys listed and ingested from an S3 server, 10,000 to a million: rates and peak memory
 """
 
 import argparse
@@ -36,7 +38,7 @@ MODULES = {("ingest", False): "ingest", ("masking", False): "masking", ("masking
 MODULES |= {("memory", False): "memory", ("frozen", False): "frozen", ("frozen", True): "frozen"}
 MODULES |= {("train", False): "train", ("train", True): "train_in_process"}
 MODULES |= {("epochs", False): "epochs", ("epochs", True): "epochs", ("tune", False): "tune"}
-MODULES |= {("predict", False): "predict"}
+MODULES |= {("predict", False): "predict", ("scale", False): "scale"}
 
 
 def main() -> None:

@@ -17,6 +17,13 @@ from typing import NamedTuple
 
 JOBS = Path(__file__).parents[1] / "jobs"
 RAY = Path(sys.executable).with_name("ray")
+SYSTEM = {
+    "health_check_period_ms": 500,
+    "health_check_failure_threshold": 3,
+    "health_check_initial_delay_ms": 1000,
+    "idle_worker_killing_time_threshold_ms": 600_000,
+}
+"""A lost node is noticed in two seconds, not in fifteen; idle workers stay, as starting one costs seconds."""
 
 
 def free_port() -> int:
@@ -65,14 +72,7 @@ class Cluster:
         dashboard_port = free_port()
         if dashboard:  # or one of Ray Train's helpers, which asks there for its controller, finds another cluster's
             self.environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{dashboard_port}"
-        # A lost node is noticed in two seconds, not in fifteen; idle workers stay, as starting one costs seconds.
-        system = {
-            "health_check_period_ms": 500,
-            "health_check_failure_threshold": 3,
-            "health_check_initial_delay_ms": 1000,
-            "idle_worker_killing_time_threshold_ms": 600_000,
-        }
-        options = [f"--port={self.port}", f"--system-config={json.dumps(system)}"]
+        options = [f"--port={self.port}", f"--system-config={json.dumps(SYSTEM)}"]
         options += [f"--include-dashboard={dashboard}", f"--dashboard-port={dashboard_port}"]
         self.started: list[subprocess.Popen] = []
         self.head = self._start("head", "--head", *options)

@@ -29,15 +29,16 @@ def choose(folder: Path | None, counts: dict[str, int]) -> dict[str, list[Photo]
     """
     if folder is None or not (folder / "labels.csv").exists():
         raise UserError(f"--photos: {folder} holds no labels.csv. Give a folder with photos/ and labels.csv.")
-    rows = labels.parse_csv((folder / "labels.csv").read_bytes(), source=str(folder / "labels.csv"))
-    rows = [row for row in rows if row.subset == "train" and (folder / "photos" / row.key).exists()]
+    with (folder / "labels.csv").open("rb") as stream:
+        found = [row for _, row in labels.parse_csv(stream, source=str(folder / "labels.csv"))]
+    rows = [row for row in found if row.subset == "train" and (folder / "photos" / row.key).exists()]
     wanted = sum(counts.values())
     if len(rows) < wanted:
         raise UserError(f"--photos: {folder} holds {len(rows)} photos of the train subset; {wanted} are needed.")
     index = {name: i for i, name in enumerate(sorted({row.label for row in rows}))}
     rows.sort(key=lambda row: hashlib.sha256(row.key.encode()).digest())
-    found = iter(Photo(folder / "photos" / row.key, index[row.label]) for row in rows)
-    return {split: [next(found) for _ in range(count)] for split, count in counts.items()}
+    photos = iter(Photo(folder / "photos" / row.key, index[row.label]) for row in rows)
+    return {split: [next(photos) for _ in range(count)] for split, count in counts.items()}
 
 
 def num_classes(chosen: dict[str, list[Photo]]) -> int:

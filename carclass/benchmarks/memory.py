@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from carclass import dataset, photo, storage
 from carclass.errors import UserError
+from carclass.inventory import Inventory
 from carclass.progress import say
 from carclass.sample.generate import write_sample
 
@@ -39,7 +40,7 @@ def run(photos: Path | None, weights: Path | None, folder: Path) -> dict[str, fl
     for count in COUNTS:
         root = folder / str(count)
         _repeat(sound, count, root)
-        peaks = _watch(root)
+        peaks = _mask(root)
         totals.append(peaks["together"])
         say(f"{count:,} photos: " + ", ".join(f"{name} {value:,.0f} MB" for name, value in peaks.items()))
         figures |= {f"{name}_mb_{count}": value for name, value in peaks.items()}
@@ -60,7 +61,9 @@ def _repeat(images: list[tuple[bytes, int, int]], count: int, root: Path) -> Non
     for start in range(0, count, PART_ROWS):
         rows = [_row(key, *images[(start + i) % len(images)]) for i, key in enumerate(keys[start : start + PART_ROWS])]
         dataset.write_part(uri, "parts", pa.Table.from_pylist(rows, dataset.ROW), {})
-    dataset.publish(dataset.draft(uri, inputs=keys, settings={}, classes=["a", "b"], facts={"kind": "photos"}))
+    with Inventory() as inventory:
+        inventory.add_inputs(keys)
+        dataset.publish(dataset.draft(uri, inventory, settings={}, classes=["a", "b"], facts={"kind": "photos"}))
 
 
 def _row(key: str, image: bytes, width: int, height: int) -> dict[str, str | int | bytes]:
@@ -75,24 +78,32 @@ def _row(key: str, image: bytes, width: int, height: int) -> dict[str, str | int
     }
 
 
-def _watch(root: Path) -> dict[str, float]:
-    """Runs the job in processes of its own; the most that each kind of them held, and all together, in MB."""
+def _mask(root: Path) -> dict[str, float]:
+    """Peak memory of the job."""
     mask = {"detector": {"model": "sample", "weights": "sample", "short_side": 96, "num_proposals": 10}}
     (root / "mask.yml").write_text(json.dumps({"root": str(root), "mask": mask}))
-    command = [sys.executable, str(Path(__file__).parents[2] / "jobs" / "mask.py"), "--config", str(root / "mask.yml")]
-    with (root / "log.txt").open("w") as log:
+    job = Path(__file__).parents[2] / "jobs" / "mask.py"
+    return watch([sys.executable, str(job), "--config", str(root / "mask.yml")], root / "log.txt")
+
+
+def watch(command: list[str], log_file: Path) -> dict[str, float]:
+    """Runs a job in processes of its own; the most that each kind of them held, and all together, in MB."""
+    with log_file.open("w") as log:
         job = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)  # noqa: S603
         peaks: dict[str, float] = defaultdict(float)
         while job.poll() is None:
             for name, value in _memory(job.pid).items():
                 peaks[name] = max(peaks[name], value)
             time.sleep(EVERY_S)
-    assert job.returncode == 0, (root / "log.txt").read_text()[-2000:]
+    assert job.returncode == 0, log_file.read_text()[-2000:]
     return dict(peaks)
 
 
 def _memory(session: int) -> dict[str, float]:
-    """MB of the processes of a session, memory that several share counted in parts (PSS)."""
+    """MB of the processes of a session, memory that several share counted in parts (PSS).
+
+    Without the pages of programs and libraries: a session's part of them changes with whoever else runs the same.
+    """
     found: dict[str, float] = defaultdict(float)
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -103,7 +114,7 @@ def _memory(session: int) -> dict[str, float]:
             lines = (folder / "smaps_rollup").read_text().splitlines()[1:]
         except OSError:  # it has just ended
             continue
-        size = next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0) / 1024
+        size = sum(int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:"))) / 1024
         name = "driver" if pid == session else "workers" if title.startswith("ray::") else "ray"
         found[name] += size
         found["together"] += size

@@ -14,7 +14,7 @@ import ray.train
 import ray.train.torch
 import torch
 
-from carclass import cluster, config
+from carclass import capacity, cluster, config
 from carclass.benchmarks import labelled, plain_training, train_in_process
 from carclass.progress import say
 from carclass.training.feed import Block
@@ -25,7 +25,7 @@ def run(photos: Path | None, weights: Path | None, folder: Path) -> dict[str, fl
     """Figures of one comparison on a GPU, if the cluster has one, else on all CPUs."""
     given = train_in_process.settings(labelled.backbone_file(weights))
     cluster.connect()
-    use_gpu = cluster.gpus(None, 1, "--in-process")
+    use_gpu = capacity.gpus(None, 1, "--in-process", capacity.TRAIN)
     chosen = train_in_process.choose(photos, "cuda" if use_gpu else "cpu")
     plain_folder = labelled.lay_out(chosen, folder / "plain") / "train"
     blocks = [ray.put(block._asdict()) for block in labelled.decode(chosen["train"], given.model.image_size)]

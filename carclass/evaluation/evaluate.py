@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import ray
 import torch
 
-from carclass import cluster, config, dataset, lineage, model, storage
+from carclass import capacity, cluster, config, dataset, lineage, model, storage
 from carclass.errors import UserError
 from carclass.evaluation import metrics
 from carclass.evaluation.report import MaskingSample, Mistake, Report, render
@@ -95,8 +95,9 @@ def run(root: str, settings: config.Evaluate) -> Outcome:
 
 def predict(source: dataset.Dataset, settings: config.Evaluate, model_uri: str) -> pa.Table:
     """key, label, predicted, confidence and probabilities of every photo of the split, in the order of keys."""
-    use_gpu = cluster.gpus(None, 1, "evaluate")
-    count = int(ray.cluster_resources()["GPU" if use_gpu else "CPU"])
+    use_gpu = capacity.gpus(None, 1, "evaluate", None)
+    capacity.check_cpus(1, "evaluate")
+    count = capacity.room("GPU" if use_gpu else "CPU", 1)
     rows = cluster.stream(source, ["key", "label", "image"], settings.split)
     predicted = rows.map_batches(
         PredictPhotos,

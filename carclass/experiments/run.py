@@ -12,11 +12,10 @@ from typing import Any
 
 import ray
 
-from carclass import cluster, config, dataset, ingest, lineage, model
+from carclass import capacity, cluster, config, dataset, ingest, lineage, model
 from carclass.errors import UserError
 from carclass.experiments import standing
 from carclass.experiments.tree import Experiment, Tree
-from carclass.telemetry import run_accuracy
 from carclass.training import features, preflight, stages
 
 log = logging.getLogger(__name__)
@@ -183,10 +182,10 @@ def _check_share(settings: config.Train, source: dataset.Dataset, each: float, *
     resource = "GPU" if use_gpu else "CPU"
     if not use_gpu and not each.is_integer():
         raise UserError(f"`devices_per_worker` is {each:g}, and only GPUs can be shared: give whole CPUs.")
-    room = cluster.room(resource, each)
+    room = capacity.room(resource, each)
     if room < settings.workers[0]:
         raise UserError(f"`devices_per_worker`: the cluster has no node with {each:g} {resource}(s). Lower it.")
-    memory = cluster.memory(use_gpu)
+    memory = capacity.memory(use_gpu)
     if memory is not None:
         share = int(memory * min(1.0, each)) if use_gpu else memory // room * settings.workers[1]
         net = model.build(settings.model, len(source.classes))
@@ -230,7 +229,6 @@ def _say(tree: Tree, progress: Progress) -> None:
         rows = _epochs(tree, one)
         if rows:
             last = rows[-1]
-            run_accuracy(one.name, last["val_accuracy"])
             epochs = getattr(one.settings, last["stage"]).epochs
             parts.append(f"{one.name} {last['stage']} {last['epoch']:.0f}/{epochs} val {last['val_accuracy']:.3f}")
     rest = len(progress.running) - len(parts)

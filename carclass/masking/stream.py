@@ -19,9 +19,10 @@ import pyarrow.compute as pc
 import ray
 import torch
 
-from carclass import cluster, config, dataset, photo, storage
+from carclass import capacity, cluster, config, dataset, photo, storage
 from carclass.attempts import Attempts
 from carclass.errors import UserError
+from carclass.inventory import Inventory
 from carclass.masking import look, networks, quality
 from carclass.masking.detector import Detection, Detector
 from carclass.masking.write import write_batch
@@ -101,28 +102,32 @@ def _mask(
 ) -> dataset.Dataset:
     """The complete dataset at uri, not published yet."""
     cluster.connect()
-    wanted = choose(source.read(["image_id", "key"]), limit)
-    for _ in range(MAX_PASSES):
-        dataset.drop_repeats(uri)
-        if not (todo := wanted - dataset.finished(uri, identity)):
-            break
-        _write(uri, source, todo, settings, identity)
-    outcomes = Counter(dataset.written(uri, "parts", ["outcome"])["outcome"].to_pylist())
-    facts = {
-        "kind": "masked",
-        "outcomes": dict(sorted(outcomes.items())),
-        "detector_weights": settings.detector.weights,  # where they lie, for predictions: the settings have the hash
-    }
-    return dataset.draft(uri, inputs=wanted, settings=identity, classes=source.classes, facts=facts)
+    with Inventory() as inventory:
+        inventory.add_inputs(choose(source.read(["image_id", "key"]), limit))
+        for _ in range(MAX_PASSES):
+            dataset.take_stock(uri, inventory, identity)
+            dataset.drop_repeats(uri, inventory, identity)
+            if not (todo := set(inventory.todo_keys())):
+                break
+            _write(uri, source, todo, settings, identity)
+        outcomes = Counter(dataset.written(uri, "parts", ["outcome"])["outcome"].to_pylist())
+        facts = {
+            "kind": "masked",
+            "outcomes": dict(sorted(outcomes.items())),
+            # Where they lie, for predictions: the settings have the hash.
+            "detector_weights": settings.detector.weights,
+        }
+        return dataset.draft(uri, inventory, settings=identity, classes=source.classes, facts=facts)
 
 
 def _write(uri: str, source: dataset.Dataset, todo: set[str], settings: config.Mask, identity: dict[str, Any]) -> None:
     """Streams the rows whose key is in todo through the detectors into parts."""
-    count = settings.num_actors or int(ray.cluster_resources().get("GPU", 0) or ray.cluster_resources()["CPU"])
-    use_gpu = cluster.gpus(settings.use_gpu, 1 if settings.num_actors is None else count, "mask.use_gpu")
+    use_gpu = capacity.gpus(settings.use_gpu, settings.num_actors or 1, "mask.use_gpu", capacity.MASK, together=False)
+    place = capacity.selector(capacity.MASK) if use_gpu else None
+    count = settings.num_actors or max(1, capacity.room("GPU" if use_gpu else "CPU", 1, place))
     if "batch_size" in settings.model_fields_set and not use_gpu:
         log.warning("mask: `mask.batch_size` has no effect without GPUs: a CPU takes photos one by one")
-    cluster.check_cpus(1 + (count + 1) * cluster.TASK_CPUS, "mask.num_actors")  # 1: Ray's own repartitioning
+    capacity.check_cpus(1 + (count + 1) * cluster.TASK_CPUS, "mask.num_actors")  # 1: Ray's own repartitioning
     attempts, block_rows = Attempts(), GPU_BATCHES * settings.batch_size if use_gpu else CPU_BATCH
     decoded = cluster.stream_places(source, ray.put(todo), block_rows).map_batches(
         partial(decode_batch, attempts=attempts),
@@ -138,6 +143,7 @@ def _write(uri: str, source: dataset.Dataset, todo: set[str], settings: config.M
         batch_format="pyarrow",
         num_cpus=cluster.TASK_CPUS,
         num_gpus=1 if use_gpu else 0,
+        label_selector=place,
     )
     written = detected.map_batches(
         partial(write_batch, uri=uri, settings=settings, identity=identity),
@@ -145,10 +151,10 @@ def _write(uri: str, source: dataset.Dataset, todo: set[str], settings: config.M
         batch_format="pyarrow",
         num_cpus=cluster.TASK_CPUS,
     )
-    meter = Meter("mask", len(todo))
-    for summary in written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        assert isinstance(summary, pa.Table)
-        meter.add(summary["outcome"].drop_null().to_pylist(), summary["reason"].drop_null().to_pylist())
+    with Meter("mask", len(todo)) as meter:
+        for summary in written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            assert isinstance(summary, pa.Table)
+            meter.add(summary["outcome"].drop_null().to_pylist(), summary["reason"].drop_null().to_pylist())
 
 
 def decode_batch(batch: pa.Table, attempts: Attempts) -> pa.Table:

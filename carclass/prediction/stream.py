@@ -11,7 +11,7 @@ one size, whoever else is in them, so that a job that was killed and run again p
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,11 +20,11 @@ import pyarrow.compute as pc
 import ray
 import ray.data
 
-from carclass import cluster, config, dataset, ingest, lineage, storage
+from carclass import archive, capacity, cluster, config, dataset, ingest, lineage, storage
 from carclass.attempts import Attempts
 from carclass.errors import UserError
 from carclass.evaluation import evaluate
-from carclass.labels import Label
+from carclass.inventory import SOURCE, Inventory
 from carclass.masking import stream as masking
 from carclass.masking.write import cut_batch
 from carclass.photo import PhotoError
@@ -77,7 +77,16 @@ def run(root: str, settings: config.Predict) -> Outcome:
         raise UserError("`predict.run` is missing: name the run to use, e.g. --run sample.")
     this = lineage.load(root, settings.run)
     _, facts = checkpoint.read_model(this.best(this.stages[-1]))
-    keys = ingest.list_photos(settings.photos, "predict.photos")
+    with Inventory() as inventory:
+        ingest.list_photos(settings.photos, inventory, "predict.photos")
+        return _run(root, settings, this, facts, inventory)
+
+
+def _run(
+    root: str, settings: config.Predict, this: lineage.Run, facts: dict[str, Any], inventory: Inventory
+) -> Outcome:
+    """The same, with the model's facts and all photos found."""
+    keys = list(inventory.keys())
     storage.check_root(root)
     known = preprocessing.of_run(this)
     fitted = calibrate(this, facts, settings.batch_size)
@@ -94,8 +103,8 @@ def run(root: str, settings: config.Predict) -> Outcome:
         fitted.temperature,
     )
     cluster.connect()
-    done = dataset.finished(uri, identity)
-    if todo := [key for key in keys if key not in done]:
+    dataset.take_stock(uri, inventory, identity)
+    if todo := list(inventory.todo_keys()):
         _write(uri, todo, work, identity)
     table.publish(uri, keys)
     return Outcome(uri, table.counts(uri), fitted)
@@ -151,11 +160,11 @@ def _write(uri: str, todo: Sequence[str], work: Work, identity: dict[str, Any]) 
     )
     write = partial(table.write_batch, uri=uri, settings=identity)
     written = classified.map_batches(write, **{**plan.task, "batch_size": work.settings.part_rows})
-    meter = Meter("predict", len(todo))
-    for summary in written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        assert isinstance(summary, pa.Table)
-        outcomes = ["rejected" if found else "accepted" for found in summary["rejected"].drop_null().to_pylist()]
-        meter.add(outcomes, summary["reason"].drop_null().to_pylist())
+    with Meter("predict", len(todo)) as meter:
+        for summary in written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            assert isinstance(summary, pa.Table)
+            outcomes = ["rejected" if found else "accepted" for found in summary["rejected"].drop_null().to_pylist()]
+            meter.add(outcomes, summary["reason"].drop_null().to_pylist())
 
 
 class Plan(NamedTuple):
@@ -171,27 +180,31 @@ class Plan(NamedTuple):
 
 def _plan(work: Work) -> Plan:
     """UserError when the cluster is too small."""
-    use_gpu = cluster.gpus(None, 1, "predict")
-    count, detects = int(ray.cluster_resources()["GPU" if use_gpu else "CPU"]), work.mask is not None
+    use_gpu = capacity.gpus(None, 1, "predict", None)
+    count, detects = max(1, capacity.room("GPU" if use_gpu else "CPU", 1)), work.mask is not None
     block_rows, classifiers, gpus = work.settings.batch_size, count, 1.0
     if work.mask is not None:
         block_rows = masking.GPU_BATCHES * work.mask.batch_size if use_gpu else masking.CPU_BATCH
         classifiers = count if use_gpu else -(-count // DETECTORS_PER_CLASSIFIER)
         gpus = 0.5  # a detector and a classifier for each: halves always fit, however they are dealt out
     actors = classifiers + count * detects
-    cluster.check_cpus(1 + (actors + 1) * cluster.TASK_CPUS, "jobs/predict.py")  # 1: Ray's own repartitioning
+    capacity.check_cpus(1 + (actors + 1) * cluster.TASK_CPUS, "jobs/predict.py")  # 1: Ray's own repartitioning
     task = {"batch_size": block_rows, "batch_format": "pyarrow", "num_cpus": cluster.TASK_CPUS}
     return Plan(use_gpu, count, classifiers, block_rows, task, {**task, "num_gpus": gpus if use_gpu else 0})
 
 
 def load(photos: str, keys: Sequence[str], block_rows: int) -> ray.data.Dataset:
-    """Rows of ingest.LOADED, without labels, in blocks of block_rows."""
-    todo = [Label(key, "", "test") for key in keys]  # no label, and nothing is held out
-    if photos.endswith(ingest.ARCHIVES):
+    """Rows of archive.LOADED, without labels, in blocks of block_rows. keys: in an archive's order, if it is one."""
+    todo = [{"key": key, "label": "", "subset": "test"} for key in keys]  # no label, and nothing is held out
+    listing = pa.Table.from_pylist(todo, SOURCE)
+    if photos.endswith(archive.SUFFIXES):
+        read = partial(read_archive, wanted=ray.put(listing), block_rows=block_rows)
         # It waits for storage most of the time, and may not hold the CPU that repartitioning needs.
-        archive = ingest.load_archive(photos, todo, block_rows, num_cpus=0)
-        return archive.repartition(target_num_rows_per_block=block_rows)
-    listing = pa.Table.from_pylist([item._asdict() for item in todo], ingest.SOURCE)
+        return (
+            ray.data.from_items([{"uri": photos}])
+            .map_batches(read, batch_size=1, batch_format="pyarrow", num_cpus=0)
+            .repartition(target_num_rows_per_block=block_rows)
+        )
     blocks = [listing.slice(start, KEY_ROWS) for start in range(0, len(listing), KEY_ROWS)]
     return (
         ray.data.from_arrow(blocks)
@@ -205,8 +218,13 @@ def load(photos: str, keys: Sequence[str], block_rows: int) -> ray.data.Dataset:
     )
 
 
+def read_archive(batch: pa.Table, wanted: ray.ObjectRef, block_rows: int) -> Iterator[pa.Table]:
+    """Rows of archive.LOADED. batch: the archive's uri; wanted: inventory.SOURCE."""
+    return archive.read(batch["uri"][0].as_py(), ray.get(wanted), block_rows)
+
+
 def read_batch(batch: pa.Table, attempts: Attempts, settings: config.Ingest) -> pa.Table:
-    """Rows of ingest.LOADED → rows of READ: as ingest would store them, or with what is wrong with them."""
+    """Rows of archive.LOADED → rows of READ: as ingest would store them, or with what is wrong with them."""
     sources = batch.to_pylist()
     read = attempts.run("read", batch["key"].to_pylist(), lambda chosen: [_read(sources[i], settings) for i in chosen])
     rows = [

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torchvision.models.resnet import ResNet
 
-from carclass import cluster, config, dataset, lineage, model, storage
+from carclass import capacity, cluster, config, dataset, lineage, model, storage, telemetry
 from carclass.errors import UserError
 from carclass.training import checkpoint, features, loop, parent, preflight
 from carclass.training.departure import Departure, Seat, TorchConfig
@@ -87,9 +87,9 @@ def check(root: str, settings: config.Train, source: dataset.Dataset) -> bool:
     """Joins the cluster; UserError when a run can't end well on it. Returns whether GPUs are used."""
     cluster.connect()
     fewest, _ = settings.workers
-    use_gpu = cluster.gpus(settings.use_gpu, fewest, "train.use_gpu")
-    cluster.check_cpus(0 if use_gpu else fewest, "train.num_workers")
-    store, memory = cluster.object_store(), cluster.memory(use_gpu)
+    use_gpu = capacity.gpus(settings.use_gpu, fewest, "train.use_gpu", capacity.TRAIN)
+    capacity.check_cpus(0 if use_gpu else fewest, "train.num_workers")
+    store, memory = capacity.object_store(), capacity.memory(use_gpu)
     preflight.check(root, settings, source, use_gpu=use_gpu, object_store=store, memory=memory)
     return use_gpu
 
@@ -121,10 +121,10 @@ class Held:
 
     def get(self) -> Blocks:
         """The blocks of each split; read again once a node is lost, which takes some along."""
-        if not self.blocks or self.nodes - cluster.nodes():
-            self.nodes, size = cluster.nodes(), None
+        if not self.blocks or self.nodes - capacity.nodes():
+            self.nodes, size = capacity.nodes(), None
             if self.decoded:
-                size = preflight.decoded_size(self.settings, self.source, cluster.object_store())
+                size = preflight.decoded_size(self.settings, self.source, capacity.object_store())
             self.blocks = {split: read(self.source, split, size) for split in ("train", "val")}
         return self.blocks
 
@@ -164,7 +164,7 @@ def _fit(job: Job, photos: Callable[[], Blocks], means: Means) -> None:
     uri, vain = storage.join(job.run.uri, job.stage), 0
     newest = checkpoint.newest_sound(uri)
     while True:
-        num_threads = 1 if means.use_gpu else int(means.devices or cluster.cpus_each(job.run.settings.workers[1]))
+        num_threads = 1 if means.use_gpu else int(means.devices or capacity.cpus_each(job.run.settings.workers[1]))
         is_cached = job.stage == "frozen" and storage.exists(features.place(job.run, job.digest))
         job = job._replace(blocks={} if is_cached else photos(), num_threads=num_threads)
         before, error = newest, None
@@ -189,10 +189,11 @@ def _run_workers(job: Job, means: Means) -> bool:
         _work,  # type: ignore[arg-type]  # it may return something
         train_loop_config=job._asdict(),
         torch_config=TorchConfig(),
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=most if fewest == most else (fewest, most),  # type: ignore[arg-type]  # mypy sees Train V1's
+        scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]  # mypy sees Train V1's
+            num_workers=most if fewest == most else (fewest, most),  # type: ignore[arg-type]
             use_gpu=means.use_gpu,
             resources_per_worker={"GPU": means.devices or 1} if means.use_gpu else {"CPU": job.num_threads},
+            label_selector=capacity.selector(capacity.TRAIN) if means.use_gpu else None,
         ),
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]  # mypy sees Train V1's
             name=job.stage,
@@ -306,6 +307,8 @@ def _train(job: Job, seat: Seat, trainee: loop.Trainee, batches: loop.Batches, s
 
     def finish(state: loop.State, finished: loop.Finished) -> None:
         keeper.finish(state, finished)
+        if job.run.folder == "experiments":  # a sweep tells of its trials itself
+            telemetry.epoch_finished(job.run.settings.name, job.stage, finished.metrics)
         if job.tell is not None:
             keeper.wait_for_metrics()  # whoever is told may end this process at once
             told.finish(state, finished)

@@ -16,7 +16,7 @@ import ray.tune
 from ray.tune import schedulers, search
 from ray.tune.trainable.function_trainable import wrap_function
 
-from carclass import cluster, dataset, lineage, storage
+from carclass import capacity, dataset, lineage, storage
 from carclass.errors import UserError
 from carclass.telemetry import trial_accuracy
 from carclass.training import checkpoint, features, stages
@@ -69,7 +69,7 @@ def _prepare(space: Space, book: Trials) -> Shared:
         log.info("tune: the frozen stage of the experiment as it stands, which trials share")
         stages.train(first, source, held[settings.dataset].get, stages.Means(use_gpu), ["frozen"])
     photos = {name: one.get() for name, one in held.items()} if _need_photos(space) else {}
-    memory = cluster.memory(use_gpu)
+    memory = capacity.memory(use_gpu)
     if memory is not None:
         memory = int(memory * min(1.0, space.search.devices_per_worker)) if use_gpu else memory // at_once
     means = stages.Means(use_gpu, space.search.devices_per_worker, here=space.base.workers == (1, 1))
@@ -89,7 +89,7 @@ def _at_once(space: Space, use_gpu: bool) -> int:
     resource, each, workers = "GPU" if use_gpu else "CPU", space.search.devices_per_worker, space.base.workers[1]
     if not use_gpu and not each.is_integer():
         raise UserError(f"`devices_per_worker` is {each:g}, and only GPUs can be shared: give whole CPUs.")
-    room = cluster.room(resource, each) // workers
+    room = capacity.room(resource, each) // workers
     if room == 0:
         raise UserError(
             f"`devices_per_worker`: a trial needs {workers} worker(s) of {each:g} {resource}(s), and the cluster has "

@@ -4,33 +4,33 @@ import subprocess
 import sys
 from pathlib import Path
 
-from carclass import cluster
+from carclass import capacity
 
 HOUSE = Path(__file__).parents[2]
 ONE_GPU = """
 import ray
-from carclass import cluster
+from carclass import capacity
 ray.init(address="local", num_cpus=1, num_gpus=1, include_dashboard=False)
-print(cluster.gpus(None, 2, "train.use_gpu"))
+print(capacity.gpus(None, 2, "train.use_gpu", capacity.TRAIN))
 """
 THREE_NODES = """
 from ray.cluster_utils import Cluster
 import ray
-from carclass import cluster
+from carclass import capacity
 nodes = Cluster()
 for cpus in (5, 4, 2):
     nodes.add_node(num_cpus=cpus, include_dashboard=False)
 ray.init(address=nodes.address)
-print(*(cluster.cpus_each(count) for count in (1, 2, 3, 5, 6, 100)))
+print(*(capacity.cpus_each(count) for count in (1, 2, 3, 5, 6, 100)))
 """
 
 
 def test_the_object_store_is_that_of_the_largest_node(ray_cluster: str):
-    assert cluster.object_store() == 500_000_000  # as the fixture starts it
+    assert capacity.object_store() == 500_000_000  # as the fixture starts it
 
 
 def test_the_memory_of_the_hosts_is_what_ray_counts(ray_cluster: str):
-    assert 10**9 < (cluster.memory(use_gpu=False) or 0) < 10**13
+    assert 10**9 < (capacity.memory(use_gpu=False) or 0) < 10**13
 
 
 def test_processes_share_the_cpus_of_nodes_and_none_spans_two():

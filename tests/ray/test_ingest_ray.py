@@ -1,5 +1,6 @@
 """Ingest end to end on a Ray cluster: complete, repeatable, restartable, the same from every kind of source."""
 
+import csv
 import os
 import shutil
 import signal
@@ -12,9 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from carclass import config, dataset, ingest, photo, storage
+from carclass.benchmarks import scale
 from carclass.errors import UserError
 from carclass.sample.generate import FIRST_ODDITY, ODDITIES, file_name
 from carclass.sample.models import MODELS
@@ -136,7 +139,7 @@ def test_other_settings_under_the_same_name_are_refused(ingested: dataset.Datase
 
 @pytest.fixture
 def killed(ray_cluster: str, photos_folder: Path, tmp_path: Path) -> str:
-    """The root of a job that was killed with SIGKILL as soon as its first part was there."""
+    """The root of a job that was killed with SIGKILL as soon as its first parts were there."""
     config_file = tmp_path / "config.yml"
     config_file.write_text(
         f"root: {tmp_path}\ningest:\n  photos: {photos_folder}/photos\n  labels: {photos_folder}/labels.csv\n"
@@ -149,7 +152,7 @@ def killed(ray_cluster: str, photos_folder: Path, tmp_path: Path) -> str:
         )
         try:
             parts = tmp_path / "datasets" / "v1" / "parts"
-            while not list(parts.glob("*.parquet")):
+            while len(list(parts.glob("*.parquet"))) < 4:  # up to three are written anew: without leaks and conflicts
                 assert job.poll() is None, (tmp_path / "log").read_text()
                 time.sleep(0.005)
         finally:
@@ -167,6 +170,68 @@ def test_a_killed_job_goes_on_where_it_was_and_ends_as_an_undisturbed_one(
     resumed = ingest.run(killed, settings(photos_folder))
     assert contents(resumed) == contents(ingested)
     assert first & set(storage.list_files(uri)), "nothing of the killed job's work was kept"
+
+
+class KilledError(Exception):
+    """Stands for a SIGKILL at a chosen moment."""
+
+
+def test_a_job_killed_between_two_groups_of_leaks_sets_the_same_photos_aside(
+    photos_folder: Path, tmp_path: Path, ingested: dataset.Dataset, contents: Contents, monkeypatch: pytest.MonkeyPatch
+):
+    written: list[str] = []
+    write_part = dataset.write_part
+
+    def write_or_die(uri: str, folder: str, rows: pa.Table, *more: Any) -> str:
+        reasons = set(rows["reason"].to_pylist()) if folder == "quarantine" else set()
+        if reasons & {"leakage", "label_conflict"}:
+            written.extend(rows["key"].to_pylist())
+            if len(written) == 3:
+                raise KilledError
+        return write_part(uri, folder, rows, *more)
+
+    monkeypatch.setattr(ingest, "QUARANTINE_ROWS", 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(dataset, "write_part", write_or_die)
+        with pytest.raises(KilledError):
+            ingest.run(str(tmp_path), settings(photos_folder))
+    assert contents(ingest.run(str(tmp_path), settings(photos_folder))) == contents(ingested)
+
+
+def test_photos_that_two_processes_wrote_are_written_once_more_where_they_are_missing(
+    photos_folder: Path, tmp_path: Path, ingested: dataset.Dataset, contents: Contents
+):
+    """What a process does that was thought dead: its batches are others."""
+    given = settings(photos_folder)
+    identity = given.model_dump(mode="json", exclude={"dataset", "part_rows"})
+    keys = ["000000.jpg", "000001.jpg", "000002.jpg"]
+    rows = {row["key"]: row for row in contents(ingested)[0]}
+    for batch in (keys[:2], keys[1:]):
+        table = pa.Table.from_pylist([rows[key] for key in batch], dataset.ROW)
+        dataset.write_part(dataset.place(str(tmp_path), "v1"), "parts", table, identity)
+    assert contents(ingest.run(str(tmp_path), given)) == contents(ingested)
+
+
+# Many keys
+
+
+def test_of_thousands_of_photos_each_is_there_once_with_its_own_label_and_split(ray_cluster: str, tmp_path: Path):
+    scale.write_photos(tmp_path / "many", 4000)
+    given = config.Ingest(
+        photos=str(tmp_path / "many/buckets/photos"), labels=str(tmp_path / "many/labels.csv"), part_rows=100
+    )
+    published = ingest.run(str(tmp_path), given)
+    expected = {}
+    for row in csv.DictReader((tmp_path / "many/labels.csv").open()):
+        path = next((tmp_path / "many/buckets/photos").glob(f"{row['class'].replace(' ', '_')}/*/{row['img_name']}"))
+        image_id = storage.sha256(path.read_bytes())
+        held = row["subset"] == "train" and ingest.held_out(image_id, given.seed, given.val_fraction)
+        key = str(path.relative_to(tmp_path / "many/buckets/photos"))
+        expected[key] = (image_id, row["class"], "val" if held else row["subset"])
+    rows = published.read(["key", "image_id", "label", "split"]).to_pylist()
+    assert len(rows) == 4000
+    assert {row["key"]: (row["image_id"], row["label"], row["split"]) for row in rows} == expected
+    assert len(published.part_uris) == 40
 
 
 # Other sources

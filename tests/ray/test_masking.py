@@ -87,7 +87,7 @@ def metrics() -> dict[str, float]:
     for line in text.splitlines():
         if line.startswith("ray_carclass_"):
             name, labels, value = re.fullmatch(r"(\w+)\{(.*)\} (\S+)", line).groups()
-            kept = re.findall(r'(?:job|outcome|reason)="(\w+)"', labels)
+            kept = re.findall(r'(?:verb|outcome|reason)="(\w+)"', labels)
             found["|".join([name, *sorted(kept)])] = float(value)
     return found
 

@@ -20,6 +20,7 @@ from PIL import Image
 
 from carclass import config, dataset, ingest, photo, storage
 from carclass.attempts import NUM_ALONE, Ledger
+from carclass.inventory import Inventory
 from carclass.masking import stream
 from carclass.masking.detector import Detector
 from carclass.masking.masks import decode_mask, mask_iou
@@ -132,9 +133,10 @@ def publish(root: str, rows: Rows) -> dataset.Dataset:
     uri, settings = dataset.place(root, "v1"), {"made": "by hand"}
     dataset.write_part(uri, "parts", pa.Table.from_pylist(rows, dataset.ROW), settings)
     keys, classes = [row["key"] for row in rows], sorted({row["label"] for row in rows})
-    return dataset.publish(
-        dataset.draft(uri, inputs=keys, settings=settings, classes=classes, facts={"kind": "photos"})
-    )
+    with Inventory() as inventory:
+        inventory.add_inputs(keys)
+        complete = dataset.draft(uri, inventory, settings=settings, classes=classes, facts={"kind": "photos"})
+    return dataset.publish(complete)
 
 
 @pytest.fixture(scope="module")

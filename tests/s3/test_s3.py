@@ -9,6 +9,7 @@ import pytest
 
 from carclass import config, dataset, ingest, storage
 from carclass.errors import UserError
+from carclass.inventory import SOURCE
 
 Rows = list[dict[str, Any]]
 
@@ -122,7 +123,7 @@ def test_objects_that_cannot_be_read_are_quarantined_and_the_rest_is_published(
 def test_a_photo_that_vanished_after_the_listing_is_unreadable(bucket: str, put: Callable[..., None]):
     put("photos/A/x.jpg")
     rows = [{"key": key, "label": "A", "subset": "train"} for key in ("A/x.jpg", "A/gone.jpg")]
-    loaded = ingest.load_batch(pa.Table.from_pylist(rows, ingest.SOURCE), f"s3://{bucket}/photos").to_pylist()
+    loaded = ingest.load_batch(pa.Table.from_pylist(rows, SOURCE), f"s3://{bucket}/photos").to_pylist()
     assert loaded[0]["data"] == b"content"
     assert loaded[1]["data"] is None
     assert "gone.jpg" in loaded[1]["error"]

@@ -11,6 +11,8 @@ import pytest
 
 from carclass import dataset, storage
 from carclass.errors import UserError
+from carclass.inventory import Inventory
+from tests import inventories
 
 SETTINGS = {"photos": "s3://bucket/photos", "seed": 1}
 
@@ -41,11 +43,34 @@ def write_quarantine(uri: str, keys: Sequence[str], settings: dict[str, Any] = S
 
 def publish(uri: str, inputs: Sequence[str], **more: Any) -> dataset.Dataset:
     given = {"settings": SETTINGS, "classes": ["a", "b"], "facts": {"kind": "photos"}} | more
-    return dataset.publish(dataset.draft(uri, inputs=inputs, **given))
+    return dataset.publish(inventories.draft(uri, inputs, **given))
 
 
 def keys_in(uri: str, folder: str) -> list[str]:
     return sorted(dataset.written(uri, folder, ["key"])["key"].to_pylist())
+
+
+def finished(uri: str) -> set[str]:
+    """Keys that a job with SETTINGS finds written."""
+    with Inventory() as inventory:
+        dataset.take_stock(uri, inventory, SETTINGS)
+        return {key for (key,) in inventory.ask("SELECT key FROM written")}
+
+
+def withdraw(uri: str, keys: Sequence[str]) -> None:
+    """Moves rows to quarantine, or finishes a move that was interrupted."""
+    if keys:
+        write_quarantine(uri, keys)
+    with Inventory() as inventory:
+        dataset.take_stock(uri, inventory, SETTINGS)
+        for part in inventory.withdrawn():
+            dataset.withdraw(part, uri, SETTINGS)
+
+
+def drop_repeats(uri: str) -> None:
+    with Inventory() as inventory:
+        dataset.take_stock(uri, inventory, SETTINGS)
+        dataset.drop_repeats(uri, inventory, SETTINGS)
 
 
 def manifest_of(uri: str) -> Path:
@@ -108,7 +133,7 @@ def test_the_manifest_is_written_after_everything_else(uri: str, monkeypatch: py
 
     monkeypatch.setattr(storage, "write_bytes", spy)
     write_rows(uri, "ab")
-    dataset.withdraw(uri, [quarantined("b")], SETTINGS)
+    withdraw(uri, "b")
     publish(uri, "ab")
     assert [uri.endswith("manifest.json") for uri in written] == [False] * (len(written) - 1) + [True]
 
@@ -155,11 +180,11 @@ def test_rows_are_taken_by_their_position_across_row_groups(uri: str):
 def test_a_file_that_repeats_a_key_is_dropped_and_others_stay(uri: str):
     for keys in ("abc", "cd", "ef"):
         write_rows(uri, keys)
-    dataset.drop_repeats(uri)
+    drop_repeats(uri)
     left = keys_in(uri, "parts")
     assert left in (["a", "b", "c", "e", "f"], ["c", "d", "e", "f"])
     before = keys_in(uri, "parts")
-    dataset.drop_repeats(uri)
+    drop_repeats(uri)
     assert keys_in(uri, "parts") == before
 
 
@@ -211,19 +236,19 @@ def test_nothing_is_found_where_nothing_is_published(tmp_path: Path):
 def test_finished_keys_are_those_of_rows_and_quarantine(uri: str):
     write_rows(uri, "ab")
     write_quarantine(uri, "c")
-    assert dataset.finished(uri, SETTINGS) == {"a", "b", "c"}
+    assert finished(uri) == {"a", "b", "c"}
 
 
 def test_parts_that_other_settings_left_behind_are_removed(uri: str):
     write_rows(uri, "ab", {**SETTINGS, "seed": 2})
     write_quarantine(uri, "c", {**SETTINGS, "seed": 2})
     write_rows(uri, "d")
-    assert dataset.finished(uri, SETTINGS) == {"d"}
+    assert finished(uri) == {"d"}
     assert (keys_in(uri, "parts"), keys_in(uri, "quarantine")) == (["d"], [])
 
 
 def test_nothing_is_finished_where_nothing_was_written(uri: str):
-    assert dataset.finished(uri, SETTINGS) == set()
+    assert finished(uri) == set()
 
 
 def test_the_same_rows_make_the_same_file(uri: str):
@@ -248,13 +273,13 @@ def test_a_part_that_is_there_already_is_not_written_again(uri: str, files_below
 def test_withdrawn_rows_move_to_quarantine(uri: str):
     write_rows(uri, "abc")
     write_rows(uri, "de")
-    dataset.withdraw(uri, [quarantined("b"), quarantined("d"), quarantined("e")], SETTINGS)
+    withdraw(uri, "bde")
     assert (keys_in(uri, "parts"), keys_in(uri, "quarantine")) == (["a", "c"], ["b", "d", "e"])
 
 
 def test_rows_that_stay_keep_everything(uri: str):
     write_rows(uri, "ab", label="x", image=b"pixels")
-    dataset.withdraw(uri, [quarantined("b")], SETTINGS)
+    withdraw(uri, "b")
     assert publish(uri, "ab").read(dataset.ROW.names).to_pylist() == [row("a", label="x", image=b"pixels")]
 
 
@@ -263,7 +288,7 @@ def test_parts_without_withdrawn_rows_are_not_written_again(uri: str):
     (part,) = (Path(uri) / "parts").iterdir()
     before = part.stat().st_mtime_ns
     write_rows(uri, "cd")
-    dataset.withdraw(uri, [quarantined("c")], SETTINGS)
+    withdraw(uri, "c")
     assert part.stat().st_mtime_ns == before
 
 
@@ -281,12 +306,12 @@ def test_a_withdrawal_killed_after_any_step_is_finished_by_the_next_run(
     with monkeypatch.context() as patched:
         kill_after(step, patched)
         with pytest.raises(KilledError):
-            dataset.withdraw(uri, [quarantined(key) for key in "bdf"], SETTINGS)
+            withdraw(uri, "bdf")
     # What a job does when it runs again: take stock, finish the move, look for leaks once more.
-    assert dataset.finished(uri, SETTINGS) == set("abcdef")
-    dataset.withdraw(uri, [], SETTINGS)
+    assert finished(uri) == set("abcdef")
+    withdraw(uri, [])
     left = [key for key in "bdf" if key in keys_in(uri, "parts")]
-    dataset.withdraw(uri, [quarantined(key) for key in left], SETTINGS)
+    withdraw(uri, left)
     assert (keys_in(uri, "parts"), keys_in(uri, "quarantine")) == (["a", "c", "e"], ["b", "d", "f"])
     assert publish(uri, "abcdef").manifest["rows"] == 3
 

@@ -22,6 +22,7 @@ from carclass.sample.draw import draw_photo
 from carclass.sample.models import MODELS
 from carclass.training import checkpoint
 from carclass.training.feed import pixels_of, to_device
+from tests import inventories
 
 HOUSE = Path(__file__).parents[2]
 CLASSES = [*(f"{car.name} é" for car in MODELS)]
@@ -55,7 +56,7 @@ def begin(root: Path, photos: list[bytes]) -> lineage.Run:
     ]
     dataset.write_part(uri, "parts", pa.Table.from_pylist(rows, dataset.ROW), settings)
     keys = [row["key"] for row in rows]
-    source = dataset.publish(dataset.draft(uri, inputs=keys, settings=settings, classes=CLASSES, facts={}))
+    source = dataset.publish(inventories.draft(uri, keys, settings=settings, classes=CLASSES, facts={}))
     settings = config.Train(name="first", parent="sample", model=MODEL)
     return lineage.begin(lineage.Run(str(root), settings), source, "0" * 64)
 

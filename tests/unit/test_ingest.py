@@ -10,73 +10,15 @@ import pyarrow as pa
 import pytest
 from scipy.io import savemat
 
-from carclass import config, dataset, ingest, photo, storage
+from carclass import archive, config, dataset, ingest, photo, storage
 from carclass.errors import UserError
+from carclass.inventory import SOURCE, Inventory
 from carclass.labels import Label
 from carclass.photo import PhotoError, Reason
-
-SCHEMA = pa.schema([(name, pa.string()) for name in ("key", "image_id", "label", "split")])
 
 
 def settings(**more: Any) -> config.Ingest:
     return config.Ingest(photos="/photos", **more)
-
-
-# Matching labels and photos
-
-
-def test_a_label_names_a_photo_by_its_whole_key():
-    plan = ingest.match(["train/x.jpg", "test/x.jpg"], [Label("test/x.jpg", "A", "test")])
-    assert plan.photos == [Label("test/x.jpg", "A", "test")]
-
-
-def test_a_label_names_a_photo_by_the_end_of_its_path():
-    plan = ingest.match(["photos/train/x.jpg", "photos/train/y.jpg"], [Label("train/x.jpg", "A", "train")])
-    assert plan.photos == [Label("photos/train/x.jpg", "A", "train")]
-
-
-def test_the_end_of_a_path_begins_at_a_slash():
-    keys = ["old-train/x.jpg", "max.jpg"]
-    assert ingest.match(keys, [Label("train/x.jpg", "A", "train"), Label("ax.jpg", "A", "train")]).photos == []
-
-
-def test_a_whole_key_wins_over_the_end_of_another_path():
-    plan = ingest.match(["x.jpg", "old/x.jpg"], [Label("x.jpg", "A", "train")])
-    assert [item.key for item in plan.photos] == ["x.jpg"]
-
-
-def test_a_label_that_fits_two_photos_names_none_of_them():
-    plan = ingest.match(["a/x.jpg", "b/x.jpg"], [Label("x.jpg", "A", "train")])
-    assert plan.photos == []
-    assert {row["key"]: row["reason"] for row in plan.rejected} == {
-        "x.jpg": "missing_file",
-        "a/x.jpg": "no_label",
-        "b/x.jpg": "no_label",
-    }
-    assert plan.rejected[0]["detail"] == "2 photos have this name"
-
-
-def test_a_label_without_a_photo_and_a_photo_without_a_label_are_kept_as_rejected():
-    plan = ingest.match(["x.jpg"], [Label("y.jpg", "A", "train")])
-    assert [(row["key"], row["reason"]) for row in plan.rejected] == [("y.jpg", "missing_file"), ("x.jpg", "no_label")]
-
-
-def test_two_labels_that_contradict_each_other_on_one_photo_are_refused():
-    with pytest.raises(UserError, match=r"x.jpg is B \(train\), but .* the photo p/a/x.jpg says A \(train\)"):
-        ingest.match(["p/a/x.jpg"], [Label("a/x.jpg", "A", "train"), Label("x.jpg", "B", "train")])
-
-
-def test_two_labels_that_agree_on_one_photo_are_one():
-    plan = ingest.match(["p/a/x.jpg"], [Label("a/x.jpg", "A", "train"), Label("x.jpg", "A", "train")])
-    assert plan.photos == [Label("p/a/x.jpg", "A", "train")]
-
-
-def test_every_photo_and_every_lone_label_is_somewhere_once():
-    keys = [f"{folder}/{i}.jpg" for folder in "ab" for i in range(20)]
-    found = [Label(f"a/{i}.jpg", "A", "train") for i in range(10)] + [Label(f"{i}.jpg", "B", "test") for i in (12, 99)]
-    plan = ingest.match(keys, found)
-    everywhere = [item.key for item in plan.photos] + [row["key"] for row in plan.rejected]
-    assert sorted(everywhere) == sorted([*keys, "12.jpg", "99.jpg"])
 
 
 # Splitting
@@ -115,46 +57,6 @@ def test_another_seed_holds_out_other_photos():
 @pytest.mark.parametrize(("fraction", "count"), [(0.0, 0), (1.0, 200)])
 def test_none_or_all_can_be_held_out(fraction: float, count: int):
     assert sum(ingest.held_out(image_id, 1, fraction) for image_id in ids(200)) == count
-
-
-# Leakage
-
-
-def leaks(*rows: tuple[str, str, str, str]) -> dict[str, str]:
-    table = pa.Table.from_pylist([dict(zip(SCHEMA.names, row, strict=True)) for row in rows], SCHEMA)
-    return {row["key"]: row["reason"] for row in ingest.find_leaks(table)}
-
-
-def test_a_train_photo_that_is_also_a_test_photo_leaks_and_the_test_photo_stays():
-    assert leaks(("a", "1", "A", "train"), ("b", "1", "A", "test")) == {"a": "leakage"}
-
-
-def test_a_val_photo_that_is_also_a_test_photo_leaks():
-    assert leaks(("a", "1", "A", "val"), ("b", "1", "A", "test")) == {"a": "leakage"}
-
-
-def test_the_same_bytes_under_two_labels_are_a_conflict_of_all_of_them():
-    rows = [("a", "1", "A", "train"), ("b", "1", "B", "train"), ("c", "1", "A", "train")]
-    assert leaks(*rows) == dict.fromkeys("abc", "label_conflict")
-
-
-def test_copies_under_one_label_stay():
-    assert leaks(("a", "1", "A", "train"), ("b", "1", "A", "train"), ("c", "2", "B", "train")) == {}
-
-
-def test_test_photos_are_never_touched():
-    assert leaks(("a", "1", "A", "test"), ("b", "1", "B", "test")) == {}
-
-
-def test_a_leak_says_which_photo_it_repeats():
-    table = pa.Table.from_pylist(
-        [
-            {"key": "a.jpg", "image_id": "1", "label": "A", "split": "train"},
-            {"key": "b.jpg", "image_id": "1", "label": "A", "split": "test"},
-        ],
-        SCHEMA,
-    )
-    assert ingest.find_leaks(table)[0]["detail"] == "same bytes as the test photo b.jpg"
 
 
 # Rows
@@ -207,9 +109,10 @@ def test_a_photo_that_storage_could_not_give_is_unreadable_and_says_why():
 def test_a_batch_becomes_a_part_and_a_part_of_quarantine(tmp_path: Path):
     sources = [loaded(jpeg()), {**loaded(b"text"), "key": "y.jpg"}, {**loaded(None), "key": "z.jpg"}]
     batch = pa.Table.from_pylist(sources, ingest.LOADED)
-    counts = ingest.write_batch(batch, str(tmp_path), settings(), {})
+    (part, rows), (quarantine, _) = ingest.write_batch(batch, str(tmp_path), settings(val_fraction=0), {})
     rejected = dataset.written(str(tmp_path), "quarantine", ["key", "image_id", "reason", "attempts"]).drop(["part"])
-    assert counts.to_pylist() == [{"rows": 1, "rejected": 2}]
+    assert (part.split("/")[0], quarantine.split("/")[0]) == ("parts", "quarantine")
+    assert rows.select(["key", "label", "split"]).to_pylist() == [{"key": "x.jpg", "label": "A", "split": "train"}]
     assert dataset.written(str(tmp_path), "parts", ["key"])["key"].to_pylist() == ["x.jpg"]
     assert rejected.to_pylist() == [
         {"key": "y.jpg", "image_id": storage.sha256(b"text"), "reason": Reason.NOT_AN_IMAGE, "attempts": 1},
@@ -230,26 +133,32 @@ def tar(names: list[str], *, mode: str = "w:gz") -> bytes:
     return buffer.getvalue()
 
 
+def listed(photos: str) -> list[str]:
+    with Inventory() as inventory:
+        ingest.list_photos(photos, inventory)
+        return list(inventory.todo_keys())
+
+
 def test_an_archive_lists_its_files_as_a_folder_does(tmp_path: Path):
     (tmp_path / "photos.tgz").write_bytes(tar(["./a/x.jpg", "b/y.jpg"]))
-    assert ingest.list_photos(str(tmp_path / "photos.tgz")) == ["a/x.jpg", "b/y.jpg"]
+    assert listed(str(tmp_path / "photos.tgz")) == ["a/x.jpg", "b/y.jpg"]
 
 
 @pytest.mark.parametrize("name", ["nothing", "nothing.tgz", "s.tar"])
 def test_photos_that_are_not_there_are_named(tmp_path: Path, name: str):
     with pytest.raises(UserError, match=rf"`ingest.photos`: no (files in|archive) .*{name}"):
-        ingest.list_photos(str(tmp_path / name))
+        listed(str(tmp_path / name))
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match=r"`ingest.photos`: no files in"):
-        ingest.list_photos(str(tmp_path))
+        listed(str(tmp_path))
 
 
 def test_an_archive_without_files_is_refused(tmp_path: Path):
     (tmp_path / "photos.tar").write_bytes(tar([], mode="w"))
     with pytest.raises(UserError, match=r"`ingest.photos`: no files in"):
-        ingest.list_photos(str(tmp_path / "photos.tar"))
+        listed(str(tmp_path / "photos.tar"))
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
@@ -258,27 +167,41 @@ def test_an_archive_that_was_cut_off_is_refused(tmp_path: Path, mode: str, share
     whole = tar([f"{i}.jpg" for i in range(10)], mode=mode)
     (tmp_path / "photos.tar").write_bytes(whole[: int(len(whole) * share)])
     with pytest.raises(UserError, match=r"no readable tar archive .* Copy it again"):
-        ingest.list_photos(str(tmp_path / "photos.tar"))
+        listed(str(tmp_path / "photos.tar"))
 
 
 def test_something_else_that_is_called_an_archive_is_refused(tmp_path: Path):
     (tmp_path / "photos.tgz").write_bytes(b"<html>not found</html>" * 100)
     with pytest.raises(UserError, match="no readable tar archive"):
-        ingest.list_photos(str(tmp_path / "photos.tgz"))
+        listed(str(tmp_path / "photos.tgz"))
 
 
 def test_an_archive_with_two_files_of_one_name_is_refused(tmp_path: Path):
     (tmp_path / "photos.tar").write_bytes(tar(["a.jpg", "b.jpg", "./a.jpg"], mode="w"))
     with pytest.raises(UserError, match=r"holds a\.jpg more than once"):
-        ingest.list_photos(str(tmp_path / "photos.tar"))
+        listed(str(tmp_path / "photos.tar"))
+
+
+def test_of_an_archive_only_what_is_wanted_is_read_in_the_archives_order(tmp_path: Path):
+    (tmp_path / "photos.tgz").write_bytes(tar(["./d.jpg", "a.jpg", "c.jpg", "b.jpg", "e.jpg"]))
+    wanted = pa.Table.from_pylist([{"key": f"{name}.jpg", "label": name, "subset": "train"} for name in "dcb"], SOURCE)
+    tables = list(archive.read(str(tmp_path / "photos.tgz"), wanted, rows=2))
+    assert [table["key"].to_pylist() for table in tables] == [["d.jpg", "c.jpg"], ["b.jpg"]]
+    assert all(len(data) == 20_000 for table in tables for data in table["data"].to_pylist())
 
 
 # Reading labels
 
 
+def labels_of(given: config.Ingest, keys: list[str]) -> list[Label]:
+    with Inventory() as inventory:
+        inventory.add_inputs(keys)
+        return [label for _, label in ingest.read_labels(given, inventory)]
+
+
 def test_a_csv_is_read(tmp_path: Path):
     (tmp_path / "labels.csv").write_text("img_name,class,subset\nx.jpg,A,train\n")
-    assert ingest.read_labels(settings(labels=str(tmp_path / "labels.csv")), []) == [Label("x.jpg", "A", "train")]
+    assert labels_of(settings(labels=str(tmp_path / "labels.csv")), []) == [Label("x.jpg", "A", "train")]
 
 
 def test_a_csv_without_the_columns_is_refused_with_those_it_has(tmp_path: Path):
@@ -286,23 +209,23 @@ def test_a_csv_without_the_columns_is_refused_with_those_it_has(tmp_path: Path):
     with pytest.raises(
         UserError, match=r"labels.csv: no column img_name, subset; the first line has \['file', 'class'\]"
     ):
-        ingest.read_labels(settings(labels=str(tmp_path / "labels.csv")), [])
+        labels_of(settings(labels=str(tmp_path / "labels.csv")), [])
 
 
 @pytest.mark.parametrize("name", ["labels.csv", "devkit"])
 def test_labels_that_are_not_there_are_named_with_what_to_give_instead(tmp_path: Path, name: str):
     with pytest.raises(UserError, match=rf"`ingest.labels`: .*{name}.* cannot be read .*Give a .csv"):
-        ingest.read_labels(settings(labels=str(tmp_path / name)), [])
+        labels_of(settings(labels=str(tmp_path / name)), [])
 
 
 def test_without_labels_a_photos_folder_names_its_class():
-    found = ingest.read_labels(settings(), ["train/A/x.jpg", "test/B/y.jpg"])
-    assert found == [Label("train/A/x.jpg", "A", "train"), Label("test/B/y.jpg", "B", "test")]
+    found = labels_of(settings(), ["train/A/x.jpg", "test/B/y.jpg"])
+    assert found == [Label("test/B/y.jpg", "B", "test"), Label("train/A/x.jpg", "A", "train")]
 
 
 def test_without_labels_photos_outside_class_folders_are_refused():
     with pytest.raises(UserError, match="/photos: no class folders"):
-        ingest.read_labels(settings(), ["x.jpg"])
+        labels_of(settings(), ["x.jpg"])
 
 
 def annotations(names: list[str]) -> np.ndarray:
@@ -314,7 +237,7 @@ def test_stanfords_devkit_names_photos_in_the_folders_of_its_archives(tmp_path: 
     savemat(tmp_path / "cars_meta.mat", {"class_names": np.array(["A", "B"], object)})
     for name in ("cars_train_annos", "cars_test_annos_withlabels"):
         savemat(tmp_path / f"{name}.mat", {"annotations": annotations(["00001.jpg", "00002.jpg"])})
-    found = ingest.read_labels(settings(labels=str(tmp_path)), [])
+    found = labels_of(settings(labels=str(tmp_path)), [])
     assert found == [
         Label("cars_train/00001.jpg", "A", "train"),
         Label("cars_train/00002.jpg", "B", "train"),
@@ -326,4 +249,4 @@ def test_stanfords_devkit_names_photos_in_the_folders_of_its_archives(tmp_path: 
 def test_the_devkit_does_without_test_labels(tmp_path: Path):
     savemat(tmp_path / "cars_meta.mat", {"class_names": np.array(["A", "B"], object)})
     savemat(tmp_path / "cars_train_annos.mat", {"annotations": annotations(["00001.jpg", "00002.jpg"])})
-    assert {item.subset for item in ingest.read_labels(settings(labels=str(tmp_path)), [])} == {"train"}
+    assert {item.subset for item in labels_of(settings(labels=str(tmp_path)), [])} == {"train"}

@@ -12,6 +12,7 @@ import torch
 from carclass import config, dataset, model
 from carclass.errors import UserError
 from carclass.training import checkpoint, loop, preflight
+from tests import inventories
 
 HOUSE = Path(__file__).parents[2]
 SMALL = config.Model(architecture="resnet26-narrow", image_size=96)
@@ -38,7 +39,7 @@ def of_rows(root: Path, rows: list[tuple[str, str]]) -> dataset.Dataset:
     dataset.write_part(uri, "parts", pa.Table.from_pylist(given, dataset.ROW), settings)
     classes = sorted({label for label, _ in rows})
     keys = [row["key"] for row in given]
-    return dataset.publish(dataset.draft(uri, inputs=keys, settings=settings, classes=classes, facts={}))
+    return dataset.publish(inventories.draft(uri, keys, settings=settings, classes=classes, facts={}))
 
 
 @pytest.fixture(scope="module")

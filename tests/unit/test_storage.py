@@ -1,5 +1,6 @@
 """Places on the local disk: the S3 side of the same functions is in tests/s3."""
 
+import itertools
 import os
 import threading
 from pathlib import Path
@@ -93,6 +94,14 @@ def test_many_files_come_in_the_order_asked_for_and_failures_take_their_place(tm
     assert found[:50] == [str(i).encode() for i in range(49, -1, -1)]
     assert isinstance(found[50], FileNotFoundError)
     assert found[51] == b"7"
+
+
+def test_what_is_done_in_parallel_is_begun_only_a_little_ahead():
+    begun: list[int] = []
+    results = storage.in_parallel(lambda number: begun.append(number) or 2 * number, itertools.count())
+    assert list(itertools.islice(results, 10)) == list(range(0, 20, 2))
+    results.close()  # type: ignore[attr-defined]
+    assert len(begun) <= 10 + 2 * storage.READ_THREADS
 
 
 def test_a_stream_gives_the_bytes_of_an_archive_as_they_are(tmp_path: Path):

@@ -1,0 +1,116 @@
+"""Jobs on a cluster that has nothing yet but a head: the nodes that they need are waited for, by their labels.
+
+Ray's own autoscaler starts them, as processes on this machine.
+"""
+
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.clusters import RAY, free_port, kill, wait_for
+
+HOUSE = Path(__file__).parents[2]
+HEAD_ID = "f" * 51 + "00000"
+PROVIDER = {
+    "type": "external",
+    "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+    "head_node_id": HEAD_ID,
+    "launch_multiple": True,
+}
+NODES = {
+    "read": {"resources": {"CPU": 1}, "labels": {"carclass-work": "read"}, "max_workers": 2},
+    "mask": {"resources": {"CPU": 1, "GPU": 1}, "labels": {"carclass-work": "mask"}, "max_workers": 2},
+    "train": {"resources": {"CPU": 1, "GPU": 2}, "labels": {"carclass-work": "train"}, "max_workers": 1},
+    "ray.head.default": {"resources": {"CPU": 0}, "max_workers": 0},
+}
+AUTOSCALER = {
+    "cluster_name": "growing",
+    "max_workers": 5,
+    "idle_timeout_minutes": 10,
+    "available_node_types": {name: {"node_config": {}, "min_workers": 0, **node} for name, node in NODES.items()},
+    "head_node_type": "ray.head.default",
+    "upscaling_speed": 20,
+    "auth": {},
+    "docker": {},
+    **{f"{name}_commands": [] for name in ("initialization", "setup", "head_setup", "worker_setup")},
+    "head_start_ray_commands": [],
+    "worker_start_ray_commands": [],
+    "file_mounts": {},
+    "cluster_synced_files": [],
+    "rsync_exclude": [],
+    "rsync_filter": [],
+}
+
+
+@pytest.fixture(scope="module")
+def growing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a job on a head without CPUs, whose autoscaler may add nodes of three kinds."""
+    folder, port = tmp_path_factory.mktemp("growing"), free_port()
+    provider = {**PROVIDER, "gcs_address": f"127.0.0.1:{port}"}
+    (folder / "cluster.yaml").write_text(yaml.safe_dump({**AUTOSCALER, "provider": provider}))
+    known = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    environment = {**known, **token, "RAY_TMPDIR": tempfile.mkdtemp(prefix="ray-")}
+    fake = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_enable_autoscaler_v2": "1"}
+    fake |= {"RAY_CLOUD_INSTANCE_ID": HEAD_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID}
+    options = ["--head", "--block", f"--port={port}", "--num-cpus=0", "--num-gpus=0", "--node-ip-address=127.0.0.1"]
+    options += ["--labels=carclass-work=head", f"--autoscaling-config={folder}/cluster.yaml"]
+    options += [f"--dashboard-port={free_port()}", "--object-store-memory=100000000"]
+    with (folder / "head.log").open("w") as out:
+        head = subprocess.Popen([RAY, "start", *options], env={**environment, **fake}, stdout=out, stderr=out)
+    try:
+        wait_for(lambda: "Ray runtime started" in (folder / "head.log").read_text(), head, folder / "head.log")
+        yield {**environment, "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    finally:
+        kill(head)
+        shutil.rmtree(environment["RAY_TMPDIR"], ignore_errors=True)
+
+
+def run(environment: dict[str, str], code: str) -> subprocess.CompletedProcess:
+    """A job of a few lines; the last line of its output is what it found, as JSON."""
+    start = "import json, ray\nfrom carclass import capacity, cluster\ncluster.connect()\n"
+    command = [sys.executable, "-c", start + textwrap.dedent(code)]
+    return subprocess.run(command, env=environment, cwd=HOUSE, capture_output=True, text=True, timeout=180, check=False)
+
+
+def said(done: subprocess.CompletedProcess) -> object:
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+PLACED = """
+assert capacity.gpus(None, {count}, "key", "{work}")
+@ray.remote(num_gpus=1, num_cpus=0, label_selector=capacity.selector("{work}"))
+def where():
+    return ray.get_runtime_context().get_node_id()
+labels = {{node["NodeID"]: node["Labels"]["carclass-work"] for node in ray.nodes()}}
+print(json.dumps(labels[ray.get(where.remote())]))
+"""
+
+
+@pytest.mark.parametrize(("work", "count"), [("train", 2), ("mask", 2)])
+def test_gpu_nodes_of_the_right_kind_are_started_for_a_job(growing, work, count):
+    assert said(run(growing, PLACED.format(work=work, count=count))) == work
+
+
+def test_cpus_are_started_for_a_job(growing):
+    assert said(run(growing, 'capacity.check_cpus(1, "key"); print(capacity.room("CPU", 1) >= 1 and "1")')) == 1
+
+
+def test_nodes_that_never_come_are_an_error_that_says_which(growing):
+    done = run(growing, 'capacity.PATIENCE_S = 3; capacity.gpus(True, 9, "train.use_gpu", "train")')
+    assert "`train.use_gpu` needs 9 GPU(s) on nodes labelled carclass-work=train" in done.stderr
+
+
+def test_a_job_told_to_use_no_gpu_waits_for_none(growing):
+    assert said(run(growing, 'print(json.dumps(capacity.gpus(False, 9, "key", "train")))')) is False

@@ -1,0 +1,95 @@
+"""Listing buckets page by page: every key once however they are laid out, in bounded memory, and patiently."""
+
+import itertools
+import tracemalloc
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from carclass import listing, storage
+from carclass.benchmarks import scale
+from carclass.errors import UserError
+from tests.busy_s3 import Proxy
+
+LAYOUTS = {
+    "flat": [f"{i:02d}.jpg" for i in range(30)],
+    "a folder per class": [f"class {i % 3}/{i}.jpg" for i in range(30)],
+    "subset and class": [f"{subset}/class {i % 5}/{i}.jpg" for i in range(20) for subset in ("train", "test")],
+    "a folder per photo": [f"{i}/photo.jpg" for i in range(30)],
+    "uneven": ["a.jpg", "b/c.jpg", "b/d/e/f/g.jpg", *(f"h/{i:02d}.jpg" for i in range(30))],
+    "odd names": ["a//b.jpg", "ä ö/#?&+%.jpg", "a/b c.jpg", "a.jpg", "a/", "a-/c.jpg"],
+}
+
+
+def listed(uri: str) -> list[str]:
+    return sorted(itertools.chain.from_iterable(listing.pages(uri)))
+
+
+def put(s3: Any, bucket: str, keys: Iterable[str]) -> None:
+    for key in keys:
+        s3.put_object(Bucket=bucket, Key=key, Body=b"x")
+
+
+@pytest.mark.parametrize("limits", [(64, 10_000), (4, 10_000), (64, 12)], ids=["deep", "flat", "crowded levels"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_key_is_listed_once(
+    s3: Any, bucket: str, monkeypatch: pytest.MonkeyPatch, layout: str, limits: tuple[int, int]
+):
+    monkeypatch.setattr(listing, "MIN_PREFIXES", limits[0])
+    monkeypatch.setattr(listing, "MAX_PREFIXES", limits[1])
+    shorten_answers(monkeypatch)
+    expected = sorted(key for key in LAYOUTS[layout] if not key.endswith("/"))
+    put(s3, bucket, [f"p/{key}" for key in LAYOUTS[layout]])
+    put(s3, bucket, ["beside.jpg", "pp/beside.jpg"])
+    assert listed(f"s3://{bucket}/p") == listed(f"s3://{bucket}/p/") == expected
+
+
+def shorten_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five entries an answer, so that a few keys take several."""
+    ask = listing._Bucket._ask
+    monkeypatch.setattr(listing._Bucket, "_ask", lambda *given, **more: ask(*given, **more, MaxKeys=5))
+
+
+def test_a_prefix_and_a_bucket_that_are_not_there_have_no_keys(bucket: str):
+    assert (listed(f"s3://{bucket}/nothing"), listed("s3://not-there/photos")) == ([], [])
+
+
+def test_a_listing_that_is_refused_says_why_and_what_to_do(bucket: str, monkeypatch: pytest.MonkeyPatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    with pytest.raises(UserError, match=rf"s3://{bucket}/p: cannot be listed \(.*\)\. Check the bucket and your cred"):
+        listed(f"s3://{bucket}/p")
+
+
+def test_an_answer_that_is_refused_is_asked_for_again(s3: Any, proxy: Proxy, bucket: str):
+    put(s3, bucket, LAYOUTS["a folder per class"])
+    proxy.first = 2
+    assert listed(f"s3://{bucket}") == sorted(LAYOUTS["a folder per class"])
+    assert proxy.refused >= 8  # the level, and the three folders
+
+
+def peak(folder: Path) -> int:
+    """The most memory that Python takes to list the bucket of a folder."""
+    with scale.served(folder / "buckets"):
+        tracemalloc.start()
+        count = sum(map(len, listing.pages("s3://photos")))
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert count == int(folder.name)
+    return most
+
+
+def test_memory_is_the_same_for_four_times_the_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(listing, "THREADS", 2)  # what is in memory is an answer for each
+    monkeypatch.setattr(scale, "NUM_CLASSES", 5)
+    for count in (5_000, 20_000):
+        scale.write_photos(tmp_path / str(count), count)
+    peak(tmp_path / "5000")  # what is made once
+    assert peak(tmp_path / "20000") < 1.1 * peak(tmp_path / "5000")
+
+
+def test_a_whole_bucket_is_listed_as_a_small_place_is(s3: Any, bucket: str):
+    put(s3, bucket, LAYOUTS["uneven"])
+    assert listed(f"s3://{bucket}") == storage.list_files(f"s3://{bucket}")

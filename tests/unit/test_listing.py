@@ -1,0 +1,105 @@
+"""Listing a local folder page by page, and everything up to the plan, in memory that doesn't grow with the keys."""
+
+import logging
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from carclass import config, ingest, listing, storage
+from carclass.errors import UserError
+from carclass.inventory import Inventory
+
+
+def listed(uri: str) -> list[str]:
+    return sorted(key for page in listing.pages(uri) for key in page)
+
+
+def fill(folder: Path, count: int) -> str:
+    """A folder of empty files in folders of a thousand, with labels.csv beside it."""
+    for start in range(0, count, 1000):
+        (folder / f"photos/{start // 1000:02d}").mkdir(parents=True)
+        for i in range(start, min(start + 1000, count)):
+            (folder / f"photos/{start // 1000:02d}/{i:06d}.jpg").touch()
+    rows = (f"{i:06d}.jpg,class {i % 10},{'test' if i % 5 else 'train'}\n" for i in range(count))
+    (folder / "labels.csv").write_text("img_name,class,subset\n" + "".join(rows))
+    return str(folder / "photos")
+
+
+def test_pages_hold_every_file_once(tmp_path: Path):
+    photos = fill(tmp_path, 2500)
+    pages = list(listing.pages(photos))
+    assert max(map(len, pages)) <= listing.PAGE_KEYS
+    assert sorted(key for page in pages for key in page) == storage.list_files(photos)
+
+
+@pytest.mark.parametrize("form", ["{}", "{}/", "file://{}", "file://{}/"])
+def test_a_place_may_be_written_with_a_scheme_and_a_slash_at_its_end(tmp_path: Path, form: str):
+    storage.write_bytes(str(tmp_path / "a/ä #?.txt"), b"")
+    assert listed(form.format(tmp_path)) == ["a/ä #?.txt"]
+
+
+def test_links_to_folders_and_files_are_followed(tmp_path: Path):
+    storage.write_bytes(str(tmp_path / "there/a.jpg"), b"")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/folder").symlink_to(tmp_path / "there")
+    (tmp_path / "photos/b.jpg").symlink_to(tmp_path / "there/a.jpg")
+    (tmp_path / "photos/broken.jpg").symlink_to(tmp_path / "gone.jpg")
+    assert listed(str(tmp_path / "photos")) == ["b.jpg", "folder/a.jpg"]
+
+
+def test_a_place_that_is_not_there_has_no_pages(tmp_path: Path):
+    assert listed(str(tmp_path / "nothing")) == []
+
+
+def test_a_file_has_no_listing(tmp_path: Path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match="cannot be listed"):
+        listed(str(tmp_path / "file"))
+
+
+def test_other_schemes_are_refused_by_name():
+    with pytest.raises(UserError, match="not gs://"):
+        listed("gs://bucket/a")
+
+
+def plan(folder: Path) -> int:
+    """Lists, labels and matches photos and goes through what is to do; the most memory that Python took for it."""
+    settings = config.Ingest(photos=str(folder / "photos"), labels=str(folder / "labels.csv"))
+    tracemalloc.start()
+    with Inventory() as inventory:
+        ingest.list_photos(settings.photos, inventory)
+        ingest.label_photos(settings, inventory)
+        assert sum(map(len, inventory.todo(256))) == inventory.count_inputs()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return peak
+
+
+def test_memory_up_to_the_plan_is_the_same_for_ten_times_the_keys(tmp_path: Path):
+    (tmp_path / "few").mkdir()
+    (tmp_path / "many").mkdir()
+    fill(tmp_path / "few", 5_000)
+    fill(tmp_path / "many", 50_000)
+    plan(tmp_path / "few")  # imports
+    few, many = plan(tmp_path / "few"), plan(tmp_path / "many")
+    assert many < 1.1 * few
+
+
+def test_a_long_listing_says_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    photos = fill(tmp_path, 2000)
+    pages = listing.pages
+
+    def slowly(uri: str):
+        for page in pages(uri):
+            now[0] += 6
+            yield page
+
+    now = [0.0]
+    monkeypatch.setattr("carclass.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(listing, "pages", slowly)
+    with Inventory() as inventory, caplog.at_level(logging.INFO):
+        ingest.list_photos(photos, inventory)
+    assert caplog.messages == ["list: 1,000 keys, 167/s", "list: 2,000 keys, 167/s"]
