@@ -1,19 +1,21 @@
-"""A job submitted to a Ray cluster with token authentication, as on AWS."""
+"""A job submitted to a Ray cluster with token authentication, as on AWS, and followed to its end."""
 
 import os
 import secrets
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 from tests.clusters import RAY, free_port, kill
+from tests.tunnel import Tunnel
 
 REPO = Path(__file__).parents[2]
 
@@ -77,9 +79,13 @@ def status(url: str, token: str | None) -> int:
         return 0
 
 
-def submit(head: Head, token: str | None, home: Path, *job: str) -> subprocess.CompletedProcess:
-    command = [RAY, "job", "submit", "--address", head.url, "--working-dir", str(REPO), "--", *job]
-    return subprocess.run(command, env=environment(token, home), capture_output=True, text=True, timeout=400)
+SUBMIT = REPO / "jobs" / "submit.py"
+
+
+def submit(url: str, token: str | None, home: Path, *job: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, SUBMIT, "--address", url, "--", *job]
+    known = environment(token, home)
+    return subprocess.run(command, env=known, cwd=REPO, capture_output=True, text=True, timeout=400, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -89,13 +95,13 @@ def submitted(head: Head, photos_folder: Path, tmp_path_factory) -> tuple[subpro
     config_file = "jobs/experiments/sample.yml"
     places = ["--photos", f"{photos_folder}/photos", "--labels", f"{photos_folder}/labels.csv", "--root", str(root)]
     job = ["python", "jobs/ingest.py", "--config", config_file, *places]
-    return submit(head, head.token, tmp_path_factory.mktemp("with-token"), *job), root
+    return submit(head.url, head.token, tmp_path_factory.mktemp("with-token"), *job), root
 
 
 def test_a_submitted_job_succeeds(submitted):
     done, _ = submitted
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "succeeded" in done.stdout
+    assert "SUCCEEDED" in done.stderr
 
 
 def test_a_submitted_job_publishes_its_dataset(submitted):
@@ -103,14 +109,83 @@ def test_a_submitted_job_publishes_its_dataset(submitted):
     assert (root / "datasets" / "v1" / "manifest.json").exists()
 
 
-def test_a_user_mistake_fails_the_job(head: Head, tmp_path: Path):
-    done = submit(head, head.token, tmp_path, "python", "jobs/ingest.py", "--config", "no-such-file.yml")
-    assert done.returncode != 0
-    assert "config file no-such-file.yml" in done.stdout + done.stderr
+@pytest.fixture(scope="module")
+def follow(head: Head, tmp_path_factory) -> Callable[..., subprocess.CompletedProcess]:
+    """Submits a few lines of Python with the token."""
+
+    def follow(code: str, url: str = head.url) -> subprocess.CompletedProcess:
+        return submit(url, head.token, tmp_path_factory.mktemp("home"), "python", "-c", code)
+
+    return follow
+
+
+def test_a_user_mistake_fails_the_job_with_its_own_exit_status(head: Head, tmp_path: Path):
+    done = submit(head.url, head.token, tmp_path, "python", "jobs/ingest.py", "--config", "no-such-file.yml")
+    assert done.returncode == 2
+    assert "config file no-such-file.yml" in done.stdout
+
+
+def test_the_exit_status_is_the_jobs(follow):
+    assert follow("raise SystemExit(7)").returncode == 7
+
+
+def test_only_code_and_the_files_that_are_named_travel(head: Head, tmp_path: Path):
+    config_file = REPO / "build" / "named.yml"
+    config_file.parent.mkdir(exist_ok=True)
+    config_file.write_text("root: here")
+    code = "import sys, pathlib; print(sorted(map(str, pathlib.Path().iterdir())), open(sys.argv[1]).read())"
+    done = submit(head.url, head.token, tmp_path, "python", "-c", code, "build/named.yml")
+    config_file.unlink()
+    assert "['build', 'carclass', 'jobs'] root: here" in done.stdout
+
+
+def test_a_config_outside_the_checkout_is_refused(head: Head, tmp_path: Path):
+    (tmp_path / "mine.yml").write_text("root: here")
+    done = submit(head.url, head.token, tmp_path, "python", "jobs/train.py", "--config", str(tmp_path / "mine.yml"))
+    assert done.returncode == 2
+    assert "does not travel. Put it in there" in done.stderr
+
+
+COUNT = "import time\nfor i in range(40): print('line', i, flush=True); time.sleep(0.25)"
+
+
+def test_a_broken_connection_costs_no_line_and_no_exit_status(head: Head, follow):
+    host, port = head.url.removeprefix("http://").split(":")
+    with Tunnel(0, None, (host, int(port))) as way:
+        threading.Thread(target=way.serve_forever, daemon=True).start()
+        cutting = threading.Timer(12, way.cut)
+        cutting.start()
+        done = follow(COUNT + "\nraise SystemExit(3)", way.url)
+        way.shutdown()
+    assert done.returncode == 3
+    assert "lost the connection" in done.stderr
+    assert [line for line in done.stdout.splitlines() if line[:4] == "line"] == [f"line {i}" for i in range(40)]
+
+
+def test_the_same_command_follows_the_job_that_runs(head: Head, follow, tmp_path: Path):
+    marker = tmp_path / "started"
+    code = f"import pathlib, time; pathlib.Path({str(marker)!r}).open('a').write('x'); time.sleep(15); print('done')"
+    first = threading.Thread(target=follow, args=(code,))
+    first.start()
+    while not marker.exists():
+        time.sleep(0.1)
+    again = follow(code)
+    first.join()
+    assert "runs already" in again.stderr
+    assert again.returncode == 0
+    assert marker.read_text() == "x"
 
 
 def test_a_submission_without_the_token_is_refused(head: Head, tmp_path: Path):
-    assert submit(head, None, tmp_path, "python", "-c", "print('hello')").returncode != 0
+    done = submit(head.url, None, tmp_path, "python", "-c", "print('hello')")
+    assert done.returncode == 2
+    assert "token" in done.stderr
+
+
+def test_a_cluster_that_is_not_there_is_said_so(tmp_path: Path):
+    done = submit(f"http://127.0.0.1:{free_port()}", "0" * 64, tmp_path, "python", "-c", "print('hello')")
+    assert done.returncode == 2
+    assert "no cluster answers" in done.stderr
 
 
 @pytest.mark.parametrize("token", [None, "0" * 64], ids=["none", "wrong"])

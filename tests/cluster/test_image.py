@@ -1,0 +1,231 @@
+"""The Dockerfile, line by line in a clean Debian: it makes a Ray node that runs the demo as a user of its own."""
+
+import json
+import os
+import re
+import secrets
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from ray.autoscaler._private.command_runner import _with_interactive
+
+from tests.cluster.clean_root import TOOLS, Build, Stage, instructions
+
+REPO = Path(__file__).parents[2]
+IMAGE = REPO / "cluster" / "image"
+LINES = list(instructions((REPO / "Dockerfile").read_text(encoding="utf-8")))
+pytestmark = pytest.mark.timeout(900)  # the image and the demo, on two busy cores
+COMPILERS = ("as", "c++", "cc", "clang", "cpp", "g++", "gcc", "ld", "make", "nvcc", "rustc")
+
+missing = [tool for tool in TOOLS if shutil.which(tool) is None]
+in_a_clean_root = pytest.mark.skipif(
+    sys.platform != "linux" or os.geteuid() != 0 or missing != [],
+    reason=f"needs Linux, root and {', '.join(TOOLS)}; missing: {', '.join(missing) or 'root'}",
+)
+
+# A head with a worker beside it runs the demo and is stopped. What is found lies in files: `ray stop` ends the rest.
+LIFE = """
+check() {{ name=$1; shift; "$@" >"health.$name" 2>&1; echo $? >"health.$name.code"; }}
+await() {{ for _ in $(seq 120); do check "$@"; [ "$(cat "health.$1.code")" = 0 ] && break; sleep 1; done; }}
+check before {health}
+{command} >head.log 2>&1 &
+await head {health}
+ray start --address=127.0.0.1:6379 --num-cpus=0 --object-store-memory=100000000 \\
+    --dashboard-agent-listen-port=52366 >worker.log 2>&1
+await worker {worker_health}
+ray job submit --address http://127.0.0.1:8265 --working-dir job -- \\
+    python jobs/pipeline.py --root "$HOME/results" >job.log 2>&1
+echo $? >job.code
+ray stop >stop.log 2>&1
+check after {health}
+"""
+
+
+def tool(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([shutil.which(name) or name, *arguments], capture_output=True, text=True, timeout=60)
+
+
+def test_the_dockerfile_passes_hadolint():
+    done = tool(str(Path(sys.executable).with_name("hadolint")), REPO / "Dockerfile")
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", sorted(IMAGE.glob("*.sh")), ids=lambda path: path.name)
+def test_a_script_is_well_formed_and_can_be_run(script: Path):
+    assert tool("bash", "-n", script).returncode == 0
+    assert os.access(script, os.X_OK)
+
+
+def test_every_step_is_one_script_of_the_folder():
+    steps = [re.sub(r"^--mount=\S+ ", "", value) for name, value in LINES if name == "RUN"]
+    one_script = r"(python )?(/build/cluster/image|/image)/\w+\.(sh|py)( [^;&|<>]+)?"
+    assert [step for step in steps if not re.fullmatch(one_script, step)] == []
+
+
+def test_the_build_context_holds_all_that_is_copied():
+    admitted = [line[1:] for line in (REPO / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    from_here = [value.split() for name, value in LINES if name == "COPY" and not value.startswith("--from=")]
+    copied = [source for *sources, _ in from_here for source in sources]
+    assert copied
+    assert [path for path in copied if not any(f"{path}/".startswith(f"{folder}/") for folder in admitted)] == []
+
+
+def test_kubernetes_can_tell_that_the_user_is_not_root():
+    assert [value for name, value in LINES if name == "USER"] == ["1000:1000"]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Stage]]:
+    """All stages, for CPU nodes: the environment that these tests run in has all that DEVICE=cuda keeps."""
+    folder = tmp_path_factory.mktemp("image")
+    try:
+        yield Build(REPO / "Dockerfile", folder, DEVICE="cpu").stages
+    finally:
+        shutil.rmtree(folder)  # gigabytes
+
+
+@pytest.fixture(scope="module")
+def node(built: dict[str, Stage]) -> Stage:
+    """What `docker build` gives without a target."""
+    return built["last"]
+
+
+@in_a_clean_root
+def test_a_node_has_its_own_user_and_home(node: Stage):
+    assert node.run("id -un; id -u; echo ~; pwd").stdout.split() == ["carclass", "1000", *["/home/carclass"] * 2]
+
+
+@in_a_clean_root
+def test_what_takes_too_long_leaves_no_process(node: Stage):
+    with pytest.raises(subprocess.TimeoutExpired):
+        node.run("sleep 47113", timeout=2)
+    deadline = time.monotonic() + 60
+    while (left := tool("pgrep", "-f", "^sleep 47113$").stdout) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert left == ""
+
+
+@in_a_clean_root
+def test_a_node_imports_what_jobs_need(node: Stage):
+    done = node.run("python -c 'import ray, torch, torchvision, detectron2; print(ray.__version__)'")
+    assert done.stdout.strip() == "2.60.0", done.stderr
+
+
+@in_a_clean_root
+def test_a_node_has_no_compiler(node: Stage):
+    assert node.run(f"command -v {' '.join(COMPILERS)}").stdout == ""
+
+
+@in_a_clean_root
+@pytest.mark.parametrize("program", ["bash", "ssh", "rsync", "wget", "whoami"])
+def test_a_node_has_what_ray_up_and_kuberay_call(node: Stage, program: str):
+    assert node.run(f"command -v {program}").returncode == 0
+
+
+@in_a_clean_root
+def test_ray_up_finds_ray_from_its_login_shells(node: Stage):
+    done = node.run(" ".join(_with_interactive("ray --version")))
+    assert "2.60.0" in done.stdout, done.stderr
+
+
+@in_a_clean_root
+def test_the_autoscaler_of_kuberay_starts(node: Stage):
+    """In a sidecar with the image of the head."""
+    done = node.run("ray kuberay-autoscaler --help")
+    assert done.returncode == 0, done.stderr
+
+
+@in_a_clean_root
+def test_a_node_cannot_change_its_environment(node: Stage):
+    assert node.run("touch /opt/carclass/bin/ray /opt/carclass/lib/new").returncode != 0
+
+
+@in_a_clean_root
+@pytest.mark.parametrize("script", ["watch_spot", "spot_first"])
+def test_a_node_has_what_aws_needs(node: Stage, script: str):
+    done = node.run(f"cd /opt/carclass/bin && python -c 'import {script}'")
+    assert done.returncode == 0, done.stderr
+
+
+@in_a_clean_root
+def test_a_device_that_is_neither_is_refused(built: dict[str, Stage]):
+    done = built["build"].run("/build/cluster/image/device.sh /opt/carclass rocm")
+    assert done.returncode == 1
+    assert "DEVICE is rocm; give cuda or cpu." in done.stderr
+
+
+@pytest.fixture(scope="module")
+def inventory(built: dict[str, Stage]) -> dict:
+    """What `docker build --target sbom` leaves."""
+    (file,) = built["sbom"].root.iterdir()
+    assert file.name == "carclass.cdx.json"
+    return json.loads(file.read_text())
+
+
+@in_a_clean_root
+def test_the_inventory_has_the_shape_of_cyclonedx(inventory: dict):
+    assert (inventory["bomFormat"], inventory["specVersion"], inventory["version"]) == ("CycloneDX", "1.6", 1)
+    allowed = {"type", "bom-ref", "name", "version", "purl", "licenses"}
+    assert [one for one in inventory["components"] if not {"type", "name", "version"} <= set(one) <= allowed] == []
+    references = [one["bom-ref"] for one in inventory["components"]]
+    assert len(set(references)) == len(references)
+
+
+@in_a_clean_root
+def test_the_inventory_lists_the_lock_but_for_what_only_gpus_need(inventory: dict):
+    machine = {"python_version": "3.11", "python_full_version": "3.11.2"}
+    lines = re.findall(r"^[\w.-]+==[^\\]+", (REPO / "requirements.lock").read_text(), re.MULTILINE)
+    locked = [one for one in map(Requirement, lines) if one.marker is None or one.marker.evaluate(machine)]
+    listed = {f"{one['name']}=={one['version']}" for one in inventory["components"]}
+    (gpu_only,) = re.findall(r"^gpu_only=\((.+)\)$", (IMAGE / "device.sh").read_text(), re.MULTILINE)
+    assert sorted(one.name for one in locked if f"{one.name}{one.specifier}" not in listed) == sorted(gpu_only.split())
+
+
+@in_a_clean_root
+def test_the_inventory_lists_debians_packages(inventory: dict):
+    found = {one["name"] for one in inventory["components"] if one["purl"].startswith("pkg:deb/debian/")}
+    assert {"bash", "libc6", "openssh-client"} <= found
+
+
+@pytest.fixture(scope="module")
+def life(node: Stage) -> Path:
+    """The home of a node that has been a head, run the demo as a job, and been stopped."""
+    home = node.root / "home" / "carclass"
+    for name in ("carclass", "jobs"):
+        shutil.copytree(REPO / name, home / "job" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    subprocess.run(["chown", "-R", "1000:1000", home / "job"], check=True)
+    health = shlex.join(node.health)
+    worker_health = health.replace("52365", "52366")  # it shares the head's addresses
+    script = LIFE.format(health=health, worker_health=worker_health, command=shlex.join(node.command))
+    done = node.run(script, variables={"RAY_AUTH_TOKEN": secrets.token_hex(32)}, timeout=800)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return home
+
+
+@in_a_clean_root
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_node_without_ray_is_unhealthy(life: Path, when: str):
+    assert (life / f"health.{when}.code").read_text().strip() != "0"
+
+
+@in_a_clean_root
+def test_a_head_is_asked_for_its_raylet_and_its_gcs(life: Path):
+    assert (life / "health.head").read_text().split("\n") == ["raylet: success", "gcs: success"]
+
+
+@in_a_clean_root
+def test_a_worker_is_asked_for_its_raylet(life: Path):
+    assert (life / "health.worker").read_text().split("\n") == ["raylet: success", "gcs: success (no local gcs)"]
+
+
+@in_a_clean_root
+def test_the_demo_runs_as_a_job(life: Path):
+    assert (life / "job.code").read_text().strip() == "0", (life / "job.log").read_text()
+    assert (life / "results" / "experiments" / "sample" / "report" / "report.html").exists()
