@@ -44,7 +44,7 @@ def gpus(wanted: bool | None, count: int, key: str, work: str | None, *, togethe
         if wanted is not False:
             _wait_for({"GPU": 1}, count if together else 1, selector(work) or {}, key)
         return wanted is not False
-    there = int(ray.cluster_resources().get("GPU", 0))
+    there = int(_total("GPU"))
     if wanted is None:
         if 0 < there < count:
             log.warning(
@@ -64,7 +64,7 @@ def check_cpus(count: float, key: str) -> None:
 
     Where nodes are labelled, they are waited for.
     """
-    there = ray.cluster_resources().get("CPU", 0)
+    there = _total("CPU")
     if there >= count:
         return
     if is_labelled():
@@ -96,7 +96,7 @@ def object_store() -> int:
 def memory(use_gpu: bool) -> int | None:
     """Bytes of one GPU, or of all nodes together; None where every GPU stays taken for a minute."""
     if not use_gpu:
-        return int(sum(resources.get("memory", 0) for resources in _nodes()))
+        return int(_total("memory"))
     address = ray.get_runtime_context().gcs_address
     if address not in _known_gpus and (found := _ask_gpu()) is not None:
         _known_gpus[address] = found
@@ -120,6 +120,10 @@ def _gpu_memory() -> int:
     import torch  # here: only this one process needs it
 
     return int(torch.cuda.get_device_properties(0).total_memory)
+
+
+def _total(resource: str) -> float:
+    return sum(resources.get(resource, 0) for resources in _nodes())
 
 
 def _nodes() -> list[dict[str, float]]:

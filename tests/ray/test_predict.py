@@ -35,7 +35,8 @@ THRESHOLD = 0.3
 def two_cpus(ray_cluster: str) -> Iterator[None]:
     """Fewer processes than the tests' cluster would get, as each takes seconds to start."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+        nodes = [{**node, "Resources": {**node["Resources"], "CPU": 2.0}} for node in ray.nodes() if node["Alive"]]
+        patch.setattr(ray, "nodes", lambda: nodes)
         yield
 
 
