@@ -39,7 +39,7 @@ CREATE INDEX IF NOT EXISTS input_key ON input (key);
 CREATE INDEX IF NOT EXISTS written_key ON written (key);
 """
 """Made when something is asked: in one go, that takes a fraction of the time."""
-TODO = "FROM input WHERE reason IS NULL AND NOT EXISTS (SELECT 1 FROM written WHERE written.key = input.key)"
+UNWRITTEN = "FROM input WHERE reason IS NULL AND NOT EXISTS (SELECT 1 FROM written WHERE written.key = input.key)"
 
 
 class Inventory:
@@ -111,7 +111,7 @@ class Inventory:
 
     def count_todo(self) -> int:
         """Photos that aren't written."""
-        return int(self.one(f"SELECT count(*) {TODO}"))
+        return int(self.one(f"SELECT count(*) {UNWRITTEN}"))
 
     def todo(self, rows: int, *, spread: bool = True) -> Iterator[pa.Table]:
         """Photos that aren't written, as tables of SOURCE.
@@ -119,14 +119,14 @@ class Inventory:
         In the order of their keys' hashes, so that what is read at a time is from everywhere: S3 limits the requests
         for each prefix. spread=False: in the order in which they came in.
         """
-        found = self.ask(f"SELECT key, label, subset {TODO} ORDER BY {'turn(key), key' if spread else 'id'}")
+        found = self.ask(f"SELECT key, label, subset {UNWRITTEN} ORDER BY {'turn(key), key' if spread else 'id'}")
         for some in chunks(found, rows):
             columns = [pa.array(column, pa.string()) for column in zip(*some, strict=True)]
             yield pa.Table.from_arrays(columns, schema=SOURCE)
 
     def todo_keys(self) -> Iterator[str]:
         """Photos that aren't written, in the order in which they came in."""
-        return (key for (key,) in self.ask(f"SELECT key {TODO} ORDER BY id"))
+        return (key for (key,) in self.ask(f"SELECT key {UNWRITTEN} ORDER BY id"))
 
     def rejected(self) -> Iterator[tuple[str, str, str]]:
         """(key, reason, detail) of what came in, can't become a row, and isn't written."""
