@@ -111,8 +111,9 @@ class Cluster:
         return process
 
 
-def wait_for(reached: Callable[[], bool], process: subprocess.Popen, log: Path) -> None:
-    deadline = time.monotonic() + 120
+def wait_for(reached: Callable[[], bool], process: subprocess.Popen, log: Path, seconds: float = 120) -> None:
+    """Waits while a process does its work; it may not end before."""
+    deadline = time.monotonic() + seconds
     while not reached():
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()

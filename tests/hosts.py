@@ -10,7 +10,8 @@ import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+
+from tests.clusters import Job
 
 NETWORK, OUTSIDE = "10.77.0", "198.51.100"
 SWITCH = "carclass-switch"
@@ -32,13 +33,6 @@ def missing() -> str | None:
         return f"{', '.join(absent)} not found"
     trial = subprocess.run(["unshare", "--net", "--mount", "--uts", "--pid", "true"], capture_output=True, check=False)
     return None if trial.returncode == 0 else "namespaces may not be made here"
-
-
-class Process(NamedTuple):
-    """Something that runs on a host, and its log."""
-
-    process: subprocess.Popen
-    log: Path
 
 
 class Host:
@@ -73,7 +67,7 @@ class Host:
         """Pulls the cable: what runs goes on, but reaches nobody."""
         _sh(f"ip -n {self.space} link set eth0 down")
 
-    def start(self, command: Sequence[str | Path], environment: dict[str, str]) -> Process:
+    def start(self, command: Sequence[str | Path], environment: dict[str, str]) -> Job:
         """Runs a command in the background."""
         log = self.home / f"{len(self.started)}.log"
         # With processes of its own, all of which end with the first, as they do with a machine.
@@ -84,7 +78,7 @@ class Host:
             full = ["ip", "netns", "exec", self.space, *own, *enter, *command]
             process = subprocess.Popen(full, env=given, stdout=out, stderr=subprocess.STDOUT)
         self.started.append(process)
-        return Process(process, log)
+        return Job(process, log)
 
     def run(self, command: Sequence[str | Path], environment: dict[str, str]) -> tuple[int, str]:
         """A command's exit status and all that it said."""

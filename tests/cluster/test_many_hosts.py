@@ -9,8 +9,7 @@ import secrets
 import shlex
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ from safetensors.numpy import load
 
 from carclass import dataset, storage
 from carclass.sample.generate import write_sample
-from tests.clusters import RAY, SYSTEM
-from tests.hosts import Host, Network, Process, missing
+from tests.clusters import RAY, SYSTEM, Job, wait_for
+from tests.hosts import Host, Network, missing
 from tests.tunnel import Tunnel
 
 REPO = Path(__file__).parents[2]
@@ -79,7 +78,7 @@ class Site:
         started = self.store.start(server, self.environment)
         way = Tunnel(0, self.store.space, (self.store.address, 5000))
         threading.Thread(target=way.serve_forever, daemon=True).start()
-        wait_for(lambda: "Running on" in started.log.read_text(), started)
+        wait_for(lambda: "Running on" in started.log.read_text(), *started)
         return way
 
     def start_cluster(self) -> None:
@@ -98,9 +97,9 @@ class Site:
     def _start_node(self, host: Host, *options: str) -> None:
         common = ["--block", f"--node-ip-address={host.address}", "--object-store-memory=300000000"]
         started = host.start([RAY, "start", *options, *common], self.environment)
-        wait_for(lambda: "Ray runtime started" in started.log.read_text(), started)
+        wait_for(lambda: "Ray runtime started" in started.log.read_text(), *started)
 
-    def submit(self, *command: str) -> Process:
+    def submit(self, *command: str) -> Job:
         """A job, as a person sends it."""
         return self.client.start([sys.executable, REPO / "jobs" / "submit.py", "--", *command], self.environment)
 
@@ -110,15 +109,6 @@ def of_aws() -> dict[str, int]:
     command = yaml.safe_load((REPO / "cluster" / "aws.yaml").read_text())["head_start_ray_commands"][-1]
     (found,) = (word for word in shlex.split(command) if word.startswith("--system-config="))
     return dict(json.loads(found.split("=", 1)[1]))
-
-
-def wait_for(reached: Callable[[], bool], started: Process, seconds: float = 400) -> None:
-    """Waits while a process does its work; it may not end before."""
-    deadline = time.monotonic() + seconds
-    while not reached():
-        assert started.process.poll() is None, started.log.read_text()[-5000:]
-        assert time.monotonic() < deadline, started.log.read_text()[-5000:]
-        time.sleep(0.05)
 
 
 def put_photos(folder: Path) -> None:
@@ -170,13 +160,13 @@ def many(site: Site) -> tuple[int, str]:
     config_file.parent.mkdir(exist_ok=True)
     config_file.write_text(yaml.safe_dump(SETTINGS))
     job = site.submit("python", "jobs/pipeline.py", "--config", "build/many-hosts.yml")
-    wait_for(lambda: num_parts("many") >= 2, job)
+    wait_for(lambda: num_parts("many") >= 2, *job, seconds=400)
     first.unplug()
-    wait_for(lambda: num_parts("many") >= 4, job)
+    wait_for(lambda: num_parts("many") >= 4, *job, seconds=400)
     second.kill()
     assert not storage.exists(f"s3://{BUCKET}/many/datasets/v2/manifest.json"), "lost after masking, not during it"
     site.start_worker(second)  # as the autoscaler does
-    wait_for(lambda: num_epochs("many") >= 2, job)
+    wait_for(lambda: num_epochs("many") >= 2, *job, seconds=400)
     third.kill()
     assert num_epochs("many") < EPOCHS, "lost after training, not during it"
     site.start_worker(third)
