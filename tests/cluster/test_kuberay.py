@@ -13,6 +13,7 @@ from typing import Any
 import jsonschema
 import kubernetes_validate
 import pytest
+import ray
 import yaml
 from ray.autoscaler._private.kuberay import autoscaling_config
 
@@ -132,6 +133,22 @@ def test_a_pod_runs_the_pinned_image(pod: str):
 
 def test_the_cluster_asks_for_a_token():
     assert CLUSTER["authOptions"] == {"mode": "token"}
+
+
+def test_the_operator_is_told_the_version_of_ray():
+    """It gives out tokens from 2.52 on, and refuses a cluster whose version it isn't told."""
+    assert CLUSTER["rayVersion"] == ray.__version__
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_node_is_not_started_again_in_its_place(group: str):
+    """The operator refuses anything else with this autoscaler, which replaces nodes itself."""
+    assert PODS[group]["spec"].get("restartPolicy", "Never") == "Never"
+
+
+@pytest.mark.parametrize("group", [name for name in GROUPS if name != "head"])
+def test_a_group_comes_and_goes_with_the_work(group: str):
+    assert 0 == GROUPS[group]["minReplicas"] < GROUPS[group]["maxReplicas"]
 
 
 def test_the_cluster_ends_with_its_job():
