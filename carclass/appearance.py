@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
+from carclass.augment import upload
+
 GRAY = (0.2989, 0.587, 0.114)
 """Shares of red, green and blue in brightness (ITU-R BT.601)."""
 LARGEST = 0.99
@@ -26,11 +28,12 @@ def change(photos: Tensor, draws: np.ndarray) -> Tensor:
     """
     photos = photos.clone()
     chosen = (draws[:, 0] * (len(CHANGES) + 1)).astype(np.int64)
-    for number, make in enumerate(CHANGES):
-        rows = np.flatnonzero(chosen == number)
-        if len(rows):
-            where = torch.from_numpy(rows).to(photos.device)
-            strength = torch.from_numpy(draws[rows, 1]).to(photos).view(-1, 1, 1, 1)
+    order = np.argsort(chosen, kind="stable")
+    counts = np.bincount(chosen, minlength=len(CHANGES) + 1).tolist()
+    places = upload(order, photos.device).split(counts)
+    strengths = upload(draws[order, 1], photos.device).to(photos).view(-1, 1, 1, 1).split(counts)
+    for make, where, strength in zip(CHANGES, places, strengths, strict=False):  # the last ones stay as they are
+        if len(where):
             photos[where] = make(photos[where], strength)
     return photos
 

@@ -37,12 +37,18 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
+def upload(array: np.ndarray, device: torch.device) -> Tensor:
+    """An array on a device. To a GPU it goes from pinned memory, for which nobody waits until the GPU gets to it."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 def augment(photos: Tensor, settings: config.Augmentation, draws: np.ndarray) -> Tensor:
     """Flips, turns and zooms each photo in one resampling; what comes into view is mirrored, as in Keras.
 
     photos: float (N,3,S,S); draws: (N,5) in [0,1), see uniforms. Returns float (N,3,S,S).
     """
-    matrices = torch.from_numpy(affine_matrices(settings, draws)).to(photos)
+    matrices = upload(affine_matrices(settings, draws), photos.device).to(photos)
     grid = functional.affine_grid(matrices, list(photos.shape), align_corners=False)
     return functional.grid_sample(photos, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 

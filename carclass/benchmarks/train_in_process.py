@@ -19,7 +19,7 @@ from carclass import config, model
 from carclass.benchmarks import labelled, plain_training
 from carclass.benchmarks.timing import WARM_UP, Clock
 from carclass.progress import say
-from carclass.training import loop
+from carclass.training import graphed, loop
 from carclass.training.feed import Batch, Block, Feed, PhotoBatches
 
 BATCH_SIZE, ROUNDS = 32, 3
@@ -82,7 +82,9 @@ def trainee_of(given: config.Train, num_classes: int, device: torch.device) -> l
     model.load_parent(net, given)
     model.prepare_stage(net.to(device), "unfrozen")
     trained = loop.make_trained(net, given.unfrozen)
-    return loop.Trainee(trained, net, given.unfrozen, model.autocast(given.precision, device), given.seed)
+    uncached = model.autocast(given.precision, device, cached=False)
+    forward = graphed.faster(net, given.unfrozen.batch_size, given.model.image_size, uncached)
+    return loop.Trainee(trained, forward, given.unfrozen, model.autocast(given.precision, device), given.seed)
 
 
 class Timed:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 
 from carclass import config, lineage, model, storage
 from carclass.progress import say
@@ -49,7 +49,7 @@ def depends_on(settings: config.Train) -> dict[str, Any]:
     return depends
 
 
-def write(uri: str, net: nn.Module, feeds: Sequence[Feed], run: lineage.Run, device: torch.device) -> None:
+def write(uri: str, net: model.FoldedResNet, feeds: Sequence[Feed], run: lineage.Run, device: torch.device) -> None:
     """Computes the features of train and val, all workers together, and publishes them."""
     assert run.settings.frozen is not None
     started, tensors = time.monotonic(), {}
@@ -75,7 +75,7 @@ def read(uri: str, batch_size: int, device: torch.device, **share: int) -> Featu
 
 
 @torch.inference_mode()
-def compute(net: nn.Module, feed: Feed, num_views: int, run: lineage.Run, device: torch.device) -> Tensor:
+def compute(net: model.FoldedResNet, feed: Feed, num_views: int, run: lineage.Run, device: torch.device) -> Tensor:
     """float (V,N,D): each worker takes its share of the photos, all get the whole."""
     settings = run.settings
     net.eval()
@@ -87,7 +87,7 @@ def compute(net: nn.Module, feed: Feed, num_views: int, run: lineage.Run, device
         for view in range(num_views):
             seen = view_of(photos, view, feed.ids[indices], VIEWS_SEED, settings.augmentation)
             with model.autocast(settings.precision, device):
-                found[view, indices] = model.features(net, seen).float().cpu()
+                found[view, indices] = net.features(seen).float().cpu()
         if feed.rank == 0 and start // BATCH_SIZE % 20 == 19:
             say(f"{settings.name} features: {start + len(indices):,} of {len(mine):,} photos")
     return _sum_over_workers(found, device)

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -11,13 +12,16 @@ import torch
 from torch import Tensor
 
 from carclass import appearance, config, model, photo
-from carclass.augment import augment, uniforms
+from carclass.augment import augment, uniforms, upload
 
 T = TypeVar("T")
 ORDER, VIEW, AUGMENT, DROPOUT, APPEARANCE = range(5)
 """What a draw is for: added to the seed, so that no two purposes share their randomness."""
 AHEAD = 4
 """Batches that are read, in a thread each, while one is trained on."""
+
+TOGETHER = 4
+"""Steps whose photos are augmented at once on a GPU: it does so faster than its kernels can be started."""
 
 
 class Encoded:
@@ -124,15 +128,25 @@ class PhotoBatches:
 
     def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """An epoch's steps after its first `start` samples."""
-        feed = self.feeds[0]
-        for indices, weight, pixels in feed.read(feed.steps(epoch, self.stage.batch_size, start)):
-            yield _batch(self._augmented(pixels, indices, epoch), feed, indices, weight)
+        steps = self.feeds[0].steps(epoch, self.stage.batch_size, start)
+        if self.device.type == "cpu":
+            return self._changed(([step] for step in steps), epoch)
+        return ahead(self._changed(iter(lambda: list(islice(steps, TOGETHER)), []), epoch))
 
     def val(self) -> Iterator[Batch]:
         """Every val photo once over all workers."""
         feed = self.feeds[1]
         for indices, weight, pixels in feed.read(feed.steps(None, self.stage.batch_size * 4)):
             yield _batch(to_device(pixels, self.device), feed, indices, weight)
+
+    def _changed(self, groups: Iterator[list[tuple[np.ndarray, float]]], epoch: int) -> Iterator[Batch]:
+        """Steps, those of a group augmented together, which changes nothing else: a photo's draws are its own."""
+        feed = self.feeds[0]
+        joined = ((np.concatenate([indices for indices, _ in group]), group) for group in groups)
+        for indices, group, pixels in feed.read(joined):
+            parts = self._augmented(pixels, indices, epoch).split([len(indices) for indices, _ in group])
+            for inputs, (mine, weight) in zip(parts, group, strict=True):
+                yield _batch(inputs, feed, mine, weight)
 
     def _augmented(self, pixels: np.ndarray, indices: np.ndarray, epoch: int) -> Tensor:
         """Photos as an epoch shows them, normalised. indices: where they are in the split."""
@@ -177,7 +191,7 @@ def to_device(pixels: np.ndarray, device: torch.device) -> Tensor:
 
 def on_device(pixels: np.ndarray, device: torch.device) -> Tensor:
     """uint8 (N,S,S,3) → uint8 (N,3,S,S): a quarter of the bytes that floats would take travel."""
-    return torch.from_numpy(pixels).to(device, non_blocking=True).permute(0, 3, 1, 2)
+    return upload(pixels, device).permute(0, 3, 1, 2)
 
 
 def view_of(photos: Tensor, view: int, ids: np.ndarray, seed: int, settings: config.Augmentation) -> Tensor:
@@ -189,10 +203,19 @@ def view_of(photos: Tensor, view: int, ids: np.ndarray, seed: int, settings: con
     return augment(photos, settings, uniforms(seed + AUGMENT, view, ids, 5))
 
 
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, a few of them made in a thread while one is used: a GPU would wait while they are made."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = deque(pool.submit(next, items, None) for _ in range(TOGETHER))
+        while (item := coming.popleft().result()) is not None:
+            coming.append(pool.submit(next, items, None))
+            yield item
+
+
 def _done(batch: tuple) -> tuple:
     *told, pixels = batch
     return *told, pixels.result()
 
 
 def _batch(inputs: Tensor, samples: Samples, indices: np.ndarray, weight: float) -> Batch:
-    return Batch(inputs, torch.from_numpy(samples.labels[indices]).to(inputs.device), weight, samples.ids[indices])
+    return Batch(inputs, upload(samples.labels[indices], inputs.device), weight, samples.ids[indices])

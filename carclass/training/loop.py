@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from carclass import config, model
 from carclass.training.checkpoint import Trained
@@ -199,8 +200,8 @@ def average(trainee: Trainee, step: int) -> None:
     assert trainee.trained.average is not None
     assert trainee.stage.ema_decay is not None
     decay = min(trainee.stage.ema_decay, (1 + step) / (10 + step))  # as in TensorFlow's ExponentialMovingAverage
-    for ours, theirs in zip(trainee.trained.average.parameters(), trainee.trained.module.parameters(), strict=True):
-        ours.lerp_(theirs, 1 - decay)
+    ours, theirs = ([*module.parameters()] for module in (trainee.trained.average, trainee.trained.module))
+    get_ema_multi_avg_fn(decay)(ours, theirs, None)
 
 
 def finish_epoch(trainee: Trainee, batches: Batches, state: State) -> Finished:

@@ -16,7 +16,7 @@ from torchvision.models.resnet import ResNet
 
 from carclass import capacity, cluster, config, dataset, lineage, model, storage, telemetry
 from carclass.errors import UserError
-from carclass.training import checkpoint, features, loop, parent, preflight
+from carclass.training import checkpoint, features, graphed, loop, parent, preflight
 from carclass.training.departure import Departure, Seat, TorchConfig
 from carclass.training.feed import Block, Encoded, Feed, PhotoBatches, pixels_of
 from carclass.training.keeper import Keeper
@@ -225,7 +225,7 @@ def _publish(job: Job) -> None:
     checkpoint.publish_model(job.run.best(job.stage), net, facts)
 
 
-def start_of(job: Job) -> ResNet:
+def start_of(job: Job) -> model.FoldedResNet:
     """The network as a stage finds it: the parent's weights, or the frozen stage's best."""
     settings = job.run.settings
     torch.manual_seed(settings.seed)  # the classifier's first weights, the same on every worker
@@ -267,11 +267,23 @@ def work(job: Job, seat: Seat) -> bool:
     batches = _batches(job, net, seat)
     trained = loop.make_trained(trained_part(net, job.stage), stage)
     state = _restore(job, trained)
-    precision = "fp32" if job.stage == "frozen" else settings.precision  # a linear layer gains nothing from bf16
-    forward = ray.train.torch.prepare_model(trained.module) if seat.num_workers > 1 else trained.module
-    piece = stage.micro_batch_size if job.stage == "unfrozen" else None
-    trainee = loop.Trainee(trained, forward, stage, model.autocast(precision, seat.device), settings.seed, piece)
-    return _train(job, seat, trainee, batches, state)
+    return _train(job, seat, _trainee(job, seat, net, trained), batches, state)
+
+
+def _trainee(job: Job, seat: Seat, net: model.FoldedResNet, trained: checkpoint.Trained) -> loop.Trainee:
+    """What a worker trains: the classifier, or the whole network."""
+    settings, stage = job.run.settings, getattr(job.run.settings, job.stage)
+    piece, forward = None, trained.module
+    autocast = model.autocast("fp32", seat.device)  # a linear layer gains nothing from bf16
+    if job.stage == "unfrozen":
+        piece, autocast = stage.micro_batch_size, model.autocast(settings.precision, seat.device)
+        share = len(range(seat.rank, stage.batch_size, seat.num_workers))
+        if piece is None or piece >= share:
+            uncached = model.autocast(settings.precision, seat.device, cached=False)
+            forward = graphed.faster(net, share, settings.model.image_size, uncached)
+    if seat.num_workers > 1:
+        forward = ray.train.torch.prepare_model(forward)
+    return loop.Trainee(trained, forward, stage, autocast, settings.seed, piece)
 
 
 def _batches(job: Job, net: ResNet, seat: Seat) -> loop.Batches:

@@ -1,0 +1,126 @@
+"""Training on a GPU: faster than as it is written down, and the same."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, distributed, multiprocessing, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from carclass import config, model
+from carclass.training import graphed, loop
+from carclass.training.feed import Block, Feed, PhotoBatches
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+GPU = torch.device("cuda")
+SIDE, CLASSES, PHOTOS, BATCH = 64, 4, 29, 8
+
+
+def feed(rank: int = 0, num_workers: int = 1) -> Feed:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (PHOTOS, SIDE, SIDE, 3), np.uint8)
+    blocks = [Block(pixels, rng.integers(0, CLASSES, PHOTOS), rng.integers(0, 2**63, PHOTOS, np.uint64))]
+    return Feed(blocks, seed=1, rank=rank, num_workers=num_workers)
+
+
+def stage(**settings: object) -> config.Unfrozen:
+    return config.Unfrozen.model_validate(
+        {"epochs": 2, "batch_size": BATCH, "lr": 1e-2, "warmup_epochs": 1, **settings}
+    )
+
+
+def trained(
+    settings: config.Unfrozen, precision: str, *, graphs: bool, rank: int = 0, num_workers: int = 1
+) -> tuple[dict[str, Tensor], list[float]]:
+    """Weights and each step's loss after two epochs whose last step has five photos."""
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
+    torch.manual_seed(0)
+    net = model.build(config.Model(architecture="resnet26-narrow", image_size=SIDE, dropout=0.3), CLASSES).to(GPU)
+    model.prepare_stage(net, "unfrozen")
+    given, forward = loop.make_trained(net, settings), net
+    if graphs:
+        uncached = model.autocast(precision, GPU, cached=False)
+        forward = graphed.faster(net, len(range(rank, BATCH, num_workers)), SIDE, uncached)
+        assert forward is not net
+    if num_workers > 1:
+        forward = DistributedDataParallel(forward)
+    trainee = loop.Trainee(given, forward, settings, model.autocast(precision, GPU), 1)
+    share_of = feed(rank, num_workers)
+    batches = PhotoBatches(share_of, share_of, config.Augmentation(), settings, GPU)
+    losses: list[float] = []
+    finished = loop.Keeping(finish=lambda _, told: losses.extend(step["loss"] for step in told.steps))
+    assert loop.run(trainee, batches, loop.State(), finished)
+    return {name: tensor.cpu() for name, tensor in net.state_dict().items()}, losses
+
+
+def error(found: Tensor, truth: Tensor) -> float:
+    found, truth = found.detach().double(), truth.detach().double()
+    return float((found - truth).norm() / truth.norm())
+
+
+def differing(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: float) -> dict[str, float]:
+    """Tensors that are not the same, and how far off they are."""
+    found = {name: error(tensor, other[name]) for name, tensor in one.items() if other[name].any()}
+    return {name: value for name, value in found.items() if not value <= tolerance}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_a_frozen_norm_is_batch_norm_with_its_gradients(dtype: torch.dtype, tolerance: float):
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(24).eval().to(GPU)
+    for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+        nn.init.uniform_(tensor, 0.3, 1.5)
+    photos = torch.randn(4, 24, 9, 9, device=GPU).to(dtype, memory_format=torch.channels_last).requires_grad_()
+    gradient = torch.randn(4, 24, 9, 9, device=GPU).to(dtype)
+    exact, exactly = copy.deepcopy(norm).double(), photos.detach().double().requires_grad_()
+    mine = model.FrozenNorm.apply(photos, norm, norm.weight, norm.bias)
+    found = [mine, *torch.autograd.grad(mine, [photos, norm.weight, norm.bias], gradient)]
+    truth = [
+        exact(exactly),
+        *torch.autograd.grad(exact(exactly), [exactly, exact.weight, exact.bias], gradient.double()),
+    ]
+    assert [error(one, other) for one, other in zip(found, truth, strict=True)] == pytest.approx([0] * 4, abs=tolerance)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_graphs_change_nothing(precision: str):
+    settings = stage()
+    without, told_without = trained(settings, precision, graphs=False)
+    within, told_within = trained(settings, precision, graphs=True)
+    assert told_within == pytest.approx(told_without, rel=1e-6)
+    assert differing(within, without, 1e-6) == {}
+
+
+def test_large_batches_have_no_graphs():
+    net = model.build(config.Model(architecture="resnet26-narrow", image_size=SIDE), CLASSES).to(GPU)
+    plain = model.autocast("bf16", GPU, cached=False)
+    assert graphed.faster(net, graphed.MOST_PIXELS // SIDE**2 + 1, SIDE, plain) is net
+
+
+def work(rank: int, folder: str) -> None:
+    """One of two workers on the same GPU: trains twice."""
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    for graphs in (False, True):
+        weights, _ = trained(stage(), "fp32", graphs=graphs, rank=rank, num_workers=2)
+        if rank == 0:
+            torch.save(weights, f"{folder}/{graphs}.pt")
+    distributed.destroy_process_group()
+
+
+def test_graphs_change_nothing_for_two_workers(tmp_path: Path):
+    multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
+    without, within = (torch.load(tmp_path / f"{graphs}.pt", weights_only=True) for graphs in (False, True))
+    assert differing(within, without, 1e-6) == {}
+
+
+def test_photos_are_changed_as_on_a_cpu():
+    given = feed()
+    on_cpu, on_gpu = (
+        next(PhotoBatches(given, given, config.Augmentation(), stage(), device).train(1))
+        for device in (torch.device("cpu"), GPU)
+    )
+    assert on_gpu.labels.cpu().tolist() == on_cpu.labels.tolist()
+    difference = (on_gpu.inputs.cpu() - on_cpu.inputs).abs()
+    assert float(difference.quantile(0.999)) < 1e-3  # a pixel that is rounded the other way may stand out
