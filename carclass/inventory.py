@@ -7,11 +7,14 @@ import sqlite3
 import tempfile
 import zlib
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import pyarrow as pa
+
+from carclass.errors import UserError
 
 T = TypeVar("T")
 SOURCE = pa.schema([("key", pa.string()), ("label", pa.string()), ("subset", pa.string())])
@@ -59,16 +62,18 @@ class Inventory:
         self._folder.cleanup()
 
     def run(self, *statements: str) -> None:
-        """Executes statements that change it."""
+        """Executes statements that change it; like all here, UserError when the disk is full."""
         for statement in statements:
-            self._db.execute(statement)
+            with self._on_disk():
+                self._db.execute(statement)
 
     def ask(self, query: str, *values: Any) -> Iterator[tuple[Any, ...]]:
         """Rows of the answer, fetched as they are wanted."""
         self.run(*INDICES.strip().splitlines())
-        cursor = self._db.execute(query, values)
-        while rows := cursor.fetchmany(FETCH_ROWS):
-            yield from rows
+        with self._on_disk():
+            cursor = self._db.execute(query, values)
+            while rows := cursor.fetchmany(FETCH_ROWS):
+                yield from rows
 
     def one(self, query: str) -> Any:
         """The first value of the answer, None without any."""
@@ -76,8 +81,22 @@ class Inventory:
 
     def _insert(self, statement: str, rows: Iterable[tuple[Any, ...]]) -> None:
         self.run("BEGIN")
-        self._db.executemany(statement, rows)
+        with self._on_disk():
+            self._db.executemany(statement, rows)
         self.run("COMMIT")
+
+    @contextmanager
+    def _on_disk(self) -> Iterator[None]:
+        """What is done there, with an error that helps when it is full."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorname != "SQLITE_FULL":
+                raise
+            raise UserError(
+                f"no space is left in {Path(self._folder.name).parent}, where a job keeps what it knows of its photos: "
+                "300 bytes of each, and as much again for sorting. Free some, or let TMPDIR name a place with more."
+            ) from error
 
     # What comes in
 
@@ -142,7 +161,7 @@ class Inventory:
 
     def add_part(self, path: str, rows: pa.Table) -> None:
         """Enters a file; its rows, columns of WRITTEN, count from the next `settle` on."""
-        self._db.execute("INSERT INTO part (path) VALUES (?)", (path,))
+        self._insert("INSERT INTO part (path) VALUES (?)", [(path,)])
         known = {name: rows[name].to_pylist() for name in rows.column_names}
         columns = [known.get(name, [None] * len(rows)) for name in WRITTEN]
         columns[1] = [image_id and image_id[:HASH_DIGITS] for image_id in columns[1]]

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 
 from carclass import matching
+from carclass.errors import UserError
 from carclass.inventory import SOURCE, Inventory, chunks
 
 
@@ -93,6 +94,12 @@ def test_nothing_is_left_on_disk():
         inventory.add_inputs("a")
         assert list(folder.iterdir())
     assert not folder.exists()
+
+
+def test_a_full_disk_is_said_with_a_way_out(inventory: Inventory):
+    inventory.run("PRAGMA max_page_count = 20")  # what SQLite then says is what it says of a full disk
+    with pytest.raises(UserError, match=r"no space is left in .*TMPDIR"):
+        inventory.add_inputs(f"{i:06d}.jpg" for i in range(10_000))
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(0, []), (3, [3]), (4, [3, 1])])
