@@ -14,6 +14,7 @@ from carclass.errors import UserError
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """ImageNet's channel statistics, RGB in 0..1: the input scale of all weights used here."""
 StageName = Literal["frozen", "unfrozen"]
+Precision = Literal["bf16", "fp32"]
 
 
 class FoldedBottleneck(Bottleneck):
@@ -202,6 +203,6 @@ def num_features(net: ResNet) -> int:
     return int(net.get_submodule("fc.1").in_features)
 
 
-def autocast(precision: Literal["bf16", "fp32"], device: torch.device, *, cached: bool = True) -> torch.autocast:
+def autocast(precision: Precision, device: torch.device, *, cached: bool = True) -> torch.autocast:
     """The arithmetic of a forward pass. cached: weights that are used twice are rounded once."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16", cache_enabled=cached)

@@ -82,8 +82,7 @@ def trainee_of(given: config.Train, num_classes: int, device: torch.device) -> l
     model.load_parent(net, given)
     model.prepare_stage(net.to(device), "unfrozen")
     trained = loop.make_trained(net, given.unfrozen)
-    uncached = model.autocast(given.precision, device, cached=False)
-    forward = graphed.faster(net, given.unfrozen.batch_size, given.model.image_size, uncached)
+    forward = graphed.faster(net, given.unfrozen.batch_size, given.model.image_size, given.precision)
     return loop.Trainee(trained, forward, given.unfrozen, model.autocast(given.precision, device), given.seed)
 
 

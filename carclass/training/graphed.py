@@ -7,7 +7,7 @@ has started the next one, and waits most of the time.
 import torch
 from torch import Tensor, nn
 
-from carclass.model import FoldedResNet
+from carclass.model import FoldedResNet, Precision, autocast
 
 MOST_PIXELS = 64 * 224**2
 """With more at a time even fast GPUs take longer than the program. So much, or less, also keeps small what graphs hold
@@ -17,19 +17,20 @@ besides the last, shorter step of an epoch: 1.4 GB for ResNet50 in bfloat16."""
 class Graphed(nn.Module):
     """A network on a GPU whose training passes on batches of one shape are graphs; other batches go as always.
 
-    Not for several passes to a step: each leaves its gradients where the one before left them. What drops out lies
-    behind the graphs, in the classifier. To be wrapped by DDP, not the reverse.
+    Not for several passes to a step: each leaves its gradients where the one before left them. Nor for DDP, which sends
+    gradients while others are still computed. What drops out lies behind the graphs, in the classifier.
     """
 
-    def __init__(self, net: FoldedResNet, num_photos: int, size: int, autocast: torch.autocast) -> None:
+    def __init__(self, net: FoldedResNet, num_photos: int, size: int, precision: Precision) -> None:
         super().__init__()
         self.net = net
         self.shape = (num_photos, 3, size, size)
-        photos = torch.zeros(self.shape, device=net.conv1.weight.device).to(memory_format=torch.channels_last)
+        device = net.conv1.weight.device
+        photos = torch.zeros(self.shape, device=device).to(memory_format=torch.channels_last)
         # The graphs' own nodes live on the stream of their capture; that others wait for it there is meant.
         torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
         features = _Features(net)
-        with autocast:
+        with autocast(precision, device, cached=False):  # weights are to be rounded in every replay
             torch.cuda.make_graphed_callables(features, (photos,), allow_unused_input=True)
         self.features = features.forward  # not as a module: its tensors are the network's
 
@@ -51,8 +52,8 @@ class _Features(nn.Module):
         return self.net.features(photos)
 
 
-def faster(net: FoldedResNet, num_photos: int, size: int, autocast: torch.autocast) -> nn.Module:
-    """The network as it trains soonest. num_photos: of a step, in one pass; autocast: of the pass, without a cache."""
+def faster(net: FoldedResNet, num_photos: int, size: int, precision: Precision) -> nn.Module:
+    """The network as it trains soonest. num_photos: of a step, which are all that a pass has."""
     if net.conv1.weight.device.type != "cuda" or num_photos * size**2 > MOST_PIXELS:
         return net
-    return Graphed(net, num_photos, size, autocast)
+    return Graphed(net, num_photos, size, precision)

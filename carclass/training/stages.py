@@ -277,12 +277,10 @@ def _trainee(job: Job, seat: Seat, net: model.FoldedResNet, trained: checkpoint.
     autocast = model.autocast("fp32", seat.device)  # a linear layer gains nothing from bf16
     if job.stage == "unfrozen":
         piece, autocast = stage.micro_batch_size, model.autocast(settings.precision, seat.device)
-        share = len(range(seat.rank, stage.batch_size, seat.num_workers))
-        if piece is None or piece >= share:
-            uncached = model.autocast(settings.precision, seat.device, cached=False)
-            forward = graphed.faster(net, share, settings.model.image_size, uncached)
     if seat.num_workers > 1:
         forward = ray.train.torch.prepare_model(forward)
+    elif job.stage == "unfrozen" and (piece is None or piece >= stage.batch_size):
+        forward = graphed.faster(net, stage.batch_size, settings.model.image_size, settings.precision)
     return loop.Trainee(trained, forward, stage, autocast, settings.seed, piece)
 
 

@@ -1,13 +1,11 @@
 """Training on a GPU: faster than as it is written down, and the same."""
 
 import copy
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, distributed, multiprocessing, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
 
 from carclass import config, model
 from carclass.training import graphed, loop
@@ -15,40 +13,29 @@ from carclass.training.feed import Block, Feed, PhotoBatches
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU = torch.device("cuda")
-SIDE, CLASSES, PHOTOS, BATCH = 64, 4, 29, 8
+SIDE, CLASSES, PHOTOS = 64, 4, 29
+STAGE = config.Unfrozen(epochs=2, batch_size=8, lr=1e-2, warmup_epochs=1)
 
 
-def feed(rank: int = 0, num_workers: int = 1) -> Feed:
+def feed() -> Feed:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (PHOTOS, SIDE, SIDE, 3), np.uint8)
     blocks = [Block(pixels, rng.integers(0, CLASSES, PHOTOS), rng.integers(0, 2**63, PHOTOS, np.uint64))]
-    return Feed(blocks, seed=1, rank=rank, num_workers=num_workers)
+    return Feed(blocks, seed=1)
 
 
-def stage(**settings: object) -> config.Unfrozen:
-    return config.Unfrozen.model_validate(
-        {"epochs": 2, "batch_size": BATCH, "lr": 1e-2, "warmup_epochs": 1, **settings}
-    )
-
-
-def trained(
-    settings: config.Unfrozen, precision: str, *, graphs: bool, rank: int = 0, num_workers: int = 1
-) -> tuple[dict[str, Tensor], list[float]]:
+def trained(precision: model.Precision, *, graphs: bool) -> tuple[dict[str, Tensor], list[float]]:
     """Weights and each step's loss after two epochs whose last step has five photos."""
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
+    torch.backends.cudnn.deterministic = True
     torch.manual_seed(0)
     net = model.build(config.Model(architecture="resnet26-narrow", image_size=SIDE, dropout=0.3), CLASSES).to(GPU)
     model.prepare_stage(net, "unfrozen")
-    given, forward = loop.make_trained(net, settings), net
+    given, forward = loop.make_trained(net, STAGE), net
     if graphs:
-        uncached = model.autocast(precision, GPU, cached=False)
-        forward = graphed.faster(net, len(range(rank, BATCH, num_workers)), SIDE, uncached)
+        forward = graphed.faster(net, STAGE.batch_size, SIDE, precision)
         assert forward is not net
-    if num_workers > 1:
-        forward = DistributedDataParallel(forward)
-    trainee = loop.Trainee(given, forward, settings, model.autocast(precision, GPU), 1)
-    share_of = feed(rank, num_workers)
-    batches = PhotoBatches(share_of, share_of, config.Augmentation(), settings, GPU)
+    trainee = loop.Trainee(given, forward, STAGE, model.autocast(precision, GPU), 1)
+    batches = PhotoBatches(feed(), feed(), config.Augmentation(), STAGE, GPU)
     losses: list[float] = []
     finished = loop.Keeping(finish=lambda _, told: losses.extend(step["loss"] for step in told.steps))
     assert loop.run(trainee, batches, loop.State(), finished)
@@ -85,40 +72,22 @@ def test_a_frozen_norm_is_batch_norm_with_its_gradients(dtype: torch.dtype, tole
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_graphs_change_nothing(precision: str):
-    settings = stage()
-    without, told_without = trained(settings, precision, graphs=False)
-    within, told_within = trained(settings, precision, graphs=True)
+def test_graphs_change_nothing(precision: model.Precision):
+    without, told_without = trained(precision, graphs=False)
+    within, told_within = trained(precision, graphs=True)
     assert told_within == pytest.approx(told_without, rel=1e-6)
     assert differing(within, without, 1e-6) == {}
 
 
 def test_large_batches_have_no_graphs():
     net = model.build(config.Model(architecture="resnet26-narrow", image_size=SIDE), CLASSES).to(GPU)
-    plain = model.autocast("bf16", GPU, cached=False)
-    assert graphed.faster(net, graphed.MOST_PIXELS // SIDE**2 + 1, SIDE, plain) is net
-
-
-def work(rank: int, folder: str) -> None:
-    """One of two workers on the same GPU: trains twice."""
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    for graphs in (False, True):
-        weights, _ = trained(stage(), "fp32", graphs=graphs, rank=rank, num_workers=2)
-        if rank == 0:
-            torch.save(weights, f"{folder}/{graphs}.pt")
-    distributed.destroy_process_group()
-
-
-def test_graphs_change_nothing_for_two_workers(tmp_path: Path):
-    multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
-    without, within = (torch.load(tmp_path / f"{graphs}.pt", weights_only=True) for graphs in (False, True))
-    assert differing(within, without, 1e-6) == {}
+    assert graphed.faster(net, graphed.MOST_PIXELS // SIDE**2 + 1, SIDE, "bf16") is net
 
 
 def test_photos_are_changed_as_on_a_cpu():
     given = feed()
     on_cpu, on_gpu = (
-        next(PhotoBatches(given, given, config.Augmentation(), stage(), device).train(1))
+        next(PhotoBatches(given, given, config.Augmentation(), STAGE, device).train(1))
         for device in (torch.device("cpu"), GPU)
     )
     assert on_gpu.labels.cpu().tolist() == on_cpu.labels.tolist()
