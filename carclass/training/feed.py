@@ -1,8 +1,9 @@
 """A split's photos in memory, served for many epochs, in an order that depends on (seed, epoch, photo) alone."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from typing import NamedTuple, TypeVar
 
@@ -131,7 +132,9 @@ class PhotoBatches:
         steps = self.feeds[0].steps(epoch, self.stage.batch_size, start)
         if self.device.type == "cpu":
             return self._changed(([step] for step in steps), epoch)
-        return ahead(self._changed(iter(lambda: list(islice(steps, TOGETHER)), []), epoch))
+        groups = iter(lambda: list(islice(steps, TOGETHER)), [])
+        # A thread begins with the first GPU, which may be another worker's.
+        return ahead(self._changed(groups, epoch), partial(torch.cuda.set_device, self.device.index or 0))
 
     def val(self) -> Iterator[Batch]:
         """Every val photo once over all workers."""
@@ -203,9 +206,12 @@ def view_of(photos: Tensor, view: int, ids: np.ndarray, seed: int, settings: con
     return augment(photos, settings, uniforms(seed + AUGMENT, view, ids, 5))
 
 
-def ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items, a few of them made in a thread while one is used: a GPU would wait while they are made."""
-    with ThreadPoolExecutor(1) as pool:
+def ahead(items: Iterator[T], begin: Callable[[], None]) -> Iterator[T]:
+    """The same items, a few of them made in a thread while one is used: a GPU would wait while they are made.
+
+    begin: called in that thread before anything else.
+    """
+    with ThreadPoolExecutor(1, initializer=begin) as pool:
         coming = deque(pool.submit(next, items, None) for _ in range(TOGETHER))
         while (item := coming.popleft().result()) is not None:
             coming.append(pool.submit(next, items, None))

@@ -14,6 +14,7 @@ from carclass.training.feed import (
     FeatureBatches,
     Feed,
     PhotoBatches,
+    ahead,
     pixels_of,
     to_device,
     view_of,
@@ -205,6 +206,19 @@ def test_validation_photos_are_not_augmented():
     val = Feed(blocks(6), seed=1)
     (batch,) = PhotoBatches(Feed(blocks(20), seed=1), val, Augmentation(), PLAIN, CPU).val()
     torch.testing.assert_close(batch.inputs, to_device(val.pixels(val.order(None)), CPU))
+
+
+def test_what_is_made_ahead_comes_in_order():
+    begun: list[int] = []
+    assert list(ahead(iter(range(1, 20)), lambda: begun.append(1))) == list(range(1, 20))
+    assert begun == [1]
+
+
+def test_what_goes_wrong_ahead_is_raised_where_the_items_are_used():
+    items = ahead((12 // i for i in (4, 3, 0, 1)), lambda: None)
+    assert [next(items), next(items)] == [3, 4]
+    with pytest.raises(ZeroDivisionError):
+        next(items)
 
 
 def test_num_steps_counts_the_last_short_step():
