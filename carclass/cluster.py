@@ -120,21 +120,21 @@ def read_part(batch: pa.Table, columns: list[str], split: str | None) -> pa.Tabl
     return dataset.read_part(batch["part"][0].as_py(), columns, filters).replace_schema_metadata()
 
 
-def stream_places(source: dataset.Dataset, keys: ray.ObjectRef, block_rows: int) -> ray.data.Dataset:
-    """Where the rows of some keys are (`part`, `position`), in blocks of block_rows, for slow work on large rows.
+def stream_places(places: Iterable[tuple[str, list[int]]], block_rows: int) -> ray.data.Dataset:
+    """Places of rows (`part`, `position`) in blocks of block_rows, for slow work on large rows.
 
     Whoever works on a row fetches it by `dataset.take`: what waits in a queue is small, however many photos wait, and
-    nothing is read long before its time. keys: a set in the object store.
+    nothing is read long before its time. places: of each part, its URI and positions in it.
     """
-    find = partial(find_places, keys=keys)
-    places = _parts(source).map_batches(find, batch_size=1, batch_format="pyarrow", num_cpus=TASK_CPUS)
-    return places.repartition(target_num_rows_per_block=block_rows)
+    items = [{"part": part, "positions": positions} for part, positions in places]
+    parts = ray.data.from_items(items, override_num_blocks=max(1, len(items)))
+    spread = parts.map_batches(spread_places, batch_size=1, batch_format="pyarrow", num_cpus=TASK_CPUS)
+    return spread.repartition(target_num_rows_per_block=block_rows)
 
 
-def find_places(batch: pa.Table, keys: ray.ObjectRef) -> pa.Table:
-    """The wanted rows' places in one part; batch: its uri."""
-    part, wanted = batch["part"][0].as_py(), ray.get(keys)
-    positions = [i for i, key in enumerate(dataset.read_part(part, ["key"])["key"].to_pylist()) if key in wanted]
+def spread_places(batch: pa.Table) -> pa.Table:
+    """A row for each place in one part; batch: its `part` and `positions`."""
+    (part,), (positions,) = (batch[name].to_pylist() for name in ("part", "positions"))
     return pa.table([[part] * len(positions), positions], schema=PLACE)
 
 

@@ -226,10 +226,10 @@ def written(uri: str, folder: str, columns: Sequence[str]) -> pa.Table:
     """Columns of what lies in parts/ or quarantine/, with the file each row is in as `part`."""
     schema = MASKED_ROW if folder == "parts" else QUARANTINE
     tables = [pa.schema([*(schema.field(name) for name in columns), ("part", pa.string())]).empty_table()]
-    for path in _parquet_files(uri):
-        if path.startswith(f"{folder}/"):
-            table = read_part(storage.join(uri, path), columns)
-            tables.append(table.append_column("part", pa.array([path] * len(table), pa.string())))
+    paths = [path for path in _parquet_files(uri) if path.startswith(f"{folder}/")]
+    read = partial(read_part, columns=columns)
+    for path, table in zip(paths, storage.in_parallel(read, [storage.join(uri, path) for path in paths]), strict=True):
+        tables.append(table.append_column("part", pa.array([path] * len(table), pa.string())))
     return pa.concat_tables([table.replace_schema_metadata() for table in tables])
 
 

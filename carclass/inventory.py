@@ -104,6 +104,10 @@ class Inventory:
         """Enters keys in the order in which they lie at their source."""
         self._insert("INSERT INTO input (key, back) VALUES (?, ?)", ((key, backwards(key)) for key in keys))
 
+    def add_rows(self, rows: Iterable[tuple[int, str]]) -> None:
+        """Enters keys under numbers, all different, that the caller knows them by."""
+        self._insert("INSERT INTO input (id, key) VALUES (?, ?)", rows)
+
     def add_labels(self, labels: Iterable[tuple[str, str, str]]) -> None:
         """Enters what labels say, in their order: names of photos, classes and subsets."""
         rows = ((name, backwards(name), label, subset) for name, label, subset in labels)
@@ -146,6 +150,10 @@ class Inventory:
     def todo_keys(self) -> Iterator[str]:
         """Photos that aren't written, in the order in which they came in."""
         return (key for (key,) in self.ask(f"SELECT key {UNWRITTEN} ORDER BY id"))
+
+    def todo_numbers(self) -> Iterator[int]:
+        """The numbers of those that aren't written, sorted."""
+        return (number for (number,) in self.ask(f"SELECT id {UNWRITTEN} ORDER BY id"))
 
     def rejected(self) -> Iterator[tuple[str, str, str]]:
         """(key, reason, detail) of what came in, can't become a row, and isn't written."""

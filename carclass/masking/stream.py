@@ -1,6 +1,6 @@
 """A dataset → a dataset without backgrounds: Ray Data streams the photos through a pool of detectors.
 
-find rows (tasks) → fetch and decode (tasks) → detect (actors) → cut, encode and write parts (tasks)
+places of rows → fetch and decode (tasks) → detect (actors) → cut, encode and write parts (tasks)
 
 Without GPUs, fetching and decoding happen in the actors, where Ray Data puts work that asks for the same resources.
 
@@ -23,7 +23,7 @@ from carclass import capacity, cluster, config, dataset, photo, storage
 from carclass.attempts import Attempts
 from carclass.errors import UserError
 from carclass.inventory import Inventory
-from carclass.masking import look, networks, quality
+from carclass.masking import look, networks, places, quality
 from carclass.masking.detector import Detection, Detector
 from carclass.masking.write import write_batch
 from carclass.photo import PhotoError
@@ -91,25 +91,19 @@ def _identity(settings: config.Mask, source: dataset.Dataset) -> dict[str, Any]:
     return {**known, "source_digest": source.digest}
 
 
-def choose(rows: pa.Table, limit: int | None) -> set[str]:
-    """Keys to mask: all, or as many as the limit, by the order of their content's hash."""
-    pairs = sorted(zip(rows["image_id"].to_pylist(), rows["key"].to_pylist(), strict=True))
-    return {key for _, key in pairs[:limit]}
-
-
 def _mask(
     uri: str, source: dataset.Dataset, settings: config.Mask, identity: dict[str, Any], limit: int | None
 ) -> dataset.Dataset:
     """The complete dataset at uri, not published yet."""
     cluster.connect()
     with Inventory() as inventory:
-        inventory.add_inputs(choose(source.read(["image_id", "key"]), limit))
+        inventory.add_rows((row.number, row.key) for row in places.chosen(source, limit))
         for _ in range(MAX_PASSES):
             dataset.take_stock(uri, inventory, identity)
             dataset.drop_repeats(uri, inventory, identity)
-            if not (todo := set(inventory.todo_keys())):
+            if not inventory.count_todo():
                 break
-            _write(uri, source, todo, settings, identity)
+            _write(uri, source, inventory, settings, identity)
         outcomes = Counter(dataset.written(uri, "parts", ["outcome"])["outcome"].to_pylist())
         facts = {
             "kind": "masked",
@@ -120,8 +114,10 @@ def _mask(
         return dataset.draft(uri, inventory, settings=identity, classes=source.classes, facts=facts)
 
 
-def _write(uri: str, source: dataset.Dataset, todo: set[str], settings: config.Mask, identity: dict[str, Any]) -> None:
-    """Streams the rows whose key is in todo through the detectors into parts."""
+def _write(
+    uri: str, source: dataset.Dataset, inventory: Inventory, settings: config.Mask, identity: dict[str, Any]
+) -> None:
+    """Streams the rows that are to do through the detectors into parts."""
     use_gpu = capacity.gpus(settings.use_gpu, settings.num_actors or 1, "mask.use_gpu", capacity.MASK, together=False)
     place = capacity.selector(capacity.MASK) if use_gpu else None
     count = settings.num_actors or max(1, capacity.room("GPU" if use_gpu else "CPU", 1, place))
@@ -129,7 +125,8 @@ def _write(uri: str, source: dataset.Dataset, todo: set[str], settings: config.M
         log.warning("mask: `mask.batch_size` has no effect without GPUs: a CPU takes photos one by one")
     capacity.check_cpus(1 + (count + 1) * cluster.TASK_CPUS, "mask.num_actors")  # 1: Ray's own repartitioning
     attempts, block_rows = Attempts(), GPU_BATCHES * settings.batch_size if use_gpu else CPU_BATCH
-    decoded = cluster.stream_places(source, ray.put(todo), block_rows).map_batches(
+    todo = places.by_part(source, inventory.todo_numbers())
+    decoded = cluster.stream_places(todo, block_rows).map_batches(
         partial(decode_batch, attempts=attempts),
         batch_size=block_rows,
         batch_format="pyarrow",
@@ -151,7 +148,7 @@ def _write(uri: str, source: dataset.Dataset, todo: set[str], settings: config.M
         batch_format="pyarrow",
         num_cpus=cluster.TASK_CPUS,
     )
-    with Meter("mask", len(todo)) as meter:
+    with Meter("mask", inventory.count_todo()) as meter:
         for summary in written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             assert isinstance(summary, pa.Table)
             meter.add(summary["outcome"].drop_null().to_pylist(), summary["reason"].drop_null().to_pylist())
@@ -169,10 +166,10 @@ def decode_rows(batch: pa.Table, attempts: Attempts) -> pa.Table:
     return _extend(batch, [_trouble(item) if isinstance(item, PhotoError) else _raw(item) for item in decoded], DECODED)
 
 
-def _fetch(places: pa.Table) -> pa.Table:
+def _fetch(batch: pa.Table) -> pa.Table:
     """The source's rows at these places."""
-    parts = dict.fromkeys(places["part"].to_pylist())
-    positions = {part: places.filter(pc.field("part") == part)["position"].to_pylist() for part in parts}
+    parts = dict.fromkeys(batch["part"].to_pylist())
+    positions = {part: batch.filter(pc.field("part") == part)["position"].to_pylist() for part in parts}
     return pa.concat_tables(dataset.take(part, found, dataset.ROW.names) for part, found in positions.items())
 
 
