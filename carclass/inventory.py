@@ -3,6 +3,7 @@
 SQLite in a temporary file; what it sorts is sorted in temporary files too.
 """
 
+import hashlib
 import sqlite3
 import tempfile
 import zlib
@@ -43,6 +44,8 @@ CREATE INDEX IF NOT EXISTS written_key ON written (key);
 """
 """Made when something is asked: in one go, that takes a fraction of the time."""
 UNWRITTEN = "FROM input WHERE reason IS NULL AND NOT EXISTS (SELECT 1 FROM written WHERE written.key = input.key)"
+
+UNKNOWN = "NOT EXISTS (SELECT 1 FROM input WHERE input.key = written.key)"
 
 
 class Inventory:
@@ -121,6 +124,13 @@ class Inventory:
     def keys(self) -> Iterator[str]:
         """All that came in, sorted."""
         return (key for (key,) in self.ask("SELECT key FROM input ORDER BY key"))
+
+    def digest(self) -> str:
+        """sha256 of the sorted keys, each on a line."""
+        found = hashlib.sha256()
+        for number, key in enumerate(self.keys()):
+            found.update((f"\n{key}" if number else key).encode())
+        return found.hexdigest()
 
     def classes(self) -> list[str]:
         """The photos' labels, sorted."""
@@ -220,15 +230,23 @@ class Inventory:
         query = "SELECT DISTINCT label FROM written WHERE split = ? AND NOT quarantined"
         return {label for (label,) in self.ask(query, split)}
 
+    def files_of_keys(self) -> Iterator[tuple[str, str]]:
+        """Each written key with the first of the files that have it, in the order of keys."""
+        found = "SELECT key, min(path) FROM written JOIN part ON part.id = part GROUP BY key ORDER BY key"
+        return self.ask(found)
+
     def lost(self) -> list[str]:
         """The first few inputs that are written nowhere."""
         missing = "NOT EXISTS (SELECT 1 FROM written WHERE written.key = input.key)"
         return [key for (key,) in self.ask(f"SELECT key FROM input WHERE {missing} LIMIT 5")]  # noqa: S608 - ours
 
+    def unknown(self) -> list[str]:
+        """The first few written keys that didn't come in."""
+        return [key for (key,) in self.ask(f"SELECT key FROM written WHERE {UNKNOWN} LIMIT 5")]  # noqa: S608 - ours
+
     def unexpected(self) -> list[str]:
         """The first few written keys that didn't come in, or are written more than once."""
-        unknown = "NOT EXISTS (SELECT 1 FROM input WHERE input.key = written.key)"
-        query = f"SELECT key FROM written GROUP BY key HAVING count(*) > 1 OR {unknown} LIMIT 5"  # noqa: S608 - ours
+        query = f"SELECT key FROM written GROUP BY key HAVING count(*) > 1 OR {UNKNOWN} LIMIT 5"  # noqa: S608 - ours
         return [key for (key,) in self.ask(query)]
 
 

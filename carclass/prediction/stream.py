@@ -11,7 +11,7 @@ one size, whoever else is in them, so that a job that was killed and run again p
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from carclass import archive, capacity, cluster, config, dataset, ingest, lineag
 from carclass.attempts import Attempts
 from carclass.errors import UserError
 from carclass.evaluation import evaluate
-from carclass.inventory import SOURCE, Inventory
+from carclass.inventory import Inventory
 from carclass.masking import stream as masking
 from carclass.masking.write import cut_batch
 from carclass.photo import PhotoError
@@ -86,11 +86,10 @@ def _run(
     root: str, settings: config.Predict, this: lineage.Run, facts: dict[str, Any], inventory: Inventory
 ) -> Outcome:
     """The same, with the model's facts and all photos found."""
-    keys = list(inventory.keys())
     storage.check_root(root)
     known = preprocessing.of_run(this)
     fitted = calibrate(this, facts, settings.batch_size)
-    uri, identity = table.place(this.uri, settings.name), _identity(settings, keys, facts, known, fitted)
+    uri, identity = table.place(this.uri, settings.name), _identity(settings, inventory, facts, known, fitted)
     if table.begin(uri, identity):
         log.info("predict: %s is finished, nothing to do", uri)
         return Outcome(uri, table.counts(uri), fitted)
@@ -104,9 +103,10 @@ def _run(
     )
     cluster.connect()
     dataset.take_stock(uri, inventory, identity)
-    if todo := list(inventory.todo_keys()):
-        _write(uri, todo, work, identity)
-    table.publish(uri, keys)
+    if inventory.count_todo():
+        _write(uri, inventory, work, identity)
+        dataset.take_stock(uri, inventory, identity)
+    table.publish(uri, inventory)
     return Outcome(uri, table.counts(uri), fitted)
 
 
@@ -128,7 +128,7 @@ def calibrate(this: lineage.Run, facts: dict[str, Any], batch_size: int) -> cali
 
 def _identity(
     settings: config.Predict,
-    keys: Sequence[str],
+    inventory: Inventory,
     facts: dict[str, Any],
     known: preprocessing.Preprocessing,
     fitted: calibration.Calibration,
@@ -136,7 +136,7 @@ def _identity(
     """What decides the rows."""
     return {
         "photos": settings.photos,
-        "list of photos": storage.sha256("\n".join(sorted(keys)).encode()),
+        "list of photos": inventory.digest(),
         "threshold": settings.threshold,
         "batch_size": settings.batch_size,
         "model": facts["sha256"],
@@ -146,10 +146,10 @@ def _identity(
     }
 
 
-def _write(uri: str, todo: Sequence[str], work: Work, identity: dict[str, Any]) -> None:
+def _write(uri: str, inventory: Inventory, work: Work, identity: dict[str, Any]) -> None:
     """Streams the photos through the networks into parts."""
     plan = _plan(work)
-    photos = load(work.settings.photos, todo, plan.block_rows)
+    photos = load(work.settings.photos, inventory, plan.block_rows)
     sources = photos.map_batches(partial(read_batch, attempts=Attempts(), settings=work.reading), **plan.task)
     cut = sources.map_batches(to_cut, **plan.task) if work.mask is None else _masked(sources, work.mask, plan)
     classified = cut.map_batches(
@@ -160,7 +160,7 @@ def _write(uri: str, todo: Sequence[str], work: Work, identity: dict[str, Any]) 
     )
     write = partial(table.write_batch, uri=uri, settings=identity)
     written = classified.map_batches(write, **{**plan.task, "batch_size": work.settings.part_rows})
-    with Meter("predict", len(todo)) as meter:
+    with Meter("predict", inventory.count_todo()) as meter:
         for summary in written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             assert isinstance(summary, pa.Table)
             outcomes = ["rejected" if found else "accepted" for found in summary["rejected"].drop_null().to_pylist()]
@@ -193,11 +193,10 @@ def _plan(work: Work) -> Plan:
     return Plan(use_gpu, count, classifiers, block_rows, task, {**task, "num_gpus": gpus if use_gpu else 0})
 
 
-def load(photos: str, keys: Sequence[str], block_rows: int) -> ray.data.Dataset:
-    """Rows of archive.LOADED, without labels, in blocks of block_rows. keys: in an archive's order, if it is one."""
-    todo = [{"key": key, "label": "", "subset": "test"} for key in keys]  # no label, and nothing is held out
-    listing = pa.Table.from_pylist(todo, SOURCE)
+def load(photos: str, inventory: Inventory, block_rows: int) -> ray.data.Dataset:
+    """Rows of archive.LOADED, without labels, in blocks of block_rows: of the photos that are to do."""
     if photos.endswith(archive.SUFFIXES):
+        listing = pa.concat_tables(inventory.todo(KEY_ROWS, spread=False))
         read = partial(read_archive, wanted=ray.put(listing), block_rows=block_rows)
         # It waits for storage most of the time, and may not hold the CPU that repartitioning needs.
         return (
@@ -205,9 +204,8 @@ def load(photos: str, keys: Sequence[str], block_rows: int) -> ray.data.Dataset:
             .map_batches(read, batch_size=1, batch_format="pyarrow", num_cpus=0)
             .repartition(target_num_rows_per_block=block_rows)
         )
-    blocks = [listing.slice(start, KEY_ROWS) for start in range(0, len(listing), KEY_ROWS)]
     return (
-        ray.data.from_arrow(blocks)
+        ray.data.from_arrow(list(inventory.todo(KEY_ROWS)))
         .repartition(target_num_rows_per_block=block_rows)
         .map_batches(
             partial(ingest.load_batch, photos=photos),

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from carclass import dataset, storage
 from carclass.errors import UserError
+from carclass.inventory import Inventory, chunks
 
 PREDICTION = pa.schema(
     [
@@ -101,16 +102,19 @@ def write_batch(batch: pa.Table, uri: str, settings: dict[str, Any]) -> pa.Table
     return batch.select(["rejected", "reason"])
 
 
-def publish(uri: str, keys: Sequence[str]) -> None:
-    """Writes the files from the parts; AssertionError when a key is missing or unknown."""
-    index = _index(uri)
-    wrong = sorted({*index["key"].to_pylist()} ^ {*keys})
-    assert not wrong, f"{uri}: {len(wrong)} photos are lost or unknown, such as {wrong[:5]}"
+def publish(uri: str, inventory: Inventory) -> None:
+    """Writes the files from the parts, whose rows the inventory has; AssertionError when a key is missing or unknown.
+
+    Processes of a job that was killed may write for a moment after the next one has looked for what is missing, so a
+    photo may be in two parts. Both say the same of it, and one of them is taken.
+    """
+    wrong = inventory.lost() + inventory.unknown()
+    assert not wrong, f"{uri}: photos are lost or unknown, such as {wrong}"
     with tempfile.TemporaryDirectory() as folder, ExitStack() as open_files:
         files = Path(folder, SHEET), Path(folder, TABLE)
         sheet = open_files.enter_context(pyarrow.csv.CSVWriter(files[0], as_sheet(PREDICTION.empty_table()).schema))
         table = open_files.enter_context(pq.ParquetWriter(files[1], PREDICTION, compression="zstd"))
-        for rows in _in_order(uri, index):
+        for rows in _in_order(uri, inventory):
             sheet.write_table(as_sheet(rows))
             table.write_table(rows)
         open_files.close()
@@ -149,28 +153,11 @@ def counts(uri: str) -> Counts:
     return Counts(len(found), len(rejected), pc.sum(rejected).as_py() or 0, dict(sorted(reasons.items())))
 
 
-def _index(uri: str) -> pa.Table:
-    """The part that each key is in, in the order of keys.
-
-    Processes of a job that was killed may write for a moment after the next one has looked for what is missing, so a
-    photo may be in two parts. Both say the same of it, and one of them is taken.
-    """
-    parts = [path for path in storage.list_files(uri) if path.startswith("parts/")]
-    found = [
-        table.append_column("part", pa.array([part] * len(table), pa.string()))
-        for part, table in zip(parts, _read(uri, parts, ["key"]), strict=True)
-    ]
-    empty = pa.table({"key": pa.array([], pa.string()), "part": pa.array([], pa.string())})
-    chosen = pa.concat_tables([empty, *found]).group_by("key").aggregate([("part", "min")])
-    return chosen.rename_columns({"part_min": "part"}).sort_by("key")
-
-
-def _in_order(uri: str, index: pa.Table) -> Iterator[pa.Table]:
-    """All rows in the order of the index, CHUNK_ROWS at a time, each time from the parts that have some of them."""
-    for start in range(0, len(index), CHUNK_ROWS):
-        chunk = index.slice(start, CHUNK_ROWS)
+def _in_order(uri: str, inventory: Inventory) -> Iterator[pa.Table]:
+    """All rows in the order of keys, CHUNK_ROWS at a time, each time from the parts that have some of them."""
+    for chunk in chunks(inventory.files_of_keys(), CHUNK_ROWS):
         wanted = defaultdict(list)
-        for key, part in zip(chunk["key"].to_pylist(), chunk["part"].to_pylist(), strict=True):
+        for key, part in chunk:
             wanted[part].append(key)
         tables = zip(wanted.values(), _read(uri, [*wanted], PREDICTION.names), strict=True)
         rows = pa.concat_tables(table.filter(pc.is_in(table["key"], pa.array(keys))) for keys, table in tables)
