@@ -20,9 +20,10 @@ ORDER, VIEW, AUGMENT, DROPOUT, APPEARANCE = range(5)
 """What a draw is for: added to the seed, so that no two purposes share their randomness."""
 AHEAD = 4
 """Batches that are read, in a thread each, while one is trained on."""
-
+FEW_PIXELS = 64 * 224**2
+"""So many in a step, or less, a fast GPU is done with before the program has started its kernels one by one."""
 TOGETHER = 4
-"""Steps whose photos are augmented at once on a GPU: it does so faster than its kernels can be started."""
+"""Of such steps: so many are augmented at once."""
 
 
 class Encoded:
@@ -101,6 +102,12 @@ class Feed(Samples):
         super().__init__(ids, labels, **share)
         self.starts = np.cumsum([0, *(len(block.ids) for block in self.blocks)])
 
+    @property
+    def size(self) -> int:
+        """Of its photos' sides, in pixels."""
+        first = self.blocks[0].pixels
+        return first.size if isinstance(first, Encoded) else first.shape[1]
+
     def pixels(self, indices: np.ndarray) -> np.ndarray:
         """uint8 (N,S,S,3) of photos by their position in the split."""
         where = np.searchsorted(self.starts, indices, side="right") - 1
@@ -130,7 +137,8 @@ class PhotoBatches:
     def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """An epoch's steps after its first `start` samples."""
         steps = self.feeds[0].steps(epoch, self.stage.batch_size, start)
-        if self.device.type == "cpu":
+        num_photos = -(-self.stage.batch_size // self.feeds[0].num_workers)
+        if self.device.type == "cpu" or num_photos * self.feeds[0].size ** 2 > FEW_PIXELS:
             return self._changed(([step] for step in steps), epoch)
         groups = iter(lambda: list(islice(steps, TOGETHER)), [])
         # A thread begins with the first GPU, which may be another worker's.

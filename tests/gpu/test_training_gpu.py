@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from carclass import config, model
 from carclass.training import graphed, loop
-from carclass.training.feed import Block, Feed, PhotoBatches
+from carclass.training.feed import FEW_PIXELS, Block, Feed, PhotoBatches
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU = torch.device("cuda")
@@ -81,7 +81,7 @@ def test_graphs_change_nothing(precision: model.Precision):
 
 def test_large_batches_have_no_graphs():
     net = model.build(config.Model(architecture="resnet26-narrow", image_size=SIDE), CLASSES).to(GPU)
-    assert graphed.faster(net, graphed.MOST_PIXELS // SIDE**2 + 1, SIDE, "bf16") is net
+    assert graphed.faster(net, FEW_PIXELS // SIDE**2 + 1, SIDE, "bf16") is net
 
 
 def test_photos_are_changed_as_on_a_cpu():

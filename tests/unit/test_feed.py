@@ -208,6 +208,16 @@ def test_validation_photos_are_not_augmented():
     torch.testing.assert_close(batch.inputs, to_device(val.pixels(val.order(None)), CPU))
 
 
+def test_steps_that_are_augmented_together_are_those_augmented_alone():
+    train = Feed(blocks(20), seed=1)
+    batches = PhotoBatches(train, train, Augmentation(), CHANGED, CPU)
+    together = list(batches._changed(iter([list(train.steps(1, CHANGED.batch_size))]), 1))
+    for one, other in zip(batches.train(1), together, strict=True):
+        torch.testing.assert_close(other.inputs, one.inputs, atol=1e-5, rtol=0)
+        assert other.labels.tolist() == one.labels.tolist()
+        assert (other.weight, other.ids.tolist()) == (one.weight, one.ids.tolist())
+
+
 def test_what_is_made_ahead_comes_in_order():
     begun: list[int] = []
     assert list(ahead(iter(range(1, 20)), lambda: begun.append(1))) == list(range(1, 20))
