@@ -110,7 +110,8 @@ def stream(source: dataset.Dataset, columns: Sequence[str], split: str | None = 
     Parts are read by our own storage, as pyarrow's file systems lose their retries on the way to another process.
     """
     read = partial(read_part, columns=list(columns), split=split)
-    rows = _parts(source).map_batches(read, batch_size=1, batch_format="pyarrow", num_cpus=TASK_CPUS)
+    parts = _by_part([{"part": uri} for uri in source.part_uris])
+    rows = parts.map_batches(read, batch_size=1, batch_format="pyarrow", num_cpus=TASK_CPUS)
     return rows.repartition(target_num_rows_per_block=BLOCK_ROWS)
 
 
@@ -126,8 +127,7 @@ def stream_places(places: Iterable[tuple[str, list[int]]], block_rows: int) -> r
     Whoever works on a row fetches it by `dataset.take`: what waits in a queue is small, however many photos wait, and
     nothing is read long before its time. places: of each part, its URI and positions in it.
     """
-    items = [{"part": part, "positions": positions} for part, positions in places]
-    parts = ray.data.from_items(items, override_num_blocks=max(1, len(items)))
+    parts = _by_part([{"part": part, "positions": positions} for part, positions in places])
     spread = parts.map_batches(spread_places, batch_size=1, batch_format="pyarrow", num_cpus=TASK_CPUS)
     return spread.repartition(target_num_rows_per_block=block_rows)
 
@@ -138,6 +138,6 @@ def spread_places(batch: pa.Table) -> pa.Table:
     return pa.table([[part] * len(positions), positions], schema=PLACE)
 
 
-def _parts(source: dataset.Dataset) -> ray.data.Dataset:
-    parts = source.part_uris
-    return ray.data.from_items([{"part": uri} for uri in parts], override_num_blocks=max(1, len(parts)))
+def _by_part(items: list[dict[str, Any]]) -> ray.data.Dataset:
+    """What is said of each part, in a block of its own."""
+    return ray.data.from_items(items, override_num_blocks=max(1, len(items)))

@@ -44,7 +44,6 @@ CREATE INDEX IF NOT EXISTS written_key ON written (key);
 """
 """Made when something is asked: in one go, that takes a fraction of the time."""
 UNWRITTEN = "FROM input WHERE reason IS NULL AND NOT EXISTS (SELECT 1 FROM written WHERE written.key = input.key)"
-
 UNKNOWN = "NOT EXISTS (SELECT 1 FROM input WHERE input.key = written.key)"
 
 
@@ -157,12 +156,8 @@ class Inventory:
             columns = [pa.array(column, pa.string()) for column in zip(*some, strict=True)]
             yield pa.Table.from_arrays(columns, schema=SOURCE)
 
-    def todo_keys(self) -> Iterator[str]:
-        """Photos that aren't written, in the order in which they came in."""
-        return (key for (key,) in self.ask(f"SELECT key {UNWRITTEN} ORDER BY id"))
-
     def todo_numbers(self) -> Iterator[int]:
-        """The numbers of those that aren't written, sorted."""
+        """The numbers of photos that aren't written, sorted."""
         return (number for (number,) in self.ask(f"SELECT id {UNWRITTEN} ORDER BY id"))
 
     def rejected(self) -> Iterator[tuple[str, str, str]]:
