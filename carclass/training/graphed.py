@@ -51,7 +51,7 @@ class _Features(nn.Module):
 
 
 def faster(net: FoldedResNet, num_photos: int, size: int, precision: Precision) -> nn.Module:
-    """The network as it trains soonest. num_photos: of a step, which are all that a pass has."""
+    """The network, with graphs where they make it faster. num_photos: of a step, computed in one pass."""
     if net.conv1.weight.device.type != "cuda" or num_photos * size**2 > FEW_PIXELS:
         return net
     return Graphed(net, num_photos, size, precision)

@@ -1,4 +1,5 @@
-"""The whole chain on four hosts, submitted from a fifth, with S3 on a sixth: one is cut off and two are killed.
+"""The whole chain on four hosts, submitted from a fifth, with S3 on a sixth: one is cut off and two are killed,
+whose successors are one of them, started again, and a spare.
 
 The head does no work and its dashboard is on loopback, as in cluster/aws.yaml; the fifth host reaches it by a tunnel.
 """
@@ -135,7 +136,7 @@ def num_epochs(root: str) -> int:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """Six hosts with a cluster and S3, and one outside; this process speaks to that S3."""
+    """Seven hosts with a cluster, a spare and S3, and one outside; this process speaks to that S3."""
     site = Site(tmp_path_factory.mktemp("site"))
     with pytest.MonkeyPatch.context() as environment:
         try:
