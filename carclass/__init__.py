@@ -4,7 +4,7 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from carclass.loaded import LoadedRun
+    from carclass.runs.loaded_run import LoadedRun
 
 
 def load_run(uri: "str | os.PathLike[str]") -> "LoadedRun":
@@ -13,6 +13,6 @@ def load_run(uri: "str | os.PathLike[str]") -> "LoadedRun":
     The network takes uint8 (N,3,S,S) RGB photos and gives float32 (N,C) logits. UserError where there is no such run
     or it isn't finished.
     """
-    from carclass import loaded  # here, as it takes seconds, which `import carclass` should not
+    from carclass.runs import loaded_run  # here, as it takes seconds, which `import carclass` should not
 
-    return loaded.load(uri)
+    return loaded_run.load_run(uri)

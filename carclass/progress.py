@@ -5,6 +5,8 @@ import sys
 import time
 from collections.abc import Sequence
 
+from carclass.formatting import duration_text
+
 log = logging.getLogger(__name__)
 
 
@@ -41,7 +43,7 @@ class Progress(Tally):
 
     def line(self, rate: float) -> str:
         """What is said. rate: per second."""
-        left = duration((self.total - self.done) / rate if rate else 0.0)
+        left = duration_text((self.total - self.done) / rate if rate else 0.0)
         return f"{self.done:,} of {self.total:,} {self.noun}, {rate:.3g}/s, {left} left"
 
 
@@ -49,13 +51,6 @@ def say(line: str) -> None:
     """A line from a training process; Ray Train would show what is printed there twice."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
-
-
-def duration(seconds: float) -> str:
-    """'42 s', '3 min' or '2.5 h'."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def table(rows: Sequence[tuple[str, str]], *, title: str) -> str:

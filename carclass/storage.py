@@ -23,7 +23,7 @@ from carclass.errors import UserError
 S = TypeVar("S")
 T = TypeVar("T")
 NUM_ATTEMPTS = 8
-BUSY = ("INTERNAL_FAILURE", "SLOW_DOWN", "SERVICE_UNAVAILABLE", "NETWORK_CONNECTION", "UNKNOWN (HTTP status 503)")
+THROTTLED = ("INTERNAL_FAILURE", "SLOW_DOWN", "SERVICE_UNAVAILABLE", "NETWORK_CONNECTION", "UNKNOWN (HTTP status 503)")
 READ_THREADS = 16
 """Concurrent requests per process: S3 answers in tens of milliseconds, mostly waited for."""
 STREAM_BYTES = 4 * 2**20
@@ -61,7 +61,7 @@ def _s3() -> fs.S3FileSystem:
 def exists(uri: str) -> bool:
     """Whether there is a file."""
     filesystem, path = locate(uri)
-    return bool(patiently(lambda: filesystem.get_file_info(path)).type == fs.FileType.File)
+    return bool(retry_throttled(lambda: filesystem.get_file_info(path)).type == fs.FileType.File)
 
 
 def list_files(uri: str) -> list[str]:
@@ -72,7 +72,7 @@ def list_files(uri: str) -> list[str]:
     filesystem, path = locate(uri)
     try:
         selector = fs.FileSelector(path, recursive=True, allow_not_found=True)
-        found = patiently(lambda: filesystem.get_file_info(selector))
+        found = retry_throttled(lambda: filesystem.get_file_info(selector))
     except OSError as error:
         raise UserError(
             f"{uri}: cannot be listed ({_first_line(error)}). Check the bucket and your credentials."
@@ -88,7 +88,7 @@ def read_bytes(uri: str) -> bytes:
         with filesystem.open_input_stream(path) as stream:
             return bytes(stream.read())
 
-    return patiently(read)
+    return retry_throttled(read)
 
 
 def open_stream(uri: str) -> BinaryIO:
@@ -99,11 +99,11 @@ def open_stream(uri: str) -> BinaryIO:
 def open_file(uri: str) -> NativeFile:
     """A file to read from here and there, as Parquet files are; FileNotFoundError when it isn't there."""
     filesystem, path = locate(uri)
-    file = patiently(lambda: filesystem.open_input_file(path))
-    return file if isinstance(filesystem, fs.LocalFileSystem) else PythonFile(_Patient(file), "r")
+    file = retry_throttled(lambda: filesystem.open_input_file(path))
+    return file if isinstance(filesystem, fs.LocalFileSystem) else PythonFile(_RetryingFile(file), "r")
 
 
-class _Patient(io.RawIOBase):
+class _RetryingFile(io.RawIOBase):
     """A file whose every read is tried again while S3 is busy: one of many may fail, and all of them soon do."""
 
     def __init__(self, file: NativeFile) -> None:
@@ -125,7 +125,7 @@ class _Patient(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         start, count = self.position, self.file.size() - self.position if size < 0 else size
-        data: bytes = patiently(lambda: self.file.read_at(count, start))
+        data: bytes = retry_throttled(lambda: self.file.read_at(count, start))
         self.position += len(data)
         return data
 
@@ -156,7 +156,7 @@ def in_parallel(function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
             yield begun.popleft().result()
 
 
-def patiently(request: Callable[[], T]) -> T:
+def retry_throttled(request: Callable[[], T]) -> T:
     """What a request returns, made again after a growing pause when S3 was busy.
 
     pyarrow repeats refused requests itself, but not where the refusal is longer than the few bytes asked for, as of a
@@ -166,7 +166,7 @@ def patiently(request: Callable[[], T]) -> T:
         try:
             return request()
         except OSError as error:
-            if not any(f"AWS Error {name}" in str(error) for name in BUSY):
+            if not any(f"AWS Error {name}" in str(error) for name in THROTTLED):
                 raise
             time.sleep(random.uniform(0.5, 1) * 0.1 * 2**attempt)  # noqa: S311 - spreads the load, decides nothing
     return request()
@@ -189,19 +189,19 @@ def write_bytes(uri: str, *pieces: bytes | memoryview) -> None:
             for piece in pieces:
                 stream.write(piece)
 
-    patiently(put)
+    retry_throttled(put)
 
 
 def delete(uri: str) -> None:
     """Removes a file."""
     filesystem, path = locate(uri)
-    patiently(lambda: filesystem.delete_file(path))
+    retry_throttled(lambda: filesystem.delete_file(path))
 
 
 def delete_folder(uri: str) -> None:
     """Removes all files below a place."""
     filesystem, path = locate(uri)
-    patiently(lambda: filesystem.delete_dir(path))
+    retry_throttled(lambda: filesystem.delete_dir(path))
 
 
 def check_root(uri: str) -> None:

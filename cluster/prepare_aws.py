@@ -21,9 +21,9 @@ from typing import Any
 
 import boto3
 import yaml
-
-from carclass import command_line
+from carclass.config import cli
 from carclass.errors import UserError
+
 
 HERE = Path(__file__).parent
 FILLED = Path("build/aws.yaml")
@@ -215,4 +215,4 @@ def remove(ec2: Any, iam: Any, cluster: str, vpc: str, key: Path) -> None:
 
 
 if __name__ == "__main__":
-    command_line.main(main)
+    cli.main(main)

@@ -31,8 +31,10 @@ import logging
 import tempfile
 from pathlib import Path
 
-from carclass import command_line, progress
+from carclass import progress
+from carclass.config import cli
 from carclass.errors import UserError
+from carclass.formatting import number_text
 
 MODULES = {("ingest", False): "ingest", ("masking", False): "masking", ("masking", True): "masking_in_process"}
 MODULES |= {("memory", False): "memory", ("frozen", False): "frozen", ("frozen", True): "frozen"}
@@ -54,14 +56,14 @@ def main() -> None:
     if (given.name, given.in_process) not in MODULES:
         raise UserError(f"--in-process: the benchmark `{given.name}` is of Ray's part. Leave it out.")
     # Imported here, so that what runs without Ray doesn't import it.
-    module = importlib.import_module(f"carclass.benchmarks.{MODULES[given.name, given.in_process]}")
+    module = importlib.import_module(f"carclass.tools.benchmarks.{MODULES[given.name, given.in_process]}")
     with tempfile.TemporaryDirectory() as folder:
         figures = module.run(given.photos, given.weights, Path(folder))
     if given.json:
         given.json.write_text(json.dumps(figures, indent=1))
-    rows = [(name.replace("_", " "), command_line.number(value)) for name, value in figures.items()]
+    rows = [(name.replace("_", " "), number_text(value)) for name, value in figures.items()]
     print(progress.table(rows, title=f"benchmark: {given.name}"))
 
 
 if __name__ == "__main__":
-    command_line.main(main)
+    cli.main(main)

@@ -4,17 +4,18 @@ python jobs/evaluate.py --config FILE --run NAME
 python jobs/evaluate.py --config FILE --run NAME --dataset v1 --split val
 """
 
-from carclass import command_line, progress
-from carclass.evaluation import evaluate
+from carclass import progress
+from carclass.config import cli
+from carclass.evaluation.evaluate import evaluate_run
 
 
 def main() -> None:
     """Runs the job."""
-    settings = command_line.parse(__doc__, "evaluate")
-    found = evaluate.run(settings.root, settings.evaluate)
+    settings = cli.parse_job(__doc__, "evaluate")
+    found = evaluate_run(settings.root, settings.evaluate)
     rows = [(name, f"{found.metrics[name]:.3f}") for name in ("accuracy", "top5_accuracy")]
     print(progress.table([*rows, ("report", found.report_uri)], title=f"run {settings.evaluate.run}"))
 
 
 if __name__ == "__main__":
-    command_line.main(main)
+    cli.main(main)

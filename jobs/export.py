@@ -11,7 +11,10 @@ of the run's dataset is not published. Needs no cluster and no GPU.
 import argparse
 from pathlib import Path
 
-from carclass import command_line, config, export, progress, storage
+from carclass import progress, storage
+from carclass.config import cli
+from carclass.config.schema import Config
+from carclass.runs.export import FORMATS, export_run
 
 
 def main() -> None:
@@ -27,10 +30,10 @@ def main() -> None:
     place.add_argument("--root", metavar="URI", help="the root itself: a folder or s3:// prefix")
     given = parser.parse_args()
     overrides = {"root": given.root} if given.root else {}
-    root = command_line.load(given.config or command_line.sample_config(), overrides, config.Config).root
-    uri = export.run(root, given.run)
-    print(progress.table([(name, storage.join(uri, name)) for name in export.FORMATS], title=f"run {given.run}"))
+    root = cli.load_config(given.config or cli.sample_config(), overrides, Config).root
+    uri = export_run(root, given.run)
+    print(progress.table([(name, storage.join(uri, name)) for name in FORMATS], title=f"run {given.run}"))
 
 
 if __name__ == "__main__":
-    command_line.main(main)
+    cli.main(main)

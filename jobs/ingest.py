@@ -6,16 +6,18 @@
 Photos that can't be used are kept apart with the reason; a second run with the same settings writes nothing.
 """
 
-from carclass import command_line, ingest
+from carclass.config import cli
+from carclass.data import dataset
+from carclass.ingestion.ingest import ingest_photos
 
 
 def main() -> None:
     """Runs the job."""
-    settings = command_line.parse(__doc__, "ingest")
+    settings = cli.parse_job(__doc__, "ingest")
     assert settings.ingest is not None
-    published = ingest.run(settings.root, settings.ingest)
-    print(command_line.dataset_table(published))
+    published = ingest_photos(settings.root, settings.ingest)
+    print(dataset.dataset_table(published))
 
 
 if __name__ == "__main__":
-    command_line.main(main)
+    cli.main(main)

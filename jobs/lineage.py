@@ -16,9 +16,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from carclass import command_line, progress
+from carclass import progress
+from carclass.config import cli
 from carclass.errors import UserError
-from carclass.experiments import overview, tree
+from carclass.experiments import tree, tree_view
 
 BUDGETS = Path(__file__).parent / "experiments" / "budgets"
 
@@ -26,15 +27,17 @@ BUDGETS = Path(__file__).parent / "experiments" / "budgets"
 def main() -> None:
     """Runs the job."""
     given = arguments()
-    found = tree.load(budget_file(given.budget), {"root": given.root} if given.root else {})
+    found = tree.load_tree(budget_file(given.budget), {"root": given.root} if given.root else {})
     if given.verb == "tree":
-        print(overview.draw(found))
+        print(tree_view.draw_tree(found))
     elif given.verb == "show":
-        print(overview.show(found, needed(given.names, "show")[0]))
+        print(tree_view.describe_run(found, needed(given.names, "show")[0]))
     elif given.verb == "compare":
-        from carclass.experiments import compare  # here, as looking at the tree needs neither Ray nor the networks
+        from carclass.experiments.compare import (
+            compare_runs,  # here, as looking at the tree needs neither Ray nor the networks
+        )
 
-        print("\n".join(compare.run(found)))
+        print("\n".join(compare_runs(found)))
     else:
         train(found, given)
 
@@ -77,10 +80,10 @@ def train(found: tree.Tree, given: argparse.Namespace) -> None:
 
     if given.verb == "run":
         names = needed(given.names, "run")
-        outcome = run.run(found, found.experiments if names == ["all"] else found.with_parents(names))
+        outcome = run.run_experiments(found, found.experiments if names == ["all"] else found.with_parents(names))
     else:
         outcome = run.rerun_stale(found)
-    print(overview.draw(found))
+    print(tree_view.draw_tree(found))
     rows = [("finished", str(len(outcome.finished))), ("failed", str(len(outcome.failed)))]
     print(progress.table([*rows, *outcome.failed.items()], title="experiments"))
     if outcome.failed:
@@ -88,4 +91,4 @@ def train(found: tree.Tree, given: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    command_line.main(main)
+    cli.main(main)

@@ -8,24 +8,27 @@ A photo without a vehicle stays whole and is marked; a killed run continues wher
 dataset shows the most doubtful masks; `exclude` sends such photos to quarantine.
 """
 
-from carclass import command_line, progress, storage
-from carclass.masking import quality, stream
+from carclass import progress, storage
+from carclass.config import cli
+from carclass.data import dataset
+from carclass.masking import quality
+from carclass.masking.mask import mask_dataset, preview_masks
 
 
 def main() -> None:
     """Runs the job."""
-    settings = command_line.parse(__doc__, "mask")
+    settings = cli.parse_job(__doc__, "mask")
     assert settings.mask is not None
     if settings.mask.preview is not None:
-        uri = stream.preview(settings.root, settings.mask)
+        uri = preview_masks(settings.root, settings.mask)
         rows = [(name, storage.join(uri, name)) for name in ("contact_sheet.jpg", "report.html")]
         print(progress.table(rows, title="preview, nothing published"))
         return
-    published = stream.run(settings.root, settings.mask)
+    published = mask_dataset(settings.root, settings.mask)
     iou = quality.measure(settings.root, published, settings.mask)
     more = {} if iou is None else {"mean mask IoU (test)": f"{iou:.3f}"}
-    print(command_line.dataset_table(published, **more, look=storage.join(published.uri, "report.html")))
+    print(dataset.dataset_table(published, **more, look=storage.join(published.uri, "report.html")))
 
 
 if __name__ == "__main__":
-    command_line.main(main)
+    cli.main(main)

@@ -10,26 +10,32 @@ What is finished is not done again. The last lines say where the report and the 
 import json
 import time
 
-from carclass import command_line, config, ingest, lineage, progress, storage
+from carclass import progress, storage
+from carclass.config import cli
+from carclass.config.schema import Config, TrainSettings
 from carclass.errors import UserError
-from carclass.evaluation import evaluate
-from carclass.masking import quality, stream
-from carclass.training import stages
+from carclass.evaluation.evaluate import Evaluation, evaluate_run
+from carclass.formatting import number_text
+from carclass.ingestion.ingest import ingest_photos
+from carclass.masking import quality
+from carclass.masking.mask import mask_dataset
+from carclass.runs.run import Run
+from carclass.training.train import train_run
 
 
 def main() -> None:
     """Runs the job."""
-    settings = command_line.parse(__doc__, None)
+    settings = cli.parse_job(__doc__, None)
     if settings.ingest is None or settings.train is None:
         raise UserError("a pipeline needs the sections `ingest:` and `train:`; see jobs/experiments/sample.yml.")
     if settings.mask is not None and settings.mask.preview is not None:
         raise UserError("`mask.preview` only looks and publishes nothing to train on. Say it to jobs/mask.py.")
     started = time.monotonic()
     summary: dict[str, int | float] = {}
-    photos = ingest.run(settings.root, settings.ingest)
+    photos = ingest_photos(settings.root, settings.ingest)
     summary |= {"photos_in": photos.manifest["inputs"], **{k: photos.manifest[k] for k in ("rows", "quarantined")}}
     if settings.mask is not None:
-        masked = stream.run(settings.root, settings.mask)
+        masked = mask_dataset(settings.root, settings.mask)
         if (iou := quality.measure(settings.root, masked, settings.mask)) is not None:
             summary["mask_iou"] = iou
     run, found = train_and_evaluate(settings, settings.train)
@@ -42,16 +48,16 @@ def main() -> None:
     summary["seconds"] = time.monotonic() - started
     path = storage.join(run.uri, "summary.json")
     storage.write_bytes(path, json.dumps(summary, indent=1).encode())
-    rows = [(name.replace("_", " "), command_line.number(value)) for name, value in summary.items()]
+    rows = [(name.replace("_", " "), number_text(value)) for name, value in summary.items()]
     print(progress.table(rows, title=f"carclass: {settings.train.name}"))
     print(f"report: {found.report_uri}\nsummary: {path}")
 
 
-def train_and_evaluate(settings: config.Config, train: config.Train) -> tuple[lineage.Run, evaluate.Outcome]:
+def train_and_evaluate(settings: Config, train: TrainSettings) -> tuple[Run, Evaluation]:
     """A run and what its last stage's best epoch reaches."""
-    run = stages.run(settings.root, train)
-    return run, evaluate.run(settings.root, settings.evaluate.model_copy(update={"run": train.name, "dataset": None}))
+    run = train_run(settings.root, train)
+    return run, evaluate_run(settings.root, settings.evaluate.model_copy(update={"run": train.name, "dataset": None}))
 
 
 if __name__ == "__main__":
-    command_line.main(main)
+    cli.main(main)

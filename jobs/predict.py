@@ -12,15 +12,17 @@ run's val photos by its first prediction and kept in <run>/calibration.json; it 
 job goes on where it was.
 """
 
-from carclass import command_line, progress, storage
-from carclass.prediction import stream, table
+from carclass import progress, storage
+from carclass.config import cli
+from carclass.prediction import predictions
+from carclass.prediction.predict import predict_photos
 
 
 def main() -> None:
     """Runs the job."""
-    settings = command_line.parse(__doc__, "predict")
+    settings = cli.parse_job(__doc__, "predict")
     assert settings.predict is not None
-    found = stream.run(settings.root, settings.predict)
+    found = predict_photos(settings.root, settings.predict)
     counts, fitted = found.counts, found.calibration
     error = (fitted.expected_calibration_error_before, fitted.expected_calibration_error_after)
     rows = [("photos", f"{counts.photos:,}"), ("predicted", f"{counts.predicted:,}")]
@@ -29,9 +31,9 @@ def main() -> None:
     rows += [(f"  {reason}", f"{number:,}") for reason, number in counts.reasons.items()]
     rows += [("temperature", f"{fitted.temperature:.3f}, from {fitted.num_photos:,} val photos")]
     rows += [("calibration error (val)", f"{error[0]:.3f} → {error[1]:.3f}")]
-    rows += [("table", storage.join(found.uri, table.TABLE)), ("sheet", storage.join(found.uri, table.SHEET))]
+    rows += [("table", storage.join(found.uri, predictions.TABLE)), ("sheet", storage.join(found.uri, predictions.CSV))]
     print(progress.table(rows, title=f"predictions of {settings.predict.run}"))
 
 
 if __name__ == "__main__":
-    command_line.main(main)
+    cli.main(main)

@@ -13,7 +13,8 @@ import os
 import sys
 from pathlib import Path
 
-from carclass import command_line, submission
+from carclass.cluster import job_submission
+from carclass.config import cli
 from carclass.errors import UserError
 
 DASHBOARD = "http://127.0.0.1:8265"
@@ -33,8 +34,8 @@ def main() -> None:
     given = parser.parse_args()
     if not given.command:
         raise UserError("submit what? Give the command after `--`, such as `-- python jobs/train.py --config my.yml`.")
-    sys.exit(submission.run(given.address, given.command, Path(__file__).resolve().parents[1]))
+    sys.exit(job_submission.submit_and_follow(given.address, given.command, Path(__file__).resolve().parents[1]))
 
 
 if __name__ == "__main__":
-    command_line.main(main)
+    cli.main(main)

@@ -6,18 +6,19 @@
 The same name resumes a run; a finished one is left alone.
 """
 
-from carclass import command_line, progress
-from carclass.training import stages
+from carclass import progress
+from carclass.config import cli
+from carclass.training.train import train_run
 
 
 def main() -> None:
     """Runs the job."""
-    settings = command_line.parse(__doc__, "train")
+    settings = cli.parse_job(__doc__, "train")
     assert settings.train is not None
-    run = stages.run(settings.root, settings.train)
+    run = train_run(settings.root, settings.train)
     rows = [(f"{stage} val accuracy", f"{run.best_val_accuracy(stage):.3f}") for stage in run.stages]
     print(progress.table([*rows, ("run", run.uri)], title=f"run {settings.train.name}"))
 
 
 if __name__ == "__main__":
-    command_line.main(main)
+    cli.main(main)

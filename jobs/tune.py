@@ -11,9 +11,12 @@ analysis, the table of trials and the best experiment file lie: `python jobs/tra
 import textwrap
 from collections import Counter
 
-from carclass import command_line, progress
-from carclass.tuning import analysis, publish, space, sweep
-from carclass.tuning.space import Search
+from carclass import progress
+from carclass.config import cli
+from carclass.tuning import report, search_space
+from carclass.tuning.collect import collect_sweep, publish_sweep
+from carclass.tuning.search_space import Search
+from carclass.tuning.tune import run_sweep
 
 FLAGS = {
     "resume": "Only go on: an error where no sweep of this name was begun.",
@@ -23,19 +26,19 @@ FLAGS = {
 
 def main() -> None:
     """Runs the job."""
-    path, search, flags = command_line.parse_file(__doc__, Search, FLAGS)
-    found = space.load(path, search)
+    path, search, flags = cli.parse_own_file(__doc__, Search, FLAGS)
+    found = search_space.load_space(path, search)
     if "analyse" not in flags:
-        sweep.run(found, resume="resume" in flags)
-    result = publish.read(found.root, search.name)
-    places = publish.write(found.root, result)
+        run_sweep(found, resume="resume" in flags)
+    result = collect_sweep(found.root, search.name)
+    places = publish_sweep(found.root, result)
     best = result.best
     rows = [(state, f"{count}") for state, count in Counter(one.trial.state for one in result.outcomes).items()]
     told = [("best", best.trial.title), ("val accuracy", f"{best.accuracy:.3f}"), ("trial", best.trial.name)]
     print(progress.table([*rows, *told], title=f"sweep {search.name}"))
-    print("\n".join(textwrap.fill(line, 100) for line in analysis.summary(result)))
+    print("\n".join(textwrap.fill(line, 100) for line in report.summarise(result)))
     print("\n".join(places))
 
 
 if __name__ == "__main__":
-    command_line.main(main)
+    cli.main(main)

@@ -18,10 +18,12 @@ from uuid import uuid4
 import boto3
 import pytest
 
-from carclass import config, dataset, storage
+from carclass import storage
+from carclass.config.schema import IngestSettings
+from carclass.data import dataset, publishing
 from carclass.sample.generate import write_sample
-from tests.busy_s3 import Proxy
-from tests.clusters import free_port
+from tests.helpers.busy_s3 import Proxy
+from tests.helpers.clusters import free_port
 
 Rows = list[dict[str, Any]]
 
@@ -124,11 +126,11 @@ def ray_cluster(s3: Any) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def ingested(ray_cluster: str, photos_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dataset.Dataset:
     """The small sample, ingested from its folder."""
-    from carclass import ingest
+    from carclass.ingestion import ingest
 
     root = str(tmp_path_factory.mktemp("ingested"))
-    settings = config.Ingest(photos=str(photos_folder / "photos"), labels=str(photos_folder / "labels.csv"))
-    return ingest.run(root, settings)
+    settings = IngestSettings(photos=str(photos_folder / "photos"), labels=str(photos_folder / "labels.csv"))
+    return ingest.ingest_photos(root, settings)
 
 
 @pytest.fixture(scope="session")
@@ -138,7 +140,9 @@ def contents() -> Callable[[dataset.Dataset], tuple[Rows, Rows]]:
     def contents(published: dataset.Dataset) -> tuple[Rows, Rows]:
         schema = dataset.MASKED_ROW if published.manifest["kind"] == "masked" else dataset.ROW
         rows = published.read(schema.names).to_pylist()
-        quarantine = dataset.written(published.uri, "quarantine", dataset.QUARANTINE.names).drop(["part"]).to_pylist()
+        quarantine = (
+            publishing.read_written(published.uri, "quarantine", dataset.QUARANTINE.names).drop(["part"]).to_pylist()
+        )
         return sorted(rows, key=lambda row: row["key"]), sorted(quarantine, key=lambda row: row["key"])
 
     return contents

@@ -1,0 +1,1 @@
+"""Evaluation of a run on labelled photos."""

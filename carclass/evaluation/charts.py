@@ -9,9 +9,10 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
-from carclass import svg
 from carclass.evaluation.metrics import NUM_CALIBRATION_BINS
-from carclass.svg import BOTTOM, LEFT, RIGHT, TOP, percent_text
+from carclass.formatting import percent_text
+from carclass.reporting import svg
+from carclass.reporting.svg import BOTTOM, LEFT, RIGHT, TOP
 
 HEAT_MAP_CELL = 4  # picture pixels per class: sharp on dense screens, and 196 classes stay near 20 KB
 HEAT_MAP_RIGHT = (61, 123, 240)  # mid-tones: the page behind them may be white or nearly black

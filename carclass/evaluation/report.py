@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from carclass import page
 from carclass.evaluation import charts
+from carclass.reporting import page
 
 LARGEST_CONFUSION_TABLE = 24
 """Classes up to which the confusion is a table of numbers; more would not fit a page and become a picture."""

@@ -1,0 +1,1 @@
+"""Trees of experiments: run, follow and compare them."""

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-from carclass import svg
 from carclass.experiments.significance import Verdict
-from carclass.svg import percent_text
-from carclass.tuning.axes import Frame, accuracy_ticks, fitted, round_ticks
+from carclass.formatting import percent_text
+from carclass.reporting import svg
+from carclass.reporting.axes import Frame, accuracy_ticks, fit_text, round_ticks
 
 WIDE = 1000
 ROW = 34  # of the tree
@@ -31,7 +31,7 @@ SHAPES = {
 Point = tuple[float, float]
 
 
-class Run(NamedTuple):
+class ChartedRun(NamedTuple):
     """What the charts show of a run."""
 
     name: str
@@ -55,7 +55,7 @@ def points_text(fraction: float) -> str:
     return f"{fraction * 100:+.1f}".replace("-", MINUS)
 
 
-def tree_order(runs: Sequence[Run]) -> list[tuple[Run, int]]:
+def tree_order(runs: Sequence[ChartedRun]) -> list[tuple[ChartedRun, int]]:
     """The runs with their depths from 0, each below its parent and before the parent's next child."""
     names = {run.name for run in runs}
     open_ends = [(run, 0) for run in reversed(runs) if run.parent not in names]
@@ -67,7 +67,7 @@ def tree_order(runs: Sequence[Run]) -> list[tuple[Run, int]]:
     return found
 
 
-def tree(runs: Sequence[Run]) -> Markup:
+def tree(runs: Sequence[ChartedRun]) -> Markup:
     """Draw the runs one below the other, each to the right of what it starts from, with val accuracy as a bar."""
     rows = tree_order(runs)
     step = min(STEP, max(MIN_STEP, 300 / max([1, *(depth for _, depth in rows)])))
@@ -86,7 +86,7 @@ def tree(runs: Sequence[Run]) -> Markup:
     return svg.drawing(f"the tree of {len(rows)} runs", parts, width, 30 + len(rows) * ROW)
 
 
-def _text_width(run: Run) -> float:
+def _text_width(run: ChartedRun) -> float:
     """About how wide a run's name and note are."""
     return 8.5 * min(len(run.name), NAME_LENGTH) + 7 * min(len(run.note), NOTE_LENGTH)
 
@@ -94,16 +94,16 @@ def _text_width(run: Run) -> float:
 def _edge(parent: Point, child: Point, label: str) -> Markup:
     path = f"M{parent[0]:.1f} {parent[1] + 11:.1f}V{child[1] - 6:.1f}q0 6 6 6H{child[0] - 11:.1f}"
     drawn = Markup('<path class="edge" d="{}"/>').format(path)
-    return drawn + svg.text("epoch middle", (parent[0] + child[0]) / 2 - 1, child[1] - 5, fitted(label, 6))
+    return drawn + svg.text("epoch middle", (parent[0] + child[0]) / 2 - 1, child[1] - 5, fit_text(label, 6))
 
 
-def _node(run: Run, x: float, y: float, bar: float, width: int) -> Markup:
+def _node(run: ChartedRun, x: float, y: float, bar: float, width: int) -> Markup:
     mark = Markup('<g transform="translate({:.1f} {:.1f})">{}{}</g>').format(
         x, y, RING if run.is_best else "", SHAPES[run.state]
     )
     title = f"{run.name}, {run.state}: {run.note}"
     name = Markup('<text x="{:.1f}" y="{:.1f}"><tspan class="name">{}</tspan><tspan dx="9">{}</tspan></text>').format(
-        x + 16, y + 4.5, fitted(run.name, NAME_LENGTH), fitted(run.note, NOTE_LENGTH)
+        x + 16, y + 4.5, fit_text(run.name, NAME_LENGTH), fit_text(run.note, NOTE_LENGTH)
     )
     state = f"{run.state}, best" if run.is_best else run.state
     parts = [mark, name, _bar(run, bar, width - 194 - bar, y), svg.text("state", width - 108, y + 4.5, state)]
@@ -112,7 +112,7 @@ def _node(run: Run, x: float, y: float, bar: float, width: int) -> Markup:
     )
 
 
-def _bar(run: Run, left: float, width: float, y: float) -> Markup:
+def _bar(run: ChartedRun, left: float, width: float, y: float) -> Markup:
     """Val accuracy from 0 to 1 as a bar with its number, a line across it at the baseline's."""
     box = Markup('<rect class="{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="10" rx="5"/>')
     parts = [box.format("track", left, y - 5, width)]
@@ -127,7 +127,7 @@ def _bar(run: Run, left: float, width: float, y: float) -> Markup:
     return Markup("").join(parts)
 
 
-def overlaid(curves: Sequence[Run]) -> Markup:
+def overlaid(curves: Sequence[ChartedRun]) -> Markup:
     """Draw all curves in one frame, each named at its end where there is room, the best on top."""
     shown = sorted((one for one in curves if _reached(one) >= 0), key=lambda one: (one.is_best, _reached(one)))
     longest = max((len(one.values) for one in shown), default=1)
@@ -143,7 +143,7 @@ def overlaid(curves: Sequence[Run]) -> Markup:
     return svg.drawing(f"val accuracy by epoch of {len(shown)} runs", parts, WIDE, 428)
 
 
-def alone(one: Run, others: Sequence[Run]) -> Markup:
+def alone(one: ChartedRun, others: Sequence[ChartedRun]) -> Markup:
     """Draw a run's curve over those of the others, faint, with a line at the baseline's best; the frame is shared."""
     reached = [other for other in others if _reached(other) >= 0]
     baselines = [other.baseline for other in others if other.baseline is not None]
@@ -163,12 +163,12 @@ def alone(one: Run, others: Sequence[Run]) -> Markup:
     return svg.drawing(f"val accuracy by epoch of {one.name}", parts, 320, 164)
 
 
-def _reached(one: Run) -> float:
+def _reached(one: ChartedRun) -> float:
     """The highest val accuracy, negative where there is none."""
     return max((value for value in one.values if math.isfinite(value)), default=-1.0)
 
 
-def _points(one: Run, frame: Frame, longest: int) -> list[Point]:
+def _points(one: ChartedRun, frame: Frame, longest: int) -> list[Point]:
     return [
         (frame.x(i / (longest - 1) if longest > 1 else 0.5), frame.y(value) if math.isfinite(value) else math.nan)
         for i, value in enumerate(one.values)
@@ -193,7 +193,7 @@ def _pieces(points: Sequence[Point]) -> Markup:
     return Markup("").join(drawn)
 
 
-def _run(one: Run, path: Markup) -> Markup:
+def _run(one: ChartedRun, path: Markup) -> Markup:
     title = f"{one.name}, {one.state}: {len(one.values)} epochs, at best {percent_text(_reached(one))}"
     return Markup('<g class="run {}{}"><title>{}</title>{}</g>').format(
         one.state, " best" if one.is_best else "", title, path
@@ -213,7 +213,7 @@ def _epochs(frame: Frame, longest: int, most: int) -> list[Markup]:
     return parts
 
 
-def _labels(ends: Sequence[tuple[Run, Point]], frame: Frame) -> list[Markup]:
+def _labels(ends: Sequence[tuple[ChartedRun, Point]], frame: Frame) -> list[Markup]:
     """Names right of the frame, in the order in which the curves end, with a line to each end."""
     ordered = sorted(ends, key=lambda end: end[1][1])
     ys = spread([point[1] for _, point in ordered], LABEL_HEIGHT, frame.top, frame.bottom)
@@ -222,7 +222,7 @@ def _labels(ends: Sequence[tuple[Run, Point]], frame: Frame) -> list[Markup]:
         css = "best" if one.is_best else ""
         path = f"M{x + 4:.1f} {y:.1f}L{frame.right + 24:.1f} {at:.1f}"
         parts.append(Markup('<path class="leader {}" d="{}"/>').format(css, path))
-        text = f"{fitted(one.name, 16)} {percent_text(_reached(one))}"
+        text = f"{fit_text(one.name, 16)} {percent_text(_reached(one))}"
         parts.append(svg.text(f"label {css}", frame.right + 29, at + 4, text))
     return parts
 
@@ -258,7 +258,7 @@ def differences(verdicts: Sequence[tuple[str, Verdict]]) -> Markup:
         y = 32.0 + i * 40
         css = one.words.replace(" ", "-")
         low, middle, high = (100 * value for value in (one.low, one.difference, one.high))
-        parts.append(svg.text("label end", left - 16, y + 4.5, fitted(name, 42)))
+        parts.append(svg.text("label end", left - 16, y + 4.5, fit_text(name, 42)))
         parts.append(svg.line(f"interval {css}", x(low), y, x(high), y))
         parts.append(dot.format(css, x(middle), y))
         parts.append(svg.text("label", right + 20, y + 4.5, f"{points_text(one.difference)} points: {one.words}"))

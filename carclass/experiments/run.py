@@ -12,11 +12,18 @@ from typing import Any
 
 import ray
 
-from carclass import capacity, cluster, config, dataset, ingest, lineage, model
+from carclass.cluster import connection, resources
+from carclass.config.schema import TrainSettings
+from carclass.data import dataset
 from carclass.errors import UserError
-from carclass.experiments import standing
+from carclass.experiments import status
 from carclass.experiments.tree import Experiment, Tree
-from carclass.training import features, preflight, stages
+from carclass.ingestion.ingest import ingest_photos
+from carclass.models import resnet
+from carclass.runs.run import MetricsRow, Run, begin_run, find_run
+from carclass.training import feature_cache, preflight
+from carclass.training.photo_store import BlockRefs, PhotoStore
+from carclass.training.train import MALLOC_ENV, TrainResources, check_resources, load_origin, train_stages
 
 log = logging.getLogger(__name__)
 SAY_EVERY = 10.0
@@ -26,7 +33,7 @@ MAX_RETRIES = 3
 
 
 @dataclass
-class Progress:
+class TreeProgress:
     """How far the wanted experiments are."""
 
     waiting: list[Experiment]
@@ -40,12 +47,12 @@ class Progress:
         return not self.waiting and not self.running
 
 
-def run(tree: Tree, wanted: Sequence[Experiment]) -> Progress:
+def run_experiments(tree: Tree, wanted: Sequence[Experiment]) -> TreeProgress:
     """Trains what is missing of experiments and their parents (all in `wanted`, parents first).
 
     UserError for wrong data or weights; what goes wrong with one of them is in what is returned.
     """
-    progress, found = Progress([]), standing.of(tree)
+    progress, found = TreeProgress([]), status.tree_status(tree)
     for one in wanted:
         state, reason = found[one.name].state, found[one.name].reason
         if state == "finished":
@@ -61,13 +68,13 @@ def run(tree: Tree, wanted: Sequence[Experiment]) -> Progress:
     return progress
 
 
-def rerun_stale(tree: Tree) -> Progress:
+def rerun_stale(tree: Tree) -> TreeProgress:
     """Trains anew what is stale; what the old runs said of themselves is kept, see standing.put_aside."""
-    found = standing.of(tree)
+    found = status.tree_status(tree)
     stale = [name for name, one in found.items() if one.state == "stale"]
     for name in stale:
-        log.info("lineage: %s (%s); it is kept as %s", name, found[name].reason, standing.put_aside(found[name].run))
-    return run(tree, tree.with_parents(stale))
+        log.info("lineage: %s (%s); it is kept as %s", name, found[name].reason, status.set_aside_run(found[name].run))
+    return run_experiments(tree, tree.with_parents(stale))
 
 
 def make_datasets(tree: Tree, needed: set[str]) -> None:
@@ -76,13 +83,13 @@ def make_datasets(tree: Tree, needed: set[str]) -> None:
     masks = [mask for mask in tree.budget.masks if mask.dataset in needed]
     sources = needed | {mask.source for mask in masks}
     if tree.budget.ingest is not None and tree.budget.ingest.dataset in sources:
-        ingest.run(root, tree.budget.ingest)
+        ingest_photos(root, tree.budget.ingest)
     for mask in masks:
-        from carclass.masking import stream  # here: what only trains needs no detector
+        from carclass.masking.mask import mask_dataset  # here: what only trains needs no detector
 
-        stream.run(root, mask)
+        mask_dataset(root, mask)
     for name in sorted(needed):
-        dataset.load(root, name)
+        dataset.load_dataset(root, name)
 
 
 def _check_parents(tree: Tree, wanted: Sequence[Experiment]) -> None:
@@ -94,11 +101,11 @@ def _check_parents(tree: Tree, wanted: Sequence[Experiment]) -> None:
         parent = tree.parent(one)
         if one.start is not None and parent is None:
             try:
-                lineage.load(tree.budget.root, one.start.run)
+                find_run(tree.budget.root, one.start.run)
             except UserError as error:
                 raise UserError(f"{one.file}: `train.parent` is {one.settings.parent}, but {error}") from error
-        ours = dataset.find(tree.budget.root, one.settings.dataset)
-        theirs = None if parent is None else dataset.find(tree.budget.root, parent.settings.dataset)
+        ours = dataset.find_dataset(tree.budget.root, one.settings.dataset)
+        theirs = None if parent is None else dataset.find_dataset(tree.budget.root, parent.settings.dataset)
         if ours is not None and theirs is not None and ours.classes != theirs.classes:
             raise UserError(
                 f"{one.file}: dataset `{ours.name}` has {len(ours.classes)} classes, and `train.parent` "
@@ -107,9 +114,9 @@ def _check_parents(tree: Tree, wanted: Sequence[Experiment]) -> None:
             )
 
 
-def _train(tree: Tree, progress: Progress) -> None:
-    cluster.connect()
-    held: dict[tuple[str, int], stages.Held] = {}
+def _train(tree: Tree, progress: TreeProgress) -> None:
+    connection.connect()
+    held: dict[tuple[str, int], PhotoStore] = {}
     said = time.monotonic()
     while not progress.is_over:
         for one in _ready(tree, progress):
@@ -125,7 +132,7 @@ def _train(tree: Tree, progress: Progress) -> None:
             _say(tree, progress)
 
 
-def _ready(tree: Tree, progress: Progress) -> list[Experiment]:
+def _ready(tree: Tree, progress: TreeProgress) -> list[Experiment]:
     """Those whose parent is finished, but for those whose cached features another is computing for all of them.
 
     One whose parent failed fails with it.
@@ -149,55 +156,55 @@ def _ready(tree: Tree, progress: Progress) -> list[Experiment]:
 
 def _features(one: Experiment) -> Any:
     """What the cached features of an experiment with a frozen stage depend on."""
-    return features.depends_on(one.settings), one.settings.dataset, one.settings.parent
+    return feature_cache.cache_key(one.settings), one.settings.dataset, one.settings.parent
 
 
-def _epochs(tree: Tree, one: Experiment) -> list[lineage.Row]:
-    return lineage.Run(tree.budget.root, one.settings).metrics()
+def _epochs(tree: Tree, one: Experiment) -> list[MetricsRow]:
+    return Run(tree.budget.root, one.settings).metrics()
 
 
-def _begin(tree: Tree, one: Experiment, held: dict[tuple[str, int], stages.Held], progress: Progress) -> str | None:
+def _begin(tree: Tree, one: Experiment, held: dict[tuple[str, int], PhotoStore], progress: TreeProgress) -> str | None:
     """Hands an experiment to the cluster; why it can't be trained, if so."""
     root, settings, each = tree.budget.root, one.settings, tree.budget.devices_per_worker
     try:
-        source = dataset.load(root, settings.dataset)
-        use_gpu = stages.check(root, settings, source)
+        source = dataset.load_dataset(root, settings.dataset)
+        use_gpu = check_resources(root, settings, source)
         _check_share(settings, source, each, use_gpu=use_gpu)
     except UserError as error:
         return str(error)
-    photos = held.setdefault((settings.dataset, settings.model.image_size), stages.Held(settings, source))
+    photos = held.setdefault((settings.dataset, settings.model.image_size), PhotoStore(settings, source))
     here = settings.workers == (1, 1)
     options: dict[str, Any] = {"num_cpus": 0, "max_retries": MAX_RETRIES}
     if here:
         options |= {"num_gpus": each, "num_cpus": 1} if use_gpu else {"num_cpus": each}
-        options |= {} if use_gpu else {"runtime_env": {"env_vars": stages.KEEP_MEMORY}}
+        options |= {} if use_gpu else {"runtime_env": {"env_vars": MALLOC_ENV}}
     task: Any = ray.remote(train_one).options(name=one.name, **options)
-    means = stages.Means(use_gpu, each, here=here, tell=_tell_nobody)
+    means = TrainResources(use_gpu, each, here=here, tell=_tell_nobody)
     progress.running[task.remote(root, settings, photos.get(), means)] = one
     return None
 
 
-def _check_share(settings: config.Train, source: dataset.Dataset, each: float, *, use_gpu: bool) -> None:
+def _check_share(settings: TrainSettings, source: dataset.Dataset, each: float, *, use_gpu: bool) -> None:
     """UserError when a run doesn't fit beside as many others as the cluster has room for."""
     resource = "GPU" if use_gpu else "CPU"
     if not use_gpu and not each.is_integer():
         raise UserError(f"`devices_per_worker` is {each:g}, and only GPUs can be shared: give whole CPUs.")
-    room = capacity.room(resource, each)
+    room = resources.count_slots(resource, each)
     if room < settings.workers[0]:
         raise UserError(f"`devices_per_worker`: the cluster has no node with {each:g} {resource}(s). Lower it.")
-    memory = capacity.memory(use_gpu)
+    memory = resources.memory_bytes(use_gpu)
     if memory is not None:
         share = int(memory * min(1.0, each)) if use_gpu else memory // room * settings.workers[1]
-        net = model.build(settings.model, len(source.classes))
+        net = resnet.build(settings.model, len(source.classes))
         preflight.check_memory(settings, source, net, share, use_gpu=use_gpu)
 
 
-def train_one(root: str, settings: config.Train, photos: stages.Blocks, means: stages.Means) -> str | None:
+def train_one(root: str, settings: TrainSettings, photos: BlockRefs, means: TrainResources) -> str | None:
     """Trains an experiment or what is missing of it, in a task of Ray's; why it can't be, if so."""
     try:
-        source, parent_sha256 = stages.origin(root, settings)
-        this = lineage.begin(lineage.Run(root, settings), source, parent_sha256)
-        stages.train(this, source, lambda: photos, means, this.missing)
+        source, parent_sha256 = load_origin(root, settings)
+        this = begin_run(Run(root, settings), source, parent_sha256)
+        train_stages(this, source, lambda: photos, means, this.missing)
     except UserError as error:  # no crash, after which Ray would try again
         return str(error)
     return None
@@ -207,7 +214,7 @@ def _tell_nobody(metrics: dict[str, float]) -> None:
     """The epochs of several runs at a time would be a muddle: the driver says how far all are."""
 
 
-def _end(tree: Tree, one: Experiment, task: Any, progress: Progress) -> None:
+def _end(tree: Tree, one: Experiment, task: Any, progress: TreeProgress) -> None:
     try:
         why = ray.get(task)
     except ray.exceptions.RayError as error:  # a program's, or of a process or node that was lost too often
@@ -217,12 +224,12 @@ def _end(tree: Tree, one: Experiment, task: Any, progress: Progress) -> None:
         log.warning("lineage: %s failed: %s", one.name, why)
         return
     progress.finished.append(one.name)
-    this = lineage.Run(tree.budget.root, one.settings)
+    this = Run(tree.budget.root, one.settings)
     accuracy = this.best_val_accuracy(this.stages[-1])
     log.info("lineage: %s finished, val accuracy %.3f", one.name, accuracy)
 
 
-def _say(tree: Tree, progress: Progress) -> None:
+def _say(tree: Tree, progress: TreeProgress) -> None:
     """One line on all of them."""
     parts = []
     for one in progress.running.values():

@@ -14,10 +14,11 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from carclass import config, config_file, lineage
-from carclass.config import Ingest, Mask, Train
+from carclass.config import yaml_file
+from carclass.config.schema import Config, IngestSettings, MaskSettings, TrainSettings, with_changes
+from carclass.config.section import Section, Sha256, Share, Uri, validate
 from carclass.errors import UserError
-from carclass.settings import Section, Sha256, Share, Uri, validate
+from carclass.runs.run import STAGES, ParentEpoch, parse_parent
 
 
 class Figures(Section):
@@ -43,9 +44,9 @@ class Budget(Section):
     """Folder or s3:// prefix for datasets and experiments; the experiment files' own is not used."""
     experiments: Uri
     """Experiment files: a pattern of paths."""
-    ingest: Ingest | None = None
+    ingest: IngestSettings | None = None
     """Makes the photos' dataset where it isn't there; by default it must be."""
-    masks: tuple[Mask, ...] = ()
+    masks: tuple[MaskSettings, ...] = ()
     """Make datasets from it, in this order."""
     imagenet: Uri = "imagenet"
     """What `parent: imagenet` stands for: as `train.parent`."""
@@ -74,7 +75,7 @@ class Experiment:
     """An experiment file, as its budget has it run."""
 
     file: str
-    settings: Train
+    settings: TrainSettings
 
     @property
     def name(self) -> str:
@@ -82,9 +83,9 @@ class Experiment:
         return self.settings.name
 
     @property
-    def start(self) -> lineage.Start | None:
+    def start(self) -> ParentEpoch | None:
         """Where it starts, if from another run."""
-        return lineage.start(self.settings.parent)
+        return parse_parent(self.settings.parent)
 
 
 @dataclass(frozen=True)
@@ -141,11 +142,11 @@ class Tree:
         return "\n".join(lines)
 
 
-def load(file: Path, overrides: dict[str, str]) -> Tree:
+def load_tree(file: Path, overrides: dict[str, str]) -> Tree:
     """The tree of a budget file. UserError for what can't be trained: wrong settings, cycles, missing parents."""
-    values: dict[str, Any] = config_file.read(file)
+    values: dict[str, Any] = yaml_file.read(file)
     for key, value in overrides.items():
-        config_file.put(values, key, value)
+        yaml_file.set_key(values, key, value)
     budget = validate(values, Budget, source=file, base=_folder(file))
     paths = sorted(glob.glob(budget.experiments))
     if not paths:
@@ -164,7 +165,7 @@ def baseline(budget: Budget) -> Baseline | None:
     """What the budget's experiments are compared with."""
     if budget.baseline is None:
         return None
-    values = config_file.read(budget.baseline)
+    values = yaml_file.read(budget.baseline)
     return validate(values, Baseline, source=budget.baseline, base=_folder(budget.baseline))
 
 
@@ -173,13 +174,13 @@ def _folder(file: str | Path) -> Path:
 
 
 def _experiment(path: str, budget: Budget, source: Path) -> Experiment:
-    settings = validate(config_file.read(path), config.Config, source=path, base=_folder(path)).train
+    settings = validate(yaml_file.read(path), Config, source=path, base=_folder(path)).train
     if settings is None:
         raise UserError(f"{path} has no `train:` section, which an experiment needs. Add one, or move the file away.")
     changes = dict(budget.fixed)
     if settings.parent == "imagenet":
         changes |= {"train.parent": budget.imagenet, "train.parent_sha256": budget.imagenet_sha256}
-    for stage in lineage.STAGES:
+    for stage in STAGES:
         kept = getattr(settings, stage)
         if kept is not None and budget.max_epochs is not None:
             changes[f"train.{stage}.epochs"] = min(kept.epochs, max(budget.max_epochs, *kept.keep_epochs, 1))
@@ -187,7 +188,7 @@ def _experiment(path: str, budget: Budget, source: Path) -> Experiment:
     if wrong:
         raise UserError(f"{source}: `fixed.{wrong[0]}`: it changes experiments, by keys such as `train.seed`.")
     return Experiment(
-        path, config.changed(settings, changes, source=f"{source}: `fixed` in {path}", base=_folder(source))
+        path, with_changes(settings, changes, source=f"{source}: `fixed` in {path}", base=_folder(source))
     )
 
 

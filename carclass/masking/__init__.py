@@ -1,0 +1,1 @@
+"""Vehicle masks: detection, selection and cutouts."""

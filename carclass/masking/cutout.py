@@ -3,10 +3,10 @@
 import numpy as np
 from PIL import Image
 
-from carclass import config
+from carclass.config.schema import CutoutSettings
 
 
-def cut(photo: np.ndarray, box: np.ndarray, mask: np.ndarray | None, settings: config.Cutout) -> np.ndarray:
+def cut(photo: np.ndarray, box: np.ndarray, mask: np.ndarray | None, settings: CutoutSettings) -> np.ndarray:
     """The vehicle without its surroundings.
 
     photo: uint8 (H,W,3) RGB; box: float (4,) x1,y1,x2,y2 in its pixels; mask: bool (H,W), needed unless the

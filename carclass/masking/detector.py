@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from carclass import config
+from carclass.config.schema import DetectorSettings
 from carclass.masking import networks
-from carclass.masking.choice import Rule, choose, stability, touches_border
 from carclass.masking.detectron import Instances, paste_masks_in_image
-from carclass.model import autocast, fold
+from carclass.masking.selection import SelectionRule, select_vehicle, stability, touches_border
+from carclass.models.resnet import autocast, fold
 
 CANVAS = 32
 """Networks see photos on canvases whose sides are multiples of it: the coarsest step of the feature pyramid."""
@@ -40,9 +40,9 @@ class Detector:
     it depends on no other photo. UserError for wrong weights.
     """
 
-    def __init__(self, settings: config.Detector, rule: Rule = "largest", device: str = "cpu") -> None:
+    def __init__(self, settings: DetectorSettings, rule: SelectionRule = "largest", device: str = "cpu") -> None:
         self.settings, self.rule, self.device = settings, rule, torch.device(device)
-        self.network = networks.build(settings)
+        self.network = networks.build_network(settings)
         self.finds_masks = self.network.finds_masks
         _make_fast(self.network, settings.precision)
         self.network.to(self.device)
@@ -90,7 +90,7 @@ class Detector:
         """Chooses among a few small masks, and pastes only the chosen one."""
         boxes, scores = found.pred_boxes.tensor.float().cpu(), found.scores.float().cpu()
         soft = found.pred_masks.float() if self.finds_masks else None
-        chosen = choose(boxes, scores, None if soft is None else soft.cpu(), found.image_size, self.rule)
+        chosen = select_vehicle(boxes, scores, None if soft is None else soft.cpu(), found.image_size, self.rule)
         if chosen is None:
             return None
         i, (height, width) = chosen.position, shape

@@ -13,7 +13,8 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from carclass import config, storage
+from carclass import storage
+from carclass.config.schema import DetectorSettings
 from carclass.errors import UserError
 
 ARCHITECTURES = {
@@ -122,7 +123,7 @@ def score_only(layer: nn.Conv2d, classes: Collection[int], num_classes: int) -> 
     layer.register_forward_hook(lambda layer, _, logits: logits.float().masked_fill(layer.other, -torch.inf))
 
 
-def build_network(settings: config.Detector) -> DetectronNetwork:
+def build_network(settings: DetectorSettings) -> DetectronNetwork:
     """The untrained network of a known name or a YAML file; UserError when it can't be built here."""
     cfg = load_config(
         settings.model,

@@ -2,12 +2,14 @@
 
 import torch
 
-from carclass import config, storage, weights
+from carclass import storage
+from carclass.config.schema import DetectorSettings
+from carclass.config.section import NAMED_DETECTORS
 from carclass.errors import UserError
 from carclass.masking import detectron
 from carclass.masking.detectron import Network
 from carclass.masking.torchvision_rcnn import TorchvisionMaskRCNN
-from carclass.settings import DETECTORS
+from carclass.models import weights
 
 TORCHVISION = "torchvision_mask_rcnn_v2"
 _DETECTRON2 = "https://dl.fbaipublicfiles.com/detectron2"
@@ -22,7 +24,7 @@ SAMPLE = "detector.safetensors"
 KEY = "mask.detector.weights"
 
 
-def build(settings: config.Detector) -> Network:
+def build_network(settings: DetectorSettings) -> Network:
     """The network with its weights, on the CPU and in eval mode.
 
     UserError when there is no such network, or the weights aren't there, aren't what their hash says or don't fit.
@@ -33,19 +35,19 @@ def build(settings: config.Detector) -> Network:
     return network.eval()
 
 
-def localise(settings: config.Detector, root: str) -> config.Detector:
+def fetch_weights(settings: DetectorSettings, root: str) -> DetectorSettings:
     """The settings with weights that every process can open: tensors as data, checked and on storage.
 
     What comes from the web or is a pickle is kept below `<root>/weights/` as .safetensors, made once. UserError as
     for build, as far as it is about the weights.
     """
-    source = weights.localise(
+    source = weights.fetch(
         _source(settings), settings.weights_sha256, sample=SAMPLE, cache=storage.join(root, "weights"), key=KEY
     )
     return settings.model_copy(update={"weights": source.uri, "weights_sha256": source.sha256})
 
 
-def architecture_digest(settings: config.Detector) -> str:
+def architecture_digest(settings: DetectorSettings) -> str:
     """sha256 of what the network is made of: another when a YAML file, or one that it stands on, changes."""
     _check_model(settings.model)
     description = TORCHVISION if settings.model == TORCHVISION else detectron.load_config(settings.model).dump()
@@ -53,14 +55,14 @@ def architecture_digest(settings: config.Detector) -> str:
 
 
 def _check_model(model: str) -> None:
-    if model not in DETECTORS and not model.endswith((".yaml", ".yml")):
+    if model not in NAMED_DETECTORS and not model.endswith((".yaml", ".yml")):
         raise UserError(
-            f"`{detectron.KEY}`: {model} is no detector. Choose one of {', '.join(DETECTORS)}, "
+            f"`{detectron.KEY}`: {model} is no detector. Choose one of {', '.join(NAMED_DETECTORS)}, "
             "or give the URI of a Detectron2 .yaml."
         )
 
 
-def _source(settings: config.Detector) -> str:
+def _source(settings: DetectorSettings) -> str:
     """The URI of the weights, or `sample`."""
     if settings.weights != "zoo":
         return settings.weights
@@ -72,7 +74,7 @@ def _source(settings: config.Detector) -> str:
     return ZOO[settings.model]
 
 
-def _load_weights(model: torch.nn.Module, settings: config.Detector) -> None:
+def _load_weights(model: torch.nn.Module, settings: DetectorSettings) -> None:
     state, _ = weights.load(_source(settings), settings.weights_sha256, sample=SAMPLE, key=KEY)
     expected = model.state_dict()
     # BatchNorm's counters and the anchors, which some files leave out, are never learnt.

@@ -5,21 +5,23 @@ import json
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from carclass import config, dataset, storage
+from carclass import storage
+from carclass.config.schema import MaskSettings
+from carclass.data import dataset
 from carclass.errors import UserError
-from carclass.masking.masks import decode_mask, mask_iou
+from carclass.masking.rle import decode_mask, mask_iou
 from carclass.sample import source as sample
 
 
-def measure(root: str, masked: dataset.Dataset, settings: config.Mask) -> float | None:
+def measure(root: str, masked: dataset.Dataset, settings: MaskSettings) -> float | None:
     """Mean IoU of the test split's masks, where the settings name a truth."""
     uri = truth(root, settings)
     return None if uri is None else mean_iou(masked, uri, "test")
 
 
-def truth(root: str, settings: config.Mask) -> str | None:
+def truth(root: str, settings: MaskSettings) -> str | None:
     """Where the true masks are, if they are known."""
-    return sample.place(root).truth if settings.truth == "sample" else settings.truth
+    return sample.write_once(root).truth if settings.truth == "sample" else settings.truth
 
 
 def mean_iou(masked: dataset.Dataset, truth_uri: str, split: str) -> float:

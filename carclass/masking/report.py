@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 from markupsafe import Markup
 
-from carclass import page, photo, svg
-from carclass.masking.sheet import Look, panel
-from carclass.svg import BOTTOM, LEFT, RIGHT, TOP
+from carclass.data import photo
+from carclass.masking.contact_sheet import MaskedPhoto, draw_panel
+from carclass.reporting import page, svg
+from carclass.reporting.svg import BOTTOM, LEFT, RIGHT, TOP
 
 NUM_BINS = 20
 SMALL_AREA = 0.1
@@ -46,9 +47,9 @@ class MaskingReport:
     """Mean intersection over union with the true masks; None when no truth is known."""
     ious: list[int]
     """All zero when no truth is known."""
-    doubtful: list[Look]
+    doubtful: list[MaskedPhoto]
     """Worst first: by IoU where the truth is known, else by `doubt`; at most 50. May be empty."""
-    sheet: list[Look]
+    sheet: list[MaskedPhoto]
     """A fair sample of all photos; at most 40. May be empty."""
 
     def __post_init__(self) -> None:
@@ -62,7 +63,7 @@ def histogram(values: np.ndarray) -> list[int]:
     return np.histogram(known, NUM_BINS, (0, 1))[0].tolist()
 
 
-def doubt(
+def doubt_score(
     outcome: str,
     score: float | None,
     stability: float | None,
@@ -99,7 +100,7 @@ def render(report: MaskingReport) -> str:
         limits=_limits(report),
         chart=histogram_chart,
         median=_median,
-        picture=lambda look: photo.encode(panel(look), quality=JPEG_QUALITY),
+        picture=lambda look: photo.encode(draw_panel(look), quality=JPEG_QUALITY),
     )
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN_ResNet50_FPN_V2_Weights, maskrcnn_resnet50_fpn_v2
 from torchvision.models.detection.image_list import ImageList
 
-from carclass import config
+from carclass.config.schema import DetectorSettings
 from carclass.masking.detectron import Boxes, Instances, Network, check_classes, merge_into_background
 
 _NAMES = MaskRCNN_ResNet50_FPN_V2_Weights.COCO_V1.meta["categories"]
@@ -23,7 +23,7 @@ class TorchvisionMaskRCNN(Network):
 
     counted_from_0: Tensor
 
-    def __init__(self, settings: config.Detector) -> None:
+    def __init__(self, settings: DetectorSettings) -> None:
         super().__init__()
         check_classes(settings.classes, len(COCO_IDS))
         self.model = maskrcnn_resnet50_fpn_v2(

@@ -19,7 +19,7 @@ class Sample(NamedTuple):
     truth: str
 
 
-def place(root: str) -> Sample:
+def write_once(root: str) -> Sample:
     """The sample below a root, drawn and stored if it isn't there."""
     uri = storage.join(root, "sample")
     found = Sample(*(storage.join(uri, name) for name in ("photos", "labels.csv", "truth.json")))

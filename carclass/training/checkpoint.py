@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from carclass import storage
 from carclass.errors import UserError
 from carclass.progress import say
+from carclass.runs.saved_model import copy_to_host, serialise
 
 INDEX, WEIGHTS, OPTIMIZER = "checkpoint.json", "weights.safetensors", "optimizer.safetensors"
-DTYPES = {torch.float32: "F32", torch.int64: "I64"}
-"""What checkpoints hold, in the words of safetensors: weights and moments, and counters of BatchNorm."""
 AVERAGED = "averaged."
 """Before the names of weights that were averaged, which no moment's name begins with."""
 
@@ -30,7 +29,7 @@ class DamagedError(UserError):
     """A checkpoint whose files are not what they were when they were written."""
 
 
-class Trained(NamedTuple):
+class TrainedParts(NamedTuple):
     """What a stage changes."""
 
     module: nn.Module
@@ -51,30 +50,31 @@ class Snapshot(NamedTuple):
     state: dict[str, Any]
 
 
-def name_of(epoch: int, samples: int = 0) -> str:
+def checkpoint_name(epoch: int, samples: int = 0) -> str:
     """The name of a checkpoint; names sort by age. epoch: those completed; samples: of the next one."""
     return f"epoch-{epoch:04d}" + (f"-{samples:08d}" if samples else "")
 
 
-def goes_on(name: str) -> bool:
+def is_resumable(name: str) -> bool:
     """Whether a checkpoint of that name is one to go on from, rather than an epoch's result."""
     return name.count("-") > 1
 
 
-def take(name: str, trained: Trained, state: dict[str, Any]) -> Snapshot:
+def take_snapshot(name: str, trained: TrainedParts, state: dict[str, Any]) -> Snapshot:
     """Copies to memory of the host what a checkpoint of that name holds."""
-    weights = _copy(trained.best.state_dict())
-    if not goes_on(name):
+    weights = copy_to_host(trained.best.state_dict())
+    if not is_resumable(name):
         return Snapshot(name, {WEIGHTS: weights}, state)
     moving = _optimizer_tensors(trained.optimizer)
     if trained.average is not None:
         moving |= {
-            f"{AVERAGED}{name}": tensor for name, tensor in _copy(dict(trained.module.named_parameters())).items()
+            f"{AVERAGED}{name}": tensor
+            for name, tensor in copy_to_host(dict(trained.module.named_parameters())).items()
         }
     return Snapshot(name, {WEIGHTS: weights, OPTIMIZER: moving}, state)
 
 
-def write(uri: str, snapshot: Snapshot) -> None:
+def write_checkpoint(uri: str, snapshot: Snapshot) -> None:
     """Writes a checkpoint below a stage's folder."""
     folder, hashes = storage.join(uri, snapshot.name), {"state": _state_hash(snapshot.state)}
     for name, tensors in snapshot.tensors.items():
@@ -86,40 +86,20 @@ def write(uri: str, snapshot: Snapshot) -> None:
     )
 
 
-def serialise(tensors: dict[str, Tensor]) -> list[bytes | memoryview]:
-    """A safetensors file in pieces, the tensors being views of their memory.
-
-    The library's `save` copies everything, which takes longer than hashing and writing it.
-    """
-    header, pieces, end = {}, [], 0
-    for name, tensor in tensors.items():
-        data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-        header[name] = {
-            "dtype": DTYPES[tensor.dtype],
-            "shape": [*tensor.shape],
-            "data_offsets": [end, end + data.nbytes],
-        }
-        pieces.append(data.data)
-        end += data.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return [len(text).to_bytes(8, "little"), text, *pieces]
-
-
 def names(uri: str) -> list[str]:
     """The checkpoints below a stage's folder, oldest first."""
     paths = [path.split("/") for path in storage.list_files(uri)]
     return sorted(path[0] for path in paths if path[1:] == [INDEX])
 
 
-def to_go_on_from(uri: str) -> list[str]:
+def resumable_names(uri: str) -> list[str]:
     """Those of them that hold all that training needs to go on, oldest first."""
-    return [name for name in names(uri) if goes_on(name)]
+    return [name for name in names(uri) if is_resumable(name)]
 
 
 def verify(uri: str) -> dict[str, bytes]:
     """A checkpoint's files by name; DamagedError unless each is what its hash says."""
-    tensors = (WEIGHTS, OPTIMIZER) if goes_on(uri.rsplit("/", 1)[-1]) else (WEIGHTS,)
+    tensors = (WEIGHTS, OPTIMIZER) if is_resumable(uri.rsplit("/", 1)[-1]) else (WEIGHTS,)
     try:
         files = {name: storage.read_bytes(storage.join(uri, name)) for name in (INDEX, *tensors)}
         state = json.loads(files[INDEX])
@@ -135,7 +115,7 @@ def verify(uri: str) -> dict[str, bytes]:
     return files
 
 
-def restore(uri: str, trained: Trained) -> dict[str, Any]:
+def restore_checkpoint(uri: str, trained: TrainedParts) -> dict[str, Any]:
     """Puts a checkpoint back and returns its state; DamagedError, before anything is changed, when it isn't sound."""
     files = verify(uri)
     weights, moving = load(files[WEIGHTS]), load(files[OPTIMIZER])
@@ -146,13 +126,13 @@ def restore(uri: str, trained: Trained) -> dict[str, Any]:
     return _state(files)
 
 
-def newest_sound(uri: str) -> str | None:
+def newest_valid(uri: str) -> str | None:
     """The newest to go on from, None where there is none. Damaged ones after it are removed, with a warning.
 
     UserError when none is sound; they are then left as they are.
     """
     damaged: list[str] = []
-    for name in reversed(to_go_on_from(uri)):
+    for name in reversed(resumable_names(uri)):
         try:
             verify(storage.join(uri, name))
         except DamagedError as error:
@@ -162,7 +142,7 @@ def newest_sound(uri: str) -> str | None:
         remove(uri, damaged)
         return name
     if damaged:
-        raise _none_sound(uri)
+        raise _none_valid(uri)
     return None
 
 
@@ -173,7 +153,7 @@ def restore_best(uri: str, module: nn.Module) -> dict[str, Any]:
     """
     scores = {}
     for name in names(uri):
-        if not goes_on(name):
+        if not is_resumable(name):
             scores[name] = json.loads(storage.read_bytes(storage.join(uri, name, INDEX)))["val_accuracies"][-1]
     for name in sorted(scores, key=lambda name: (-scores[name], name)):
         try:
@@ -183,10 +163,10 @@ def restore_best(uri: str, module: nn.Module) -> dict[str, Any]:
             continue
         module.load_state_dict(load(files[WEIGHTS]))
         return _state(files)
-    raise _none_sound(uri)
+    raise _none_valid(uri)
 
 
-def weights_of(uri: str) -> tuple[dict[str, Tensor], str]:
+def read_weights(uri: str) -> tuple[dict[str, Tensor], str]:
     """(state dict, sha256 of its file) of a checkpoint; DamagedError when it isn't sound."""
     data = verify(uri)[WEIGHTS]
     return load(data), storage.sha256(data)
@@ -225,7 +205,7 @@ def _state_hash(state: dict[str, Any]) -> str:
     return storage.sha256(json.dumps(state, sort_keys=True).encode())
 
 
-def _none_sound(uri: str) -> UserError:
+def _none_valid(uri: str) -> UserError:
     return UserError(
         f"no checkpoint in {uri} is sound. Bring one back from a backup, or delete this folder to train the stage anew."
     )
@@ -234,7 +214,7 @@ def _none_sound(uri: str) -> UserError:
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Moments and step counts, named `<parameter number>.<moment>`; the settings are in the run's config."""
     states = optimizer.state_dict()["state"]
-    return _copy({f"{i}.{name}": torch.as_tensor(value) for i, s in states.items() for name, value in s.items()})
+    return copy_to_host({f"{i}.{name}": torch.as_tensor(value) for i, s in states.items() for name, value in s.items()})
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
@@ -247,33 +227,3 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
         fits = value.shape == like.shape
         state.setdefault(int(number), {})[name] = torch.empty_like(like).copy_(value) if fits else value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-
-
-def publish_model(uri: str, net: nn.Module, facts: dict[str, Any]) -> None:
-    """Writes the whole network as <uri>.safetensors and, last, what is needed to use it as <uri>.json."""
-    pieces = serialise(_copy(net.state_dict()))
-    storage.write_bytes(f"{uri}.safetensors", *pieces)
-    described = json.dumps({**facts, "sha256": storage.sha256(*pieces)}, indent=1, ensure_ascii=False)
-    storage.write_bytes(f"{uri}.json", described.encode())
-
-
-def read_model(uri: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(state dict, facts) of a published network; UserError when it isn't there or was changed."""
-    try:
-        facts = json.loads(storage.read_bytes(f"{uri}.json"))
-        data = storage.read_bytes(f"{uri}.safetensors")
-    except FileNotFoundError as error:
-        raise UserError(
-            f"no model at {uri}.safetensors: the run has not finished this stage. Run jobs/train.py."
-        ) from error
-    if storage.sha256(data) != facts["sha256"]:
-        raise UserError(f"{uri}.safetensors is damaged: its sha256 is not the one in {uri}.json. Train the run again.")
-    return load(data), facts
-
-
-def _copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    # Tensors in channels_last are stored in the order of their dimensions.
-    return {
-        name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        for name, value in tensors.items()
-    }

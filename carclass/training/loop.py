@@ -15,12 +15,13 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from carclass import config, model
-from carclass.training.checkpoint import Trained
-from carclass.training.feed import DROPOUT, Batch
+from carclass.config.schema import StageSettings, UnfrozenSettings
+from carclass.models import resnet
+from carclass.training.checkpoint import TrainedParts
+from carclass.training.dataloader import DROPOUT, Batch
 
 
-class Batches(Protocol):
+class Loader(Protocol):
     """Where samples come from: FeatureBatches or PhotoBatches."""
 
     num_steps: int
@@ -33,7 +34,7 @@ class Batches(Protocol):
 
 
 @dataclass
-class State:
+class TrainState:
     """How far a stage is: what its checkpoints hold besides tensors."""
 
     epoch: int = 0  # those completed
@@ -52,18 +53,18 @@ class State:
         return self.val_accuracies.index(max(self.val_accuracies)) + 1
 
 
-class Finished(NamedTuple):
+class EpochResult(NamedTuple):
     """What is told of an epoch."""
 
     metrics: dict[str, float]
     steps: list[dict[str, float]]  # `step` counted from 1, and the mean loss, accuracy and lr of each
 
 
-class Keeping(NamedTuple):
+class Callbacks(NamedTuple):
     """What a loop does besides training, on every worker alike."""
 
-    save: Callable[[State, bool], None] = lambda *_: None  # where training is; whether it must be
-    finish: Callable[[State, Finished], None] = lambda *_: None  # the epoch just finished
+    save: Callable[[TrainState, bool], None] = lambda *_: None  # where training is; whether it must be
+    finish: Callable[[TrainState, EpochResult], None] = lambda *_: None  # the epoch just finished
     leaving: Callable[[], bool] = lambda: False  # asked after every step; the answer is the same on every worker
     every: int | None = None  # steps between checkpoints
 
@@ -71,30 +72,30 @@ class Keeping(NamedTuple):
 class Trainee(NamedTuple):
     """What is trained, and how."""
 
-    trained: Trained  # the classifier (frozen) or the whole network (unfrozen), without DDP
+    trained: TrainedParts  # the classifier (frozen) or the whole network (unfrozen), without DDP
     forward: nn.Module  # its module, wrapped where there are several workers
-    stage: config.Stage
+    stage: StageSettings
     autocast: torch.autocast
     seed: int
     piece: int | None = None  # samples that a worker computes at once; None: its share of a step
 
 
-def make_trained(module: nn.Module, stage: config.Stage) -> Trained:
+def make_trained(module: nn.Module, stage: StageSettings) -> TrainedParts:
     """A module as a stage begins, with all that checkpoints hold of it."""
     average = None if stage.ema_decay is None else copy.deepcopy(module).requires_grad_(False)
-    return Trained(module, make_optimizer(module, stage), average)
+    return TrainedParts(module, make_optimizer(module, stage), average)
 
 
-def make_optimizer(module: nn.Module, stage: config.Stage) -> torch.optim.Optimizer:
+def make_optimizer(module: nn.Module, stage: StageSettings) -> torch.optim.Optimizer:
     """The stage's optimizer for what trains; biases and normalisation are not decayed. Fused: one pass over it all.
 
     Each block's rate is the one above's times the stage's layer_decay, that of the last block and the classifier 1.
     """
-    layer_decay = stage.layer_decay if isinstance(stage, config.Unfrozen) else 1.0
+    layer_decay = stage.layer_decay if isinstance(stage, UnfrozenSettings) else 1.0
     grouped: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            grouped.setdefault((model.blocks_above(name), parameter.ndim > 1), []).append(parameter)
+            grouped.setdefault((resnet.depth_from_head(name), parameter.ndim > 1), []).append(parameter)
     groups = [
         {"params": found, "scale": layer_decay**above, "weight_decay": stage.weight_decay if decayed else 0.0}
         for (above, decayed), found in sorted(grouped.items(), key=lambda item: item[0])
@@ -105,7 +106,7 @@ def make_optimizer(module: nn.Module, stage: config.Stage) -> torch.optim.Optimi
     return kind(groups, lr=stage.lr, fused=True)
 
 
-def learning_rate(stage: config.Stage, progress: float) -> float:
+def learning_rate(stage: StageSettings, progress: float) -> float:
     """The rate after `progress` epochs: a linear warm-up, then constant or a cosine to zero."""
     if progress < stage.warmup_epochs:
         return stage.lr * progress / stage.warmup_epochs
@@ -115,7 +116,7 @@ def learning_rate(stage: config.Stage, progress: float) -> float:
     return stage.lr * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
 
 
-def run(trainee: Trainee, batches: Batches, state: State, keeping: Keeping) -> bool:
+def train_epochs(trainee: Trainee, batches: Loader, state: TrainState, keeping: Callbacks) -> bool:
     """Trains on from a state until the last epoch or until patience runs out; False when told to leave before."""
     while not is_done(trainee.stage, state):
         if not train_epoch(trainee, batches, state, keeping):
@@ -124,16 +125,16 @@ def run(trainee: Trainee, batches: Batches, state: State, keeping: Keeping) -> b
     return True
 
 
-def is_done(stage: config.Stage, state: State) -> bool:
+def is_done(stage: StageSettings, state: TrainState) -> bool:
     """Whether a stage is at its end."""
     waited = state.epoch - state.best_epoch if state.epoch else 0
     out_of_patience = stage.patience is not None and waited >= stage.patience
     return state.epoch >= stage.epochs or (out_of_patience and state.epoch >= max(stage.keep_epochs, default=0))
 
 
-def train_epoch(trainee: Trainee, batches: Batches, state: State, keeping: Keeping) -> bool:
+def train_epoch(trainee: Trainee, batches: Loader, state: TrainState, keeping: Callbacks) -> bool:
     """Every train sample that state's epoch has not seen yet, once; False when told to leave before its end."""
-    model.set_train_mode(trainee.trained.module)
+    resnet.set_train_mode(trainee.trained.module)
     started = time.perf_counter() - state.seconds
     fresh: list[Tensor] = []  # stays on the device, so that no step waits for the one before
     left = False
@@ -143,14 +144,14 @@ def train_epoch(trainee: Trainee, batches: Batches, state: State, keeping: Keepi
         left = keeping.leaving()
         due = keeping.every is not None and step % keeping.every == 0
         if left or due:
-            state.steps += _over_workers(torch.stack(fresh)).tolist()
+            state.steps += _sum_over_workers(torch.stack(fresh)).tolist()
             state.seconds = time.perf_counter() - started
             fresh.clear()
             keeping.save(state, left)
         if left:
             return False
     if fresh:
-        state.steps += _over_workers(torch.stack(fresh)).tolist()
+        state.steps += _sum_over_workers(torch.stack(fresh)).tolist()
     state.seconds = time.perf_counter() - started
     return True
 
@@ -161,18 +162,18 @@ def train_step(trainee: Trainee, batch: Batch, step: int, num_steps: int) -> Ten
     for group in trainee.trained.optimizer.param_groups:
         group["lr"] = learning_rate(trainee.stage, step / num_steps) * group["scale"]
     trainee.trained.optimizer.zero_grad(set_to_none=True)
-    *others, last = pieces(batch, trainee.piece)
+    *others, last = split_batch(batch, trainee.piece)
     tallies = []
     with trainee.forward.no_sync() if isinstance(trainee.forward, DistributedDataParallel) else nullcontext():
         tallies += [backward(trainee, piece, epoch) for piece in others]
     tallies.append(backward(trainee, last, epoch))  # workers exchange the sum of all pieces' gradients
     trainee.trained.optimizer.step()
     if trainee.trained.average is not None:
-        average(trainee, step)
+        update_average(trainee, step)
     return torch.stack(tallies).sum(0)
 
 
-def pieces(batch: Batch, size: int | None) -> Iterator[Batch]:
+def split_batch(batch: Batch, size: int | None) -> Iterator[Batch]:
     """A batch in pieces of at most `size` samples; None: whole."""
     size = size or len(batch.ids)
     for start in range(0, len(batch.ids), size):
@@ -183,7 +184,7 @@ def pieces(batch: Batch, size: int | None) -> Iterator[Batch]:
 def backward(trainee: Trainee, batch: Batch, epoch: int) -> Tensor:
     """Adds to the gradients; returns this worker's tally."""
     for module in trainee.trained.module.modules():
-        if isinstance(module, model.SampleDropout):
+        if isinstance(module, resnet.SampleDropout):
             module.draw(trainee.seed + DROPOUT, epoch, batch.ids, batch.inputs.device)
     with trainee.autocast:
         logits = trainee.forward(batch.inputs)
@@ -191,11 +192,11 @@ def backward(trainee: Trainee, batch: Batch, epoch: int) -> Tensor:
         logits.float(), batch.labels, reduction="sum", label_smoothing=trainee.stage.label_smoothing
     )
     (loss * batch.weight).backward()
-    return _tally(loss.detach(), logits.detach(), batch)
+    return _count_batch(loss.detach(), logits.detach(), batch)
 
 
 @torch.no_grad()
-def average(trainee: Trainee, step: int) -> None:
+def update_average(trainee: Trainee, step: int) -> None:
     """Moves the average towards the weights: an exponential moving average, younger where few steps were taken."""
     assert trainee.trained.average is not None
     assert trainee.stage.ema_decay is not None
@@ -204,7 +205,7 @@ def average(trainee: Trainee, step: int) -> None:
     get_ema_multi_avg_fn(decay)(ours, theirs, None)
 
 
-def finish_epoch(trainee: Trainee, batches: Batches, state: State) -> Finished:
+def finish_epoch(trainee: Trainee, batches: Loader, state: TrainState) -> EpochResult:
     """Validates, and moves state on to the next epoch."""
     started, epoch, lr = time.perf_counter(), state.epoch + 1, partial(learning_rate, trainee.stage)
     loss, hits, count = (math.fsum(column) for column in zip(*state.steps, strict=True))
@@ -217,30 +218,32 @@ def finish_epoch(trainee: Trainee, batches: Batches, state: State) -> Finished:
     ]
     state.epoch, state.steps, state.seconds = epoch, [], 0.0
     state.val_accuracies.append(metrics["val_accuracy"])
-    return Finished(metrics, steps)
+    return EpochResult(metrics, steps)
 
 
 @torch.inference_mode()
-def validate(trainee: Trainee, batches: Batches) -> dict[str, float]:
+def validate(trainee: Trainee, batches: Loader) -> dict[str, float]:
     """Every val sample once over all workers: val_loss (without label smoothing) and val_accuracy."""
     module = trainee.trained.best.eval()
     tallies = []
     for batch in batches.val():
         with trainee.autocast:
             logits = module(batch.inputs)
-        tallies.append(_tally(functional.cross_entropy(logits.float(), batch.labels, reduction="sum"), logits, batch))
-    loss, hits, count = _over_workers(torch.stack(tallies).sum(0)).tolist()
+        tallies.append(
+            _count_batch(functional.cross_entropy(logits.float(), batch.labels, reduction="sum"), logits, batch)
+        )
+    loss, hits, count = _sum_over_workers(torch.stack(tallies).sum(0)).tolist()
     return {"val_loss": loss / count, "val_accuracy": hits / count}
 
 
-def _tally(loss: Tensor, logits: Tensor, batch: Batch) -> Tensor:
+def _count_batch(loss: Tensor, logits: Tensor, batch: Batch) -> Tensor:
     """float64 (3,) on the device: summed loss, hits and samples; zeros for samples that another worker counts."""
     hits = (logits.argmax(1) == batch.labels).sum()
     tally = torch.stack([loss.double(), hits.double(), hits.new_full((), len(logits)).double()])
     return tally if batch.weight else torch.zeros_like(tally)
 
 
-def _over_workers(totals: Tensor) -> Tensor:
+def _sum_over_workers(totals: Tensor) -> Tensor:
     if distributed.is_initialized():
         device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
         shared = totals.to(device)

@@ -15,8 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torchvision.models.resnet import ResNet
 
-from carclass import config, dataset, lineage, model, storage
+from carclass import storage
+from carclass.config.schema import StageSettings, TrainSettings
+from carclass.data import dataset
 from carclass.errors import UserError
+from carclass.formatting import bytes_text
+from carclass.models import resnet
+from carclass.runs.run import run_uri
 
 log = logging.getLogger(__name__)
 FLOAT = 4
@@ -32,16 +37,16 @@ HEAP = 1.4
 resident memory on Linux. On a GPU, whose allocator is made for tensors, it is 1."""
 
 
-class Step(NamedTuple):
+class StepMemory(NamedTuple):
     """Memory of a worker in a training step."""
 
     fixed: int  # bytes, whatever the batch
     per_photo: int  # bytes
 
 
-def check(
+def check_run(
     root: str,
-    settings: config.Train,
+    settings: TrainSettings,
     source: dataset.Dataset,
     *,
     use_gpu: bool,
@@ -55,7 +60,7 @@ def check(
     """
     check_classes(source)
     check_object_store(settings, source, object_store)
-    net = model.build(settings.model, len(source.classes))
+    net = resnet.build(settings.model, len(source.classes))
     check_disk(root, settings, source, net)
     if memory is not None:
         check_memory(settings, source, net, memory, use_gpu=use_gpu)
@@ -80,7 +85,7 @@ def check_classes(source: dataset.Dataset) -> None:
         log.warning("train: %d classes have no train photo and will never be predicted: %s", len(unseen), names)
 
 
-def decoded_size(settings: config.Train, source: dataset.Dataset, object_store: int) -> int | None:
+def decoded_size(settings: TrainSettings, source: dataset.Dataset, object_store: int) -> int | None:
     """Pixels of the sides that photos are decoded to before training, once; None where they would not fit into memory.
 
     object_store: bytes that the cluster's largest node has for them.
@@ -88,7 +93,7 @@ def decoded_size(settings: config.Train, source: dataset.Dataset, object_store: 
     return settings.model.image_size if _decoded(settings, source) <= object_store else None
 
 
-def check_object_store(settings: config.Train, source: dataset.Dataset, there: int) -> None:
+def check_object_store(settings: TrainSettings, source: dataset.Dataset, there: int) -> None:
     """Warns when the decoded train and val photos, uint8 (S,S,3) each, are more than a node's object store."""
     needed, count = _decoded(settings, source), _num_photos(source)
     if needed > there:
@@ -97,12 +102,12 @@ def check_object_store(settings: config.Train, source: dataset.Dataset, there: i
             "largest object store has %s: they stay encoded and are decoded anew in every epoch. Up to %d pixels fit; "
             "or give Ray more memory (`ray start --object-store-memory`, or "
             "RAY_DEFAULT_OBJECT_STORE_MEMORY_PROPORTION).",
-            f"{count:,}", source.name, _text(needed), settings.model.image_size, _text(there),
+            f"{count:,}", source.name, bytes_text(needed), settings.model.image_size, bytes_text(there),
             int((there / count / 3) ** 0.5),
         )  # fmt: skip
 
 
-def _decoded(settings: config.Train, source: dataset.Dataset) -> int:
+def _decoded(settings: TrainSettings, source: dataset.Dataset) -> int:
     """Bytes of the decoded train and val photos."""
     return 3 * settings.model.image_size**2 * _num_photos(source)
 
@@ -112,24 +117,24 @@ def _num_photos(source: dataset.Dataset) -> int:
     return int(splits["train"] + splits["val"])
 
 
-def check_disk(root: str, settings: config.Train, source: dataset.Dataset, net: ResNet) -> None:
+def check_disk(root: str, settings: TrainSettings, source: dataset.Dataset, net: ResNet) -> None:
     """UserError when a local root has less space than the run's checkpoints and cached features will take."""
     filesystem, path = storage.locate(root)
     if not isinstance(filesystem, fs.LocalFileSystem):
         return
-    run = Path(lineage.place(path, settings.name))
+    run = Path(run_uri(path, settings.name))
     written = sum(file.stat().st_size for file in run.rglob("*") if file.is_file())  # by a run that goes on
     free = shutil.disk_usage(next(place for place in (Path(path), *Path(path).parents) if place.exists())).free
     needed = disk_bytes(settings, source, net)
     if needed > written + free:
         raise UserError(
-            f"`root`: {root} has {_text(free)} free, and run `{settings.name}` takes up to {_text(needed)}, most of it "
+            f"`root`: {root} has {bytes_text(free)} free, and run `{settings.name}` takes up to {bytes_text(needed)}, most of it "
             f"for checkpoints. Free some, lower `train.keep_checkpoints` (now {settings.keep_checkpoints}), or choose "
             "another root."
         )
 
 
-def disk_bytes(settings: config.Train, source: dataset.Dataset, net: ResNet) -> int:
+def disk_bytes(settings: TrainSettings, source: dataset.Dataset, net: ResNet) -> int:
     """What a run writes at most: each stage's checkpoints and best model, and the frozen stage's features."""
     total = 0
     for stage, trained in ((settings.frozen, net.fc), (settings.unfrozen, net)):
@@ -143,12 +148,12 @@ def disk_bytes(settings: config.Train, source: dataset.Dataset, net: ResNet) -> 
     return total
 
 
-def kept_copies(stage: config.Stage) -> int:
+def kept_copies(stage: StageSettings) -> int:
     """Tensors that checkpoints hold besides each weight: its moments, and its average."""
     return MOMENTS[stage.optimizer] + (stage.ema_decay is not None)
 
 
-def check_memory(settings: config.Train, source: dataset.Dataset, net: ResNet, memory: int, *, use_gpu: bool) -> None:
+def check_memory(settings: TrainSettings, source: dataset.Dataset, net: ResNet, memory: int, *, use_gpu: bool) -> None:
     """UserError when a stage doesn't fit into a worker's memory; it names the value that would fit.
 
     memory: bytes of one GPU, or of all nodes together, which the workers share.
@@ -157,7 +162,7 @@ def check_memory(settings: config.Train, source: dataset.Dataset, net: ResNet, m
     # Where their number is free: a GPU bears most with the fewest workers, hosts with the most.
     num_workers, share = (fewest, memory) if use_gpu else (most, memory // most)
     usable = USABLE * share - PROCESS
-    there = f"{_text(share)} of {'a GPU' if use_gpu else 'memory for each worker'}"
+    there = f"{bytes_text(share)} of {'a GPU' if use_gpu else 'memory for each worker'}"
     if settings.frozen is not None:
         _check_views(settings.frozen.views, source, net, usable, there)
     if settings.unfrozen is not None:
@@ -172,12 +177,12 @@ def _check_views(views: int, source: dataset.Dataset, net: ResNet, usable: float
     if views > fitting:
         advice = f"Up to {fitting} fit." if fitting > 0 else "Take machines with more memory."
         raise UserError(
-            f"`train.frozen.views`: features of {views} views of `{source.name}`, {_text(one - none)} each, don't fit "
+            f"`train.frozen.views`: features of {views} views of `{source.name}`, {bytes_text(one - none)} each, don't fit "
             f"into {there}. {advice}"
         )
 
 
-def _check_batch_size(settings: config.Train, num_workers: int, step: Step, usable: float, there: str) -> None:
+def _check_batch_size(settings: TrainSettings, num_workers: int, step: StepMemory, usable: float, there: str) -> None:
     assert settings.unfrozen is not None
     stage, fitting = settings.unfrozen, max(0, int((usable - step.fixed) // step.per_photo))
     share = -(-stage.batch_size // num_workers)
@@ -190,12 +195,12 @@ def _check_batch_size(settings: config.Train, num_workers: int, step: Step, usab
         raise UserError(
             f"`train.unfrozen.batch_size`: {stage.batch_size} photos of {settings.model.image_size} pixels "
             f"over {num_workers} worker(s) don't fit into {there}, of which weights, gradients, optimizer and "
-            f"libraries take {_text(PROCESS + step.fixed)} and each photo {_text(step.per_photo)}. {fits}, "
+            f"libraries take {bytes_text(PROCESS + step.fixed)} and each photo {bytes_text(step.per_photo)}. {fits}, "
             "lower `train.model.image_size`, or take more or larger machines."
         )
 
 
-def step_memory(settings: config.Train, stage: config.Stage, net: ResNet, *, use_gpu: bool) -> Step:
+def step_memory(settings: TrainSettings, stage: StageSettings, net: ResNet, *, use_gpu: bool) -> StepMemory:
     """Of a step that trains the whole network; validation, with larger batches but nothing kept, takes less."""
     one, two = (saved_bytes(net, settings, num_photos) for num_photos in (1, 2))
     weights, kept = FLOAT * _numel(net), kept_copies(stage)
@@ -203,10 +208,10 @@ def step_memory(settings: config.Train, stage: config.Stage, net: ResNet, *, use
     if not use_gpu:
         copies += 1 + kept  # a checkpoint that is being written
     # What autograd saves whatever the number of photos are weights, as they are and folded or in bfloat16.
-    return Step(weights * copies + max(weights, 2 * one - two), int((two - one) * (1.0 if use_gpu else HEAP)))
+    return StepMemory(weights * copies + max(weights, 2 * one - two), int((two - one) * (1.0 if use_gpu else HEAP)))
 
 
-def saved_bytes(net: ResNet, settings: config.Train, num_photos: int) -> int:
+def saved_bytes(net: ResNet, settings: TrainSettings, num_photos: int) -> int:
     """Bytes that a step holds between its forward and backward pass: photos, weights and what autograd saves.
 
     Counted by PyTorch itself, on tensors that have a shape and no content (fake tensors), so that it takes a second
@@ -218,14 +223,14 @@ def saved_bytes(net: ResNet, settings: config.Train, num_photos: int) -> int:
         held[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
-    model.prepare_stage(net, "unfrozen")
+    resnet.prepare_stage(net, "unfrozen")
     net.fc.eval()  # dropout would want ids of photos, and holds next to nothing
     size = settings.model.image_size
     with FakeTensorMode(allow_non_fake_inputs=True):
         photos = hold(torch.empty(num_photos, 3, size, size).to(memory_format=torch.channels_last))
         labels = torch.empty(num_photos, dtype=torch.int64)
         with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
-            with model.autocast(settings.precision, photos.device):
+            with resnet.autocast(settings.precision, photos.device):
                 logits = net(photos)
             functional.cross_entropy(logits.float(), labels)
         return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
@@ -238,9 +243,4 @@ def _numel(module: nn.Module) -> int:
 def _features(views: int, source: dataset.Dataset, net: ResNet) -> int:
     """Numbers in the cached features: of every view of train, and of val."""
     splits = source.manifest["splits"]
-    return int((views * splits["train"] + splits["val"]) * model.num_features(net))
-
-
-def _text(size: float) -> str:
-    """A number of bytes for a person."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+    return int((views * splits["train"] + splits["val"]) * resnet.num_features(net))

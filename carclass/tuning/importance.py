@@ -8,9 +8,10 @@ import numpy as np
 import optuna
 from optuna.importance import FanovaImportanceEvaluator
 
+from carclass.formatting import Value
 from carclass.tuning import sampler
-from carclass.tuning.outcome import Outcome, Sweep
-from carclass.tuning.space import Dimension, Value
+from carclass.tuning.results import SweepResult, TrialResult
+from carclass.tuning.search_space import Dimension
 
 MIN_TRIALS = 8
 """Fewer say nothing of importance."""
@@ -29,7 +30,7 @@ class Importance:
     """Standard deviation over them: how much hangs on which trials there happen to be."""
 
 
-def importances(sweep: Sweep) -> list[Importance]:
+def importances(sweep: SweepResult) -> list[Importance]:
     """Every varied setting's importance, the highest first; empty when trials are too few or all alike.
 
     A pruned trial counts with what it had reached. Trial 0 is left out when it lies outside of the space.
@@ -54,12 +55,12 @@ def importances(sweep: Sweep) -> list[Importance]:
     return sorted(ranked, key=lambda one: (-one.mean, one.key))
 
 
-def _counts(one: Outcome, dimensions: Sequence[Dimension]) -> bool:
+def _counts(one: TrialResult, dimensions: Sequence[Dimension]) -> bool:
     inside = all(dimension.contains(one.trial.values[dimension.key]) for dimension in dimensions)
     return inside and bool(one.epochs) and math.isfinite(one.accuracy)
 
 
-def _trial(one: Outcome, dimensions: Sequence[Dimension]) -> optuna.trial.FrozenTrial:
+def _trial(one: TrialResult, dimensions: Sequence[Dimension]) -> optuna.trial.FrozenTrial:
     """A trial as Optuna knows it, with the logarithm of each value that was searched by its logarithm.
 
     Optuna's fANOVA takes such ranges as they are, and so would judge a learning rate by the top of its range alone.

@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import optuna
 
-from carclass.tuning.space import Dimension, Value
-from carclass.tuning.trials import State
+from carclass.formatting import Value
+from carclass.tuning.search_space import Dimension
+from carclass.tuning.trial_records import State
 
 MAX_BY_CHANCE = 10
 """Trials before the estimator has its say, at most; Optuna's default."""
@@ -19,7 +20,7 @@ STATES = {
 }
 
 
-class Known(NamedTuple):
+class KnownTrial(NamedTuple):
     """What is known of a trial when the next settings are asked for."""
 
     values: dict[str, Value]
@@ -41,8 +42,8 @@ def distribution(dimension: Dimension) -> optuna.distributions.BaseDistribution:
     return optuna.distributions.FloatDistribution(dimension.low, dimension.high, log=dimension.log)
 
 
-def suggest(
-    dimensions: Sequence[Dimension], known: Sequence[Known], sampler: str, seed: int, number: int, num_trials: int
+def suggest_values(
+    dimensions: Sequence[Dimension], known: Sequence[KnownTrial], sampler: str, seed: int, number: int, num_trials: int
 ) -> dict[str, Value]:
     """The settings of trial `number` of `num_trials`, by dotted key.
 

@@ -18,7 +18,7 @@ from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.common_pb2 import LabelSelectorOperator
 from ray.core.generated.instance_manager_pb2 import Instance
 
-from tests.aws import IMAGE, Place, Request, account, on_head, provider_of
+from tests.helpers.aws import IMAGE, Place, Request, account, on_head, provider_of
 
 REPO = Path(__file__).parents[2]
 WORKERS = ("mask", "read", "train")

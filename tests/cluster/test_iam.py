@@ -12,7 +12,7 @@ from cfnlint.api import ManualArgs, lint
 from cfnlint.data import AdditionalSpecs
 from cfnlint.helpers import load_resource
 
-from tests.aws import Place, account
+from tests.helpers.aws import Place, account
 
 POLICIES = [("worker", "worker"), ("head", "worker"), ("head", "head"), ("operator", "operator")]
 """Role and policy."""

@@ -16,7 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 from ray.autoscaler._private.command_runner import _with_interactive
 
-from tests.cluster.clean_root import TOOLS, Build, Stage, instructions
+from tests.helpers.clean_root import TOOLS, Build, Stage, instructions
 
 REPO = Path(__file__).parents[2]
 IMAGE = REPO / "cluster" / "image"

@@ -17,7 +17,7 @@ import ray
 import yaml
 from ray.autoscaler._private.kuberay import autoscaling_config
 
-from tests.clusters import RAY, Cluster
+from tests.helpers.clusters import RAY, Cluster
 
 REPO = Path(__file__).parents[2]
 VALUES = {

@@ -20,11 +20,12 @@ import pytest
 import yaml
 from safetensors.numpy import load
 
-from carclass import dataset, storage
+from carclass import storage
+from carclass.data import dataset
 from carclass.sample.generate import write_sample
-from tests.clusters import RAY, SYSTEM, Job, wait_for
-from tests.hosts import Host, Network, missing
-from tests.tunnel import Tunnel
+from tests.helpers.clusters import RAY, SYSTEM, Job, wait_for
+from tests.helpers.hosts import Host, Network, missing
+from tests.helpers.tunnel import Tunnel
 
 REPO = Path(__file__).parents[2]
 BUCKET, EPOCHS = "cars", 6
@@ -89,7 +90,7 @@ class Site:
         self._start_node(self.head, *options, f"--system-config={json.dumps({**SYSTEM, **of_aws()})}")
         for worker in self.workers:
             self.start_worker(worker)
-        tunnel = [sys.executable, "-m", "tests.tunnel", "8265", self.head.space, "127.0.0.1", "8265"]
+        tunnel = [sys.executable, "-m", "tests.helpers.tunnel", "8265", self.head.space, "127.0.0.1", "8265"]
         self.client.start(tunnel, self.environment)
 
     def start_worker(self, host: Host) -> None:
@@ -199,7 +200,7 @@ def test_a_job_ends_well_though_hosts_are_cut_off_and_killed(many):
 
 @pytest.mark.parametrize("name", ["v1", "v2"])
 def test_its_datasets_are_those_of_a_single_host(many, alone, contents, name):
-    ours, theirs = (contents(dataset.load(f"s3://{BUCKET}/{root}", name)) for root in ("many", "alone"))
+    ours, theirs = (contents(dataset.load_dataset(f"s3://{BUCKET}/{root}", name)) for root in ("many", "alone"))
     assert ours == theirs
 
 

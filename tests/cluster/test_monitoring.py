@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from tests.clusters import JOBS, RAY, free_port, kill, wait_for
+from tests.helpers.clusters import JOBS, RAY, free_port, kill, wait_for
 
 GRAFANA = Path(__file__).parents[2] / "cluster" / "grafana"
 DASHBOARD = json.loads((GRAFANA / "carclass.json").read_text())

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.clusters import Cluster
+from tests.helpers.clusters import Cluster
 
 REPO = Path(__file__).parents[2]
 WATCHER = REPO / "cluster" / "image" / "watch_spot.py"

@@ -14,8 +14,8 @@ from ray.autoscaler import sdk
 from ray.autoscaler.v2.instance_manager.config import FileConfigReader
 from ray.autoscaler.v2.instance_manager.node_provider import LaunchNodeError, NodeProviderAdapter
 
-from tests.aws import Place, Request, account, on_head, provider_of
-from tests.clusters import Cluster
+from tests.helpers.aws import Place, Request, account, on_head, provider_of
+from tests.helpers.clusters import Cluster
 
 NO_SPOT = (
     "InsufficientInstanceCapacity",

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.clusters import RAY, free_port, kill
-from tests.tunnel import Tunnel
+from tests.helpers.clusters import RAY, free_port, kill
+from tests.helpers.tunnel import Tunnel
 
 REPO = Path(__file__).parents[2]
 

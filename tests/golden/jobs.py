@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from carclass.sample.generate import write_sample
-from tests.clusters import free_port, kill
+from tests.helpers.clusters import free_port, kill
 
 REPOSITORY = Path(__file__).parents[2]
 REPRODUCIBLE = {

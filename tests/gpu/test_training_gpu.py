@@ -7,38 +7,39 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from carclass import config, model
-from carclass.training import graphed, loop
-from carclass.training.feed import FEW_PIXELS, Block, Feed, PhotoBatches
+from carclass.config.schema import AugmentationSettings, ModelSettings, UnfrozenSettings
+from carclass.models import resnet
+from carclass.training import cuda_graphs, loop
+from carclass.training.dataloader import SMALL_STEP_PIXELS, PhotoBlock, PhotoLoader, PhotoSamples
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU = torch.device("cuda")
 SIDE, CLASSES, PHOTOS = 64, 4, 29
-STAGE = config.Unfrozen(epochs=2, batch_size=8, lr=1e-2, warmup_epochs=1)
+STAGE = UnfrozenSettings(epochs=2, batch_size=8, lr=1e-2, warmup_epochs=1)
 
 
-def feed() -> Feed:
+def feed() -> PhotoSamples:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (PHOTOS, SIDE, SIDE, 3), np.uint8)
-    blocks = [Block(pixels, rng.integers(0, CLASSES, PHOTOS), rng.integers(0, 2**63, PHOTOS, np.uint64))]
-    return Feed(blocks, seed=1)
+    blocks = [PhotoBlock(pixels, rng.integers(0, CLASSES, PHOTOS), rng.integers(0, 2**63, PHOTOS, np.uint64))]
+    return PhotoSamples(blocks, seed=1)
 
 
-def trained(precision: model.Precision, *, graphs: bool) -> tuple[dict[str, Tensor], list[float]]:
+def trained(precision: resnet.Precision, *, graphs: bool) -> tuple[dict[str, Tensor], list[float]]:
     """Weights and each step's loss after two epochs whose last step has five photos."""
     torch.backends.cudnn.deterministic = True
     torch.manual_seed(0)
-    net = model.build(config.Model(architecture="resnet26-narrow", image_size=SIDE, dropout=0.3), CLASSES).to(GPU)
-    model.prepare_stage(net, "unfrozen")
+    net = resnet.build(ModelSettings(architecture="resnet26-narrow", image_size=SIDE, dropout=0.3), CLASSES).to(GPU)
+    resnet.prepare_stage(net, "unfrozen")
     given, forward = loop.make_trained(net, STAGE), net
     if graphs:
-        forward = graphed.faster(net, STAGE.batch_size, SIDE, precision)
+        forward = cuda_graphs.capture_if_faster(net, STAGE.batch_size, SIDE, precision)
         assert forward is not net
-    trainee = loop.Trainee(given, forward, STAGE, model.autocast(precision, GPU), 1)
-    batches = PhotoBatches(feed(), feed(), config.Augmentation(), STAGE, GPU)
+    trainee = loop.Trainee(given, forward, STAGE, resnet.autocast(precision, GPU), 1)
+    batches = PhotoLoader(feed(), feed(), AugmentationSettings(), STAGE, GPU)
     losses: list[float] = []
-    finished = loop.Keeping(finish=lambda _, told: losses.extend(step["loss"] for step in told.steps))
-    assert loop.run(trainee, batches, loop.State(), finished)
+    finished = loop.Callbacks(finish=lambda _, told: losses.extend(step["loss"] for step in told.steps))
+    assert loop.train_epochs(trainee, batches, loop.TrainState(), finished)
     return {name: tensor.cpu() for name, tensor in net.state_dict().items()}, losses
 
 
@@ -62,7 +63,7 @@ def test_a_frozen_norm_is_batch_norm_with_its_gradients(dtype: torch.dtype, tole
     photos = torch.randn(4, 24, 9, 9, device=GPU).to(dtype, memory_format=torch.channels_last).requires_grad_()
     gradient = torch.randn(4, 24, 9, 9, device=GPU).to(dtype)
     exact, exactly = copy.deepcopy(norm).double(), photos.detach().double().requires_grad_()
-    mine = model.FrozenNorm.apply(photos, norm, norm.weight, norm.bias)
+    mine = resnet.FrozenNorm.apply(photos, norm, norm.weight, norm.bias)
     found = [mine, *torch.autograd.grad(mine, [photos, norm.weight, norm.bias], gradient)]
     truth = [
         exact(exactly),
@@ -72,7 +73,7 @@ def test_a_frozen_norm_is_batch_norm_with_its_gradients(dtype: torch.dtype, tole
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_graphs_change_nothing(precision: model.Precision):
+def test_graphs_change_nothing(precision: resnet.Precision):
     without, told_without = trained(precision, graphs=False)
     within, told_within = trained(precision, graphs=True)
     assert told_within == pytest.approx(told_without, rel=1e-6)
@@ -80,14 +81,14 @@ def test_graphs_change_nothing(precision: model.Precision):
 
 
 def test_large_batches_have_no_graphs():
-    net = model.build(config.Model(architecture="resnet26-narrow", image_size=SIDE), CLASSES).to(GPU)
-    assert graphed.faster(net, FEW_PIXELS // SIDE**2 + 1, SIDE, "bf16") is net
+    net = resnet.build(ModelSettings(architecture="resnet26-narrow", image_size=SIDE), CLASSES).to(GPU)
+    assert cuda_graphs.capture_if_faster(net, SMALL_STEP_PIXELS // SIDE**2 + 1, SIDE, "bf16") is net
 
 
 def test_photos_are_changed_as_on_a_cpu():
     given = feed()
     on_cpu, on_gpu = (
-        next(PhotoBatches(given, given, config.Augmentation(), STAGE, device).train(1))
+        next(PhotoLoader(given, given, AugmentationSettings(), STAGE, device).train(1))
         for device in (torch.device("cpu"), GPU)
     )
     assert on_gpu.labels.cpu().tolist() == on_cpu.labels.tolist()

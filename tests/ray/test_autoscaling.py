@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.clusters import RAY, free_port, kill, wait_for
+from tests.helpers.clusters import RAY, free_port, kill, wait_for
 
 HOUSE = Path(__file__).parents[2]
 HEAD_ID = "f" * 51 + "00000"
@@ -78,7 +78,7 @@ def growing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
 
 def run(environment: dict[str, str], code: str) -> subprocess.CompletedProcess:
     """A job of a few lines; the last line of its output is what it found, as JSON."""
-    start = "import json, ray\nfrom carclass import capacity, cluster\ncluster.connect()\n"
+    start = "import json, ray\nfrom carclass.cluster import connection, resources\nconnection.connect()\n"
     command = [sys.executable, "-c", start + textwrap.dedent(code)]
     return subprocess.run(command, env=environment, cwd=HOUSE, capture_output=True, text=True, timeout=180, check=False)
 
@@ -89,8 +89,8 @@ def said(done: subprocess.CompletedProcess) -> object:
 
 
 PLACED = """
-assert capacity.gpus(None, {count}, "key", "{work}")
-@ray.remote(num_gpus=1, num_cpus=0, label_selector=capacity.selector("{work}"))
+assert resources.decide_gpus(None, {count}, "key", "{work}")
+@ray.remote(num_gpus=1, num_cpus=0, label_selector=resources.node_selector("{work}"))
 def where():
     return ray.get_runtime_context().get_node_id()
 labels = {{node["NodeID"]: node["Labels"]["carclass-work"] for node in ray.nodes()}}
@@ -104,13 +104,13 @@ def test_gpu_nodes_of_the_right_kind_are_started_for_a_job(growing, work, count)
 
 
 def test_cpus_are_started_for_a_job(growing):
-    assert said(run(growing, 'capacity.check_cpus(1, "key"); print(capacity.room("CPU", 1) >= 1 and "1")')) == 1
+    assert said(run(growing, 'resources.check_cpus(1, "key"); print(capacity.room("CPU", 1) >= 1 and "1")')) == 1
 
 
 def test_nodes_that_never_come_are_an_error_that_says_which(growing):
-    done = run(growing, 'capacity.PATIENCE_S = 3; capacity.gpus(True, 9, "train.use_gpu", "train")')
+    done = run(growing, 'resources.MAX_WAIT_S = 3; resources.decide_gpus(True, 9, "train.use_gpu", "train")')
     assert "`train.use_gpu` needs 9 GPU(s) on nodes labelled carclass-work=train" in done.stderr
 
 
 def test_a_job_told_to_use_no_gpu_waits_for_none(growing):
-    assert said(run(growing, 'print(json.dumps(capacity.gpus(False, 9, "key", "train")))')) is False
+    assert said(run(growing, 'print(json.dumps(resources.decide_gpus(False, 9, "key", "train")))')) is False

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from carclass import capacity
+from carclass.cluster import resources
 
 HOUSE = Path(__file__).parents[2]
 ONE_GPU = """
@@ -26,11 +26,11 @@ print(*(capacity.cpus_each(count) for count in (1, 2, 3, 5, 6, 100)))
 
 
 def test_the_object_store_is_that_of_the_largest_node(ray_cluster: str):
-    assert capacity.object_store() == 500_000_000  # as the fixture starts it
+    assert resources.object_store_bytes() == 500_000_000  # as the fixture starts it
 
 
 def test_the_memory_of_the_hosts_is_what_ray_counts(ray_cluster: str):
-    assert 10**9 < (capacity.memory(use_gpu=False) or 0) < 10**13
+    assert 10**9 < (resources.memory_bytes(use_gpu=False) or 0) < 10**13
 
 
 def test_processes_share_the_cpus_of_nodes_and_none_spans_two():

@@ -8,28 +8,44 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from carclass import config, dataset, ingest, lineage, storage
+from carclass import storage
+from carclass.config.schema import (
+    CutoutSettings,
+    DetectorSettings,
+    EvaluateSettings,
+    FrozenSettings,
+    IngestSettings,
+    MaskSettings,
+    ModelSettings,
+    TrainSettings,
+    UnfrozenSettings,
+)
+from carclass.data import dataset
+from carclass.data.photo import decode
 from carclass.errors import UserError
-from carclass.evaluation import evaluate
-from carclass.masking import quality, stream
-from carclass.photo import decode
-from carclass.training import stages
-from carclass.training.checkpoint import read_model
-from carclass.weights import load
+from carclass.evaluation.collect import NUM_MASKING_SAMPLES
+from carclass.evaluation.evaluate import Evaluation, evaluate_run
+from carclass.ingestion.ingest import ingest_photos
+from carclass.masking import quality
+from carclass.masking.mask import mask_dataset
+from carclass.models.weights import load
+from carclass.runs.run import Run, run_uri
+from carclass.runs.saved_model import read_model
+from carclass.training.train import train_run
 from tests.unit.test_report_in_browser import BROWSER, open_page
 
-MASK = {"detector": config.Detector(model="sample", weights="sample", short_side=160)}
-MODEL = config.Model(architecture="resnet26-narrow", image_size=64)
+MASK = {"detector": DetectorSettings(model="sample", weights="sample", short_side=160)}
+MODEL = ModelSettings(architecture="resnet26-narrow", image_size=64)
 
 
-def train_settings(name: str, **changes: object) -> config.Train:
-    settings = config.Train(
+def train_settings(name: str, **changes: object) -> TrainSettings:
+    settings = TrainSettings(
         name=name,
         dataset="v2",
         parent="sample",
         model=MODEL,
-        frozen=config.Frozen(epochs=4, batch_size=16),
-        unfrozen=config.Unfrozen(epochs=2, batch_size=16, lr=1e-3),
+        frozen=FrozenSettings(epochs=4, batch_size=16),
+        unfrozen=UnfrozenSettings(epochs=2, batch_size=16, lr=1e-3),
     )
     return settings.model_copy(update=changes)
 
@@ -39,137 +55,137 @@ def root(ray_cluster, photos_folder: Path, tmp_path_factory) -> str:
     """A root with a masked dataset v2 and its source v1."""
     root = str(tmp_path_factory.mktemp("root"))
     labels = str(photos_folder / "labels.csv")
-    ingest.run(root, config.Ingest(photos=str(photos_folder / "photos"), labels=labels, part_rows=20))
-    stream.run(root, config.Mask(**MASK, part_rows=20, num_actors=2))
+    ingest_photos(root, IngestSettings(photos=str(photos_folder / "photos"), labels=labels, part_rows=20))
+    mask_dataset(root, MaskSettings(**MASK, part_rows=20, num_actors=2))
     return root
 
 
 @pytest.fixture(scope="module")
-def run(root: str) -> lineage.Run:
+def run(root: str) -> Run:
     """A run of both stages on two workers."""
-    return stages.run(root, train_settings("two-workers", num_workers=2))
+    return train_run(root, train_settings("two-workers", num_workers=2))
 
 
 @pytest.fixture(scope="module")
-def outcome(root: str, run: lineage.Run) -> evaluate.Outcome:
-    return evaluate.run(root, config.Evaluate(run="two-workers"))
+def outcome(root: str, run: Run) -> Evaluation:
+    return evaluate_run(root, EvaluateSettings(run="two-workers"))
 
 
 def test_every_photo_is_masked_once(root: str):
-    source, masked = dataset.load(root, "v1"), dataset.load(root, "v2")
+    source, masked = dataset.load_dataset(root, "v1"), dataset.load_dataset(root, "v2")
     assert sorted(masked.read(["key"])["key"].to_pylist()) == sorted(source.read(["key"])["key"].to_pylist())
     assert masked.manifest["inputs"] == masked.manifest["rows"] == source.manifest["rows"]
 
 
 def test_masks_fit_the_drawn_truth(root: str, photos_folder: Path):
-    assert quality.mean_iou(dataset.load(root, "v2"), str(photos_folder / "truth.json"), "test") >= 0.9
+    assert quality.mean_iou(dataset.load_dataset(root, "v2"), str(photos_folder / "truth.json"), "test") >= 0.9
 
 
 def test_masked_photos_are_crops_on_the_fill_colour(root: str):
-    masked = dataset.load(root, "v2")
+    masked = dataset.load_dataset(root, "v2")
     keys = masked.read(["key", "outcome"]).filter(pc.field("outcome") == "vehicle")["key"].to_pylist()[:5]
     for row in masked.rows(keys, ["image", "width", "height", "source_width"]):
         pixels = decode(row["image"])
         assert pixels.shape == (row["height"], row["width"], 3)
         # A corner of the box is background; JPEG moves a plain colour by a few levels at most.
-        assert np.abs(pixels[0, 0].astype(int) - config.Cutout().fill).max() <= 8
+        assert np.abs(pixels[0, 0].astype(int) - CutoutSettings().fill).max() <= 8
 
 
 def test_a_limit_masks_that_many(root: str):
-    limited = stream.run(root, config.Mask(**MASK, dataset="few", limit=7))
+    limited = mask_dataset(root, MaskSettings(**MASK, dataset="few", limit=7))
     assert limited.manifest["rows"] == limited.manifest["inputs"] == 7
 
 
 def test_a_second_masking_run_writes_nothing(root: str):
     before = {path: path.stat().st_mtime_ns for path in Path(root, "datasets").rglob("*")}
-    stream.run(root, config.Mask(**MASK, part_rows=20, num_actors=2))
+    mask_dataset(root, MaskSettings(**MASK, part_rows=20, num_actors=2))
     assert {path: path.stat().st_mtime_ns for path in Path(root, "datasets").rglob("*")} == before
 
 
-def test_both_stages_leave_metrics_for_every_epoch(run: lineage.Run):
+def test_both_stages_leave_metrics_for_every_epoch(run: Run):
     assert [(row["stage"], row["epoch"]) for row in run.metrics()] == [
         *(("frozen", epoch) for epoch in (1, 2, 3, 4)),
         *(("unfrozen", epoch) for epoch in (1, 2)),
     ]
 
 
-def test_a_run_leaves_what_its_contract_says(run: lineage.Run):
+def test_a_run_leaves_what_its_contract_says(run: Run):
     files = storage.list_files(run.uri)
     for expected in ("config.yml", "lineage.json", "metrics.jsonl", "frozen/best.safetensors", "unfrozen/best.json"):
         assert expected in files
     assert any(path.startswith("tensorboard/unfrozen/events.out") for path in files)
 
 
-def test_best_and_latest_checkpoints_are_kept(run: lineage.Run):
+def test_best_and_latest_checkpoints_are_kept(run: Run):
     kept = {path.split("/")[1] for path in storage.list_files(run.uri) if path.endswith("/checkpoint.json")}
     assert 2 <= len(kept) <= 5  # two best and the latest, in either stage
     assert "epoch-0002" in kept
 
 
-def test_the_frozen_stage_leaves_the_backbone_as_it_was(run: lineage.Run):
+def test_the_frozen_stage_leaves_the_backbone_as_it_was(run: Run):
     trained, _ = read_model(run.best("frozen"))
     parent, _ = load("sample", None, sample="backbone.safetensors", key="train.parent")
     assert (trained["layer4.0.conv1.weight"] == parent["layer4.0.conv1.weight"].float()).all()
 
 
-def test_the_unfrozen_stage_moves_the_backbone(run: lineage.Run):
+def test_the_unfrozen_stage_moves_the_backbone(run: Run):
     frozen, unfrozen = (read_model(run.best(stage))[0] for stage in ("frozen", "unfrozen"))
     assert not (frozen["layer4.0.conv1.weight"] == unfrozen["layer4.0.conv1.weight"]).all()
 
 
-def test_a_finished_run_is_left_alone(root: str, run: lineage.Run):
+def test_a_finished_run_is_left_alone(root: str, run: Run):
     before = {path: path.stat().st_mtime_ns for path in Path(run.uri).rglob("*")}
-    stages.run(root, train_settings("two-workers", num_workers=2))
+    train_run(root, train_settings("two-workers", num_workers=2))
     assert {path: path.stat().st_mtime_ns for path in Path(run.uri).rglob("*")} == before
 
 
-def test_a_name_used_with_other_settings_is_refused(root: str, run: lineage.Run):
+def test_a_name_used_with_other_settings_is_refused(root: str, run: Run):
     with pytest.raises(UserError, match=r"begun with other settings \(seed\)"):
-        stages.run(root, train_settings("two-workers", num_workers=2, seed=7))
+        train_run(root, train_settings("two-workers", num_workers=2, seed=7))
 
 
 def test_gpus_that_are_not_there_are_refused(root: str):
     with pytest.raises(UserError, match=r"`train.use_gpu` asks for 1 GPU"):
-        stages.run(root, train_settings("on-gpus", use_gpu=True))
+        train_run(root, train_settings("on-gpus", use_gpu=True))
 
 
 def test_more_workers_than_cpus_are_refused(root: str):
     with pytest.raises(UserError, match=r"`train.num_workers` needs 500 CPUs"):
-        stages.run(root, train_settings("many", num_workers=500))
+        train_run(root, train_settings("many", num_workers=500))
 
 
 def test_a_run_that_cannot_fit_is_refused_before_anything_is_written(root: str):
     with pytest.raises(UserError, match=r"`train.unfrozen.batch_size`: 1000000 photos of 64 pixels .* Up to \d+ fit"):
-        stages.run(root, train_settings("huge", unfrozen=config.Unfrozen(batch_size=10**6)))
-    assert not Path(lineage.place(root, "huge")).exists()
+        train_run(root, train_settings("huge", unfrozen=UnfrozenSettings(batch_size=10**6)))
+    assert not Path(run_uri(root, "huge")).exists()
 
 
-def test_every_test_photo_is_classified_once(root: str, outcome: evaluate.Outcome):
+def test_every_test_photo_is_classified_once(root: str, outcome: Evaluation):
     predictions = pq.read_table(Path(outcome.report_uri).parent / "predictions.parquet")
-    tested = dataset.load(root, "v2").read(["key", "split"]).filter(pc.field("split") == "test")
+    tested = dataset.load_dataset(root, "v2").read(["key", "split"]).filter(pc.field("split") == "test")
     assert predictions["key"].to_pylist() == sorted(tested["key"].to_pylist())
 
 
-def test_the_stored_metrics_are_those_of_the_predictions(outcome: evaluate.Outcome):
+def test_the_stored_metrics_are_those_of_the_predictions(outcome: Evaluation):
     folder = Path(outcome.report_uri).parent
     table = pq.read_table(folder / "predictions.parquet").to_pydict()
     hits = [label == predicted for label, predicted in zip(table["label"], table["predicted"], strict=True)]
     assert json.loads((folder / "metrics.json").read_text())["accuracy"] == pytest.approx(np.mean(hits))
 
 
-def test_validation_and_evaluation_agree(root: str, run: lineage.Run, outcome: evaluate.Outcome):
-    on_val = evaluate.run(root, config.Evaluate(run="two-workers", split="val"))
-    val_photos = dataset.load(root, "v2").manifest["splits"]["val"]
+def test_validation_and_evaluation_agree(root: str, run: Run, outcome: Evaluation):
+    on_val = evaluate_run(root, EvaluateSettings(run="two-workers", split="val"))
+    val_photos = dataset.load_dataset(root, "v2").manifest["splits"]["val"]
     # One photo may fall to the other side: batches of other sizes round differently in bf16.
     assert on_val.accuracy == pytest.approx(run.best_val_accuracy("unfrozen"), abs=1.01 / val_photos)
 
 
-def test_the_report_shows_photos_before_and_after_masking(outcome: evaluate.Outcome):
+def test_the_report_shows_photos_before_and_after_masking(outcome: Evaluation):
     page = Path(outcome.report_uri).read_text()
-    assert page.count("data:image/jpeg;base64,") >= 2 * evaluate.NUM_MASKING_SAMPLES
+    assert page.count("data:image/jpeg;base64,") >= 2 * NUM_MASKING_SAMPLES
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
-def test_the_report_opens_in_a_browser_with_a_silent_console(outcome: evaluate.Outcome, tmp_path: Path):
+def test_the_report_opens_in_a_browser_with_a_silent_console(outcome: Evaluation, tmp_path: Path):
     _, console = open_page(Path(outcome.report_uri).read_text(), tmp_path)
     assert console == []

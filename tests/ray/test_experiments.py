@@ -12,9 +12,15 @@ from typing import Any
 import pytest
 import yaml
 
-from carclass import config, ingest, lineage, storage
+from carclass import storage
+from carclass.config.schema import IngestSettings
 from carclass.errors import UserError
-from carclass.experiments import compare, run, standing, tree
+from carclass.experiments import status, tree
+from carclass.experiments.compare import compare_runs
+from carclass.experiments.run import TreeProgress, _ready, rerun_stale, run_experiments
+from carclass.ingestion.ingest import ingest_photos
+from carclass.runs.metrics_log import MetricsLog
+from carclass.runs.run import Run, find_run
 
 JOBS = Path(__file__).parents[2] / "jobs"
 FROZEN: dict[str, Any] = {
@@ -53,14 +59,14 @@ def write(folder: Path, photos: Path, experiments: dict[str, dict[str, Any]]) ->
 
 
 @pytest.fixture(scope="module")
-def found(ray_cluster, photos_folder: Path, tmp_path_factory) -> tuple[tree.Tree, run.Progress]:
+def found(ray_cluster, photos_folder: Path, tmp_path_factory) -> tuple[tree.Tree, TreeProgress]:
     """A tree that was run, and how that ended."""
-    experiments = tree.load(write(tmp_path_factory.mktemp("tree"), photos_folder, EXPERIMENTS), {})
-    return experiments, run.run(experiments, experiments.experiments)
+    experiments = tree.load_tree(write(tmp_path_factory.mktemp("tree"), photos_folder, EXPERIMENTS), {})
+    return experiments, run_experiments(experiments, experiments.experiments)
 
 
-def losses(found: tuple[tree.Tree, run.Progress], name: str) -> list[float]:
-    this = lineage.load(found[0].budget.root, name)
+def losses(found: tuple[tree.Tree, TreeProgress], name: str) -> list[float]:
+    this = find_run(found[0].budget.root, name)
     return [row["loss"] for epoch in (1, 2) for row in this.steps("unfrozen", epoch)]
 
 
@@ -77,7 +83,7 @@ def test_a_branch_that_fails_says_why_and_takes_its_children_along(found):
 def test_a_child_records_the_hash_of_the_epoch_it_starts_from(found):
     root = found[0].budget.root
     weights = storage.read_bytes(f"{root}/experiments/first/frozen/epoch-0001/weights.safetensors")
-    assert lineage.load(root, "child").lineage()["parent_sha256"] == storage.sha256(weights)
+    assert find_run(root, "child").lineage()["parent_sha256"] == storage.sha256(weights)
 
 
 def test_siblings_with_the_same_settings_are_trained_alike(found):
@@ -97,7 +103,7 @@ def test_a_child_starts_better_than_chance_as_its_classifier_comes_along(found):
 def test_a_second_run_trains_nothing_that_is_finished(found):
     root = Path(found[0].budget.root, "experiments")
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file() and "lost" not in path.parts}
-    again = run.run(found[0], found[0].experiments)
+    again = run_experiments(found[0], found[0].experiments)
     assert again.finished == ["first", "child", "dropout", "fresh", "turned", "twin"]
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
@@ -110,18 +116,18 @@ def test_a_dataset_of_other_classes_than_the_parents_is_refused_before_anything_
     rows = (photos_folder / "labels.csv").read_text().splitlines()
     few.write_text("\n".join([rows[0], *(row for row in rows[1:] if row.split(",")[1] < "M")]))
     photos = str(photos_folder / "photos")
-    ingest.run(str(tmp_path / "root"), config.Ingest(dataset="few", photos=photos, labels=str(few)))
-    ingest.run(str(tmp_path / "root"), tree.load(file, {}).budget.ingest)
-    experiments = tree.load(file, {})
+    ingest_photos(str(tmp_path / "root"), IngestSettings(dataset="few", photos=photos, labels=str(few)))
+    ingest_photos(str(tmp_path / "root"), tree.load_tree(file, {}).budget.ingest)
+    experiments = tree.load_tree(file, {})
     with pytest.raises(UserError, match=r"or others\. Choose datasets of the same classes"):
-        run.run(experiments, experiments.experiments)
+        run_experiments(experiments, experiments.experiments)
     assert not (tmp_path / "root" / "experiments").exists()
 
 
 def test_a_parent_that_is_nowhere_is_refused_before_anything_is_trained(photos_folder: Path, tmp_path: Path):
-    experiments = tree.load(write(tmp_path, photos_folder, {"child": {**CHILD, "parent": "nobody@best"}}), {})
+    experiments = tree.load_tree(write(tmp_path, photos_folder, {"child": {**CHILD, "parent": "nobody@best"}}), {})
     with pytest.raises(UserError, match=r"exp_child.yml: `train.parent` is nobody@best, but no run `nobody` in .*root"):
-        run.run(experiments, experiments.experiments)
+        run_experiments(experiments, experiments.experiments)
     assert not (tmp_path / "root").exists()
 
 
@@ -130,8 +136,8 @@ def test_an_edited_parent_is_left_alone_until_it_is_told_to_run_again(found, tmp
     kept = file.read_text()
     file.write_text(kept.replace("views: 1", "views: 2"))
     try:
-        edited = tree.load(file.with_name("budget.yml"), {})
-        again = run.run(edited, edited.with_parents(["child"]))
+        edited = tree.load_tree(file.with_name("budget.yml"), {})
+        again = run_experiments(edited, edited.with_parents(["child"]))
     finally:
         file.write_text(kept)
     assert {name: why.split(":")[0] for name, why in again.failed.items()} == {
@@ -142,7 +148,7 @@ def test_an_edited_parent_is_left_alone_until_it_is_told_to_run_again(found, tmp
 
 def test_the_comparison_is_written_with_every_finished_run_tested(found):
     some = tree.Tree(found[0].budget, found[0].with_parents(["child", "orphan"]))
-    page, _ = (Path(place) for place in compare.run(some))
+    page, _ = (Path(place) for place in compare_runs(some))
     text = page.read_text()
     assert all(name in text for name in ("first", "child", "lost", "orphan"))
     reports = [Path(found[0].budget.root, "experiments", name, "report", "report.html") for name in ("first", "child")]
@@ -184,11 +190,11 @@ def test_a_tree_that_is_killed_on_the_way_goes_on_with_what_is_missing(found, ph
 def test_stale_runs_are_trained_anew_and_what_they_said_is_kept(found, photos_folder: Path, tmp_path: Path):
     root = tmp_path / "root"
     file = write(tmp_path, photos_folder, {"first": FROZEN, "child": CHILD})
-    experiments = tree.load(file, {})
-    run.run(experiments, experiments.experiments)
+    experiments = tree.load_tree(file, {})
+    run_experiments(experiments, experiments.experiments)
     write(tmp_path, photos_folder, {"first": {**FROZEN, "seed": 7}, "child": CHILD})
-    again = run.rerun_stale(tree.load(file, {}))
-    states = [one.state for one in standing.of(tree.load(file, {})).values()]
+    again = rerun_stale(tree.load_tree(file, {}))
+    states = [one.state for one in status.tree_status(tree.load_tree(file, {})).values()]
     replaced = sorted(path.parts[-2] for path in (root / "replaced").glob("*/*"))
     assert (again.finished, replaced) == (["first", "child"], ["child", "first"])
     assert states == ["finished", "finished"]
@@ -196,13 +202,11 @@ def test_stale_runs_are_trained_anew_and_what_they_said_is_kept(found, photos_fo
 
 def test_a_run_waits_for_cached_features_that_another_computes(photos_folder: Path, tmp_path: Path):
     other = {**FROZEN, "model": {"dropout": 0.5}}
-    experiments = tree.load(write(tmp_path, photos_folder, {"first": FROZEN, "other": other, "child": CHILD}), {})
+    experiments = tree.load_tree(write(tmp_path, photos_folder, {"first": FROZEN, "other": other, "child": CHILD}), {})
     first = experiments["first"]
-    progress = run.Progress([one for one in experiments.experiments if one.name != "child"])
-    assert [one.name for one in run._ready(experiments, progress)] == ["first"]
-    progress = run.Progress([experiments["other"]], {"a task": first})
-    assert run._ready(experiments, progress) == []
-    lineage.Journal(lineage.Run(experiments.budget.root, first.settings), "frozen", 0).add(
-        {"epoch": 1, "time": 1.0}, []
-    )
-    assert [one.name for one in run._ready(experiments, progress)] == ["other"]
+    progress = TreeProgress([one for one in experiments.experiments if one.name != "child"])
+    assert [one.name for one in _ready(experiments, progress)] == ["first"]
+    progress = TreeProgress([experiments["other"]], {"a task": first})
+    assert _ready(experiments, progress) == []
+    MetricsLog(Run(experiments.budget.root, first.settings), "frozen", 0).add({"epoch": 1, "time": 1.0}, [])
+    assert [one.name for one in _ready(experiments, progress)] == ["other"]

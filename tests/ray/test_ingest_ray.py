@@ -16,11 +16,16 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from carclass import config, dataset, ingest, photo, storage
-from carclass.benchmarks import scale
+from carclass import storage
+from carclass.config.schema import IngestSettings
+from carclass.data import dataset, photo, publishing
 from carclass.errors import UserError
+from carclass.ingestion import ingest
+from carclass.ingestion.ingest import ingest_photos
+from carclass.ingestion.reading import is_held_out
 from carclass.sample.generate import FIRST_ODDITY, ODDITIES, file_name
 from carclass.sample.models import MODELS
+from carclass.tools.benchmarks import scale
 
 JOB = Path(__file__).parents[2] / "jobs" / "ingest.py"
 
@@ -30,9 +35,9 @@ Rows = list[dict[str, Any]]
 Contents = Callable[[dataset.Dataset], tuple[Rows, Rows]]
 
 
-def settings(folder: Path, **more: Any) -> config.Ingest:
+def settings(folder: Path, **more: Any) -> IngestSettings:
     known = {"photos": str(folder / "photos"), "labels": str(folder / "labels.csv")}
-    return config.Ingest.model_validate(known | more)
+    return IngestSettings.model_validate(known | more)
 
 
 def odd_keys(kind: str) -> list[str]:
@@ -96,7 +101,7 @@ def test_splits_follow_subset_and_content(ingested: dataset.Dataset, contents: C
     subsets = {key: subset for key, _, subset in (line.rsplit(",", 2) for line in lines)}
     rows = contents(ingested)[0]
     for row in rows:
-        held = subsets[row["key"]] == "train" and ingest.held_out(row["image_id"], 123, 0.2)
+        held = subsets[row["key"]] == "train" and is_held_out(row["image_id"], 123, 0.2)
         assert row["split"] == ("val" if held else subsets[row["key"]])
     assert ingested.manifest["splits"] == dict(Counter(row["split"] for row in rows))
     assert ingested.manifest["splits"]["test"] == 21  # two of each class, and the one that train repeats
@@ -121,20 +126,20 @@ def test_a_second_run_writes_nothing(
 ):
     root = ingested.uri.removesuffix("/datasets/v1")
     before = files_below(root)
-    again = ingest.run(root, settings(photos_folder))
+    again = ingest_photos(root, settings(photos_folder))
     assert again == ingested
     assert files_below(root) == before
 
 
 def test_the_size_of_parts_is_no_other_dataset(ingested: dataset.Dataset, photos_folder: Path):
     root = ingested.uri.removesuffix("/datasets/v1")
-    assert ingest.run(root, settings(photos_folder, part_rows=7)) == ingested
+    assert ingest_photos(root, settings(photos_folder, part_rows=7)) == ingested
 
 
 def test_other_settings_under_the_same_name_are_refused(ingested: dataset.Dataset, photos_folder: Path):
     root = ingested.uri.removesuffix("/datasets/v1")
     with pytest.raises(UserError, match=r"made with other settings \(val_fraction\)"):
-        ingest.run(root, settings(photos_folder, val_fraction=0.3))
+        ingest_photos(root, settings(photos_folder, val_fraction=0.3))
 
 
 @pytest.fixture
@@ -164,10 +169,10 @@ def killed(ray_cluster: str, photos_folder: Path, tmp_path: Path) -> str:
 def test_a_killed_job_goes_on_where_it_was_and_ends_as_an_undisturbed_one(
     killed: str, ingested: dataset.Dataset, photos_folder: Path, contents: Contents
 ):
-    uri = dataset.place(killed, "v1")
-    assert dataset.find(killed, "v1") is None
+    uri = dataset.dataset_uri(killed, "v1")
+    assert dataset.find_dataset(killed, "v1") is None
     first = set(storage.list_files(uri))
-    resumed = ingest.run(killed, settings(photos_folder))
+    resumed = ingest_photos(killed, settings(photos_folder))
     assert contents(resumed) == contents(ingested)
     assert first & set(storage.list_files(uri)), "nothing of the killed job's work was kept"
 
@@ -180,7 +185,7 @@ def test_a_job_killed_between_two_groups_of_leaks_sets_the_same_photos_aside(
     photos_folder: Path, tmp_path: Path, ingested: dataset.Dataset, contents: Contents, monkeypatch: pytest.MonkeyPatch
 ):
     written: list[str] = []
-    write_part = dataset.write_part
+    write_part = publishing.write_part
 
     def write_or_die(uri: str, folder: str, rows: pa.Table, *more: Any) -> str:
         reasons = set(rows["reason"].to_pylist()) if folder == "quarantine" else set()
@@ -194,8 +199,8 @@ def test_a_job_killed_between_two_groups_of_leaks_sets_the_same_photos_aside(
     with monkeypatch.context() as patched:
         patched.setattr(dataset, "write_part", write_or_die)
         with pytest.raises(KilledError):
-            ingest.run(str(tmp_path), settings(photos_folder))
-    assert contents(ingest.run(str(tmp_path), settings(photos_folder))) == contents(ingested)
+            ingest_photos(str(tmp_path), settings(photos_folder))
+    assert contents(ingest_photos(str(tmp_path), settings(photos_folder))) == contents(ingested)
 
 
 def test_photos_that_two_processes_wrote_are_written_once_more_where_they_are_missing(
@@ -208,8 +213,8 @@ def test_photos_that_two_processes_wrote_are_written_once_more_where_they_are_mi
     rows = {row["key"]: row for row in contents(ingested)[0]}
     for batch in (keys[:2], keys[1:]):
         table = pa.Table.from_pylist([rows[key] for key in batch], dataset.ROW)
-        dataset.write_part(dataset.place(str(tmp_path), "v1"), "parts", table, identity)
-    assert contents(ingest.run(str(tmp_path), given)) == contents(ingested)
+        publishing.write_part(dataset.dataset_uri(str(tmp_path), "v1"), "parts", table, identity)
+    assert contents(ingest_photos(str(tmp_path), given)) == contents(ingested)
 
 
 # Many keys
@@ -217,15 +222,15 @@ def test_photos_that_two_processes_wrote_are_written_once_more_where_they_are_mi
 
 def test_of_thousands_of_photos_each_is_there_once_with_its_own_label_and_split(ray_cluster: str, tmp_path: Path):
     scale.write_photos(tmp_path / "many", 4000)
-    given = config.Ingest(
+    given = IngestSettings(
         photos=str(tmp_path / "many/buckets/photos"), labels=str(tmp_path / "many/labels.csv"), part_rows=100
     )
-    published = ingest.run(str(tmp_path), given)
+    published = ingest_photos(str(tmp_path), given)
     expected = {}
     for row in csv.DictReader((tmp_path / "many/labels.csv").open()):
         path = next((tmp_path / "many/buckets/photos").glob(f"{row['class'].replace(' ', '_')}/*/{row['img_name']}"))
         image_id = storage.sha256(path.read_bytes())
-        held = row["subset"] == "train" and ingest.held_out(image_id, given.seed, given.val_fraction)
+        held = row["subset"] == "train" and is_held_out(image_id, given.seed, given.val_fraction)
         key = str(path.relative_to(tmp_path / "many/buckets/photos"))
         expected[key] = (image_id, row["class"], "val" if held else row["subset"])
     rows = published.read(["key", "image_id", "label", "split"]).to_pylist()
@@ -243,7 +248,7 @@ def test_an_archive_gives_the_same_as_the_folder(
     with tarfile.open(tmp_path / "photos.tgz", "w:gz", compresslevel=1) as archive:
         archive.add(photos_folder / "photos", ".")
     given = settings(photos_folder, photos=str(tmp_path / "photos.tgz"), part_rows=20)
-    assert contents(ingest.run(str(tmp_path), given)) == contents(ingested)
+    assert contents(ingest_photos(str(tmp_path), given)) == contents(ingested)
 
 
 def test_a_folder_per_class_needs_no_labels(ingested: dataset.Dataset, photos_folder: Path, tmp_path: Path):
@@ -257,7 +262,7 @@ def test_a_folder_per_class_needs_no_labels(ingested: dataset.Dataset, photos_fo
             shutil.copy(photos_folder / "photos" / key, place)
             expected[f"{subset}/{label}/{key}"] = (label, subset)
     (tmp_path / "photos" / ".DS_Store").write_bytes(b"")
-    published = ingest.run(str(tmp_path), config.Ingest(photos=str(tmp_path / "photos"), val_fraction=0))
+    published = ingest_photos(str(tmp_path), IngestSettings(photos=str(tmp_path / "photos"), val_fraction=0))
     rows = published.read(["key", "label", "split"]).to_pylist()
     assert {row["key"]: (row["label"], row["split"]) for row in rows} == expected
     assert published.manifest["reasons"] == {"no_label": 1}
@@ -266,7 +271,7 @@ def test_a_folder_per_class_needs_no_labels(ingested: dataset.Dataset, photos_fo
 def test_photos_that_are_all_unusable_are_all_in_quarantine(tmp_path: Path):
     for name in ("A/x.jpg", "B/y.jpg"):
         storage.write_bytes(str(tmp_path / "photos" / name), b"no photo")
-    published = ingest.run(str(tmp_path), config.Ingest(photos=str(tmp_path / "photos")))
+    published = ingest_photos(str(tmp_path), IngestSettings(photos=str(tmp_path / "photos")))
     assert (published.manifest["rows"], published.manifest["reasons"]) == (0, {"not_an_image": 2})
 
 
@@ -295,11 +300,11 @@ def test_a_mistake_is_named_and_nothing_is_written(
     filled = {key: value.format(tmp=tmp_path) if isinstance(value, str) else value for key, value in given.items()}
     root = tmp_path / "root"
     with pytest.raises(UserError, match=message):
-        ingest.run(str(root), settings(photos_folder, **filled))
+        ingest_photos(str(root), settings(photos_folder, **filled))
     assert storage.list_files(str(root)) == []
 
 
 def test_a_root_that_cannot_be_written_to_is_named(photos_folder: Path, tmp_path: Path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match=r"`root`: .*/file/root cannot be written to"):
-        ingest.run(str(tmp_path / "file" / "root"), settings(photos_folder))
+        ingest_photos(str(tmp_path / "file" / "root"), settings(photos_folder))

@@ -12,12 +12,15 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from carclass import config, dataset, storage
+from carclass import storage
+from carclass.cluster.telemetry import PhotoMeter
+from carclass.config.schema import CutoutSettings, DetectorSettings, ExcludeSettings, MaskSettings
+from carclass.data import dataset, publishing
 from carclass.errors import UserError
-from carclass.masking import detectron, quality, stream
-from carclass.telemetry import Meter
+from carclass.masking import detectron, quality
+from carclass.masking.mask import mask_dataset, preview_masks
 
-SAMPLE = config.Detector(model="sample", weights="sample", short_side=160, num_proposals=30)
+SAMPLE = DetectorSettings(model="sample", weights="sample", short_side=160, num_proposals=30)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +31,7 @@ def root(ingested: dataset.Dataset) -> str:
 @pytest.fixture(scope="module")
 def masked(root: str, photos_folder: Path) -> dataset.Dataset:
     truth = str(photos_folder / "truth.json")
-    return stream.run(root, config.Mask(detector=SAMPLE, num_actors=2, part_rows=20, truth=truth))
+    return mask_dataset(root, MaskSettings(detector=SAMPLE, num_actors=2, part_rows=20, truth=truth))
 
 
 def test_every_row_measures_its_mask(masked: dataset.Dataset):
@@ -54,28 +57,28 @@ def test_the_report_knows_the_truth(masked: dataset.Dataset, photos_folder: Path
 
 
 def test_a_preview_leaves_pictures_and_no_dataset(root: str):
-    uri = stream.preview(root, config.Mask(detector=SAMPLE, num_actors=1, dataset="looked-at", preview=6))
+    uri = preview_masks(root, MaskSettings(detector=SAMPLE, num_actors=1, dataset="looked-at", preview=6))
     assert storage.list_files(uri) == ["contact_sheet.jpg", "report.html"]
-    assert dataset.find(root, "looked-at") is None
+    assert dataset.find_dataset(root, "looked-at") is None
 
 
 def test_a_second_preview_may_have_other_settings(root: str):
     for margin in (0.0, 0.2):
-        settings = config.Mask(
-            detector=SAMPLE, num_actors=1, dataset="twice", preview=3, cutout=config.Cutout(margin=margin)
+        settings = MaskSettings(
+            detector=SAMPLE, num_actors=1, dataset="twice", preview=3, cutout=CutoutSettings(margin=margin)
         )
-        uri = stream.preview(root, settings)
+        uri = preview_masks(root, settings)
         assert f"margin {margin:g}" in Path(uri, "report.html").read_text()
 
 
 def test_excluded_photos_are_in_quarantine_with_what_is_said_against_them(root: str, masked: dataset.Dataset):
-    exclude = config.Exclude(no_vehicle=True, min_area_fraction=0.25)
-    found = stream.run(root, config.Mask(detector=SAMPLE, num_actors=1, dataset="large", exclude=exclude))
+    exclude = ExcludeSettings(no_vehicle=True, min_area_fraction=0.25)
+    found = mask_dataset(root, MaskSettings(detector=SAMPLE, num_actors=1, dataset="large", exclude=exclude))
     rows = masked.read(["key", "outcome", "area_fraction"]).to_pylist()
     kept = {row["key"] for row in rows if row["outcome"] == "vehicle" and row["area_fraction"] >= 0.25}
     assert set(found.read(["key"])["key"].to_pylist()) == kept
     assert found.manifest["reasons"] == {"doubtful_mask": len(rows) - len(kept)}
-    details = dataset.written(found.uri, "quarantine", ["detail"])["detail"].to_pylist()
+    details = publishing.read_written(found.uri, "quarantine", ["detail"])["detail"].to_pylist()
     assert all("of the photo" in detail or detail == "no vehicle" for detail in details)
 
 
@@ -93,7 +96,7 @@ def metrics() -> dict[str, float]:
 
 
 def test_outcomes_can_be_watched_by_prometheus(root: str, ray_cluster: str):
-    meter = Meter("watched", 10)
+    meter = PhotoMeter("watched", 10)
     meter.add(["vehicle", "vehicle", "no_vehicle"], ["crashed"])
     expected = {
         "ray_carclass_photos_total|vehicle|watched": 2,
@@ -109,7 +112,7 @@ def test_outcomes_can_be_watched_by_prometheus(root: str, ray_cluster: str):
 
 
 @pytest.fixture(scope="module")
-def faster_rcnn(tmp_path_factory: pytest.TempPathFactory) -> config.Detector:
+def faster_rcnn(tmp_path_factory: pytest.TempPathFactory) -> DetectorSettings:
     """The original's detector, untrained, sure of whatever it sees."""
     torch.manual_seed(0)
     network = detectron.build(detectron.load_config("faster_rcnn_r101_fpn"))
@@ -118,7 +121,7 @@ def faster_rcnn(tmp_path_factory: pytest.TempPathFactory) -> config.Detector:
     network.roi_heads.box_predictor.cls_score.bias.data[2] = 20.0
     file = tmp_path_factory.mktemp("weights") / "faster.safetensors"
     save_file({name: value.contiguous() for name, value in network.state_dict().items()}, file)
-    return config.Detector(
+    return DetectorSettings(
         model="faster_rcnn_r101_fpn",
         weights=str(file),
         classes={2: "car", 7: "truck"},
@@ -127,9 +130,9 @@ def faster_rcnn(tmp_path_factory: pytest.TempPathFactory) -> config.Detector:
     )
 
 
-def test_a_detector_of_boxes_makes_crops_without_masks(root: str, faster_rcnn: config.Detector):
-    crop = config.Cutout(mode="crop", margin=0)
-    found = stream.run(root, config.Mask(detector=faster_rcnn, num_actors=1, dataset="boxes", cutout=crop, limit=4))
+def test_a_detector_of_boxes_makes_crops_without_masks(root: str, faster_rcnn: DetectorSettings):
+    crop = CutoutSettings(mode="crop", margin=0)
+    found = mask_dataset(root, MaskSettings(detector=faster_rcnn, num_actors=1, dataset="boxes", cutout=crop, limit=4))
     rows = found.read(["outcome", "mask", "stability", "box", "width", "height", "area_fraction"]).to_pylist()
     assert {row["outcome"] for row in rows} == {"vehicle"}
     assert {(row["mask"], row["stability"]) for row in rows} == {(None, None)}
@@ -139,6 +142,6 @@ def test_a_detector_of_boxes_makes_crops_without_masks(root: str, faster_rcnn: c
         assert abs(row["height"] - (y2 - y1)) <= 2
 
 
-def test_masks_from_a_detector_of_boxes_are_refused(root: str, faster_rcnn: config.Detector):
+def test_masks_from_a_detector_of_boxes_are_refused(root: str, faster_rcnn: DetectorSettings):
     with pytest.raises(UserError, match=r"`mask.cutout.mode` is crop\+mask, but faster_rcnn_r101_fpn finds boxes only"):
-        stream.run(root, config.Mask(detector=faster_rcnn, dataset="boxes-masked"))
+        mask_dataset(root, MaskSettings(detector=faster_rcnn, dataset="boxes-masked"))

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from carclass import command_line, config, dataset
-from carclass.masking import stream
+from carclass.config import cli
+from carclass.config.schema import Config, MaskSettings
+from carclass.data import dataset, publishing
+from carclass.masking.mask import mask_dataset
 from carclass.sample.generate import write_sample
-from tests.clusters import Cluster, Job, below, start, titled, wait_for
+from tests.helpers.clusters import Cluster, Job, below, start, titled, wait_for
 
 CASES = [*(("node, detector, driver", seed) for seed in range(5)), ("node", 5), ("machine", 6)]
 PART_ROWS = 20
@@ -62,8 +64,8 @@ class Runs:
     def root(self) -> str:
         return str(self.folder / "root")
 
-    def settings(self, name: str) -> config.Mask:
-        found = command_line.load(self.config_file, {"mask.dataset": name}, config.Config).mask
+    def settings(self, name: str) -> MaskSettings:
+        found = cli.load_config(self.config_file, {"mask.dataset": name}, Config).mask
         assert found is not None
         return found
 
@@ -72,7 +74,7 @@ class Runs:
 
     def written(self, name: str) -> Files:
         """The Parquet files of a dataset, finished or not."""
-        files = self.files_below(dataset.place(self.root, name))
+        files = self.files_below(dataset.dataset_uri(self.root, name))
         return {path: stat for path, stat in files.items() if path.endswith(".parquet")}
 
     def disturb(self, victims: str, seed: int) -> Disturbed:
@@ -92,11 +94,11 @@ class Runs:
             assert job.process.wait(timeout=60) != 0
             job = self.mask(name, self.cluster.environment)
         job.end()
-        return Disturbed(dataset.load(self.root, name), killed, missing, before, self.written(name))
+        return Disturbed(dataset.load_dataset(self.root, name), killed, missing, before, self.written(name))
 
     def wait_for_parts(self, name: str, count: int, job: Job) -> None:
         """Returns when so many parts are written. Few enough: the detectors run ahead of the parts."""
-        parts = Path(dataset.place(self.root, name)) / "parts"
+        parts = Path(dataset.dataset_uri(self.root, name)) / "parts"
         wait_for(lambda: len(list(parts.glob("*.parquet"))) >= count, job.process, job.log)
 
     def kill(self, victim: str, rng: np.random.Generator, job: Job) -> int:
@@ -118,10 +120,10 @@ class Runs:
 
     def missing(self, name: str, files: list[str]) -> int:
         """Photos that are in none of these files."""
-        uri = dataset.place(self.root, name)
-        tables = [dataset.written(uri, folder, ["key"]).to_pylist() for folder in ("parts", "quarantine")]
+        uri = dataset.dataset_uri(self.root, name)
+        tables = [publishing.read_written(uri, folder, ["key"]).to_pylist() for folder in ("parts", "quarantine")]
         keys = {row["key"] for table in tables for row in table if row["part"] in files}
-        return dataset.load(self.root, "v1").manifest["rows"] - len(keys)
+        return dataset.load_dataset(self.root, "v1").manifest["rows"] - len(keys)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +154,7 @@ def test_the_kills_came_while_photos_were_missing(disturbed: Disturbed):
 def test_rows_and_quarantine_are_those_of_an_undisturbed_run(
     disturbed: Disturbed, runs: Runs, contents: Callable[[dataset.Dataset], tuple[Rows, Rows]]
 ):
-    expected, found = contents(dataset.load(runs.root, "undisturbed")), contents(disturbed.published)
+    expected, found = contents(dataset.load_dataset(runs.root, "undisturbed")), contents(disturbed.published)
     assert [len(rows) for rows in found] == [len(rows) for rows in expected]
     for one, other in zip(found, expected, strict=True):
         assert [a["key"] for a, b in zip(one, other, strict=True) if a != b] == []
@@ -164,5 +166,5 @@ def test_what_was_written_before_the_kill_is_not_written_again(disturbed: Distur
 
 def test_one_more_run_writes_nothing(disturbed: Disturbed, runs: Runs, files_below: Callable[[str], Files]):
     before = files_below(runs.root)
-    assert stream.run(runs.root, runs.settings(disturbed.published.name)) == disturbed.published
+    assert mask_dataset(runs.root, runs.settings(disturbed.published.name)) == disturbed.published
     assert files_below(runs.root) == before

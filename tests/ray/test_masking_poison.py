@@ -18,20 +18,25 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from carclass import config, dataset, ingest, photo, storage
-from carclass.attempts import NUM_ALONE, Ledger
-from carclass.inventory import Inventory
-from carclass.masking import stream
+from carclass import storage
+from carclass.config.schema import DetectorSettings, IngestSettings, MaskSettings
+from carclass.data import dataset, photo, publishing
+from carclass.data.crash_guard import MAX_SINGLE_ATTEMPTS, AttemptLedger
+from carclass.data.inventory import Inventory
+from carclass.ingestion.ingest import ingest_photos
+from carclass.masking import mask
+from carclass.masking.detect import DetectPhotos
 from carclass.masking.detector import Detector
-from carclass.masking.masks import decode_mask, mask_iou
+from carclass.masking.mask import CPU_BATCH, mask_dataset
+from carclass.masking.rle import decode_mask, mask_iou
 from carclass.sample.background import paint_scene
 from carclass.sample.car import Pen, Pose, draw_car
 from carclass.sample.draw import draw_photo
 from carclass.sample.models import MODELS
 
 Rows = list[dict[str, Any]]
-SETTINGS = config.Mask(
-    detector=config.Detector(model="sample", weights="sample", short_side=96, num_proposals=10),
+SETTINGS = MaskSettings(
+    detector=DetectorSettings(model="sample", weights="sample", short_side=96, num_proposals=10),
     num_actors=2,
     part_rows=8,
 )
@@ -44,25 +49,25 @@ CORNER = 24
 
 
 def test_a_batch_is_no_suspect_before_it_was_begun_or_after_it_has_ended():
-    ledger = Ledger()
+    ledger = AttemptLedger()
     assert not ledger.begin(["a", "b"])
     ledger.end(["a", "b"])
     assert not ledger.begin(["a", "b"])
 
 
 def test_a_batch_with_one_that_never_ended_is_suspect():
-    ledger = Ledger()
+    ledger = AttemptLedger()
     ledger.begin(["a", "b"])
     assert ledger.begin(["b", "c"])
 
 
 def test_what_is_begun_alone_is_counted_for_each():
-    ledger = Ledger()
+    ledger = AttemptLedger()
     assert [ledger.begin_alone(name) for name in ("a", "a", "b", "a")] == [0, 1, 0, 2]
 
 
 def test_what_has_ended_leaves_nothing_in_memory():
-    ledger = Ledger()
+    ledger = AttemptLedger()
     for _ in range(2):
         ledger.begin(["a", "b"])
     for name in ("a", "b"):
@@ -103,14 +108,14 @@ def drive(root: str, log: str) -> None:
     """A masking job whose detector processes have the traps set; without GPUs they decode the photos too."""
     import ray
 
-    class TrappedDetectPhotos(stream.DetectPhotos):
+    class TrappedDetectPhotos(DetectPhotos):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             set_traps(log)
             super().__init__(*args, **kwargs)
 
-    stream.DetectPhotos = TrappedDetectPhotos  # type: ignore[misc]
+    mask.DetectPhotos = TrappedDetectPhotos  # type: ignore[misc]
     ray.init(address="local", num_cpus=4, include_dashboard=False)
-    stream.run(root, SETTINGS)
+    mask_dataset(root, SETTINGS)
 
 
 class Poisoned(NamedTuple):
@@ -130,20 +135,22 @@ def with_corner(image: bytes, colour: tuple[int, int, int]) -> bytes:
 
 def publish(root: str, rows: Rows) -> dataset.Dataset:
     """A source dataset of one part, made by hand."""
-    uri, settings = dataset.place(root, "v1"), {"made": "by hand"}
-    dataset.write_part(uri, "parts", pa.Table.from_pylist(rows, dataset.ROW), settings)
+    uri, settings = dataset.dataset_uri(root, "v1"), {"made": "by hand"}
+    publishing.write_part(uri, "parts", pa.Table.from_pylist(rows, dataset.ROW), settings)
     keys, classes = [row["key"] for row in rows], sorted({row["label"] for row in rows})
     with Inventory() as inventory:
         inventory.add_inputs(keys)
-        complete = dataset.draft(uri, inventory, settings=settings, classes=classes, facts={"kind": "photos"})
-    return dataset.publish(complete)
+        complete = publishing.complete_dataset(
+            uri, inventory, settings=settings, classes=classes, facts={"kind": "photos"}
+        )
+    return publishing.publish_manifest(complete)
 
 
 @pytest.fixture(scope="module")
 def poisoned(ingested: dataset.Dataset, tmp_path_factory: pytest.TempPathFactory) -> Poisoned:
     """Five batches of four photos: one has two that end processes, one has one in decoding, one has damaged ones."""
     root = tmp_path_factory.mktemp("poisoned")
-    assert stream.CPU_BATCH == 4
+    assert CPU_BATCH == 4
     keys = sorted(ingested.read(["key"])["key"].to_pylist())[:20]
     rows = ingested.rows(keys, dataset.ROW.names)
     places = {"detect": [1, 2], "decode": [9], "damaged": [13, 14]}
@@ -159,15 +166,15 @@ def poisoned(ingested: dataset.Dataset, tmp_path_factory: pytest.TempPathFactory
     assert done.returncode == 0, done.stdout + done.stderr
     tries = [json.loads(line) for line in (root / "tries").read_text().splitlines()]
     return Poisoned(
-        dataset.load(str(root), "v2"),
-        stream.run(str(root), SETTINGS.model_copy(update={"dataset": "undisturbed"})),
+        dataset.load_dataset(str(root), "v2"),
+        mask_dataset(str(root), SETTINGS.model_copy(update={"dataset": "undisturbed"})),
         {what: [keys[i] for i in found] for what, found in places.items()},
         [(stage, [names[name] for name in found]) for stage, found in tries],
     )
 
 
 def quarantine(published: dataset.Dataset) -> dict[str, dict[str, Any]]:
-    table = dataset.written(published.uri, "quarantine", dataset.QUARANTINE.names)
+    table = publishing.read_written(published.uri, "quarantine", dataset.QUARANTINE.names)
     return {row["key"]: row for row in table.to_pylist()}
 
 
@@ -176,7 +183,7 @@ def test_photos_that_end_processes_are_quarantined_as_crashed(poisoned: Poisoned
     found = {key: row for key, row in quarantine(poisoned.masked).items() if key in poisoned.bad[stage]}
     assert sorted(found) == poisoned.bad[stage]
     for row in found.values():
-        assert (row["reason"], row["attempts"]) == ("crashed", NUM_ALONE + 1)
+        assert (row["reason"], row["attempts"]) == ("crashed", MAX_SINGLE_ATTEMPTS + 1)
         assert stage in row["detail"]
 
 
@@ -184,7 +191,7 @@ def test_photos_that_end_processes_are_quarantined_as_crashed(poisoned: Poisoned
 def test_no_photo_ends_more_processes_than_it_has_attempts(poisoned: Poisoned, stage: str):
     ended = Counter(key for where, keys in poisoned.tries for key in keys if where == stage)
     assert sorted(ended) == poisoned.bad[stage]
-    assert max(ended.values()) <= NUM_ALONE + 1
+    assert max(ended.values()) <= MAX_SINGLE_ATTEMPTS + 1
 
 
 def test_two_bad_photos_were_in_one_batch(poisoned: Poisoned):
@@ -246,9 +253,9 @@ def strange(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> tuple
     save(crowd(), root / "photos" / "A" / "crowd.jpg")
     save(empty(), root / "photos" / "B" / "empty.jpg")
     save(pixels[:1, :1], root / "photos" / "B" / "dot.jpg")
-    ingest.run(str(root), config.Ingest(photos=str(root / "photos"), max_side=None, min_side=1))
-    settings = config.Mask(detector=config.Detector(model="sample", weights="sample", short_side=160), num_actors=1)
-    rows = stream.run(str(root), settings).read(dataset.MASKED_ROW.names).to_pylist()
+    ingest_photos(str(root), IngestSettings(photos=str(root / "photos"), max_side=None, min_side=1))
+    settings = MaskSettings(detector=DetectorSettings(model="sample", weights="sample", short_side=160), num_actors=1)
+    rows = mask_dataset(str(root), settings).read(dataset.MASKED_ROW.names).to_pylist()
     truth = np.asarray(Image.fromarray(vehicles[0].mask).resize(BIG, Image.Resampling.NEAREST))
     return {Path(row["key"]).stem: row | {"source": (root / "photos" / row["key"])} for row in rows}, truth
 
@@ -276,7 +283,7 @@ def test_a_photo_without_a_vehicle_keeps_its_bytes(strange: tuple[dict, np.ndarr
 def test_a_photo_of_one_pixel_is_too_small_by_default(ray_cluster: str, tmp_path: Path):
     for name in ("A/dot.jpg", "B/dot.jpg"):
         save(np.zeros((1, 1, 3), np.uint8), tmp_path / "photos" / name)
-    published = ingest.run(str(tmp_path), config.Ingest(photos=str(tmp_path / "photos")))
+    published = ingest_photos(str(tmp_path), IngestSettings(photos=str(tmp_path / "photos")))
     assert published.manifest["reasons"] == {"too_small": 2}
 
 

@@ -14,20 +14,32 @@ import ray
 import torch
 import yaml
 
-from carclass import config, dataset, lineage, model, storage, weights
+from carclass import storage
+from carclass.config.schema import (
+    DetectorSettings,
+    ExcludeSettings,
+    MaskSettings,
+    ModelSettings,
+    PredictSettings,
+    TrainSettings,
+)
+from carclass.data import dataset, publishing
 from carclass.errors import UserError
-from carclass.evaluation import evaluate
-from carclass.masking import stream as masking
-from carclass.prediction import calibration, preprocessing, stream, table
+from carclass.masking import mask as masking
+from carclass.models import resnet, weights
+from carclass.models.preprocessing import decode_photos, to_network_input
+from carclass.prediction import calibration, predictions, run_preprocessing
+from carclass.prediction.predict import PredictionResult, predict_photos
+from carclass.runs.predictor import PredictPhotos
+from carclass.runs.run import Run, begin_run, find_run, run_uri
+from carclass.runs.saved_model import publish_model, read_model
 from carclass.sample.generate import BROKEN_KINDS, ODDITIES
-from carclass.training.checkpoint import publish_model, read_model
-from carclass.training.feed import pixels_of, to_device
-from tests.clusters import start, wait_for
+from tests.helpers.clusters import start, wait_for
 
 Rows = list[dict[str, Any]]
 MASKED = "v2-to-predict"
 RUNS = {"masked": MASKED, "whole": "v1"}
-MODEL = config.Model(architecture="resnet26-narrow", image_size=64)
+MODEL = ModelSettings(architecture="resnet26-narrow", image_size=64)
 THRESHOLD = 0.3
 
 
@@ -43,21 +55,23 @@ def two_cpus(ray_cluster: str) -> Iterator[None]:
 def publish_run(root: str, name: str, source: dataset.Dataset) -> None:
     """A run whose frozen stage is finished: a classifier fitted to the backbone's features of the train photos."""
     torch.manual_seed(1)
-    net = model.build(MODEL, len(source.classes))
+    net = resnet.build(MODEL, len(source.classes))
     net.load_state_dict(weights.load("sample", None, sample="backbone.safetensors", key="")[0], strict=False)
     rows = source.read(["split", "label", "image"]).filter(pc.field("split") == "train")
     labels = torch.tensor([source.classes.index(label) for label in rows["label"].to_pylist()])
     head, net.fc = net.fc[1], torch.nn.Identity()
     with torch.no_grad():
-        features = net.eval()(to_device(pixels_of(rows["image"].to_pylist(), MODEL.image_size), torch.device("cpu")))
+        features = net.eval()(
+            to_network_input(decode_photos(rows["image"].to_pylist(), MODEL.image_size), torch.device("cpu"))
+        )
     optimizer = torch.optim.Adam(head.parameters(), lr=0.01)
     for _ in range(60):
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(head(features), labels).backward()
         optimizer.step()
     net.fc = torch.nn.Sequential(torch.nn.Dropout(0.2), head)
-    settings = config.Train(name=name, dataset=source.name, parent="sample", model=MODEL, unfrozen=None)
-    this = lineage.begin(lineage.Run(root, settings), source, "0" * 64)
+    settings = TrainSettings(name=name, dataset=source.name, parent="sample", model=MODEL, unfrozen=None)
+    this = begin_run(Run(root, settings), source, "0" * 64)
     facts = {"model": MODEL.model_dump(), "classes": source.classes, "precision": "fp32"}
     publish_model(this.best("frozen"), net, facts)
 
@@ -66,10 +80,12 @@ def publish_run(root: str, name: str, source: dataset.Dataset) -> None:
 def root(ingested: dataset.Dataset) -> str:
     """A root with a run on masked photos and one on photos as they are."""
     root = ingested.uri.rsplit("/", 2)[0]
-    detector = config.Detector(model="sample", weights="sample", short_side=160, num_proposals=30)
-    masking.run(root, config.Mask(dataset=MASKED, detector=detector, exclude=config.Exclude(min_area_fraction=0.2)))
+    detector = DetectorSettings(model="sample", weights="sample", short_side=160, num_proposals=30)
+    masking.mask_dataset(
+        root, MaskSettings(dataset=MASKED, detector=detector, exclude=ExcludeSettings(min_area_fraction=0.2))
+    )
     for name, source in RUNS.items():
-        publish_run(root, name, dataset.load(root, source))
+        publish_run(root, name, dataset.load_dataset(root, source))
     return root
 
 
@@ -79,31 +95,35 @@ def photos(photos_folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def settings(photos: str) -> config.Predict:
-    return config.Predict(run="masked", photos=photos, threshold=THRESHOLD, part_rows=8)
+def settings(photos: str) -> PredictSettings:
+    return PredictSettings(run="masked", photos=photos, threshold=THRESHOLD, part_rows=8)
 
 
 @pytest.fixture(scope="module")
-def outcome(root: str, settings: config.Predict) -> stream.Outcome:
-    return stream.run(root, settings)
+def outcome(root: str, settings: PredictSettings) -> PredictionResult:
+    return predict_photos(root, settings)
 
 
 @pytest.fixture(scope="module")
-def whole(root: str, photos: str) -> stream.Outcome:
+def whole(root: str, photos: str) -> PredictionResult:
     """Predictions of the run on photos as they are."""
-    return stream.run(root, config.Predict(run="whole", photos=photos))
+    return predict_photos(root, PredictSettings(run="whole", photos=photos))
 
 
-def rows_of(found: stream.Outcome) -> Rows:
-    return pq.read_table(Path(found.uri, table.TABLE)).to_pylist()
+def rows_of(found: PredictionResult) -> Rows:
+    return pq.read_table(Path(found.uri, predictions.TABLE)).to_pylist()
 
 
 def as_evaluated(root: str, name: str) -> dict[str, np.ndarray]:
     """Calibrated probabilities of the test photos by key, as the evaluation and the kept temperature have them."""
-    this = lineage.load(root, name)
-    rows = dataset.load(root, RUNS[name]).read(["key", "label", "split", "image"]).filter(pc.field("split") == "test")
+    this = find_run(root, name)
+    rows = (
+        dataset.load_dataset(root, RUNS[name])
+        .read(["key", "label", "split", "image"])
+        .filter(pc.field("split") == "test")
+    )
     threads = torch.get_num_threads()
-    found = evaluate.PredictPhotos(this.best("frozen"), use_gpu=False)(rows)
+    found = PredictPhotos(this.best("frozen"), use_gpu=False)(rows)
     torch.set_num_threads(threads)
     fitted = calibration.read(this.uri, read_model(this.best("frozen"))[1]["sha256"])
     assert fitted is not None
@@ -121,15 +141,17 @@ def assert_same(some: Rows, others: Rows) -> None:
             assert one[name] == (other[name] if other[name] is None else pytest.approx(other[name], abs=1e-5))
 
 
-def test_every_photo_comes_out_once(outcome: stream.Outcome, whole: stream.Outcome, photos: str):
+def test_every_photo_comes_out_once(outcome: PredictionResult, whole: PredictionResult, photos: str):
     for found in (outcome, whole):
         assert [row["key"] for row in rows_of(found)] == sorted(storage.list_files(photos))
         assert found.counts.predicted + sum(found.counts.reasons.values()) == found.counts.photos
         assert all((row["label"] is None) == (row["reason"] is not None) for row in rows_of(found))
 
 
-def test_broken_photos_have_the_reason_that_ingest_gave_them(root: str, outcome: stream.Outcome):
-    quarantine = dataset.written(dataset.place(root, "v1"), "quarantine", ["key", "reason", "detail"]).to_pylist()
+def test_broken_photos_have_the_reason_that_ingest_gave_them(root: str, outcome: PredictionResult):
+    quarantine = publishing.read_written(
+        dataset.dataset_uri(root, "v1"), "quarantine", ["key", "reason", "detail"]
+    ).to_pylist()
     said = {row["key"]: (row["reason"], row["detail"]) for row in rows_of(outcome) if row["reason"]}
     expected = {
         row["key"]: (row["reason"], row["detail"])
@@ -141,70 +163,72 @@ def test_broken_photos_have_the_reason_that_ingest_gave_them(root: str, outcome:
     assert len(ODDITIES) > len(expected)
 
 
-def test_doubtful_masks_are_excluded_as_in_the_runs_dataset(root: str, outcome: stream.Outcome):
-    quarantine = dataset.written(dataset.place(root, MASKED), "quarantine", ["key", "detail"]).to_pylist()
+def test_doubtful_masks_are_excluded_as_in_the_runs_dataset(root: str, outcome: PredictionResult):
+    quarantine = publishing.read_written(dataset.dataset_uri(root, MASKED), "quarantine", ["key", "detail"]).to_pylist()
     doubted = {row["key"]: row["detail"] for row in rows_of(outcome) if row["reason"] == "doubtful_mask"}
     assert quarantine
     assert {row["key"]: doubted[row["key"]] for row in quarantine} == {row["key"]: row["detail"] for row in quarantine}
 
 
-def test_the_vehicle_is_where_the_runs_dataset_has_it(root: str, outcome: stream.Outcome):
+def test_the_vehicle_is_where_the_runs_dataset_has_it(root: str, outcome: PredictionResult):
     columns = ["outcome", "vehicle_class", "score", "box"]
     found = {row["key"]: row for row in rows_of(outcome)}
-    keys = [key for key in dataset.load(root, MASKED).read(["key"])["key"].to_pylist() if key in found]
+    keys = [key for key in dataset.load_dataset(root, MASKED).read(["key"])["key"].to_pylist() if key in found]
     assert any(found[key]["box"] for key in keys)
-    for row in dataset.load(root, MASKED).rows(keys, columns):
+    for row in dataset.load_dataset(root, MASKED).rows(keys, columns):
         assert {name: found[row["key"]][name] for name in columns} == {name: row[name] for name in columns}
 
 
 @pytest.mark.parametrize("name", [*RUNS])
-def test_predictions_are_those_of_the_evaluation(root: str, name: str, outcome: stream.Outcome, whole: stream.Outcome):
+def test_predictions_are_those_of_the_evaluation(
+    root: str, name: str, outcome: PredictionResult, whole: PredictionResult
+):
     found = {row["key"]: row for row in rows_of(outcome if name == "masked" else whole)}
-    classes = dataset.load(root, RUNS[name]).classes
+    classes = dataset.load_dataset(root, RUNS[name]).classes
     for key, probabilities in as_evaluated(root, name).items():
         order = np.argsort(-probabilities)[:5]
         assert found[key]["top5_probabilities"] == pytest.approx(probabilities[order].tolist(), abs=1e-4)
         assert probabilities[classes.index(found[key]["label"])] == pytest.approx(found[key]["probability"], abs=1e-4)
 
 
-def test_what_is_below_the_threshold_is_rejected(outcome: stream.Outcome):
+def test_what_is_below_the_threshold_is_rejected(outcome: PredictionResult):
     rows = [row for row in rows_of(outcome) if row["label"]]
     assert [row["rejected"] for row in rows] == [row["probability"] < THRESHOLD for row in rows]
     assert 0 < outcome.counts.rejected < outcome.counts.predicted
 
 
-def test_the_temperature_is_fitted_on_all_val_photos_and_kept(root: str, outcome: stream.Outcome):
-    this = lineage.load(root, "masked")
+def test_the_temperature_is_fitted_on_all_val_photos_and_kept(root: str, outcome: PredictionResult):
+    this = find_run(root, "masked")
     fitted = calibration.read(this.uri, read_model(this.best("frozen"))[1]["sha256"])
     assert fitted == outcome.calibration
-    assert fitted.num_photos == dataset.load(root, MASKED).manifest["splits"]["val"]
+    assert fitted.num_photos == dataset.load_dataset(root, MASKED).manifest["splits"]["val"]
     assert fitted.log_loss_after <= fitted.log_loss_before
 
 
-def test_photos_that_are_not_masked_have_no_box(whole: stream.Outcome):
+def test_photos_that_are_not_masked_have_no_box(whole: PredictionResult):
     assert {(row["outcome"], row["box"]) for row in rows_of(whole)} == {(None, None)}
 
 
 def test_a_second_run_writes_nothing(
-    root: str, settings: config.Predict, outcome: stream.Outcome, files_below: Callable[[str], Any]
+    root: str, settings: PredictSettings, outcome: PredictionResult, files_below: Callable[[str], Any]
 ):
     before = files_below(root)
-    assert stream.run(root, settings) == outcome
+    assert predict_photos(root, settings) == outcome
     assert files_below(root) == before
 
 
 def test_other_settings_under_the_same_name_are_refused(
-    root: str, settings: config.Predict, outcome: stream.Outcome, tmp_path: Path
+    root: str, settings: PredictSettings, outcome: PredictionResult, tmp_path: Path
 ):
     shutil.copy(Path(settings.photos, sorted(os.listdir(settings.photos))[0]), tmp_path)
     with pytest.raises(UserError, match=r"other settings \(threshold\)\. Choose another `predict.name`"):
-        stream.run(root, settings.model_copy(update={"threshold": 0.9}))
+        predict_photos(root, settings.model_copy(update={"threshold": 0.9}))
     with pytest.raises(UserError, match=r"other settings \(list of photos, photos\)"):
-        stream.run(root, settings.model_copy(update={"photos": str(tmp_path)}))
+        predict_photos(root, settings.model_copy(update={"photos": str(tmp_path)}))
 
 
 def test_a_killed_job_does_what_is_missing_and_ends_as_an_undisturbed_one(
-    root: str, settings: config.Predict, outcome: stream.Outcome, ray_cluster: str, tmp_path: Path,
+    root: str, settings: PredictSettings, outcome: PredictionResult, ray_cluster: str, tmp_path: Path,
     files_below: Callable[[str], Any],
 ):  # fmt: skip
     given = settings.model_copy(update={"name": "killed", "part_rows": 4})
@@ -217,46 +241,46 @@ def test_a_killed_job_does_what_is_missing_and_ends_as_an_undisturbed_one(
     job.process.kill()
     job.process.wait(timeout=60)
     before = files_below(str(parts))
-    assert not parts.with_name(table.TABLE).exists()
-    found = stream.run(root, given)
+    assert not parts.with_name(predictions.TABLE).exists()
+    found = predict_photos(root, given)
     after = files_below(str(parts))
     assert {path: after.get(path) for path in before} == before
     assert_same(rows_of(found), rows_of(outcome))
 
 
-def test_an_archive_gives_what_its_folder_gives(root: str, photos: str, whole: stream.Outcome, tmp_path: Path):
+def test_an_archive_gives_what_its_folder_gives(root: str, photos: str, whole: PredictionResult, tmp_path: Path):
     archive = shutil.make_archive(str(tmp_path / "photos"), "gztar", photos)
-    packed = config.Predict(run="whole", photos=archive, name="packed")
-    assert_same(rows_of(stream.run(root, packed)), rows_of(whole))
+    packed = PredictSettings(run="whole", photos=archive, name="packed")
+    assert_same(rows_of(predict_photos(root, packed)), rows_of(whole))
 
 
-def test_a_run_outlives_its_datasets(root: str, outcome: stream.Outcome, settings: config.Predict, tmp_path: Path):
+def test_a_run_outlives_its_datasets(root: str, outcome: PredictionResult, settings: PredictSettings, tmp_path: Path):
     """What prediction needs of them was kept; a run without it says what is missing."""
-    shutil.copytree(lineage.place(root, "masked"), lineage.place(str(tmp_path), "masked"))
-    assert stream.run(str(tmp_path), settings)._replace(uri=outcome.uri) == outcome
-    copy, original = (lineage.load(place, "masked") for place in (str(tmp_path), root))
-    assert preprocessing.of_run(copy) == preprocessing.of_run(original)
-    for file in (calibration.FILE, preprocessing.FILE):
-        Path(lineage.place(str(tmp_path), "masked"), file).unlink()
+    shutil.copytree(run_uri(root, "masked"), run_uri(str(tmp_path), "masked"))
+    assert predict_photos(str(tmp_path), settings)._replace(uri=outcome.uri) == outcome
+    copy, original = (find_run(place, "masked") for place in (str(tmp_path), root))
+    assert run_preprocessing.run_preprocessing(copy) == run_preprocessing.run_preprocessing(original)
+    for file in (calibration.FILE, run_preprocessing.FILE):
+        Path(run_uri(str(tmp_path), "masked"), file).unlink()
         with pytest.raises(UserError, match=f"dataset `{MASKED}`, which run `masked` was trained on, is no longer in"):
-            stream.run(str(tmp_path), settings)
+            predict_photos(str(tmp_path), settings)
 
 
 def test_detector_weights_are_those_of_the_dataset_or_refused(root: str, tmp_path: Path):
-    known = preprocessing.of_run(lineage.load(root, "masked"))
+    known = run_preprocessing.run_preprocessing(find_run(root, "masked"))
     assert known.detector_weights == "sample"
     (tmp_path / "other.safetensors").write_bytes(b"other")
     with pytest.raises(UserError, match=r"`predict\.detector_weights`: .* has sha256 .*, expected"):
         known.masking(root, str(tmp_path / "other.safetensors"))
-    forgotten = preprocessing.Preprocessing(known.reading, known.mask, None)
+    forgotten = run_preprocessing.Preprocessing(known.reading, known.mask, None)
     with pytest.raises(UserError, match=r"Set `predict\.detector_weights` to the URI of the file with sha256"):
         forgotten.masking(root, None)
 
 
-def test_mistakes_are_told(root: str, settings: config.Predict, tmp_path: Path):
+def test_mistakes_are_told(root: str, settings: PredictSettings, tmp_path: Path):
     with pytest.raises(UserError, match=r"`predict\.run` is missing"):
-        stream.run(root, settings.model_copy(update={"run": None}))
+        predict_photos(root, settings.model_copy(update={"run": None}))
     with pytest.raises(UserError, match=r"no run `other` in .* There: "):
-        stream.run(root, settings.model_copy(update={"run": "other"}))
+        predict_photos(root, settings.model_copy(update={"run": "other"}))
     with pytest.raises(UserError, match=r"`predict\.photos`: no files in"):
-        stream.run(root, settings.model_copy(update={"photos": str(tmp_path)}))
+        predict_photos(root, settings.model_copy(update={"photos": str(tmp_path)}))

@@ -3,16 +3,16 @@
 import numpy as np
 import ray
 
-from carclass import dataset
-from carclass.training import stages
-from carclass.training.feed import Feed
+from carclass.data import dataset
+from carclass.training.dataloader import PhotoSamples
+from carclass.training.photo_store import open_block, store_split
 
 SIZE = 48
 
 
-def feed(source: dataset.Dataset, size: int | None) -> Feed:
-    held = ray.get(stages.read(source, "train", size))
-    return Feed([stages.block_of(block, SIZE) for block in held], seed=1)
+def feed(source: dataset.Dataset, size: int | None) -> PhotoSamples:
+    held = ray.get(store_split(source, "train", size))
+    return PhotoSamples([open_block(block, SIZE) for block in held], seed=1)
 
 
 def test_photos_that_stay_encoded_give_the_epochs_of_decoded_ones(ingested: dataset.Dataset):

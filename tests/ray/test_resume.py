@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from carclass import config, ingest
+from carclass.config.schema import IngestSettings
+from carclass.ingestion.ingest import ingest_photos
 from carclass.training import checkpoint
 
 EPOCHS = 12
@@ -37,7 +38,7 @@ def killed_and_resumed(ray_cluster, photos_folder: Path, tmp_path_factory) -> tu
     """Metrics of the epochs before the newest checkpoint when the kill came, and at the end of the second run."""
     root = tmp_path_factory.mktemp("resume")
     photos, labels = str(photos_folder / "photos"), str(photos_folder / "labels.csv")
-    ingest.run(str(root), config.Ingest(photos=photos, labels=labels))
+    ingest_photos(str(root), IngestSettings(photos=photos, labels=labels))
     config_file = root / "train.yml"
     train = {
         "name": "killed",
@@ -54,7 +55,7 @@ def killed_and_resumed(ray_cluster, photos_folder: Path, tmp_path_factory) -> tu
     wait_for_epoch(metrics, 4, job)
     os.killpg(job.pid, signal.SIGKILL)
     job.wait()
-    newest = checkpoint.to_go_on_from(str(root / "experiments" / "killed" / "unfrozen"))[-1]
+    newest = checkpoint.resumable_names(str(root / "experiments" / "killed" / "unfrozen"))[-1]
     before = [json.loads(line) for line in metrics.read_text().splitlines()][: int(newest.split("-")[1])]
     assert start(config_file).wait(timeout=400) == 0
     return before, [json.loads(line) for line in metrics.read_text().splitlines()]

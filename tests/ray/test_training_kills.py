@@ -18,10 +18,15 @@ import numpy as np
 import pytest
 import yaml
 
-from carclass import config, dataset, ingest, lineage, storage
-from carclass.training import checkpoint, stages
-from tests.busy_s3 import Proxy
-from tests.clusters import Cluster, Job, below, start, titled
+from carclass import storage
+from carclass.config.schema import IngestSettings, TrainSettings
+from carclass.data import dataset
+from carclass.ingestion.ingest import ingest_photos
+from carclass.runs.run import Run, find_run, run_uri
+from carclass.training import checkpoint
+from carclass.training.train import train_run
+from tests.helpers.busy_s3 import Proxy
+from tests.helpers.clusters import Cluster, Job, below, start, titled
 
 EPOCHS = 8
 OUTAGE = 60.0  # seconds
@@ -37,24 +42,24 @@ TRAIN: dict[str, Any] = {
 }
 
 
-def train(root: str, name: str, **changes: Any) -> lineage.Run:
-    return stages.run(root, config.Train(**{**TRAIN, "name": name, **changes}))
+def train(root: str, name: str, **changes: Any) -> Run:
+    return train_run(root, TrainSettings(**{**TRAIN, "name": name, **changes}))
 
 
-def losses(run: lineage.Run) -> list[tuple[int, int, float]]:
+def losses(run: Run) -> list[tuple[int, int, float]]:
     """Of every step of every epoch."""
     rows = [(epoch, row["step"], row["loss"]) for epoch in range(1, EPOCHS + 1) for row in run.steps("unfrozen", epoch)]
     assert [row["epoch"] for row in run.metrics()] == list(range(1, EPOCHS + 1))
     return rows
 
 
-def trained(run: lineage.Run) -> str:
+def trained(run: Run) -> str:
     """The hash of what was published."""
     return storage.sha256(storage.read_bytes(f"{run.best('unfrozen')}.safetensors"))
 
 
 def reached(root: str, name: str, wanted: str) -> bool:
-    return checkpoint.names(f"{lineage.place(root, name)}/unfrozen")[-1:] >= [wanted]
+    return checkpoint.names(f"{run_uri(root, name)}/unfrozen")[-1:] >= [wanted]
 
 
 def strike(root: str, name: str, wanted: str, victim: str, number: int) -> Callable[[], int]:
@@ -78,16 +83,16 @@ def root(ingested: dataset.Dataset) -> str:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(root: str) -> lineage.Run:
+def undisturbed(root: str) -> Run:
     return train(root, "undisturbed", num_workers=2)
 
 
-def assert_same(one: lineage.Run, other: lineage.Run) -> None:
+def assert_same(one: Run, other: Run) -> None:
     assert losses(one) == losses(other)
     assert trained(one) == trained(other)
 
 
-def test_a_killed_worker_leaves_no_trace(root: str, undisturbed: lineage.Run, caplog: pytest.LogCaptureFixture):
+def test_a_killed_worker_leaves_no_trace(root: str, undisturbed: Run, caplog: pytest.LogCaptureFixture):
     name = f"killed-{uuid4().hex[:8]}"
     struck = strike(root, name, "epoch-0002-00000008", "ray::RayTrainWorker", signal.SIGKILL)
     run = train(root, name, num_workers=undisturbed.settings.num_workers)
@@ -96,7 +101,7 @@ def test_a_killed_worker_leaves_no_trace(root: str, undisturbed: lineage.Run, ca
     assert_same(run, undisturbed)
 
 
-def test_a_killed_controller_leaves_no_trace(root: str, undisturbed: lineage.Run, caplog: pytest.LogCaptureFixture):
+def test_a_killed_controller_leaves_no_trace(root: str, undisturbed: Run, caplog: pytest.LogCaptureFixture):
     name = f"controller-{uuid4().hex[:8]}"
     struck = strike(root, name, "epoch-0002-00000008", "ray::TrainController", signal.SIGKILL)
     run = train(root, name, num_workers=undisturbed.settings.num_workers)
@@ -105,7 +110,7 @@ def test_a_killed_controller_leaves_no_trace(root: str, undisturbed: lineage.Run
     assert_same(run, undisturbed)
 
 
-def test_a_worker_told_to_end_saves_where_it_is(root: str, undisturbed: lineage.Run, caplog: pytest.LogCaptureFixture):
+def test_a_worker_told_to_end_saves_where_it_is(root: str, undisturbed: Run, caplog: pytest.LogCaptureFixture):
     """Without other checkpoints to go on from, so that it can only be that of its leaving."""
     name = f"told-{uuid4().hex[:8]}"
     struck = strike(root, name, "epoch-0002", "ray::RayTrainWorker", signal.SIGTERM)
@@ -129,15 +134,15 @@ def interrupt(root: str, name: str, wanted: str) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def assert_close(root: str, name: str, other: lineage.Run) -> None:
-    found, expected = np.array(losses(lineage.load(root, name))), np.array(losses(other))
+def assert_close(root: str, name: str, other: Run) -> None:
+    found, expected = np.array(losses(find_run(root, name))), np.array(losses(other))
     np.testing.assert_array_equal(found[:, :2], expected[:, :2])
     # Sums in another order round differently, and every step makes more of it; another photo would make 0.1 at once.
     np.testing.assert_allclose(found[:20, 2], expected[:20, 2], rtol=1e-3)
     np.testing.assert_allclose(found[20:, 2], expected[20:, 2], rtol=2e-2)
 
 
-def test_workers_may_change_from_one_to_two_and_back(root: str, undisturbed: lineage.Run):
+def test_workers_may_change_from_one_to_two_and_back(root: str, undisturbed: Run):
     """And compute their shares in pieces, while the undisturbed run does not."""
     name, pieces = f"changed-{uuid4().hex[:8]}", {**TRAIN["unfrozen"], "micro_batch_size": 3}
     for num_workers, until in ((1, "epoch-0002-00000008"), (2, "epoch-0005-00000008")):
@@ -178,7 +183,7 @@ def wait_until(reached: Callable[[], bool], job: Job) -> None:
 
 
 def test_training_goes_on_with_fewer_workers_when_a_node_is_lost(
-    cluster: Cluster, root: str, undisturbed: lineage.Run, tmp_path: Path
+    cluster: Cluster, root: str, undisturbed: Run, tmp_path: Path
 ):
     name = f"elastic-{uuid4().hex[:8]}"
     job = start_training(cluster, tmp_path, root, name, "[1, 2]")
@@ -201,7 +206,7 @@ def test_a_node_that_will_be_taken_away_is_left_in_time(cluster: Cluster, root: 
     cluster.node.terminate()  # as when a pod is ended: Ray drains the node
     job.end()
     assert "workers left; going on from epoch" in job.log.read_text()
-    assert [row["epoch"] for row in lineage.load(root, name).metrics()] == list(range(1, 41))
+    assert [row["epoch"] for row in find_run(root, name).metrics()] == list(range(1, 41))
 
 
 # Storage
@@ -224,7 +229,7 @@ def test_training_outlives_an_outage_of_its_storage(
 ):
     root, name = f"s3://{bucket}/root", "outage"
     labels = str(photos_folder / "labels.csv")
-    ingest.run(root, config.Ingest(photos=str(photos_folder / "photos"), labels=labels))
+    ingest_photos(root, IngestSettings(photos=str(photos_folder / "photos"), labels=labels))
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment["RAY_TMPDIR"] = another_clusters_traces()
     config_file = tmp_path / "train.yml"
@@ -238,5 +243,5 @@ def test_training_outlives_an_outage_of_its_storage(
     assert proxy.refused > 0
     assert "workers were lost" not in job.log.read_text()
     assert "Traceback" not in job.log.read_text()
-    losses(lineage.load(root, name))
+    losses(find_run(root, name))
     shutil.rmtree(environment["RAY_TMPDIR"])

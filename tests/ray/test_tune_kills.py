@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from carclass import dataset, storage
-from carclass.tuning import outcome, publish, trials
-from tests.clusters import Cluster, Job, below, kill, start, titled, wait_for
+from carclass import storage
+from carclass.data import dataset
+from carclass.tuning import results, trial_records
+from carclass.tuning.collect import collect_sweep
+from tests.helpers.clusters import Cluster, Job, below, kill, start, titled, wait_for
 
 SEARCH: dict[str, Any] = {
     "experiment": "experiment.yml",
@@ -64,14 +66,14 @@ def cluster(folder: Path) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(root: str, folder: Path, cluster: Cluster) -> outcome.Sweep:
+def undisturbed(root: str, folder: Path, cluster: Cluster) -> results.SweepResult:
     start("tune.py", folder / "undisturbed.yml", cluster.environment).end()
-    return publish.read(root, "undisturbed")
+    return collect_sweep(root, "undisturbed")
 
 
 def num_epochs(root: str) -> int:
     """How many epochs the killed sweep's trials have, all together."""
-    folder = f"{trials.place(root, 'killed')}/trials"
+    folder = f"{trial_records.sweep_uri(root, 'killed')}/trials"
     paths = [path for path in storage.list_files(folder) if path.endswith("/metrics.jsonl")]
     return sum(storage.read_bytes(storage.join(folder, path)).count(b"\n") for path in paths)
 
@@ -87,7 +89,7 @@ def wait_for_epochs(root: str, wanted: int, job: Job) -> None:
 class Killed(NamedTuple):
     """The sweep in the end, and the times of the epochs of trials that were over when it was killed."""
 
-    found: outcome.Sweep
+    found: results.SweepResult
     over: dict[str, list[float]]
 
 
@@ -100,7 +102,7 @@ def kill_a_trial(cluster: Cluster) -> bool:
 
 
 @pytest.fixture(scope="module")
-def killed(root: str, folder: Path, cluster: Cluster, undisturbed: outcome.Sweep) -> Killed:
+def killed(root: str, folder: Path, cluster: Cluster, undisturbed: results.SweepResult) -> Killed:
     """Killed at three random moments: the driver alone twice, then the whole machine. In the end, a trial's process."""
     total = sum(len(one.epochs) for one in undisturbed.outcomes)
     moments = sorted(random.Random(SEED).sample(range(1, total * 2 // 3), 3))
@@ -110,7 +112,7 @@ def killed(root: str, folder: Path, cluster: Cluster, undisturbed: outcome.Sweep
         wait_for_epochs(root, wanted, job)
         os.kill(job.process.pid, signal.SIGKILL)
         job.process.wait(timeout=60)
-        ended = [one for one in publish.read(root, "killed").outcomes if one.trial.is_over]
+        ended = [one for one in collect_sweep(root, "killed").outcomes if one.trial.is_over]
         over |= {one.trial.name: [row["time"] for row in one.epochs] for one in ended}
         if turn == 2:
             kill(cluster.head)
@@ -122,36 +124,36 @@ def killed(root: str, folder: Path, cluster: Cluster, undisturbed: outcome.Sweep
         job.end()
     finally:
         another.stop()
-    return Killed(publish.read(root, "killed"), over)
+    return Killed(collect_sweep(root, "killed"), over)
 
 
-def epochs(found: outcome.Sweep) -> list[list[tuple]]:
+def epochs(found: results.SweepResult) -> list[list[tuple]]:
     keys = ("epoch", "train_loss", "val_accuracy")
     return [[tuple(row[key] for key in keys) for row in one.epochs] for one in found.outcomes]
 
 
-def tried(found: outcome.Sweep) -> list[tuple]:
+def tried(found: results.SweepResult) -> list[tuple]:
     return [(one.trial.number, one.trial.name, one.trial.repeats, one.trial.state) for one in found.outcomes]
 
 
-def test_the_same_trials_end_the_same_way(undisturbed: outcome.Sweep, killed: Killed):
+def test_the_same_trials_end_the_same_way(undisturbed: results.SweepResult, killed: Killed):
     assert tried(killed.found) == tried(undisturbed)
 
 
-def test_some_trials_were_ended_early(undisturbed: outcome.Sweep):
+def test_some_trials_were_ended_early(undisturbed: results.SweepResult):
     assert {"complete", "pruned"} == {one.trial.state for one in undisturbed.outcomes}
 
 
 def test_no_trial_is_trained_twice(root: str, killed: Killed):
-    folders = {path.split("/")[0] for path in storage.list_files(f"{trials.place(root, 'killed')}/trials")}
+    folders = {path.split("/")[0] for path in storage.list_files(f"{trial_records.sweep_uri(root, 'killed')}/trials")}
     assert sorted(folders) == sorted(one.trial.name for one in killed.found.outcomes)
 
 
-def test_every_epoch_is_the_undisturbed_one_and_is_there_once(undisturbed: outcome.Sweep, killed: Killed):
+def test_every_epoch_is_the_undisturbed_one_and_is_there_once(undisturbed: results.SweepResult, killed: Killed):
     assert epochs(killed.found) == epochs(undisturbed)
 
 
-def test_the_best_is_the_same(undisturbed: outcome.Sweep, killed: Killed):
+def test_the_best_is_the_same(undisturbed: results.SweepResult, killed: Killed):
     assert killed.found.best.trial == undisturbed.best.trial
     assert killed.found.best.accuracy == undisturbed.best.accuracy
 

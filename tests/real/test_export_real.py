@@ -8,13 +8,16 @@ import onnxruntime
 import pytest
 import torch
 
-from carclass import config, export, model, weights
-from carclass.training.feed import pixels_of, to_device
+from carclass.config.schema import ModelSettings
+from carclass.models import resnet, weights
+from carclass.models.preprocessing import decode_photos, to_network_input
+from carclass.runs.export import FORMATS, TOLERANCE
+from carclass.runs.predictor import PhotoClassifier
 
 HOUSE = Path(__file__).parents[2]
 PHOTOS = HOUSE.parent / "shared" / "cars196" / "photos"
 WEIGHTS = HOUSE / "build" / "weights" / "resnet50-imagenet.safetensors"
-SETTINGS = config.Model(stride_in_1x1=True)
+SETTINGS = ModelSettings(stride_in_1x1=True)
 FACTS: dict[str, Any] = {
     "run": "real",
     "stage": "unfrozen",
@@ -33,7 +36,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def net() -> Any:
     state, _ = weights.load(str(WEIGHTS), None, sample="", key="train.parent")
-    net = model.build(SETTINGS, 1000)
+    net = resnet.build(SETTINGS, 1000)
     net.load_state_dict({name.replace("fc.", "fc.1."): value.float() for name, value in state.items()}, strict=False)
     return net.eval()
 
@@ -42,28 +45,28 @@ def net() -> Any:
 def pixels() -> np.ndarray:
     """uint8 (8,224,224,3), from all over the folder."""
     paths = sorted(PHOTOS.iterdir())[::900][:8]
-    return pixels_of([path.read_bytes() for path in paths], SETTINGS.image_size)
+    return decode_photos([path.read_bytes() for path in paths], SETTINGS.image_size)
 
 
 @pytest.fixture(scope="module")
 def expected(net: Any, pixels: np.ndarray) -> torch.Tensor:
     with torch.inference_mode():
-        return net(to_device(pixels, torch.device("cpu")))
+        return net(to_network_input(pixels, torch.device("cpu")))
 
 
 @pytest.fixture(scope="module")
 def files(net: Any) -> dict[str, bytes]:
-    return {name: kind.write(export.PhotoClassifier(net), FACTS) for name, kind in export.FORMATS.items()}
+    return {name: kind.write(PhotoClassifier(net), FACTS) for name, kind in FORMATS.items()}
 
 
-@pytest.mark.parametrize("name", export.FORMATS)
+@pytest.mark.parametrize("name", FORMATS)
 def test_real_photos_get_the_networks_logits(
     files: dict[str, bytes], pixels: np.ndarray, expected: torch.Tensor, name: str
 ):
     photos = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
     with torch.inference_mode():
-        found = export.FORMATS[name].read(files[name])(photos)
-    torch.testing.assert_close(found, expected, atol=export.TOLERANCE, rtol=0)
+        found = FORMATS[name].read(files[name])(photos)
+    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
 
 
 def test_real_photos_get_the_networks_logits_from_onnxruntime(
@@ -71,4 +74,4 @@ def test_real_photos_get_the_networks_logits_from_onnxruntime(
 ):
     session = onnxruntime.InferenceSession(files["model.onnx"], providers=["CPUExecutionProvider"])
     (found,) = session.run(["logits"], {"photos": np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))})
-    np.testing.assert_allclose(found, expected, atol=export.TOLERANCE, rtol=0)
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=0)

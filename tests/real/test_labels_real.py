@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from carclass.labels import Label, parse_csv, parse_devkit
+from carclass.ingestion.labels import Label, parse_csv, parse_devkit
 
 CARS = Path(__file__).parents[3] / "shared" / "cars196"
 

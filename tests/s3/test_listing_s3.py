@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from carclass import listing, storage
-from carclass.benchmarks import scale
+from carclass import storage
 from carclass.errors import UserError
-from tests.busy_s3 import Proxy
+from carclass.ingestion import listing
+from carclass.tools.benchmarks import scale
+from tests.helpers.busy_s3 import Proxy
 
 LAYOUTS = {
     "flat": [f"{i:02d}.jpg" for i in range(30)],

@@ -7,9 +7,13 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from carclass import config, dataset, ingest, storage
+from carclass import storage
+from carclass.config.schema import IngestSettings
+from carclass.data import dataset, publishing
+from carclass.data.inventory import INPUT
 from carclass.errors import UserError
-from carclass.inventory import SOURCE
+from carclass.ingestion.ingest import ingest_photos
+from carclass.ingestion.reading import load_photos
 
 Rows = list[dict[str, Any]]
 
@@ -81,23 +85,23 @@ def uploaded(s3: Any, photos_folder: Path) -> str:
     return "s3://sample/cars"
 
 
-def settings(place: str, **more: Any) -> config.Ingest:
-    return config.Ingest.model_validate({"photos": f"{place}/photos", "labels": f"{place}/labels.csv"} | more)
+def settings(place: str, **more: Any) -> IngestSettings:
+    return IngestSettings.model_validate({"photos": f"{place}/photos", "labels": f"{place}/labels.csv"} | more)
 
 
 def test_a_sample_on_s3_gives_the_same_dataset_as_on_disk(
     uploaded: str, bucket: str, ingested: dataset.Dataset, contents: Callable[[dataset.Dataset], tuple[Rows, Rows]]
 ):
-    published = ingest.run(f"s3://{bucket}/out", settings(uploaded))
+    published = ingest_photos(f"s3://{bucket}/out", settings(uploaded))
     assert contents(published) == contents(ingested)
     counts = ("inputs", "rows", "quarantined", "splits", "reasons", "classes")
     assert [published.manifest[name] for name in counts] == [ingested.manifest[name] for name in counts]
 
 
 def test_a_second_run_on_s3_writes_nothing(s3: Any, uploaded: str, bucket: str, ray_cluster: str):
-    first = ingest.run(f"s3://{bucket}/out", settings(uploaded))
+    first = ingest_photos(f"s3://{bucket}/out", settings(uploaded))
     before = keys_in(s3, bucket)
-    assert ingest.run(f"s3://{bucket}/out", settings(uploaded)) == first
+    assert ingest_photos(f"s3://{bucket}/out", settings(uploaded)) == first
     assert keys_in(s3, bucket) == before
 
 
@@ -109,8 +113,8 @@ def test_objects_that_cannot_be_read_are_quarantined_and_the_rest_is_published(
     put("photos/frozen.jpg", photo, StorageClass="GLACIER")
     put("photos/b//c.jpg", photo)
     put("labels.csv", b"img_name,class,subset\na.jpg,A,test\nfrozen.jpg,A,train\nb//c.jpg,B,train\ngone.jpg,B,test\n")
-    found = ingest.run(f"s3://{bucket}/out", settings(f"s3://{bucket}"))
-    quarantine = dataset.written(found.uri, "quarantine", ["key", "reason", "detail"]).to_pylist()
+    found = ingest_photos(f"s3://{bucket}/out", settings(f"s3://{bucket}"))
+    quarantine = publishing.read_written(found.uri, "quarantine", ["key", "reason", "detail"]).to_pylist()
     assert found.manifest["rows"] == 1
     assert {row["key"]: row["reason"] for row in quarantine} == {
         "frozen.jpg": "unreadable",
@@ -123,7 +127,7 @@ def test_objects_that_cannot_be_read_are_quarantined_and_the_rest_is_published(
 def test_a_photo_that_vanished_after_the_listing_is_unreadable(bucket: str, put: Callable[..., None]):
     put("photos/A/x.jpg")
     rows = [{"key": key, "label": "A", "subset": "train"} for key in ("A/x.jpg", "A/gone.jpg")]
-    loaded = ingest.load_batch(pa.Table.from_pylist(rows, SOURCE), f"s3://{bucket}/photos").to_pylist()
+    loaded = load_photos(pa.Table.from_pylist(rows, INPUT), f"s3://{bucket}/photos").to_pylist()
     assert loaded[0]["data"] == b"content"
     assert loaded[1]["data"] is None
     assert "gone.jpg" in loaded[1]["error"]
@@ -146,15 +150,15 @@ def test_a_source_that_is_not_there_is_named_and_nothing_is_published(
 ):
     filled = {key: value.format(bucket=bucket) for key, value in given.items()}
     with pytest.raises(UserError, match=message.format(bucket=bucket)):
-        ingest.run(f"s3://{bucket}/out", settings(uploaded, **filled))
+        ingest_photos(f"s3://{bucket}/out", settings(uploaded, **filled))
     assert [key for key in keys_in(s3, bucket) if not key.endswith("/")] == []
 
 
 def test_a_root_in_a_bucket_that_is_not_there_is_named(uploaded: str):
     with pytest.raises(UserError, match=r"`root`: s3://not-there/out cannot be written to .*NO_SUCH_BUCKET"):
-        ingest.run("s3://not-there/out", settings(uploaded))
+        ingest_photos("s3://not-there/out", settings(uploaded))
 
 
 def test_no_dataset_in_an_empty_bucket_says_which_job_makes_one(bucket: str):
     with pytest.raises(UserError, match=r"no dataset `v1` in .*run jobs/ingest.py"):
-        dataset.load(f"s3://{bucket}/out", "v1")
+        dataset.load_dataset(f"s3://{bucket}/out", "v1")

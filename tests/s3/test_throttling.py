@@ -12,13 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from carclass import config, dataset, ingest, storage
-from carclass.masking import stream
-from tests.busy_s3 import Proxy
+from carclass import storage
+from carclass.config.schema import DetectorSettings, IngestSettings, MaskSettings
+from carclass.data import dataset
+from carclass.ingestion.ingest import ingest_photos
+from carclass.masking.mask import mask_dataset
+from tests.helpers.busy_s3 import Proxy
 
 Rows = list[dict[str, Any]]
-MASK = config.Mask(
-    detector=config.Detector(model="sample", weights="sample", short_side=96, num_proposals=10),
+MASK = MaskSettings(
+    detector=DetectorSettings(model="sample", weights="sample", short_side=96, num_proposals=10),
     num_actors=1,
     part_rows=16,
 )
@@ -50,8 +53,8 @@ def job(root: str, photos: str) -> None:
     import ray
 
     ray.init(address="local", num_cpus=2, include_dashboard=False)
-    ingest.run(root, config.Ingest(photos=f"{photos}/photos", labels=f"{photos}/labels.csv"))
-    stream.run(root, MASK)
+    ingest_photos(root, IngestSettings(photos=f"{photos}/photos", labels=f"{photos}/labels.csv"))
+    mask_dataset(root, MASK)
 
 
 def test_a_throttled_job_makes_the_dataset_of_an_undisturbed_one(
@@ -62,7 +65,7 @@ def test_a_throttled_job_makes_the_dataset_of_an_undisturbed_one(
     photos_folder: Path,
     contents: Callable[[dataset.Dataset], tuple[Rows, Rows]],
 ):
-    expected = stream.run(ingested.uri.rsplit("/", 2)[0], MASK.model_copy(update={"dataset": "unthrottled"}))
+    expected = mask_dataset(ingested.uri.rsplit("/", 2)[0], MASK.model_copy(update={"dataset": "unthrottled"}))
     for path in photos_folder.rglob("*.*"):
         s3.put_object(Bucket=bucket, Key=f"cars/{path.relative_to(photos_folder)}", Body=path.read_bytes())
     proxy.share = 0.15
@@ -73,7 +76,9 @@ def test_a_throttled_job_makes_the_dataset_of_an_undisturbed_one(
     assert done.returncode == 0, done.stdout + done.stderr
     assert proxy.refused > 20
     proxy.share = 0.0
-    for found, wanted in zip(contents(dataset.load(f"s3://{bucket}/out", "v2")), contents(expected), strict=True):
+    for found, wanted in zip(
+        contents(dataset.load_dataset(f"s3://{bucket}/out", "v2")), contents(expected), strict=True
+    ):
         assert [a["key"] for a, b in zip(found, wanted, strict=True) if a != b] == []
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from carclass.config import Detector
+from carclass.config.schema import DetectorSettings
 from carclass.errors import UserError
 from carclass.masking import detectron, networks
 
@@ -24,7 +24,7 @@ def write(tmp_path: Path) -> Callable[[str, str], str]:
 
 
 def digest(uri: str) -> str:
-    return networks.architecture_digest(Detector(model=uri))
+    return networks.architecture_digest(DetectorSettings(model=uri))
 
 
 def test_a_file_stands_on_others_which_it_names_relative_to_itself(write: Callable[[str, str], str]):
@@ -76,7 +76,7 @@ def test_a_file_that_would_run_code_is_refused_and_does_not_run_it(
     uri = write("trap.yaml", f"OUTPUT_DIR: !!python/object/apply:os.mkdir [{tmp_path / 'ran'}]")
     uri = write("net.yaml", "_BASE_: trap.yaml") if as_base else uri
     with pytest.raises(UserError, match=r"`mask.detector.model`: .*trap.yaml is not plain YAML: .*os.mkdir"):
-        networks.build(Detector(model=uri))
+        networks.build_network(DetectorSettings(model=uri))
     assert not (tmp_path / "ran").exists()
 
 
@@ -104,15 +104,15 @@ def test_a_file_that_describes_no_usable_network_is_named(write: Callable[[str, 
     if "_BASE_" not in text and text[:1] == "M":
         text = f"_BASE_: {SAMPLE}\n{text}"
     with pytest.raises(UserError, match=f"`mask.detector.model`: (?s:.)*{message}"):
-        networks.build(Detector(model=write("net.yaml", text)))
+        networks.build_network(DetectorSettings(model=write("net.yaml", text)))
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path):
     with pytest.raises(UserError, match=r"`mask.detector.model`: .*nothing.yaml cannot be read"):
-        networks.build(Detector(model=str(tmp_path / "nothing.yaml")))
+        networks.build_network(DetectorSettings(model=str(tmp_path / "nothing.yaml")))
 
 
-@pytest.mark.parametrize("job", [networks.build, networks.architecture_digest])
-def test_an_unknown_name_is_answered_with_those_known(job: Callable[[Detector], Any]):
+@pytest.mark.parametrize("job", [networks.build_network, networks.architecture_digest])
+def test_an_unknown_name_is_answered_with_those_known(job: Callable[[DetectorSettings], Any]):
     with pytest.raises(UserError, match=r"mask_rcnn_r5O_fpn is no detector\. Choose one of mask_rcnn_r50_fpn, faster_"):
-        job(Detector(model="mask_rcnn_r5O_fpn"))
+        job(DetectorSettings(model="mask_rcnn_r5O_fpn"))

@@ -9,19 +9,22 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from carclass import config, model
-from carclass.benchmarks import labelled, plain_training, train_in_process
-from carclass.benchmarks.timing import WARM_UP, Clock
+from carclass.config.schema import AugmentationSettings, FrozenSettings, ModelSettings, TrainSettings, UnfrozenSettings
 from carclass.errors import UserError
-from carclass.training.feed import Block, Feed, PhotoBatches
+from carclass.models import resnet
+from carclass.tools.benchmarks import labelled, plain_training, train_in_process
+from carclass.tools.benchmarks.timing import WARM_UP, Clock
+from carclass.training.dataloader import PhotoBlock, PhotoLoader, PhotoSamples
 from carclass.training.loop import learning_rate
 
 CPU = torch.device("cpu")
-NARROW = config.Model(architecture="resnet26-narrow", image_size=64)
+NARROW = ModelSettings(architecture="resnet26-narrow", image_size=64)
 
 
-def frozen_settings(num_epochs: int = 3) -> config.Train:
-    return config.Train(name="test", model=NARROW, frozen=config.Frozen(epochs=num_epochs, batch_size=4), unfrozen=None)
+def frozen_settings(num_epochs: int = 3) -> TrainSettings:
+    return TrainSettings(
+        name="test", model=NARROW, frozen=FrozenSettings(epochs=num_epochs, batch_size=4), unfrozen=None
+    )
 
 
 # Photos
@@ -77,8 +80,8 @@ def test_folders_of_classes_say_the_labels_that_blocks_say(photos_folder: Path, 
 
 def test_both_networks_say_the_same_with_the_same_weights(tmp_path: Path):
     torch.manual_seed(0)
-    settings = config.Model(stride_in_1x1=True, image_size=64)
-    ours = model.build(settings, 5).eval()
+    settings = ModelSettings(stride_in_1x1=True, image_size=64)
+    ours = resnet.build(settings, 5).eval()
     save_file(
         {name: tensor.contiguous() for name, tensor in ours.state_dict().items()}, tmp_path / "weights.safetensors"
     )
@@ -93,7 +96,7 @@ def test_the_timed_epoch_gives_each_photos_features_with_its_label(photos_folder
     torch.manual_seed(0)
     chosen = {"train": sound(photos_folder, 6), "val": sound(photos_folder, 6)}
     folder = labelled.lay_out(chosen, tmp_path)
-    net = model.build(NARROW, 5)
+    net = resnet.build(NARROW, 5)
     net.fc = torch.nn.Linear(512, 5)
     trainer = plain_training.HeadTrainer(net.fc, frozen_settings(), 6, CPU)
     loaders = {split: plain_training.loader(folder / split, 4, 64, changed=False, shuffle=False) for split in chosen}
@@ -141,12 +144,12 @@ def test_the_clock_leaves_out_the_warm_up():
 def timed(*, repeat: bool) -> train_in_process.Timed:
     rng = np.random.default_rng(0)
     count = 2 * (WARM_UP + 4)
-    block = Block(
+    block = PhotoBlock(
         rng.integers(0, 256, (count, 8, 8, 3), np.uint8), np.arange(count), np.arange(count).astype(np.uint64)
     )
-    feed = Feed([block], seed=0)
+    feed = PhotoSamples([block], seed=0)
     return train_in_process.Timed(
-        PhotoBatches(feed, feed, config.Augmentation(), config.Unfrozen(batch_size=2), CPU), repeat, Clock(CPU)
+        PhotoLoader(feed, feed, AugmentationSettings(), UnfrozenSettings(batch_size=2), CPU), repeat, Clock(CPU)
     )
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from carclass.config import Cutout
+from carclass.config.schema import CutoutSettings
 from carclass.masking.cutout import crop_window, cut, paint_background
 
 FILL = (10, 20, 30)
@@ -35,28 +35,28 @@ def test_outside_the_mask_all_is_fill_and_inside_nothing_changes(photo: np.ndarr
 def test_the_photo_given_is_not_changed(photo: np.ndarray, mask: np.ndarray):
     photo.flags.writeable = False  # as Ray lends it
     before = photo.copy()
-    cut(photo, BOX, mask, Cutout(mode="crop+mask"))
+    cut(photo, BOX, mask, CutoutSettings(mode="crop+mask"))
     np.testing.assert_array_equal(photo, before)
 
 
 def test_mode_mask_keeps_the_size(photo: np.ndarray, mask: np.ndarray):
-    found = cut(photo, BOX, mask, Cutout(mode="mask", fill=FILL))
+    found = cut(photo, BOX, mask, CutoutSettings(mode="mask", fill=FILL))
     np.testing.assert_array_equal(found, paint_background(photo, mask, FILL))
 
 
 def test_mode_crop_keeps_the_background_within_the_box(photo: np.ndarray, mask: np.ndarray):
-    found = cut(photo, BOX, mask, Cutout(mode="crop", margin=0))
+    found = cut(photo, BOX, mask, CutoutSettings(mode="crop", margin=0))
     np.testing.assert_array_equal(found, photo[5:15, 10:20])
 
 
 def test_mode_crop_and_mask_does_both(photo: np.ndarray, mask: np.ndarray):
-    found = cut(photo, BOX, mask, Cutout(mode="crop+mask", margin=0, fill=FILL))
+    found = cut(photo, BOX, mask, CutoutSettings(mode="crop+mask", margin=0, fill=FILL))
     np.testing.assert_array_equal(found, paint_background(photo, mask, FILL)[5:15, 10:20])
 
 
 @pytest.mark.parametrize("mode", ["crop", "mask", "crop+mask"])
 def test_the_result_is_contiguous_rgb(photo: np.ndarray, mask: np.ndarray, mode: str):
-    found = cut(photo, BOX, mask, Cutout.model_validate({"mode": mode}))
+    found = cut(photo, BOX, mask, CutoutSettings.model_validate({"mode": mode}))
     assert (found.dtype, found.ndim, found.shape[2], found.flags.c_contiguous) == (np.uint8, 3, 3, True)
 
 

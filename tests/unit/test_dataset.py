@@ -9,17 +9,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from carclass import dataset, storage
+from carclass import storage
+from carclass.data import dataset, publishing
+from carclass.data.inventory import Inventory
 from carclass.errors import UserError
-from carclass.inventory import Inventory
-from tests import inventories
+from tests.helpers import inventories
 
 SETTINGS = {"photos": "s3://bucket/photos", "seed": 1}
 
 
 @pytest.fixture
 def uri(tmp_path: Path) -> str:
-    return dataset.place(str(tmp_path), "v1")
+    return dataset.dataset_uri(str(tmp_path), "v1")
 
 
 def row(key: str, **more: Any) -> dict[str, Any]:
@@ -33,27 +34,27 @@ def quarantined(key: str, reason: str = "leakage") -> dict[str, Any]:
 
 def write_rows(uri: str, keys: Sequence[str], settings: dict[str, Any] = SETTINGS, **more: Any) -> None:
     rows = pa.Table.from_pylist([row(key, **more) for key in keys], dataset.ROW)
-    dataset.write_part(uri, "parts", rows, settings)
+    publishing.write_part(uri, "parts", rows, settings)
 
 
 def write_quarantine(uri: str, keys: Sequence[str], settings: dict[str, Any] = SETTINGS) -> None:
     rows = pa.Table.from_pylist([quarantined(key) for key in keys], dataset.QUARANTINE)
-    dataset.write_part(uri, "quarantine", rows, settings)
+    publishing.write_part(uri, "quarantine", rows, settings)
 
 
 def publish(uri: str, inputs: Sequence[str], **more: Any) -> dataset.Dataset:
     given = {"settings": SETTINGS, "classes": ["a", "b"], "facts": {"kind": "photos"}} | more
-    return dataset.publish(inventories.draft(uri, inputs, **given))
+    return publishing.publish_manifest(inventories.draft(uri, inputs, **given))
 
 
 def keys_in(uri: str, folder: str) -> list[str]:
-    return sorted(dataset.written(uri, folder, ["key"])["key"].to_pylist())
+    return sorted(publishing.read_written(uri, folder, ["key"])["key"].to_pylist())
 
 
 def finished(uri: str) -> set[str]:
     """Keys that a job with SETTINGS finds written."""
     with Inventory() as inventory:
-        dataset.take_stock(uri, inventory, SETTINGS)
+        publishing.sync_inventory(uri, inventory, SETTINGS)
         return {key for (key,) in inventory.ask("SELECT key FROM written")}
 
 
@@ -62,15 +63,15 @@ def withdraw(uri: str, keys: Sequence[str]) -> None:
     if keys:
         write_quarantine(uri, keys)
     with Inventory() as inventory:
-        dataset.take_stock(uri, inventory, SETTINGS)
+        publishing.sync_inventory(uri, inventory, SETTINGS)
         for part in inventory.withdrawn():
-            dataset.withdraw(part, uri, SETTINGS)
+            publishing.withdraw(part, uri, SETTINGS)
 
 
 def drop_repeats(uri: str) -> None:
     with Inventory() as inventory:
-        dataset.take_stock(uri, inventory, SETTINGS)
-        dataset.drop_repeats(uri, inventory, SETTINGS)
+        publishing.sync_inventory(uri, inventory, SETTINGS)
+        publishing.drop_repeated_parts(uri, inventory, SETTINGS)
 
 
 def manifest_of(uri: str) -> Path:
@@ -93,7 +94,7 @@ def test_a_manifest_counts_inputs_rows_splits_and_reasons(uri: str):
 
 def test_the_published_dataset_is_the_one_that_is_found(tmp_path: Path, uri: str):
     write_rows(uri, "ab")
-    assert publish(uri, "ab") == dataset.load(str(tmp_path), "v1")
+    assert publish(uri, "ab") == dataset.load_dataset(str(tmp_path), "v1")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,7 @@ def test_a_key_that_is_lost_or_doubled_is_our_mistake_and_nothing_is_published(
 
 def test_parts_without_a_manifest_are_no_dataset(tmp_path: Path, uri: str):
     write_rows(uri, "ab")
-    assert dataset.find(str(tmp_path), "v1") is None
+    assert dataset.find_dataset(str(tmp_path), "v1") is None
 
 
 def test_the_manifest_is_written_after_everything_else(uri: str, monkeypatch: pytest.MonkeyPatch):
@@ -169,10 +170,10 @@ def test_rows_are_found_by_key_in_the_order_asked_for(uri: str):
 
 def test_rows_are_taken_by_their_position_across_row_groups(uri: str):
     keys = [f"{i:03d}" for i in range(50)]
-    dataset.write_part(uri, "parts", pa.Table.from_pylist([row(key) for key in keys], dataset.ROW), SETTINGS)
+    publishing.write_part(uri, "parts", pa.Table.from_pylist([row(key) for key in keys], dataset.ROW), SETTINGS)
     (part,) = publish(uri, keys).part_uris
     assert pq.ParquetFile(part).num_row_groups > 1
-    found = dataset.take(part, [49, 0, 17, 16, 15], ["label", "key"])
+    found = dataset.take_rows(part, [49, 0, 17, 16, 15], ["label", "key"])
     assert found["key"].to_pylist() == ["049", "000", "017", "016", "015"]
     assert found.column_names == ["label", "key"]
 
@@ -192,18 +193,18 @@ def test_a_missing_dataset_is_answered_with_those_that_are_there(tmp_path: Path,
     write_rows(uri, "a")
     publish(uri, "a")
     with pytest.raises(UserError, match=r"no dataset `v2` in .*\. Published there: v1\."):
-        dataset.load(str(tmp_path), "v2")
+        dataset.load_dataset(str(tmp_path), "v2")
 
 
 def test_a_root_without_any_dataset_says_which_job_makes_one(tmp_path: Path):
     with pytest.raises(UserError, match=r"None is published there yet: run jobs/ingest\.py"):
-        dataset.load(str(tmp_path), "v1")
+        dataset.load_dataset(str(tmp_path), "v1")
 
 
 def test_a_root_that_cannot_be_read_is_named(tmp_path: Path, uri: str):
     manifest_of(uri).mkdir(parents=True)
     with pytest.raises(UserError, match=r"`root`: .*datasets/v1 cannot be read .* your credentials"):
-        dataset.find(str(tmp_path), "v1")
+        dataset.find_dataset(str(tmp_path), "v1")
 
 
 # The same work again
@@ -212,25 +213,25 @@ def test_a_root_that_cannot_be_read_is_named(tmp_path: Path, uri: str):
 def test_a_dataset_made_with_the_same_settings_is_found(tmp_path: Path, uri: str):
     write_rows(uri, "a")
     published = publish(uri, "a")
-    assert dataset.find_same(str(tmp_path), "v1", dict(reversed(SETTINGS.items()))) == published
+    assert dataset.find_same_dataset(str(tmp_path), "v1", dict(reversed(SETTINGS.items()))) == published
 
 
 def test_settings_are_the_same_after_their_way_through_json(tmp_path: Path, uri: str):
     settings = {"classes": {2: "car"}, "fill": (1, 2, 3)}
     write_rows(uri, "a", settings)
     publish(uri, "a", settings=settings)
-    assert dataset.find_same(str(tmp_path), "v1", settings) is not None
+    assert dataset.find_same_dataset(str(tmp_path), "v1", settings) is not None
 
 
 def test_a_dataset_made_with_other_settings_is_refused_and_says_which(tmp_path: Path, uri: str):
     write_rows(uri, "a")
     publish(uri, "a")
     with pytest.raises(UserError, match=r"made with other settings \(seed, size\)\. A dataset never changes"):
-        dataset.find_same(str(tmp_path), "v1", {"photos": SETTINGS["photos"], "seed": 2, "size": 1})
+        dataset.find_same_dataset(str(tmp_path), "v1", {"photos": SETTINGS["photos"], "seed": 2, "size": 1})
 
 
 def test_nothing_is_found_where_nothing_is_published(tmp_path: Path):
-    assert dataset.find_same(str(tmp_path), "v1", SETTINGS) is None
+    assert dataset.find_same_dataset(str(tmp_path), "v1", SETTINGS) is None
 
 
 def test_finished_keys_are_those_of_rows_and_quarantine(uri: str):

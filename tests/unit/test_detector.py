@@ -8,12 +8,13 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
-from carclass import config, photo
+from carclass.config.schema import PROFILES, DetectorSettings
+from carclass.data import photo
 from carclass.masking import networks
 from carclass.masking.detector import Detector
-from carclass.masking.masks import decode_mask, encode_mask, mask_iou
+from carclass.masking.rle import decode_mask, encode_mask, mask_iou
 
-SETTINGS = config.Detector(model="sample", weights="sample", short_side=160, num_proposals=30)
+SETTINGS = DetectorSettings(model="sample", weights="sample", short_side=160, num_proposals=30)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def test_photos_share_a_forward_pass_only_with_their_own_shape(detect: Detector)
 
 def test_folding_and_layout_change_nothing_but_rounding(photos: list[np.ndarray]):
     settings = SETTINGS.model_copy(update={"precision": "fp32"})
-    fast, plain = Detector(settings), networks.build(settings)
+    fast, plain = Detector(settings), networks.build_network(settings)
     with torch.inference_mode():
         found = fast.forward(photos[:1])[0]
         expected = plain([{"image": fast._input(photos[0])}])[0]["instances"]
@@ -90,13 +91,13 @@ def test_a_found_mask_lies_in_its_box_and_has_its_area(detect: Detector, photos:
 
 @pytest.mark.parametrize("name", ["exact", "fast"])
 def test_a_profile_sets_what_is_not_set(name: str):
-    given = config.Detector.model_validate({"profile": name, "num_detections": 7})
-    assert given.short_side == config.PROFILES[name]["short_side"]
+    given = DetectorSettings.model_validate({"profile": name, "num_detections": 7})
+    assert given.short_side == PROFILES[name]["short_side"]
     assert given.num_detections == 7
 
 
 def test_the_default_profile_is_the_default_of_its_settings():
-    assert config.Detector() == config.Detector(profile="fast")
+    assert DetectorSettings() == DetectorSettings(profile="fast")
 
 
 def test_a_mask_comes_back_from_its_run_lengths():

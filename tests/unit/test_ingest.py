@@ -10,15 +10,21 @@ import pyarrow as pa
 import pytest
 from scipy.io import savemat
 
-from carclass import archive, config, dataset, ingest, photo, storage
+from carclass import storage
+from carclass.config.schema import IngestSettings
+from carclass.data import photo, publishing
+from carclass.data.inventory import INPUT, Inventory
+from carclass.data.photo import PhotoError, Reason
 from carclass.errors import UserError
-from carclass.inventory import SOURCE, Inventory
-from carclass.labels import Label
-from carclass.photo import PhotoError, Reason
+from carclass.ingestion import labels, listing
+from carclass.ingestion.archive import LOADED, read
+from carclass.ingestion.ingest import write_batch
+from carclass.ingestion.labels import Label
+from carclass.ingestion.reading import is_held_out, to_row
 
 
-def settings(**more: Any) -> config.Ingest:
-    return config.Ingest(photos="/photos", **more)
+def settings(**more: Any) -> IngestSettings:
+    return IngestSettings(photos="/photos", **more)
 
 
 # Splitting
@@ -29,34 +35,34 @@ def ids(count: int) -> list[str]:
 
 
 def test_about_the_share_asked_for_is_held_out():
-    held = sum(ingest.held_out(image_id, 123, 0.2) for image_id in ids(5000))
+    held = sum(is_held_out(image_id, 123, 0.2) for image_id in ids(5000))
     assert held == pytest.approx(1000, abs=100)  # 3.5 standard deviations
 
 
 def test_every_class_is_held_out_in_the_same_proportion():
-    shares = [sum(ingest.held_out(i, 123, 0.2) for i in ids(10_000)[start::10]) / 1000 for start in range(10)]
+    shares = [sum(is_held_out(i, 123, 0.2) for i in ids(10_000)[start::10]) / 1000 for start in range(10)]
     assert shares == pytest.approx([0.2] * 10, abs=0.045)
 
 
 def test_whether_a_photo_is_held_out_depends_on_its_content_and_the_seed_alone():
-    few = {image_id for image_id in ids(100) if ingest.held_out(image_id, 1, 0.2)}
-    many = {image_id for image_id in ids(1000) if ingest.held_out(image_id, 1, 0.2)}
+    few = {image_id for image_id in ids(100) if is_held_out(image_id, 1, 0.2)}
+    many = {image_id for image_id in ids(1000) if is_held_out(image_id, 1, 0.2)}
     assert few == many & set(ids(100))
 
 
 def test_a_larger_share_holds_out_the_same_photos_and_more():
-    one, other = ({i for i in ids(500) if ingest.held_out(i, 1, fraction)} for fraction in (0.1, 0.3))
+    one, other = ({i for i in ids(500) if is_held_out(i, 1, fraction)} for fraction in (0.1, 0.3))
     assert one < other
 
 
 def test_another_seed_holds_out_other_photos():
-    one, other = ({i for i in ids(500) if ingest.held_out(i, seed, 0.2)} for seed in (1, 2))
+    one, other = ({i for i in ids(500) if is_held_out(i, seed, 0.2)} for seed in (1, 2))
     assert len(one & other) < len(one) / 2
 
 
 @pytest.mark.parametrize(("fraction", "count"), [(0.0, 0), (1.0, 200)])
 def test_none_or_all_can_be_held_out(fraction: float, count: int):
-    assert sum(ingest.held_out(image_id, 1, fraction) for image_id in ids(200)) == count
+    assert sum(is_held_out(image_id, 1, fraction) for image_id in ids(200)) == count
 
 
 # Rows
@@ -72,7 +78,7 @@ def jpeg(height: int = 40, width: int = 60, seed: int = 0) -> bytes:
 
 def test_a_row_holds_the_photo_its_size_and_the_hash_of_its_source():
     data = jpeg()
-    row = ingest.to_row(loaded(data), settings(val_fraction=0))
+    row = to_row(loaded(data), settings(val_fraction=0))
     assert row == {
         "image_id": storage.sha256(data),
         "key": "x.jpg",
@@ -86,34 +92,36 @@ def test_a_row_holds_the_photo_its_size_and_the_hash_of_its_source():
 
 def test_a_large_photo_is_shrunk_and_keeps_the_hash_of_its_source():
     data = jpeg()
-    row = ingest.to_row(loaded(data), settings(max_side=30))
+    row = to_row(loaded(data), settings(max_side=30))
     assert (row["width"], row["height"], row["image_id"]) == (30, 20, storage.sha256(data))
     assert photo.decode(row["image"]).shape == (20, 30, 3)
 
 
 @pytest.mark.parametrize(("subset", "split"), [("train", "val"), ("test", "test")])
 def test_only_train_photos_are_held_out(subset: str, split: str):
-    assert ingest.to_row(loaded(jpeg(), subset), settings(val_fraction=1))["split"] == split
+    assert to_row(loaded(jpeg(), subset), settings(val_fraction=1))["split"] == split
 
 
 def test_copies_come_to_the_same_split():
-    rows = [ingest.to_row(loaded(jpeg(seed=seed)), settings(val_fraction=0.5)) for seed in (*range(20), *range(20))]
+    rows = [to_row(loaded(jpeg(seed=seed)), settings(val_fraction=0.5)) for seed in (*range(20), *range(20))]
     assert [row["split"] for row in rows[:20]] == [row["split"] for row in rows[20:]]
 
 
 def test_a_photo_that_storage_could_not_give_is_unreadable_and_says_why():
     with pytest.raises(PhotoError, match="unreadable: timed out"):
-        ingest.to_row(loaded(None), settings())
+        to_row(loaded(None), settings())
 
 
 def test_a_batch_becomes_a_part_and_a_part_of_quarantine(tmp_path: Path):
     sources = [loaded(jpeg()), {**loaded(b"text"), "key": "y.jpg"}, {**loaded(None), "key": "z.jpg"}]
-    batch = pa.Table.from_pylist(sources, ingest.LOADED)
-    (part, rows), (quarantine, _) = ingest.write_batch(batch, str(tmp_path), settings(val_fraction=0), {})
-    rejected = dataset.written(str(tmp_path), "quarantine", ["key", "image_id", "reason", "attempts"]).drop(["part"])
+    batch = pa.Table.from_pylist(sources, LOADED)
+    (part, rows), (quarantine, _) = write_batch(batch, str(tmp_path), settings(val_fraction=0), {})
+    rejected = publishing.read_written(str(tmp_path), "quarantine", ["key", "image_id", "reason", "attempts"]).drop(
+        ["part"]
+    )
     assert (part.split("/")[0], quarantine.split("/")[0]) == ("parts", "quarantine")
     assert rows.select(["key", "label", "split"]).to_pylist() == [{"key": "x.jpg", "label": "A", "split": "train"}]
-    assert dataset.written(str(tmp_path), "parts", ["key"])["key"].to_pylist() == ["x.jpg"]
+    assert publishing.read_written(str(tmp_path), "parts", ["key"])["key"].to_pylist() == ["x.jpg"]
     assert rejected.to_pylist() == [
         {"key": "y.jpg", "image_id": storage.sha256(b"text"), "reason": Reason.NOT_AN_IMAGE, "attempts": 1},
         {"key": "z.jpg", "image_id": None, "reason": Reason.UNREADABLE, "attempts": 1},
@@ -135,7 +143,7 @@ def tar(names: list[str], *, mode: str = "w:gz") -> bytes:
 
 def listed(photos: str) -> list[str]:
     with Inventory() as inventory:
-        ingest.list_photos(photos, inventory)
+        listing.list_photos(photos, inventory)
         return list(inventory.keys())
 
 
@@ -184,8 +192,8 @@ def test_an_archive_with_two_files_of_one_name_is_refused(tmp_path: Path):
 
 def test_of_an_archive_only_what_is_wanted_is_read_in_the_archives_order(tmp_path: Path):
     (tmp_path / "photos.tgz").write_bytes(tar(["./d.jpg", "a.jpg", "c.jpg", "b.jpg", "e.jpg"]))
-    wanted = pa.Table.from_pylist([{"key": f"{name}.jpg", "label": name, "subset": "train"} for name in "dcb"], SOURCE)
-    tables = list(archive.read(str(tmp_path / "photos.tgz"), wanted, rows=2))
+    wanted = pa.Table.from_pylist([{"key": f"{name}.jpg", "label": name, "subset": "train"} for name in "dcb"], INPUT)
+    tables = list(read(str(tmp_path / "photos.tgz"), wanted, rows=2))
     assert [table["key"].to_pylist() for table in tables] == [["d.jpg", "c.jpg"], ["b.jpg"]]
     assert all(len(data) == 20_000 for table in tables for data in table["data"].to_pylist())
 
@@ -193,10 +201,10 @@ def test_of_an_archive_only_what_is_wanted_is_read_in_the_archives_order(tmp_pat
 # Reading labels
 
 
-def labels_of(given: config.Ingest, keys: list[str]) -> list[Label]:
+def labels_of(given: IngestSettings, keys: list[str]) -> list[Label]:
     with Inventory() as inventory:
         inventory.add_inputs(keys)
-        return [label for _, label in ingest.read_labels(given, inventory)]
+        return [label for _, label in labels.read_labels(given, inventory)]
 
 
 def test_a_csv_is_read(tmp_path: Path):

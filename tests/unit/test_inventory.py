@@ -6,9 +6,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from carclass import matching
+from carclass.data.inventory import INPUT, Inventory, chunks
 from carclass.errors import UserError
-from carclass.inventory import SOURCE, Inventory, chunks
+from carclass.ingestion import label_matching
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_tables_of_what_is_to_do_have_the_rows_asked_for(inventory: Inventory):
     inventory.add_inputs(f"{i:03d}" for i in range(25))
     tables = list(inventory.todo(10))
     assert [len(table) for table in tables] == [10, 10, 5]
-    assert {table.schema for table in tables} == {SOURCE}
+    assert {table.schema for table in tables} == {INPUT}
 
 
 def test_photos_that_are_read_together_are_of_all_folders(inventory: Inventory):
@@ -89,7 +89,7 @@ def test_rows_that_quarantine_names_are_found_by_part(inventory: Inventory):
 def test_a_name_of_which_labels_say_two_things_is_found_the_first_of_them_first(inventory: Inventory):
     rows = [("b", "A", "train"), ("a", "A", "train"), ("a", "A", "train"), ("a", "A", "test"), ("b", "B", "train")]
     inventory.add_labels(rows)
-    assert matching.repeated_label(inventory) == "a"
+    assert label_matching.repeated_label(inventory) == "a"
 
 
 def test_nothing_is_left_on_disk():

@@ -7,7 +7,7 @@ import pytest
 from scipy.io import savemat
 
 from carclass.errors import UserError
-from carclass.labels import Label, LabelsError, parse_csv, parse_devkit, parse_folders, refuse_contradiction
+from carclass.ingestion.labels import Label, LabelsError, parse_csv, parse_devkit, parse_folders, refuse_contradiction
 
 HEADER = b"img_name,class,subset\n"
 SEDAN = Label("1.jpg", "Audi Sedan", "train")

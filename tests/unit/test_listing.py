@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from carclass import config, ingest, listing, storage
+from carclass import storage
+from carclass.config.schema import IngestSettings
+from carclass.data.inventory import Inventory
 from carclass.errors import UserError
-from carclass.inventory import Inventory
+from carclass.ingestion import label_matching, listing
 
 
 def listed(uri: str) -> list[str]:
@@ -65,11 +67,11 @@ def test_other_schemes_are_refused_by_name():
 
 def plan(folder: Path) -> int:
     """Lists, labels and matches photos and goes through what is to do; the most memory that Python took for it."""
-    settings = config.Ingest(photos=str(folder / "photos"), labels=str(folder / "labels.csv"))
+    settings = IngestSettings(photos=str(folder / "photos"), labels=str(folder / "labels.csv"))
     tracemalloc.start()
     with Inventory() as inventory:
-        ingest.list_photos(settings.photos, inventory)
-        ingest.label_photos(settings, inventory)
+        listing.list_photos(settings.photos, inventory)
+        label_matching.label_photos(settings, inventory)
         assert sum(map(len, inventory.todo(256))) == inventory.count_inputs()
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -101,5 +103,5 @@ def test_a_long_listing_says_how_far_it_is(
     monkeypatch.setattr("carclass.progress.time.monotonic", lambda: now[0])
     monkeypatch.setattr(listing, "pages", slowly)
     with Inventory() as inventory, caplog.at_level(logging.INFO):
-        ingest.list_photos(photos, inventory)
+        listing.list_photos(photos, inventory)
     assert caplog.messages == ["list: 1,000 keys, 167/s", "list: 2,000 keys, 167/s"]

@@ -8,19 +8,22 @@ import numpy as np
 import pytest
 import torch
 
-from carclass import config, model
+from carclass.config.schema import AugmentationSettings, ModelSettings, UnfrozenSettings
+from carclass.models import resnet
 from carclass.training import checkpoint, loop
-from carclass.training.feed import Block, FeatureBatches, Feed, PhotoBatches
+from carclass.training.dataloader import FeatureLoader, PhotoBlock, PhotoLoader, PhotoSamples
 
 SIDE, EPOCHS = 32, 3
-MODEL = config.Model(architecture="resnet26-narrow", image_size=SIDE, dropout=0.3)
-FP32 = model.autocast("fp32", torch.device("cpu"))
+MODEL = ModelSettings(architecture="resnet26-narrow", image_size=SIDE, dropout=0.3)
+FP32 = resnet.autocast("fp32", torch.device("cpu"))
 
 
-def feed_of(count: int, seed: int) -> Feed:
+def feed_of(count: int, seed: int) -> PhotoSamples:
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 256, (count, SIDE, SIDE, 3), np.uint8)
-    return Feed([Block(pixels, rng.integers(0, 4, count), rng.integers(0, 2**63, count, np.uint64))], seed=1)
+    return PhotoSamples(
+        [PhotoBlock(pixels, rng.integers(0, 4, count), rng.integers(0, 2**63, count, np.uint64))], seed=1
+    )
 
 
 class Stage:
@@ -28,22 +31,22 @@ class Stage:
 
     def __init__(self, uri: str, kind: str, **settings: object) -> None:
         self.uri, self.kind = uri, kind
-        self.settings = config.Unfrozen(
+        self.settings = UnfrozenSettings(
             **{"epochs": EPOCHS, "batch_size": 8, "lr": 1e-2, "warmup_epochs": 1, **settings}
         )
-        self.told: list[loop.Finished] = []
+        self.told: list[loop.EpochResult] = []
         self.trainee: loop.Trainee | None = None
 
-    def begin(self) -> tuple[loop.Trainee, loop.Batches]:
+    def begin(self) -> tuple[loop.Trainee, loop.Loader]:
         torch.manual_seed(0)
-        net = model.build(MODEL, 4)
-        model.prepare_stage(net, "frozen" if self.kind == "features" else "unfrozen")
+        net = resnet.build(MODEL, 4)
+        resnet.prepare_stage(net, "frozen" if self.kind == "features" else "unfrozen")
         train, val = feed_of(29, 1), feed_of(9, 2)
         if self.kind == "photos":
-            batches: loop.Batches = PhotoBatches(train, val, config.Augmentation(), self.settings, torch.device("cpu"))
+            batches: loop.Loader = PhotoLoader(train, val, AugmentationSettings(), self.settings, torch.device("cpu"))
         else:
             features = torch.rand(2, 29, 512), torch.rand(1, 9, 512)
-            batches = FeatureBatches(train, val, features, 8, torch.device("cpu"))
+            batches = FeatureLoader(train, val, features, 8, torch.device("cpu"))
         module = net if self.kind == "photos" else net.fc
         trained = loop.make_trained(module, self.settings)
         return loop.Trainee(trained, module, self.settings, FP32, 1, self.settings.micro_batch_size), batches
@@ -52,19 +55,21 @@ class Stage:
         """A process's part: to the end, or until it is told to leave after some steps. Whether the end was reached."""
         trainee, batches = self.begin()
         self.trainee = trainee
-        found = checkpoint.newest_sound(self.uri)
+        found = checkpoint.newest_valid(self.uri)
         at = f"{self.uri}/{found}"
-        state = loop.State(**checkpoint.restore(at, trainee.trained)) if found else loop.State()
+        state = loop.TrainState(**checkpoint.restore_checkpoint(at, trainee.trained)) if found else loop.TrainState()
         steps = iter(range(1, 10**6))
 
-        def save(state: loop.State, must: bool) -> None:
-            name = checkpoint.name_of(state.epoch, state.samples)
-            checkpoint.write(self.uri, checkpoint.take(name, trainee.trained, asdict(state)))
+        def save(state: loop.TrainState, must: bool) -> None:
+            name = checkpoint.checkpoint_name(state.epoch, state.samples)
+            checkpoint.write_checkpoint(self.uri, checkpoint.take_snapshot(name, trainee.trained, asdict(state)))
 
-        def finish(state: loop.State, finished: loop.Finished) -> None:
+        def finish(state: loop.TrainState, finished: loop.EpochResult) -> None:
             self.told.append(finished)
 
-        return loop.run(trainee, batches, state, loop.Keeping(save, finish, lambda: next(steps) == leave_after, every))
+        return loop.train_epochs(
+            trainee, batches, state, loop.Callbacks(save, finish, lambda: next(steps) == leave_after, every)
+        )
 
     def losses(self) -> list[tuple[int, float, float, float]]:
         """Of every step, with its epoch and lr."""
@@ -199,10 +204,10 @@ def test_patience_waits_for_the_epochs_that_other_runs_start_from(stage: Callabl
 
 def test_a_finished_stage_trains_no_more(stage: Callable[..., Stage]):
     trainee, batches = stage("one").begin()
-    state = loop.State()
-    assert loop.run(trainee, batches, state, loop.Keeping())
+    state = loop.TrainState()
+    assert loop.train_epochs(trainee, batches, state, loop.Callbacks())
     seen = list(state.val_accuracies)
-    assert loop.run(trainee, batches, state, loop.Keeping())
+    assert loop.train_epochs(trainee, batches, state, loop.Callbacks())
     assert state.val_accuracies == seen
 
 
@@ -229,7 +234,7 @@ def test_only_weights_of_several_dimensions_are_decayed(stage: Callable[..., Sta
 
 
 def kept(ids: np.ndarray, *, seed: int = 1, epoch: int = 1, p: float = 0.3) -> torch.Tensor:
-    dropout = model.SampleDropout(p, 300)
+    dropout = resnet.SampleDropout(p, 300)
     dropout.draw(seed, epoch, ids, torch.device("cpu"))
     return dropout(torch.ones(len(ids), 300))
 
@@ -258,9 +263,9 @@ def test_nothing_or_everything_may_be_dropped(p: float, mean: float):
 
 
 def test_nothing_is_dropped_in_evaluation():
-    dropout = model.SampleDropout(0.5, 300).eval()
+    dropout = resnet.SampleDropout(0.5, 300).eval()
     assert torch.equal(dropout(torch.ones(4, 300)), torch.ones(4, 300))
 
 
 def test_the_classifier_keeps_its_names():
-    assert {"fc.1.weight", "fc.1.bias"} <= model.build(MODEL, 4).state_dict().keys()
+    assert {"fc.1.weight", "fc.1.bias"} <= resnet.build(MODEL, 4).state_dict().keys()

@@ -6,10 +6,10 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from carclass.masking.report import NUM_BINS, MaskingReport, doubt, histogram, histogram_chart, render
-from carclass.photo import resize
-from tests.unit.test_report import section, visible_text
-from tests.unit.test_sheet import make_look, without_vehicle
+from carclass.data.photo import resize
+from carclass.masking.report import NUM_BINS, MaskingReport, doubt_score, histogram, histogram_chart, render
+from tests.unit.test_contact_sheet import make_look, without_vehicle
+from tests.unit.test_evaluation_report import section, visible_text
 
 SECTIONS = ["summary", "found", "measures", "doubtful", "sample", "data"]
 SURE = {
@@ -181,7 +181,7 @@ def test_a_single_photo_of_a_million_is_still_a_visible_column():
 
 def test_no_vehicle_is_the_most_doubtful():
     bad = {"score": 0.5, "stability": 0.3, "several_vehicles": True, "touches_border": True, "area_fraction": 0.01}
-    assert doubt("no_vehicle", None, None, None, None, None) > doubt("vehicle", **bad)
+    assert doubt_score("no_vehicle", None, None, None, None, None) > doubt_score("vehicle", **bad)
 
 
 @pytest.mark.parametrize(
@@ -195,16 +195,16 @@ def test_no_vehicle_is_the_most_doubtful():
     ],
 )
 def test_each_bad_sign_makes_a_photo_more_doubtful(sign):
-    assert doubt(**{**SURE, **sign}) > doubt(**SURE) + 0.05
+    assert doubt_score(**{**SURE, **sign}) > doubt_score(**SURE) + 0.05
 
 
 def test_a_sure_mask_leaves_little_doubt():
-    assert doubt(**SURE) < 0.05
+    assert doubt_score(**SURE) < 0.05
 
 
 def test_a_border_alone_is_less_doubtful_than_a_second_vehicle():
-    assert doubt(**{**SURE, "touches_border": True}) < doubt(**{**SURE, "several_vehicles": True})
+    assert doubt_score(**{**SURE, "touches_border": True}) < doubt_score(**{**SURE, "several_vehicles": True})
 
 
 def test_what_a_detector_does_not_tell_changes_nothing():
-    assert doubt(**{**SURE, "stability": None}) == doubt(**{**SURE, "stability": 1.0})
+    assert doubt_score(**{**SURE, "stability": None}) == doubt_score(**{**SURE, "stability": 1.0})

@@ -12,9 +12,9 @@ import pytest
 import simplejpeg
 from PIL import Image, ImageOps
 
-from carclass import photo
-from carclass.photo import PhotoError, Reason
-from tests.photos import noisy_jpeg, overwritten, psnr, saved, scene
+from carclass.data import photo
+from carclass.data.photo import PhotoError, Reason
+from tests.helpers.photos import noisy_jpeg, overwritten, psnr, saved, scene
 
 
 def reason_of(data: bytes, **limits) -> Reason:

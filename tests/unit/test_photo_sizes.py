@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from carclass import photo
-from carclass.photo import PhotoError
-from tests.photos import noisy_jpeg, overwritten, psnr, saved, scene
+from carclass.data import photo
+from carclass.data.photo import PhotoError
+from tests.helpers.photos import noisy_jpeg, overwritten, psnr, saved, scene
 
 # Shrinking, resizing, encoding
 
@@ -87,7 +87,7 @@ LIMITS = {"min_side": 16, "max_pixels": 1_000_000, "quality": 92}
 
 def test_an_upright_rgb_jpeg_that_fits_keeps_its_bytes():
     data = saved(scene(), "JPEG", quality=70)
-    assert photo.normalise(data, max_side=160, **LIMITS) == (data, 160, 120)
+    assert photo.reencode(data, max_side=160, **LIMITS) == (data, 160, 120)
 
 
 def rotated_jpeg() -> bytes:
@@ -106,7 +106,7 @@ def rotated_jpeg() -> bytes:
     ],
 )
 def test_any_other_photo_is_stored_as_an_upright_rgb_jpeg(data, max_side, size):
-    stored, width, height = photo.normalise(data, max_side=max_side, **LIMITS)
+    stored, width, height = photo.reencode(data, max_side=max_side, **LIMITS)
     assert (width, height) == size
     with Image.open(io.BytesIO(stored)) as image:
         assert (image.format, image.mode, image.size) == ("JPEG", "RGB", size)
@@ -116,4 +116,4 @@ def test_any_other_photo_is_stored_as_an_upright_rgb_jpeg(data, max_side, size):
 def test_a_damaged_jpeg_that_fits_is_not_stored():
     data = noisy_jpeg()
     with pytest.raises(PhotoError):
-        photo.normalise(overwritten(data, len(data) // 2), max_side=None, **LIMITS)
+        photo.reencode(overwritten(data, len(data) // 2), max_side=None, **LIMITS)

@@ -9,18 +9,20 @@ import pyarrow as pa
 import pytest
 import torch
 
-from carclass import config, dataset, model
+from carclass.config.schema import FrozenSettings, ModelSettings, TrainSettings, UnfrozenSettings
+from carclass.data import dataset, publishing
 from carclass.errors import UserError
+from carclass.models import resnet
 from carclass.training import checkpoint, loop, preflight
-from tests import inventories
+from tests.helpers import inventories
 
 HOUSE = Path(__file__).parents[2]
-SMALL = config.Model(architecture="resnet26-narrow", image_size=96)
+SMALL = ModelSettings(architecture="resnet26-narrow", image_size=96)
 GB = 10**9
 
 
-def train_settings(**changes: object) -> config.Train:
-    return config.Train(name="first", parent="sample", model=SMALL).model_copy(update=changes)
+def train_settings(**changes: object) -> TrainSettings:
+    return TrainSettings(name="first", parent="sample", model=SMALL).model_copy(update=changes)
 
 
 def of_size(train: int, val: int, num_classes: int = 10) -> dataset.Dataset:
@@ -31,20 +33,20 @@ def of_size(train: int, val: int, num_classes: int = 10) -> dataset.Dataset:
 
 def of_rows(root: Path, rows: list[tuple[str, str]]) -> dataset.Dataset:
     """A published dataset. rows: label and split."""
-    uri, settings = dataset.place(str(root), "v2"), {"dataset": "v2"}
+    uri, settings = dataset.dataset_uri(str(root), "v2"), {"dataset": "v2"}
     given = [
         {"image_id": "0", "key": f"{i}", "label": label, "split": split, "width": 1, "height": 1, "image": b""}
         for i, (label, split) in enumerate(rows)
     ]
-    dataset.write_part(uri, "parts", pa.Table.from_pylist(given, dataset.ROW), settings)
+    publishing.write_part(uri, "parts", pa.Table.from_pylist(given, dataset.ROW), settings)
     classes = sorted({label for label, _ in rows})
     keys = [row["key"] for row in given]
-    return dataset.publish(inventories.draft(uri, keys, settings=settings, classes=classes, facts={}))
+    return publishing.publish_manifest(inventories.draft(uri, keys, settings=settings, classes=classes, facts={}))
 
 
 @pytest.fixture(scope="module")
 def net() -> torch.nn.Module:
-    return model.build(SMALL, 10)
+    return resnet.build(SMALL, 10)
 
 
 # The whole
@@ -52,14 +54,14 @@ def net() -> torch.nn.Module:
 
 def test_a_run_that_fits_passes_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     source = of_rows(tmp_path, [("a", "train"), ("b", "train"), ("a", "val")])
-    preflight.check(str(tmp_path), train_settings(), source, use_gpu=False, object_store=GB, memory=8 * GB)
+    preflight.check_run(str(tmp_path), train_settings(), source, use_gpu=False, object_store=GB, memory=8 * GB)
     assert caplog.text == ""
 
 
 def test_memory_that_nobody_knows_is_not_checked(tmp_path: Path):
     source = of_rows(tmp_path, [("a", "train"), ("b", "train"), ("a", "val")])
-    settings = train_settings(unfrozen=config.Unfrozen(batch_size=10**6))
-    preflight.check(str(tmp_path), settings, source, use_gpu=True, object_store=GB, memory=None)
+    settings = train_settings(unfrozen=UnfrozenSettings(batch_size=10**6))
+    preflight.check_run(str(tmp_path), settings, source, use_gpu=True, object_store=GB, memory=None)
 
 
 # Classes
@@ -82,7 +84,7 @@ def test_fewer_than_two_classes_to_learn_are_refused(tmp_path: Path):
 
 
 def test_photos_that_exceed_the_object_store_are_a_warning_with_the_size_that_fits(caplog: pytest.LogCaptureFixture):
-    settings = train_settings(model=config.Model(image_size=300))
+    settings = train_settings(model=ModelSettings(image_size=300))
     preflight.check_object_store(settings, of_size(8000, 2000), 2 * GB)
     assert "10,000 photos of `v2` take 2.7 GB when decoded to 300 pixels (`train.model.image_size`)" in caplog.text
     assert "largest object store has 2.0 GB" in caplog.text
@@ -90,12 +92,12 @@ def test_photos_that_exceed_the_object_store_are_a_warning_with_the_size_that_fi
 
 
 def test_photos_that_just_fit_the_object_store_are_no_matter(caplog: pytest.LogCaptureFixture):
-    preflight.check_object_store(train_settings(model=config.Model(image_size=258)), of_size(8000, 2000), 2 * GB)
+    preflight.check_object_store(train_settings(model=ModelSettings(image_size=258)), of_size(8000, 2000), 2 * GB)
     assert caplog.text == ""
 
 
 def test_photos_are_decoded_beforehand_only_where_all_fit():
-    settings = train_settings(model=config.Model(image_size=258))
+    settings = train_settings(model=ModelSettings(image_size=258))
     assert preflight.decoded_size(settings, of_size(8000, 2000), 2 * GB) == 258
     assert preflight.decoded_size(settings, of_size(8000, 2100), 2 * GB) is None
 
@@ -117,15 +119,15 @@ def test_a_root_on_s3_has_no_free_space_to_check(net: torch.nn.Module):
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_disk_is_estimated_as_checkpoints_take_it(tmp_path: Path, net: torch.nn.Module, optimizer: str):
     settings = train_settings(
-        frozen=None, unfrozen=config.Unfrozen(optimizer=optimizer, keep_epochs=(3, 7)), keep_checkpoints=3
+        frozen=None, unfrozen=UnfrozenSettings(optimizer=optimizer, keep_epochs=(3, 7)), keep_checkpoints=3
     )
     assert settings.unfrozen is not None
-    model.prepare_stage(net, "unfrozen")
+    resnet.prepare_stage(net, "unfrozen")
     net.get_submodule("fc").eval()
     trained = loop.make_trained(net, settings.unfrozen)
     net(torch.rand(1, 3, 96, 96)).sum().backward()
     trained.optimizer.step()
-    checkpoint.write(str(tmp_path), checkpoint.take("epoch-0001-00000064", trained, {}))
+    checkpoint.write_checkpoint(str(tmp_path), checkpoint.take_snapshot("epoch-0001-00000064", trained, {}))
     whole = sum(path.stat().st_size for path in (tmp_path / "epoch-0001-00000064").iterdir())
     weights = (tmp_path / "epoch-0001-00000064" / "weights.safetensors").stat().st_size
     assert preflight.disk_bytes(settings, of_size(10, 5), net) == pytest.approx(3 * whole + 8 * weights, rel=0.02)
@@ -133,7 +135,7 @@ def test_disk_is_estimated_as_checkpoints_take_it(tmp_path: Path, net: torch.nn.
 
 def test_features_are_counted_for_the_frozen_stage(net: torch.nn.Module):
     both = [
-        preflight.disk_bytes(train_settings(frozen=config.Frozen(views=views)), of_size(1000, 100), net)
+        preflight.disk_bytes(train_settings(frozen=FrozenSettings(views=views)), of_size(1000, 100), net)
         for views in (1, 3)
     ]
     assert both[1] - both[0] == 2 * 1000 * 512 * 2
@@ -144,7 +146,7 @@ def test_features_are_counted_for_the_frozen_stage(net: torch.nn.Module):
 
 def test_a_batch_too_large_for_a_gpu_is_refused_with_the_one_that_fits(net: torch.nn.Module):
     def check(batch_size: int) -> None:
-        settings = train_settings(unfrozen=config.Unfrozen(batch_size=batch_size), num_workers=2)
+        settings = train_settings(unfrozen=UnfrozenSettings(batch_size=batch_size), num_workers=2)
         preflight.check_memory(settings, of_size(10, 5), net, 2 * GB, use_gpu=True)
 
     with pytest.raises(
@@ -161,7 +163,7 @@ def test_a_batch_too_large_for_a_gpu_is_refused_with_the_one_that_fits(net: torc
 
 def test_a_batch_too_large_for_a_gpu_fits_in_pieces(net: torch.nn.Module):
     def check(micro_batch_size: int | None) -> None:
-        unfrozen = config.Unfrozen(batch_size=5000, micro_batch_size=micro_batch_size)
+        unfrozen = UnfrozenSettings(batch_size=5000, micro_batch_size=micro_batch_size)
         preflight.check_memory(train_settings(unfrozen=unfrozen), of_size(10, 5), net, 2 * GB, use_gpu=True)
 
     with pytest.raises(UserError, match=r"or set `train.unfrozen.micro_batch_size` to \d+ or less") as caught:
@@ -173,7 +175,7 @@ def test_a_batch_too_large_for_a_gpu_fits_in_pieces(net: torch.nn.Module):
 
 
 def test_workers_on_cpus_share_the_memory(net: torch.nn.Module):
-    settings = train_settings(unfrozen=config.Unfrozen(batch_size=256), num_workers=4)
+    settings = train_settings(unfrozen=UnfrozenSettings(batch_size=256), num_workers=4)
     preflight.check_memory(settings, of_size(10, 5), net, 16 * GB, use_gpu=False)
     with pytest.raises(UserError, match=r"don't fit into 1.0 GB of memory for each worker"):
         preflight.check_memory(settings, of_size(10, 5), net, 4 * GB, use_gpu=False)
@@ -186,7 +188,7 @@ def test_where_not_even_one_photo_fits_the_message_says_what_else_to_change(net:
 
 
 def test_too_many_views_are_refused_with_the_number_that_fits(net: torch.nn.Module):
-    settings = train_settings(frozen=config.Frozen(views=500))
+    settings = train_settings(frozen=FrozenSettings(views=500))
     with pytest.raises(
         UserError, match=r"`train.frozen.views`: features of 500 views of `v2`, 41 MB each, .* Up to 24 f"
     ):
@@ -199,7 +201,7 @@ def test_too_many_views_are_refused_with_the_number_that_fits(net: torch.nn.Modu
 def test_weights_gradients_moments_and_averages_are_counted_and_the_folded_weights(net: torch.nn.Module):
     settings = train_settings(precision="fp32")
     assert settings.unfrozen is not None
-    model.prepare_stage(net, "unfrozen")
+    resnet.prepare_stage(net, "unfrozen")
     net.get_submodule("fc").eval()
     _, optimizer, average = loop.make_trained(net, settings.unfrozen)
     assert average is not None
@@ -224,7 +226,7 @@ def test_a_worker_on_a_cpu_also_holds_the_checkpoint_that_is_being_written(net: 
 
 
 def test_a_free_number_of_workers_is_judged_by_the_fewest_on_gpus_and_the_most_on_cpus(net: torch.nn.Module):
-    settings = train_settings(unfrozen=config.Unfrozen(batch_size=5000), num_workers=(2, 4))
+    settings = train_settings(unfrozen=UnfrozenSettings(batch_size=5000), num_workers=(2, 4))
     for use_gpu, num_workers in ((True, 2), (False, 4)):
         with pytest.raises(UserError, match=rf"over {num_workers} worker\(s\)"):
             preflight.check_memory(settings, of_size(10, 5), net, 4 * GB, use_gpu=use_gpu)

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 from carclass.evaluation.report import render
-from carclass.experiments.comparison import render as render_comparison
+from carclass.experiments.report import render_comparison as render_comparison
 from carclass.masking.report import render as render_masking
-from carclass.tuning.analysis import render as render_analysis
-from tests.sweeps import make_sweep
-from tests.trees import sixteen
-from tests.unit.test_analysis import SECTIONS as ANALYSIS_SECTIONS
-from tests.unit.test_comparison import SECTIONS as COMPARISON_SECTIONS
+from carclass.tuning.report import render_analysis as render_analysis
+from tests.helpers.sweeps import make_sweep
+from tests.helpers.trees import sixteen
+from tests.unit.test_evaluation_report import SECTIONS, make_report
+from tests.unit.test_experiments_report import SECTIONS as COMPARISON_SECTIONS
 from tests.unit.test_masking_report import SECTIONS as MASKING_SECTIONS
 from tests.unit.test_masking_report import make_masking_report
-from tests.unit.test_report import SECTIONS, make_report
+from tests.unit.test_sweep_report import SECTIONS as ANALYSIS_SECTIONS
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SWITCHES = [

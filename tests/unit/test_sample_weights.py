@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from carclass import config, model, sample
+from carclass import sample
+from carclass.config.schema import DetectorSettings, ModelSettings, TrainSettings
 from carclass.masking.detector import Detection, Detector
-from carclass.masking.masks import mask_iou
+from carclass.masking.rle import mask_iou
+from carclass.models import resnet
 from carclass.sample.background import SCENES
 from carclass.sample.draw import Vehicle, draw_photo
 from carclass.sample.models import MODELS
+from carclass.training import pretrained
 
 FOLDER = Path(sample.__file__).parent
 SEED = 5
@@ -28,7 +31,7 @@ def drawn() -> list[tuple[np.ndarray, list[Vehicle]]]:
 
 @pytest.fixture(scope="module")
 def found(drawn: list[tuple[np.ndarray, list[Vehicle]]]) -> list[Detection | None]:
-    detect = Detector(config.Detector(model="sample", weights="sample", short_side=160))
+    detect = Detector(DetectorSettings(model="sample", weights="sample", short_side=160))
     return detect([pixels for pixels, _ in drawn])
 
 
@@ -63,9 +66,9 @@ def test_detector_mostly_knows_a_car_from_a_bus_or_a_truck(drawn, found) -> None
 
 
 def test_backbone_fills_all_of_the_narrow_resnet_but_its_classifier() -> None:
-    settings = config.Train(name="probe", parent="sample", model=config.Model(architecture="resnet26-narrow"))
-    net = model.build(settings.model, num_classes=len(MODELS))
+    settings = TrainSettings(name="probe", parent="sample", model=ModelSettings(architecture="resnet26-narrow"))
+    net = resnet.build(settings.model, num_classes=len(MODELS))
     untrained = {name: value.clone() for name, value in net.state_dict().items()}
-    assert model.load_parent(net, settings) == expected_sha256("backbone.safetensors")
+    assert pretrained.load_backbone(net, settings) == expected_sha256("backbone.safetensors")
     unchanged = [name for name, value in net.state_dict().items() if torch.equal(value, untrained[name])]
     assert [name for name in unchanged if "num_batches_tracked" not in name] == ["fc.1.weight", "fc.1.bias"]

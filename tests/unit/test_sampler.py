@@ -3,8 +3,8 @@
 import pytest
 
 from carclass.tuning import sampler
-from carclass.tuning.sampler import Known
-from carclass.tuning.space import Dimension
+from carclass.tuning.sampler import KnownTrial
+from carclass.tuning.search_space import Dimension
 
 DIMENSIONS = (
     Dimension(key="train.unfrozen.lr", low=1e-4, high=1e-2, log=True),
@@ -13,8 +13,8 @@ DIMENSIONS = (
 )
 
 
-def suggest(number: int, known: list[Known], kind: str = "tpe", seed: int = 1) -> dict:
-    return sampler.suggest(DIMENSIONS, known, kind, seed, number, 30)
+def suggest(number: int, known: list[KnownTrial], kind: str = "tpe", seed: int = 1) -> dict:
+    return sampler.suggest_values(DIMENSIONS, known, kind, seed, number, 30)
 
 
 def accuracy(values: dict) -> float:
@@ -22,10 +22,10 @@ def accuracy(values: dict) -> float:
 
 
 def searched(kind: str) -> list[dict]:
-    known: list[Known] = []
+    known: list[KnownTrial] = []
     for number in range(1, 31):
         values = suggest(number, known, kind)
-        known.append(Known(values, "complete", {1: accuracy(values)}))
+        known.append(KnownTrial(values, "complete", {1: accuracy(values)}))
     return [one.values for one in known]
 
 
@@ -48,7 +48,7 @@ def test_another_seed_tries_something_else():
 
 
 def test_what_chance_chooses_does_not_depend_on_results():
-    known = [Known(suggest(1, []), "complete", {1: 0.5})]
+    known = [KnownTrial(suggest(1, []), "complete", {1: 0.5})]
     assert suggest(2, known, "random") == suggest(2, [], "random")
 
 
@@ -63,10 +63,10 @@ def test_the_estimator_looks_where_trials_were_good():
 
 @pytest.mark.parametrize("state", ["begun", "pruned", "failed"])
 def test_trials_that_did_not_finish_are_no_obstacle(state: str):
-    known = [Known(suggest(i, []), state, {} if state == "failed" else {1: 0.1}) for i in range(1, 15)]
+    known = [KnownTrial(suggest(i, []), state, {} if state == "failed" else {1: 0.1}) for i in range(1, 15)]
     assert suggest(15, known)
 
 
 def test_an_experiment_outside_of_the_ranges_teaches_nothing():
     outside = {**suggest(1, []), "train.unfrozen.lr": 1.0}
-    assert suggest(12, [Known(outside, "complete", {1: 0.9})]) == suggest(12, [])
+    assert suggest(12, [KnownTrial(outside, "complete", {1: 0.9})]) == suggest(12, [])

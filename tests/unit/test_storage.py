@@ -158,7 +158,7 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_a_busy_place_is_asked_again_after_growing_pauses(pauses: list[float]):
-    assert storage.patiently(Busy(4, "AWS Error INTERNAL_FAILURE during GetObject")) == "content"
+    assert storage.retry_throttled(Busy(4, "AWS Error INTERNAL_FAILURE during GetObject")) == "content"
     assert len(pauses) == 4
     assert pauses == sorted(pauses)
 
@@ -166,11 +166,11 @@ def test_a_busy_place_is_asked_again_after_growing_pauses(pauses: list[float]):
 def test_patience_ends(pauses: list[float]):
     busy = Busy(100, "AWS Error SLOW_DOWN during GetObject")
     with pytest.raises(OSError, match="SLOW_DOWN"):
-        storage.patiently(busy)
+        storage.retry_throttled(busy)
     assert busy.calls == storage.NUM_ATTEMPTS
 
 
 def test_a_file_that_is_not_there_is_not_waited_for(pauses: list[float]):
     with pytest.raises(OSError, match="NO_SUCH_KEY"):
-        storage.patiently(Busy(1, "AWS Error NO_SUCH_KEY during GetObject"))
+        storage.retry_throttled(Busy(1, "AWS Error NO_SUCH_KEY during GetObject"))
     assert pauses == []

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from carclass.telemetry import Bill, LostNodes, price_of
+from carclass.cluster.telemetry import CostMeter, LostNodes, price_of
 
 
 def node(name: str = "a", price: str | None = "3.6", alive: bool = True, reason: int = 0) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def test_a_price_is_a_label_that_is_a_number(label: str | None, price: float | N
 
 
 def test_nodes_are_paid_while_they_are_there():
-    bill = Bill()
+    bill = CostMeter()
     bill.add([node("a")], now=100)
     bill.add([node("a"), node("b")], now=1100)  # a alone: 1,000 s at 0.001 dollars
     bill.add([node("a", alive=False), node("b")], now=2100)  # both
@@ -31,14 +31,14 @@ def test_nodes_are_paid_while_they_are_there():
 
 
 def test_nodes_without_a_price_add_nothing():
-    bill = Bill()
+    bill = CostMeter()
     for now in (0, 3600):
         bill.add([node("a"), node("b", price=None)], now)
     assert bill.usd == pytest.approx(3.6)
 
 
 def test_a_cluster_where_no_node_has_a_price_has_no_bill():
-    bill = Bill()
+    bill = CostMeter()
     bill.add([node(price=None)], now=0)
     assert not bill.is_known
 

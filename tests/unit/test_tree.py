@@ -25,12 +25,12 @@ def write(folder: Path, budget: dict[str, Any] | None = None, **experiments: dic
 
 
 def load(folder: Path, budget: dict[str, Any] | None = None, **experiments: dict[str, Any]) -> tree.Tree:
-    return tree.load(write(folder, budget, **experiments), {})
+    return tree.load_tree(write(folder, budget, **experiments), {})
 
 
 @pytest.mark.parametrize("budget", ["tiny", "cars196", "full"])
 def test_the_tree_that_comes_along_is_the_originals_and_ours(budget: str):
-    found = tree.load(BUDGETS / f"{budget}.yml", {"root": "results"})
+    found = tree.load_tree(BUDGETS / f"{budget}.yml", {"root": "results"})
     drawn = found.draw(lambda one: f"{one.start.epoch if one.start else '-'} {one.settings.dataset}")
     assert drawn == "\n".join(
         [

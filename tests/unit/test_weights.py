@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from carclass import storage, weights
+from carclass import storage
 from carclass.errors import UserError
+from carclass.models import weights
 
 STATE = {"conv.weight": torch.arange(6.0).reshape(2, 3), "bn.bias": torch.ones(2, dtype=torch.float16)}
 
@@ -25,8 +26,8 @@ def load(uri: str | Path, sha256: str | None = None) -> tuple[dict[str, torch.Te
     return weights.load(str(uri), sha256, sample="backbone.safetensors", key="train.parent")
 
 
-def localise(uri: str | Path, sha256: str | None = None, cache: str | Path = "/nowhere") -> weights.Source:
-    return weights.localise(str(uri), sha256, sample="backbone.safetensors", cache=str(cache), key="train.parent")
+def localise(uri: str | Path, sha256: str | None = None, cache: str | Path = "/nowhere") -> weights.WeightsFile:
+    return weights.fetch(str(uri), sha256, sample="backbone.safetensors", cache=str(cache), key="train.parent")
 
 
 def pth(value: Any) -> bytes:
@@ -124,7 +125,7 @@ def test_a_pickle_that_would_run_code_does_not_run_it_though_its_hash_is_pinned(
 
 @pytest.mark.parametrize("use", ["open('/dev/null')", "__import__('socket').socket()"])
 def test_the_process_that_reads_pickles_can_open_nothing(use: str):
-    code = f"import socket; from carclass import unpickle; unpickle.give_up_powers(); {use}"
+    code = f"import socket; from carclass.models import unpickle; unpickle.drop_privileges(); {use}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "Too many open files" in done.stderr
 
@@ -295,6 +296,6 @@ def test_a_download_that_is_not_there_is_named(web: tuple[str, list[str]]):
 
 def test_named_weights_have_the_hash_that_their_file_name_promises():
     for name in ("imagenet", "imagenet-v2"):
-        source = weights.NAMED[name]
+        source = weights.NAMED_WEIGHTS[name]
         assert source.sha256 is not None
         assert source.sha256.startswith(source.uri.rsplit("-", 1)[1].removesuffix(".pth"))

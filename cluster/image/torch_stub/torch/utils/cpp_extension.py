@@ -1,6 +1,7 @@
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 
+
 CUDA_HOME = ROCM_HOME = None
 CppExtension = CUDAExtension = Extension
 

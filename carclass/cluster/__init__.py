@@ -1,0 +1,1 @@
+"""Ray clusters: connection, resources, metrics and job submission."""

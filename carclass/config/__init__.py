@@ -1,0 +1,1 @@
+"""Settings of every job: schema, YAML files and command line."""

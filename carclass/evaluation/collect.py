@@ -1,0 +1,112 @@
+"""The contents of an evaluation report, read from storage."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from carclass import storage
+from carclass.config.schema import EvaluateSettings
+from carclass.data import dataset
+from carclass.evaluation.metrics import confusion_matrix
+from carclass.evaluation.report import MaskingSample, Mistake, Report
+from carclass.runs.run import Run
+
+NUM_MISTAKES, NUM_MASKING_SAMPLES = 24, 12
+
+
+def report_uri(this: Run, source: dataset.Dataset, settings: EvaluateSettings) -> str:
+    usual = source.name == this.settings.dataset and settings.split == "test"
+    return storage.join(this.uri, "report" if usual else f"report-{source.name}-{settings.split}")
+
+
+def collect_report(
+    this: Run,
+    source: dataset.Dataset,
+    settings: EvaluateSettings,
+    facts: dict[str, Any],
+    found: dict[str, Any],
+    predictions: pa.Table,
+) -> Report:
+    labels, probabilities = to_arrays(predictions, source.classes)
+    history: dict[str, list[dict[str, Any]]] = {}
+    for row in this.metrics():
+        history.setdefault(row["stage"], []).append(row)
+    return Report(
+        title=f"{this.settings.name} on {source.name} {settings.split}",
+        facts=_facts(this, source, settings, facts),
+        metrics=found,
+        class_names=source.classes,
+        confusion=confusion_matrix(labels, probabilities.argmax(1), len(source.classes)),
+        history=history,
+        masking=_masking_samples(source, settings.split),
+        mistakes=_mistakes(source, predictions),
+        quarantined=source.manifest["reasons"] or _parent(source).manifest["reasons"],
+    )
+
+
+def _facts(
+    this: Run, source: dataset.Dataset, settings: EvaluateSettings, facts: dict[str, Any]
+) -> list[tuple[str, str]]:
+    origin = this.lineage()
+    return [
+        ("Run", this.settings.name),
+        ("Model", f"{this.settings.model.architecture}, {this.settings.model.image_size} px"),
+        ("Checkpoint", f"{facts['stage']} epoch {facts['epoch']}, val accuracy {facts['val_accuracy']:.3f}"),
+        ("Parent", f"{origin['parent']} (sha256 {origin['parent_sha256'][:12]}…)"),
+        ("Trained on", f"{this.settings.dataset} (sha256 {origin['dataset_digest'][:12]}…)"),
+        ("Evaluated on", f"{source.name}, {settings.split}: {source.manifest['splits'][settings.split]:,} photos"),
+        ("Seed", str(this.settings.seed)),
+        ("Code", origin["code"]),
+    ]
+
+
+def _mistakes(source: dataset.Dataset, predictions: pa.Table) -> list[Mistake]:
+    """The wrong answers given with most confidence, with their photos."""
+    wrong = predictions.filter(pc.not_equal(predictions["label"], predictions["predicted"]))
+    rows = wrong.drop(["probabilities"]).sort_by([("confidence", "descending")]).slice(0, NUM_MISTAKES).to_pylist()
+    photos = {row["key"]: row["image"] for row in source.rows([row["key"] for row in rows], ["image"])}
+    return [
+        Mistake(
+            photo=photos[row["key"]],
+            key=row["key"],
+            label=row["label"],
+            predicted=row["predicted"],
+            confidence=row["confidence"],
+        )
+        for row in rows
+    ]
+
+
+def _parent(source: dataset.Dataset) -> dataset.Dataset:
+    """The dataset that a masked one was made from; an unmasked one itself."""
+    name = source.manifest["settings"].get("source")
+    return dataset.load_dataset(source.uri.rsplit("/", 2)[0], name) if name else source
+
+
+def _masking_samples(source: dataset.Dataset, split: str) -> list[MaskingSample]:
+    """Photos before and after masking, chosen by content; none for an unmasked dataset."""
+    if source.manifest["kind"] != "masked":
+        return []
+    index = source.read(["image_id", "key", "split"]).filter(pc.field("split") == split).sort_by("image_id")
+    keys = index["key"].to_pylist()[:NUM_MASKING_SAMPLES]
+    before = {row["key"]: row["image"] for row in _parent(source).rows(keys, ["image"])}
+    columns = ["image", "outcome", "vehicle_class", "score"]
+    return [
+        MaskingSample(caption=_caption(row), before=before[row["key"]], after=row["image"])
+        for row in source.rows(keys, columns)
+    ]
+
+
+def _caption(row: dict[str, Any]) -> str:
+    if row["outcome"] == "no_vehicle":
+        return f"{row['key']}: no vehicle found"
+    return f"{row['key']}: {row['vehicle_class']}, score {row['score']:.2f}"
+
+
+def to_arrays(predictions: pa.Table, classes: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(int64 (N,) labels, float32 (N,C) probabilities) of a predictions table."""
+    index = {name: i for i, name in enumerate(classes)}
+    labels = np.array([index[label] for label in predictions["label"].to_pylist()])
+    return labels, np.stack(predictions["probabilities"].to_numpy())

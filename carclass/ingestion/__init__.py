@@ -1,0 +1,1 @@
+"""Photos and labels from a source to a dataset."""

@@ -1,0 +1,115 @@
+"""What a person looks at after masking: the report and the contact sheet of a dataset."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from carclass import storage
+from carclass.data import dataset, photo
+from carclass.masking import quality
+from carclass.masking.contact_sheet import MaskedPhoto, draw_contact_sheet, shrink_photo
+from carclass.masking.report import FLAGS, MaskingReport, doubt_score, histogram, render
+from carclass.masking.rle import decode_mask
+
+NUM_SHEET, NUM_DOUBTFUL, NUM_EMPTY = 40, 50, 15
+MEASURES = ("outcome", "score", "stability", "several_vehicles", "touches_border", "area_fraction")
+DRAWN = ("image", *MEASURES, "num_vehicles", "vehicle_class", "box", "mask", "source_width", "source_height")
+
+
+def write_report(
+    masked: dataset.Dataset, source: dataset.Dataset, truth: str | None, *, num_sheet: int = NUM_SHEET
+) -> None:
+    """Writes report.html and contact_sheet.jpg beside the parts of a masked dataset.
+
+    source: what it was masked from; truth: COCO file with true masks, where there is one: photos are then judged by
+    it; num_sheet: photos on the sheet, chosen by content.
+    """
+    index = masked.read(["image_id", "key", "vehicle_class", *MEASURES])
+    ious = {} if truth is None else quality.ious(masked, truth)
+    sampled = index.sort_by([("image_id", "ascending"), ("key", "ascending")])["key"].to_pylist()[:num_sheet]
+    doubtful = _most_doubtful(index, ious)
+    looks = _masked_photos(masked, source, list({*sampled, *doubtful}), ious)
+    sheet = [looks[key] for key in sampled]
+    report = _report(masked, index, ious, doubtful=[looks[key] for key in doubtful], sheet=sheet)
+    storage.write_bytes(storage.join(masked.uri, "contact_sheet.jpg"), draw_contact_sheet(sheet, report.title))
+    storage.write_bytes(storage.join(masked.uri, "report.html"), render(report).encode())
+
+
+def _most_doubtful(index: pa.Table, ious: dict[str, float]) -> list[str]:
+    """Keys, worst first: by the truth where it is known, else by what the masks say of themselves.
+
+    Photos without a vehicle are all alike, so they get no more than a few places.
+    """
+    rows = index.select(["key", *MEASURES]).to_pylist()
+    doubts = {row["key"]: doubt_score(**{name: row[name] for name in MEASURES}) for row in rows}
+    doubts |= {key: 1 - iou for key, iou in ious.items()}
+    order = sorted(doubts, key=lambda key: (-doubts[key], key))
+    empty = {row["key"] for row in rows if row["outcome"] == "no_vehicle"}
+    too_many = set([key for key in order if key in empty][NUM_EMPTY:])
+    return [key for key in order if key not in too_many][:NUM_DOUBTFUL]
+
+
+def _masked_photos(
+    masked: dataset.Dataset, source: dataset.Dataset, keys: Sequence[str], ious: dict[str, float]
+) -> dict[str, MaskedPhoto]:
+    before = {row["key"]: row["image"] for row in source.rows(keys, ["image"])}
+    return {row["key"]: shrink_photo(_masked_photo(row, before[row["key"]], ious)) for row in masked.rows(keys, DRAWN)}
+
+
+def _masked_photo(row: dict[str, Any], before: bytes, ious: dict[str, float]) -> MaskedPhoto:
+    mask = row["mask"]
+    return MaskedPhoto(
+        key=row["key"],
+        photo=photo.decode(before, min_side=1),
+        box=None if row["box"] is None else np.array(row["box"]),
+        mask=None if mask is None else decode_mask(mask, row["source_height"], row["source_width"]),
+        result=photo.decode(row["image"], min_side=1),
+        outcome=row["outcome"],
+        vehicle_class=row["vehicle_class"],
+        score=row["score"],
+        notes=_notes(row, ious),
+    )
+
+
+def _notes(row: dict[str, Any], ious: dict[str, float]) -> list[str]:
+    notes = [f"IoU {ious[row['key']]:.2f}"] if row["key"] in ious else []
+    if row["outcome"] == "no_vehicle":
+        return notes
+    notes += [f"one of {row['num_vehicles']} vehicles"] if row["several_vehicles"] else []
+    notes += ["touches the border"] if row["touches_border"] else []
+    notes += [f"covers {row['area_fraction']:.0%}"]
+    return notes if row["stability"] is None else [*notes, f"stability {row['stability']:.2f}"]
+
+
+def _report(
+    masked: dataset.Dataset, index: pa.Table, ious: dict[str, float], **pictures: list[MaskedPhoto]
+) -> MaskingReport:
+    settings, counts = masked.manifest["settings"], masked.manifest
+    detector, cutout = settings["detector"], settings["cutout"]
+    return MaskingReport(
+        title=f"Masking of {settings['source']}: {masked.name}",
+        facts=[
+            ("Source", f"{settings['source']} (sha256 {settings['source_digest'][:12]}…)"),
+            ("Detector", f"{detector['model'].rsplit('/', 1)[-1]}, weights sha256 {detector['weights'][:12]}…"),
+            ("Looks at", f"{detector['short_side']} px, {detector['num_proposals']} proposals ({detector['profile']})"),
+            ("Takes", f"the {settings['choice']} {' or '.join(detector['classes'].values())}"),
+            ("Makes", f"{cutout['mode']}, margin {cutout['margin']:g}"),
+        ],
+        outcomes=counts["outcomes"],
+        quarantined=counts["reasons"],
+        flags={flag: sum(index[flag].drop_null().to_pylist()) for flag in FLAGS},
+        classes=dict(Counter(index["vehicle_class"].drop_null().to_pylist()).most_common()),
+        scores=_histogram(index, "score"),
+        areas=_histogram(index, "area_fraction"),
+        stabilities=_histogram(index, "stability"),
+        mean_iou=float(np.mean(list(ious.values()))) if ious else None,
+        ious=histogram(np.array(list(ious.values()))),
+        **pictures,
+    )
+
+
+def _histogram(index: pa.Table, column: str) -> list[int]:
+    return histogram(index[column].drop_null().to_numpy())

@@ -1,0 +1,1 @@
+"""ResNet50, its input and its weights."""

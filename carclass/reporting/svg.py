@@ -1,0 +1,58 @@
+"""What charts are made of: SVG that lives inside a page's HTML.
+
+Colours and fonts come from the page's style sheet by class name, so a chart follows light, dark and print and
+stays sharp at every size. Text is escaped by `Markup.format`.
+"""
+
+import math
+
+from markupsafe import Markup
+
+from carclass.formatting import percent_text
+
+WIDTH, HEIGHT = 480, 302
+LEFT, RIGHT, TOP, BOTTOM = 48, 468, 30, 258  # the plotting area inside it
+
+
+def nice_ticks(highest: float) -> list[float]:
+    """Four to six round steps from zero up to at least `highest`, each 1, 2, 2.5 or 5 times a power of ten."""
+    if highest <= 0:
+        return [0.0, 1.0]
+    power = 10.0 ** math.floor(math.log10(highest / 5))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power * 5 >= highest * (1 - 1e-9))
+    count = math.ceil(highest / step - 1e-9)
+    return [round(step * i, 10) for i in range(count + 1)]
+
+
+def horizontal_grid(ticks: list[float], percent: bool) -> Markup:
+    """Lines across the plotting area, the last tick at its top; with `percent` the ticks are fractions."""
+    parts = []
+    for tick in ticks:
+        y = BOTTOM - (BOTTOM - TOP) * tick / ticks[-1]
+        parts.append(line("grid", LEFT, y, RIGHT, y))
+        parts.append(text("tick end", LEFT - 8, y + 4, percent_text(tick, 0) if percent else f"{tick:g}"))
+    return Markup("").join(parts)
+
+
+def axis_name(name: str) -> Markup:
+    """The name under the horizontal axis."""
+    return text("tick middle", (LEFT + RIGHT) / 2, BOTTOM + 38, name)
+
+
+def line(css_class: str, x1: float, y1: float, x2: float, y2: float) -> Markup:
+    """A straight line."""
+    return Markup('<line class="{}" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>').format(
+        css_class, x1, y1, x2, y2
+    )
+
+
+def text(css_class: str, x: float, y: float, content: str) -> Markup:
+    """One line of text on its baseline; the classes `end` and `middle` say which part of it is at x."""
+    return Markup('<text class="{}" x="{:.1f}" y="{:.1f}">{}</text>').format(css_class, x, y, content)
+
+
+def drawing(label: str, parts: list[Markup], width: int = WIDTH, height: int = HEIGHT) -> Markup:
+    """The whole picture; `label` is what a screen reader says of it."""
+    return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
+        width, height, label, Markup("").join(parts)
+    )

@@ -1,0 +1,1 @@
+"""Runs on storage: metrics, saved models, exports."""

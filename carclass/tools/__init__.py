@@ -1,0 +1,1 @@
+"""Tools for maintainers: benchmarks, and the scripts that train the sample's weights."""

@@ -1,0 +1,80 @@
+"""Masking as one would write it in an afternoon: Detectron2's DefaultPredictor, one photo at a time. No Ray here."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from carclass.config.schema import DetectorSettings
+from carclass.errors import UserError
+from carclass.masking import detectron
+from carclass.models import weights
+
+VEHICLES = (2, 5, 7)
+FILL = (124, 116, 104)
+NUM_PHOTOS = 100
+DETECTOR = "maskrcnn-r50-fpn-cars.safetensors"
+
+
+class PlainMasker:
+    """Photo file → masked photo file, at the model zoo's settings, in float32.
+
+    checkpoint: a file that DefaultPredictor can load, as save_checkpoint writes it.
+    """
+
+    def __init__(self, checkpoint: str) -> None:
+        from detectron2.engine import DefaultPredictor
+
+        cfg = detectron.load_config("mask_rcnn_r50_fpn", MODEL__ROI_HEADS__SCORE_THRESH_TEST=0.5)
+        cfg.MODEL.WEIGHTS = checkpoint
+        cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+        self.predict = DefaultPredictor(cfg)
+
+    def __call__(self, path: Path, out: Path) -> None:
+        """Masks the largest vehicle and writes the photo below out, under its own name."""
+        pixels = np.asarray(Image.open(path).convert("RGB"))
+        found = self.predict(pixels[:, :, ::-1])["instances"].to("cpu")
+        found = found[torch.isin(found.pred_classes, torch.tensor(VEHICLES))]
+        if len(found):
+            mask = found.pred_masks[int(found.pred_masks.sum((1, 2)).argmax())].numpy()
+            pixels = np.where(mask[:, :, None], pixels, np.array(FILL, np.uint8))
+        Image.fromarray(pixels).save(out / path.name, quality=92)
+
+
+def loop(masker: PlainMasker, files: list[Path], out: Path) -> float:
+    """Photos per second of a plain loop in this process, whose first photo is not counted."""
+    out.mkdir(exist_ok=True)
+    masker(files[0], out)
+    started = time.perf_counter()
+    for path in files:
+        masker(path, out)
+    return len(files) / (time.perf_counter() - started)
+
+
+def choose_photos(photos: Path | None) -> list[Path]:
+    """NUM_PHOTOS of a folder, evenly spread over its names; UserError when there are fewer."""
+    files = sorted(photos.glob("*.jpg")) if photos else []
+    if len(files) < NUM_PHOTOS:
+        raise UserError(f"--photos: {photos} holds {len(files)} .jpg files; give a folder with at least {NUM_PHOTOS}.")
+    return files[:: len(files) // NUM_PHOTOS][:NUM_PHOTOS]
+
+
+def detector_file(folder: Path | None) -> Path:
+    """The detector's weights in a folder; UserError when they aren't there."""
+    if folder is None or not (folder / DETECTOR).exists():
+        raise UserError(f"--weights: give a folder with {DETECTOR}, a Mask R-CNN R50-FPN that knows vehicles.")
+    return folder / DETECTOR
+
+
+def save_checkpoint(weights_file: Path, out: Path) -> str:
+    """The same weights in a form that DefaultPredictor loads; returns the file."""
+    state, _ = weights.load(str(weights_file), None, sample="", key="--weights")
+    torch.save({"model": state}, out / "plain.pth")
+    return str(out / "plain.pth")
+
+
+def settings(weights_file: Path, profile: str) -> DetectorSettings:
+    """Ours, with the same weights."""
+    return DetectorSettings.model_validate({"weights": str(weights_file), "profile": profile})

@@ -1,0 +1,1 @@
+"""Scripts that train the small weights of the embedded sample."""

@@ -1,0 +1,153 @@
+"""An AWS account on this machine, and a person who uses it; their SSH reaches hosts that agree to everything."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import parse_qsl
+
+import boto3
+import pytest
+from ray.autoscaler._private import commands
+from ray.autoscaler._private.aws import node_provider, utils
+from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig, FileConfigReader
+
+from tests.helpers.busy_s3 import Handler, Proxy
+
+CLUSTER = Path(__file__).parents[1] / "cluster"
+PREPARE, SPOT_FIRST = CLUSTER / "prepare_aws.py", CLUSTER / "image" / "spot_first.py"
+IMAGE = f"123456789012.dkr.ecr.us-east-1.amazonaws.com/carclass@sha256:{'ab' * 32}"
+AMI = "/aws/service/ami-amazon-linux-latest/al2023-ami-kernel-default-x86_64"
+Request = dict[str, str]
+
+
+REFUSAL = "<Response><Errors><Error><Code>{}</Code><Message>refused</Message></Error></Errors></Response>"
+
+
+class Recorder(Proxy):
+    """Passes requests on to AWS' stand-in and keeps those that name an action; spot nodes may be refused, by a code."""
+
+    def __init__(self, endpoint: str) -> None:
+        super().__init__(endpoint)
+        self.RequestHandlerClass = Keeping
+        self.kept: list[Request] = []
+        self.no_spot: str | None = None
+
+
+class RefusedError(Exception):
+    """The request is not passed on."""
+
+
+class Keeping(Handler):
+    """One connection."""
+
+    server: Recorder
+
+    def chunks(self) -> Iterator[bytes]:
+        body = b"".join(super().chunks())
+        if b"Action=" in body:
+            self.server.kept.append(dict(parse_qsl(body.decode())))
+        if self.server.no_spot and b"MarketType=spot" in body:
+            raise RefusedError(self.server.no_spot)
+        yield body
+
+    def do_POST(self) -> None:  # noqa: N802
+        try:
+            self.answer()
+        except RefusedError as refused:
+            self.reply(500, {"Content-Type": "text/xml"}, REFUSAL.format(refused).encode())
+
+
+SSH = r"""#!/bin/bash
+# A host that agrees to everything and has an image, but no container yet.
+echo "ssh $*" >> "$HOME/commands"
+while [[ $1 != *@* ]]; do shift; done; shift
+bash -n <<< "$*" || exit 1
+case "$*" in
+    *"json .Config.Env"*) echo '["PATH=/usr/bin"]' ;;
+    *"printenv HOME"*) echo /home/carclass ;;
+    *State.Running*) echo false ;;
+    *"command -v docker"*) echo /usr/bin/docker ;;
+    *meminfo*) echo "MemAvailable: 1000000 kB" ;;
+esac
+"""
+RSYNC = r"""#!/bin/bash
+from=${*: -2:1} to=${*: -1}
+echo "rsync $(stat -c %a "$from") to ${to#*:}" >> "$HOME/commands"
+"""
+
+
+class Place(NamedTuple):
+    """Where a person works: their home, what is asked of AWS from there, a private subnet and a public one."""
+
+    home: Path
+    recorder: Recorder
+    subnet: str
+    public: str
+
+    @property
+    def file(self) -> str:
+        """The cluster's file, for Ray."""
+        return str(self.home / "build" / "aws.yaml")
+
+    def prepare(self, *options: str, image: str = IMAGE) -> subprocess.CompletedProcess:
+        command = [sys.executable, PREPARE, "--region", "us-east-1", "--ami", AMI]
+        command += ["--photos", "s3://my-bucket/photos", "--root", "s3://my-bucket/team/carclass", "--image", image]
+        command += ["--subnet", self.subnet, *options]
+        return subprocess.run(command, cwd=self.home, capture_output=True, text=True, check=False)
+
+    def told(self, what: str) -> list[str]:
+        """The commands, on their way to a node or in it, that have something in them."""
+        return [line for line in (self.home / "commands").read_text().splitlines() if what in line]
+
+
+@contextmanager
+def account(home: Path) -> Iterator[Place]:
+    """A VPC with a private subnet and a public one, in the account of the S3 server; nothing is left in the end."""
+    for name, script in (("ssh", SSH), ("rsync", RSYNC)):
+        (home / name).write_text(script)
+        (home / name).chmod(0o755)
+    recorder = Recorder(os.environ["AWS_ENDPOINT_URL"])
+    threading.Thread(target=recorder.serve_forever, daemon=True).start()
+    ec2 = boto3.client("ec2")
+    vpc = ec2.create_vpc(CidrBlock="10.9.0.0/16")["Vpc"]["VpcId"]
+    subnets = [ec2.create_subnet(VpcId=vpc, CidrBlock=f"10.9.{n}.0/24")["Subnet"]["SubnetId"] for n in range(2)]
+    ec2.modify_subnet_attribute(SubnetId=subnets[1], MapPublicIpOnLaunch={"Value": True})
+    place = Place(home, recorder, *subnets)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{recorder.server_port}")
+        patch.setenv("HOME", str(home))
+        patch.setenv("PATH", f"{home}:{os.environ['PATH']}")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("PYTHONPATH", str(SPOT_FIRST.parent))
+        patch.syspath_prepend(SPOT_FIRST.parent)
+        patch.setattr(tempfile, "tempdir", str(home))  # Ray keeps what it found there for the next command
+        patch.setattr(node_provider, "TAG_BATCH_DELAY", 0)
+        patch.setattr(commands, "POLL_INTERVAL", 0.1)
+        yield place
+        place.prepare("--remove").check_returncode()
+    for cache in (utils.resource_cache, utils.client_cache):
+        cache.cache_clear()
+    recorder.shutdown()
+    recorder.server_close()
+
+
+def on_head(place: Place, config: dict[str, Any]) -> FileConfigReader:
+    """The config as `ray up` brings it to the head, with the files that it brought there, for the head's provider."""
+    provider = commands._get_node_provider(config["provider"], config["cluster_name"])
+    _, brought = commands._set_up_config_for_head_node(config, provider, no_restart=False)
+    file = place.home / "ray_bootstrap_config.yaml"
+    file.write_text(Path(brought.name).read_text().replace('": "/home/carclass/', f'": "{place.home}/'))
+    (place.home / "ray_bootstrap_key.pem").write_bytes((place.home / ".ssh" / "carclass.pem").read_bytes())
+    subprocess.run([sys.executable, SPOT_FIRST, file], check=True)
+    return FileConfigReader(str(file), skip_content_hash=True)
+
+
+def provider_of(config: AutoscalingConfig) -> Any:
+    """The node provider that Ray makes of a config."""
+    return commands._get_node_provider(config.get_provider_config(), config.get_config("cluster_name"))

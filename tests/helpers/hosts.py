@@ -1,0 +1,152 @@
+"""Hosts on this machine: each with an address, processes, shared memory and a name of its own, and a cable to pull.
+
+They are Linux namespaces, made with `ip netns` and `unshare`, and need root.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from tests.helpers.clusters import Job
+
+NETWORK, OUTSIDE = "10.77.0", "198.51.100"
+SWITCH = "carclass-switch"
+RAY_FOLDER = Path("/tmp/carclass-ray")
+"""Where every host has a folder of its own for Ray, at the same path, as on machines of their own."""
+ENTER = """set -e
+mount --bind "$1" "$2"; mount --bind "$3" /etc/hosts; mount -t tmpfs -o size=4g tmpfs /dev/shm; hostname "$4"
+shift 4
+exec "$@"
+"""
+"""What a process finds when it starts on a host: folder for Ray, its place, names of all hosts, own name, command."""
+
+
+def missing() -> str | None:
+    """Why there can be no hosts here, or None."""
+    if os.geteuid() != 0:
+        return "hosts in network namespaces need root"
+    if absent := [tool for tool in ("ip", "unshare", "mount", "hostname") if shutil.which(tool) is None]:
+        return f"{', '.join(absent)} not found"
+    trial = subprocess.run(["unshare", "--net", "--mount", "--uts", "--pid", "true"], capture_output=True, check=False)
+    return None if trial.returncode == 0 else "namespaces may not be made here"
+
+
+class Host:
+    """A machine on a network, by default the cluster's."""
+
+    def __init__(self, name: str, number: int, folder: Path, names: Path, network: str = NETWORK) -> None:
+        self.name, self.space, self.address = name, f"carclass-{name}", f"{network}.{number}"
+        self.home, self.names = folder / name, names
+        self.ray = self.home / "ray"
+        self.ray.mkdir(parents=True)
+        self.started: list[subprocess.Popen] = []
+        self.cable = f"port{number}"
+        _make_space(self.space)
+        _sh(f"ip link add eth0 netns {self.space} type veth peer name {self.cable} netns {SWITCH}")
+        _sh(f"ip -n {SWITCH} link set {self.cable} up")
+        _sh(f"ip -n {self.space} address add {self.address}/24 dev eth0")
+        self.plug()
+        _sh(f"ip -n {self.space} route add default via {network}.254")
+
+    def give_token(self, token: str) -> None:
+        """A cluster's token, where Ray looks for it."""
+        path = self.home / ".ray" / "auth_token"
+        path.parent.mkdir(exist_ok=True)
+        path.touch(0o600)
+        path.write_text(token)
+
+    def plug(self) -> None:
+        """Puts the cable in."""
+        _sh(f"ip -n {self.space} link set eth0 up")
+
+    def unplug(self) -> None:
+        """Pulls the cable: what runs goes on, but reaches nobody."""
+        _sh(f"ip -n {self.space} link set eth0 down")
+
+    def start(self, command: Sequence[str | Path], environment: dict[str, str]) -> Job:
+        """Runs a command in the background."""
+        log = self.home / f"{len(self.started)}.log"
+        # With processes of its own, all of which end with the first, as they do with a machine.
+        own = ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        enter = ["sh", "-c", ENTER, "sh", self.ray, RAY_FOLDER, self.names, self.name]
+        given = {**environment, "HOME": str(self.home), "RAY_TMPDIR": str(RAY_FOLDER)}
+        with log.open("w") as out:
+            full = ["ip", "netns", "exec", self.space, *own, *enter, *command]
+            process = subprocess.Popen(full, env=given, stdout=out, stderr=subprocess.STDOUT)
+        self.started.append(process)
+        return Job(process, log)
+
+    def run(self, command: Sequence[str | Path], environment: dict[str, str]) -> tuple[int, str]:
+        """A command's exit status and all that it said."""
+        done = self.start(command, environment)
+        return done.process.wait(timeout=300), done.log.read_text()
+
+    def kill(self) -> None:
+        """Ends everything that runs here, at once."""
+        for process in self.started:
+            process.kill()
+            process.wait(timeout=60)
+
+
+class Network:
+    """Hosts on one switch, whose router lets nobody in from outside."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.names = folder, folder / "hosts"
+        self.hosts: dict[str, Host] = {}
+        folder.mkdir()
+        RAY_FOLDER.mkdir(exist_ok=True)
+        self.names.write_text("127.0.0.1 localhost\n")
+        _make_space(SWITCH)
+        _sh(f"ip -n {SWITCH} link add bridge type bridge")
+        _sh(f"ip -n {SWITCH} link set bridge up")
+        _sh(f"ip -n {SWITCH} address add {NETWORK}.254/24 dev bridge")
+        self.forward(False)
+
+    def add(self, name: str) -> Host:
+        """Another host on the switch."""
+        host = self.hosts[name] = Host(name, len(self.hosts) + 1, self.folder, self.names)
+        _sh(f"ip -n {SWITCH} link set {host.cable} master bridge")
+        with self.names.open("a") as file:  # appended, as running hosts look at this very file
+            file.write(f"{host.address} {name}\n")
+        return host
+
+    def add_outside(self, name: str) -> Host:
+        """A host of another network, on the other side of the router."""
+        host = self.hosts[name] = Host(name, len(self.hosts) + 1, self.folder, self.names, OUTSIDE)
+        _sh(f"ip -n {SWITCH} address add {OUTSIDE}.254/24 dev {host.cable}")
+        return host
+
+    def forward(self, on: bool) -> None:
+        """Opens or closes the router."""
+        _sh(f"ip netns exec {SWITCH} sysctl -q -w net.ipv4.ip_forward={int(on)}")
+
+    def close(self) -> None:
+        """Ends all hosts."""
+        for host in self.hosts.values():
+            host.kill()
+            _sh(f"ip netns delete {host.space}")
+        _sh(f"ip netns delete {SWITCH}")
+        with suppress(OSError):
+            RAY_FOLDER.rmdir()
+
+
+def _make_space(name: str) -> None:
+    """A network namespace with loopback; one that a killed test left behind is removed, with what runs in it."""
+    if Path("/run/netns", name).exists():
+        left = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False)
+        for pid in left.stdout.split():
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+        _sh(f"ip netns delete {name}")
+    _sh(f"ip netns add {name}")
+    _sh(f"ip -n {name} link set lo up")
+
+
+def _sh(command: str) -> None:
+    done = subprocess.run(command.split(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command}: {done.stderr}"

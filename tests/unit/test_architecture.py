@@ -1,0 +1,183 @@
+"""Rules of the code base that a program can check: rooms and floors, where Ray may be, length, documentation."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).parents[2]
+PATHS = {
+    ".".join(path.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__"): path
+    for folder in ("carclass", "jobs")
+    for path in sorted((REPO / folder).rglob("*.py"))
+}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in PATHS.items()}
+FLOORS = (
+    {"tools"},
+    {"prediction", "experiments", "tuning"},
+    {"evaluation", "training"},
+    {"masking", "runs"},
+    {"ingestion", "models"},
+    {"data", "cluster"},
+    {"sample"},
+    {"storage", "config"},
+    {"reporting", "progress"},
+    {"formatting", "errors"},
+)
+"""Packages and modules of carclass from the top floor down: a room imports from lower floors only."""
+RAY_MODULES = {
+    "cluster.connection",
+    "cluster.job_submission",
+    "cluster.resources",
+    "cluster.tasks",
+    "cluster.telemetry",
+    "data.crash_guard",
+    "data.streaming",
+    "evaluation.evaluate",
+    "experiments.run",
+    "ingestion.ingest",
+    "masking.mask",
+    "prediction.predict",
+    "training.photo_store",
+    "training.preemption",
+    "training.train",
+    "training.worker",
+    "tuning.trial",
+    "tuning.tune",
+}
+PLAIN = (
+    "config", "models", "reporting", "data.photo", "data.dataset", "data.inventory", "masking.cutout",
+    "masking.selection", "masking.detector", "masking.writer", "masking.report", "evaluation.metrics",
+    "evaluation.report", "training.loop", "training.dataloader", "training.checkpoint", "runs", "tuning.report",
+    "tuning.search_space", "tuning.collect", "experiments.report", "experiments.tree", "experiments.status",
+    "prediction.calibration", "prediction.predictions", "ingestion.labels", "ingestion.listing", "ingestion.reading",
+)  # fmt: skip
+"""Packages and modules that work on arrays, tensors and files, without Ray."""
+MAX_MODULE, MAX_FUNCTION = 400, 40
+MAX_MODULES, MAX_PACKAGES, MAX_README = 6, 15, 150
+
+
+def imports(name: str) -> Iterator[str]:
+    """Every module or name that a module imports, those within functions too."""
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            yield from (item.name for item in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} has a relative import"
+            yield from (f"{node.module}.{item.name}" for item in node.names)
+
+
+def our_imports(name: str) -> set[str]:
+    """The modules of carclass and jobs that a module imports; not the packages that hold them."""
+    found = {item for item in imports(name) if item.split(".")[0] in ("carclass", "jobs")}
+    modules = {item if item in TREES else item.rpartition(".")[0] for item in found}
+    return modules - {name, "carclass"}
+
+
+def closure(name: str) -> set[str]:
+    """The modules that come along when one is imported, itself among them."""
+    found, to_visit = set(), {name}
+    while to_visit:
+        found |= to_visit
+        to_visit = {other for one in to_visit for other in our_imports(one)} - found
+    return found
+
+
+def room(name: str) -> str:
+    return name.split(".")[1]
+
+
+def floor(name: str) -> int:
+    return next(i for i, rooms in enumerate(FLOORS) if room(name) in rooms)
+
+
+def uses_ray(name: str) -> bool:
+    return any(item.split(".")[0] == "ray" for item in imports(name))
+
+
+LIBRARY = [name for name in TREES if name.startswith("carclass.")]
+PLAIN_MODULES = [name for name in LIBRARY if f"{name}.".startswith(tuple(f"carclass.{one}." for one in PLAIN))]
+
+
+def test_every_room_has_its_floor():
+    assert {room(name) for name in LIBRARY} == set().union(*FLOORS)
+
+
+def test_the_top_level_stays_small():
+    folder = REPO / "carclass"
+    assert len([path for path in folder.glob("*.py") if path.name != "__init__.py"]) <= MAX_MODULES
+    assert len([path for path in folder.iterdir() if path.is_dir() and list(path.glob("*.py"))]) <= MAX_PACKAGES
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_imports_point_to_lower_floors(name: str):
+    others = {other for other in our_imports(name) if room(other) != room(name)}
+    assert {other for other in others if floor(other) <= floor(name)} == set()
+
+
+def test_imports_have_no_cycle():
+    TopologicalSorter({name: our_imports(name) for name in TREES}).prepare()
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_the_library_neither_imports_nor_opens_what_lies_outside_of_it(name: str):
+    assert {item for item in imports(name) if item.split(".")[0] in ("jobs", "tests", "docs")} == set()
+    strings = [node.value for node in ast.walk(TREES[name]) if isinstance(node, ast.Constant)]
+    assert {"jobs", "tests", "docs"} & {value for value in strings if isinstance(value, str)} == set()
+
+
+def test_ray_is_imported_by_its_modules_alone():
+    found = {name.removeprefix("carclass.") for name in LIBRARY if uses_ray(name)}
+    assert {name for name in found if not name.startswith("tools.")} == RAY_MODULES
+
+
+@pytest.mark.parametrize("name", PLAIN_MODULES)
+def test_plain_modules_come_without_ray(name: str):
+    assert [other for other in closure(name) if uses_ray(other)] == []
+
+
+def test_reading_and_writing_processes_come_without_torch():
+    code = "import sys, carclass.data.crash_guard, carclass.data.streaming, carclass.masking.writer; "
+    done = subprocess.run([sys.executable, "-c", code + "sys.exit('torch' in sys.modules)"], cwd=REPO, check=False)
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_modules_and_functions_are_short(name: str):
+    lines = PATHS[name].read_text(encoding="utf-8").count("\n")
+    functions = [node for node in ast.walk(TREES[name]) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    lengths = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in functions}
+    assert lines <= MAX_MODULE
+    assert {function: length for function, length in lengths.items() if length > MAX_FUNCTION} == {}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_no_bare_except(name: str):
+    handlers = [node for node in ast.walk(TREES[name]) if isinstance(node, ast.ExceptHandler)]
+    caught = [ast.unparse(handler.type) if handler.type else "" for handler in handlers]
+    assert not {"", "Exception", "BaseException"} & set(caught)
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_public_names_have_docstrings(name: str):
+    """Except a script's main, which its module's docstring covers."""
+    tree = TREES[name]
+    found = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_"]
+    assert ast.get_docstring(tree)
+    assert [node.name for node in found if not ast.get_docstring(node) and node.name != "main"] == []
+
+
+def test_docstrings_open_with_a_noun_phrase_or_a_verb():
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    nodes = [(name, node) for name, tree in TREES.items() for node in ast.walk(tree) if isinstance(node, documented)]
+    opened = [(name, ast.get_docstring(node) or "") for name, node in nodes]
+    assert [pair for pair in opened if re.match(r"(What|How|Whether|Where|Which|Who)\b", pair[1])] == []
+
+
+def test_the_readme_is_short():
+    assert len((REPO / "README.md").read_text(encoding="utf-8").splitlines()) <= MAX_README

@@ -1,0 +1,240 @@
+"""The report page: what it says, that data cannot break it, and that it stands alone."""
+
+import io
+import re
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from carclass.evaluation.charts import best_epoch, curve_chart, heat_map
+from carclass.evaluation.metrics import classification_metrics, confusion_matrix
+from carclass.evaluation.report import MaskingSample, Mistake, Report, render
+from carclass.reporting.svg import nice_ticks
+
+SECTIONS = [
+    "summary", "curves", "confusion", "pairs", "classes", "mistakes", "calibration", "masking", "data"
+]  # fmt: skip
+
+
+def make_photo(seed: int = 0) -> bytes:
+    """A JPEG of about 20 KB, the size a report's caller is told to hand in."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (132, 176, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=80)
+    return file.getvalue()
+
+
+def make_epoch(epoch: int, val_accuracy: float, loss: float = 1.0) -> dict[str, float]:
+    return {
+        "epoch": epoch,
+        "train_loss": loss,
+        "train_accuracy": 0.5,
+        "val_loss": loss,
+        "val_accuracy": val_accuracy,
+        "lr": 1e-3,
+        "seconds": 2.5,
+    }
+
+
+def make_report(num_classes: int = 4, num_photos: int = 60, num_mistakes: int = 2, num_masked: int = 2) -> Report:
+    generator = np.random.default_rng(5)
+    names = [f"Maker Model {i:03d}" for i in range(num_classes)]
+    labels = generator.integers(0, num_classes, num_photos)
+    scores = generator.random((num_photos, num_classes)) ** 4
+    scores[np.arange(num_photos), labels] += 0.5
+    probabilities = (scores / scores.sum(axis=1, keepdims=True)).astype(np.float32)
+    return Report(
+        title="exp_001 on v2",
+        facts=[("Run", "exp_001"), ("Seed", "17")],
+        metrics=classification_metrics(labels, probabilities, names),
+        class_names=names,
+        confusion=confusion_matrix(labels, probabilities.argmax(axis=1), num_classes),
+        history={
+            "frozen": [make_epoch(1, 0.2), make_epoch(2, 0.4)],
+            "unfrozen": [make_epoch(1, 0.7), make_epoch(2, 0.6)],
+        },
+        masking=[
+            MaskingSample(caption=f"sample {i}", before=make_photo(i), after=make_photo(i + 500))
+            for i in range(num_masked)
+        ],
+        mistakes=[
+            Mistake(photo=make_photo(i + 100), key=f"a/{i}.jpg", label="right", predicted="off", confidence=0.9)
+            for i in range(num_mistakes)
+        ],
+        quarantined={"truncated": 3, "too_small": 11},
+    )
+
+
+def visible_text(html: str) -> str:
+    """The words of a piece of HTML; breaks become single spaces, non-breaking spaces stay."""
+    return re.sub(r"[ \n]+", " ", re.sub(r"<[^>]+>", " ", html))
+
+
+def section(page: str, name: str) -> str:
+    found = re.search(rf'<section id="{name}".*?</section>', page, re.S)
+    assert found, f"no section {name}"
+    return found.group()
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_every_section_is_there_and_linked_from_the_top(name):
+    page = render(make_report())
+    assert f'<section id="{name}"' in page
+    assert f'href="#{name}"' in page
+
+
+def test_headline_shows_accuracy_with_its_interval():
+    report = make_report()
+    low, high = report.metrics["accuracy_interval"]
+    text = visible_text(section(render(report), "summary"))
+    for value in (report.metrics["accuracy"], low, high, report.metrics["top5_accuracy"]):
+        assert f"{value * 100:.1f}\u00a0%" in text
+
+
+def test_facts_are_shown_in_their_order():
+    assert re.search(r"Run exp_001 Seed 17", visible_text(render(make_report())))
+
+
+def test_nothing_is_fetched_from_outside():
+    page = render(make_report(num_classes=30))
+    sources = re.findall(r'(?:src|href|action|srcset|poster)="([^"]*)"|url\(([^)]*)\)|@import', page)
+    assert sources
+    assert all(link.startswith(("data:", "#")) for link, _ in sources)
+
+
+def test_text_from_data_is_escaped_wherever_it_appears():
+    evil = "<img src=x onerror=alert(1)>\"/'&"
+    report = make_report(num_classes=30)
+    report.title = evil
+    report.facts = [(evil, evil)]
+    report.class_names[0] = evil
+    report.metrics["per_class"][0]["name"] = evil
+    report.metrics["most_confused_pairs"][0] |= {"label": evil, "predicted": evil}
+    report.history = {evil: [make_epoch(1, 0.5)]}
+    report.masking[0].caption = evil
+    report.mistakes[0] = Mistake(photo=make_photo(), key=evil, label=evil, predicted=evil, confidence=0.5)
+    report.quarantined = {evil: 1}
+    page = render(report)
+    assert "<img src=x" not in page
+    assert page.count("&lt;img src=x onerror=alert(1)&gt;") > 12
+
+
+def test_content_policy_names_the_page_script_and_nothing_else():
+    page = render(make_report())
+    assert re.search(r"default-src 'none'; img-src data:;.* script-src 'sha256-[A-Za-z0-9+/]{43}='", page)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "empty", "sentence"),
+    [
+        ("curves", "history", {}, "No training history"),
+        ("curves", "history", {"frozen": []}, "No training history"),
+        ("masking", "masking", [], "no masking samples"),
+        ("mistakes", "mistakes", [], "No mistakes to show"),
+        ("data", "quarantined", {}, "No photo of the dataset was quarantined"),
+    ],
+)
+def test_an_empty_section_says_so(name, field, empty, sentence):
+    report = make_report()
+    setattr(report, field, empty)
+    assert sentence in section(render(report), name)
+
+
+def test_few_classes_are_a_table_of_counts():
+    report = make_report(num_classes=4)
+    cells = re.findall(r'<td class="(?:right|wrong)[^>]*>(\d+)</td>', section(render(report), "confusion"))
+    assert [int(cell) for cell in cells] == [count for count in report.confusion.flatten() if count]
+
+
+def test_many_classes_are_a_picture():
+    page = section(render(make_report(num_classes=25)), "confusion")
+    assert "data:image/png;base64," in page
+    assert "<td" not in page
+
+
+def test_every_class_is_listed_weakest_first_and_those_without_photos_last():
+    report = make_report(num_classes=196, num_photos=120)
+    names = re.findall(r'<th scope="row">(Maker [^<]*)</th>', section(render(report), "classes"))
+    by_name = {row["name"]: row for row in report.metrics["per_class"]}
+    listed = [by_name[name] for name in names]
+    with_photos = [row["f1"] for row in listed if row["support"]]
+    assert len(names) == 196
+    assert with_photos == sorted(with_photos)
+    assert all(row["support"] == 0 for row in listed[len(with_photos) :])
+
+
+def test_a_full_report_of_196_classes_stays_below_three_megabytes():
+    page = render(make_report(num_classes=196, num_photos=1059, num_mistakes=24, num_masked=12))
+    photo_bytes = 48 * len(make_photo())
+    assert photo_bytes > 48 * 15_000
+    assert len(page.encode()) < 3_000_000
+
+
+def test_the_same_report_renders_to_the_same_bytes():
+    assert render(make_report()) == render(make_report())
+
+
+def test_best_epoch_is_the_earliest_of_the_highest_validation_accuracies():
+    history = {"frozen": [make_epoch(1, 0.7)], "unfrozen": [make_epoch(1, 0.9), make_epoch(2, 0.9)]}
+    assert best_epoch(history) == (1, "unfrozen", make_epoch(1, 0.9))
+
+
+def test_a_diverged_run_is_drawn_with_gaps_and_named():
+    report = make_report()
+    report.history = {"frozen": [make_epoch(1, float("nan"), loss=float("nan"))]}
+    page = section(render(report), "curves")
+    assert "training diverged" in page
+    assert 'points="nan' not in page
+    assert '="nan' not in page
+
+
+def test_a_gap_splits_a_curve_in_two():
+    history = {"frozen": [make_epoch(i, value) for i, value in enumerate([0.1, 0.2, np.inf, 0.3, 0.4])]}
+    svg = ET.fromstring(curve_chart(history, "accuracy", percent=True))
+    assert len(svg.findall("polyline[@class='curve val']")) == 2
+
+
+def test_a_chart_marks_the_boundary_between_stages_and_names_them():
+    svg = ET.fromstring(curve_chart(make_report().history, "loss", percent=False))
+    assert len(svg.findall("line[@class='boundary']")) == 1
+    assert [text.text for text in svg.findall("text[@class='stage middle']")] == ["frozen", "unfrozen"]
+
+
+def test_a_single_epoch_is_drawn_as_dots():
+    svg = ET.fromstring(curve_chart({"frozen": [make_epoch(1, 0.5)]}, "accuracy", percent=True))
+    assert len(svg.findall("circle")) == 3  # training, validation, best
+
+
+def test_heat_map_survives_a_class_without_photos():
+    confusion = np.zeros((30, 30), np.int64)
+    confusion[0, 0] = 4
+    assert ET.fromstring(heat_map(confusion, [str(i) for i in range(30)])).find("image") is not None
+
+
+@pytest.mark.parametrize(
+    ("highest", "ticks"),
+    [
+        (1.0, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (0.93, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (5.3, [0, 2, 4, 6]),
+        (0.011, [0, 0.0025, 0.005, 0.0075, 0.01, 0.0125]),
+        (0, [0, 1]),
+    ],
+)
+def test_axis_ticks_are_round_and_reach_the_highest_value(highest, ticks):
+    assert nice_ticks(highest) == pytest.approx(ticks)
+
+
+def test_a_photo_that_is_no_jpeg_is_our_mistake():
+    report = make_report()
+    report.mistakes[0].photo = b"\x89PNG\r\n"
+    with pytest.raises(AssertionError, match="not a JPEG"):
+        render(report)
+
+
+def test_class_names_that_do_not_fit_the_confusion_are_our_mistake():
+    report = make_report()
+    with pytest.raises(AssertionError):
+        Report(**{name: getattr(report, name) for name in Report.__slots__} | {"class_names": ["one"]})

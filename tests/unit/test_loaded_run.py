@@ -1,0 +1,91 @@
+"""A run in a notebook: two lines, and it classifies as the evaluation does."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import carclass
+from carclass.config.schema import ModelSettings, TrainSettings
+from carclass.data import dataset
+from carclass.errors import UserError
+from carclass.models import preprocessing, resnet
+from carclass.runs.metrics_log import MetricsLog
+from carclass.runs.run import Run, begin_run
+from carclass.runs.saved_model import publish_model
+
+HOUSE = Path(__file__).parents[2]
+CLASSES = ["one", "two", "three"]
+MODEL = ModelSettings(architecture="resnet26-narrow", image_size=64)
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> Run:
+    """A run with no stage finished yet."""
+    settings = TrainSettings(name="first", parent="sample", model=MODEL, unfrozen=None)
+    source = dataset.Dataset(str(tmp_path / "datasets" / "v2"), {"classes": CLASSES})
+    return begin_run(Run(str(tmp_path), settings), source, "0" * 64)
+
+
+@pytest.fixture
+def finished(begun: Run) -> tuple[Run, torch.nn.Module]:
+    torch.manual_seed(3)
+    net = resnet.build(MODEL, len(CLASSES)).eval()
+    facts = {"model": MODEL.model_dump(), "classes": CLASSES, "precision": "fp32"}
+    publish_model(begun.best("frozen"), net, facts)
+    return begun, net
+
+
+def test_the_model_takes_photos_and_gives_the_networks_logits(finished: tuple[Run, torch.nn.Module]):
+    run, net = finished
+    loaded = carclass.load_run(run.uri)
+    photos = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    with torch.inference_mode():
+        assert torch.allclose(loaded.model(photos), net(preprocessing.normalise(photos)), atol=1e-4)
+    assert not loaded.model.training
+    assert loaded.classes == CLASSES
+
+
+def test_what_is_known_of_the_run_comes_along(finished: tuple[Run, torch.nn.Module]):
+    run, _ = finished
+    MetricsLog(run, "frozen", 0).add({"epoch": 1, "time": 0.0, "val_accuracy": 0.5}, [])
+    loaded = carclass.load_run(Path(run.uri))
+    assert loaded.settings == run.settings
+    assert loaded.lineage["parent_sha256"] == "0" * 64
+    assert [row["val_accuracy"] for row in loaded.metrics] == [0.5]
+
+
+def test_predictions_are_there_when_the_run_was_evaluated(finished: tuple[Run, torch.nn.Module]):
+    run, _ = finished
+    assert carclass.load_run(run.uri).predictions is None
+    table = pa.table({"key": ["a"], "label": ["one"]})
+    Path(run.uri, "report").mkdir()
+    pq.write_table(table, Path(run.uri, "report", "predictions.parquet"))
+    assert carclass.load_run(run.uri).predictions == table
+
+
+def test_a_relative_place_and_a_copied_folder_will_do(
+    finished: tuple[Run, torch.nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    Path(finished[0].uri).rename(tmp_path / "copy")
+    monkeypatch.chdir(tmp_path)
+    assert carclass.load_run("copy/").settings.name == "first"
+
+
+def test_a_place_without_a_run_is_the_users_error(tmp_path: Path):
+    with pytest.raises(UserError, match=r"is no run: it has no config\.yml"):
+        carclass.load_run(tmp_path / "experiments" / "none")
+
+
+def test_a_run_that_is_not_finished_is_the_users_error(begun: Run):
+    with pytest.raises(UserError, match="has not finished this stage"):
+        carclass.load_run(begun.uri)
+
+
+def test_importing_the_package_imports_nothing_else():
+    code = "import sys, carclass; sys.exit(any(name in sys.modules for name in ('torch', 'pyarrow', 'ray', 'numpy')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=HOUSE, check=False).returncode == 0

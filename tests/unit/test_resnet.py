@@ -1,0 +1,94 @@
+"""The network: torchvision's ResNet under other hands."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models.resnet import Bottleneck, ResNet
+
+from carclass.config.schema import ModelSettings
+from carclass.models import resnet
+
+SETTINGS = ModelSettings(architecture="resnet26-narrow", image_size=64, dropout=0)
+
+
+class PlainNarrowResNet(ResNet):
+    """The narrow network of torchvision's own parts."""
+
+    def _make_layer(self, block: type, planes: int, *args: int, **kwargs: object) -> nn.Sequential:
+        return super()._make_layer(block, planes // 4, *args, **kwargs)
+
+
+@pytest.fixture
+def nets() -> tuple[ResNet, ResNet]:
+    """Ours and torchvision's with the same weights and statistics, none of them 0 or 1."""
+    torch.manual_seed(0)
+    ours, theirs = resnet.build(SETTINGS, 7), PlainNarrowResNet(Bottleneck, [2, 2, 2, 2])
+    theirs.fc = nn.Sequential(nn.Dropout(0), nn.Linear(512, 7))
+    for module in ours.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor, low, high in (
+                (module.weight, 0.2, 0.6),
+                (module.bias, -0.3, 0.3),
+                (module.running_mean, -0.3, 0.3),
+                (module.running_var, 0.5, 2),
+            ):
+                nn.init.uniform_(tensor, low, high)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+def photos() -> Tensor:
+    return torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+def gradients(net: ResNet) -> dict[str, Tensor]:
+    net.zero_grad()
+    (net(photos()) * torch.arange(7)).sum().backward()
+    return {name: parameter.grad for name, parameter in net.named_parameters() if parameter.grad is not None}
+
+
+def test_it_says_what_torchvisions_says(nets: tuple[ResNet, ResNet]):
+    ours, theirs = (net.eval()(photos()) for net in nets)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_frozen_statistics_give_the_gradients_of_torchvisions(nets: tuple[ResNet, ResNet]):
+    for net in nets:
+        resnet.set_train_mode(net)
+    ours, theirs = gradients(nets[0]), gradients(nets[1])
+    assert ours.keys() == dict(nets[0].named_parameters()).keys()
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, theirs[name], rtol=1e-3, atol=1e-4 * float(theirs[name].abs().max()))
+
+
+def test_statistics_that_are_learnt_are_learnt_as_torchvisions(nets: tuple[ResNet, ResNet]):
+    ours, theirs = (net.train()(photos()) for net in nets)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    for name, buffer in nets[0].named_buffers():
+        torch.testing.assert_close(buffer, nets[1].get_buffer(name), rtol=1e-3, atol=1e-4)
+
+
+def test_frozen_statistics_stay(nets: tuple[ResNet, ResNet]):
+    before = {name: buffer.clone() for name, buffer in nets[0].named_buffers()}
+    resnet.set_train_mode(nets[0])
+    nets[0](photos())
+    assert all((buffer == before[name]).all() for name, buffer in nets[0].named_buffers())
+
+
+def test_features_in_bf16_are_those_of_fp32_up_to_rounding(nets: tuple[ResNet, ResNet]):
+    nets[1].fc = nn.Identity()
+    exact = nets[1].eval()(photos()).detach()
+    with torch.inference_mode(), resnet.autocast("bf16", torch.device("cpu")):
+        rounded = nets[0].eval().features(photos()).float()
+    assert float((rounded - exact).norm() / exact.norm()) < 0.01
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_fold_is_convolution_then_norm(bias: bool):
+    torch.manual_seed(0)
+    conv, norm = nn.Conv2d(3, 5, 3, bias=bias), nn.BatchNorm2d(5).eval()
+    for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+        nn.init.uniform_(tensor, 0.3, 1.5)
+    weight, shift = resnet.fold(conv, norm)
+    x = torch.randn(2, 3, 9, 9)
+    torch.testing.assert_close(nn.functional.conv2d(x, weight, shift), norm(conv(x)), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,262 @@
+"""Settings: what is wrong is named by its key, paths don't depend on where one stands, every setting is explained."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from carclass.config import cli, yaml_file
+from carclass.config.schema import Config, FrozenSettings, MaskSettings, TrainSettings
+from carclass.config.section import CommandLineText, validate
+from carclass.errors import UserError
+
+EXPERIMENTS = sorted((Path(__file__).parents[2] / "jobs" / "experiments").glob("*.yml"))
+BASE = Path("/base")
+
+
+def config_of(**values: Any) -> Any:
+    return validate({"root": "results", **values}, Config, source="test.yml", base=BASE)
+
+
+def file_with(folder: Path, text: str) -> Path:
+    path = folder / "config.yml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+# Keys
+
+
+def test_an_unknown_key_is_named_with_its_path_and_the_nearest_setting():
+    with pytest.raises(UserError, match=r"`mask.detector.weigths` is not a setting; did you mean `weights`\?"):
+        config_of(mask={"detector": {"weigths": "zoo"}})
+
+
+def test_an_unknown_key_in_an_optional_section_is_named_too():
+    with pytest.raises(UserError, match=r"`train.unfrozen.epoch` is not a setting; did you mean `epochs`\?"):
+        config_of(train={"name": "x", "unfrozen": {"epoch": 3}})
+
+
+def test_an_unknown_key_like_no_other_lists_the_settings_that_there_are():
+    with pytest.raises(UserError, match=r"`mask.cutout.zzz` is not a setting; known here: mode, fill, margin"):
+        config_of(mask={"cutout": {"zzz": 1}})
+
+
+def test_the_error_names_the_source_and_every_wrong_key_at_once():
+    with pytest.raises(UserError) as caught:
+        config_of(ingest={"photos": "p", "quality": 3}, train={"name": "x", "nmae": "y"})
+    assert str(caught.value).startswith("test.yml: ")
+    assert "`ingest.quality`" in str(caught.value)
+    assert "`train.nmae`" in str(caught.value)
+
+
+def test_a_missing_required_setting_is_named():
+    with pytest.raises(UserError, match=r"`train.name`: Field required"):
+        config_of(train={})
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"root": 3}, "root"),
+        ({"train": 3}, "train"),
+        ({"ingest": {"photos": "p", "num_classes": 1}}, "ingest.num_classes"),
+        ({"ingest": {"photos": "p", "num_classes": "many"}}, "ingest.num_classes"),
+        ({"ingest": {"photos": "p", "val_fraction": 1.2}}, "ingest.val_fraction"),
+        ({"ingest": {"photos": "p", "val_fraction": float("nan")}}, "ingest.val_fraction"),
+        ({"ingest": {"photos": "p", "part_rows": 2.5}}, "ingest.part_rows"),
+        ({"ingest": {"photos": "p", "dataset": "a/b"}}, "ingest.dataset"),
+        ({"mask": {"cutout": {"mode": "blur"}}}, "mask.cutout.mode"),
+        ({"mask": {"cutout": {"fill": [1, 2]}}}, "mask.cutout.fill.2"),
+        ({"mask": {"detector": {"weights_sha256": "abc"}}}, "mask.detector.weights_sha256"),
+        ({"train": {"name": ".."}}, "train.name"),
+        ({"train": {"name": "x", "seed": -1}}, "train.seed"),
+        ({"train": {"name": "x", "num_workers": 0}}, "train.num_workers"),
+        ({"train": {"name": "x", "num_workers": 2.5}}, "train.num_workers"),
+        ({"train": {"name": "x", "num_workers": True}}, "train.num_workers"),
+        ({"train": {"name": "x", "num_workers": [4, 1]}}, "train.num_workers"),
+        ({"train": {"name": "x", "num_workers": [1, 2, 3]}}, "train.num_workers"),
+        ({"train": {"name": "x", "checkpoint_steps": 0}}, "train.checkpoint_steps"),
+        ({"train": {"name": "x", "frozen": {"lr": 0}}}, "train.frozen.lr"),
+        ({"train": {"name": "x", "unfrozen": {"optimizer": "lion"}}}, "train.unfrozen.optimizer"),
+        ({"evaluate": {"split": "train"}}, "evaluate.split"),
+    ],
+)
+def test_a_value_of_the_wrong_type_or_range_is_named_by_its_key(values: dict[str, Any], key: str):
+    with pytest.raises(UserError, match=f"`{key}`: "):
+        config_of(**values)
+
+
+def test_the_error_repeats_the_value_given():
+    with pytest.raises(UserError, match=r"`train.num_workers`: .*greater than or equal to 1 \(got 0\)"):
+        config_of(train={"name": "x", "num_workers": 0})
+
+
+@pytest.mark.parametrize(("given", "workers"), [(4, (4, 4)), ([1, 4], (1, 4)), ([2, 2], (2, 2))])
+def test_workers_are_one_number_or_the_fewest_and_the_most(given: Any, workers: tuple[int, int]):
+    assert config_of(train={"name": "x", "num_workers": given}).train.workers == workers
+
+
+def test_a_range_of_workers_survives_the_runs_config_file():
+    settings = TrainSettings(name="x", num_workers=(1, 4))
+    assert TrainSettings.model_validate(settings.model_dump(mode="json")) == settings
+
+
+def test_a_run_without_any_stage_is_refused():
+    with pytest.raises(UserError, match=r"`frozen` and `unfrozen` are both null"):
+        config_of(train={"name": "x", "frozen": None, "unfrozen": None})
+
+
+def test_one_stage_may_be_left_out():
+    assert config_of(train={"name": "x", "unfrozen": None}).train.unfrozen is None
+
+
+def test_settings_cannot_be_changed_after_they_were_checked():
+    with pytest.raises(ValueError, match="frozen"):
+        config_of().root = "elsewhere"
+
+
+# Places
+
+
+def test_a_relative_path_in_a_file_is_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir("/")
+    path = file_with(tmp_path, "root: ../results\ningest: {photos: ./photos}")
+    loaded: Any = cli.load_config(path, {}, Config)
+    assert loaded.root == str(tmp_path.parent / "results")
+    assert loaded.ingest.photos == str(tmp_path / "photos")
+
+
+def test_a_relative_path_on_the_command_line_is_relative_to_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert cli.load_config(file_with(tmp_path, "root: r"), {"root": "mine"}, Config).root == str(
+        tmp_path / "elsewhere/mine"
+    )
+
+
+def test_the_home_directory_is_resolved(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert config_of(root="~/results").root == "/home/someone/results"
+
+
+def test_uris_and_absolute_paths_stay_as_they_are():
+    loaded = config_of(root="s3://bucket/out", ingest={"photos": "/data/photos"})
+    assert (loaded.root, loaded.ingest.photos) == ("s3://bucket/out", "/data/photos")
+
+
+def test_named_weights_and_the_sample_are_no_paths():
+    loaded = config_of(ingest={"photos": "sample"}, train={"name": "x", "parent": "imagenet"})
+    assert (loaded.ingest.photos, loaded.train.parent) == ("sample", "imagenet")
+
+
+def test_a_root_is_always_a_path_even_if_it_is_called_sample():
+    assert config_of(root="sample").root == "/base/sample"
+
+
+@pytest.mark.parametrize("root", ["s3:/bucket/out", "s3://", "s3:///out"])
+def test_a_mistyped_s3_place_is_no_local_folder(root: str):
+    with pytest.raises(UserError, match=r"`root`: a place on S3 is written s3://bucket/prefix"):
+        config_of(root=root)
+
+
+def test_a_path_typed_by_the_user_is_plain_text_once_it_is_checked():
+    assert type(config_of(root=CommandLineText("x")).root) is str
+
+
+# Files and the environment
+
+
+def test_environment_variables_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PLACE", "s3://bucket")
+    assert yaml_file.read(file_with(tmp_path, "root: ${PLACE}/out")) == {"root": "s3://bucket/out"}
+
+
+@pytest.mark.parametrize("value", [None, ""])
+def test_an_unset_or_empty_variable_has_the_default_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str | None
+):
+    monkeypatch.delenv("PLACE", raising=False)
+    if value is not None:
+        monkeypatch.setenv("PLACE", value)
+    assert yaml_file.read(file_with(tmp_path, "root: ${PLACE:-../out}/x")) == {"root": "../out/x"}
+
+
+def test_a_variable_that_is_set_wins_over_its_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PLACE", "here")
+    assert yaml_file.read(file_with(tmp_path, "root: ${PLACE:-there}")) == {"root": "here"}
+
+
+def test_an_unset_variable_without_default_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("NOT_THERE", raising=False)
+    with pytest.raises(UserError, match=r"\$\{NOT_THERE\}, which is not set. Say `export NOT_THERE"):
+        yaml_file.read(file_with(tmp_path, "root: ${NOT_THERE}"))
+
+
+def test_a_missing_file_is_named(tmp_path: Path):
+    with pytest.raises(UserError, match=r"config file .*nothing.yml: No such file"):
+        yaml_file.read(tmp_path / "nothing.yml")
+
+
+def test_a_file_that_is_no_yaml_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match="not valid YAML"):
+        yaml_file.read(file_with(tmp_path, "root: [unclosed"))
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path):
+    (tmp_path / "weights.yml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not text in UTF-8"):
+        yaml_file.read(tmp_path / "weights.yml")
+
+
+@pytest.mark.parametrize("text", ["", "# nothing", "- a list", "a word"])
+def test_a_file_without_settings_is_refused(tmp_path: Path, text: str):
+    with pytest.raises(UserError, match="holds no settings"):
+        yaml_file.read(file_with(tmp_path, text))
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_experiment_file_is_valid(path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("CARCLASS_ROOT", "CARS196", "CARS196_WEIGHTS"):
+        monkeypatch.setenv(name, "/somewhere")
+    assert cli.load_config(path, {}, Config).root == "/somewhere"
+
+
+# Digests
+
+
+def test_a_digest_does_not_depend_on_the_order_of_the_keys():
+    one = MaskSettings.model_validate(
+        {"source": "a", "detector": {"short_side": 320, "classes": {2: "car", 7: "truck"}}}
+    )
+    other = MaskSettings.model_validate(
+        {"detector": {"classes": {7: "truck", 2: "car"}, "short_side": 320}, "source": "a"}
+    )
+    assert one.digest() == other.digest()
+
+
+def test_a_digest_does_not_depend_on_whether_a_default_was_written_down():
+    assert TrainSettings(name="x").digest() == TrainSettings(name="x", num_workers=1).digest()
+
+
+def test_a_digest_does_not_depend_on_how_a_number_was_written():
+    assert config_of(train={"name": "x", "frozen": {"lr": "2e-3"}}).digest() == config_of(train={"name": "x"}).digest()
+
+
+def test_a_digest_changes_with_a_nested_setting():
+    assert TrainSettings(name="x").digest() != TrainSettings(name="x", frozen=FrozenSettings(lr=3e-3)).digest()
+
+
+# Explanations
+
+
+@pytest.mark.parametrize("setting", list(cli.list_settings(Config)), ids=lambda setting: setting[0])
+def test_every_setting_is_explained_in_a_sentence(setting: tuple[str, Any, str, str]):
+    _, _, _, explanation = setting
+    assert len(explanation.split()) >= 3
+    assert explanation.endswith(".")

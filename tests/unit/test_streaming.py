@@ -1,0 +1,52 @@
+"""Which rows are masked, and where they lie."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from carclass.data import dataset, publishing, streaming
+from carclass.data.inventory import Inventory
+from tests.helpers import inventories
+
+PARTS = ("dab", "fce")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> dataset.Dataset:
+    """Two parts; contents sort the other way round than keys."""
+    uri = dataset.dataset_uri(str(tmp_path), "v1")
+    rest = {"label": "a", "split": "train", "width": 1, "height": 1, "image": b"x"}
+    for keys in PARTS:
+        rows = [{"image_id": f"{ord('z') - ord(key)}", "key": key, **rest} for key in keys]
+        publishing.write_part(uri, "parts", pa.Table.from_pylist(rows, dataset.ROW), {})
+    known = {"settings": {}, "classes": ["a", "b"], "facts": {"kind": "photos"}}
+    return publishing.publish_manifest(inventories.draft(uri, "".join(PARTS), **known))
+
+
+def keys_at(source: dataset.Dataset, numbers: list[int]) -> list[str]:
+    found = streaming.places_by_part(source, sorted(numbers))
+    return [key for part, positions in found for key in dataset.take_rows(part, positions, ["key"])["key"].to_pylist()]
+
+
+def test_all_rows_are_found_where_they_lie(source: dataset.Dataset):
+    rows = list(streaming.select_rows(source, None))
+    assert sorted(row.key for row in rows) == sorted("".join(PARTS))
+    assert keys_at(source, [row.number for row in rows]) == [row.key for row in rows]
+
+
+def test_a_limit_takes_the_rows_whose_contents_come_first(source: dataset.Dataset):
+    assert sorted(row.key for row in streaming.select_rows(source, 2)) == ["e", "f"]
+
+
+def test_what_is_written_is_not_looked_for_again(source: dataset.Dataset):
+    with Inventory() as inventory:
+        inventory.add_rows((row.number, row.key) for row in streaming.select_rows(source, None))
+        inventory.add_part("parts/1.parquet", pa.table({"key": ["a", "f", "c", "e"]}))
+        inventory.settle(gone=[])
+        assert sorted(keys_at(source, list(inventory.todo_numbers()))) == ["b", "d"]
+
+
+def test_a_place_is_a_row():
+    table = streaming.spread_places(pa.table({"part": ["x.parquet"], "positions": [[3, 5]]}))
+    assert table.to_pylist() == [{"part": "x.parquet", "position": position} for position in (3, 5)]
