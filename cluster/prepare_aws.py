@@ -21,9 +21,9 @@ from typing import Any
 
 import boto3
 import yaml
+
 from carclass.config import cli
 from carclass.errors import UserError
-
 
 HERE = Path(__file__).parent
 FILLED = Path("build/aws.yaml")

@@ -18,7 +18,6 @@ from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler.node_launch_exception import NodeLaunchException
 from ray.autoscaler.tags import TAG_RAY_USER_NODE_TYPE
 
-
 NO_SPOT = (
     "InsufficientInstanceCapacity",
     "MaxSpotInstanceCountExceeded",

@@ -15,7 +15,6 @@ import time
 import urllib.request
 from datetime import datetime
 
-
 METADATA = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://169.254.169.254").rstrip("/")
 POLL_SECONDS = 5
 """As often as AWS advises."""

@@ -2,6 +2,5 @@
 
 from torch import cuda, utils, version
 
-
 __version__ = "2.13.0"
 __all__ = ["cuda", "utils", "version"]

@@ -1,4 +1,3 @@
 from torch.utils import cpp_extension
 
-
 __all__ = ["cpp_extension"]

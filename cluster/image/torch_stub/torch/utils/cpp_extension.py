@@ -1,7 +1,6 @@
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 
-
 CUDA_HOME = ROCM_HOME = None
 CppExtension = CUDAExtension = Extension
 
