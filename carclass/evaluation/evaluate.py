@@ -38,7 +38,7 @@ def evaluate_run(root: str, settings: EvaluateSettings) -> Evaluation:
     if settings.run is None:
         raise UserError("`evaluate.run` is missing: name the run to judge, e.g. --run sample.")
     this = find_run(root, settings.run)
-    model_uri = this.best(this.stages[-1])
+    model_uri = this.model_uri(this.stages[-1])
     _, facts = read_model(model_uri)
     source = dataset.load_dataset(root, settings.dataset or this.settings.dataset)
     if source.classes != facts["classes"]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 
-from carclass.cluster import connection, resources
+from carclass.cluster import connection
 from carclass.config.schema import TrainSettings
 from carclass.data import dataset
 from carclass.errors import UserError
@@ -21,7 +21,7 @@ from carclass.experiments.tree import Experiment, Tree
 from carclass.ingestion.ingest import ingest_photos
 from carclass.models import resnet
 from carclass.runs.run import MetricsRow, Run, begin_run, find_run
-from carclass.training import feature_cache, preflight
+from carclass.training import feature_cache, placement, preflight
 from carclass.training.photo_store import BlockRefs, PhotoStore
 from carclass.training.train import MALLOC_ENV, TrainResources, check_resources, load_origin, train_stages
 
@@ -179,24 +179,18 @@ def _begin(tree: Tree, one: Experiment, held: dict[tuple[str, int], PhotoStore],
         options |= {"num_gpus": each, "num_cpus": 1} if use_gpu else {"num_cpus": each}
         options |= {} if use_gpu else {"runtime_env": {"env_vars": MALLOC_ENV}}
     task: Any = ray.remote(train_one).options(name=one.name, **options)
-    means = TrainResources(use_gpu, each, here=here, tell=_tell_nobody)
+    means = TrainResources(use_gpu, each, in_process=here, report=_tell_nobody)
     progress.running[task.remote(root, settings, photos.get(), means)] = one
     return None
 
 
 def _check_share(settings: TrainSettings, source: dataset.Dataset, each: float, *, use_gpu: bool) -> None:
     """UserError when a run doesn't fit beside as many others as the cluster has room for."""
-    resource = "GPU" if use_gpu else "CPU"
-    if not use_gpu and not each.is_integer():
-        raise UserError(f"`devices_per_worker` is {each:g}, and only GPUs can be shared: give whole CPUs.")
-    room = resources.count_slots(resource, each)
-    if room < settings.workers[0]:
-        raise UserError(f"`devices_per_worker`: the cluster has no node with {each:g} {resource}(s). Lower it.")
-    memory = resources.memory_bytes(use_gpu)
+    slots = placement.count_slots(settings.workers[0], each, use_gpu=use_gpu)
+    memory = placement.memory_per_run(settings, each, slots, use_gpu=use_gpu)
     if memory is not None:
-        share = int(memory * min(1.0, each)) if use_gpu else memory // room * settings.workers[1]
         net = resnet.build(settings.model, len(source.classes))
-        preflight.check_memory(settings, source, net, share, use_gpu=use_gpu)
+        preflight.check_memory(settings, source, net, memory, use_gpu=use_gpu)
 
 
 def train_one(root: str, settings: TrainSettings, photos: BlockRefs, means: TrainResources) -> str | None:
@@ -204,7 +198,7 @@ def train_one(root: str, settings: TrainSettings, photos: BlockRefs, means: Trai
     try:
         source, parent_sha256 = load_origin(root, settings)
         this = begin_run(Run(root, settings), source, parent_sha256)
-        train_stages(this, source, lambda: photos, means, this.missing)
+        train_stages(this, source, lambda: photos, means, this.unfinished_stages)
     except UserError as error:  # no crash, after which Ray would try again
         return str(error)
     return None

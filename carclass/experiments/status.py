@@ -26,7 +26,7 @@ class RunStatus(NamedTuple):
     @property
     def best(self) -> dict[str, Any] | None:
         """The facts of the last stage's best epoch, once it is published."""
-        uri = f"{self.run.best(self.run.stages[-1])}.json"
+        uri = f"{self.run.model_uri(self.run.stages[-1])}.json"
         return json.loads(storage.read_bytes(uri)) if storage.exists(uri) else None
 
 
@@ -57,7 +57,7 @@ def _standing(root: str, one: Experiment, above: RunStatus | None, digest: str |
         reasons.append(f"{above.run.settings.name} is stale")
     if any(reasons):
         return RunStatus(run, "stale", "; ".join(reason for reason in reasons if reason))
-    return RunStatus(run, "begun" if run.missing else "finished")
+    return RunStatus(run, "begun" if run.unfinished_stages else "finished")
 
 
 def _settings(changed: Sequence[str]) -> str:
@@ -80,7 +80,7 @@ def parent_sha256(root: str, parent: str) -> str | None:
     stage = run.stages[-1]
     if start.epoch == "last":
         epochs = [row["epoch"] for row in run.metrics() if row["stage"] == stage]
-        if run.missing or not epochs:
+        if run.unfinished_stages or not epochs:
             return None
         epoch = max(epochs)
     else:

@@ -58,7 +58,7 @@ def export_run(root: str, name: str) -> str:
     published then.
     """
     this = find_run(root, name)
-    state, facts = read_model(this.best(this.stages[-1]))
+    state, facts = read_model(this.model_uri(this.stages[-1]))
     uri = storage.join(this.uri, "export")
     if _exported_from(uri) == facts["sha256"]:
         log.info("export: %s is finished, nothing to do", uri)

@@ -45,7 +45,7 @@ def load_run(uri: str | os.PathLike[str]) -> LoadedRun:
     # A copied run may lie under another name than the one that its settings say.
     root, folder, name = (place if "://" in place else os.path.abspath(place)).rsplit("/", 2)
     run = Run(root, settings.model_copy(update={"name": name}), folder)
-    state, facts = read_model(run.best(run.stages[-1]))
+    state, facts = read_model(run.model_uri(run.stages[-1]))
     net = resnet.build(ModelSettings.model_validate(facts["model"]), len(facts["classes"]))
     net.load_state_dict(state)
     return LoadedRun(

@@ -57,22 +57,22 @@ class Run:
         """The stages that its settings ask for, in order."""
         return [stage for stage in STAGES if getattr(self.settings, stage) is not None]
 
-    def best(self, stage: str) -> str:
+    def model_uri(self, stage: str) -> str:
         """Where a stage's best model is, without its suffixes."""
         return storage.join(self.uri, stage, "best")
 
     def is_finished(self, stage: str) -> bool:
         """Whether the stage's best model is published."""
-        return storage.exists(f"{self.best(stage)}.json")
+        return storage.exists(f"{self.model_uri(stage)}.json")
 
     @property
-    def missing(self) -> list[StageName]:
+    def unfinished_stages(self) -> list[StageName]:
         """The stages that are not finished."""
         return [stage for stage in self.stages if not self.is_finished(stage)]
 
     def best_val_accuracy(self, stage: str) -> float:
         """Of the stage's best epoch, once it is finished."""
-        return float(json.loads(storage.read_bytes(f"{self.best(stage)}.json"))["val_accuracy"])
+        return float(json.loads(storage.read_bytes(f"{self.model_uri(stage)}.json"))["val_accuracy"])
 
     def lineage(self) -> dict[str, Any]:
         """What the run comes from."""
@@ -133,7 +133,7 @@ def adopt_stage(run: Run, other: Run, stage: str) -> None:
     rows = [row for row in other.metrics() if row["stage"] == stage]
     storage.write_bytes(storage.join(run.uri, "metrics.jsonl"), to_json_lines(rows))
     for suffix in (".safetensors", ".json"):  # the latter makes the stage finished
-        storage.write_bytes(f"{run.best(stage)}{suffix}", storage.read_bytes(f"{other.best(stage)}{suffix}"))
+        storage.write_bytes(f"{run.model_uri(stage)}{suffix}", storage.read_bytes(f"{other.model_uri(stage)}{suffix}"))
 
 
 def find_run(root: str, name: str) -> Run:

@@ -40,9 +40,9 @@ class TrainResources(NamedTuple):
     """What a run is trained with."""
 
     use_gpu: bool
-    devices: float | None = None  # GPUs, or CPUs, of each worker; None: one GPU, or as many CPUs as there is room for
-    here: bool = False  # by the only worker, in this process and without Ray Train
-    tell: Callable[[dict[str, float]], None] | None = (
+    devices_per_worker: float | None = None  # GPUs, or CPUs, of each worker; None: one GPU, or as many CPUs as there is room for
+    in_process: bool = False  # by the only worker, in this process and without Ray Train
+    report: Callable[[dict[str, float]], None] | None = (
         None  # of the last stage's epochs but its very last; called by every worker
     )
     callbacks: Sequence[Any] = ()  # of Ray Train
@@ -52,7 +52,7 @@ def train_run(root: str, settings: TrainSettings) -> Run:
     """Trains `<root>/experiments/<name>`, or what is missing of it. UserError for wrong settings, data or weights."""
     source, parent_sha256 = load_origin(root, settings)
     this = Run(root, settings)
-    missing = this.missing
+    missing = this.unfinished_stages
     # Checked before anything is written: a run that is refused can be begun with other settings.
     use_gpu = check_resources(root, settings, source) if missing else False
     this = begin_run(this, source, parent_sha256)
@@ -94,7 +94,7 @@ def train_stages(
 ) -> None:
     """Trains stages of a run that has begun, and publishes them. photos: asked for when they are needed."""
     for stage in stages:
-        job = StageJob(this, stage, source.classes, source.digest, {}, 1, means.tell)
+        job = StageJob(this, stage, source.classes, source.digest, {}, 1, means.report)
         _fit_stage(job, photos, means)
         _publish(job)
 
@@ -105,13 +105,13 @@ def _fit_stage(job: StageJob, photos: Callable[[], BlockRefs], means: TrainResou
     newest = checkpoint.newest_valid(uri)
     while True:
         num_threads = (
-            1 if means.use_gpu else int(means.devices or resources.cpus_per_worker(job.run.settings.workers[1]))
+            1 if means.use_gpu else int(means.devices_per_worker or resources.cpus_per_worker(job.run.settings.workers[1]))
         )
         is_cached = job.stage == "frozen" and storage.exists(feature_cache.cache_uri(job.run, job.digest))
         job = job._replace(blocks={} if is_cached else photos(), num_threads=num_threads)
         before, error = newest, None
         try:
-            if train_stage(job, SINGLE_WORKER[means.use_gpu]) if means.here else _run_workers(job, means):
+            if train_stage(job, SINGLE_WORKER[means.use_gpu]) if means.in_process else _run_workers(job, means):
                 return
         except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as failure:
             error = failure
@@ -134,7 +134,7 @@ def _run_workers(job: StageJob, means: TrainResources) -> bool:
         scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]  # mypy sees Train V1's
             num_workers=most if fewest == most else (fewest, most),  # type: ignore[arg-type]
             use_gpu=means.use_gpu,
-            resources_per_worker={"GPU": means.devices or 1} if means.use_gpu else {"CPU": job.num_threads},
+            resources_per_worker={"GPU": means.devices_per_worker or 1} if means.use_gpu else {"CPU": job.num_threads},
             label_selector=resources.node_selector(resources.TRAIN) if means.use_gpu else None,
         ),
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]  # mypy sees Train V1's
@@ -164,4 +164,4 @@ def _publish(job: StageJob) -> None:
         "model": settings.model.model_dump(),
         "precision": settings.precision,
     }
-    publish_model(job.run.best(job.stage), net, facts)
+    publish_model(job.run.model_uri(job.stage), net, facts)

@@ -32,7 +32,7 @@ class StageJob(NamedTuple):
     digest: str  # of the dataset
     blocks: BlockRefs  # none where features are cached
     num_threads: int
-    tell: Callable[[dict[str, float]], None] | None = None
+    report: Callable[[dict[str, float]], None] | None = None
 
 
 def initial_network(job: StageJob) -> resnet.FoldedResNet:
@@ -41,7 +41,7 @@ def initial_network(job: StageJob) -> resnet.FoldedResNet:
     torch.manual_seed(settings.seed)  # the classifier's first weights, the same on every worker
     net = resnet.build(settings.model, len(job.classes))
     if job.stage == "unfrozen" and settings.frozen is not None:
-        net.load_state_dict(read_model(job.run.best("frozen"))[0])
+        net.load_state_dict(read_model(job.run.model_uri("frozen"))[0])
     else:
         pretrained.load_pretrained(net, job.run.root, settings, job.classes)
     return net
@@ -137,13 +137,13 @@ def _train(
     )
     if seat.rank > 0:
         return loop.train_epochs(trainee, batches, state, told)
-    keeper = CheckpointWriter(job.run, job.stage, trainee.trained, state, quiet=job.tell is not None)
+    keeper = CheckpointWriter(job.run, job.stage, trainee.trained, state, quiet=job.report is not None)
 
     def finish(state: loop.TrainState, finished: loop.EpochResult) -> None:
         keeper.finish(state, finished)
         if job.run.folder == "experiments":  # a sweep tells of its trials itself
             telemetry.epoch_finished(job.run.settings.name, job.stage, finished.metrics)
-        if job.tell is not None:
+        if job.report is not None:
             keeper.wait_for_metrics()  # whoever is told may end this process at once
             told.finish(state, finished)
 
@@ -155,7 +155,7 @@ def _train(
 
 def _report_epoch(job: StageJob, state: loop.TrainState, finished: loop.EpochResult) -> None:
     """Tells of an epoch. Whoever is told may end the stage, so its last epoch is told once the stage is published."""
-    if job.tell is None or job.stage != job.run.stages[-1]:
+    if job.report is None or job.stage != job.run.stages[-1]:
         return
     if not loop.is_done(getattr(job.run.settings, job.stage), state):
-        job.tell(finished.metrics)
+        job.report(finished.metrics)

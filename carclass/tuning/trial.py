@@ -56,19 +56,19 @@ def _train(trial: Trial, shared: SweepContext) -> None:
     if trial.is_over:
         ray.tune.report({**rows[-1], LAST: trial.state == "complete"})
         return
-    if rows and this.missing:
+    if rows and this.unfinished_stages:
         ray.tune.report(rows[-1])
     source, parent_sha256 = load_origin(shared.space.root, this.settings)
     if shared.memory is not None:
         net = resnet.build(this.settings.model, len(source.classes))
         preflight.check_memory(this.settings, source, net, shared.memory, use_gpu=shared.means.use_gpu)
     begin_run(this, source, parent_sha256)
-    if this.missing == ["frozen", "unfrozen"] and _same_frozen(this.settings, shared.first.settings):
+    if this.unfinished_stages == ["frozen", "unfrozen"] and _same_frozen(this.settings, shared.first.settings):
         adopt_stage(this, shared.first, "frozen")
-    means = shared.means._replace(tell=ray.tune.report)
-    if not means.here:
-        means = means._replace(tell=ray.train.report, callbacks=(TuneReportCallback(),))
-    train_stages(this, source, lambda: shared.photos[this.settings.dataset], means, this.missing)
+    means = shared.means._replace(report=ray.tune.report)
+    if not means.in_process:
+        means = means._replace(report=ray.train.report, callbacks=(TuneReportCallback(),))
+    train_stages(this, source, lambda: shared.photos[this.settings.dataset], means, this.unfinished_stages)
     ray.tune.report({**this.metrics()[-1], LAST: True})
 
 

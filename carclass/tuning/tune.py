@@ -17,12 +17,11 @@ from ray.tune import schedulers, search
 from ray.tune.trainable.function_trainable import wrap_function
 
 from carclass import storage
-from carclass.cluster import resources
 from carclass.cluster.telemetry import trial_accuracy
 from carclass.data import dataset
 from carclass.errors import UserError
 from carclass.runs.run import begin_run
-from carclass.training import checkpoint, feature_cache
+from carclass.training import checkpoint, feature_cache, placement
 from carclass.training.photo_store import PhotoStore
 from carclass.training.train import TrainResources, check_resources, load_origin, train_stages
 from carclass.tuning import sampler, trial_records
@@ -64,7 +63,8 @@ def _prepare(space: Space, book: TrialRecords) -> SweepContext:
     settings = space.settings(space.defaults, "trial-0", space.base.seed)
     source, parent_sha256 = load_origin(space.root, settings)
     use_gpu = check_resources(space.root, settings, source)
-    at_once = _concurrent_trials(space, use_gpu)
+    each, limit = space.search.devices_per_worker, space.search.max_concurrent_trials
+    at_once = placement.count_concurrent_runs(space.base, each, limit, use_gpu=use_gpu)
     sources = {name: dataset.load_dataset(space.root, name) for name in _datasets(space)}
     decoded = all(one.key != "train.model.image_size" for one in space.dimensions)
     held = {name: PhotoStore(settings, one, decoded=decoded) for name, one in sources.items()}
@@ -72,37 +72,21 @@ def _prepare(space: Space, book: TrialRecords) -> SweepContext:
     if 0 not in book.found:
         book.put(Trial(number=0, values=space.defaults, seed=settings.seed, **_devices(space, use_gpu)))
     first = begin_run(trial_records.trial_run(space, book.found[0]), source, parent_sha256)
-    if "frozen" in first.missing:
+    if "frozen" in first.unfinished_stages:
         log.info("tune: the frozen stage of the experiment as it stands, which trials share")
         train_stages(first, source, held[settings.dataset].get, TrainResources(use_gpu), ["frozen"])
     photos = {name: one.get() for name, one in held.items()} if _need_photos(space) else {}
-    memory = resources.memory_bytes(use_gpu)
-    if memory is not None:
-        memory = int(memory * min(1.0, space.search.devices_per_worker)) if use_gpu else memory // at_once
-    means = TrainResources(use_gpu, space.search.devices_per_worker, here=space.base.workers == (1, 1))
+    memory = placement.memory_per_run(space.base, each, at_once * space.base.workers[1], use_gpu=use_gpu)
+    means = TrainResources(use_gpu, each, in_process=space.base.workers == (1, 1))
     return SweepContext(space, first, photos, means, memory, at_once)
 
 
 def _devices(space: Space, use_gpu: bool) -> dict[str, Any]:
     """What a trial's record says of what it is trained on."""
     return {
-        "device": "GPU" if use_gpu else "CPU",
+        "device": placement.device_name(use_gpu),
         "devices": space.base.workers[1] * space.search.devices_per_worker,
     }
-
-
-def _concurrent_trials(space: Space, use_gpu: bool) -> int:
-    """How many trials the cluster has room for, or as many as are asked for. UserError when it has room for none."""
-    resource, each, workers = "GPU" if use_gpu else "CPU", space.search.devices_per_worker, space.base.workers[1]
-    if not use_gpu and not each.is_integer():
-        raise UserError(f"`devices_per_worker` is {each:g}, and only GPUs can be shared: give whole CPUs.")
-    room = resources.count_slots(resource, each) // workers
-    if room == 0:
-        raise UserError(
-            f"`devices_per_worker`: a trial needs {workers} worker(s) of {each:g} {resource}(s), and the cluster has "
-            "room for none. Lower it, lower `train.num_workers` of the experiment, or add nodes."
-        )
-    return min(room, space.search.max_concurrent_trials or room)
 
 
 def _datasets(space: Space) -> list[str]:
@@ -164,8 +148,8 @@ def _fit(
 ) -> None:
     """Runs trials of these numbers by Ray Tune. SystemExit when the user ends it before they are over."""
     space, means = shared.space, shared.means
-    devices = {"GPU" if means.use_gpu else "CPU": space.search.devices_per_worker}
-    if not means.here:  # Ray Train's workers have them; a byte, since Ray Tune wants to reserve something
+    devices = {placement.device_name(means.use_gpu): space.search.devices_per_worker}
+    if not means.in_process:  # Ray Train's workers have them; a byte, since Ray Tune wants to reserve something
         devices = {"memory": 1}
     short = space.stage == "frozen"
     filesystem, path = storage.locate(trial_records.sweep_uri(space.root, space.search.name))

@@ -200,7 +200,7 @@ def test_going_on_with_a_sweep_that_never_began_is_refused(root: str, swept: res
 
 
 def test_more_than_the_cluster_has_is_refused(root: str, tmp_path: Path):
-    with pytest.raises(UserError, match=r"`devices_per_worker`.*room for none"):
+    with pytest.raises(UserError, match=r"`devices_per_worker`.*room for 0"):
         run_sweep(load(root, tmp_path, "large", LR, devices_per_worker=64))
 
 

@@ -1,0 +1,48 @@
+"""Placement of runs that share a cluster: devices per worker, number of concurrent runs, memory of each run."""
+
+from carclass.cluster import resources
+from carclass.config.schema import TrainSettings
+from carclass.errors import UserError
+
+
+def device_name(use_gpu: bool) -> str:
+    """Return Ray's name of the resource that a worker trains on."""
+    return "GPU" if use_gpu else "CPU"
+
+
+def count_slots(num_workers: int, devices_per_worker: float, *, use_gpu: bool) -> int:
+    """Return how many workers fit on the cluster at once.
+
+    Raise UserError if there is no room for a run of num_workers, or if a worker would get a fraction of a CPU.
+    """
+    device = device_name(use_gpu)
+    if not use_gpu and not float(devices_per_worker).is_integer():
+        raise UserError(f"`devices_per_worker` is {devices_per_worker:g}: only GPUs can be shared, give whole CPUs.")
+    slots = resources.count_slots(device, devices_per_worker)
+    if slots < num_workers:
+        raise UserError(
+            f"`devices_per_worker`: a run needs {num_workers} worker(s) of {devices_per_worker:g} {device}(s), the "
+            f"cluster has room for {slots}. Lower it, lower `train.num_workers` of the experiment, or add nodes."
+        )
+    return slots
+
+
+def count_concurrent_runs(
+    settings: TrainSettings, devices_per_worker: float, max_runs: int | None, *, use_gpu: bool
+) -> int:
+    """Return how many runs of the same settings fit on the cluster at once, at most max_runs. Errors: count_slots."""
+    _, num_workers = settings.workers
+    room = count_slots(num_workers, devices_per_worker, use_gpu=use_gpu) // num_workers
+    return min(room, max_runs or room)
+
+
+def memory_per_run(settings: TrainSettings, devices_per_worker: float, num_slots: int, *, use_gpu: bool) -> int | None:
+    """Return the bytes a run can use, as preflight.check_memory counts them; None if the size of a GPU is unknown.
+
+    On GPUs a worker's share of its GPU, on CPUs the share of all nodes' memory of the run's workers. num_slots: number
+    of workers that all concurrent runs have together.
+    """
+    memory = resources.memory_bytes(use_gpu)
+    if memory is None:
+        return None
+    return int(memory * min(1.0, devices_per_worker)) if use_gpu else memory // num_slots * settings.workers[1]
