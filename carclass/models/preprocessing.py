@@ -1,4 +1,4 @@
-"""The one way from encoded photos to a network's input."""
+"""Preprocessing from encoded photos to the network's input, the same in training, evaluation, prediction and export."""
 
 from collections.abc import Sequence
 
@@ -8,34 +8,33 @@ from torch import Tensor
 
 from carclass.data import photo
 
-
-def upload(array: np.ndarray, device: torch.device) -> Tensor:
-    """An array on a device. To a GPU it goes from pinned memory, for which nobody waits until the GPU gets to it."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """ImageNet's channel statistics, RGB in 0..1: the input scale of all weights used here."""
 
 
-def normalise(photos: Tensor) -> Tensor:
-    """(N,3,H,W) uint8 or float 0..255 RGB → float, ImageNet's mean 0 and deviation 1."""
-    mean = torch.tensor(MEAN, device=photos.device).view(3, 1, 1) * 255
-    std = torch.tensor(STD, device=photos.device).view(3, 1, 1) * 255
-    return (photos.float() - mean) / std
-
-
 def decode_photos(images: Sequence[bytes], size: int) -> np.ndarray:
-    """Encoded photos as the classifier sees them, in training and in evaluation alike: uint8 (N,size,size,3)."""
+    """Decode photos and resize them to squares: uint8 (N,size,size,3) RGB."""
     return np.stack([photo.resize(photo.decode(data, min_side=1), size, size) for data in images])
 
 
 def to_network_input(pixels: np.ndarray, device: torch.device) -> Tensor:
-    """uint8 (N,S,S,3) → normalised float (N,3,S,S) in channels_last on the device."""
-    return normalise(upload_photos(pixels, device))
+    """Convert uint8 (N,S,S,3) to normalised float (N,3,S,S) in channels_last on the device."""
+    return normalise(photos_to_device(pixels, device))
 
 
-def upload_photos(pixels: np.ndarray, device: torch.device) -> Tensor:
-    """uint8 (N,S,S,3) → uint8 (N,3,S,S): a quarter of the bytes that floats would take travel."""
-    return upload(pixels, device).permute(0, 3, 1, 2)
+def photos_to_device(pixels: np.ndarray, device: torch.device) -> Tensor:
+    """Copy uint8 (N,S,S,3) to the device as uint8 (N,3,S,S): a quarter of the bytes of floats."""
+    return to_device(pixels, device).permute(0, 3, 1, 2)
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """Copy an array to a device; to a GPU asynchronously, from pinned memory."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def normalise(photos: Tensor) -> Tensor:
+    """Normalise (N,3,H,W) RGB, uint8 or float 0..255, to float with ImageNet's mean 0 and standard deviation 1."""
+    mean = torch.tensor(MEAN, device=photos.device).view(3, 1, 1) * 255
+    std = torch.tensor(STD, device=photos.device).view(3, 1, 1) * 255
+    return (photos.float() - mean) / std

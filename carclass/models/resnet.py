@@ -1,4 +1,4 @@
-"""ResNet50 as the original used it: what it is made of, and what of it trains in a stage."""
+"""ResNet50 with a dropout and linear head, its frozen BatchNorm, and the trainable parameters of each stage."""
 
 from typing import Any, Literal
 
@@ -17,10 +17,10 @@ Precision = Literal["bf16", "fp32"]
 
 
 class FoldedBottleneck(Bottleneck):
-    """torchvision's block, whose BatchNorms with frozen statistics are part of the convolutions."""
+    """torchvision's Bottleneck with frozen BatchNorm folded into the convolutions."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N,C,H,W) → (N,C',H',W'), as torchvision's."""
+        """Return (N,C',H',W') of (N,C,H,W), as torchvision's block."""
         shortcut = x if self.downsample is None else conv_norm(self.downsample[0], self.downsample[1], x)
         x = self.relu(conv_norm(self.conv1, self.bn1, x))
         x = self.relu(conv_norm(self.conv2, self.bn2, x))
@@ -30,39 +30,39 @@ class FoldedBottleneck(Bottleneck):
 
 
 class FoldedResNet(ResNet):
-    """torchvision's ResNet, names of tensors included, of FoldedBottlenecks."""
+    """torchvision's ResNet of FoldedBottlenecks, with the same tensor names."""
 
     def __init__(self, num_blocks: list[int]) -> None:
         super().__init__(FoldedBottleneck, num_blocks)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N,3,S,S) float normalised RGB → (N,num_classes) logits."""
+        """Return logits (N,num_classes) of float normalised RGB (N,3,S,S)."""
         return self.fc(self.features(x))
 
     def features(self, x: Tensor) -> Tensor:
-        """(N,3,S,S) float normalised RGB → (N,2048 or 512) what the classifier sees."""
+        """Return pooled features (N,2048 or 512) of float normalised RGB (N,3,S,S)."""
         x = self.maxpool(self.relu(conv_norm(self.conv1, self.bn1, x)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return torch.flatten(self.avgpool(x), 1)
 
 
 class NarrowResNet(FoldedResNet):
-    """A quarter of the planes in every block; the stem keeps its width."""
+    """FoldedResNet with a quarter of the planes in every block and the stem at full width."""
 
     def _make_layer(self, block: type, planes: int, *args: int, **kwargs: object) -> nn.Sequential:
         return super()._make_layer(block, planes // 4, *args, **kwargs)
 
 
 class FrozenNorm(torch.autograd.Function):
-    """BatchNorm with frozen statistics on a GPU, in the kernels that PyTorch has for SyncBatchNorm.
+    """BatchNorm with frozen statistics on a GPU, by the kernels of SyncBatchNorm.
 
-    With those of BatchNorm itself, made for training, the backward pass takes three times as long and turns every
-    gradient to another layout: half of all the time of ResNet50 in bfloat16.
+    With the kernels of BatchNorm the backward pass takes three times as long and converts every gradient to another
+    memory format: half of the step time of ResNet50 in bfloat16.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: nn.BatchNorm2d, weight: Tensor, bias: Tensor) -> Tensor:
-        """(N,C,H,W) → (N,C,H,W); weight, bias: norm's."""
+        """Return x (N,C,H,W) normalised. weight, bias: those of norm."""
         assert norm.running_mean is not None
         assert norm.running_var is not None
         scale = torch.rsqrt(norm.running_var + norm.eps)
@@ -71,19 +71,19 @@ class FrozenNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
-        """Gradients of x, weight and bias."""
+        """Return the gradients of x, weight and bias."""
         x, weight, mean, scale = ctx.saved_tensors
-        gradient, none = gradient.contiguous(memory_format=torch.channels_last), torch.zeros_like(mean)
-        _, _, to_weight, to_bias = torch.batch_norm_backward_reduce(
+        gradient, zeros = gradient.contiguous(memory_format=torch.channels_last), torch.zeros_like(mean)
+        _, _, weight_grad, bias_grad = torch.batch_norm_backward_reduce(
             gradient, x, mean, scale, weight, input_g=True, weight_g=True, bias_g=True
         )
-        return torch.batch_norm_elemt(gradient, weight, none, none, scale, 0.0), None, to_weight, to_bias
+        return torch.batch_norm_elemt(gradient, weight, zeros, zeros, scale, 0.0), None, weight_grad, bias_grad
 
 
 class SampleDropout(nn.Dropout):
-    """Dropout of (N,width) features whose choices are drawn for each sample, before each step, from its id.
+    """Dropout of (N,width) features with a mask drawn per sample from (seed, epoch, id), before each step.
 
-    So neither the number of workers nor a restart changes them.
+    The masks are therefore independent of the number of workers and of restarts.
     """
 
     def __init__(self, p: float, width: int) -> None:
@@ -92,21 +92,21 @@ class SampleDropout(nn.Dropout):
         self.keep: Tensor | None = None
 
     def draw(self, seed: int, epoch: int, ids: np.ndarray, device: torch.device) -> None:
-        """Chooses what the samples of the next step keep. ids: uint64 (N,)."""
+        """Draw the masks of the next step's samples. ids: uint64 (N,)."""
         if self.p:
-            draws = random_bits(seed, epoch, ids, -(-self.width // 4)).view(np.uint16)[:, : self.width]
-            self.keep = preprocessing.upload(draws >= round(self.p * 2**16), device)
+            bits = random_bits(seed, epoch, ids, -(-self.width // 4)).view(np.uint16)[:, : self.width]
+            self.keep = preprocessing.to_device(bits >= round(self.p * 2**16), device)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """(N,width) → (N,width); in evaluation as it is."""
+        """Return inputs (N,width), masked in train mode only."""
         if not self.training or not self.p:
             return inputs
-        assert self.keep is not None, "nothing was drawn for these samples"
+        assert self.keep is not None, "no masks were drawn for these samples"
         return inputs * self.keep * (1 / (1 - self.p) if self.p < 1 else 0)
 
 
 def build(settings: ModelSettings, num_classes: int) -> FoldedResNet:
-    """The untrained network: (N,3,S,S) float normalised RGB → (N,num_classes) logits."""
+    """Build the untrained network: float normalised RGB (N,3,S,S) → logits (N,num_classes)."""
     if settings.architecture == "resnet50":
         net, num_features = FoldedResNet([3, 4, 6, 3]), 2048
     else:
@@ -121,9 +121,9 @@ def build(settings: ModelSettings, num_classes: int) -> FoldedResNet:
 
 
 def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the one convolution that does what a convolution and its BatchNorm's statistics do together.
+    """Return weight and bias of the convolution equal to `conv` followed by `norm` in eval mode.
 
-    norm: anything with BatchNorm's tensors. Gradients pass through to all of them.
+    norm: any module with BatchNorm's tensors. The result is differentiable in all tensors of both.
     """
     assert norm.running_mean is not None
     assert norm.running_var is not None
@@ -133,14 +133,14 @@ def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 
 def conv_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """A convolution and its BatchNorm: folded on CPUs where statistics are frozen, else one after the other.
+    """Apply a convolution and its BatchNorm: folded into one on a CPU with frozen statistics, else one by one.
 
-    Folded is the same function with the same gradients, up to rounding. The few million weights are scaled at every
-    pass instead of many times more activations, which BatchNorm would also keep for the backward pass.
+    Folding changes outputs and gradients by rounding only. It scales a few million weights per pass instead of many
+    times more activations, and keeps no activations of BatchNorm for the backward pass.
     """
     if norm.training:
         return norm(conv(x))
-    if x.device.type != "cpu":  # folding would cost it hundreds of small kernels, and a pass for the bias
+    if x.device.type != "cpu":  # folding would launch hundreds of small kernels
         x = conv(x)
         return FrozenNorm.apply(x, norm, norm.weight, norm.bias) if torch.is_grad_enabled() else norm(x)
     weight, bias = fold(conv, norm)
@@ -148,9 +148,9 @@ def conv_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
 
 
 def prepare_stage(net: ResNet, stage: StageName) -> None:
-    """Sets what trains in a stage.
+    """Set the trainable parameters of a stage, and train mode.
 
-    frozen: the classifier alone. unfrozen: everything, while BatchNorm keeps its statistics, as in the original.
+    frozen: the head only. unfrozen: all parameters. BatchNorm statistics stay frozen in both, as in the original.
     """
     net.requires_grad_(stage == "unfrozen")
     net.fc.requires_grad_(True)
@@ -158,12 +158,12 @@ def prepare_stage(net: ResNet, stage: StageName) -> None:
 
 
 def depth_from_head(name: str) -> int:
-    """How many blocks lie between a tensor and the last block; 0 for the classifier's. name: as in the state dict."""
+    """Return a tensor's distance from layer4: 0 for layer4 and the head, 4 for the stem. name: its state dict key."""
     return {"layer3": 1, "layer2": 2, "layer1": 3, "bn1": 4, "conv1": 4}.get(name.split(".")[0], 0)
 
 
 def set_train_mode(net: nn.Module) -> None:
-    """Dropout on, BatchNorm in inference mode."""
+    """Put the network in train mode, but BatchNorm in eval mode."""
     net.train()
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -171,10 +171,10 @@ def set_train_mode(net: nn.Module) -> None:
 
 
 def num_features(net: ResNet) -> int:
-    """Width of what the classifier sees: 2048 or 512."""
+    """Return the width of the features that the head takes: 2048 or 512."""
     return int(net.get_submodule("fc.1").in_features)
 
 
 def autocast(precision: Precision, device: torch.device, *, cached: bool = True) -> torch.autocast:
-    """The arithmetic of a forward pass. cached: weights that are used twice are rounded once."""
+    """Return the autocast context of a forward pass. cached: reuse the bf16 casts of weights within the context."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16", cache_enabled=cached)

@@ -4,14 +4,14 @@ import numpy as np
 
 
 def uniforms(seed: int, epoch: int, ids: np.ndarray, count: int) -> np.ndarray:
-    """(N,count) float64 in [0,1), a function of seed, epoch and each id alone. ids: uint64 (N,)."""
+    """Draw float64 (N,count) in [0,1), a function of seed, epoch and each id alone. ids: uint64 (N,)."""
     return (random_bits(seed, epoch, ids, count) >> np.uint64(11)) * 2.0**-53
 
 
 def random_bits(seed: int, epoch: int, ids: np.ndarray, count: int) -> np.ndarray:
-    """(N,count) uint64, each bit random, a function of seed, epoch and each id alone. ids: uint64 (N,).
+    """Draw uint64 (N,count) of independent random bits, a function of seed, epoch and each id alone. ids: uint64 (N,).
 
-    The mixing is SplitMix64's (Steele, Lea and Flood 2014).
+    SplitMix64 (Steele, Lea and Flood 2014) over a state hashed from the three.
     """
     with np.errstate(over="ignore"):
         state = _mix(

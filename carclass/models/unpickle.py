@@ -1,7 +1,7 @@
-"""Arrays out of a pickle, in a process that can do nothing else: the pickle on stdin → safetensors on stdout.
+"""Sandboxed subprocess that reads arrays from a pickle: the pickle on stdin → safetensors on stdout.
 
-Run by weights.py as `python -I unpickle.py` with an empty environment. Whatever the pickle names besides what
-arrays are made of is refused, and the process can neither open files nor start others.
+Run by weights.py as `python -I unpickle.py` with an empty environment. The unpickler resolves only the globals that
+NumPy arrays need, and the process can neither open files nor start processes.
 """
 
 import collections
@@ -16,8 +16,8 @@ from safetensors.numpy import save
 
 _MULTIARRAY = {"_reconstruct": multiarray._reconstruct, "scalar": multiarray.scalar}
 _NUMERIC = {"_frombuffer": numeric._frombuffer}  # type: ignore[attr-defined]
-# Both names that numpy has had for its core, since pickles keep the one of their time.
-ALLOWED: dict[str, dict[str, Any]] = {
+# NumPy 2 renamed numpy.core to numpy._core; pickles hold either name.
+ALLOWED_GLOBALS: dict[str, dict[str, Any]] = {
     "numpy": {"ndarray": np.ndarray, "dtype": np.dtype},
     "numpy.core.multiarray": _MULTIARRAY,
     "numpy._core.multiarray": _MULTIARRAY,
@@ -26,24 +26,24 @@ ALLOWED: dict[str, dict[str, Any]] = {
     "collections": {"OrderedDict": collections.OrderedDict},
     "_codecs": {"encode": lambda text, _: text.encode("latin1")},
 }
-"""All that a pickle of arrays by name needs, by module."""
+"""Module → name → object: all globals of a pickled dict of arrays."""
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Knows the parts of arrays and nothing else."""
+    """Unpickler restricted to ALLOWED_GLOBALS."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """The part called so; UnpicklingError for every other one."""
+        """Return the allowed global; raise UnpicklingError for any other."""
         try:
-            return ALLOWED[module][name]
+            return ALLOWED_GLOBALS[module][name]
         except KeyError:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no part of an array") from None
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is no part of an array") from None
 
 
 def drop_privileges() -> None:
-    """From here on the process opens no file or connection, writes to no file and, but for root's, starts no other."""
-    for power in (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC, resource.RLIMIT_CORE):
-        resource.setrlimit(power, (0, 0))
+    """Forbid this process to open files or sockets, to write to files and, unless it runs as root, to fork."""
+    for limit in (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC, resource.RLIMIT_CORE):
+        resource.setrlimit(limit, (0, 0))
 
 
 def main() -> None:

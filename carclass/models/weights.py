@@ -1,4 +1,4 @@
-"""Weights as data: named ones and files, checked by sha256 before they are opened."""
+"""Pretrained weights: named ones and files, verified by sha256 before they are opened."""
 
 import io
 import os
@@ -19,11 +19,11 @@ from carclass import storage
 from carclass.errors import UserError
 
 UNPICKLE_SECONDS = 300
-"""Time limit of reading a pickle: the largest of the zoo takes seconds."""
+"""Time limit for reading a pickle; the largest of the zoo takes seconds."""
 
 
 class WeightsFile(NamedTuple):
-    """Where weights are and what their bytes must hash to."""
+    """Location and sha256 of a weights file."""
 
     uri: str
     sha256: str
@@ -41,57 +41,57 @@ NAMED_WEIGHTS = {
     ),
 }
 
-# What the readers raise on bytes that are damaged, or that would run code.
-_UNREADABLE = (SafetensorError, pickle.UnpicklingError, EOFError, LookupError, RuntimeError, TypeError)
+# Raised by the readers for damaged bytes and for pickles that would run code.
+_READ_ERRORS = (SafetensorError, pickle.UnpicklingError, EOFError, LookupError, RuntimeError, TypeError)
 
 
-def load(uri: str, sha256: str | None, *, sample: str, key: str) -> tuple[dict[str, torch.Tensor], str]:
-    """Tensors by name, in the file's own dtype, and the file's sha256.
+def load_weights(uri: str, sha256: str | None, *, sample: str, key: str) -> tuple[dict[str, torch.Tensor], str]:
+    """Return the state dict of a weights file, in the file's dtypes, and the file's sha256.
 
-    uri: a name from NAMED, `sample` (the package's file called `sample`), or the URI of a .safetensors, .pth
-    or .pkl file; key: the setting that says so, for errors. Of a training checkpoint of Detectron2, its `model` is
-    taken. UserError when the file isn't there, its hash is another, or it would have to be trusted without one.
+    uri: a name in NAMED_WEIGHTS, `sample` for the file named by the argument `sample` in carclass.sample, or the URI
+    of a .safetensors, .pth, .pt or .pkl file; of a Detectron2 training checkpoint, `model` is read. key: the setting,
+    for error messages. Raise UserError if the file is missing, has another hash, or requires a hash and none is given.
     """
     uri, sha256 = _resolve(uri, sha256, sample)
-    data, found = _verified(uri, sha256, key)
+    data, actual = _read_verified(uri, sha256, key)
     try:
-        return _tensors(uri, data, key), found
-    except _UNREADABLE as error:
+        return _parse(uri, data, key), actual
+    except _READ_ERRORS as error:
         raise UserError(
-            f"`{key}`: {uri} is damaged, or holds more than tensors by name. Save its state dict as .safetensors."
+            f"`{key}`: {uri} is damaged, or is not a plain state dict. Save its state dict as .safetensors."
         ) from error
 
 
-def fetch(uri: str, sha256: str | None, *, sample: str, cache: str, key: str) -> WeightsFile:
-    """The same weights as data that every machine can open: `sample`, or a file on storage, with its sha256.
+def cache_weights(uri: str, sha256: str | None, *, sample: str, cache: str, key: str) -> WeightsFile:
+    """Return a verified weights file that every node can open: `sample`, or a file on storage.
 
-    What comes from the web or is a .pkl is kept as `<cache>/<its sha256>.safetensors`, made if it isn't there or
-    isn't what was written. Parameters and errors are those of load; cache: a folder or s3:// prefix.
+    Downloads and .pkl files are converted once to `<cache>/<sha256>.safetensors`, and again if that file is missing
+    or damaged. cache: a folder or s3:// prefix; other parameters and errors as in load_weights.
     """
-    resolved, known = _resolve(uri, sha256, sample)
-    if not _needs_trust(resolved):
-        return WeightsFile("sample" if uri == "sample" else resolved, _verified(resolved, known, key)[1])
-    _check_trust(resolved, known, key)
-    place = storage.join(cache, f"{known}.safetensors")
-    if (digest := _cached(place)) is None:
-        tensors, _ = load(resolved, known, sample=sample, key=key)
+    resolved, expected = _resolve(uri, sha256, sample)
+    if not _requires_sha256(resolved):
+        return WeightsFile("sample" if uri == "sample" else resolved, _read_verified(resolved, expected, key)[1])
+    _check_has_sha256(resolved, expected, key)
+    cached = storage.join(cache, f"{expected}.safetensors")
+    if (digest := _verified_digest(cached)) is None:
+        tensors, _ = load_weights(resolved, expected, sample=sample, key=key)
         data = save_safetensors({name: tensor.contiguous().clone() for name, tensor in tensors.items()})
         digest = storage.sha256(data)
-        storage.write_bytes(place, data)
-        storage.write_bytes(f"{place}.sha256", f"{digest}  {known}.safetensors\n".encode())
-    return WeightsFile(place, digest)
+        storage.write_bytes(cached, data)
+        storage.write_bytes(f"{cached}.sha256", f"{digest}  {expected}.safetensors\n".encode())
+    return WeightsFile(cached, digest)
 
 
-def _cached(place: str) -> str | None:
-    """The sha256 of a file that lies beside its own one, unless either is missing or they differ."""
-    if not (storage.exists(place) and storage.exists(f"{place}.sha256")):
+def _verified_digest(uri: str) -> str | None:
+    """Return the sha256 of a file if it equals the one in `<uri>.sha256`; None if either is missing or they differ."""
+    if not (storage.exists(uri) and storage.exists(f"{uri}.sha256")):
         return None
-    digest = storage.sha256(storage.read_bytes(place))
-    return digest if storage.read_bytes(f"{place}.sha256").split()[:1] == [digest.encode()] else None
+    digest = storage.sha256(storage.read_bytes(uri))
+    return digest if storage.read_bytes(f"{uri}.sha256").split()[:1] == [digest.encode()] else None
 
 
 def _resolve(uri: str, sha256: str | None, sample: str) -> tuple[str, str | None]:
-    """Where a name's file is, with the hash that is known of it."""
+    """Return the URI and the expected sha256 of a name or URI."""
     if uri == "sample":
         folder = resources.files("carclass.sample")
         return str(folder / sample), (folder / f"{sample}.sha256").read_text().split()[0]
@@ -100,45 +100,46 @@ def _resolve(uri: str, sha256: str | None, sample: str) -> tuple[str, str | None
     return uri, sha256
 
 
-def _needs_trust(uri: str) -> bool:
+def _requires_sha256(uri: str) -> bool:
     return uri.startswith("http") or uri.endswith(".pkl")
 
 
-def _check_trust(uri: str, sha256: str | None, key: str) -> None:
-    if sha256 is None and _needs_trust(uri):
+def _check_has_sha256(uri: str, sha256: str | None, key: str) -> None:
+    if sha256 is None and _requires_sha256(uri):
         raise UserError(
             f"`{key}`: {uri} is opened only with a known sha256. Download it, check it, and set `{key}_sha256`."
         )
 
 
-def _verified(uri: str, sha256: str | None, key: str) -> tuple[bytes, str]:
-    """A file's bytes and their sha256, which is the expected one if one is."""
-    _check_trust(uri, sha256, key)
+def _read_verified(uri: str, sha256: str | None, key: str) -> tuple[bytes, str]:
+    """Return a file's bytes and sha256; raise UserError if another is expected."""
+    _check_has_sha256(uri, sha256, key)
     data = _read(uri, sha256, key)
-    found = storage.sha256(data)
-    if sha256 not in (None, found):
-        raise UserError(f"`{key}`: {uri} has sha256 {found}, expected {sha256}. The file was changed or damaged.")
-    return data, found
+    actual = storage.sha256(data)
+    if sha256 not in (None, actual):
+        raise UserError(f"`{key}`: {uri} has sha256 {actual}, expected {sha256}. The file was changed or damaged.")
+    return data, actual
 
 
 def _read(uri: str, sha256: str | None, key: str) -> bytes:
-    """A file's bytes; what comes from the web is kept in the user's cache under its hash."""
+    """Return a file's bytes; keep downloads in the user's cache directory, named by their hash."""
     try:
         if not uri.startswith("http"):
             return storage.read_bytes(uri)
         cached = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "carclass" / f"{sha256}"
         if not cached.exists():
-            with urllib.request.urlopen(uri, timeout=60) as answer:  # noqa: S310 - https by NAMED or by the user's own word
-                data = bytes(answer.read())
+            with urllib.request.urlopen(uri, timeout=60) as response:  # noqa: S310 - a URI set by the user or in NAMED_WEIGHTS
+                data = bytes(response.read())
             if storage.sha256(data) != sha256:
-                return data  # refused by the caller; kept, it would be refused for ever
+                return data  # rejected by the caller; not cached, so that a retry downloads it again
             storage.write_bytes(str(cached), data)
         return cached.read_bytes()
     except OSError as error:
         raise UserError(f"`{key}`: {uri} cannot be read ({error}). Give the URI of a file you have.") from error
 
 
-def _tensors(uri: str, data: bytes, key: str) -> dict[str, torch.Tensor]:
+def _parse(uri: str, data: bytes, key: str) -> dict[str, torch.Tensor]:
+    """Return the state dict in a file's bytes, by the extension of its URI."""
     if uri.endswith(".safetensors"):
         return dict(load_safetensors(data))
     if uri.endswith(".pkl"):
@@ -148,21 +149,23 @@ def _tensors(uri: str, data: bytes, key: str) -> dict[str, torch.Tensor]:
         state = state.get("model", state) if isinstance(state, dict) else {}
         if state and all(isinstance(value, torch.Tensor) for value in state.values()):
             return dict(state)
-        raise TypeError("no tensors by name")
+        raise TypeError("not a dict of tensors")
     raise UserError(f"`{key}`: {uri} is none of .safetensors, .pth, .pt or .pkl.")
 
 
 def _unpickle(uri: str, data: bytes, key: str) -> bytes:
-    """The arrays of a pickle, as the zoo writes them, in safetensors: read by a process without powers."""
+    """Convert a pickled dict of arrays, the zoo's format, to safetensors in a sandboxed subprocess."""
     command = [sys.executable, "-I", str(resources.files("carclass.models") / "unpickle.py")]
     try:
         done = subprocess.run(command, input=data, capture_output=True, env={}, timeout=UNPICKLE_SECONDS)  # noqa: S603
     except subprocess.TimeoutExpired as error:
-        raise UserError(f"`{key}`: {uri} took more than {UNPICKLE_SECONDS} s to read and was given up.") from error
-    if done.returncode != 0:
-        lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"it ended with {done.returncode}"]
         raise UserError(
-            f"`{key}`: {uri} is damaged, or holds more than arrays by name ({lines[-1]}). "
+            f"`{key}`: {uri} was not read within {UNPICKLE_SECONDS} s. Save its state dict as .safetensors."
+        ) from error
+    if done.returncode != 0:
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {done.returncode}"]
+        raise UserError(
+            f"`{key}`: {uri} is damaged, or is not a plain dict of arrays ({lines[-1]}). "
             "Save its state dict as .safetensors."
         )
     return done.stdout

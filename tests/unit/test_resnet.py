@@ -1,4 +1,4 @@
-"""The network: torchvision's ResNet under other hands."""
+"""Equality of our folded ResNet with torchvision's."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ SETTINGS = ModelSettings(architecture="resnet26-narrow", image_size=64, dropout=
 
 
 class PlainNarrowResNet(ResNet):
-    """The narrow network of torchvision's own parts."""
+    """The narrow network made of torchvision's Bottlenecks."""
 
     def _make_layer(self, block: type, planes: int, *args: int, **kwargs: object) -> nn.Sequential:
         return super()._make_layer(block, planes // 4, *args, **kwargs)
@@ -20,7 +20,7 @@ class PlainNarrowResNet(ResNet):
 
 @pytest.fixture
 def nets() -> tuple[ResNet, ResNet]:
-    """Ours and torchvision's with the same weights and statistics, none of them 0 or 1."""
+    """Our network and torchvision's with the same weights and statistics, none of them 0 or 1."""
     torch.manual_seed(0)
     ours, theirs = resnet.build(SETTINGS, 7), PlainNarrowResNet(Bottleneck, [2, 2, 2, 2])
     theirs.fc = nn.Sequential(nn.Dropout(0), nn.Linear(512, 7))
@@ -47,12 +47,12 @@ def gradients(net: ResNet) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in net.named_parameters() if parameter.grad is not None}
 
 
-def test_it_says_what_torchvisions_says(nets: tuple[ResNet, ResNet]):
+def test_logits_equal_torchvisions(nets: tuple[ResNet, ResNet]):
     ours, theirs = (net.eval()(photos()) for net in nets)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_frozen_statistics_give_the_gradients_of_torchvisions(nets: tuple[ResNet, ResNet]):
+def test_gradients_with_frozen_statistics_equal_torchvisions(nets: tuple[ResNet, ResNet]):
     for net in nets:
         resnet.set_train_mode(net)
     ours, theirs = gradients(nets[0]), gradients(nets[1])
@@ -61,21 +61,21 @@ def test_frozen_statistics_give_the_gradients_of_torchvisions(nets: tuple[ResNet
         torch.testing.assert_close(gradient, theirs[name], rtol=1e-3, atol=1e-4 * float(theirs[name].abs().max()))
 
 
-def test_statistics_that_are_learnt_are_learnt_as_torchvisions(nets: tuple[ResNet, ResNet]):
+def test_running_statistics_in_train_mode_equal_torchvisions(nets: tuple[ResNet, ResNet]):
     ours, theirs = (net.train()(photos()) for net in nets)
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
     for name, buffer in nets[0].named_buffers():
         torch.testing.assert_close(buffer, nets[1].get_buffer(name), rtol=1e-3, atol=1e-4)
 
 
-def test_frozen_statistics_stay(nets: tuple[ResNet, ResNet]):
+def test_frozen_statistics_do_not_change(nets: tuple[ResNet, ResNet]):
     before = {name: buffer.clone() for name, buffer in nets[0].named_buffers()}
     resnet.set_train_mode(nets[0])
     nets[0](photos())
     assert all((buffer == before[name]).all() for name, buffer in nets[0].named_buffers())
 
 
-def test_features_in_bf16_are_those_of_fp32_up_to_rounding(nets: tuple[ResNet, ResNet]):
+def test_bf16_features_equal_fp32_up_to_rounding(nets: tuple[ResNet, ResNet]):
     nets[1].fc = nn.Identity()
     exact = nets[1].eval()(photos()).detach()
     with torch.inference_mode(), resnet.autocast("bf16", torch.device("cpu")):
@@ -84,7 +84,7 @@ def test_features_in_bf16_are_those_of_fp32_up_to_rounding(nets: tuple[ResNet, R
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_fold_is_convolution_then_norm(bias: bool):
+def test_a_folded_convolution_equals_convolution_then_norm(bias: bool):
     torch.manual_seed(0)
     conv, norm = nn.Conv2d(3, 5, 3, bias=bias), nn.BatchNorm2d(5).eval()
     for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):

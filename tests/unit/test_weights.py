@@ -1,4 +1,4 @@
-"""Weights are data: checked by hash, and never allowed to run code."""
+"""Pretrained weights: verified by hash, and never allowed to run code."""
 
 import http.server
 import io
@@ -23,35 +23,35 @@ STATE = {"conv.weight": torch.arange(6.0).reshape(2, 3), "bn.bias": torch.ones(2
 
 
 def load(uri: str | Path, sha256: str | None = None) -> tuple[dict[str, torch.Tensor], str]:
-    return weights.load(str(uri), sha256, sample="backbone.safetensors", key="train.parent")
+    return weights.load_weights(str(uri), sha256, sample="backbone.safetensors", key="train.parent")
 
 
-def localise(uri: str | Path, sha256: str | None = None, cache: str | Path = "/nowhere") -> weights.WeightsFile:
-    return weights.fetch(str(uri), sha256, sample="backbone.safetensors", cache=str(cache), key="train.parent")
+def cache_file(uri: str | Path, sha256: str | None = None, cache: str | Path = "/nowhere") -> weights.WeightsFile:
+    return weights.cache_weights(str(uri), sha256, sample="backbone.safetensors", cache=str(cache), key="train.parent")
 
 
-def pth(value: Any) -> bytes:
+def to_pth(value: Any) -> bytes:
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
 
 
-def pkl(protocol: int | None = None) -> bytes:
+def to_pkl(protocol: int | None = None) -> bytes:
     arrays = {name: tensor.numpy() for name, tensor in STATE.items()}
     return pickle.dumps({"model": arrays, "__author__": "zoo"}, protocol)
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> Any:
-    def file(name: str, data: bytes) -> Path:
+def write(tmp_path: Path) -> Any:
+    def write(name: str, data: bytes) -> Path:
         (tmp_path / name).write_bytes(data)
         return tmp_path / name
 
-    return file
+    return write
 
 
 class Trap:
-    """Makes a folder when it is unpickled."""
+    """An object that makes a folder when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -60,97 +60,95 @@ class Trap:
         return (Path.mkdir, (self.path,))
 
 
-# What is read
+# Formats
 
 
 @pytest.mark.parametrize(
     ("name", "data"),
     [
         ("w.safetensors", save(STATE)),
-        ("w.pth", pth(STATE)),
-        ("w.pt", pth(STATE)),
-        ("checkpoint.pth", pth({"model": STATE, "iteration": 7})),
-        *(("w.pkl", pkl(protocol)) for protocol in range(2, 6)),
-        ("w.pkl", pkl(3).replace(b"numpy._core", b"numpy.core")),  # numpy 1's, as in the zoo
+        ("w.pth", to_pth(STATE)),
+        ("w.pt", to_pth(STATE)),
+        ("checkpoint.pth", to_pth({"model": STATE, "iteration": 7})),
+        *(("w.pkl", to_pkl(protocol)) for protocol in range(2, 6)),
+        ("w.pkl", to_pkl(3).replace(b"numpy._core", b"numpy.core")),  # numpy 1's, as in the zoo
     ],
 )
-def test_tensors_come_back_by_name_in_the_files_own_dtype(file: Any, name: str, data: bytes):
-    found, digest = load(file(name, data), storage.sha256(data))
+def test_tensors_keep_names_and_dtypes_of_the_file(write: Any, name: str, data: bytes):
+    tensors, digest = load(write(name, data), storage.sha256(data))
     assert digest == storage.sha256(data)
-    assert {name: tensor.dtype for name, tensor in found.items()} == {name: t.dtype for name, t in STATE.items()}
-    assert all(torch.equal(found[name], tensor) for name, tensor in STATE.items())
+    assert {name: tensor.dtype for name, tensor in tensors.items()} == {name: t.dtype for name, t in STATE.items()}
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in STATE.items())
 
 
-@pytest.mark.parametrize(("name", "data"), [("w.safetensors", save(STATE)), ("w.pth", pth(STATE))])
-def test_formats_that_run_no_code_need_no_hash(file: Any, name: str, data: bytes):
-    assert load(file(name, data))[1] == storage.sha256(data)
+@pytest.mark.parametrize(("name", "data"), [("w.safetensors", save(STATE)), ("w.pth", to_pth(STATE))])
+def test_formats_without_code_need_no_hash(write: Any, name: str, data: bytes):
+    assert load(write(name, data))[1] == storage.sha256(data)
 
 
-def test_the_packages_own_weights_match_the_hash_beside_them():
+def test_weights_in_the_package_match_their_sha256_files():
     names = [path.name for path in resources.files("carclass.sample").iterdir() if path.name.endswith(".safetensors")]
     assert sorted(names) == ["backbone.safetensors", "detector.safetensors"]
     for name in names:
-        weights.load("sample", None, sample=name, key="train.parent")
+        weights.load_weights("sample", None, sample=name, key="train.parent")
 
 
-# What is refused
+# Rejected files
 
 
-def test_a_file_with_another_hash_is_refused_before_it_is_opened(file: Any, tmp_path: Path):
-    path = file("w.pkl", pickle.dumps(Trap(tmp_path / "ran")))
+def test_a_file_with_another_hash_is_rejected_before_it_is_opened(write: Any, tmp_path: Path):
+    path = write("w.pkl", pickle.dumps(Trap(tmp_path / "ran")))
     with pytest.raises(UserError, match=r"`train.parent`: .*w.pkl has sha256 [0-9a-f]{64}, expected 0{64}"):
         load(path, "0" * 64)
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("uri", ["/data/w.pkl", "s3://bucket/w.pkl", "https://example.org/w.pth"])
-@pytest.mark.parametrize("job", [load, localise])
-def test_what_has_to_be_trusted_needs_a_hash(uri: str, job: Any):
+@pytest.mark.parametrize("job", [load, cache_file])
+def test_downloads_and_pickles_require_a_hash(uri: str, job: Any):
     with pytest.raises(UserError, match=r"opened only with a known sha256.* set `train.parent_sha256`"):
         job(uri)
 
 
 @pytest.mark.parametrize("trap_in", ["whole file", "weights", "beside the weights"])
-@pytest.mark.parametrize("job", [load, localise])
-def test_a_pickle_that_would_run_code_does_not_run_it_though_its_hash_is_pinned(
-    file: Any, tmp_path: Path, job: Any, trap_in: str
-):
+@pytest.mark.parametrize("job", [load, cache_file])
+def test_a_pickle_cannot_run_code_even_with_the_right_hash(write: Any, tmp_path: Path, job: Any, trap_in: str):
     trap = Trap(tmp_path / "ran")
     values = {"whole file": trap, "weights": {"model": {"a": trap}}, "beside the weights": {"model": {}, "a": trap}}
     data = pickle.dumps(values[trap_in])
-    with pytest.raises(UserError, match=r"`train.parent`: .*w.pkl is damaged, or .* asks for pathlib.Path.mkdir"):
-        job(file("w.pkl", data), storage.sha256(data))
+    with pytest.raises(UserError, match=r"`train.parent`: .*w.pkl is damaged, or .* refers to pathlib.Path.mkdir"):
+        job(write("w.pkl", data), storage.sha256(data))
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("use", ["open('/dev/null')", "__import__('socket').socket()"])
-def test_the_process_that_reads_pickles_can_open_nothing(use: str):
+def test_the_sandbox_opens_no_files_or_sockets(use: str):
     code = f"import socket; from carclass.models import unpickle; unpickle.drop_privileges(); {use}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "Too many open files" in done.stderr
 
 
-def test_a_pickle_that_takes_too_long_is_given_up(file: Any, monkeypatch: pytest.MonkeyPatch):
+def test_reading_a_pickle_has_a_time_limit(write: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(weights, "UNPICKLE_SECONDS", 0.01)
-    with pytest.raises(UserError, match=r"`train.parent`: .*w.pkl took more than 0.01 s"):
-        load(file("w.pkl", pkl()), storage.sha256(pkl()))
+    with pytest.raises(UserError, match=r"`train.parent`: .*w.pkl was not read within 0.01 s"):
+        load(write("w.pkl", to_pkl()), storage.sha256(to_pkl()))
 
 
 @pytest.mark.parametrize("name", ["w.pth", "w.pt"])
 @pytest.mark.parametrize("whole_file", [True, False])
-def test_a_checkpoint_that_would_run_code_is_refused_and_does_not_run_it(
-    file: Any, tmp_path: Path, name: str, whole_file: bool
-):
+def test_a_torch_checkpoint_cannot_run_code(write: Any, tmp_path: Path, name: str, whole_file: bool):
     trap = Trap(tmp_path / "ran")
-    path = file(name, pickle.dumps(trap, protocol=2) if whole_file else pth({"conv.weight": torch.ones(1), "x": trap}))
-    with pytest.raises(UserError, match="damaged, or holds more than tensors"):
+    path = write(
+        name, pickle.dumps(trap, protocol=2) if whole_file else to_pth({"conv.weight": torch.ones(1), "x": trap})
+    )
+    with pytest.raises(UserError, match="damaged, or is not a plain state dict"):
         load(path)
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_refusal_does_not_advise_to_trust_the_file(file: Any, tmp_path: Path):
+def test_the_error_does_not_advise_to_trust_the_file(write: Any, tmp_path: Path):
     with pytest.raises(UserError) as caught:
-        load(file("w.pth", pth({"x": Trap(tmp_path / "ran")})))
+        load(write("w.pth", to_pth({"x": Trap(tmp_path / "ran")})))
     assert "weights_only" not in str(caught.value)
 
 
@@ -161,89 +159,89 @@ def test_the_refusal_does_not_advise_to_trust_the_file(file: Any, tmp_path: Path
         ("w.safetensors", save(STATE)[:-3]),
         ("w.pth", b""),
         ("w.pth", b"hello"),
-        ("w.pth", pth(STATE)[:200]),
-        ("w.pth", pth([STATE])),
-        ("w.pth", pth({"conv": STATE})),
+        ("w.pth", to_pth(STATE)[:200]),
+        ("w.pth", to_pth([STATE])),
+        ("w.pth", to_pth({"conv": STATE})),
         ("w.pkl", b""),
-        ("w.pkl", pkl()[:-3]),
+        ("w.pkl", to_pkl()[:-3]),
         ("w.pkl", pickle.dumps({"weights": {}})),
         ("w.pkl", pickle.dumps({"model": {"conv.weight": "a string"}})),
     ],
 )
-def test_a_damaged_file_is_named(file: Any, name: str, data: bytes):
+def test_a_damaged_file_is_named_in_the_error(write: Any, name: str, data: bytes):
     with pytest.raises(UserError, match=f"`train.parent`: .*{name} is damaged"):
-        load(file(name, data), storage.sha256(data))
+        load(write(name, data), storage.sha256(data))
 
 
-def test_a_missing_file_is_named(tmp_path: Path):
+def test_a_missing_file_is_named_in_the_error(tmp_path: Path):
     with pytest.raises(UserError, match=r"`train.parent`: .*nothing.pth cannot be read"):
         load(tmp_path / "nothing.pth")
 
 
-def test_another_format_is_refused_with_those_that_are_read(file: Any):
+def test_an_unsupported_format_is_rejected_with_the_supported_ones(write: Any):
     with pytest.raises(UserError, match=r"w.h5 is none of .safetensors, .pth, .pt or .pkl"):
-        load(file("w.h5", b"hdf"))
+        load(write("w.h5", b"hdf"))
 
 
-# What every process opens
+# Cached weights
 
 
-def test_a_pickle_becomes_data_once(file: Any, tmp_path: Path):
-    digest = storage.sha256(pkl())
-    path = file("w.pkl", pkl())
-    local = localise(path, digest, tmp_path / "cache")
-    before = Path(local.uri).stat()
-    path.unlink()  # what is kept stands for it
-    assert localise(path, digest, tmp_path / "cache") == local
-    after = Path(local.uri).stat()
+def test_a_pickle_is_converted_once(write: Any, tmp_path: Path):
+    digest = storage.sha256(to_pkl())
+    path = write("w.pkl", to_pkl())
+    cached = cache_file(path, digest, tmp_path / "cache")
+    before = Path(cached.uri).stat()
+    path.unlink()  # from now on the cached file is read alone
+    assert cache_file(path, digest, tmp_path / "cache") == cached
+    after = Path(cached.uri).stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
-def test_the_data_of_a_pickle_holds_its_tensors_and_is_pinned(file: Any, tmp_path: Path):
-    digest = storage.sha256(pkl())
-    local = localise(file("w.pkl", pkl()), digest, tmp_path / "cache")
-    assert local.uri == str(tmp_path / "cache" / f"{digest}.safetensors")
-    found, sha256 = load(local.uri, local.sha256)
-    assert sha256 == local.sha256
-    assert {name: tensor.dtype for name, tensor in found.items()} == {name: t.dtype for name, t in STATE.items()}
-    assert all(torch.equal(found[name], tensor) for name, tensor in STATE.items())
+def test_a_converted_pickle_holds_its_tensors_and_has_a_hash(write: Any, tmp_path: Path):
+    digest = storage.sha256(to_pkl())
+    cached = cache_file(write("w.pkl", to_pkl()), digest, tmp_path / "cache")
+    assert cached.uri == str(tmp_path / "cache" / f"{digest}.safetensors")
+    tensors, sha256 = load(cached.uri, cached.sha256)
+    assert sha256 == cached.sha256
+    assert {name: tensor.dtype for name, tensor in tensors.items()} == {name: t.dtype for name, t in STATE.items()}
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in STATE.items())
 
 
 @pytest.mark.parametrize("damage", [b"", save({"conv.weight": torch.zeros(2, 3)})])
-def test_data_that_is_not_what_was_written_is_made_again(file: Any, tmp_path: Path, damage: bytes):
-    path, digest = file("w.pkl", pkl()), storage.sha256(pkl())
-    local = localise(path, digest, tmp_path / "cache")
-    Path(local.uri).write_bytes(damage)
-    assert localise(path, digest, tmp_path / "cache") == local
-    assert storage.sha256(Path(local.uri).read_bytes()) == local.sha256
+def test_a_damaged_cached_file_is_converted_again(write: Any, tmp_path: Path, damage: bytes):
+    path, digest = write("w.pkl", to_pkl()), storage.sha256(to_pkl())
+    cached = cache_file(path, digest, tmp_path / "cache")
+    Path(cached.uri).write_bytes(damage)
+    assert cache_file(path, digest, tmp_path / "cache") == cached
+    assert storage.sha256(Path(cached.uri).read_bytes()) == cached.sha256
 
 
-@pytest.mark.parametrize(("name", "data"), [("w.safetensors", save(STATE)), ("w.pth", pth(STATE))])
-def test_data_on_storage_stays_where_it_is_and_is_pinned(file: Any, tmp_path: Path, name: str, data: bytes):
-    path = file(name, data)
-    assert localise(path, None, tmp_path / "cache") == (str(path), storage.sha256(data))
+@pytest.mark.parametrize(("name", "data"), [("w.safetensors", save(STATE)), ("w.pth", to_pth(STATE))])
+def test_files_on_storage_are_not_copied(write: Any, tmp_path: Path, name: str, data: bytes):
+    path = write(name, data)
+    assert cache_file(path, None, tmp_path / "cache") == (str(path), storage.sha256(data))
     assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pkl"])
-def test_nothing_is_made_of_a_file_with_another_hash(file: Any, tmp_path: Path, name: str):
+def test_a_file_with_another_hash_is_not_cached(write: Any, tmp_path: Path, name: str):
     with pytest.raises(UserError, match=r"sha256 [0-9a-f]{64}, expected 0{64}"):
-        localise(file(name, pickle.dumps(Trap(tmp_path / "ran"))), "0" * 64, tmp_path / "cache")
+        cache_file(write(name, pickle.dumps(Trap(tmp_path / "ran"))), "0" * 64, tmp_path / "cache")
     assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "cache").exists()
 
 
-def test_the_sample_stays_in_the_package_and_is_pinned(tmp_path: Path):
-    local = localise("sample", None, tmp_path / "cache")
-    assert (local.uri, local.sha256) == ("sample", load("sample")[1])
+def test_the_sample_weights_are_not_copied(tmp_path: Path):
+    cached = cache_file("sample", None, tmp_path / "cache")
+    assert (cached.uri, cached.sha256) == ("sample", load("sample")[1])
 
 
-# What comes from the web
+# Downloads
 
 
 @pytest.fixture
 def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, list[str]]]:
-    """A web server with /w.safetensors, its address and the requests it got; the user's cache is empty."""
+    """Address of a web server with /w.safetensors, and its list of requests; the user's cache is empty."""
     requests: list[str] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -264,37 +262,37 @@ def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, 
         server.shutdown()
 
 
-def test_a_download_is_kept_and_fetched_once(web: tuple[str, list[str]]):
+def test_a_download_is_cached_and_fetched_once(web: tuple[str, list[str]]):
     address, requests = web
     for _ in range(2):
-        found, _ = load(f"{address}/w.safetensors", storage.sha256(save(STATE)))
-    assert torch.equal(found["conv.weight"], STATE["conv.weight"])
+        tensors, _ = load(f"{address}/w.safetensors", storage.sha256(save(STATE)))
+    assert torch.equal(tensors["conv.weight"], STATE["conv.weight"])
     assert requests == ["/w.safetensors"]
 
 
-def test_a_download_is_kept_as_data_on_storage(web: tuple[str, list[str]], tmp_path: Path):
+def test_a_download_is_cached_on_storage_as_safetensors(web: tuple[str, list[str]], tmp_path: Path):
     address, requests = web
     digest = storage.sha256(save(STATE))
-    local = localise(f"{address}/w.safetensors", digest, tmp_path / "root")
-    assert local.uri == str(tmp_path / "root" / f"{digest}.safetensors")
-    assert torch.equal(load(local.uri, local.sha256)[0]["conv.weight"], STATE["conv.weight"])
+    cached = cache_file(f"{address}/w.safetensors", digest, tmp_path / "root")
+    assert cached.uri == str(tmp_path / "root" / f"{digest}.safetensors")
+    assert torch.equal(load(cached.uri, cached.sha256)[0]["conv.weight"], STATE["conv.weight"])
     assert requests == ["/w.safetensors"]
 
 
-def test_a_download_with_another_hash_is_refused_and_not_kept(web: tuple[str, list[str]], tmp_path: Path):
+def test_a_download_with_another_hash_is_rejected_and_not_cached(web: tuple[str, list[str]], tmp_path: Path):
     address, _ = web
     with pytest.raises(UserError, match=r"expected 0{64}"):
         load(f"{address}/w.safetensors", "0" * 64)
     assert storage.list_files(str(tmp_path / "cache")) == []
 
 
-def test_a_download_that_is_not_there_is_named(web: tuple[str, list[str]]):
+def test_a_missing_download_is_named_in_the_error(web: tuple[str, list[str]]):
     address, _ = web
     with pytest.raises(UserError, match=r"nothing.pth cannot be read \(HTTP Error 404"):
         load(f"{address}/nothing.pth", "0" * 64)
 
 
-def test_named_weights_have_the_hash_that_their_file_name_promises():
+def test_named_weights_have_the_hash_in_their_file_name():
     for name in ("imagenet", "imagenet-v2"):
         source = weights.NAMED_WEIGHTS[name]
         assert source.sha256 is not None
