@@ -10,10 +10,10 @@ from markupsafe import Markup
 from carclass.formatting import Value, percent_text, value_text
 from carclass.reporting import svg
 
-ELSEWHERE = 0.0
+OFF_SCALE = 0.0
 """Place of values that a range has no place for."""
 RANGE_START = 0.16  # where a range starts on an axis that has such a value
-LONG = 16  # characters from which on names are told by their differences
+LONG_NAME = 16  # characters from which on names are told by their differences
 
 
 class Tick(NamedTuple):
@@ -42,14 +42,14 @@ class Axis:
         """Where a value lies."""
         if self.categories:
             return (self.categories.index(value_text(value)) + 0.5) / len(self.categories)
-        if not _fits(value, self.log):
-            return ELSEWHERE
+        if not is_on_scale(value, self.log):
+            return OFF_SCALE
         assert isinstance(value, int | float)
         low, here, high = (math.log(v) if self.log else v for v in (self.low, value, self.high))
         return self.start + (1 - self.start) * (here - low) / (high - low)
 
 
-def _fits(value: Value, log: bool) -> bool:
+def is_on_scale(value: Value, log: bool) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return math.isfinite(value) and (value > 0 or not log)
@@ -73,10 +73,10 @@ def log_ticks(low: float, high: float) -> list[float]:
         found = [number for number in found if low * (1 - 1e-9) <= number <= high * (1 + 1e-9)]
         if len(found) >= 3:
             return found[:: math.ceil(len(found) / 6)]
-    return _inside(low, high, whole=False)
+    return ticks_within(low, high, whole=False)
 
 
-def _inside(low: float, high: float, whole: bool) -> list[float]:
+def ticks_within(low: float, high: float, whole: bool) -> list[float]:
     reach = 1e-9 * (high - low)
     ticks = [tick for tick in round_ticks(low, high) if low - reach <= tick <= high + reach]
     return [tick for tick in ticks if tick == int(tick)] if whole else ticks

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from markupsafe import Markup
 
 from carclass.formatting import Value, percent_text, value_text
-from carclass.reporting.axes import ELSEWHERE, LONG, RANGE_START, Axis, Tick, _fits, _inside, log_ticks
+from carclass.reporting.axes import LONG_NAME, OFF_SCALE, RANGE_START, Axis, Tick, is_on_scale, log_ticks, ticks_within
 from carclass.tuning.results import SweepResult, TrialResult
 from carclass.tuning.search_space import Dimension
 
@@ -26,20 +26,20 @@ def axis_of(dimension: Dimension, values: Iterable[Value]) -> Axis:
         texts = zip(_differences(names), names, strict=True)
         ticks = [Tick((i + 0.5) / len(names), text, name) for i, (text, name) in enumerate(texts)]
         return Axis(ticks=ticks, categories=names)
-    inside = [float(v) for v in (dimension.low, dimension.high, *given) if _fits(v, dimension.log)]  # type: ignore[arg-type]
-    others = sorted({value_text(value) for value in given if not _fits(value, dimension.log)})
+    inside = [float(v) for v in (dimension.low, dimension.high, *given) if is_on_scale(v, dimension.log)]  # type: ignore[arg-type]
+    others = sorted({value_text(value) for value in given if not is_on_scale(value, dimension.log)})
     low, high, start = min(inside), max(inside), RANGE_START if others else 0.0
     axis = Axis(ticks=[], start=start, low=low, high=high, log=dimension.log)
-    numbers = log_ticks(low, high) if dimension.log else _inside(low, high, dimension.is_int)
+    numbers = log_ticks(low, high) if dimension.log else ticks_within(low, high, dimension.is_int)
     ticks = [Tick(axis.place(number), value_text(number), value_text(number)) for number in numbers]
     if others:
-        ticks.insert(0, Tick(ELSEWHERE, ", ".join(others), ", ".join(others)))
+        ticks.insert(0, Tick(OFF_SCALE, ", ".join(others), ", ".join(others)))
     return Axis(ticks=ticks, start=start, low=low, high=high, log=dimension.log)
 
 
 def _differences(names: Sequence[str]) -> list[str]:
     """Names without the words at their start and end that all of them share, where any is long."""
-    if len(names) < 2 or max(map(len, names)) <= LONG:
+    if len(names) < 2 or max(map(len, names)) <= LONG_NAME:
         return list(names)
     words = [re.findall(r"[^/._-]+[/._-]*|[/._-]+", name) for name in names]
     first = _num_shared(words)

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from carclass.errors import UserError
-from carclass.formatting import Value, value_text
+from carclass.formatting import Value, device_time_text, value_text
 from carclass.reporting import page
 from carclass.tuning import charts, findings, marks
 from carclass.tuning.importance import importances
@@ -42,6 +42,7 @@ def render_analysis(sweep: SweepResult) -> str:
         setting_plots=charts,
         axes=marks,
         text_of=value_text,
+        time_text=device_time_text,
         words=findings,
     )
 

@@ -28,11 +28,11 @@ from carclass.evaluation.evaluate import Evaluation, evaluate_run
 from carclass.ingestion.ingest import ingest_photos
 from carclass.masking import quality
 from carclass.masking.mask import mask_dataset
-from carclass.models.weights import load
+from carclass.models.weights import load_weights
 from carclass.runs.run import Run, run_uri
 from carclass.runs.saved_model import read_model
 from carclass.training.train import train_run
-from tests.unit.test_report_in_browser import BROWSER, open_page
+from tests.helpers.browser import BROWSER, open_page
 
 MASK = {"detector": DetectorSettings(model="sample", weights="sample", short_side=160)}
 MODEL = ModelSettings(architecture="resnet26-narrow", image_size=64)
@@ -123,13 +123,13 @@ def test_best_and_latest_checkpoints_are_kept(run: Run):
 
 
 def test_the_frozen_stage_leaves_the_backbone_as_it_was(run: Run):
-    trained, _ = read_model(run.best("frozen"))
-    parent, _ = load("sample", None, sample="backbone.safetensors", key="train.parent")
+    trained, _ = read_model(run.model_uri("frozen"))
+    parent, _ = load_weights("sample", None, sample="backbone.safetensors", key="train.parent")
     assert (trained["layer4.0.conv1.weight"] == parent["layer4.0.conv1.weight"].float()).all()
 
 
 def test_the_unfrozen_stage_moves_the_backbone(run: Run):
-    frozen, unfrozen = (read_model(run.best(stage))[0] for stage in ("frozen", "unfrozen"))
+    frozen, unfrozen = (read_model(run.model_uri(stage))[0] for stage in ("frozen", "unfrozen"))
     assert not (frozen["layer4.0.conv1.weight"] == unfrozen["layer4.0.conv1.weight"]).all()
 
 

@@ -179,5 +179,19 @@ def test_docstrings_open_with_a_noun_phrase_or_a_verb():
     assert [pair for pair in opened if re.match(r"(What|How|Whether|Where|Which|Who)\b", pair[1])] == []
 
 
+def test_no_test_imports_another():
+    """Code that tests share is in tests/helpers."""
+    modules = {".".join(path.relative_to(REPO).with_suffix("").parts) for path in (REPO / "tests").rglob("test_*.py")}
+    for name in modules:
+        tree = ast.parse((REPO / name.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8"))
+        names: set[str | None] = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                names |= {item.name for item in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names |= {node.module, *(f"{node.module}.{item.name}" for item in node.names)}
+        assert names & modules == set(), name
+
+
 def test_the_readme_is_short():
     assert len((REPO / "README.md").read_text(encoding="utf-8").splitlines()) <= MAX_README

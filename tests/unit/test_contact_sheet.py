@@ -16,31 +16,9 @@ from carclass.masking.contact_sheet import (
     draw_panel,
     shrink_photo,
 )
+from tests.helpers.pages import make_masked_photo, make_photo_without_vehicle
 
 PANEL_WIDTH = 3 * CELL_WIDTH + 2 * GAP
-
-
-def make_look(height: int = CELL_HEIGHT, width: int = CELL_WIDTH, seed: int = 0, **changes: object) -> MaskedPhoto:
-    """A noisy photo whose vehicle is the rectangle in its middle, half as wide and half as high."""
-    photo = np.random.default_rng(seed).integers(60, 200, (height, width, 3), dtype=np.uint8)
-    mask = np.zeros((height, width), bool)
-    mask[height // 4 : height * 3 // 4, width // 4 : width * 3 // 4] = True
-    values = {
-        "key": f"photos/{seed}.jpg",
-        "photo": photo,
-        "box": np.array([width / 4, height / 4, width * 3 / 4, height * 3 / 4], np.float32),
-        "mask": mask,
-        "result": photo,
-        "outcome": "vehicle",
-        "vehicle_class": "car",
-        "score": 0.98,
-        "notes": ["several vehicles"],
-    }
-    return MaskedPhoto(**{**values, **changes})
-
-
-def without_vehicle(**changes: object) -> MaskedPhoto:
-    return make_look(outcome="no_vehicle", vehicle_class=None, score=None, box=None, mask=None, **changes)
 
 
 def cells(look: MaskedPhoto) -> list[np.ndarray]:
@@ -54,20 +32,20 @@ def size_of(jpeg: bytes) -> tuple[int, int]:
 
 
 def test_a_panel_shows_the_photo_and_the_result_untouched():
-    look = make_look(result=make_look(seed=1).photo)
+    look = make_masked_photo(result=make_masked_photo(seed=1).photo)
     photo, _, result = cells(look)
     assert np.array_equal(photo, look.photo)
     assert np.array_equal(result, look.result)
 
 
 def test_the_mask_changes_the_pixels_of_the_vehicle_and_no_others():
-    look = make_look(box=None)
+    look = make_masked_photo(box=None)
     changed = (cells(look)[1] != look.photo).any(axis=2)
     assert np.array_equal(changed, look.mask)
 
 
 def test_the_contour_runs_along_the_inside_of_the_mask():
-    look = make_look(box=None)
+    look = make_masked_photo(box=None)
     white = (cells(look)[1] == contact_sheet.CONTOUR).all(axis=2)
     inner = np.zeros_like(look.mask)
     inner[47:133, 62:178] = True
@@ -77,13 +55,13 @@ def test_the_contour_runs_along_the_inside_of_the_mask():
 def test_a_vehicle_cut_off_by_the_photo_has_no_contour_along_the_edge():
     mask = np.zeros((CELL_HEIGHT, CELL_WIDTH), bool)
     mask[:, :100] = True
-    middle = cells(make_look(box=None, mask=mask))[1]
+    middle = cells(make_masked_photo(box=None, mask=mask))[1]
     assert not (middle[:, 0] == contact_sheet.CONTOUR).all(axis=1).any()
     assert (middle[:, 99] == contact_sheet.CONTOUR).all()
 
 
 def test_a_box_without_a_mask_is_a_frame_of_two_pixels():
-    look = make_look(mask=None)
+    look = make_masked_photo(mask=None)
     changed = (cells(look)[1] != look.photo).any(axis=2)
     frame = np.zeros_like(changed)
     frame[45:136, 60:181] = True
@@ -92,20 +70,20 @@ def test_a_box_without_a_mask_is_a_frame_of_two_pixels():
 
 
 def test_a_box_beyond_the_photo_is_drawn_at_its_edge():
-    middle = cells(make_look(mask=None, box=np.array([-50.0, -50, 5000, 5000])))[1]
+    middle = cells(make_masked_photo(mask=None, box=np.array([-50.0, -50, 5000, 5000])))[1]
     assert (middle[0] == contact_sheet.BOX).all()
     assert (middle[:, -1] == contact_sheet.BOX).all()
 
 
 def test_drawing_leaves_the_look_as_it_was():
-    look = make_look()
+    look = make_masked_photo()
     before = look.photo.copy()
     draw_panel(look)
     assert np.array_equal(look.photo, before)
 
 
 def test_without_a_vehicle_the_middle_shows_the_bare_photo_and_says_so():
-    look = without_vehicle()
+    look = make_photo_without_vehicle()
     _, middle, _ = cells(look)
     changed = np.argwhere((middle != look.photo).any(axis=2))
     assert len(changed) > 500  # the plate with its words
@@ -115,24 +93,24 @@ def test_without_a_vehicle_the_middle_shows_the_bare_photo_and_says_so():
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 3000), (3000, 1), (9, 9), (2400, 3600), (500, 20)])
 def test_a_photo_of_any_shape_fits_into_its_cell(shape):
-    look = make_look(*shape, result=np.zeros((1, 7, 3), np.uint8))
+    look = make_masked_photo(*shape, result=np.zeros((1, 7, 3), np.uint8))
     assert draw_panel(look).shape == (CELL_HEIGHT, PANEL_WIDTH, 3)
 
 
 def test_a_tiny_photo_is_enlarged_three_times_and_no_more():
-    photo = cells(make_look(10, 10))[0]
+    photo = cells(make_masked_photo(10, 10))[0]
     filled = np.argwhere((photo != contact_sheet.PADDING).any(axis=2))
     assert (filled.max(axis=0) - filled.min(axis=0) + 1).tolist() == [30, 30]
 
 
 def test_the_aspect_of_a_photo_is_kept():
-    photo = cells(make_look(400, 1200))[0]
+    photo = cells(make_masked_photo(400, 1200))[0]
     filled = np.argwhere((photo != contact_sheet.PADDING).any(axis=2))
     assert (filled.max(axis=0) - filled.min(axis=0) + 1).tolist() == [80, 240]
 
 
 def test_a_shrunk_look_takes_little_memory_and_gives_the_same_panel():
-    look = make_look(900, 1200)
+    look = make_masked_photo(900, 1200)
     small = shrink_photo(look)
     assert small.photo.nbytes < 140_000
     assert np.array_equal(draw_panel(small), draw_panel(look))
@@ -140,27 +118,33 @@ def test_a_shrunk_look_takes_little_memory_and_gives_the_same_panel():
 
 def test_a_mask_of_another_shape_than_its_photo_is_our_mistake():
     with pytest.raises(AssertionError, match=r"photos/0\.jpg"):
-        make_look(mask=np.ones((3, 3), bool))
+        make_masked_photo(mask=np.ones((3, 3), bool))
 
 
 def test_a_contact_sheet_grows_by_a_row_for_every_two_looks():
-    heights = [size_of(draw_contact_sheet([make_look()] * count))[1] for count in (1, 2, 3, 4, 5)]
+    heights = [size_of(draw_contact_sheet([make_masked_photo()] * count))[1] for count in (1, 2, 3, 4, 5)]
     row = heights[2] - heights[1]
     assert row > CELL_HEIGHT
     assert heights == [heights[0], heights[0], heights[0] + row, heights[0] + row, heights[0] + 2 * row]
 
 
 def test_contact_sheets_are_all_equally_wide():
-    assert len({size_of(draw_contact_sheet(looks))[0] for looks in ([], [make_look()], [make_look()] * 3)}) == 1
+    assert (
+        len({size_of(draw_contact_sheet(looks))[0] for looks in ([], [make_masked_photo()], [make_masked_photo()] * 3)})
+        == 1
+    )
 
 
 def test_a_title_makes_room_for_itself():
-    assert size_of(draw_contact_sheet([make_look()], "v2"))[1] > size_of(draw_contact_sheet([make_look()]))[1]
+    assert (
+        size_of(draw_contact_sheet([make_masked_photo()], "v2"))[1]
+        > size_of(draw_contact_sheet([make_masked_photo()]))[1]
+    )
 
 
 def test_captions_of_any_length_and_script_leave_the_size_alone():
-    plain = make_look()
-    odd = make_look(key="long/" * 300 + "照片\n\t🚗.jpg", notes=["covers 2 % of the photo"] * 40)
+    plain = make_masked_photo()
+    odd = make_masked_photo(key="long/" * 300 + "照片\n\t🚗.jpg", notes=["covers 2 % of the photo"] * 40)
     assert size_of(draw_contact_sheet([odd])) == size_of(draw_contact_sheet([plain]))
 
 

@@ -1,84 +1,18 @@
 """The report page: what it says, that data cannot break it, and that it stands alone."""
 
-import io
 import re
 import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from carclass.evaluation.charts import best_epoch, curve_chart, heat_map
-from carclass.evaluation.metrics import classification_metrics, confusion_matrix
-from carclass.evaluation.report import MaskingSample, Mistake, Report, render
+from carclass.evaluation.report import Mistake, Report, render
 from carclass.reporting.svg import nice_ticks
-
-SECTIONS = [
-    "summary", "curves", "confusion", "pairs", "classes", "mistakes", "calibration", "masking", "data"
-]  # fmt: skip
+from tests.helpers.pages import EVALUATION_SECTIONS, make_epoch, make_photo, make_report, section, visible_text
 
 
-def make_photo(seed: int = 0) -> bytes:
-    """A JPEG of about 20 KB, the size a report's caller is told to hand in."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (132, 176, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=80)
-    return file.getvalue()
-
-
-def make_epoch(epoch: int, val_accuracy: float, loss: float = 1.0) -> dict[str, float]:
-    return {
-        "epoch": epoch,
-        "train_loss": loss,
-        "train_accuracy": 0.5,
-        "val_loss": loss,
-        "val_accuracy": val_accuracy,
-        "lr": 1e-3,
-        "seconds": 2.5,
-    }
-
-
-def make_report(num_classes: int = 4, num_photos: int = 60, num_mistakes: int = 2, num_masked: int = 2) -> Report:
-    generator = np.random.default_rng(5)
-    names = [f"Maker Model {i:03d}" for i in range(num_classes)]
-    labels = generator.integers(0, num_classes, num_photos)
-    scores = generator.random((num_photos, num_classes)) ** 4
-    scores[np.arange(num_photos), labels] += 0.5
-    probabilities = (scores / scores.sum(axis=1, keepdims=True)).astype(np.float32)
-    return Report(
-        title="exp_001 on v2",
-        facts=[("Run", "exp_001"), ("Seed", "17")],
-        metrics=classification_metrics(labels, probabilities, names),
-        class_names=names,
-        confusion=confusion_matrix(labels, probabilities.argmax(axis=1), num_classes),
-        history={
-            "frozen": [make_epoch(1, 0.2), make_epoch(2, 0.4)],
-            "unfrozen": [make_epoch(1, 0.7), make_epoch(2, 0.6)],
-        },
-        masking=[
-            MaskingSample(caption=f"sample {i}", before=make_photo(i), after=make_photo(i + 500))
-            for i in range(num_masked)
-        ],
-        mistakes=[
-            Mistake(photo=make_photo(i + 100), key=f"a/{i}.jpg", label="right", predicted="off", confidence=0.9)
-            for i in range(num_mistakes)
-        ],
-        quarantined={"truncated": 3, "too_small": 11},
-    )
-
-
-def visible_text(html: str) -> str:
-    """The words of a piece of HTML; breaks become single spaces, non-breaking spaces stay."""
-    return re.sub(r"[ \n]+", " ", re.sub(r"<[^>]+>", " ", html))
-
-
-def section(page: str, name: str) -> str:
-    found = re.search(rf'<section id="{name}".*?</section>', page, re.S)
-    assert found, f"no section {name}"
-    return found.group()
-
-
-@pytest.mark.parametrize("name", SECTIONS)
+@pytest.mark.parametrize("name", EVALUATION_SECTIONS)
 def test_every_section_is_there_and_linked_from_the_top(name):
     page = render(make_report())
     assert f'<section id="{name}"' in page

@@ -7,14 +7,13 @@ import pytest
 
 from carclass.experiments import charts, report
 from carclass.experiments.report import render_comparison, rivals
+from tests.helpers.pages import comparison_page, section, section_text
 from tests.helpers.trees import (
     make_comparison,
     make_entry,
     odd_comparisons,
     sixteen,
 )
-from tests.unit.test_evaluation_report import section
-from tests.unit.test_experiments_report import page_of_sixteen, text_in
 
 
 def test_the_tree_puts_children_below_their_parents():
@@ -28,17 +27,17 @@ def test_every_run_is_in_the_tree():
 
 
 def test_an_edge_of_the_tree_names_the_epoch_it_starts_from():
-    assert re.findall(r"@\d+", text_in(page_of_sixteen(), "tree")) == [*["@12"] * 3, "@69", "@12", "@22", "@24"]
+    assert re.findall(r"@\d+", section_text(comparison_page(), "tree")) == [*["@12"] * 3, "@69", "@12", "@22", "@24"]
 
 
 def test_every_edge_of_the_tree_is_drawn():
-    assert section(page_of_sixteen(), "tree").count('class="edge"') == 7
+    assert section(comparison_page(), "tree").count('class="edge"') == 7
 
 
 @pytest.mark.parametrize("state", report.STATES)
 def test_a_state_is_told_in_the_tree_by_word_and_by_shape(state):
     page = render_comparison(make_comparison([make_entry(), make_entry("other", state=state)]))
-    assert text_in(page, "tree").count(state) >= 2
+    assert section_text(page, "tree").count(state) >= 2
     assert len({*charts.SHAPES.values()}) == len(report.STATES)
 
 

@@ -3,7 +3,6 @@
 import math
 import re
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from carclass.errors import UserError
 from carclass.experiments import report
 from carclass.experiments.report import changes, groups, render_comparison, rivals, summarise
+from tests.helpers.pages import COMPARISON_SECTIONS, comparison_page, section, section_text, visible_text
 from tests.helpers.trees import (
     hostile,
     make_comparison,
@@ -21,18 +21,6 @@ from tests.helpers.trees import (
     odd_comparisons,
     sixteen,
 )
-from tests.unit.test_evaluation_report import section, visible_text
-
-SECTIONS = ["summary", "tree", "curves", "runs", "changes", "better", "treatments", "test"]
-
-
-@cache
-def page_of_sixteen() -> str:
-    return render_comparison(sixteen())
-
-
-def text_in(page: str, name: str) -> str:
-    return visible_text(section(page, name)).replace("\u00a0", " ")
 
 
 def row_of(page: str, section_name: str, run: str) -> list[str]:
@@ -96,9 +84,9 @@ def test_the_best_epoch_is_the_last_stage_s_and_the_earlier_of_equals():
 # The sections
 
 
-@pytest.mark.parametrize("name", SECTIONS)
+@pytest.mark.parametrize("name", COMPARISON_SECTIONS)
 def test_every_section_is_there_and_linked_from_the_top(name):
-    page = page_of_sixteen()
+    page = comparison_page()
     assert f'<section id="{name}"' in page
     assert f'href="#{name}"' in page
 
@@ -106,16 +94,18 @@ def test_every_section_is_there_and_linked_from_the_top(name):
 def test_the_summary_has_the_best_run_s_test_with_its_interval():
     test = sixteen().best.test
     low, high = test.interval
-    assert f"{test.accuracy:.1%} {low:.1%} to {high:.1%}".replace("%", " %") in text_in(page_of_sixteen(), "summary")
+    assert f"{test.accuracy:.1%} {low:.1%} to {high:.1%}".replace("%", " %") in section_text(
+        comparison_page(), "summary"
+    )
 
 
 def test_the_summary_has_the_baseline_s_best():
-    text = text_in(page_of_sixteen(), "summary")
+    text = section_text(comparison_page(), "summary")
     assert "71.5 % val accuracy of its exp_013; test 64.6 %" in text
 
 
 def test_the_summary_counts_runs_by_state():
-    assert "12 of 16 1 stale, 1 begun, 1 missing, 1 failed" in text_in(page_of_sixteen(), "summary")
+    assert "12 of 16 1 stale, 1 begun, 1 missing, 1 failed" in section_text(comparison_page(), "summary")
 
 
 def test_runs_above_the_baseline_are_counted():
@@ -127,12 +117,12 @@ def test_runs_above_the_baseline_are_counted():
     ["The best run was chosen on val", "their p-values are not corrected", "Each run was trained with one seed"],
 )
 def test_the_summary_says_how_far_to_trust_it(sentence):
-    assert sentence in text_in(page_of_sixteen(), "summary")
+    assert sentence in section_text(comparison_page(), "summary")
 
 
 def test_runs_that_differ_in_their_seed_alone_are_named():
     again = make_entry("again", settings=make_settings(name="again", seed=124))
-    assert "differ in their seed alone: exp_001, again" in text_in(
+    assert "differ in their seed alone: exp_001, again" in section_text(
         render_comparison(make_comparison([make_entry(), again])), "summary"
     )
 
@@ -143,12 +133,12 @@ def test_a_comparison_without_a_baseline_speaks_of_none():
 
 
 def test_a_run_s_row_has_its_settings_and_figures():
-    row = row_of(page_of_sixteen(), "runs", "exp_013")
+    row = row_of(comparison_page(), "runs", "exp_013")
     assert row[1:8] == ["exp_012@24", "v2 crop", "adam 1e-5", "0.3", "H", "21 of 75", "20"]
 
 
 def test_a_run_s_val_accuracy_stands_beside_the_baseline_s():
-    assert row_of(page_of_sixteen(), "runs", "exp_013")[8:10] == ["73.5 % ▲", "71.5 %"]
+    assert row_of(comparison_page(), "runs", "exp_013")[8:10] == ["73.5 % ▲", "71.5 %"]
 
 
 @pytest.mark.parametrize(("val", "sign"), [(0.6, "▲"), (0.4, "▼"), (0.5, "=")])
@@ -158,15 +148,15 @@ def test_a_sign_tells_which_is_higher(val, sign):
 
 
 def test_the_sign_is_told_in_words_too():
-    assert 'aria-label="above the baseline"' in section(page_of_sixteen(), "runs")
+    assert 'aria-label="above the baseline"' in section(comparison_page(), "runs")
 
 
 def test_a_run_without_test_is_not_evaluated():
-    assert row_of(page_of_sixteen(), "runs", "exp_007")[10] == "not evaluated"
+    assert row_of(comparison_page(), "runs", "exp_007")[10] == "not evaluated"
 
 
 def test_a_stale_run_has_its_state_and_reason():
-    assert row_of(page_of_sixteen(), "runs", "exp_006")[0] == "exp_006 stale exp_005 was trained anew since"
+    assert row_of(comparison_page(), "runs", "exp_006")[0] == "exp_006 stale exp_005 was trained anew since"
 
 
 def test_both_stages_have_their_optimizers():
@@ -203,7 +193,7 @@ def test_runs_with_more_stages_are_compared_key_by_key():
 
 
 def test_changes_are_on_the_page():
-    row = row_of(page_of_sixteen(), "changes", "exp_006")
+    row = row_of(comparison_page(), "changes", "exp_006")
     assert row == ["exp_006", "exp_005@69", "model.dropout 0.2 → 0.3 lr 3e-5 → 5e-5"]
 
 
@@ -213,7 +203,7 @@ def test_a_run_that_changes_nothing_says_so():
 
 
 def test_runs_that_all_start_from_elsewhere_change_nothing():
-    assert "No run starts from another" in text_in(render_comparison(make_comparison([make_entry()])), "changes")
+    assert "No run starts from another" in section_text(render_comparison(make_comparison([make_entry()])), "changes")
 
 
 # Better than
@@ -239,7 +229,7 @@ def test_a_parent_that_is_second_is_compared_once():
 
 def test_the_difference_is_on_the_page_with_its_interval():
     verdict = rivals(sixteen())[1].verdict
-    row = row_of(page_of_sixteen(), "better", "exp_014")
+    row = row_of(comparison_page(), "better", "exp_014")
     interval = f"+{verdict.low * 100:.1f} to +{verdict.high * 100:.1f}"
     assert row[2:] == ["+3.6", interval, "below 0.001", "161", "89", "2,000", "better"]
 
@@ -253,7 +243,7 @@ def test_photos_are_compared_by_their_keys():
 
 
 def test_runs_without_a_photo_in_common_are_not_compared():
-    assert "no test photos in common" in text_in(render_comparison(odd_comparisons()["other photos"]), "better")
+    assert "no test photos in common" in section_text(render_comparison(odd_comparisons()["other photos"]), "better")
 
 
 def test_a_rival_that_was_not_evaluated_is_named():
@@ -262,7 +252,7 @@ def test_a_rival_that_was_not_evaluated_is_named():
 
 
 def test_a_single_run_is_compared_with_none():
-    assert "No other run has finished" in text_in(render_comparison(make_comparison([make_entry()])), "better")
+    assert "No other run has finished" in section_text(render_comparison(make_comparison([make_entry()])), "better")
 
 
 # Cropping and masking
@@ -303,7 +293,7 @@ def test_an_unfinished_run_of_a_treatment_gives_way_to_a_finished_one():
 
 
 def test_without_a_group_the_page_says_that_nothing_can_be_told():
-    text = text_in(render_comparison(make_comparison([make_entry()])), "treatments")
+    text = section_text(render_comparison(make_comparison([make_entry()])), "treatments")
     assert "No two runs have the same settings on photos that were treated in different ways" in text
 
 
@@ -312,7 +302,7 @@ def test_without_a_group_the_page_says_that_nothing_can_be_told():
 
 def test_the_test_has_the_best_run_s_figures():
     metrics = sixteen().best.test.metrics
-    text = text_in(page_of_sixteen(), "test")
+    text = section_text(comparison_page(), "test")
     assert f"{metrics['macro_average']['f1']:.3f}" in text
     assert f"{metrics['expected_calibration_error']:.1%}".replace("%", " %") in text
 
@@ -327,11 +317,11 @@ def test_the_weakest_classes_come_first_and_have_photos():
 
 
 def test_the_report_of_the_best_run_is_linked():
-    assert 'href="exp_015/report/report.html"' in section(page_of_sixteen(), "test")
+    assert 'href="exp_015/report/report.html"' in section(comparison_page(), "test")
 
 
 def test_a_best_run_without_test_says_so():
-    assert "exp_001 is not evaluated" in text_in(render_comparison(make_comparison([make_entry()])), "test")
+    assert "exp_001 is not evaluated" in section_text(render_comparison(make_comparison([make_entry()])), "test")
 
 
 # The page as a whole
@@ -344,21 +334,21 @@ def test_text_from_data_is_escaped_wherever_it_appears():
 
 
 def test_nothing_is_fetched_from_outside():
-    page = page_of_sixteen()
+    page = comparison_page()
     sources = re.findall(r'(?:src|href|action|srcset|poster)="([^"]*)"|url\(([^)]*)\)|@import', page)
     assert {link for link, _ in sources if not link.startswith(("data:", "#"))} == {"exp_015/report/report.html"}
 
 
 def test_no_script_may_run():
-    assert "script-src 'none'" in page_of_sixteen()
+    assert "script-src 'none'" in comparison_page()
 
 
 def test_the_same_comparison_renders_to_the_same_bytes():
-    assert render_comparison(sixteen()) == page_of_sixteen()
+    assert render_comparison(sixteen()) == comparison_page()
 
 
 @pytest.mark.parametrize("name", odd_comparisons())
 def test_an_odd_tree_has_a_page(name):
     page = render_comparison(odd_comparisons()[name])
-    assert page.count("<section") == len(SECTIONS)
+    assert page.count("<section") == len(COMPARISON_SECTIONS)
     assert not re.search(r'="[^"]*\bnan\b', page)

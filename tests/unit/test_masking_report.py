@@ -7,11 +7,9 @@ import numpy as np
 import pytest
 
 from carclass.data.photo import resize
-from carclass.masking.report import NUM_BINS, MaskingReport, doubt_score, histogram, histogram_chart, render
-from tests.unit.test_contact_sheet import make_look, without_vehicle
-from tests.unit.test_evaluation_report import section, visible_text
+from carclass.masking.report import NUM_BINS, doubt_score, histogram, histogram_chart, render
+from tests.helpers.pages import MASKING_SECTIONS, make_masked_photo, make_masking_report, section, visible_text
 
-SECTIONS = ["summary", "found", "measures", "doubtful", "sample", "data"]
 SURE = {
     "outcome": "vehicle",
     "score": 0.99,
@@ -22,27 +20,7 @@ SURE = {
 }
 
 
-def make_masking_report(num_looks: int = 2, **changes: object) -> MaskingReport:
-    generator = np.random.default_rng(3)
-    values = {
-        "title": "Masking of v1",
-        "facts": [("Dataset", "v2"), ("Detector", "mask_rcnn_r50_fpn")],
-        "outcomes": {"vehicle": 180, "no_vehicle": 20},
-        "quarantined": {"doubtful_mask": 7},
-        "flags": {"several_vehicles": 12, "touches_border": 5},
-        "classes": {"car": 150, "truck": 30},
-        "scores": histogram(1 - generator.random(180) ** 3 * 0.5),
-        "areas": histogram(generator.random(180)),
-        "stabilities": histogram(1 - generator.random(180) ** 2 * 0.4),
-        "mean_iou": 0.9137,
-        "ious": histogram(1 - generator.random(60) * 0.3),
-        "doubtful": [without_vehicle(), *(make_look(seed=i) for i in range(num_looks - 1))],
-        "sheet": [make_look(seed=i + 50) for i in range(num_looks)],
-    }
-    return MaskingReport(**{**values, **changes})
-
-
-@pytest.mark.parametrize("name", SECTIONS)
+@pytest.mark.parametrize("name", MASKING_SECTIONS)
 def test_every_section_is_there_and_linked_from_the_top(name):
     page = render(make_masking_report())
     assert f'<section id="{name}"' in page
@@ -115,14 +93,14 @@ def test_an_empty_section_says_so(name, field, empty, sentence):
 
 
 def test_a_caption_gives_class_score_notes_and_key():
-    look = make_look(notes=["several vehicles", "IoU 0.41"])
+    look = make_masked_photo(notes=["several vehicles", "IoU 0.41"])
     text = visible_text(section(render(make_masking_report(doubtful=[look])), "doubtful"))
     assert "car 0.98 several vehicles · IoU 0.41 photos/0.jpg" in text
 
 
 def test_text_from_data_is_escaped_wherever_it_appears():
     evil = "<img src=x onerror=alert(1)>\"/'&"
-    look = make_look(key=evil, vehicle_class=evil, notes=[evil])
+    look = make_masked_photo(key=evil, vehicle_class=evil, notes=[evil])
     report = make_masking_report(
         title=evil,
         facts=[(evil, evil)],
@@ -150,7 +128,7 @@ def test_ninety_detailed_photos_stay_below_five_megabytes():
     generator = np.random.default_rng(0)
     detail = resize(generator.integers(0, 256, (45, 60, 3), dtype=np.uint8), 180, 240)
     photo = (detail + generator.normal(0, 4, detail.shape)).clip(0, 255).astype(np.uint8)
-    looks = [make_look(photo=photo, result=photo)] * 45
+    looks = [make_masked_photo(photo=photo, result=photo)] * 45
     assert len(render(make_masking_report(doubtful=looks, sheet=looks)).encode()) < 5_000_000
 
 

@@ -1,48 +1,25 @@
 """The reports in a real browser: they load without a complaint and their small script does what it says."""
 
 import re
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 
 from carclass.evaluation.report import render
-from carclass.experiments.report import render_comparison as render_comparison
 from carclass.masking.report import render as render_masking
-from carclass.tuning.report import render_analysis as render_analysis
+from carclass.tuning.report import render_analysis
+from tests.helpers.browser import BROWSER, open_page
+from tests.helpers.pages import (
+    COMPARISON_SECTIONS,
+    EVALUATION_SECTIONS,
+    MASKING_SECTIONS,
+    SWEEP_SECTIONS,
+    comparison_page,
+    make_masking_report,
+    make_report,
+)
 from tests.helpers.sweeps import make_sweep
-from tests.helpers.trees import sixteen
-from tests.unit.test_evaluation_report import SECTIONS, make_report
-from tests.unit.test_experiments_report import SECTIONS as COMPARISON_SECTIONS
-from tests.unit.test_masking_report import SECTIONS as MASKING_SECTIONS
-from tests.unit.test_masking_report import make_masking_report
-from tests.unit.test_sweep_report import SECTIONS as ANALYSIS_SECTIONS
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-SWITCHES = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--enable-logging=stderr",
-    "--v=0",
-    "--dump-dom",
-]
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
-
-
-def open_page(page: str, folder: Path) -> tuple[str, list[str]]:
-    """Open the page from a file: the DOM after its script ran, and the lines of the browser's console."""
-    file = folder / "report.html"
-    file.write_text(page, encoding="utf-8")
-    command = [BROWSER, *SWITCHES, f"--user-data-dir={folder / 'profile'}", file.as_uri()]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    return result.stdout, [line for line in result.stderr.splitlines() if "CONSOLE" in line]
 
 
 def with_script(page: str, script: str) -> str:
@@ -60,7 +37,7 @@ def class_rows(dom: str) -> list[str]:
 def test_a_report_opens_with_all_sections_and_a_silent_console(tmp_path, num_classes):
     dom, console = open_page(render(make_report(num_classes, num_photos=400)), tmp_path)
     assert console == []
-    assert [name for name in SECTIONS if f'<section id="{name}"' not in dom] == []
+    assert [name for name in EVALUATION_SECTIONS if f'<section id="{name}"' not in dom] == []
 
 
 def test_a_masking_report_opens_with_all_sections_and_a_silent_console(tmp_path):
@@ -111,7 +88,7 @@ def test_the_filter_leaves_the_classes_with_all_its_words(tmp_path):
 def test_an_analysis_of_a_sweep_opens_with_all_sections_and_a_silent_console(tmp_path):
     dom, console = open_page(render_analysis(make_sweep()), tmp_path)
     assert console == []
-    assert [name for name in ANALYSIS_SECTIONS if f'<section id="{name}"' not in dom] == []
+    assert [name for name in SWEEP_SECTIONS if f'<section id="{name}"' not in dom] == []
 
 
 def test_a_click_on_a_header_sorts_the_trials(tmp_path):
@@ -123,6 +100,6 @@ def test_a_click_on_a_header_sorts_the_trials(tmp_path):
 
 
 def test_a_comparison_opens_with_all_sections_and_a_silent_console(tmp_path):
-    dom, console = open_page(render_comparison(sixteen()), tmp_path)
+    dom, console = open_page(comparison_page(), tmp_path)
     assert console == []
     assert [name for name in COMPARISON_SECTIONS if f'<section id="{name}"' not in dom] == []

@@ -13,6 +13,7 @@ from carclass.tuning import importance, report
 from carclass.tuning.importance import MIN_TRIALS, importances
 from carclass.tuning.results import SweepResult
 from carclass.tuning.search_space import Dimension
+from tests.helpers.pages import SWEEP_SECTIONS, section, visible_text
 from tests.helpers.sweeps import (
     DIMENSIONS,
     DROPOUT,
@@ -26,9 +27,6 @@ from tests.helpers.sweeps import (
     odd_sweeps,
     with_repeats,
 )
-from tests.unit.test_evaluation_report import section, visible_text
-
-SECTIONS = ["summary", "seeds", "trials", "curves", "parallel", "importance", "slices", "cost"]
 
 
 @pytest.fixture(autouse=True)
@@ -269,7 +267,7 @@ def test_the_best_epoch_is_the_earlier_of_equals_and_never_nan():
 # Page
 
 
-@pytest.mark.parametrize("name", SECTIONS)
+@pytest.mark.parametrize("name", SWEEP_SECTIONS)
 def test_every_section_is_there_and_linked_from_the_top(name):
     page = report.render_analysis(make_sweep())
     assert f'<section id="{name}"' in page
@@ -329,7 +327,7 @@ def test_the_same_sweep_renders_to_the_same_bytes():
 
 @pytest.mark.parametrize("name", odd_sweeps())
 def test_an_odd_sweep_has_a_page_and_words(name):
-    assert report.render_analysis(odd_sweeps()[name]).count("<section") == len(SECTIONS)
+    assert report.render_analysis(odd_sweeps()[name]).count("<section") == len(SWEEP_SECTIONS)
 
 
 def test_the_table_s_rows_are_plain_values():

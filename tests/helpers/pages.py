@@ -1,0 +1,143 @@
+"""HTML reports for tests: their sections, their text and example contents."""
+
+import io
+import re
+from functools import cache
+
+import numpy as np
+from PIL import Image
+
+from carclass.evaluation.metrics import classification_metrics, confusion_matrix
+from carclass.evaluation.report import MaskingSample, Mistake, Report
+from carclass.experiments.report import render_comparison
+from carclass.masking.contact_sheet import CELL_HEIGHT, CELL_WIDTH, MaskedPhoto
+from carclass.masking.report import MaskingReport, histogram
+from tests.helpers.trees import sixteen
+
+EVALUATION_SECTIONS = [
+    "summary", "curves", "confusion", "pairs", "classes", "mistakes", "calibration", "masking", "data"
+]  # fmt: skip
+MASKING_SECTIONS = ["summary", "found", "measures", "doubtful", "sample", "data"]
+SWEEP_SECTIONS = ["summary", "seeds", "trials", "curves", "parallel", "importance", "slices", "cost"]
+COMPARISON_SECTIONS = ["summary", "tree", "curves", "runs", "changes", "better", "treatments", "test"]
+
+
+def visible_text(html: str) -> str:
+    """Return the words of a piece of HTML; line breaks become single spaces, non-breaking spaces stay."""
+    return re.sub(r"[ \n]+", " ", re.sub(r"<[^>]+>", " ", html))
+
+
+def section(page: str, name: str) -> str:
+    """Return the HTML of the section with this id."""
+    match = re.search(rf'<section id="{name}".*?</section>', page, re.S)
+    assert match, f"no section {name}"
+    return match.group()
+
+
+def section_text(page: str, name: str) -> str:
+    """Return the words of a section, with plain spaces only."""
+    return visible_text(section(page, name)).replace("\u00a0", " ")
+
+
+def make_photo(seed: int = 0) -> bytes:
+    """Return a noisy JPEG file of about 20 KB, the recommended size for a report."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (132, 176, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=80)
+    return file.getvalue()
+
+
+def make_epoch(epoch: int, val_accuracy: float, loss: float = 1.0) -> dict[str, float]:
+    """Return one row of a training history."""
+    return {
+        "epoch": epoch,
+        "train_loss": loss,
+        "train_accuracy": 0.5,
+        "val_loss": loss,
+        "val_accuracy": val_accuracy,
+        "lr": 1e-3,
+        "seconds": 2.5,
+    }
+
+
+def make_report(num_classes: int = 4, num_photos: int = 60, num_mistakes: int = 2, num_masked: int = 2) -> Report:
+    """Return an evaluation report on random predictions."""
+    generator = np.random.default_rng(5)
+    names = [f"Maker Model {i:03d}" for i in range(num_classes)]
+    labels = generator.integers(0, num_classes, num_photos)
+    scores = generator.random((num_photos, num_classes)) ** 4
+    scores[np.arange(num_photos), labels] += 0.5
+    probabilities = (scores / scores.sum(axis=1, keepdims=True)).astype(np.float32)
+    return Report(
+        title="exp_001 on v2",
+        facts=[("Run", "exp_001"), ("Seed", "17")],
+        metrics=classification_metrics(labels, probabilities, names),
+        class_names=names,
+        confusion=confusion_matrix(labels, probabilities.argmax(axis=1), num_classes),
+        history={
+            "frozen": [make_epoch(1, 0.2), make_epoch(2, 0.4)],
+            "unfrozen": [make_epoch(1, 0.7), make_epoch(2, 0.6)],
+        },
+        masking=[
+            MaskingSample(caption=f"sample {i}", before=make_photo(i), after=make_photo(i + 500))
+            for i in range(num_masked)
+        ],
+        mistakes=[
+            Mistake(photo=make_photo(i + 100), key=f"a/{i}.jpg", label="right", predicted="off", confidence=0.9)
+            for i in range(num_mistakes)
+        ],
+        quarantined={"truncated": 3, "too_small": 11},
+    )
+
+
+def make_masked_photo(
+    height: int = CELL_HEIGHT, width: int = CELL_WIDTH, seed: int = 0, **changes: object
+) -> MaskedPhoto:
+    """Return a noisy photo masked to the rectangle in its centre, half as wide and half as high."""
+    photo = np.random.default_rng(seed).integers(60, 200, (height, width, 3), dtype=np.uint8)
+    mask = np.zeros((height, width), bool)
+    mask[height // 4 : height * 3 // 4, width // 4 : width * 3 // 4] = True
+    values = {
+        "key": f"photos/{seed}.jpg",
+        "photo": photo,
+        "box": np.array([width / 4, height / 4, width * 3 / 4, height * 3 / 4], np.float32),
+        "mask": mask,
+        "result": photo,
+        "outcome": "vehicle",
+        "vehicle_class": "car",
+        "score": 0.98,
+        "notes": ["several vehicles"],
+    }
+    return MaskedPhoto(**{**values, **changes})
+
+
+def make_photo_without_vehicle(**changes: object) -> MaskedPhoto:
+    """Return a photo in which the detector found no vehicle."""
+    return make_masked_photo(outcome="no_vehicle", vehicle_class=None, score=None, box=None, mask=None, **changes)
+
+
+def make_masking_report(num_photos: int = 2, **changes: object) -> MaskingReport:
+    """Return a masking report on random measures."""
+    generator = np.random.default_rng(3)
+    values = {
+        "title": "Masking of v1",
+        "facts": [("Dataset", "v2"), ("Detector", "mask_rcnn_r50_fpn")],
+        "outcomes": {"vehicle": 180, "no_vehicle": 20},
+        "quarantined": {"doubtful_mask": 7},
+        "flags": {"several_vehicles": 12, "touches_border": 5},
+        "classes": {"car": 150, "truck": 30},
+        "scores": histogram(1 - generator.random(180) ** 3 * 0.5),
+        "areas": histogram(generator.random(180)),
+        "stabilities": histogram(1 - generator.random(180) ** 2 * 0.4),
+        "mean_iou": 0.9137,
+        "ious": histogram(1 - generator.random(60) * 0.3),
+        "doubtful": [make_photo_without_vehicle(), *(make_masked_photo(seed=i) for i in range(num_photos - 1))],
+        "sheet": [make_masked_photo(seed=i + 50) for i in range(num_photos)],
+    }
+    return MaskingReport(**{**values, **changes})
+
+
+@cache
+def comparison_page() -> str:
+    """Return the page that compares the sixteen example experiments."""
+    return render_comparison(sixteen())
