@@ -52,7 +52,7 @@ def curve_chart(history: History, figure: str, percent: bool) -> Markup:
     parts = [svg.horizontal_grid(ticks, percent), _stages(history, x)]
     for part in ("train", "val"):
         points = [(px, y(row[f"{part}_{figure}"])) for px, row in zip(x, rows, strict=True)]
-        parts.append(_line(points, part))
+        parts.append(svg.curve(points, f"curve {part}", f"dot {part}"))
     parts.append(svg.axis_name("epoch"))
     best = best_epoch(history)
     if best is not None and math.isfinite(best[2][f"val_{figure}"]):
@@ -139,24 +139,6 @@ def _stages(history: History, x: list[float]) -> Markup:
             parts.append(svg.text("tick middle", x[start + i], BOTTOM + 17, str(epochs[i]["epoch"])))
         start += len(epochs)
     return Markup("").join(parts)
-
-
-def _line(points: list[tuple[float, float]], part: str) -> Markup:
-    """A line through the finite points; a dot where one has no finite neighbour to be joined to."""
-    runs: list[list[tuple[float, float]]] = [[]]
-    for point in points:
-        if math.isfinite(point[1]):
-            runs[-1].append(point)
-        elif runs[-1]:
-            runs.append([])
-    drawn = []
-    for run in runs:
-        if len(run) == 1:
-            drawn.append(Markup('<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="3"/>').format(part, *run[0]))
-        elif run:
-            path = " ".join(f"{px:.1f},{py:.1f}" for px, py in run)
-            drawn.append(Markup('<polyline class="curve {}" points="{}"/>').format(part, path))
-    return Markup("").join(drawn)
 
 
 def _best_mark(x: float, y: float, value: float, percent: bool) -> Markup:

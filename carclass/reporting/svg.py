@@ -5,6 +5,7 @@ stays sharp at every size. Text is escaped by `Markup.format`.
 """
 
 import math
+from collections.abc import Sequence
 
 from markupsafe import Markup
 
@@ -12,6 +13,7 @@ from carclass.formatting import percent_text
 
 WIDTH, HEIGHT = 480, 302
 LEFT, RIGHT, TOP, BOTTOM = 48, 468, 30, 258  # the plotting area inside it
+Point = tuple[float, float]
 
 
 def nice_ticks(highest: float) -> list[float]:
@@ -44,6 +46,32 @@ def line(css_class: str, x1: float, y1: float, x2: float, y2: float) -> Markup:
     return Markup('<line class="{}" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>').format(
         css_class, x1, y1, x2, y2
     )
+
+
+def polyline(css_class: str, points: Sequence[Point]) -> Markup:
+    """Draw a line through points."""
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    return Markup('<polyline class="{}" points="{}"/>').format(css_class, path)
+
+
+def curve(points: Sequence[Point], css_class: str = "curve", dot_class: str | None = "dot") -> Markup:
+    """Draw a line through points, with a gap at each that is not finite.
+
+    A point without a finite neighbour is drawn as a dot; with dot_class None it is left out.
+    """
+    segments: list[list[Point]] = [[]]
+    for point in points:
+        if math.isfinite(point[1]):
+            segments[-1].append(point)
+        else:
+            segments.append([])
+    drawn = []
+    for segment in segments:
+        if len(segment) > 1:
+            drawn.append(polyline(css_class, segment))
+        elif segment and dot_class is not None:
+            drawn.append(Markup('<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="3"/>').format(dot_class, *segment[0]))
+    return Markup("").join(drawn)
 
 
 def text(css_class: str, x: float, y: float, content: str) -> Markup:
