@@ -65,7 +65,7 @@ def connect(address: str) -> JobSubmissionClient:
         ) from error
     except (ConnectionError, requests.RequestException) as error:
         raise UserError(
-            f"no cluster answers at {address}. Is its dashboard's port forwarded (cluster/README.md)? "
+            f"no cluster answers at {address}. Is its dashboard's port forwarded (docs/cluster.md)? "
             "Else give --address."
         ) from error
 

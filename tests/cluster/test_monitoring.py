@@ -205,4 +205,4 @@ def test_alarms_go_off_when_they_should_and_else_not():
 
 @pytest.mark.parametrize("name", [rule["alert"] for rule in ALERTS])
 def test_the_runbook_says_what_to_do_about_each_alarm(name: str):
-    assert f"`{name}`" in (GRAFANA.parent / "README.md").read_text()
+    assert f"`{name}`" in (GRAFANA.parents[1] / "docs" / "monitoring.md").read_text()
