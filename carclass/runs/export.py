@@ -1,12 +1,12 @@
-"""A run's best network as files for other programs, each checked against the network before it is published.
+"""Export of a run's best network to other formats, each checked against the network before it is published.
 
 <run>/export/model.safetensors  weights under torchvision's names
 <run>/export/model.onnx         for ONNX runtimes
 <run>/export/model.pt2          for torch.export.load
-<run>/export/export.json        each file's sha256 and how far it is from the network: written last
+<run>/export/export.json        each file's sha256 and its largest difference from the network, written last
 
-model.onnx and model.pt2 take uint8 (N,3,S,S) RGB, which is what a decoder gives, for any N, and give float32 (N,C)
-logits: normalisation is inside. Labels and preprocessing are in the metadata of every file, see describe().
+model.onnx and model.pt2 take uint8 (N,3,S,S) RGB, as decoders return it, for any N, and return float32 (N,C) logits:
+normalisation is inside. Labels and preprocessing are in the metadata of every file, see describe_model.
 """
 
 import io
@@ -29,13 +29,13 @@ from carclass.models import preprocessing, resnet
 from carclass.models.preprocessing import decode_photos
 from carclass.runs.predictor import PhotoClassifier
 from carclass.runs.run import find_run
-from carclass.runs.saved_model import read_model
+from carclass.runs.saved_model import load_network
 
 log = logging.getLogger(__name__)
 TOLERANCE = 1e-3
-"""Largest difference of a logit that a published file may show: it moves no probability by more than 0.0005."""
+"""Largest difference of a logit between a published file and the network: at most 0.0005 of a probability."""
 NUM_PHOTOS = 4
-"""Photos on which the files are compared, all at once and one alone."""
+"""Number of photos the files are compared on, as one batch and as a single photo."""
 EXTRA = "carclass.json"
 """Name of the description within a .pt2 file."""
 
@@ -44,45 +44,41 @@ Classify = Callable[[Tensor], Tensor]
 
 
 class Format(NamedTuple):
-    """A kind of file: how it is made of a network and its facts (see checkpoint), and how it is run from its bytes."""
+    """A file format: its writer, of a network and its facts (see saved_model), and its reader, for the comparison."""
 
     write: Callable[[PhotoClassifier, dict[str, Any]], bytes]
     read: Callable[[bytes], Classify]
 
 
 def export_run(root: str, name: str) -> str:
-    """Writes `<run>/export/` unless it is there, and returns its URI.
+    """Write `<run>/export/`, unless it is up to date, and return its URI.
 
-    UserError when there is no such run, its last stage is not finished, or its dataset, whose photos the files are
-    compared on, is gone. AssertionError when a file differs from the network by more than TOLERANCE; none is
-    published then.
+    Raise UserError if the run doesn't exist, its last stage is not finished, or its dataset, whose photos the files are
+    compared on, is gone. Raise AssertionError, and publish nothing, if a file differs from the network by more than
+    TOLERANCE.
     """
-    this = find_run(root, name)
-    state, facts = read_model(this.model_uri(this.stages[-1]))
-    uri = storage.join(this.uri, "export")
-    if _exported_from(uri) == facts["sha256"]:
+    run = find_run(root, name)
+    net, facts = load_network(run.model_uri(run.stages[-1]))
+    uri = storage.join(run.uri, "export")
+    if _exported_model_sha256(uri) == facts["sha256"]:
         log.info("export: %s is finished, nothing to do", uri)
         return uri
-    settings = ModelSettings.model_validate(facts["model"])
-    net = resnet.build(settings, len(facts["classes"]))
-    net.load_state_dict(state)
-    net.eval()
-    photos = _sample_photos(dataset.load_dataset(root, this.settings.dataset), settings.image_size)
+    photos = _sample_photos(dataset.load_dataset(root, run.settings.dataset), facts["model"]["image_size"])
     files = {file: kind.write(PhotoClassifier(net), facts) for file, kind in FORMATS.items()}
     index: dict[str, Any] = {"model_sha256": facts["sha256"], "tolerance": TOLERANCE, "files": {}}
     for file, data in files.items():
-        found = largest_difference(FORMATS[file].read(data), lambda batch: net(preprocessing.normalise(batch)), photos)
-        assert found <= TOLERANCE, f"{file} of run {name} differs by {found:.2g} from the network: nothing is published"
-        log.info("export: %s, %.1f MB, logits differ by %.1g at most", file, len(data) / 1e6, found)
-        index["files"][file] = {"sha256": storage.sha256(data), "largest_difference": found}
+        error = largest_difference(FORMATS[file].read(data), lambda batch: net(preprocessing.normalise(batch)), photos)
+        assert error <= TOLERANCE, f"{file} of run {name} differs by {error:.2g} from the network: nothing is published"
+        log.info("export: %s, %.1f MB, logits differ by %.1g at most", file, len(data) / 1e6, error)
+        index["files"][file] = {"sha256": storage.sha256(data), "largest_difference": error}
     for file, data in files.items():
         storage.write_bytes(storage.join(uri, file), data)
     storage.write_bytes(storage.join(uri, "export.json"), json.dumps(index, indent=1).encode())
     return uri
 
 
-def _exported_from(uri: str) -> str | None:
-    """sha256 of the model that a finished export was made from."""
+def _exported_model_sha256(uri: str) -> str | None:
+    """Return the sha256 of the model that a finished export was made from; None if there is no export."""
     try:
         return str(json.loads(storage.read_bytes(storage.join(uri, "export.json")))["model_sha256"])
     except FileNotFoundError:
@@ -90,30 +86,30 @@ def _exported_from(uri: str) -> str | None:
 
 
 def _sample_photos(source: dataset.Dataset, size: int) -> Tensor:
-    """uint8 (N,3,S,S): some photos of a dataset."""
+    """Return the first photos of a dataset: uint8 (N,3,S,S)."""
     images = dataset.read_part(source.part_uris[0], ["image"])["image"][:NUM_PHOTOS].to_pylist()
     return torch.from_numpy(decode_photos(images, size)).permute(0, 3, 1, 2).contiguous()
 
 
 @torch.inference_mode()
-def largest_difference(one: Classify, other: Classify, photos: Tensor) -> float:
-    """Between the logits that two give to photos, to all of them at once and to the first alone."""
-    return max(float((one(batch) - other(batch)).abs().max()) for batch in (photos, photos[:1]))
+def largest_difference(exported: Classify, network: Classify, photos: Tensor) -> float:
+    """Return the largest absolute difference of logits, on all photos as one batch and on the first alone."""
+    return max(float((exported(batch) - network(batch)).abs().max()) for batch in (photos, photos[:1]))
 
 
 def describe_model(facts: dict[str, Any], *, normalises: bool) -> dict[str, str]:
-    """What someone needs to use a file, as its metadata says it; lists are JSON.
+    """Return the metadata of a file: classes, preprocessing, input and output; lists are JSON.
 
-    facts: what checkpoint.publish_model recorded; normalises: whether the file takes photos as they are.
+    facts: as publish_model recorded them. normalises: True if the file takes uint8 photos.
     """
     size = facts["model"]["image_size"]
-    inputs = f"uint8 (N,3,{size},{size}) RGB, 0 to 255, any N; mean and std are applied inside"
-    plain = f"float32 (N,3,{size},{size}) RGB, (photo / 255 - mean) / std"
+    uint8_input = f"uint8 (N,3,{size},{size}) RGB, 0 to 255, any N; mean and std are applied inside"
+    float_input = f"float32 (N,3,{size},{size}) RGB, (photo / 255 - mean) / std"
     return {
         "classes": json.dumps(facts["classes"], ensure_ascii=False),
         "image_size": str(size),
         "resize": "to image_size x image_size whatever the shape; bilinear, antialiased, rounded to uint8",
-        "input": inputs if normalises else plain,
+        "input": uint8_input if normalises else float_input,
         "layout": "NCHW, RGB",
         "mean": json.dumps(preprocessing.MEAN),
         "std": json.dumps(preprocessing.STD),
@@ -125,13 +121,13 @@ def describe_model(facts: dict[str, Any], *, normalises: bool) -> dict[str, str]
 
 
 def to_safetensors(classify: PhotoClassifier, facts: dict[str, Any]) -> bytes:
-    """The network's tensors, named as torchvision's ResNet names them (`fc.weight`), which can load them."""
+    """Return the network's tensors under torchvision's names (`fc.weight`), so that its ResNet can load them."""
     state = {name.replace("fc.1.", "fc."): value.contiguous() for name, value in classify.net.state_dict().items()}
     return save(state, describe_model(facts, normalises=False))
 
 
 def from_safetensors(data: bytes) -> Classify:
-    """The classifier that a .safetensors file describes."""
+    """Build the classifier of a .safetensors file."""
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
     net = resnet.build(ModelSettings.model_validate_json(header["model"]), len(json.loads(header["classes"])))
     net.load_state_dict({name.replace("fc.", "fc.1."): value for name, value in load(data).items()})
@@ -139,17 +135,17 @@ def from_safetensors(data: bytes) -> Classify:
 
 
 def _trace(classify: PhotoClassifier, facts: dict[str, Any]) -> torch.export.ExportedProgram:
-    """The computation, for any number of photos."""
+    """Trace the classifier, for any number of photos."""
     size = facts["model"]["image_size"]
     photos = torch.zeros(2, 3, size, size, dtype=torch.uint8)
-    traced = torch.export.export(classify, (photos,), dynamic_shapes=({0: torch.export.Dim("N", min=1)},))
-    for node in traced.graph.nodes:
-        node.meta.pop("stack_trace", None)  # else the files would hold paths of this machine
-    return traced
+    program = torch.export.export(classify, (photos,), dynamic_shapes=({0: torch.export.Dim("N", min=1)},))
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of this machine
+    return program
 
 
 def to_pt2(classify: PhotoClassifier, facts: dict[str, Any]) -> bytes:
-    """An archive of torch.export; the description is its extra file EXTRA."""
+    """Return an archive of torch.export; the description is its extra file EXTRA."""
     file = io.BytesIO()
     extra = {EXTRA: json.dumps(describe_model(facts, normalises=True), ensure_ascii=False)}
     torch.export.save(_trace(classify, facts), file, extra_files=extra)
@@ -157,28 +153,29 @@ def to_pt2(classify: PhotoClassifier, facts: dict[str, Any]) -> bytes:
 
 
 def from_pt2(data: bytes) -> Classify:
-    """The program in a .pt2 file."""
+    """Load the program of a .pt2 file."""
     return torch.export.load(io.BytesIO(data)).module()
 
 
 def to_onnx(classify: PhotoClassifier, facts: dict[str, Any]) -> bytes:
-    """An ONNX model with input `photos` and output `logits`; the description is in its metadata properties."""
+    """Return an ONNX model with input `photos` and output `logits`; the description is in its metadata properties."""
     names: dict[str, Any] = {"input_names": ["photos"], "output_names": ["logits"], "dynamic_shapes": ({0: "N"},)}
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`isinstance", FutureWarning)  # what torch says to itself
+        warnings.filterwarnings("ignore", "`isinstance", FutureWarning)  # of torch's own code
         program = torch.onnx.export(_trace(classify, facts), dynamo=True, verbose=False, **names)
     assert program is not None
-    made = program.model_proto
-    onnx.helper.set_model_props(made, describe_model(facts, normalises=True))
-    onnx.checker.check_model(made, full_check=True)
-    return bytes(made.SerializeToString())
+    model = program.model_proto
+    onnx.helper.set_model_props(model, describe_model(facts, normalises=True))
+    onnx.checker.check_model(model, full_check=True)
+    return bytes(model.SerializeToString())
 
 
 def from_onnx(data: bytes) -> Classify:
-    """An ONNX model as the standard's own evaluator runs it: slowly."""
+    """Return a classifier that runs an ONNX model by ONNX's reference evaluator, which is slow."""
     evaluator = ReferenceEvaluator(onnx.load_from_string(data))
 
     def classify(photos: Tensor) -> Tensor:
+        """Return the logits."""
         (logits,) = evaluator.run(None, {"photos": photos.numpy()})
         return torch.from_numpy(logits)
 

@@ -1,4 +1,4 @@
-"""A finished run as a notebook wants it: `carclass.load_run("results/experiments/exp_002").model(photos)`."""
+"""A finished run for notebooks: `carclass.load_run("results/experiments/exp_002").model(photos)`."""
 
 import os
 from dataclasses import dataclass
@@ -9,12 +9,11 @@ import pyarrow.parquet as pq
 from torch import nn
 
 from carclass import storage
-from carclass.config.schema import ModelSettings, TrainSettings
+from carclass.config.schema import TrainSettings
 from carclass.errors import UserError
-from carclass.models import resnet
 from carclass.runs.predictor import PhotoClassifier
 from carclass.runs.run import Run, parse_run_settings
-from carclass.runs.saved_model import read_model
+from carclass.runs.saved_model import load_network
 
 
 @dataclass(frozen=True)
@@ -24,30 +23,28 @@ class LoadedRun:
     settings: TrainSettings
     lineage: dict[str, Any]  # parent, dataset and code, with their hashes
     metrics: list[dict[str, Any]]  # one per epoch, oldest first
-    predictions: pa.Table | None  # of the evaluation on the run's own test photos; None where there was none
+    predictions: pa.Table | None  # on the run's test photos; None if it was not evaluated
     classes: list[str]
-    model: nn.Module  # the best of the last stage, in eval mode: uint8 (N,3,S,S) RGB → float32 (N,C) logits
+    model: nn.Module  # best of the last stage, in eval mode: uint8 (N,3,S,S) RGB → float32 (N,C) logits
 
 
 def load_run(uri: str | os.PathLike[str]) -> LoadedRun:
-    """A run by its folder or s3:// prefix, `<root>/experiments/<name>`.
+    """Load a run from its folder or s3:// prefix, `<root>/experiments/<name>`.
 
-    UserError when there is no run, its last stage is not finished, or its weights were changed.
+    Raise UserError if there is no run, its last stage is not finished, or its weights are damaged.
     """
-    place = os.fspath(uri).rstrip("/")
+    run_uri = os.fspath(uri).rstrip("/")
     try:
-        text = storage.read_bytes(storage.join(place, "config.yml"))
+        text = storage.read_bytes(storage.join(run_uri, "config.yml"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
-            f"{place} is no run: it has no config.yml. Give the place <root>/experiments/<name>."
+            f"{run_uri} is not a run: it has no config.yml. Give the folder <root>/experiments/<name>."
         ) from error
     settings = parse_run_settings(text)
-    # A copied run may lie under another name than the one that its settings say.
-    root, folder, name = (place if "://" in place else os.path.abspath(place)).rsplit("/", 2)
+    # A copied run may have another folder name than the one in its settings.
+    root, folder, name = (run_uri if "://" in run_uri else os.path.abspath(run_uri)).rsplit("/", 2)
     run = Run(root, settings.model_copy(update={"name": name}), folder)
-    state, facts = read_model(run.model_uri(run.stages[-1]))
-    net = resnet.build(ModelSettings.model_validate(facts["model"]), len(facts["classes"]))
-    net.load_state_dict(state)
+    net, facts = load_network(run.model_uri(run.stages[-1]))
     return LoadedRun(
         settings=settings,
         lineage=run.lineage(),

@@ -8,14 +8,16 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from carclass import storage
+from carclass.config.schema import ModelSettings
 from carclass.errors import UserError
+from carclass.models import resnet
 
 DTYPES = {torch.float32: "F32", torch.int64: "I64"}
-"""What checkpoints hold, in the words of safetensors: weights and moments, and counters of BatchNorm."""
+"""Names in safetensors of the dtypes in checkpoints: weights and moments, and the counters of BatchNorm."""
 
 
 def serialise(tensors: dict[str, Tensor]) -> list[bytes | memoryview]:
-    """A safetensors file in pieces, the tensors being views of their memory.
+    """Return a safetensors file in pieces; the tensors' pieces are views of their memory.
 
     The library's `save` copies everything, which takes longer than hashing and writing it.
     """
@@ -35,15 +37,18 @@ def serialise(tensors: dict[str, Tensor]) -> list[bytes | memoryview]:
 
 
 def publish_model(uri: str, net: nn.Module, facts: dict[str, Any]) -> None:
-    """Writes the whole network as <uri>.safetensors and, last, what is needed to use it as <uri>.json."""
+    """Write a network as <uri>.safetensors and then its description as <uri>.json, with the sha256 of the former.
+
+    facts: at least `model` (ModelSettings as a dict), `classes` and `precision`.
+    """
     pieces = serialise(copy_to_host(net.state_dict()))
     storage.write_bytes(f"{uri}.safetensors", *pieces)
-    described = json.dumps({**facts, "sha256": storage.sha256(*pieces)}, indent=1, ensure_ascii=False)
-    storage.write_bytes(f"{uri}.json", described.encode())
+    description = json.dumps({**facts, "sha256": storage.sha256(*pieces)}, indent=1, ensure_ascii=False)
+    storage.write_bytes(f"{uri}.json", description.encode())
 
 
 def read_model(uri: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(state dict, facts) of a published network; UserError when it isn't there or was changed."""
+    """Return (state dict, facts) of a published network. Raise UserError if it is missing or damaged."""
     try:
         facts = json.loads(storage.read_bytes(f"{uri}.json"))
         data = storage.read_bytes(f"{uri}.safetensors")
@@ -56,8 +61,16 @@ def read_model(uri: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return load(data), facts
 
 
+def load_network(uri: str) -> tuple[resnet.FoldedResNet, dict[str, Any]]:
+    """Return (network in eval mode, facts) of a published network. Raise UserError if it is missing or damaged."""
+    state, facts = read_model(uri)
+    net = resnet.build(ModelSettings.model_validate(facts["model"]), len(facts["classes"]))
+    net.load_state_dict(state)
+    return net.eval(), facts
+
+
 def copy_to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    # Tensors in channels_last are stored in the order of their dimensions.
+    """Copy tensors to the CPU, stored in the order of their dimensions (channels_last ones too)."""
     return {
         name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, value in tensors.items()

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load
 from torchvision.models import resnet50
 
 from carclass import storage
@@ -21,7 +22,7 @@ from carclass.data import dataset, photo, publishing
 from carclass.errors import UserError
 from carclass.models import preprocessing, resnet
 from carclass.models.preprocessing import decode_photos, to_network_input
-from carclass.runs.export import EXTRA, FORMATS, TOLERANCE, export_run, load, to_safetensors
+from carclass.runs.export import EXTRA, FORMATS, TOLERANCE, export_run, to_safetensors
 from carclass.runs.predictor import PhotoClassifier
 from carclass.runs.run import Run, begin_run
 from carclass.runs.saved_model import publish_model
@@ -79,7 +80,7 @@ def make_net(seed: int = 0) -> torch.nn.Module:
 
 def finish(run: Run, net: torch.nn.Module) -> None:
     facts = {"run": "first", "stage": "unfrozen", "epoch": 3, "val_accuracy": 0.5, "classes": CLASSES}
-    publish_model(run.best("unfrozen"), net, {**facts, "model": MODEL.model_dump(), "precision": "bf16"})
+    publish_model(run.model_uri("unfrozen"), net, {**facts, "model": MODEL.model_dump(), "precision": "bf16"})
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +222,7 @@ def test_a_file_that_disagrees_is_not_published(tmp_path: Path, photos: list[byt
     run = begin(tmp_path, photos)
     finish(run, make_net())
     wrong = to_safetensors(
-        PhotoClassifier(make_net(seed=1)), json.loads(storage.read_bytes(f"{run.best('unfrozen')}.json"))
+        PhotoClassifier(make_net(seed=1)), json.loads(storage.read_bytes(f"{run.model_uri('unfrozen')}.json"))
     )
     monkeypatch.setitem(FORMATS, "model.safetensors", FORMATS["model.safetensors"]._replace(write=lambda *_: wrong))
     with pytest.raises(AssertionError, match=r"model.safetensors of run first differs by .* nothing is published"):
@@ -233,7 +234,7 @@ def test_a_file_that_disagrees_is_not_published(tmp_path: Path, photos: list[byt
 
 
 def test_a_run_that_is_not_there_is_refused_with_those_that_are(folder: Path):
-    with pytest.raises(UserError, match=r"no run `second` in .*\. There: first\."):
+    with pytest.raises(UserError, match=r"no run `second` in .*\. Available: first\."):
         export_run(str(folder.parents[2]), "second")
 
 

@@ -36,7 +36,7 @@ def finished(begun: Run) -> tuple[Run, torch.nn.Module]:
     torch.manual_seed(3)
     net = resnet.build(MODEL, len(CLASSES)).eval()
     facts = {"model": MODEL.model_dump(), "classes": CLASSES, "precision": "fp32"}
-    publish_model(begun.best("frozen"), net, facts)
+    publish_model(begun.model_uri("frozen"), net, facts)
     return begun, net
 
 
@@ -77,7 +77,7 @@ def test_a_relative_place_and_a_copied_folder_will_do(
 
 
 def test_a_place_without_a_run_is_the_users_error(tmp_path: Path):
-    with pytest.raises(UserError, match=r"is no run: it has no config\.yml"):
+    with pytest.raises(UserError, match=r"is not a run: it has no config\.yml"):
         carclass.load_run(tmp_path / "experiments" / "none")
 
 
