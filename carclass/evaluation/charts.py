@@ -1,4 +1,4 @@
-"""Pictures for the report of an evaluation, drawn with `svg`."""
+"""SVG charts of an evaluation report."""
 
 import base64
 import io
@@ -14,18 +14,18 @@ from carclass.formatting import percent_text
 from carclass.reporting import svg
 from carclass.reporting.svg import BOTTOM, LEFT, RIGHT, TOP
 
-HEAT_MAP_CELL = 4  # picture pixels per class: sharp on dense screens, and 196 classes stay near 20 KB
-HEAT_MAP_RIGHT = (61, 123, 240)  # mid-tones: the page behind them may be white or nearly black
+HEAT_MAP_CELL = 4  # image pixels per class: sharp on dense screens, and 196 classes stay near 20 KB
+HEAT_MAP_RIGHT = (61, 123, 240)  # mid-tones, readable on the light and on the dark page
 HEAT_MAP_WRONG = (238, 108, 31)
-HEAT_MAP_NAMES = 14
+MAX_HEAT_MAP_NAMES = 14
 
 History = dict[str, list[dict[str, Any]]]
 
 
 def best_epoch(history: History) -> tuple[int, str, dict[str, Any]] | None:
-    """The epoch with the highest finite `val_accuracy`, the earlier of equals: (position, stage, epoch row).
+    """Return (position, stage, epoch row) of the highest finite `val_accuracy`, the first of equals.
 
-    Position counts from 0 over all stages in order. None when no epoch has such a figure.
+    The position counts from 0 over all stages in order. None if no epoch has a finite value.
     """
     rows = [(stage, row) for stage, epochs in history.items() for row in epochs]
     finite = [i for i, (_, row) in enumerate(rows) if math.isfinite(row["val_accuracy"])]
@@ -35,14 +35,14 @@ def best_epoch(history: History) -> tuple[int, str, dict[str, Any]] | None:
     return position, *rows[position]
 
 
-def curve_chart(history: History, figure: str, percent: bool) -> Markup:
-    """Draw `train_<figure>` and `val_<figure>` over the epochs of all stages, one after the other.
+def curve_chart(history: History, metric: str, percent: bool) -> Markup:
+    """Draw `train_<metric>` and `val_<metric>` over the epochs of all stages in order.
 
-    A NaN or infinite value leaves a gap in its line. The axis starts at zero; with `percent` it shows
-    fractions as percentages.
+    A NaN or infinite value leaves a gap in its line. The axis starts at zero; with `percent` fractions are shown as
+    percentages.
     """
     rows = [row for epochs in history.values() for row in epochs]
-    values = [row[f"{part}_{figure}"] for part in ("train", "val") for row in rows]
+    values = [row[f"{split}_{metric}"] for split in ("train", "val") for row in rows]
     ticks = svg.nice_ticks(max((v for v in values if math.isfinite(v)), default=1.0))
     x = [LEFT + 10 + (RIGHT - LEFT - 20) * (i / (len(rows) - 1) if len(rows) > 1 else 0.5) for i in range(len(rows))]
 
@@ -50,26 +50,29 @@ def curve_chart(history: History, figure: str, percent: bool) -> Markup:
         return BOTTOM - (BOTTOM - TOP) * value / ticks[-1]
 
     parts = [svg.horizontal_grid(ticks, percent), _stages(history, x)]
-    for part in ("train", "val"):
-        points = [(px, y(row[f"{part}_{figure}"])) for px, row in zip(x, rows, strict=True)]
-        parts.append(svg.curve(points, f"curve {part}", f"dot {part}"))
+    for split in ("train", "val"):
+        points = [(px, y(row[f"{split}_{metric}"])) for px, row in zip(x, rows, strict=True)]
+        parts.append(svg.curve(points, f"curve {split}", f"dot {split}"))
     parts.append(svg.axis_name("epoch"))
     best = best_epoch(history)
-    if best is not None and math.isfinite(best[2][f"val_{figure}"]):
-        parts.append(_best_mark(x[best[0]], y(best[2][f"val_{figure}"]), best[2][f"val_{figure}"], percent))
-    return svg.drawing(f"{figure} per epoch of training and validation", parts)
+    if best is not None:
+        position, _, row = best
+        value = row[f"val_{metric}"]
+        if math.isfinite(value):
+            parts.append(_best_mark(x[position], y(value), value, percent))
+    return svg.drawing(f"{metric} per epoch, training and validation", parts)
 
 
 def calibration_chart(bins: list[dict[str, Any]]) -> Markup:
-    """Draw accuracy against confidence, one column per filled bin, with the line of a calibrated model.
+    """Draw a reliability diagram: accuracy against confidence, one column per non-empty bin, and the identity line.
 
-    `bins` as `metrics.calibration_bins` returns them. The darker a column, the more photos it stands for.
+    `bins` is the result of `metrics.calibration_bins`. A column is darker the more photos its bin holds.
     """
     largest = max(b["count"] for b in bins)
     width = (RIGHT - LEFT) / NUM_CALIBRATION_BINS
     column = Markup(
         '<rect class="column" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" fill-opacity="{:.2f}">'
-        "<title>confidence {:.0%} to {:.0%}: {} photos, {:.1%} right</title></rect>"
+        "<title>confidence {:.0%} to {:.0%}: {} photos, {:.1%} correct</title></rect>"
     )
     parts = [svg.horizontal_grid([0, 0.25, 0.5, 0.75, 1], True)]
     for i, b in enumerate(bins):
@@ -82,21 +85,21 @@ def calibration_chart(bins: list[dict[str, Any]]) -> Markup:
     for tick in (0, 0.25, 0.5, 0.75, 1):
         parts.append(svg.text("tick middle", LEFT + (RIGHT - LEFT) * tick, BOTTOM + 17, percent_text(tick, 0)))
     parts.append(svg.axis_name("confidence"))
-    return svg.drawing("share of photos named correctly against the confidence of the prediction", parts)
+    return svg.drawing("accuracy against the confidence of the prediction", parts)
 
 
 def heat_map(confusion: np.ndarray, class_names: list[str]) -> Markup:
-    """Draw int (C, C) counts as a picture: one dot per label (row) and prediction (column).
+    """Draw a confusion matrix, int (C, C) counts, as an image: one dot per label (row) and prediction (column).
 
-    A dot's strength is its share of the label's photos; rows and columns are in class order.
+    A dot's opacity is its share of the label's photos; rows and columns are in class order.
     """
     num_classes = len(class_names)
     size, left = 720, 240
-    step = max(1, math.ceil(num_classes / HEAT_MAP_NAMES))
-    picture = base64.b64encode(_heat_map_png(confusion)).decode()
+    step = max(1, math.ceil(num_classes / MAX_HEAT_MAP_NAMES))
+    image = base64.b64encode(_heat_map_png(confusion)).decode()
     parts = [
         Markup('<image class="heat" x="{}" y="4" width="{}" height="{}" href="data:image/png;base64,{}"/>').format(
-            left, size, size, picture
+            left, size, size, image
         ),
         Markup('<rect class="frame" x="{}" y="4" width="{}" height="{}"/>').format(left, size, size),
     ]
@@ -106,16 +109,17 @@ def heat_map(confusion: np.ndarray, class_names: list[str]) -> Markup:
         name = name if len(name) <= 30 else name[:29] + "…"
         parts.append(svg.text("tick end", left - 10, 9 + middle, name))
         parts.append(svg.text("tick middle", left + middle, size + 24, str(i + 1)))
-    parts.append(svg.text("tick middle", left + size / 2, size + 48, "predicted class, by number"))
-    return svg.drawing(f"confusion of {num_classes} classes", parts, width=left + size + 10, height=size + 56)
+    parts.append(svg.text("tick middle", left + size / 2, size + 48, "number of the predicted class"))
+    return svg.drawing(f"confusion matrix of {num_classes} classes", parts, width=left + size + 10, height=size + 56)
 
 
 def _heat_map_png(confusion: np.ndarray) -> bytes:
+    """Return the heat map as a PNG file, HEAT_MAP_CELL pixels per class."""
     share = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     pixels = np.empty((*confusion.shape, 4), np.uint8)
     pixels[..., :3] = HEAT_MAP_WRONG
     pixels[np.eye(len(confusion), dtype=bool), :3] = HEAT_MAP_RIGHT
-    # A single photo of many must still be seen: whatever is not empty starts at half strength.
+    # A single photo of many stays visible: every non-empty cell is at least half opaque.
     pixels[..., 3] = np.where(confusion > 0, 128 + 127 * share, 0).astype(np.uint8)
     pixels = pixels.repeat(HEAT_MAP_CELL, axis=0).repeat(HEAT_MAP_CELL, axis=1)
     file = io.BytesIO()
@@ -124,7 +128,7 @@ def _heat_map_png(confusion: np.ndarray) -> bytes:
 
 
 def _stages(history: History, x: list[float]) -> Markup:
-    """Name each stage above its epochs, number the epochs below, and draw a line between two stages."""
+    """Draw stage names above their epochs, epoch numbers below, and a line between stages."""
     parts, start = [], 0
     for stage, epochs in history.items():
         if not epochs:
@@ -142,6 +146,7 @@ def _stages(history: History, x: list[float]) -> Markup:
 
 
 def _best_mark(x: float, y: float, value: float, percent: bool) -> Markup:
+    """Draw a ring at the best epoch with its value beside it."""
     label = percent_text(value) if percent else f"{value:.3f}"
     anchor, shift = ("end", 4) if x > (LEFT + RIGHT) / 2 else ("start", -4)
     below = y + 22 if y < TOP + 20 else y - 12

@@ -1,4 +1,4 @@
-"""The contents of an evaluation report, read from storage."""
+"""Contents of an evaluation report, read from storage."""
 
 from typing import Any
 
@@ -16,27 +16,29 @@ from carclass.runs.run import Run
 NUM_MISTAKES, NUM_MASKING_SAMPLES = 24, 12
 
 
-def report_uri(this: Run, source: dataset.Dataset, settings: EvaluateSettings) -> str:
-    usual = source.name == this.settings.dataset and settings.split == "test"
-    return storage.join(this.uri, "report" if usual else f"report-{source.name}-{settings.split}")
+def report_uri(run: Run, source: dataset.Dataset, settings: EvaluateSettings) -> str:
+    """Return the report's folder: `report` for the test split of the run's dataset, else one per dataset and split."""
+    is_default = source.name == run.settings.dataset and settings.split == "test"
+    return storage.join(run.uri, "report" if is_default else f"report-{source.name}-{settings.split}")
 
 
 def collect_report(
-    this: Run,
+    run: Run,
     source: dataset.Dataset,
     settings: EvaluateSettings,
-    facts: dict[str, Any],
-    found: dict[str, Any],
+    model_facts: dict[str, Any],
+    metrics: dict[str, Any],
     predictions: pa.Table,
 ) -> Report:
+    """Gather the report: lineage, training history, masked photos and worst mistakes."""
     labels, probabilities = to_arrays(predictions, source.classes)
     history: dict[str, list[dict[str, Any]]] = {}
-    for row in this.metrics():
+    for row in run.metrics():
         history.setdefault(row["stage"], []).append(row)
     return Report(
-        title=f"{this.settings.name} on {source.name} {settings.split}",
-        facts=_facts(this, source, settings, facts),
-        metrics=found,
+        title=f"{run.settings.name} on {source.name} {settings.split}",
+        facts=_facts(run, source, settings, model_facts),
+        metrics=metrics,
         class_names=source.classes,
         confusion=confusion_matrix(labels, probabilities.argmax(1), len(source.classes)),
         history=history,
@@ -47,23 +49,25 @@ def collect_report(
 
 
 def _facts(
-    this: Run, source: dataset.Dataset, settings: EvaluateSettings, facts: dict[str, Any]
+    run: Run, source: dataset.Dataset, settings: EvaluateSettings, model_facts: dict[str, Any]
 ) -> list[tuple[str, str]]:
-    origin = this.lineage()
+    """Return (name, value) pairs for the head of the report."""
+    lineage = run.lineage()
+    checkpoint = f"{model_facts['stage']} epoch {model_facts['epoch']}, val accuracy {model_facts['val_accuracy']:.3f}"
     return [
-        ("Run", this.settings.name),
-        ("Model", f"{this.settings.model.architecture}, {this.settings.model.image_size} px"),
-        ("Checkpoint", f"{facts['stage']} epoch {facts['epoch']}, val accuracy {facts['val_accuracy']:.3f}"),
-        ("Parent", f"{origin['parent']} (sha256 {origin['parent_sha256'][:12]}…)"),
-        ("Trained on", f"{this.settings.dataset} (sha256 {origin['dataset_digest'][:12]}…)"),
+        ("Run", run.settings.name),
+        ("Model", f"{run.settings.model.architecture}, {run.settings.model.image_size} px"),
+        ("Checkpoint", checkpoint),
+        ("Parent", f"{lineage['parent']} (sha256 {lineage['parent_sha256'][:12]}…)"),
+        ("Trained on", f"{run.settings.dataset} (sha256 {lineage['dataset_digest'][:12]}…)"),
         ("Evaluated on", f"{source.name}, {settings.split}: {source.manifest['splits'][settings.split]:,} photos"),
-        ("Seed", str(this.settings.seed)),
-        ("Code", origin["code"]),
+        ("Seed", str(run.settings.seed)),
+        ("Code", lineage["code"]),
     ]
 
 
 def _mistakes(source: dataset.Dataset, predictions: pa.Table) -> list[Mistake]:
-    """The wrong answers given with most confidence, with their photos."""
+    """Return the misclassified photos with the highest confidence."""
     wrong = predictions.filter(pc.not_equal(predictions["label"], predictions["predicted"]))
     rows = wrong.drop(["probabilities"]).sort_by([("confidence", "descending")]).slice(0, NUM_MISTAKES).to_pylist()
     photos = {row["key"]: row["image"] for row in source.rows([row["key"] for row in rows], ["image"])}
@@ -80,13 +84,13 @@ def _mistakes(source: dataset.Dataset, predictions: pa.Table) -> list[Mistake]:
 
 
 def _parent(source: dataset.Dataset) -> dataset.Dataset:
-    """The dataset that a masked one was made from; an unmasked one itself."""
+    """Return the source of a masked dataset; an unmasked dataset is its own source."""
     name = source.manifest["settings"].get("source")
     return dataset.load_dataset(source.uri.rsplit("/", 2)[0], name) if name else source
 
 
 def _masking_samples(source: dataset.Dataset, split: str) -> list[MaskingSample]:
-    """Photos before and after masking, chosen by content; none for an unmasked dataset."""
+    """Return photos before and after masking, chosen by hash; none for an unmasked dataset."""
     if source.manifest["kind"] != "masked":
         return []
     index = source.read(["image_id", "key", "split"]).filter(pc.field("split") == split).sort_by("image_id")
@@ -100,13 +104,14 @@ def _masking_samples(source: dataset.Dataset, split: str) -> list[MaskingSample]
 
 
 def _caption(row: dict[str, Any]) -> str:
+    """Return a masked photo's key and detection."""
     if row["outcome"] == "no_vehicle":
         return f"{row['key']}: no vehicle found"
     return f"{row['key']}: {row['vehicle_class']}, score {row['score']:.2f}"
 
 
 def to_arrays(predictions: pa.Table, classes: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(int64 (N,) labels, float32 (N,C) probabilities) of a predictions table."""
+    """Return (int64 (N,) labels, float32 (N,C) probabilities) of a table of predictions."""
     index = {name: i for i, name in enumerate(classes)}
     labels = np.array([index[label] for label in predictions["label"].to_pylist()])
     return labels, np.stack(predictions["probabilities"].to_numpy())

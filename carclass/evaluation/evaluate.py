@@ -1,4 +1,4 @@
-"""A run and a dataset → a report: every photo of a split once, through the same preprocessing as in training."""
+"""Evaluation job: classify every photo of a split once, with the preprocessing of training, and write a report."""
 
 import json
 import logging
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class Evaluation(NamedTuple):
-    """What an evaluation found."""
+    """Metrics of an evaluation and the URI of its report."""
 
     accuracy: float
     metrics: dict[str, Any]
@@ -34,36 +34,36 @@ class Evaluation(NamedTuple):
 
 
 def evaluate_run(root: str, settings: EvaluateSettings) -> Evaluation:
-    """Writes `<run>/report/`; UserError when run, dataset and classes don't fit."""
+    """Write `<run>/report/`. Raise UserError if run, dataset and classes do not match."""
     if settings.run is None:
-        raise UserError("`evaluate.run` is missing: name the run to judge, e.g. --run sample.")
-    this = find_run(root, settings.run)
-    model_uri = this.model_uri(this.stages[-1])
-    _, facts = read_model(model_uri)
-    source = dataset.load_dataset(root, settings.dataset or this.settings.dataset)
-    if source.classes != facts["classes"]:
+        raise UserError("`evaluate.run` is missing: name the run to evaluate, e.g. --run sample.")
+    run = find_run(root, settings.run)
+    model_uri = run.model_uri(run.stages[-1])
+    _, model_facts = read_model(model_uri)
+    source = dataset.load_dataset(root, settings.dataset or run.settings.dataset)
+    if source.classes != model_facts["classes"]:
         raise UserError(
-            f"run `{settings.run}` knows {len(facts['classes'])} classes, dataset `{source.name}` has "
-            f"{len(source.classes)} or others. Evaluate on the dataset it was trained on, or one masked from it."
+            f"run `{settings.run}` has {len(model_facts['classes'])} classes, dataset `{source.name}` has "
+            f"{len(source.classes)} or other ones. Evaluate on the run's training dataset, or on one masked from it."
         )
     if not source.manifest["splits"][settings.split]:
         raise UserError(f"dataset `{source.name}` has no {settings.split} photos. Choose another `evaluate.split`.")
     connection.connect()
     predictions = predict_split(source, settings, model_uri)
     labels, probabilities = to_arrays(predictions, source.classes)
-    found = classification_metrics(labels, probabilities, source.classes)
-    uri = report_uri(this, source, settings)
-    page = render(collect_report(this, source, settings, facts, found, predictions))
+    metrics = classification_metrics(labels, probabilities, source.classes)
+    uri = report_uri(run, source, settings)
+    html = render(collect_report(run, source, settings, model_facts, metrics, predictions))
     sink = pa.BufferOutputStream()
     pq.write_table(predictions, sink)
     storage.write_bytes(storage.join(uri, "predictions.parquet"), sink.getvalue().to_pybytes())
-    storage.write_bytes(storage.join(uri, "metrics.json"), json.dumps(found, indent=1, ensure_ascii=False).encode())
-    storage.write_bytes(storage.join(uri, "report.html"), page.encode())
-    return Evaluation(found["accuracy"], found, storage.join(uri, "report.html"))
+    storage.write_bytes(storage.join(uri, "metrics.json"), json.dumps(metrics, indent=1, ensure_ascii=False).encode())
+    storage.write_bytes(storage.join(uri, "report.html"), html.encode())
+    return Evaluation(metrics["accuracy"], metrics, storage.join(uri, "report.html"))
 
 
 def predict_split(source: dataset.Dataset, settings: EvaluateSettings, model_uri: str) -> pa.Table:
-    """key, label, predicted, confidence and probabilities of every photo of the split, in the order of keys."""
+    """Return key, label, predicted, confidence and probabilities of every photo of a split, ordered by key."""
     use_gpu = resources.decide_gpus(None, 1, "evaluate", None)
     resources.check_cpus(1, "evaluate")
     count = resources.count_slots("GPU" if use_gpu else "CPU", 1)

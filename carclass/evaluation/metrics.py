@@ -1,6 +1,6 @@
-"""What a classifier is worth: figures from true labels and predicted probabilities, as plain JSON data.
+"""Classification metrics: functions from labels and predicted probabilities to plain JSON data.
 
-Everything here is a function on arrays; the numbers are the ones the report shows and `metrics.json` keeps.
+The report shows these numbers and `metrics.json` stores them.
 """
 
 import math
@@ -9,26 +9,26 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import classification_report
 
-NUM_CALIBRATION_BINS = 15  # as in Guo et al., whose figures others compare with
+NUM_CALIBRATION_BINS = 15  # as in Guo et al., 2017, for comparability
 NUM_CONFUSED_PAIRS = 20
 TOP_K = 5
 Z_95 = 1.959964  # two-sided 95 % quantile of the normal distribution
 
 
 def classification_metrics(labels: np.ndarray, probabilities: np.ndarray, class_names: list[str]) -> dict[str, Any]:
-    """Describe one set of predictions. `labels` int (N,), `probabilities` float (N, C), C class names.
+    """Compute all metrics of int (N,) labels and float (N,C) probabilities over C class names.
 
-    The result can be written as JSON; all rates are fractions of one:
+    The result is JSON-serialisable; all rates are fractions:
     - `num_photos`, `num_classes`, `accuracy` and `accuracy_interval`, its 95 % Wilson interval;
-    - `top5_accuracy`: the label is among the `top5_k` = min(5, C) likeliest, so it is 1 for C <= 5;
-    - `log_loss` in nats and `expected_calibration_error` with the `calibration_bins` it is built from;
-    - `per_class`: name, precision, recall, f1 and support of every class in order, those without photos too;
-    - `macro_average`, `weighted_average` of the same, as scikit-learn's `classification_report` has them: a
-      class without photos counts as 0 in the macro average;
-    - `most_confused_pairs`: as the function of that name has them.
+    - `top5_accuracy`: the label is among the `top5_k` = min(5, C) most probable classes, so it is 1 for C <= 5;
+    - `log_loss` in nats, and `expected_calibration_error` with the `calibration_bins` it is computed from;
+    - `per_class`: name, precision, recall, f1 and support of every class in order, including those without photos;
+    - `macro_average`, `weighted_average` of the same, as in scikit-learn's `classification_report`: a class without
+      photos counts as 0 in the macro average;
+    - `most_confused_pairs`: see the function of that name.
 
-    Raises ValueError when shapes do not fit, there are no rows, a label is out of range, class names repeat, or
-    a row is no probability distribution (NaN, negative, does not sum to 1).
+    Raise ValueError if shapes do not match, there are no rows, a label is out of range, class names repeat, or a row
+    is not a probability distribution (NaN, negative, does not sum to 1).
     """
     _check_names(class_names)
     num_classes = len(class_names)
@@ -57,9 +57,9 @@ def classification_metrics(labels: np.ndarray, probabilities: np.ndarray, class_
 
 
 def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
-    """Count label against prediction: int64 (C, C), row = true label, column = predicted class.
+    """Count labels against predictions: int64 (C,C), row = true label, column = predicted class.
 
-    `labels` and `predicted` are int (N,) in [0, num_classes). Raises ValueError otherwise.
+    `labels` and `predicted` are int (N,) in [0, num_classes). Raise ValueError otherwise.
     """
     _check_indices("labels", labels, num_classes)
     _check_indices("predicted", predicted, num_classes)
@@ -70,10 +70,10 @@ def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, num_classes: int
 
 
 def most_confused_pairs(confusion: np.ndarray, class_names: list[str]) -> list[dict[str, Any]]:
-    """The off-diagonal cells that hold the most photos, at most 20: label, predicted, count, share.
+    """Return the largest off-diagonal cells, at most 20: label, predicted, count, share.
 
-    `share` is the part of the label's photos that went this way. More photos first; equal counts are ordered
-    by share, then by class order, so the list is the same in every run.
+    `share` is the fraction of the label's photos. Ordered by count, then share, then class order, so that the list is
+    deterministic.
     """
     support = confusion.sum(axis=1)
     rows, columns = np.nonzero(confusion - np.diag(np.diag(confusion)))
@@ -92,10 +92,10 @@ def most_confused_pairs(confusion: np.ndarray, class_names: list[str]) -> list[d
 
 
 def wilson_interval(num_correct: int, num_photos: int) -> tuple[float, float]:
-    """The 95 % score interval of a proportion (Wilson, 1927, JASA 22:209-212), as (low, high).
+    """Return the 95 % score interval of a proportion as (low, high); Wilson, 1927, JASA 22:209-212.
 
-    Unlike the normal approximation it stays within [0, 1] and holds for few photos and for accuracies near 1.
-    It treats photos as independent draws: many near-identical photos make it look narrower than it is.
+    Unlike the normal approximation it stays within [0, 1] and is valid for few photos and for accuracies near 1.
+    It assumes independent photos: with many near-duplicates it is too narrow.
     """
     share, z2 = num_correct / num_photos, Z_95**2
     centre = (share + z2 / (2 * num_photos)) / (1 + z2 / num_photos)
@@ -105,9 +105,9 @@ def wilson_interval(num_correct: int, num_photos: int) -> tuple[float, float]:
 
 
 def calibration_bins(confidence: np.ndarray, correct: np.ndarray) -> list[dict[str, Any]]:
-    """Sort photos into 15 equal steps of confidence: lower, upper, count, mean confidence, accuracy.
+    """Bin photos into 15 equal intervals of confidence: lower, upper, count, mean confidence, accuracy.
 
-    `confidence` float (N,) in [0, 1], `correct` bool (N,). A bin is (lower, upper], the first one includes 0.
+    `confidence` is float (N,) in [0, 1], `correct` bool (N,). A bin is (lower, upper]; the first one includes 0.
     An empty bin has None for confidence and accuracy.
     """
     edges = np.linspace(0, 1, NUM_CALIBRATION_BINS + 1)
@@ -129,9 +129,9 @@ def calibration_bins(confidence: np.ndarray, correct: np.ndarray) -> list[dict[s
 
 
 def expected_calibration_error(bins: list[dict[str, Any]]) -> float:
-    """The mean gap between confidence and accuracy, weighted by photos, over `calibration_bins`.
+    """Return the mean gap between confidence and accuracy over `calibration_bins`, weighted by photos.
 
-    Naeini et al., 2015 (AAAI); in this form, on the top class, Guo et al., 2017 (ICML).
+    Naeini et al., 2015 (AAAI); on the top class: Guo et al., 2017 (ICML).
     """
     filled = [b for b in bins if b["count"]]
     gaps = sum(b["count"] * abs(b["accuracy"] - b["confidence"]) for b in filled)
@@ -139,10 +139,11 @@ def expected_calibration_error(bins: list[dict[str, Any]]) -> float:
 
 
 def _averages_and_classes(labels: np.ndarray, predicted: np.ndarray, class_names: list[str]) -> dict[str, Any]:
-    # Asked by index, not by name: a class called "accuracy" would overwrite the report's own entry.
+    """Return precision, recall, F1 and support per class, and their averages."""
+    # By index, not by name: a class named "accuracy" would overwrite the report's own entry.
     report = classification_report(labels, predicted, labels=range(len(class_names)), output_dict=True, zero_division=0)
 
-    def figures(key: str) -> dict[str, Any]:
+    def scores(key: str) -> dict[str, Any]:
         row = report[key]
         return {
             "precision": float(row["precision"]),
@@ -152,52 +153,53 @@ def _averages_and_classes(labels: np.ndarray, predicted: np.ndarray, class_names
         }
 
     return {
-        "macro_average": figures("macro avg"),
-        "weighted_average": figures("weighted avg"),
-        "per_class": [{"name": name, **figures(str(i))} for i, name in enumerate(class_names)],
+        "macro_average": scores("macro avg"),
+        "weighted_average": scores("weighted avg"),
+        "per_class": [{"name": name, **scores(str(i))} for i, name in enumerate(class_names)],
     }
 
 
 def _top_k_accuracy(labels: np.ndarray, probabilities: np.ndarray, k: int) -> float:
-    # A stable sort breaks ties as argmax does: top-1 is the accuracy and a constant model gains nothing.
+    # A stable sort breaks ties as argmax does, so that top-1 equals the accuracy and constant outputs gain nothing.
     top = np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
     return float((top == labels[:, None]).any(axis=1).mean())
 
 
 def _log_loss(labels: np.ndarray, probabilities: np.ndarray) -> float:
-    of_label = probabilities[np.arange(len(labels)), labels]
-    # A probability that underflowed to 0 would make the mean infinite; scikit-learn clips at the same value.
-    return float(-np.log(np.clip(of_label, np.finfo(np.float32).eps, 1)).mean())
+    label_probabilities = probabilities[np.arange(len(labels)), labels]
+    # Probabilities that underflow to 0 would make the mean infinite; scikit-learn clips at the same value.
+    return float(-np.log(np.clip(label_probabilities, np.finfo(np.float32).eps, 1)).mean())
 
 
 def _check_names(class_names: list[str]) -> None:
     if len(set(class_names)) != len(class_names):
-        twice = sorted({name for name in class_names if class_names.count(name) > 1})
-        raise ValueError(f"class names must differ, but these occur more than once: {twice}")
+        repeated = sorted({name for name in class_names if class_names.count(name) > 1})
+        raise ValueError(f"class names must be unique, but these occur more than once: {repeated}")
 
 
-def _check_indices(what: str, indices: np.ndarray, num_classes: int) -> None:
+def _check_indices(name: str, indices: np.ndarray, num_classes: int) -> None:
+    """Raise ValueError unless `indices` is a non-empty int (N,) array of classes; `name` is for the message."""
     if indices.ndim != 1 or not np.issubdtype(indices.dtype, np.integer):
-        raise ValueError(f"{what} must be integers of shape (N,), got {indices.dtype} of {indices.shape}")
+        raise ValueError(f"{name} must be integers of shape (N,), got {indices.dtype} of shape {indices.shape}")
     if not len(indices):
-        raise ValueError(f"there are no {what}: nothing to measure, check that the split has photos")
+        raise ValueError(f"no {name} to evaluate: check that the split has photos")
     outside = np.flatnonzero((indices < 0) | (indices >= num_classes))
     if len(outside):
         row = int(outside[0])
         raise ValueError(
-            f"{what}: row {row} holds class {int(indices[row])}, outside 0 to {num_classes - 1} "
-            f"({len(outside)} such rows); labels and class names come from different datasets"
+            f"{name}: row {row} holds class {int(indices[row])}, outside 0 to {num_classes - 1} "
+            f"({len(outside)} such rows); pass labels and class names of the same dataset"
         )
 
 
 def _checked_probabilities(probabilities: np.ndarray, num_classes: int) -> np.ndarray:
-    """Return float64 (N, C) rows that sum to exactly 1, or raise ValueError naming the first bad row."""
+    """Return float64 (N,C) rows normalised to sum to 1; raise ValueError with the first invalid row."""
     if probabilities.ndim != 2 or probabilities.shape[1] != num_classes:
         raise ValueError(
             f"probabilities must be (N, {num_classes}) for {num_classes} class names, got {probabilities.shape}"
         )
     if not len(probabilities):
-        raise ValueError("there are no rows of probabilities: nothing to measure, check that the split has photos")
+        raise ValueError("no rows of probabilities to evaluate: check that the split has photos")
     rows = probabilities.astype(np.float64)
     not_finite = np.flatnonzero(~np.isfinite(rows).all(axis=1))
     if len(not_finite):
@@ -206,11 +208,11 @@ def _checked_probabilities(probabilities: np.ndarray, num_classes: int) -> np.nd
             f"{int(not_finite[0])}; did training diverge?"
         )
     sums = rows.sum(axis=1)
-    # Softmax in bfloat16 is off by up to about half a percent; logits are off by far more.
-    bad = np.flatnonzero((rows < 0).any(axis=1) | (np.abs(sums - 1) > 0.01))
-    if len(bad):
+    # Softmax in bfloat16 deviates by up to about half a percent; logits by far more.
+    invalid = np.flatnonzero((rows < 0).any(axis=1) | (np.abs(sums - 1) > 0.01))
+    if len(invalid):
         raise ValueError(
-            f"probabilities: row {int(bad[0])} is negative or sums to {sums[bad[0]]:.4g}, not 1 "
-            f"({len(bad)} such rows); pass softmax outputs, not logits"
+            f"probabilities: row {int(invalid[0])} has a negative value or sums to {sums[invalid[0]]:.4g}, not 1 "
+            f"({len(invalid)} such rows); pass softmax outputs, not logits"
         )
     return rows / sums[:, None]

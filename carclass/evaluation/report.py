@@ -1,4 +1,4 @@
-"""One evaluation as one HTML file: no network, no files beside it, readable in light, dark and on paper."""
+"""HTML report of an evaluation: one self-contained file."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from carclass.evaluation import charts
 from carclass.reporting import page
 
 LARGEST_CONFUSION_TABLE = 24
-"""Classes up to which the confusion is a table of numbers; more would not fit a page and become a picture."""
+"""Number of classes up to which the confusion matrix is a table; above, it is a heat map."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -26,10 +26,10 @@ class MaskingSample:
 
 @dataclass(kw_only=True, slots=True)
 class Mistake:
-    """A photo that was given the wrong class."""
+    """A misclassified photo."""
 
     photo: bytes
-    """JPEG file, embedded as it is: about 300 pixels wide is enough."""
+    """JPEG file, embedded unchanged; a width of about 300 pixels is enough."""
     key: str
     """Source key of the photo."""
     label: str
@@ -40,27 +40,27 @@ class Mistake:
 
 @dataclass(kw_only=True, slots=True)
 class Report:
-    """Everything the page shows; nothing is computed from photos or models here."""
+    """Contents of the page; rendering computes nothing from photos or models."""
 
     title: str
     facts: list[tuple[str, str]]
-    """What was evaluated, as (name, value): run, dataset, parent, code version, seed."""
+    """(name, value) pairs on the evaluated model: run, dataset, parent, code version, seed."""
     metrics: dict[str, Any]
-    """As `classification_metrics` returns it."""
+    """Result of `classification_metrics`."""
     class_names: list[str]
     confusion: np.ndarray
-    """int64 (C, C), row = true label, column = predicted class."""
+    """int64 (C,C), row = true label, column = predicted class."""
     history: dict[str, list[dict[str, Any]]]
     """Stage name → one dict per epoch: epoch, train_loss, train_accuracy, val_loss, val_accuracy, lr, seconds.
 
-    Stages are in the order in which they ran. May be empty.
+    Stages are in training order. May be empty.
     """
     masking: list[MaskingSample]
     """May be empty."""
     mistakes: list[Mistake]
-    """Worst first. May be empty."""
+    """Highest confidence first. May be empty."""
     quarantined: dict[str, int]
-    """Reason → number of photos of the dataset that were set aside. May be empty."""
+    """Reason → number of quarantined photos of the dataset. May be empty."""
 
     def __post_init__(self) -> None:
         num_classes = len(self.class_names)
@@ -69,7 +69,7 @@ class Report:
 
 
 def render(report: Report) -> str:
-    """Return the page as one HTML document, with every photo inside it as a data: URI."""
+    """Return the page as one HTML document, with photos embedded as data URIs."""
     return page.render(
         Path(__file__).with_name("report.html.j2"),
         title=report.title,
@@ -86,6 +86,7 @@ def render(report: Report) -> str:
 
 
 def _summary(metrics: dict[str, Any]) -> dict[str, int | float]:
+    """Return the counts for the summary's sentences."""
     supports = [row["support"] for row in metrics["per_class"]]
     with_photos = [row for row in metrics["per_class"] if row["support"]]
     return {
@@ -98,5 +99,5 @@ def _summary(metrics: dict[str, Any]) -> dict[str, int | float]:
 
 
 def _weakest_first(per_class: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Order classes by F1, the weakest first; classes without photos have nothing to say and come last."""
+    """Sort classes by ascending F1; classes without photos come last."""
     return sorted(per_class, key=lambda row: (row["support"] == 0, row["f1"]))

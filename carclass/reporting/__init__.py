@@ -1,1 +1,1 @@
-"""Parts that all HTML reports share."""
+"""Shared parts of the HTML reports: page, axes and SVG."""

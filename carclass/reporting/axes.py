@@ -11,24 +11,24 @@ from carclass.formatting import Value, percent_text, value_text
 from carclass.reporting import svg
 
 OFF_SCALE = 0.0
-"""Place of values that a range has no place for."""
-RANGE_START = 0.16  # where a range starts on an axis that has such a value
-LONG_NAME = 16  # characters from which on names are told by their differences
+"""Position of values that are not on the axis' numeric scale, such as null."""
+RANGE_START = 0.16  # start of the numeric scale on an axis with such values
+LONG_NAME = 16  # characters above which names are shortened to their differences
 
 
 class Tick(NamedTuple):
-    """What is written at a place of an axis."""
+    """A labelled position on an axis."""
 
     place: float
     text: str
-    """What tells the value apart from the others."""
+    """The value, shortened to its difference from the other ticks."""
     name: str
-    """All of it."""
+    """The full value."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """A setting's axis. Places are from 0, its start, to 1, its end."""
+    """A setting's axis. Positions are from 0, its start, to 1, its end."""
 
     ticks: list[Tick]
     start: float = 0.0
@@ -36,27 +36,28 @@ class Axis:
     high: float = 1.0
     log: bool = False
     categories: tuple[str, ...] = ()
-    """All that occur, when the values have no order."""
+    """All values, if they have no order."""
 
     def place(self, value: Value) -> float:
-        """Where a value lies."""
+        """Return the position of a value."""
         if self.categories:
             return (self.categories.index(value_text(value)) + 0.5) / len(self.categories)
         if not is_on_scale(value, self.log):
             return OFF_SCALE
         assert isinstance(value, int | float)
-        low, here, high = (math.log(v) if self.log else v for v in (self.low, value, self.high))
-        return self.start + (1 - self.start) * (here - low) / (high - low)
+        low, scaled, high = (math.log(v) if self.log else v for v in (self.low, value, self.high))
+        return self.start + (1 - self.start) * (scaled - low) / (high - low)
 
 
 def is_on_scale(value: Value, log: bool) -> bool:
+    """Return True for a finite number, positive on a logarithmic scale."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return math.isfinite(value) and (value > 0 or not log)
 
 
 def round_ticks(low: float, high: float) -> list[float]:
-    """Up to seven round steps, each 1, 2 or 5 times a power of ten, the first at `low` or below, the last above."""
+    """Return up to seven round ticks, spaced 1, 2 or 5 times a power of ten, that enclose [low, high]."""
     if high - low < 1e-9:
         low, high = low - 0.01, high + 0.01
     power = 10.0 ** math.floor(math.log10((high - low) / 5))
@@ -66,24 +67,25 @@ def round_ticks(low: float, high: float) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers from low to high, about as far apart in their logarithms: powers of ten, or some between them."""
+    """Return round numbers within [low, high], about evenly spaced in their logarithms."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for factors in ((1,), (1, 3), (1, 2, 5)):
-        found = [factor * 10.0**power for power in powers for factor in factors]
-        found = [number for number in found if low * (1 - 1e-9) <= number <= high * (1 + 1e-9)]
-        if len(found) >= 3:
-            return found[:: math.ceil(len(found) / 6)]
+        numbers = [factor * 10.0**power for power in powers for factor in factors]
+        ticks = [number for number in numbers if low * (1 - 1e-9) <= number <= high * (1 + 1e-9)]
+        if len(ticks) >= 3:
+            return ticks[:: math.ceil(len(ticks) / 6)]
     return ticks_within(low, high, whole=False)
 
 
 def ticks_within(low: float, high: float, whole: bool) -> list[float]:
-    reach = 1e-9 * (high - low)
-    ticks = [tick for tick in round_ticks(low, high) if low - reach <= tick <= high + reach]
+    """Return the round ticks within [low, high], with `whole` only integers."""
+    tolerance = 1e-9 * (high - low)
+    ticks = [tick for tick in round_ticks(low, high) if low - tolerance <= tick <= high + tolerance]
     return [tick for tick in ticks if tick == int(tick)] if whole else ticks
 
 
 def fit_text(name: str, length: int) -> str:
-    """A name in at most so many characters: of a longer one its start and end, which tell more than its middle."""
+    """Shorten a name to at most `length` characters by replacing its middle with an ellipsis."""
     if len(name) <= length:
         return name
     end = (length - 1) // 2
@@ -91,20 +93,20 @@ def fit_text(name: str, length: int) -> str:
 
 
 def accuracy_ticks(accuracies: Iterable[float]) -> list[float]:
-    """Ticks around accuracies, from 0 to 1 at most."""
+    """Return ticks that enclose accuracies, within [0, 1]."""
     finite = [value for value in accuracies if math.isfinite(value)] or [0.0, 1.0]
     return [tick for tick in round_ticks(min(finite), max(finite)) if -1e-9 <= tick <= 1 + 1e-9]
 
 
 def accuracy_text(accuracy: float, ticks: Sequence[float]) -> str:
-    """A tick of val accuracy, with as many digits as its steps have."""
+    """Format a tick of val accuracy with as many digits as the tick spacing needs."""
     step = 100 * (ticks[1] - ticks[0]) if len(ticks) > 1 else 1.0
     return percent_text(accuracy, 0 if abs(step - round(step)) < 1e-6 else 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """A plotting area with val accuracy upwards."""
+    """A plotting area with val accuracy on the vertical axis."""
 
     left: float
     right: float
@@ -113,16 +115,16 @@ class Frame:
     ticks: list[float]
 
     def x(self, place: float) -> float:
-        """Of a place from 0, the left, to 1, the right."""
+        """Convert a horizontal position, 0 (left) to 1 (right), to a coordinate."""
         return self.left + (self.right - self.left) * place
 
     def y(self, accuracy: float) -> float:
-        """Of a val accuracy."""
+        """Convert a val accuracy to a coordinate."""
         low, high = self.ticks[0], self.ticks[-1]
         return self.bottom - (self.bottom - self.top) * (accuracy - low) / (high - low)
 
     def grid(self) -> Markup:
-        """A line across at each tick."""
+        """Draw a horizontal line and a label at each tick."""
         parts = []
         for tick in self.ticks:
             parts.append(svg.line("grid", self.left, self.y(tick), self.right, self.y(tick)))

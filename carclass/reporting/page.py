@@ -1,7 +1,7 @@
-"""What every HTML page of the project has in common: one file, no network, readable in light, dark and on paper.
+"""Self-contained HTML pages for light, dark and print.
 
 A page is a Jinja template that extends `page.html.j2`: it sets `sections` (id → name, the links at the top) and
-fills the blocks `main` and, where it needs them, `style` and `script`. `page_parts.html.j2` holds shared pieces.
+fills the block `main` and optionally `style` and `script`. `page_parts.html.j2` holds shared macros.
 """
 
 import base64
@@ -16,10 +16,10 @@ from carclass.formatting import percent_text
 
 
 def render(template: Path, *, title: str, facts: Sequence[tuple[str, str]], **values: Any) -> str:
-    """Return the template's page as one HTML document.
+    """Render a template as one HTML document.
 
-    facts: (name, value) pairs shown under the title; values: what the template itself uses. Text from data is
-    escaped, and the page's content policy lets nothing load and nothing run but the page's own script.
+    facts: (name, value) pairs shown under the title; values: variables of the template. Text from data is escaped, and
+    the page's Content-Security-Policy blocks all loading and every script except the page's own.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([template.parent, Path(__file__).parent]),
@@ -33,12 +33,13 @@ def render(template: Path, *, title: str, facts: Sequence[tuple[str, str]], **va
 
 
 def _jpeg_uri(photo: bytes) -> str:
+    """Return a JPEG file as a data URI."""
     assert photo[:2] == b"\xff\xd8", f"not a JPEG file: it starts with {photo[:4]!r}"
     return f"data:image/jpeg;base64,{base64.b64encode(photo).decode()}"
 
 
 def _script_hash(script: str) -> str:
-    """What a Content-Security-Policy calls a script by, so that no other script in the page runs."""
+    """Return the source expression of a script for a Content-Security-Policy, or `none` without a script."""
     return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}" if script else "none"
 
 

@@ -1,7 +1,7 @@
-"""What charts are made of: SVG that lives inside a page's HTML.
+"""SVG elements of charts, inlined in a page's HTML.
 
-Colours and fonts come from the page's style sheet by class name, so a chart follows light, dark and print and
-stays sharp at every size. Text is escaped by `Markup.format`.
+Colours and fonts come from the page's style sheet by class name, so that charts follow light, dark and print. Text is
+escaped by `Markup.format`.
 """
 
 import math
@@ -17,7 +17,7 @@ Point = tuple[float, float]
 
 
 def nice_ticks(highest: float) -> list[float]:
-    """Four to six round steps from zero up to at least `highest`, each 1, 2, 2.5 or 5 times a power of ten."""
+    """Return four to six round ticks from 0 to at least `highest`, spaced 1, 2, 2.5 or 5 times a power of ten."""
     if highest <= 0:
         return [0.0, 1.0]
     power = 10.0 ** math.floor(math.log10(highest / 5))
@@ -27,7 +27,7 @@ def nice_ticks(highest: float) -> list[float]:
 
 
 def horizontal_grid(ticks: list[float], percent: bool) -> Markup:
-    """Lines across the plotting area, the last tick at its top; with `percent` the ticks are fractions."""
+    """Draw labelled lines across the plotting area, the last tick at its top; with `percent` ticks are fractions."""
     parts = []
     for tick in ticks:
         y = BOTTOM - (BOTTOM - TOP) * tick / ticks[-1]
@@ -37,12 +37,12 @@ def horizontal_grid(ticks: list[float], percent: bool) -> Markup:
 
 
 def axis_name(name: str) -> Markup:
-    """The name under the horizontal axis."""
+    """Draw the name of the horizontal axis."""
     return text("tick middle", (LEFT + RIGHT) / 2, BOTTOM + 38, name)
 
 
 def line(css_class: str, x1: float, y1: float, x2: float, y2: float) -> Markup:
-    """A straight line."""
+    """Draw a straight line."""
     return Markup('<line class="{}" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>').format(
         css_class, x1, y1, x2, y2
     )
@@ -75,12 +75,12 @@ def curve(points: Sequence[Point], css_class: str = "curve", dot_class: str | No
 
 
 def text(css_class: str, x: float, y: float, content: str) -> Markup:
-    """One line of text on its baseline; the classes `end` and `middle` say which part of it is at x."""
+    """Draw a line of text on its baseline; the classes `end` and `middle` set its anchor."""
     return Markup('<text class="{}" x="{:.1f}" y="{:.1f}">{}</text>').format(css_class, x, y, content)
 
 
 def drawing(label: str, parts: list[Markup], width: int = WIDTH, height: int = HEIGHT) -> Markup:
-    """The whole picture; `label` is what a screen reader says of it."""
+    """Return the SVG document; `label` is its accessible name."""
     return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
         width, height, label, Markup("").join(parts)
     )
