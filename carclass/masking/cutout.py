@@ -1,4 +1,4 @@
-"""What is done to a photo once its vehicle is found."""
+"""Background removal: crop to the vehicle and paint over everything else."""
 
 import numpy as np
 from PIL import Image
@@ -7,10 +7,10 @@ from carclass.config.schema import CutoutSettings
 
 
 def cut(photo: np.ndarray, box: np.ndarray, mask: np.ndarray | None, settings: CutoutSettings) -> np.ndarray:
-    """The vehicle without its surroundings.
+    """Return the photo without its background: uint8 (h,w,3), smaller than the photo only if the mode crops.
 
-    photo: uint8 (H,W,3) RGB; box: float (4,) x1,y1,x2,y2 in its pixels; mask: bool (H,W), needed unless the
-    mode is `crop`. Returns uint8 (h,w,3), of the photo's own size unless the mode crops.
+    photo: uint8 (H,W,3) RGB; box: float (4,) x1,y1,x2,y2 in its pixels; mask: bool (H,W), required unless the
+    mode is `crop`.
     """
     if "mask" in settings.mode:
         assert mask is not None
@@ -22,14 +22,14 @@ def cut(photo: np.ndarray, box: np.ndarray, mask: np.ndarray | None, settings: C
 
 
 def paint_background(photo: np.ndarray, mask: np.ndarray, fill: tuple[int, int, int]) -> np.ndarray:
-    """The photo with everything outside the mask in one colour."""
+    """Return the photo with all pixels outside the mask set to the fill colour."""
     canvas = Image.new("RGB", (photo.shape[1], photo.shape[0]), fill)
     canvas.paste(Image.fromarray(photo), mask=Image.fromarray(mask.astype(np.uint8) * 255))
     return np.asarray(canvas)
 
 
 def crop_window(box: np.ndarray, shape: tuple[int, ...], margin: float) -> tuple[int, int, int, int]:
-    """Whole pixels x1,y1,x2,y2 around a box with its margin, inside the photo and at least one pixel wide and high."""
+    """Return the integer window x1,y1,x2,y2 of a box with its margin, clipped to the photo and at least 1x1."""
     height, width = shape[:2]
     x1, y1, x2, y2 = (float(value) for value in box)
     pad_x, pad_y = margin * (x2 - x1), margin * (y2 - y1)

@@ -1,4 +1,4 @@
-"""Finds the vehicle of a photo: a network behind one function on arrays."""
+"""Vehicle detector: from photos as arrays to the main vehicle of each."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -15,16 +15,16 @@ from carclass.masking.selection import SelectionRule, select_vehicle, stability,
 from carclass.models.resnet import autocast, fold
 
 CANVAS = 32
-"""Networks see photos on canvases whose sides are multiples of it: the coarsest step of the feature pyramid."""
+"""Networks pad photos to multiples of it in height and width: the coarsest stride of the feature pyramid."""
 
 
 class Detection(NamedTuple):
-    """The vehicle of a photo, in the photo's own pixels."""
+    """The main vehicle of a photo, in the photo's pixels."""
 
     category: int  # of COCO's 80 classes
     score: float
     box: np.ndarray  # float32 (4,): x1, y1, x2, y2
-    mask: np.ndarray | None  # bool (H, W); None from a network that finds boxes only
+    mask: np.ndarray | None  # bool (H, W); None from a network without a mask head
     num_vehicles: int
     several_vehicles: bool
     touches_border: bool
@@ -33,90 +33,91 @@ class Detection(NamedTuple):
 
 
 class Detector:
-    """A network with its weights, on one device.
+    """A detection network with weights, on one device.
 
-    On a GPU, photos of the same canvas (size after scaling, rounded up) go through together. On a CPU a batch gains
-    nothing, and photos go one by one. Either way a photo is never padded to another's size, so that what is found in
-    it depends on no other photo. UserError for wrong weights.
+    On a GPU, photos with the same canvas (size after scaling, rounded up) share a batch. On a CPU, where batches gain
+    nothing, photos are processed one by one. No photo is padded to another's size, so its result is independent of
+    the batch. Raise UserError for wrong weights.
     """
 
     def __init__(self, settings: DetectorSettings, rule: SelectionRule = "largest", device: str = "cpu") -> None:
         self.settings, self.rule, self.device = settings, rule, torch.device(device)
         self.network = networks.build_network(settings)
         self.finds_masks = self.network.finds_masks
-        _make_fast(self.network, settings.precision)
+        _optimise_for_inference(self.network, settings.precision)
         self.network.to(self.device)
 
     def __call__(self, photos: Sequence[np.ndarray], batch_size: int = 1) -> list[Detection | None]:
-        """The vehicle of each photo, or None. photos: uint8 (H,W,3) RGB each; batch_size: photos per forward pass."""
-        found: list[Detection | None] = [None] * len(photos)
+        """Return each photo's main vehicle or None. photos: uint8 (H,W,3) RGB; batch_size: photos per forward pass."""
+        detections: list[Detection | None] = [None] * len(photos)
         for batch in self._batches(photos, batch_size if self.device.type == "cuda" else 1):
             outputs = self.forward([photos[i] for i in batch])
             for i, instances in zip(batch, outputs, strict=True):
-                found[i] = self._describe(instances, photos[i].shape[:2])
-        return found
+                detections[i] = self._select(instances, photos[i].shape[:2])
+        return detections
 
     @torch.inference_mode()
     def forward(self, photos: Sequence[np.ndarray]) -> list[Instances]:
-        """What the network says of photos of one canvas, in the scaled photos' pixels; masks are not pasted."""
-        inputs = [{"image": self._input(photo)} for photo in photos]
+        """Return the instances in photos of one canvas, in pixels of the scaled photos, with masks not pasted."""
+        inputs = [{"image": self._network_input(photo)} for photo in photos]
         with autocast(self.settings.precision, self.device):
             return [output["instances"] for output in self.network(inputs)]
 
     def _batches(self, photos: Sequence[np.ndarray], batch_size: int) -> Iterator[list[int]]:
-        """Indices of photos that share a canvas, at most batch_size at a time."""
+        """Yield indices of photos that share a canvas, at most batch_size at a time."""
         groups = defaultdict(list)
         for i, photo in enumerate(photos):
-            groups[tuple(-(-side // CANVAS) for side in self._scaled(photo))].append(i)
+            groups[tuple(-(-side // CANVAS) for side in self._scaled_size(photo))].append(i)
         for group in groups.values():
             yield from (group[start : start + batch_size] for start in range(0, len(group), batch_size))
 
-    def _scaled(self, photo: np.ndarray) -> tuple[int, int]:
-        """Height and width as the network sees them."""
+    def _scaled_size(self, photo: np.ndarray) -> tuple[int, int]:
+        """Return height and width of the network's input."""
         height, width = photo.shape[:2]
         scale = min(self.settings.short_side / min(height, width), self.settings.max_size / max(height, width))
         return max(1, round(height * scale)), max(1, round(width * scale))
 
-    def _input(self, photo: np.ndarray) -> Tensor:
-        """float (3,h,w), 0..255, in the network's channel order, resized on the device."""
+    def _network_input(self, photo: np.ndarray) -> Tensor:
+        """Resize a photo on the device: float (3,h,w), 0..255, in the network's channel order."""
         pixels = torch.tensor(photo, device=self.device).permute(2, 0, 1)[None].float()
         if self.network.input_format == "BGR":
             pixels = pixels.flip(1)
-        size = self._scaled(photo)
+        size = self._scaled_size(photo)
         return nn.functional.interpolate(pixels, size, mode="bilinear", antialias=True)[0]
 
     @torch.inference_mode()
-    def _describe(self, found: Instances, shape: tuple[int, int]) -> Detection | None:
-        """Chooses among a few small masks, and pastes only the chosen one."""
-        boxes, scores = found.pred_boxes.tensor.float().cpu(), found.scores.float().cpu()
-        soft = found.pred_masks.float() if self.finds_masks else None
-        chosen = select_vehicle(boxes, scores, None if soft is None else soft.cpu(), found.image_size, self.rule)
-        if chosen is None:
+    def _select(self, instances: Instances, shape: tuple[int, int]) -> Detection | None:
+        """Select the main vehicle, pasting only its mask into a photo of this shape; None without instances."""
+        boxes, scores = instances.pred_boxes.tensor.float().cpu(), instances.scores.float().cpu()
+        masks = instances.pred_masks.float() if self.finds_masks else None
+        size = instances.image_size
+        selection = select_vehicle(boxes, scores, None if masks is None else masks.cpu(), size, self.rule)
+        if selection is None:
             return None
-        i, (height, width) = chosen.position, shape
-        box = boxes[i] * torch.tensor([width / found.image_size[1], height / found.image_size[0]] * 2)
-        if soft is None:
+        i, (height, width) = selection.best, shape
+        box = boxes[i] * torch.tensor([width / size[1], height / size[0]] * 2)
+        if masks is None:
             mask, area = None, float((box[2] - box[0]) * (box[3] - box[1])) / (height * width)
-            cut_off = bool((box[:2] < 1).any() or box[2] > width - 1 or box[3] > height - 1)
+            at_border = bool((box[:2] < 1).any() or box[2] > width - 1 or box[3] > height - 1)
         else:
-            pasted = paste_masks_in_image(soft[i], box[None].to(self.device), shape, threshold=0.5)
+            pasted = paste_masks_in_image(masks[i], box[None].to(self.device), shape, threshold=0.5)
             mask = pasted[0].to(torch.uint8).cpu().numpy().view(bool)
-            area, cut_off = float(mask.mean()), touches_border(mask)
+            area, at_border = float(mask.mean()), touches_border(mask)
         return Detection(
-            category=int(found.pred_classes[i]),
+            category=int(instances.pred_classes[i]),
             score=float(scores[i]),
             box=box.numpy(),
             mask=mask,
-            num_vehicles=chosen.num_vehicles,
-            several_vehicles=chosen.several,
-            touches_border=cut_off,
+            num_vehicles=selection.num_vehicles,
+            several_vehicles=selection.several_vehicles,
+            touches_border=at_border,
             area_fraction=area,
-            stability=None if soft is None else stability(soft[i].cpu()),
+            stability=None if masks is None else stability(masks[i].cpu()),
         )
 
 
-def _make_fast(network: nn.Module, precision: str) -> None:
-    """Does once what would be done at every pass: folds BatchNorm, casts weights, lays them out channels last."""
+def _optimise_for_inference(network: nn.Module, precision: str) -> None:
+    """Fold BatchNorm, cast weights to the precision and convert them to channels_last, all in place."""
     for module in network.modules():
         norm = getattr(module, "norm", None)
         if isinstance(module, nn.Conv2d) and hasattr(norm, "running_var"):

@@ -1,4 +1,4 @@
-"""Which network finds the vehicles, and with which weights."""
+"""Detection networks by name or YAML file, with their weights."""
 
 import torch
 
@@ -19,15 +19,15 @@ ZOO = {
     "faster_rcnn_r101_fpn": f"{_DETECTRON2}/COCO-Detection/faster_rcnn_R_101_FPN_3x/137851257/model_final_f6e8b1.pkl",
     TORCHVISION: "https://download.pytorch.org/models/maskrcnn_resnet50_fpn_v2_coco-73cbd019.pth",
 }
-"""What `weights: zoo` stands for. None of them is published with its sha256: the user pins the copy they trust."""
+"""Network → URI of its `zoo` weights. They have no published sha256: the user sets the hash of a trusted copy."""
 SAMPLE = "detector.safetensors"
 KEY = "mask.detector.weights"
 
 
 def build_network(settings: DetectorSettings) -> Network:
-    """The network with its weights, on the CPU and in eval mode.
+    """Build the network and load its weights, on the CPU in eval mode.
 
-    UserError when there is no such network, or the weights aren't there, aren't what their hash says or don't fit.
+    Raise UserError for an unknown network, and for weights that are missing, have another hash or do not fit.
     """
     _check_model(settings.model)
     network = TorchvisionMaskRCNN(settings) if settings.model == TORCHVISION else detectron.build_network(settings)
@@ -35,20 +35,20 @@ def build_network(settings: DetectorSettings) -> Network:
     return network.eval()
 
 
-def fetch_weights(settings: DetectorSettings, root: str) -> DetectorSettings:
-    """The settings with weights that every process can open: tensors as data, checked and on storage.
+def pin_weights(settings: DetectorSettings, root: str) -> DetectorSettings:
+    """Return the settings with verified weights that every node can open, by URI and sha256.
 
-    What comes from the web or is a pickle is kept below `<root>/weights/` as .safetensors, made once. UserError as
-    for build, as far as it is about the weights.
+    Downloads and pickles are converted once to .safetensors below `<root>/weights/`. Raise UserError for weights that
+    are missing or have another hash.
     """
-    source = weights.fetch(
-        _source(settings), settings.weights_sha256, sample=SAMPLE, cache=storage.join(root, "weights"), key=KEY
+    file = weights.cache_weights(
+        _weights_uri(settings), settings.weights_sha256, sample=SAMPLE, cache=storage.join(root, "weights"), key=KEY
     )
-    return settings.model_copy(update={"weights": source.uri, "weights_sha256": source.sha256})
+    return settings.model_copy(update={"weights": file.uri, "weights_sha256": file.sha256})
 
 
 def architecture_digest(settings: DetectorSettings) -> str:
-    """sha256 of what the network is made of: another when a YAML file, or one that it stands on, changes."""
+    """Return the sha256 of the network's complete settings, including those of `_BASE_` files."""
     _check_model(settings.model)
     description = TORCHVISION if settings.model == TORCHVISION else detectron.load_config(settings.model).dump()
     return storage.sha256(description.encode())
@@ -57,32 +57,34 @@ def architecture_digest(settings: DetectorSettings) -> str:
 def _check_model(model: str) -> None:
     if model not in NAMED_DETECTORS and not model.endswith((".yaml", ".yml")):
         raise UserError(
-            f"`{detectron.KEY}`: {model} is no detector. Choose one of {', '.join(NAMED_DETECTORS)}, "
+            f"`{detectron.KEY}`: unknown detector {model}. Choose one of {', '.join(NAMED_DETECTORS)}, "
             "or give the URI of a Detectron2 .yaml."
         )
 
 
-def _source(settings: DetectorSettings) -> str:
-    """The URI of the weights, or `sample`."""
+def _weights_uri(settings: DetectorSettings) -> str:
+    """Return the URI of the weights, or `sample`."""
     if settings.weights != "zoo":
         return settings.weights
     if settings.model not in ZOO:
         raise UserError(
-            f"`{KEY}`: zoo has none for {settings.model}, only for {', '.join(ZOO)}. Give the URI of its weights"
-            + (", or say `sample`." if settings.model == "sample" else ".")
+            f"`{KEY}`: no zoo weights for {settings.model}, only for {', '.join(ZOO)}. Set the URI of its weights"
+            + (" or `sample`." if settings.model == "sample" else ".")
         )
     return ZOO[settings.model]
 
 
 def _load_weights(model: torch.nn.Module, settings: DetectorSettings) -> None:
-    state, _ = weights.load(_source(settings), settings.weights_sha256, sample=SAMPLE, key=KEY)
+    """Load the weights into the model; raise UserError if tensors are missing or have other shapes."""
+    state, _ = weights.load_weights(_weights_uri(settings), settings.weights_sha256, sample=SAMPLE, key=KEY)
     expected = model.state_dict()
-    # BatchNorm's counters and the anchors, which some files leave out, are never learnt.
+    # Some files omit BatchNorm's counters and the anchors, which are not learnt.
     missing = [n for n in expected if n not in state and "num_batches_tracked" not in n and "cell_anchors" not in n]
-    wrong = [name for name in state if name in expected and state[name].shape != expected[name].shape]
-    if missing or wrong:
+    misshapen = [name for name in state if name in expected and state[name].shape != expected[name].shape]
+    if missing or misshapen:
         raise UserError(
-            f"`{KEY}`: {settings.weights} is no {settings.model}: {len(missing)} tensors are missing, "
-            f"{len(wrong)} don't fit (the first: {[*missing, *wrong][0]}). Choose the `{detectron.KEY}` it is for."
+            f"`{KEY}`: {settings.weights} is not a {settings.model} checkpoint: {len(missing)} tensors missing, "
+            f"{len(misshapen)} with other shapes (the first: {[*missing, *misshapen][0]}). "
+            f"Set the `{detectron.KEY}` of these weights."
         )
     model.load_state_dict({name: state[name].float() for name in state if name in expected}, strict=False)

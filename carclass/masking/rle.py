@@ -1,20 +1,20 @@
-"""Masks as COCO's run lengths, and how alike two are."""
+"""Masks as COCO run-length encodings, and their overlap."""
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
 
 def encode_mask(mask: np.ndarray) -> str:
-    """COCO's compressed run lengths of a bool (H,W) mask."""
+    """Encode a bool (H,W) mask as COCO's compressed RLE."""
     return str(coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode())
 
 
 def decode_mask(counts: str, height: int, width: int) -> np.ndarray:
-    """The bool (H,W) mask of COCO's compressed run lengths."""
+    """Decode COCO's compressed RLE to a bool (H,W) mask."""
     return np.asarray(coco_mask.decode({"size": [height, width], "counts": counts.encode()}), dtype=bool)
 
 
-def mask_iou(one: np.ndarray, other: np.ndarray) -> float:
-    """Intersection over union of two bool masks of the same shape; 1 when both are empty."""
-    union = int(np.logical_or(one, other).sum())
-    return float(np.logical_and(one, other).sum() / union) if union else 1.0
+def mask_iou(first: np.ndarray, second: np.ndarray) -> float:
+    """Return the intersection over union of two bool masks of the same shape; 1 if both are empty."""
+    union = int(np.logical_or(first, second).sum())
+    return float(np.logical_and(first, second).sum() / union) if union else 1.0

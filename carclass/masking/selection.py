@@ -1,8 +1,8 @@
-"""Which of the vehicles found in a photo is the photographed one, and how far its mask can be trusted.
+"""Selection of the main vehicle among the detections of a photo, and quality measures of its mask.
 
-The rule: detections whose boxes overlap by more than SAME_VEHICLE are one vehicle, called what the surest of them
-says (a pickup is often found as a car and as a truck). Of the vehicles, the one with the largest mask is taken, and
-of those within LARGEST_TIE of it the most central; config.Mask.choice offers other rules.
+Detections whose boxes overlap by more than SAME_VEHICLE are one vehicle and get the class of the highest score (a
+pickup is often detected as car and as truck). Of the vehicles, the one with the largest mask is selected, and of those
+within LARGEST_TIE of it the most central; `mask.choice` offers other rules.
 """
 
 from typing import Literal, NamedTuple
@@ -13,31 +13,31 @@ from torch import Tensor
 from torchvision.ops import nms
 
 SAME_VEHICLE = 0.7
-"""Intersection over union of two boxes above which they are one vehicle."""
+"""IoU of two boxes above which they are one vehicle."""
 LARGEST_TIE = 0.1
-"""Share of the largest area by which another may be smaller and still count as large."""
+"""Share of the largest area by which another vehicle may be smaller and still count as equally large."""
 RIVAL = 0.5
-"""Share of the chosen area from which another vehicle makes a photo one of several vehicles."""
+"""Share of the selected vehicle's area from which another vehicle sets `several_vehicles`."""
 STABILITY_LOGIT = 1.0
-"""Distance of the two thresholds from the middle, as in SAM (Kirillov et al. 2023)."""
-SelectionRule = Literal["largest", "central", "surest"]
+"""Offset of the two mask thresholds in logits, as in SAM (Kirillov et al. 2023)."""
+SelectionRule = Literal["largest", "central", "highest_score"]
 
 
 class Selection(NamedTuple):
-    """The chosen detection and what stands beside it."""
+    """The selected detection and the number of vehicles around it."""
 
-    position: int  # among the detections given
+    best: int  # index of the selected detection
     num_vehicles: int
-    several: bool
+    several_vehicles: bool
 
 
 def select_vehicle(
     boxes: Tensor, scores: Tensor, masks: Tensor | None, size: tuple[int, int], rule: SelectionRule
 ) -> Selection | None:
-    """Picks the vehicle; None where there is none.
+    """Select the main vehicle; return None without detections.
 
     boxes: float (N,4) x1,y1,x2,y2; scores: float (N,); masks: probabilities (N,1,M,M) within the boxes, or None;
-    size: height and width of the photo in the boxes' pixels. On the CPU: N is small.
+    size: height and width of the photo in the boxes' pixels. All tensors are on the CPU, as N is small.
     """
     if len(boxes) == 0:
         return None
@@ -53,13 +53,13 @@ def select_vehicle(
     else:
         best = int(distances.argmin() if rule == "central" else scores.argmax())
     rivals = int((areas >= RIVAL * areas[best]).sum()) - 1
-    return Selection(int(kept[best]), len(kept), rivals > 0)
+    return Selection(int(kept[best]), num_vehicles=len(kept), several_vehicles=rivals > 0)
 
 
 def stability(mask: Tensor) -> float:
-    """Agreement of a mask with itself: IoU of its cuts at a higher and a lower threshold, 0 to 1.
+    """Return SAM's stability score (Kirillov et al. 2023), 0 to 1: the IoU of the mask at a high and a low threshold.
 
-    mask: probabilities, any shape. SAM's stability score (Kirillov et al. 2023).
+    mask: probabilities, any shape.
     """
     high, low = torch.sigmoid(torch.tensor([STABILITY_LOGIT, -STABILITY_LOGIT])).tolist()
     smallest, largest = int((mask > high).sum()), int((mask > low).sum())
@@ -67,5 +67,5 @@ def stability(mask: Tensor) -> float:
 
 
 def touches_border(mask: np.ndarray) -> bool:
-    """Whether a (H,W) mask reaches the photo's edge, where a vehicle may be cut off."""
+    """Return True if a bool (H,W) mask reaches the photo's edge, where the vehicle may be truncated."""
     return bool(mask[0].any() or mask[-1].any() or mask[:, 0].any() or mask[:, -1].any())

@@ -1,4 +1,4 @@
-"""Detectors behind one contract: they find what the original finds, of the wanted classes alone."""
+"""Detection networks: same detections as the original implementations, restricted to the requested classes."""
 
 import pickle
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from carclass.masking.torchvision_rcnn import COCO_IDS
 from carclass.models import weights
 
 PERSON, CAR, BUS = 0, 2, 5
-WANTED = {CAR: "car", BUS: "bus"}
+REQUESTED = {CAR: "car", BUS: "bus"}
 SAMPLE = Path(detectron.__file__).parents[1] / "sample" / "detector.yaml"
 RETINANET = """
   META_ARCHITECTURE: RetinaNet
@@ -38,29 +38,29 @@ YAML = {
     "panoptic": "{META_ARCHITECTURE: PanopticFPN, SEM_SEG_HEAD: {IN_FEATURES: [p2, p3], NORM: BN}}",
     "retinanet": RETINANET,
 }
-"""What these have besides the sample's settings."""
+"""Settings on top of the sample detector's."""
 
 
 @pytest.fixture(scope="module")
 def photo() -> torch.Tensor:
-    """float (3,128,160), 0..255, as a photo of blobs."""
+    """A smooth random photo, float (3,128,160), 0..255."""
     noise = torch.randn(1, 3, 8, 10, generator=torch.Generator().manual_seed(1))
     return nn.functional.interpolate(noise, (128, 160), mode="bicubic")[0].sigmoid() * 255
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., DetectorSettings]:
-    """Settings of a network by name with random weights, that is sure of persons and less so of cars and buses."""
+def make_settings(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., DetectorSettings]:
+    """Factory of settings with random weights that score persons higher than cars, and cars higher than buses."""
     folder = tmp_path_factory.mktemp("networks")
-    made: dict[str, dict[str, Any]] = {}
+    files: dict[str, dict[str, Any]] = {}
 
-    def prepared(name: str, **changes: Any) -> DetectorSettings:
-        if name not in made:
-            made[name] = _model_and_weights(name, folder)
-        defaults = {"classes": WANTED, "score_threshold": 0.05, "num_proposals": 20, "num_detections": 1000}
-        return DetectorSettings.model_validate({**defaults, **made[name], **changes})
+    def make_settings(name: str, **changes: Any) -> DetectorSettings:
+        if name not in files:
+            files[name] = _model_and_weights(name, folder)
+        defaults = {"classes": REQUESTED, "score_threshold": 0.05, "num_proposals": 20, "num_detections": 1000}
+        return DetectorSettings.model_validate({**defaults, **files[name], **changes})
 
-    return prepared
+    return make_settings
 
 
 def _model_and_weights(name: str, folder: Path) -> dict[str, Any]:
@@ -71,26 +71,26 @@ def _model_and_weights(name: str, folder: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     net = _original(DetectorSettings(model=model))
     for path, layer in net.named_modules():
-        if isinstance(layer, FrozenBatchNorm2d | nn.BatchNorm2d):  # so that features keep their size on their way
+        if isinstance(layer, FrozenBatchNorm2d | nn.BatchNorm2d):  # keep the scale of features through the layers
             layer.weight.data.fill_(0.3 if "r101" in name else 0.7)
         if path.endswith(("cls_score", "predictor.bbox_pred")) or path == "head.bbox_pred":
-            layer.weight.data.normal_(std=0.1)  # so that boxes differ
+            layer.weight.data.normal_(std=0.1)  # make boxes differ
         if path.endswith("cls_score"):
-            _prefer(layer, torch.tensor([5.0, 4.0, 3.8]))
+            _set_class_logits(layer, torch.tensor([5.0, 4.0, 3.8]))
     save_file(net.state_dict(), folder / f"{name}.safetensors")
     return {"model": model, "weights": str(folder / f"{name}.safetensors")}
 
 
-def _prefer(cls_score: nn.Module, logits: torch.Tensor) -> None:
-    """Makes a layer of class logits say these for persons, cars and buses."""
-    torchvisions = len(cls_score.bias) == 91
-    classes = [COCO_IDS[number] if torchvisions else number for number in (PERSON, CAR, BUS)]
-    anchors = len(cls_score.bias) // 80  # RetinaNet's logits come anchor by anchor
+def _set_class_logits(cls_score: nn.Module, logits: torch.Tensor) -> None:
+    """Set the biases of persons, cars and buses in a layer of class logits."""
+    is_torchvision = len(cls_score.bias) == 91
+    classes = [COCO_IDS[number] if is_torchvision else number for number in (PERSON, CAR, BUS)]
+    anchors = len(cls_score.bias) // 80  # RetinaNet has a logit per anchor and class
     cls_score.bias.data.view(anchors, -1)[:, classes] = logits
 
 
 def _original(settings: DetectorSettings) -> nn.Module:
-    """The same architecture as its makers build it, without limit on detections."""
+    """Build the framework's own network, without limit on detections."""
     if settings.model == networks.TORCHVISION:
         return maskrcnn_resnet50_fpn_v2(
             weights=None,
@@ -117,65 +117,65 @@ def run(net: nn.Module, *photos: torch.Tensor) -> list[Any]:
 
 
 def run_original(settings: DetectorSettings, photo: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Boxes, scores, classes and pasted masks (N,H,W) of the wanted classes, as its makers' pipeline finds them."""
+    """Return boxes, scores, classes and pasted masks (N,H,W) of the requested classes by the framework's pipeline."""
     net = _original(settings)
-    net.load_state_dict(weights.load(settings.weights, None, sample="", key="")[0])
+    net.load_state_dict(weights.load_weights(settings.weights, None, sample="", key="")[0])
     with torch.inference_mode():
         if settings.model == networks.TORCHVISION:
-            found = net([photo / 255])[0]
-            found["classes"] = torch.tensor([COCO_IDS.index(i) if i in COCO_IDS else -1 for i in found.pop("labels")])
-            found["masks"] = found["masks"][:, 0] > 0.5
+            result = net([photo / 255])[0]
+            result["classes"] = torch.tensor([COCO_IDS.index(i) if i in COCO_IDS else -1 for i in result.pop("labels")])
+            result["masks"] = result["masks"][:, 0] > 0.5
         else:
             instances = net([{"image": photo}])[0]["instances"]
-            found = {
+            result = {
                 "boxes": instances.pred_boxes.tensor,
                 "scores": instances.scores,
                 "classes": instances.pred_classes,
             }
             if instances.has("pred_masks"):
-                found["masks"] = instances.pred_masks
-    wanted = torch.isin(found["classes"], torch.tensor(list(settings.classes)))
-    return {name: value[wanted] for name, value in found.items()}
+                result["masks"] = instances.pred_masks
+    requested = torch.isin(result["classes"], torch.tensor(list(settings.classes)))
+    return {name: value[requested] for name, value in result.items()}
 
 
-def in_order(classes: torch.Tensor, scores: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-    """(N,6) detections, in an order that doesn't leave those of equal score to chance."""
+def sort_detections(classes: torch.Tensor, scores: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    """Return detections (N,6) in an order that does not depend on ties of scores."""
     return torch.tensor(sorted(torch.cat([classes[:, None], scores[:, None], boxes], dim=1).tolist()))
 
 
-# What is found
+# Detections
 
 ALL = ("sample", *YAML, "faster_rcnn_r101_fpn", networks.TORCHVISION)
 WITH_MASKS = ("sample", "cascade", "panoptic", networks.TORCHVISION)
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_of_the_wanted_classes_everything_is_found_that_the_original_finds(
-    prepared: Callable[..., DetectorSettings], photo: torch.Tensor, name: str
+def test_detections_of_the_requested_classes_equal_the_originals(
+    make_settings: Callable[..., DetectorSettings], photo: torch.Tensor, name: str
 ):
-    settings = prepared(name)
+    settings = make_settings(name)
     expected = run_original(settings, photo)
-    (found,) = run(networks.build_network(settings), photo)
-    assert len(found) > 20
-    assert found.image_size == (128, 160)
+    (instances,) = run(networks.build_network(settings), photo)
+    assert len(instances) > 20
+    assert instances.image_size == (128, 160)
     torch.testing.assert_close(
-        in_order(found.pred_classes, found.scores, found.pred_boxes.tensor),
-        in_order(expected["classes"], expected["scores"], expected["boxes"]),
+        sort_detections(instances.pred_classes, instances.scores, instances.pred_boxes.tensor),
+        sort_detections(expected["classes"], expected["scores"], expected["boxes"]),
         atol=1e-4,
         rtol=0,
     )
 
 
 @pytest.mark.parametrize("name", WITH_MASKS)
-def test_masks_are_the_originals_before_it_pastes_them(
-    prepared: Callable[..., DetectorSettings], photo: torch.Tensor, name: str
+def test_masks_pasted_equal_the_originals(
+    make_settings: Callable[..., DetectorSettings], photo: torch.Tensor, name: str
 ):
-    settings = prepared(name)
-    (found,) = run(networks.build_network(settings), photo)
-    boxes, soft = found.pred_boxes.tensor, found.pred_masks
-    assert soft.shape[:2] == (len(found), 1)
+    settings = make_settings(name)
+    (instances,) = run(networks.build_network(settings), photo)
+    boxes, soft = instances.pred_boxes.tensor, instances.pred_masks
+    assert soft.shape[:2] == (len(instances), 1)
     assert soft.shape[2] == soft.shape[3]
-    if name == networks.TORCHVISION:  # the two frameworks paste each in its own way
+    if name == networks.TORCHVISION:  # the frameworks paste masks differently
         pasted = paste_masks_in_image(soft, boxes, (128, 160))[:, 0] > 0.5
     else:
         pasted = detectron.paste_masks_in_image(soft[:, 0], boxes, (128, 160), threshold=0.5)
@@ -184,118 +184,120 @@ def test_masks_are_the_originals_before_it_pastes_them(
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_surer_detections_of_other_classes_push_nothing_out(
-    prepared: Callable[..., DetectorSettings], photo: torch.Tensor, name: str
+def test_other_classes_do_not_count_towards_the_limit_on_detections(
+    make_settings: Callable[..., DetectorSettings], photo: torch.Tensor, name: str
 ):
-    (persons,) = run(networks.build_network(prepared(name, classes={PERSON: "person"}, num_detections=5)), photo)
-    (cars,) = run(networks.build_network(prepared(name, classes={CAR: "car"}, num_detections=5)), photo)
+    (persons,) = run(networks.build_network(make_settings(name, classes={PERSON: "person"}, num_detections=5)), photo)
+    (cars,) = run(networks.build_network(make_settings(name, classes={CAR: "car"}, num_detections=5)), photo)
     assert len(persons) == len(cars) == 5
     assert persons.scores.min() > cars.scores.max()
     assert set(cars.pred_classes.tolist()) == {CAR}
 
 
 @pytest.mark.parametrize("name", WITH_MASKS)
-def test_masks_are_made_for_the_wanted_boxes_only(
-    prepared: Callable[..., DetectorSettings], photo: torch.Tensor, name: str
+def test_the_mask_head_runs_on_boxes_of_requested_classes_only(
+    make_settings: Callable[..., DetectorSettings], photo: torch.Tensor, name: str
 ):
-    net = networks.build_network(prepared(name))
-    seen = []
-    net.model.roi_heads.mask_head.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    (found,) = run(net, photo)
-    assert seen == [len(found)]
+    net = networks.build_network(make_settings(name))
+    num_boxes = []
+    net.model.roi_heads.mask_head.register_forward_pre_hook(lambda _, inputs: num_boxes.append(len(inputs[0])))
+    (instances,) = run(net, photo)
+    assert num_boxes == [len(instances)]
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_photo_without_vehicles_has_no_instances(
-    prepared: Callable[..., DetectorSettings], photo: torch.Tensor, name: str
+    make_settings: Callable[..., DetectorSettings], photo: torch.Tensor, name: str
 ):
-    net = networks.build_network(prepared(name, score_threshold=1.0))
-    (found,) = run(net, photo)
-    assert len(found) == 0
-    assert not net.finds_masks or found.pred_masks.shape[:2] == (0, 1)
+    net = networks.build_network(make_settings(name, score_threshold=1.0))
+    (instances,) = run(net, photo)
+    assert len(instances) == 0
+    assert not net.finds_masks or instances.pred_masks.shape[:2] == (0, 1)
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_network_says_whether_it_finds_masks_and_which_channels_come_first(
-    prepared: Callable[..., DetectorSettings], photo: torch.Tensor, name: str
+def test_a_network_declares_masks_and_channel_order(
+    make_settings: Callable[..., DetectorSettings], photo: torch.Tensor, name: str
 ):
-    net = networks.build_network(prepared(name))
-    (found,) = run(net, photo)
-    assert net.finds_masks == found.has("pred_masks") == (name in WITH_MASKS)
+    net = networks.build_network(make_settings(name))
+    (instances,) = run(net, photo)
+    assert net.finds_masks == instances.has("pred_masks") == (name in WITH_MASKS)
     assert net.input_format == ("RGB" if name == networks.TORCHVISION else "BGR")
 
 
 @pytest.mark.parametrize("name", ["sample", networks.TORCHVISION])
 def test_in_bf16_boxes_and_scores_keep_their_precision(
-    prepared: Callable[..., DetectorSettings], photo: torch.Tensor, name: str
+    make_settings: Callable[..., DetectorSettings], photo: torch.Tensor, name: str
 ):
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        (found,) = run(networks.build_network(prepared(name)), photo)
-    for values in (found.pred_boxes.tensor, found.scores):
+        (instances,) = run(networks.build_network(make_settings(name)), photo)
+    for values in (instances.pred_boxes.tensor, instances.scores):
         assert values.dtype == torch.float32
         assert (values != values.bfloat16().float()).float().mean() > 0.5
 
 
-def test_photos_of_several_sizes_go_through_together(prepared: Callable[..., DetectorSettings], photo: torch.Tensor):
-    net = networks.build_network(prepared(networks.TORCHVISION))
-    assert [found.image_size for found in run(net, photo, photo[:, :96])] == [(128, 160), (96, 160)]
+def test_a_batch_may_hold_photos_of_several_sizes(make_settings: Callable[..., DetectorSettings], photo: torch.Tensor):
+    net = networks.build_network(make_settings(networks.TORCHVISION))
+    assert [instances.image_size for instances in run(net, photo, photo[:, :96])] == [(128, 160), (96, 160)]
 
 
-def test_torchvisions_labels_are_cocos_own_ids():
+def test_torchvision_labels_are_coco_category_ids():
     assert [item["id"] for item in COCO_CATEGORIES if item["isthing"]] == COCO_IDS
 
 
-def test_the_samples_detector_is_ready_to_use():
+def test_the_sample_detector_is_in_eval_mode_and_finds_masks():
     net = networks.build_network(DetectorSettings(model="sample", weights="sample"))
     assert net.finds_masks
     assert not net.training
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_class_the_network_does_not_know_is_named(prepared: Callable[..., DetectorSettings], name: str):
+def test_an_unknown_class_is_named_in_the_error(make_settings: Callable[..., DetectorSettings], name: str):
     with pytest.raises(UserError, match=r"`mask.detector.classes`: \[80\] .* classes 0 to 79"):
-        networks.build_network(prepared(name, classes={CAR: "car", 80: "boat"}))
+        networks.build_network(make_settings(name, classes={CAR: "car", 80: "boat"}))
 
 
 # Weights
 
 
 @pytest.mark.parametrize("name", list(networks.ZOO))
-def test_zoo_means_the_file_of_the_network_and_needs_a_hash(name: str, tmp_path: Path):
+def test_zoo_weights_require_a_hash(name: str, tmp_path: Path):
     uri = networks.ZOO[name].replace(".", r"\.")
     with pytest.raises(UserError, match=rf"`mask.detector.weights`: {uri} is opened only with a known sha256"):
-        networks.fetch_weights(DetectorSettings(model=name, weights="zoo"), str(tmp_path))
+        networks.pin_weights(DetectorSettings(model=name, weights="zoo"), str(tmp_path))
 
 
 @pytest.mark.parametrize("model", ["sample", "/nets/net.yaml"])
-def test_there_is_no_zoo_for_other_networks(model: str, tmp_path: Path):
-    with pytest.raises(UserError, match=rf"`mask.detector.weights`: zoo has none for {model}, only for mask_rcnn_r50"):
-        networks.fetch_weights(DetectorSettings(model=model, weights="zoo"), str(tmp_path))
-
-
-def test_weights_of_another_network_are_refused(prepared: Callable[..., DetectorSettings]):
-    other = prepared("sample").weights
+def test_other_networks_have_no_zoo_weights(model: str, tmp_path: Path):
     with pytest.raises(
-        UserError, match=r"is no torchvision_mask_rcnn_v2: \d+ tensors are missing.*the `mask.detector.model`"
+        UserError, match=rf"`mask.detector.weights`: no zoo weights for {model}, only for mask_rcnn_r50"
     ):
-        networks.build_network(prepared(networks.TORCHVISION, weights=other))
+        networks.pin_weights(DetectorSettings(model=model, weights="zoo"), str(tmp_path))
 
 
-def test_a_zoo_file_becomes_data_that_makes_the_same_network(prepared: Callable[..., DetectorSettings], tmp_path: Path):
-    expected = networks.build_network(prepared("sample")).state_dict()
-    state = weights.load(prepared("sample").weights, None, sample="", key="")[0]
+def test_weights_of_another_network_are_rejected(make_settings: Callable[..., DetectorSettings]):
+    other = make_settings("sample").weights
+    with pytest.raises(
+        UserError, match=r"is not a torchvision_mask_rcnn_v2 checkpoint: \d+ tensors missing.*the `mask.detector.model`"
+    ):
+        networks.build_network(make_settings(networks.TORCHVISION, weights=other))
+
+
+def test_converted_zoo_weights_give_the_same_network(make_settings: Callable[..., DetectorSettings], tmp_path: Path):
+    expected = networks.build_network(make_settings("sample")).state_dict()
+    state = weights.load_weights(make_settings("sample").weights, None, sample="", key="")[0]
     data = pickle.dumps({"model": {name: tensor.numpy() for name, tensor in state.items()}, "__author__": "zoo"})
     (tmp_path / "model_final.pkl").write_bytes(data)
-    settings = prepared("sample", weights=str(tmp_path / "model_final.pkl"), weights_sha256=storage.sha256(data))
-    local = networks.fetch_weights(settings, str(tmp_path / "root"))
-    assert local.weights == str(tmp_path / "root" / "weights" / f"{storage.sha256(data)}.safetensors")
-    assert local.weights_sha256 == storage.sha256(Path(local.weights).read_bytes())
-    found = networks.build_network(local).state_dict()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    settings = make_settings("sample", weights=str(tmp_path / "model_final.pkl"), weights_sha256=storage.sha256(data))
+    pinned = networks.pin_weights(settings, str(tmp_path / "root"))
+    assert pinned.weights == str(tmp_path / "root" / "weights" / f"{storage.sha256(data)}.safetensors")
+    assert pinned.weights_sha256 == storage.sha256(Path(pinned.weights).read_bytes())
+    state_dict = networks.build_network(pinned).state_dict()
+    assert all(torch.equal(state_dict[name], tensor) for name, tensor in expected.items())
 
 
-def test_the_samples_weights_stay_where_they_are_and_are_pinned(tmp_path: Path):
-    local = networks.fetch_weights(DetectorSettings(model="sample", weights="sample"), str(tmp_path))
-    assert local.weights == "sample"
-    assert local.weights_sha256 == (SAMPLE.with_name("detector.safetensors.sha256").read_text().split()[0])
+def test_the_sample_weights_are_pinned_and_not_copied(tmp_path: Path):
+    pinned = networks.pin_weights(DetectorSettings(model="sample", weights="sample"), str(tmp_path))
+    assert pinned.weights == "sample"
+    assert pinned.weights_sha256 == (SAMPLE.with_name("detector.safetensors.sha256").read_text().split()[0])
     assert storage.list_files(str(tmp_path)) == []

@@ -1,4 +1,4 @@
-"""The rule by which one vehicle of several is chosen, and the measures of its mask."""
+"""Selection of one vehicle among several, quality measures of its mask, and exclusion by them."""
 
 import numpy as np
 import pytest
@@ -11,12 +11,12 @@ from carclass.masking.writer import exclusion_reasons
 SIZE = (100, 200)  # height, width
 
 
-def boxes(*given: tuple[float, float, float, float]) -> torch.Tensor:
-    return torch.tensor(given, dtype=torch.float32)
+def boxes(*corners: tuple[float, float, float, float]) -> torch.Tensor:
+    return torch.tensor(corners, dtype=torch.float32)
 
 
 def full_masks(count: int, share: float = 1.0) -> torch.Tensor:
-    """Masks that cover a share of their boxes."""
+    """Return masks that cover a share of their boxes."""
     masks = torch.zeros(count, 1, 10, 10)
     masks[:, :, : round(10 * share)] = 1
     return masks
@@ -25,78 +25,84 @@ def full_masks(count: int, share: float = 1.0) -> torch.Tensor:
 CORNER, MIDDLE = (0.0, 0, 40, 40), (90.0, 40, 110, 60)
 
 
-def test_no_detection_is_no_choice():
+def test_no_detections_give_no_selection():
     assert select_vehicle(torch.zeros(0, 4), torch.zeros(0), None, SIZE, "largest") is None
 
 
-@pytest.mark.parametrize(("rule", "expected"), [("largest", 0), ("central", 1), ("surest", 2)])
-def test_each_rule_takes_its_own(rule: str, expected: int):
-    found = boxes(CORNER, MIDDLE, (150, 0, 170, 20))
-    chosen = select_vehicle(found, torch.tensor([0.6, 0.7, 0.9]), None, SIZE, rule)  # type: ignore[arg-type]
-    assert chosen is not None
-    assert chosen.position == expected
+@pytest.mark.parametrize(("rule", "expected"), [("largest", 0), ("central", 1), ("highest_score", 2)])
+def test_each_rule_selects_its_vehicle(rule: str, expected: int):
+    corners = boxes(CORNER, MIDDLE, (150, 0, 170, 20))
+    selection = select_vehicle(corners, torch.tensor([0.6, 0.7, 0.9]), None, SIZE, rule)  # type: ignore[arg-type]
+    assert selection is not None
+    assert selection.best == expected
 
 
-def test_the_area_is_the_masks_and_not_the_boxs():
+def test_the_area_is_that_of_the_mask_not_of_the_box():
     masks = torch.cat([full_masks(1, 0.2), full_masks(1)])
-    chosen = select_vehicle(boxes((0, 0, 40, 40), (100, 50, 130, 80)), torch.tensor([0.9, 0.9]), masks, SIZE, "largest")
-    assert chosen is not None
-    assert chosen.position == 1
+    selection = select_vehicle(
+        boxes((0, 0, 40, 40), (100, 50, 130, 80)), torch.tensor([0.9, 0.9]), masks, SIZE, "largest"
+    )
+    assert selection is not None
+    assert selection.best == 1
 
 
-def test_of_two_nearly_as_large_the_more_central_is_taken():
-    chosen = select_vehicle(boxes((0, 0, 42, 40), (80, 30, 120, 70)), torch.tensor([0.9, 0.6]), None, SIZE, "largest")
-    assert chosen is not None
-    assert chosen.position == 1
+def test_of_two_similarly_large_vehicles_the_more_central_is_selected():
+    selection = select_vehicle(
+        boxes((0, 0, 42, 40), (80, 30, 120, 70)), torch.tensor([0.9, 0.6]), None, SIZE, "largest"
+    )
+    assert selection is not None
+    assert selection.best == 1
 
 
-def test_clearly_larger_wins_over_central():
-    chosen = select_vehicle(boxes((0, 0, 50, 40), (80, 30, 120, 70)), torch.tensor([0.6, 0.9]), None, SIZE, "largest")
-    assert chosen is not None
-    assert chosen.position == 0
+def test_a_clearly_larger_vehicle_is_preferred_to_a_central_one():
+    selection = select_vehicle(
+        boxes((0, 0, 50, 40), (80, 30, 120, 70)), torch.tensor([0.6, 0.9]), None, SIZE, "largest"
+    )
+    assert selection is not None
+    assert selection.best == 0
 
 
-def test_a_vehicle_found_twice_is_one_vehicle_under_its_surest_name():
-    chosen = select_vehicle(boxes((0, 0, 100, 80), (2, 0, 100, 80)), torch.tensor([0.6, 0.8]), None, SIZE, "largest")
-    assert chosen is not None
-    assert (chosen.position, chosen.num_vehicles, chosen.several) == (1, 1, False)
+def test_overlapping_boxes_are_one_vehicle_with_the_class_of_the_highest_score():
+    selection = select_vehicle(boxes((0, 0, 100, 80), (2, 0, 100, 80)), torch.tensor([0.6, 0.8]), None, SIZE, "largest")
+    assert selection is not None
+    assert (selection.best, selection.num_vehicles, selection.several_vehicles) == (1, 1, False)
 
 
 @pytest.mark.parametrize(("width", "several"), [(24, True), (16, False)])
-def test_several_vehicles_are_said_when_another_is_half_as_large(width: int, several: bool):
-    found = boxes((0, 0, 40, 40), (100, 0, 100 + width, 40))
-    chosen = select_vehicle(found, torch.tensor([0.9, 0.9]), full_masks(2), SIZE, "largest")
-    assert chosen is not None
-    assert (chosen.num_vehicles, chosen.several) == (2, several)
+def test_several_vehicles_is_set_if_another_is_half_as_large(width: int, several: bool):
+    corners = boxes((0, 0, 40, 40), (100, 0, 100 + width, 40))
+    selection = select_vehicle(corners, torch.tensor([0.9, 0.9]), full_masks(2), SIZE, "largest")
+    assert selection is not None
+    assert (selection.num_vehicles, selection.several_vehicles) == (2, several)
 
 
 def test_forty_vehicles_are_counted():
-    found = torch.tensor([[i % 8 * 25.0, i // 8 * 20.0, i % 8 * 25.0 + 20, i // 8 * 20.0 + 15] for i in range(40)])
-    chosen = select_vehicle(found, torch.linspace(0.5, 0.9, 40), full_masks(40), SIZE, "largest")
-    assert chosen is not None
-    assert (chosen.num_vehicles, chosen.several) == (40, True)
+    corners = torch.tensor([[i % 8 * 25.0, i // 8 * 20.0, i % 8 * 25.0 + 20, i // 8 * 20.0 + 15] for i in range(40)])
+    selection = select_vehicle(corners, torch.linspace(0.5, 0.9, 40), full_masks(40), SIZE, "largest")
+    assert selection is not None
+    assert (selection.num_vehicles, selection.several_vehicles) == (40, True)
 
 
-def test_a_mask_without_doubt_is_stable_and_a_vague_one_is_not():
-    vague = torch.linspace(0, 1, 100)
-    assert stability((vague > 0.5).float()) == 1
-    assert stability(vague) == pytest.approx(0.27 / 0.73, abs=0.02)
+def test_a_binary_mask_is_stable_and_a_soft_one_is_not():
+    soft = torch.linspace(0, 1, 100)
+    assert stability((soft > 0.5).float()) == 1
+    assert stability(soft) == pytest.approx(0.27 / 0.73, abs=0.02)
 
 
-def test_an_empty_mask_has_no_stability():
+def test_an_empty_mask_has_stability_zero():
     assert stability(torch.zeros(28, 28)) == 0
 
 
 @pytest.mark.parametrize(
     ("row", "column", "touching"), [(0, 5, True), (9, 5, True), (5, 0, True), (5, 9, True), (5, 5, False)]
 )
-def test_a_mask_touches_the_border_where_it_reaches_the_edge(row: int, column: int, touching: bool):
+def test_a_mask_touches_the_border_if_it_reaches_the_edge(row: int, column: int, touching: bool):
     mask = np.zeros((10, 10), bool)
     mask[row, column] = True
     assert touches_border(mask) is touching
 
 
-# What a user excludes
+# Exclusion by `mask.exclude`
 
 GOOD = {
     "outcome": "vehicle",
@@ -112,7 +118,7 @@ STRICT = ExcludeSettings(
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("changes", "reasons"),
     [
         ({}, []),
         ({"outcome": "no_vehicle"}, ["no vehicle"]),
@@ -123,6 +129,6 @@ STRICT = ExcludeSettings(
         ({"stability": None}, []),
     ],
 )
-def test_a_measure_excludes_what_it_says(change: dict, words: list[str]):
-    assert exclusion_reasons({**GOOD, **change}, STRICT) == words
-    assert exclusion_reasons({**GOOD, **change}, ExcludeSettings()) == []
+def test_exclusion_reasons_of_each_setting(changes: dict, reasons: list[str]):
+    assert exclusion_reasons({**GOOD, **changes}, STRICT) == reasons
+    assert exclusion_reasons({**GOOD, **changes}, ExcludeSettings()) == []
