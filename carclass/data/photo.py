@@ -1,15 +1,14 @@
-"""Bytes to pixels and back, strictly: a uint8 RGB array or a named reason.
+"""Strict decoding, encoding and resizing of photos: a uint8 RGB array, or a PhotoError with a reason.
 
-Read: JPEG (8 bits: RGB, grey, CMYK; baseline and progressive), PNG, WebP, BMP and GIF, told apart by their
-first bytes, never by the file's name. Everything else is `unsupported_format` or `not_an_image`.
+Supported formats: JPEG (8 bits: RGB, grey, CMYK; baseline and progressive), PNG, WebP, BMP and GIF, detected by their
+first bytes, not by the file name. Everything else is `unsupported_format` or `not_an_image`.
 - The size is checked in the header, before any pixel is decoded or allocated.
-- EXIF and PNG/WebP orientation is applied. Colour profiles are ignored: pixels are taken as sRGB.
-- An animation is its first frame: the still a browser shows first, as TensorFlow's `decode_image` takes it.
-- Transparency is laid over white, the page such cut-outs are drawn for; the colour hidden under a fully
-  transparent pixel never shows. 16-bit samples keep their high byte.
-- What a format lets be checked is checked: JPEG's entropy coding, PNG's checksums, lengths and end marks
-  everywhere. Damage which decodes to legal pixels (in a BMP, a WebP, a few changed bytes of a JPEG whose
-  coding falls into step again) leaves no trace that any decoder could see.
+- EXIF and PNG/WebP orientation is applied. Colour profiles are ignored: pixels are interpreted as sRGB.
+- An animation is reduced to its first frame, as in TensorFlow's `decode_image`.
+- Transparent images are composited over white. 16-bit samples keep their high byte.
+- Integrity is checked as far as the format allows: JPEG's entropy coding, PNG's checksums, lengths and end marks of
+  all formats. Damage that decodes to valid pixels (in a BMP, a WebP, or a few bytes of a JPEG whose entropy coding
+  resynchronizes) cannot be detected.
 """
 
 import io
@@ -24,10 +23,11 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-# PIL's own limit warns or raises by its own number; ours is checked before PIL decodes anything.
+# Disables PIL's limit: `_check_size` enforces ours before PIL decodes anything.
 Image.MAX_IMAGE_PIXELS = None
 
-MAX_JPEG_SIDE = 65_500  # libjpeg's limit: what is larger could be read from a PNG but not stored again
+MAX_JPEG_SIDE = 65_500
+"""libjpeg's limit: larger photos can be read from a PNG, but not encoded as a JPEG."""
 
 _MAGIC = {
     b"\xff\xd8\xff": "JPEG",
@@ -35,44 +35,48 @@ _MAGIC = {
     b"GIF87a": "GIF",
     b"GIF89a": "GIF",
 }
-_KNOWN_BUT_NOT_READ = {
+_UNSUPPORTED = {
     b"II*\0": "TIFF",
     b"MM\0*": "TIFF",
     b"\0\0\0\x0cjP  ": "JPEG 2000",
     b"\xff\x0a": "JPEG XL",
     b"\0\0\0\x0cJXL ": "JPEG XL",
 }
-# What PIL's readers raise on damaged bytes; a MemoryError is the machine's failure and passes through.
+# Exceptions of PIL's readers on damaged bytes; a MemoryError is a failure of the machine and propagates.
 _PIL_ERRORS = (AssertionError, EOFError, LookupError, OSError, SyntaxError, TypeError, ValueError, struct.error)
 
 
 class Reason(StrEnum):
-    """Why a photo is not in a dataset: the closed vocabulary of the quarantine."""
+    """Reasons for quarantine, a closed vocabulary."""
 
-    EMPTY = "empty"  # no bytes at all
-    NOT_AN_IMAGE = "not_an_image"  # the first bytes belong to no image format we know
-    UNSUPPORTED_FORMAT = "unsupported_format"  # an image, but of a kind this project does not read
+    EMPTY = "empty"  # no bytes
+    NOT_AN_IMAGE = "not_an_image"  # the first bytes match no known image format
+    UNSUPPORTED_FORMAT = "unsupported_format"  # a known image format that is not read
     TOO_SMALL = "too_small"  # a side below the minimum
-    TOO_LARGE = "too_large"  # more pixels than the cap, or a side no JPEG can hold
+    TOO_LARGE = "too_large"  # more pixels than the maximum, or a side longer than MAX_JPEG_SIDE
     TRUNCATED = "truncated"  # the end is missing
-    CORRUPT = "corrupt"  # all there, but damaged
-    MISSING_FILE = "missing_file"  # a label whose photo is absent
-    UNREADABLE = "unreadable"  # storage gave an error for this object
+    CORRUPT = "corrupt"  # complete, but damaged
+    MISSING_FILE = "missing_file"  # a label without a photo
+    UNREADABLE = "unreadable"  # storage returned an error
     NO_LABEL = "no_label"  # a photo without a label
     LABEL_CONFLICT = "label_conflict"  # the same bytes under two labels
     LEAKAGE = "leakage"  # a train photo whose bytes are also in test
-    CRASHED = "crashed"  # every process that worked on it ended
-    DOUBTFUL_MASK = "doubtful_mask"  # excluded by the user's own measure
+    CRASHED = "crashed"  # crashed every worker that processed it
+    DOUBTFUL_MASK = "doubtful_mask"  # excluded by `mask.exclude`
 
 
 class PhotoError(ValueError):
-    """A photo that cannot be used: `reason` for the program, `detail` (one line) for a person."""
+    """Error of an unusable photo, with a `reason` from the vocabulary and a one-line `detail` for the user."""
 
     def __init__(self, reason: Reason, detail: str, attempts: int = 1):
         super().__init__(reason, detail, attempts)
         self.reason = reason
         self.detail = detail
         self.attempts = attempts
+
+    def columns(self) -> dict[str, str | int]:
+        """Return the columns `reason`, `detail` and `attempts` of a quarantine row."""
+        return {"reason": str(self.reason), "detail": self.detail, "attempts": self.attempts}
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}"
@@ -81,11 +85,11 @@ class PhotoError(ValueError):
 def decode(
     data: bytes, *, min_side: int = 16, max_pixels: int = 100_000_000, max_side: int | None = None
 ) -> np.ndarray:
-    """An encoded photo as (height, width, 3) uint8 RGB, contiguous and upright.
+    """Decode a photo to (height, width, 3) uint8 RGB, contiguous and upright.
 
-    `max_side` is `shrink` in the same pass: a JPEG at least twice as large is then decoded at 1/2, 1/4 or
-    1/8 of its size, in the DCT domain, which reads (and so checks) every coded bit all the same.
-    Raises PhotoError for bytes that are not a whole, sound photo of a permitted size (in pixels).
+    With `max_side`, shrink it in the same pass: a JPEG at least twice as large is decoded at 1/2, 1/4 or 1/8 of its
+    size in the DCT domain, which still reads and checks every coded bit. Raise PhotoError if the bytes are not a
+    complete, undamaged photo of a permitted size.
     """
     kind = _detect_format(data)
     if kind == "JPEG":
@@ -102,10 +106,10 @@ def decode(
 
 
 def encode(pixels: np.ndarray, *, quality: int = 92) -> bytes:
-    """(H, W, 3) uint8 RGB as a baseline JPEG.
+    """Encode (H, W, 3) uint8 RGB as a baseline JPEG.
 
-    Chroma is stored at half resolution (4:2:0), as nearly all source photos hold it already: full chroma
-    takes more space and time to keep colour detail which only a shrunk photo has and the eye hardly sees.
+    Chroma is stored at half resolution (4:2:0), as in nearly all source photos: full chroma takes more space and time
+    for colour detail that only shrunk photos have.
     """
     _assert_rgb(pixels)
     rows = np.ascontiguousarray(pixels)
@@ -115,10 +119,10 @@ def encode(pixels: np.ndarray, *, quality: int = 92) -> bytes:
 def reencode(
     data: bytes, *, min_side: int, max_pixels: int, max_side: int | None, quality: int
 ) -> tuple[bytes, int, int]:
-    """A source photo as a dataset stores it: (JPEG bytes, width, height), upright RGB within `max_side`.
+    """Convert a source photo to the form datasets store, and return (JPEG bytes, width, height).
 
-    A photo which is that already keeps its bytes, and so loses nothing; it's decoded all the same, as a
-    check. PhotoError as for `decode`.
+    This is an upright RGB JPEG within `max_side`. A photo in this form is decoded as a check, but keeps its bytes.
+    Raise PhotoError as `decode` does.
     """
     pixels = decode(data, min_side=min_side, max_pixels=max_pixels, max_side=max_side)
     height, width = pixels.shape[:2]
@@ -128,19 +132,19 @@ def reencode(
 
 
 def shrink(pixels: np.ndarray, max_side: int) -> np.ndarray:
-    """(H, W, 3) uint8 with its longer side at most `max_side` pixels; never enlarged, aspect kept.
+    """Shrink (H, W, 3) uint8 so that its longer side has at most `max_side` pixels; keep the aspect ratio.
 
-    Antialiased bicubic: what is stored is resampled once more for the classifier, and a second bilinear
-    pass would blur it. A photo that fits is returned as it is, not copied.
+    The filter is antialiased bicubic, as stored photos are resampled again for the classifier and two bilinear passes
+    would blur them. A photo that fits is returned without a copy.
     """
     height, width = pixels.shape[:2]
     return _interpolate(pixels, *_fit(height, width, max_side), mode="bicubic")
 
 
 def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(H, W, 3) uint8 as (height, width, 3) uint8, antialiased bilinear; the aspect is not kept.
+    """Resize (H, W, 3) uint8 to (height, width, 3), antialiased bilinear; the aspect ratio is not kept.
 
-    The one function that makes the classifier's input, in training and in evaluation alike.
+    Training, evaluation and prediction all use it for the classifier's input.
     """
     return _interpolate(pixels, height, width, mode="bilinear")
 
@@ -151,14 +155,14 @@ def _fit(height: int, width: int, max_side: int) -> tuple[int, int]:
 
 
 def _interpolate(pixels: np.ndarray, height: int, width: int, *, mode: str) -> np.ndarray:
-    import torch  # here, as most processes never resize, and it takes seconds
+    import torch  # takes seconds, and most processes never resize
 
     _assert_rgb(pixels)
     if pixels.shape[:2] == (height, width):
         return pixels
-    # Torch wants writable memory, while Ray and Arrow lend read-only arrays: only those are copied.
+    # Torch needs writable memory: only the read-only arrays of Ray and Arrow are copied.
     rows = np.require(pixels, requirements=["C", "W"])
-    # HWC memory seen as a channels-last NCHW batch: the vectorised uint8 kernel, and no copy either way.
+    # HWC memory viewed as a channels-last NCHW batch selects the vectorized uint8 kernel and needs no copy.
     batch = torch.from_numpy(rows)[None].permute(0, 3, 1, 2)
     resized = torch.nn.functional.interpolate(batch, (height, width), mode=mode, antialias=True)
     return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
@@ -171,22 +175,23 @@ def _assert_rgb(pixels: np.ndarray) -> None:
 
 
 def _detect_format(data: bytes) -> str:
-    """The format's name in PIL's spelling; PhotoError for what is not read."""
+    """Return the name of the format in PIL's spelling. Raise PhotoError if it is not supported."""
     if not data:
         raise PhotoError(Reason.EMPTY, "the file has no bytes")
     for magic, kind in _MAGIC.items():
         if data.startswith(magic):
             return kind
-    if data[:2] == b"BM" and data[15:18] == b"\0\0\0":  # a small header size: a text about a BMW is no BMP
+    if data[:2] == b"BM" and data[15:18] == b"\0\0\0":  # header size below 256, unlike a text that starts with "BM"
         return "BMP"
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WEBP"
-    other = "HEIF or AVIF" if data[4:8] == b"ftyp" and data[8:10] in (b"he", b"mi", b"av") else None
-    for magic, kind in _KNOWN_BUT_NOT_READ.items():
+    unsupported = "HEIF or AVIF" if data[4:8] == b"ftyp" and data[8:10] in (b"he", b"mi", b"av") else None
+    for magic, kind in _UNSUPPORTED.items():
         if data.startswith(magic):
-            other = kind
-    if other:
-        raise PhotoError(Reason.UNSUPPORTED_FORMAT, f"{other} is not read: convert it to JPEG, PNG or WebP")
+            unsupported = kind
+    if unsupported:
+        detail = f"{unsupported} is not supported: convert it to JPEG, PNG or WebP"
+        raise PhotoError(Reason.UNSUPPORTED_FORMAT, detail)
     raise PhotoError(Reason.NOT_AN_IMAGE, f"{len(data)} bytes that start with {data[:16]!r}")
 
 
@@ -199,9 +204,8 @@ def _check_size(height: int, width: int, min_side: int, max_pixels: int) -> None
         raise PhotoError(Reason.TOO_LARGE, f"{width}x{height} pixels; a side may have {MAX_JPEG_SIDE}")
 
 
-# JPEG. Always through simplejpeg (libjpeg-turbo), whose strict mode turns each of libjpeg's warnings into an
-# error. PIL drops these warnings and returns an image for most damaged files, so it is no fallback here.
-
+# JPEG: always decoded by simplejpeg (libjpeg-turbo), whose strict mode turns libjpeg's warnings into errors. PIL
+# ignores these warnings and returns an image for most damaged files.
 
 _START_OF_SCAN = 0xDA
 
@@ -212,13 +216,13 @@ class _JpegHeader(NamedTuple):
     num_channels: int
     sequential: bool
     orientation: int
-    scan: int  # where the first scan's data begins
+    scan: int  # offset of the first scan's data
 
 
 def _decode_jpeg(data: bytes, header: _JpegHeader, max_side: int | None) -> np.ndarray:
     if header.sequential and data[header.scan - 3 : header.scan] != b"\0\x3f\0":
-        # Some phones leave the spectral range of a sequential scan unset. It can only be 0-63, decoders
-        # ignore it, and libjpeg's warning about it would hide the ones we want to hear.
+        # Some phones leave the spectral range of a sequential scan unset. It can only be 0-63 and decoders ignore it,
+        # but libjpeg's warning about it would hide other warnings.
         data = data[: header.scan - 3] + b"\0\x3f\0" + data[header.scan :]
     factor = _dct_factor(header, max_side)
     try:
@@ -237,8 +241,10 @@ def _decode_jpeg(data: bytes, header: _JpegHeader, max_side: int | None) -> np.n
 
 
 def _dct_factor(header: _JpegHeader, max_side: int | None) -> int:
-    """The largest of 8, 4, 2 which still leaves every pixel `shrink` needs; the ratios between are slower
-    than a full decode, having no vector code in libjpeg-turbo."""
+    """Return the largest of 8, 4, 2 that keeps the longer side at `max_side` or above, else 1.
+
+    Other ratios have no vector code in libjpeg-turbo and are slower than a full decode.
+    """
     if max_side is None:
         return 1
     longest = max(header.height, header.width)
@@ -246,11 +252,11 @@ def _dct_factor(header: _JpegHeader, max_side: int | None) -> int:
 
 
 def _jpeg_header(data: bytes) -> _JpegHeader:
-    """Size, channels and orientation from the segments before the first scan."""
+    """Read size, channels and orientation from the segments before the first scan."""
     frame: tuple[int, bytes] | None = None
     orientation, scan = 1, 0
     for marker, payload, end in _jpeg_segments(data):
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame: size and process
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame
             frame = marker, payload
         elif marker == 0xE1 and payload.startswith(b"Exif\0"):
             orientation = _orientation(payload[6:])
@@ -261,13 +267,13 @@ def _jpeg_header(data: bytes) -> _JpegHeader:
     marker, payload = frame
     precision, height, width, num_channels = struct.unpack_from(">BHHB", payload)
     if marker > 0xC2 or precision != 8 or num_channels not in (1, 3, 4):
-        what = f"{precision} bits, {num_channels} channels, process {marker - 0xC0}"
-        raise PhotoError(Reason.UNSUPPORTED_FORMAT, f"JPEG of {what}: save it as an 8-bit RGB JPEG")
+        encoding = f"{precision} bits, {num_channels} channels, process {marker - 0xC0}"
+        raise PhotoError(Reason.UNSUPPORTED_FORMAT, f"JPEG with {encoding}: save it as an 8-bit RGB JPEG")
     return _JpegHeader(height, width, num_channels, marker != 0xC2, orientation, scan)
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes, int]]:
-    """(marker, payload, end) of each segment, up to and including the first start of scan."""
+    """Yield (marker, payload, end offset) of each segment up to and including the first start of scan."""
     at, marker = 2, 0
     while marker != _START_OF_SCAN:
         while data[at : at + 2] == b"\xff\xff":  # fill bytes are allowed before a marker
@@ -283,7 +289,7 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes, int]]:
 
 
 def _is_upright_rgb_jpeg(data: bytes, height: int, width: int) -> bool:
-    """Whether bytes that `decode` accepted already are a JPEG of just these pixels."""
+    """Return True if a decodable photo is an upright RGB JPEG of this size."""
     if _detect_format(data) != "JPEG":
         return False
     header = _jpeg_header(data)
@@ -291,12 +297,12 @@ def _is_upright_rgb_jpeg(data: bytes, height: int, width: int) -> bool:
 
 
 def _cmyk_to_rgb(cmyk: np.ndarray) -> np.ndarray:
-    """JPEG stores CMYK inverted, as Adobe began it and all followed: 255 is no ink, so channels multiply."""
+    """Convert (H, W, 4) uint8 CMYK to (H, W, 3) RGB. JPEG stores it inverted (255 is no ink), so channels multiply."""
     product = cmyk[..., :3].astype(np.uint16) * cmyk[..., 3:]
     return ((product + 127) // 255).astype(np.uint8)
 
 
-# The other formats, through PIL, with the checks PIL leaves out.
+# Other formats: decoded by PIL, with the checks that PIL omits.
 
 
 def _decode_with_pil(data: bytes, kind: str, min_side: int, max_pixels: int) -> tuple[np.ndarray, int]:
@@ -306,16 +312,17 @@ def _decode_with_pil(data: bytes, kind: str, min_side: int, max_pixels: int) -> 
         _check_png(data)
     elif kind == "GIF" and not data.rstrip(b"\0").endswith(b";"):
         raise PhotoError(Reason.TRUNCATED, "GIF: the end mark is missing")
-    with _pil_errors_named(kind):
+    with _pil_errors(kind):
         image = Image.open(io.BytesIO(data), formats=[kind])
     _check_size(image.height, image.width, min_side, max_pixels)
-    with _pil_errors_named(kind):
+    with _pil_errors(kind):
         image.load()
         return _pil_to_rgb(image), _orientation(image.info.get("exif", b"").removeprefix(b"Exif\0\0"))
 
 
 @contextmanager
-def _pil_errors_named(kind: str) -> Iterator[None]:
+def _pil_errors(kind: str) -> Iterator[None]:
+    """Convert PIL's exceptions to PhotoError."""
     try:
         yield
     except _PIL_ERRORS as error:
@@ -324,17 +331,17 @@ def _pil_errors_named(kind: str) -> Iterator[None]:
 
 
 def _pil_to_rgb(image: Image.Image) -> np.ndarray:
-    if image.mode.startswith("I;16"):  # 16-bit grey, which PIL's own conversion saturates
+    if image.mode.startswith("I;16"):  # 16-bit grey, which PIL's conversion saturates
         return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
     if image.has_transparency_data:
-        page = Image.new("RGBA", image.size, "white")
-        page.alpha_composite(image.convert("RGBA"))
-        image = page
+        background = Image.new("RGBA", image.size, "white")
+        background.alpha_composite(image.convert("RGBA"))
+        image = background
     return np.array(image.convert("RGB"))
 
 
 def _check_png(data: bytes) -> None:
-    """Every chunk whole and true to its checksum, up to the end chunk: PIL skips both in the pixel data."""
+    """Check length and checksum of every chunk up to the end chunk; PIL skips both for pixel data."""
     at, kind = 8, b""
     while kind != b"IEND":
         end = at + 12 + int.from_bytes(data[at : at + 4], "big")
@@ -347,9 +354,9 @@ def _check_png(data: bytes) -> None:
 
 
 def _check_webp(data: bytes, min_side: int, max_pixels: int) -> None:
-    """Length and size, before PIL: opening a WebP already allocates its canvas."""
+    """Check length and size before PIL opens the file, which allocates the canvas."""
     if len(data) < max(30, 8 + int.from_bytes(data[4:8], "little")):
-        raise PhotoError(Reason.TRUNCATED, f"WEBP: {len(data)} bytes are fewer than the header says")
+        raise PhotoError(Reason.TRUNCATED, f"WEBP: {len(data)} bytes are fewer than the header states")
     kind = data[12:16]
     if kind == b"VP8X":
         width, height = (1 + int.from_bytes(data[at : at + 3], "little") for at in (24, 27))
@@ -361,11 +368,11 @@ def _check_webp(data: bytes, min_side: int, max_pixels: int) -> None:
     _check_size(height, width, min_side, max_pixels)
 
 
-# Orientation, for all formats.
+# Orientation, common to all formats.
 
 
 def _orientation(tiff: bytes) -> int:
-    """The EXIF orientation, 1 to 8; 1 (upright) where the tag is missing or the block unreadable."""
+    """Return the EXIF orientation, 1 to 8; 1 (upright) if the tag is missing or the block is unreadable."""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
     if order is None:
         return 1

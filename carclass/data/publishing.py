@@ -1,7 +1,7 @@
-"""Writing a dataset: idempotent parts, the inventory of what is written, and the manifest that publishes it."""
+"""Writing of datasets: idempotent parts, an inventory of the written rows, and the manifest that publishes them."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,24 +13,25 @@ from carclass.data.dataset import MASKED_ROW, QUARANTINE, SPLITS, Dataset, read_
 from carclass.data.inventory import WRITTEN, Inventory
 from carclass.progress import Progress
 
+MAX_PASSES = 3
+"""A second pass is needed only if a lost node caused photos to be written twice."""
 _SETTINGS_KEY = b"carclass.settings"
-_GROUP_ROWS = 16
-"""Rows that a part lets be read by themselves: a megabyte or two of photos."""
+_ROW_GROUP_ROWS = 16
+"""Rows that are read together: one or two megabytes of photos."""
 
 
 def quarantine_row(
     key: str, reason: str, detail: str, image_id: str | None = None, attempts: int = 0
 ) -> dict[str, Any]:
-    """A row of QUARANTINE."""
+    """Return a row of QUARANTINE."""
     return {"key": key, "image_id": image_id, "reason": str(reason), "detail": detail, "attempts": attempts}
 
 
 def write_part(uri: str, folder: str, rows: pa.Table, settings: dict[str, Any]) -> str:
-    """Writes rows as one Parquet file, named by settings and keys; what is there already is left as it is.
+    """Write rows as one Parquet file, unless it exists, and return its path below the dataset's URI.
 
-    Returns its path below the dataset's.
-
-    Ray does work again whose result was lost with a node, though its file was not.
+    The name is a hash of settings and keys: if Ray repeats a task whose result was lost with a node, the file that
+    the task wrote is kept.
     """
     digest = storage.sha256(to_json(settings))
     name = storage.sha256("\n".join([digest, *rows["key"].to_pylist()]).encode())[:24]
@@ -39,39 +40,59 @@ def write_part(uri: str, folder: str, rows: pa.Table, settings: dict[str, Any]) 
         return path
     schema = rows.schema.with_metadata({_SETTINGS_KEY: digest.encode()})
     sink = pa.BufferOutputStream()
-    pq.write_table(rows.cast(schema), sink, compression="zstd", compression_level=1, row_group_size=_GROUP_ROWS)
+    pq.write_table(rows.cast(schema), sink, compression="zstd", compression_level=1, row_group_size=_ROW_GROUP_ROWS)
     storage.write_bytes(storage.join(uri, path), sink.getvalue().to_pybytes())
     return path
 
 
+def write_missing(
+    uri: str,
+    inventory: Inventory,
+    settings: dict[str, Any],
+    write: Callable[[], None],
+    finish_withdrawals: Callable[[], None] = lambda: None,
+) -> None:
+    """Call `write` until every input of the inventory is written once, at most MAX_PASSES times.
+
+    finish_withdrawals: called before files with duplicate keys are deleted, as a withdrawn row has two files.
+    """
+    for _ in range(MAX_PASSES):
+        sync_inventory(uri, inventory, settings)
+        finish_withdrawals()
+        drop_duplicate_parts(uri, inventory, settings)
+        if not inventory.missing_keys():
+            return
+        write()
+
+
 def sync_inventory(uri: str, inventory: Inventory, settings: dict[str, Any]) -> None:
-    """Enters in the inventory what lies in parts/ and quarantine/; what jobs with other settings left is removed."""
-    wanted = storage.sha256(to_json(settings)).encode()
-    there, known = set(_parquet_files(uri)), set(inventory.parts())
-    new = sorted(there - known)
-    progress = Progress("stock", len(new), "parts")
-    for path, rows in zip(new, storage.in_parallel(partial(_read_written, uri), new), strict=True):
-        if (rows.schema.metadata or {}).get(_SETTINGS_KEY) == wanted:
+    """Record the files in parts/ and quarantine/ in the inventory, and delete those of jobs with other settings."""
+    expected_digest = storage.sha256(to_json(settings)).encode()
+    existing, recorded = set(_parquet_files(uri)), set(inventory.part_paths())
+    new = sorted(existing - recorded)
+    progress = Progress("inventory", "parts", len(new))
+    for path, rows in zip(new, storage.in_parallel(partial(_read_inventory_columns, uri), new), strict=True):
+        if (rows.schema.metadata or {}).get(_SETTINGS_KEY) == expected_digest:
             inventory.add_part(path, rows)
         else:
             storage.delete(storage.join(uri, path))
         progress.add(1)
-    inventory.settle(gone=known - there)
+    inventory.commit_parts(removed=recorded - existing)
 
 
-def drop_repeated_parts(uri: str, inventory: Inventory, settings: dict[str, Any]) -> None:
-    """Removes files that repeat a key of an earlier one; their other photos then count as not done.
+def drop_duplicate_parts(uri: str, inventory: Inventory, settings: dict[str, Any]) -> None:
+    """Delete files that repeat a key of an earlier file; their other photos become pending again.
 
-    Two processes may have written the same photos in different batches: one that was thought dead, say.
+    Two processes may write the same photos in different batches, for example if one was wrongly considered dead.
     """
-    for path in (repeating := inventory.repeating_parts()):
+    for path in (duplicates := inventory.duplicate_parts()):
         storage.delete(storage.join(uri, path))
-    if repeating:
+    if duplicates:
         sync_inventory(uri, inventory, settings)
 
 
 def read_written(uri: str, folder: str, columns: Sequence[str]) -> pa.Table:
-    """Columns of what lies in parts/ or quarantine/, with the file each row is in as `part`."""
+    """Read columns of all files in parts/ or quarantine/, with the path of each row's file as `part`."""
     schema = MASKED_ROW if folder == "parts" else QUARANTINE
     tables = [pa.schema([*(schema.field(name) for name in columns), ("part", pa.string())]).empty_table()]
     paths = [path for path in _parquet_files(uri) if path.startswith(f"{folder}/")]
@@ -81,47 +102,46 @@ def read_written(uri: str, folder: str, columns: Sequence[str]) -> pa.Table:
     return pa.concat_tables([table.replace_schema_metadata() for table in tables])
 
 
-def withdraw(part: tuple[str, Sequence[str]], uri: str, settings: dict[str, Any]) -> None:
-    """Takes rows out of a part. part: its path, and the rows' keys.
+def withdraw_rows(part: tuple[str, Sequence[str]], uri: str, settings: dict[str, Any]) -> None:
+    """Remove rows, which quarantine has already, from a part. part: its path, and the keys of the rows.
 
-    Quarantine is written first and decides: rows that it names leave the parts, so that a job killed in between
-    finishes the move when it runs again.
+    As quarantine is written first, a job that is killed in between finishes the withdrawal when it is resumed.
     """
-    path, leaving = part[0], set(part[1])
+    path, withdrawn_keys = part[0], set(part[1])
     rows = read_part(storage.join(uri, path))
-    staying = rows.filter(pa.array([key not in leaving for key in rows["key"].to_pylist()]))
-    if len(staying):
-        write_part(uri, "parts", staying, settings)
+    remaining = rows.filter(pa.array([key not in withdrawn_keys for key in rows["key"].to_pylist()]))
+    if len(remaining):
+        write_part(uri, "parts", remaining, settings)
     storage.delete(storage.join(uri, path))
 
 
 def complete_dataset(
     uri: str, inventory: Inventory, *, settings: dict[str, Any], classes: Sequence[str], facts: dict[str, Any]
 ) -> Dataset:
-    """A dataset that is complete but not published yet: checks that nothing is lost and makes its manifest.
+    """Check that no input is lost, and return the complete dataset with its manifest, which is not written yet.
 
-    inventory: knows every key that came in; facts: what else the manifest should say. AssertionError when a key is
-    missing, doubled or unknown: that is our mistake, and nothing may be published.
+    facts: further fields of the manifest. Raise AssertionError, as it is a bug, if a key is missing, duplicate or
+    unknown.
     """
     sync_inventory(uri, inventory, settings)
-    assert inventory.repeated_input() is None, f"{uri}: a key came in more than once"
-    num_inputs, found = inventory.count_inputs(), inventory.count_written()
-    lost, unexpected = inventory.lost(), inventory.unexpected()
-    assert not lost + unexpected, f"{uri}: {num_inputs} inputs, lost {lost}, unexpected {unexpected}"
+    assert inventory.duplicate_input() is None, f"{uri}: duplicate input {inventory.duplicate_input()}"
+    num_inputs, counts = inventory.count_inputs(), inventory.written_counts()
+    missing, unexpected = inventory.missing_keys(), inventory.unexpected_keys()
+    assert not missing + unexpected, f"{uri}: {num_inputs} inputs, missing {missing}, unexpected {unexpected}"
     manifest = {
         "settings": settings,
         "inputs": num_inputs,
-        **found,
-        "splits": {split: found["splits"].get(split, 0) for split in SPLITS},
+        **counts,
+        "splits": {split: counts["splits"].get(split, 0) for split in SPLITS},
         "classes": list(classes),
-        "parts": [path for path in inventory.parts() if path.startswith("parts/")],
+        "parts": [path for path in inventory.part_paths() if path.startswith("parts/")],
         **facts,
     }
     return Dataset(uri, json.loads(to_json(manifest)))
 
 
 def publish_manifest(complete: Dataset) -> Dataset:
-    """Writes the manifest of a draft: from now on the dataset is there for others."""
+    """Publish a complete dataset by writing its manifest."""
     storage.write_bytes(storage.join(complete.uri, "manifest.json"), to_json(complete.manifest))
     return complete
 
@@ -130,7 +150,7 @@ def _parquet_files(uri: str) -> list[str]:
     return [path for path in storage.list_files(uri) if path.endswith(".parquet")]
 
 
-def _read_written(uri: str, path: str) -> pa.Table:
-    """What the inventory wants to know of a part's rows."""
+def _read_inventory_columns(uri: str, path: str) -> pa.Table:
+    """Read the columns of a part that the inventory records."""
     with storage.open_file(storage.join(uri, path)) as opened, pq.ParquetFile(opened, pre_buffer=True) as file:
         return file.read(columns=[name for name in WRITTEN if name in file.schema_arrow.names])

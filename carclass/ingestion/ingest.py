@@ -1,15 +1,15 @@
-"""Photos and labels → a dataset: listed once, read, checked, hashed, split, published.
+"""Ingestion of photos and labels into a dataset: list, read, check, hash, split, publish.
 
-keys and labels → inventory → tasks, which read some photos each and write a part → inventory → manifest
+keys and labels → inventory → tasks, each of which reads photos and writes a part → inventory → manifest
 
-The driver has all photos in its inventory, on disk, and a task knows those of its part: memory depends on the cluster
-and not on how many photos there are.
+The driver keeps all keys in an inventory on disk, and a task receives only those of its part: memory depends on the
+size of the cluster, not on the number of photos.
 """
 
 import logging
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import chain
+from itertools import groupby
 from typing import Any
 
 import pyarrow as pa
@@ -27,30 +27,30 @@ from carclass.errors import UserError
 from carclass.ingestion import archive, label_matching
 from carclass.ingestion.label_matching import label_photos
 from carclass.ingestion.listing import list_photos
-from carclass.ingestion.reading import load_photos, to_row
+from carclass.ingestion.reading import failed_row, load_photos, to_row
 from carclass.sample import source as sample
 
 log = logging.getLogger(__name__)
-MAX_PASSES = 3
-"""A second pass over the photos is needed only when parts were written twice, which a lost node may cause."""
 QUARANTINE_ROWS = 10_000
-"""Rows of quarantine, as they are known without reading a photo, that are written as one file."""
-ARCHIVE_PARTS = 4
-"""Parts that an archive is read ahead."""
-Written = list[tuple[str, pa.Table]]
-"""What a task has written: files, with columns of WRITTEN."""
+"""Rows per file of quarantine, for rows that need no photo to be read."""
+ARCHIVE_PREFETCH_PARTS = 4
+WrittenParts = list[tuple[str, pa.Table]]
+"""Paths of the files written by a task, with the columns of WRITTEN of their rows."""
 
 
 def ingest_photos(root: str, settings: IngestSettings) -> dataset.Dataset:
-    """Publishes `<root>/datasets/<dataset>`, or finds it published. UserError for wrong sources or settings."""
+    """Publish the dataset `<root>/datasets/<dataset>`, or return it if it is published already.
+
+    Raise UserError if photos, labels or settings are unusable.
+    """
     identity = settings.model_dump(mode="json", exclude={"dataset", "part_rows"})
-    if (found := dataset.find_same_dataset(root, settings.dataset, identity)) is not None:
+    if (published := dataset.find_same_dataset(root, settings.dataset, identity)) is not None:
         log.info("ingest: dataset %s is published, nothing to do", settings.dataset)
-        return found
+        return published
     storage.check_root(root)
     if settings.photos == "sample":
-        drawn = sample.write_once(root)
-        settings = settings.model_copy(update={"photos": drawn.photos, "labels": drawn.labels})
+        sample_uris = sample.ensure_sample(root)
+        settings = settings.model_copy(update={"photos": sample_uris.photos, "labels": sample_uris.labels})
     with Inventory() as inventory:
         list_photos(settings.photos, inventory)
         label_photos(settings, inventory)
@@ -58,130 +58,130 @@ def ingest_photos(root: str, settings: IngestSettings) -> dataset.Dataset:
         _check_classes(classes, settings)
         connection.connect()
         uri = dataset.dataset_uri(root, settings.dataset)
-        _write_missing(uri, inventory, settings, identity)
-        _quarantine_leaks(uri, inventory, identity)
-        facts = {"kind": "photos"}
-        published = publishing.publish_manifest(
-            publishing.complete_dataset(uri, inventory, settings=identity, classes=classes, facts=facts)
+        publishing.write_missing(
+            uri,
+            inventory,
+            identity,
+            write=lambda: _write_inputs(uri, inventory, settings, identity),
+            finish_withdrawals=lambda: _finish_withdrawals(uri, inventory, identity),
         )
-        _warn_of_thin_classes(inventory, classes)
+        _quarantine_leaks(uri, inventory, identity)
+        complete = publishing.complete_dataset(
+            uri, inventory, settings=identity, classes=classes, facts={"kind": "photos"}
+        )
+        published = publishing.publish_manifest(complete)
+        _warn_about_missing_val(inventory, classes)
     return published
 
 
-def write_batch(batch: pa.Table, uri: str, settings: IngestSettings, identity: dict[str, Any]) -> Written:
-    """Makes a part (and a part of quarantine) of loaded photos, rows of LOADED."""
+def write_photos(sources: pa.Table, uri: str, settings: IngestSettings, identity: dict[str, Any]) -> WrittenParts:
+    """Read photos, rows of INPUT, and write them as a part."""
+    return write_loaded(load_photos(sources, settings.photos), uri, settings, identity)
+
+
+def write_loaded(batch: pa.Table, uri: str, settings: IngestSettings, identity: dict[str, Any]) -> WrittenParts:
+    """Write rows of LOADED as a part, and unusable photos as a part of quarantine."""
     rows, rejected = [], []
     for source in batch.to_pylist():
         try:
             rows.append(to_row(source, settings))
         except PhotoError as error:
-            image_id = storage.sha256(source["data"]) if source["data"] is not None else None
-            rejected.append(publishing.quarantine_row(source["key"], error.reason, error.detail, image_id, attempts=1))
-    tables = [("parts", rows, dataset.ROW), ("quarantine", rejected, dataset.QUARANTINE)]
-    return [_write_part(uri, folder, found, schema, identity) for folder, found, schema in tables if found]
+            rejected.append(failed_row(source, error))
+    folders = [("parts", rows, dataset.ROW), ("quarantine", rejected, dataset.QUARANTINE)]
+    return [_write_part(uri, folder, rows, schema, identity) for folder, rows, schema in folders if rows]
 
 
 def _write_part(
     uri: str, folder: str, rows: Sequence[dict[str, Any]], schema: pa.Schema, identity: dict[str, Any]
 ) -> tuple[str, pa.Table]:
+    """Write rows as one file, and return its path and the columns that the inventory records."""
     table = pa.Table.from_pylist(rows, schema)
     path = publishing.write_part(uri, folder, table, identity)
     return path, table.select([name for name in WRITTEN if name in schema.names])
 
 
-def write_files(sources: pa.Table, uri: str, settings: IngestSettings, identity: dict[str, Any]) -> Written:
-    """Reads photos, rows of SOURCE, and makes a part of them."""
-    return write_batch(load_photos(sources, settings.photos), uri, settings, identity)
+def _write_inputs(uri: str, inventory: Inventory, settings: IngestSettings, identity: dict[str, Any]) -> None:
+    """Write all inputs that are not written yet, as rows or in quarantine."""
+    _write_pending_photos(uri, inventory, settings, identity)
+    rejected = (publishing.quarantine_row(*row) for row in inventory.rejected_inputs())
+    for rows in chunks(rejected, QUARANTINE_ROWS):
+        inventory.add_part(*_write_part(uri, "quarantine", rows, dataset.QUARANTINE, identity))
 
 
-def _write_missing(uri: str, inventory: Inventory, settings: IngestSettings, identity: dict[str, Any]) -> None:
-    """Writes everything that isn't written yet, rows and quarantine."""
-    for _ in range(MAX_PASSES):
-        publishing.sync_inventory(uri, inventory, identity)
-        _finish_withdrawals(uri, inventory, identity)
-        publishing.drop_repeated_parts(uri, inventory, identity)
-        if not inventory.lost():
-            return
-        _write_photos(uri, inventory, settings, identity)
-        rejected = (publishing.quarantine_row(*row) for row in inventory.rejected())
-        for rows in chunks(rejected, QUARANTINE_ROWS):
-            inventory.add_part(*_write_part(uri, "quarantine", rows, dataset.QUARANTINE, identity))
-
-
-def _write_photos(uri: str, inventory: Inventory, settings: IngestSettings, identity: dict[str, Any]) -> None:
-    """Streams the photos through the cluster into parts."""
-    if not (total := inventory.count_todo()):
+def _write_pending_photos(uri: str, inventory: Inventory, settings: IngestSettings, identity: dict[str, Any]) -> None:
+    """Stream the photos through the cluster into parts."""
+    if not (total := inventory.count_pending()):
         return
-    write: Any = write_files
-    batches: Iterator[Any] = inventory.todo(settings.part_rows)
+    write: Any = write_photos
+    batches: Iterator[Any] = inventory.pending(settings.part_rows)
     if settings.photos.endswith(archive.SUFFIXES):
-        write, batches = write_batch, _read_archive(settings, inventory)
+        write, batches = write_loaded, _read_archive(settings, inventory)
     rejected = 0
     with PhotoMeter("ingest", total) as meter:
         for written in run_tasks(partial(write, uri=uri, settings=settings, identity=identity), batches):
             for path, rows in written:
                 inventory.add_part(path, rows)
-            reasons = _column("reason", written)
-            meter.add(_column("split", written), reasons)
+            reasons = _column(written, "reason")
+            meter.add(_column(written, "split"), reasons)
             rejected += len(reasons)
     log.info("ingest: %s photos written, %s quarantined", f"{total - rejected:,}", f"{rejected:,}")
 
 
-def _column(name: str, written: Written) -> list[str]:
-    """A column of those files that have it."""
+def _column(written: WrittenParts, name: str) -> list[str]:
+    """Return the values of a column in the files that have it."""
     return [value for _, rows in written if name in rows.column_names for value in rows[name].to_pylist()]
 
 
 def _read_archive(settings: IngestSettings, inventory: Inventory) -> Iterator[ray.ObjectRef]:
-    """Tables of LOADED in the object store, made by one task, that waits while they are used too slowly."""
-    wanted = pa.concat_tables(inventory.todo(settings.part_rows, spread=False))
-    # It reserves no CPU, as the only one may be that of a task which uses up what it has read.
+    """Yield tables of LOADED in the object store, read by one task with backpressure."""
+    requested = pa.concat_tables(inventory.pending(settings.part_rows, hash_order=False))
     options: dict[str, Any] = {
-        "num_cpus": 0,
+        "num_cpus": 0,  # leave the CPU, which may be the only one, to the tasks that consume the tables
         "num_returns": "streaming",
-        "_generator_backpressure_num_objects": ARCHIVE_PARTS,
+        "_generator_backpressure_num_objects": ARCHIVE_PREFETCH_PARTS,
     }
-    read: Any = ray.remote(**options)(archive.read)
-    yield from read.remote(settings.photos, wanted, settings.part_rows)
+    read: Any = ray.remote(**options)(archive.read_photos)
+    yield from read.remote(settings.photos, requested, settings.part_rows, "ingest.photos")
 
 
 def _quarantine_leaks(uri: str, inventory: Inventory, identity: dict[str, Any]) -> None:
-    """Moves the photos that spoil a measurement to quarantine.
+    """Move photos with leakage or label conflicts to quarantine.
 
-    Copies go together: of a job killed between two of them, the next one would find the second without the first.
+    Copies are written to the same file: if a job were killed between two of them, the resumed job would not detect
+    the second one.
     """
     rows: list[dict[str, Any]] = []
-    last = None
-    for image, row in chain(label_matching.find_leaks(inventory), [(None, None)]):
-        if rows and (row is None or (len(rows) >= QUARANTINE_ROWS and image != last)):
+    for _, copies in groupby(label_matching.find_leaks(inventory), key=lambda leak: leak[0]):
+        if len(rows) >= QUARANTINE_ROWS:
             _write_part(uri, "quarantine", rows, dataset.QUARANTINE, identity)
             rows = []
-        rows += [] if row is None else [row]
-        last = image
+        rows += [row for _, row in copies]
+    if rows:
+        _write_part(uri, "quarantine", rows, dataset.QUARANTINE, identity)
     publishing.sync_inventory(uri, inventory, identity)
     _finish_withdrawals(uri, inventory, identity)
 
 
 def _finish_withdrawals(uri: str, inventory: Inventory, identity: dict[str, Any]) -> None:
-    """Takes rows that quarantine names out of their parts."""
-    withdraw = partial(publishing.withdraw, uri=uri, settings=identity)
-    if list(run_tasks(withdraw, inventory.withdrawn())):
+    """Remove rows that are in quarantine from their parts."""
+    withdraw = partial(publishing.withdraw_rows, uri=uri, settings=identity)
+    if list(run_tasks(withdraw, inventory.withdrawn_rows())):
         publishing.sync_inventory(uri, inventory, identity)
 
 
 def _check_classes(classes: Sequence[str], settings: IngestSettings) -> None:
-    where = settings.labels or settings.photos
+    source = settings.labels or settings.photos
     if settings.num_classes not in (None, len(classes)):
         raise UserError(
-            f"`ingest.num_classes` says {settings.num_classes}, the labelled photos in {where} have {len(classes)} "
-            "classes. Correct the number, or look for labels that are misspelt or missing."
+            f"`ingest.num_classes` is {settings.num_classes}, but the labelled photos of {source} have {len(classes)} "
+            "classes. Correct the number, or check the labels for misspelt or missing classes."
         )
     if len(classes) < 2:
-        raise UserError(f"{where} gives {len(classes)} class(es) to the photos; at least two are needed to train.")
+        raise UserError(f"{source}: the photos have {len(classes)} class(es); training needs at least two.")
 
 
-def _warn_of_thin_classes(inventory: Inventory, classes: Sequence[str]) -> None:
-    held = inventory.classes_of("val")
-    thin = [name for name in classes if name not in held]
-    if thin:
-        log.warning("ingest: %d classes have no val photo: %s", len(thin), ", ".join(thin[:10]))
+def _warn_about_missing_val(inventory: Inventory, classes: Sequence[str]) -> None:
+    in_val = inventory.classes_in_split("val")
+    missing = [name for name in classes if name not in in_val]
+    if missing:
+        log.warning("ingest: %d classes have no val photo: %s", len(missing), ", ".join(missing[:10]))

@@ -1,4 +1,4 @@
-"""What is decided of all photos together, in SQL on the inventory: whose a label is, and which spoil a measurement."""
+"""Assignment of labels to photos, and detection of label conflicts and leakage, in SQL on the inventory."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,104 +9,109 @@ from carclass.data.inventory import Inventory
 from carclass.data.photo import Reason
 from carclass.errors import UserError
 from carclass.ingestion import labels
-from carclass.ingestion.labels import read_labels
 
-NUM_OTHERS = 10
-"""Photos that the detail of a conflict names: of a placeholder there may be thousands."""
+MAX_LISTED_COPIES = 10
+"""Copies named in the detail of a label conflict: a placeholder image may have thousands."""
 
-SAID_BACK = "CREATE INDEX IF NOT EXISTS said_back ON said (back)"
-REPEATED = """
-WITH first AS (SELECT back, min(id) AS id FROM said GROUP BY back HAVING count(*) > 1)
-SELECT said.name FROM first JOIN said AS earlier ON earlier.id = first.id JOIN said ON said.back = first.back
-WHERE said.label != earlier.label OR said.subset != earlier.subset ORDER BY said.id LIMIT 1
+INDEX_LABELS = "CREATE INDEX IF NOT EXISTS labels_reversed_path ON labels (reversed_path)"
+CONTRADICTED_NAME = """
+WITH first AS (SELECT reversed_path, min(id) AS id FROM labels GROUP BY reversed_path HAVING count(*) > 1)
+SELECT labels.name FROM first JOIN labels AS earlier ON earlier.id = first.id
+JOIN labels ON labels.reversed_path = first.reversed_path
+WHERE labels.label != earlier.label OR labels.subset != earlier.subset ORDER BY labels.id LIMIT 1
 """
-FITS = """
-CREATE TABLE fits AS SELECT min(said.id) AS said, count(DISTINCT input.id) AS photos, min(input.id) AS photo,
-max(CASE WHEN input.back = said.back THEN input.id END) AS whole
-FROM said LEFT JOIN input ON input.back >= said.back AND input.back < substr(said.back, 1, length(said.back) - 1) || '0'
-GROUP BY said.back
+CANDIDATES = """
+CREATE TABLE candidates AS SELECT min(labels.id) AS label_id, count(DISTINCT input.id) AS photos,
+min(input.id) AS first_photo, max(CASE WHEN input.reversed_path = labels.reversed_path THEN input.id END) AS exact_photo
+FROM labels LEFT JOIN input ON input.reversed_path >= labels.reversed_path
+AND input.reversed_path < substr(labels.reversed_path, 1, length(labels.reversed_path) - 1) || '0'
+GROUP BY labels.reversed_path
 """
-"""A name's photos: they lie in the range of paths that begin, read from their end, as it does ('0' follows '/')."""
-NAMED = """
-CREATE TABLE named AS SELECT coalesce(whole, photo) AS photo, said FROM fits WHERE whole NOT NULL OR photos = 1
+"""Photos whose path ends with the name of a label: a range of reversed paths, as '0' follows '/'."""
+MATCHES = """
+CREATE TABLE matches AS SELECT coalesce(exact_photo, first_photo) AS photo, label_id FROM candidates
+WHERE exact_photo NOT NULL OR photos = 1
 """
-CONTRADICTION = """
-WITH first AS (SELECT photo, min(said) AS said FROM named GROUP BY photo HAVING count(*) > 1)
-SELECT said.name, said.label, said.subset, input.key, earlier.label, earlier.subset FROM first
-JOIN said AS earlier ON earlier.id = first.said JOIN named ON named.photo = first.photo
-JOIN said ON said.id = named.said JOIN input ON input.id = first.photo
-WHERE said.label != earlier.label OR said.subset != earlier.subset ORDER BY said.id LIMIT 1
+CONTRADICTIONS = """
+WITH first AS (SELECT photo, min(label_id) AS label_id FROM matches GROUP BY photo HAVING count(*) > 1)
+SELECT labels.name, labels.label, labels.subset, input.key, earlier.label, earlier.subset FROM first
+JOIN labels AS earlier ON earlier.id = first.label_id JOIN matches ON matches.photo = first.photo
+JOIN labels ON labels.id = matches.label_id JOIN input ON input.id = first.photo
+WHERE labels.label != earlier.label OR labels.subset != earlier.subset ORDER BY labels.id LIMIT 1
 """
-LABELLED = """
-UPDATE input SET label = said.label, subset = said.subset
-FROM named JOIN said ON said.id = named.said WHERE input.id = named.photo
+ASSIGN_LABELS = """
+UPDATE input SET label = labels.label, subset = labels.subset
+FROM matches JOIN labels ON labels.id = matches.label_id WHERE input.id = matches.photo
 """
-LONE_LABELS = f"""
-INSERT INTO input (key, back, reason, detail) SELECT name, back, '{Reason.MISSING_FILE}',
+REJECT_LABELS = f"""
+INSERT INTO input (key, reversed_path, reason, detail) SELECT name, reversed_path, '{Reason.MISSING_FILE}',
 CASE photos WHEN 0 THEN 'labelled ' || label || ', no such photo' ELSE photos || ' photos have this name' END
-FROM fits JOIN said ON said.id = fits.said WHERE whole IS NULL AND photos != 1 ORDER BY said.id
-"""  # noqa: S608 - our own words
-WITHOUT_LABEL = f"""
+FROM candidates JOIN labels ON labels.id = candidates.label_id
+WHERE exact_photo IS NULL AND photos != 1 ORDER BY labels.id
+"""  # noqa: S608 - constant
+REJECT_UNLABELLED = f"""
 UPDATE input SET reason = '{Reason.NO_LABEL}', detail = 'no label names this photo'
 WHERE label IS NULL AND reason IS NULL
-"""  # noqa: S608 - our own words
+"""  # noqa: S608 - constant
 LEAKS = f"""
-WITH spoilt AS (
-    SELECT image, min(CASE split WHEN 'test' THEN key END) AS tested,
+WITH conflicts AS (
+    SELECT image, min(CASE split WHEN 'test' THEN key END) AS test_key,
     count(DISTINCT CASE WHEN split != 'test' THEN label END) AS labels, count(*) AS copies
-    FROM written WHERE NOT quarantined GROUP BY image HAVING copies > 1 AND (tested NOT NULL OR labels > 1)
+    FROM written WHERE NOT quarantined GROUP BY image HAVING copies > 1 AND (test_key NOT NULL OR labels > 1)
 )
-SELECT image, key, tested, copies - 1, (
+SELECT image, key, test_key, copies - 1, (
     SELECT group_concat(key, ', ') FROM (
         SELECT key FROM written AS other WHERE other.image = row.image AND other.key != row.key AND NOT quarantined
-        ORDER BY key LIMIT {NUM_OTHERS}
+        ORDER BY key LIMIT {MAX_LISTED_COPIES}
     )
-) FROM spoilt JOIN written AS row USING (image) WHERE split != 'test' AND NOT quarantined ORDER BY image, key
-"""  # noqa: S608 - our own words
-
-
-def repeated_label(inventory: Inventory) -> str | None:
-    """The first name of which labels say two different things, if there is one."""
-    inventory.run(SAID_BACK)
-    found: str | None = inventory.one(REPEATED)
-    return found
-
-
-def match_labels(inventory: Inventory) -> None:
-    """Gives each photo its label: a label names a photo by its key, or by the end of exactly one key's path.
-
-    Photos without a label and labels without a photo become inputs with a reason. UserError when two labels that say
-    different things name one photo.
-    """
-    inventory.run(SAID_BACK, "CREATE INDEX input_back ON input (back)", FITS, NAMED)
-    inventory.run("CREATE INDEX named_photo ON named (photo)")
-    for name, label, subset, key, *earlier in inventory.ask(CONTRADICTION):
-        raise UserError(
-            f"`ingest.labels`: {name} is {label} ({subset}), but another label for the photo "
-            f"{key} says {earlier[0]} ({earlier[1]}); keep the right one."
-        )
-    inventory.run(LABELLED, LONE_LABELS, WITHOUT_LABEL, "DROP TABLE fits", "DROP TABLE named", "DROP TABLE said")
-    inventory.run("DROP INDEX input_back")
-
-
-def find_leaks(inventory: Inventory) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(content's hash, row of quarantine) of each train photo that spoils a measurement, copies one after the other.
-
-    These are photos whose bytes are also in test, or under two labels. Test photos are never touched.
-    """
-    inventory.run("CREATE INDEX IF NOT EXISTS written_image ON written (image, key)")
-    for image, key, tested, num_others, others in inventory.ask(LEAKS):
-        if tested is not None:
-            yield image, publishing.quarantine_row(key, Reason.LEAKAGE, f"same bytes as the test photo {tested}")
-        else:
-            more = f" and {num_others - NUM_OTHERS:,} more" if num_others > NUM_OTHERS else ""
-            detail = f"same bytes as {others}{more}, other label"
-            yield image, publishing.quarantine_row(key, Reason.LABEL_CONFLICT, detail)
+) FROM conflicts JOIN written AS row USING (image) WHERE split != 'test' AND NOT quarantined ORDER BY image, key
+"""  # noqa: S608 - constant
 
 
 def label_photos(settings: IngestSettings, inventory: Inventory) -> None:
-    """Gives the inventory's photos their labels; UserError when two say different things of one photo."""
-    inventory.add_labels(label for _, label in read_labels(settings, inventory))
-    if (name := repeated_label(inventory)) is not None:
-        labels.refuse_contradiction(read_labels(settings, inventory), name)
+    """Read labels and assign them to the inventory's photos. Raise UserError if two labels contradict each other."""
+    inventory.add_labels(label for _, label in labels.read_labels(settings, inventory))
+    if (name := find_contradicted_name(inventory)) is not None:
+        labels.raise_contradiction(labels.read_labels(settings, inventory), name)
     match_labels(inventory)
+
+
+def find_contradicted_name(inventory: Inventory) -> str | None:
+    """Return the first name that has labels with different classes or subsets, or None."""
+    inventory.execute(INDEX_LABELS)
+    name: str | None = inventory.scalar(CONTRADICTED_NAME)
+    return name
+
+
+def match_labels(inventory: Inventory) -> None:
+    """Assign labels to photos. A label's name is a photo's key, or the end of exactly one key's path.
+
+    Photos without a label and labels without a photo become rejected inputs. Raise UserError if labels with different
+    classes or subsets match the same photo.
+    """
+    inventory.execute(INDEX_LABELS, "CREATE INDEX input_reversed_path ON input (reversed_path)", CANDIDATES, MATCHES)
+    inventory.execute("CREATE INDEX matches_photo ON matches (photo)")
+    for name, label, subset, key, other_label, other_subset in inventory.query(CONTRADICTIONS):
+        raise UserError(
+            f"`ingest.labels`: {name} is {label} ({subset}), but another label for the photo {key} is "
+            f"{other_label} ({other_subset}). Keep the correct one."
+        )
+    inventory.execute(ASSIGN_LABELS, REJECT_LABELS, REJECT_UNLABELLED)
+    inventory.execute("DROP TABLE candidates", "DROP TABLE matches", "DROP TABLE labels")
+    inventory.execute("DROP INDEX input_reversed_path")
+
+
+def find_leaks(inventory: Inventory) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (hash of the content, row of quarantine) of train and val photos that bias evaluation, copies adjacent.
+
+    These are photos with the bytes of a test photo, or with the same bytes under two labels. Test photos stay.
+    """
+    inventory.execute("CREATE INDEX IF NOT EXISTS written_image ON written (image, key)")
+    for image, key, test_key, num_copies, copies in inventory.query(LEAKS):
+        if test_key is not None:
+            yield image, publishing.quarantine_row(key, Reason.LEAKAGE, f"same bytes as the test photo {test_key}")
+        else:
+            num_unlisted = num_copies - MAX_LISTED_COPIES
+            more = f" and {num_unlisted:,} more" if num_unlisted > 0 else ""
+            detail = f"same bytes as {copies}{more}, other label"
+            yield image, publishing.quarantine_row(key, Reason.LABEL_CONFLICT, detail)

@@ -1,4 +1,4 @@
-"""Labels as people keep them (a CSV, Stanford's devkit, one folder per class) -> one `Label` after the other."""
+"""Parsers of labels: a CSV file, Stanford's devkit, or one folder per class."""
 
 import csv
 import io
@@ -19,11 +19,11 @@ Subset = Literal["train", "test"]
 
 _COLUMNS = ("img_name", "class", "subset")
 _VALIDATION_NAMES = ("val", "valid", "validation", "dev")
-_VALIDATION_ADVICE = "make it train: validation photos are held out of train by this project itself"
+_VALIDATION_ADVICE = "use train: ingest holds out validation photos from train by itself"
 
 
 class Label(NamedTuple):
-    """What the labels say of one photo: its key at the source, its class and its subset."""
+    """Label of a photo: its key at the source, class and subset."""
 
     key: str
     label: str
@@ -31,48 +31,81 @@ class Label(NamedTuple):
 
 
 class LabelsError(UserError):
-    """Labels that cannot be used; the message says which source, where in it, and what to do."""
+    """Error in labels, with the source, the position in it, and a remedy."""
 
 
-def parse_csv(stream: BinaryIO, *, source: str) -> Iterator[tuple[str, Label]]:
-    """Labels of a CSV file with the columns `img_name,class,subset`, in any order; others are ignored.
+LocatedLabel = tuple[str, Label]
+"""A label with its location for error messages, such as "labels.csv, line 2"."""
 
-    Each comes with where it is, in words. The key is `img_name` as given; spaces around class and subset are dropped.
-    UTF-8, with or without a BOM, any line ends, names with commas in quotes. `source` names the file in errors. Raises
-    LabelsError with the columns found, or the line number.
+
+def read_labels(settings: IngestSettings, inventory: Inventory) -> Iterator[LocatedLabel]:
+    """Yield the labels of `ingest.labels`, or those given by the photos' folders without it.
+
+    Raise UserError if the labels cannot be read or parsed.
     """
-    reader = csv.reader(_lines(stream, source), strict=True)
-    found = False
+    source = settings.labels
+    if source is None:
+        yield from parse_folders(inventory.keys, source=settings.photos)
+    elif source.endswith(".csv"):
+        try:
+            with storage.open_stream(source) as stream:
+                yield from parse_csv(stream, source=source)
+        except OSError as error:
+            raise _read_error(source, error) from error
+    else:
+        yield from _read_devkit(source)
+
+
+def raise_contradiction(labels: Iterable[LocatedLabel], name: str) -> NoReturn:
+    """Raise the LabelsError for the first two labels with the given key that differ."""
+    same_key = ((location, label) for location, label in labels if label.key == name)
+    earlier_location, earlier = next(same_key)
+    location, label = next((location, label) for location, label in same_key if label != earlier)
+    raise LabelsError(
+        f"{location}: {name} is {label.label} ({label.subset}), but {earlier.label} "
+        f"({earlier.subset}) at {earlier_location}. Keep the correct one."
+    )
+
+
+def parse_csv(stream: BinaryIO, *, source: str) -> Iterator[LocatedLabel]:
+    """Parse a CSV file with the columns `img_name,class,subset` in any order; other columns are ignored.
+
+    The file is UTF-8, with or without a BOM, with any line ends; names with commas need quotes. The key is `img_name`
+    unchanged; spaces around class and subset are stripped. source: name of the file in errors. Raise LabelsError with
+    the existing columns or the line number.
+    """
+    reader = csv.reader(_decode_lines(stream, source), strict=True)
+    has_labels = False
     try:
         columns = next(reader, [])
         missing = [name for name in _COLUMNS if name not in columns]
         if missing:
             raise LabelsError(
                 f"{source}: no column {', '.join(missing)}; the first line has {columns}. "
-                f"It needs {','.join(_COLUMNS)}, with commas between."
+                f"It needs {','.join(_COLUMNS)}, separated by commas."
             )
-        places = [columns.index(name) for name in _COLUMNS]
-        for fields in filter(None, reader):  # an empty line is no row
-            where = f"{source}, line {reader.line_num}"
+        indices = [columns.index(name) for name in _COLUMNS]
+        for fields in filter(None, reader):  # skips empty lines
+            location = f"{source}, line {reader.line_num}"
             if len(fields) != len(columns):
                 raise LabelsError(
-                    f"{where}: {len(fields)} fields where the first line has {len(columns)}; "
-                    "a name with a comma needs quotes."
+                    f"{location}: {len(fields)} fields, but the first line has {len(columns)}; "
+                    "names with a comma need quotes."
                 )
-            key, label, subset = (fields[place] for place in places)
-            yield where, _label(key, label, subset, where)
-            found = True
+            key, label, subset = (fields[index] for index in indices)
+            yield location, _make_label(key, label, subset, location)
+            has_labels = True
     except csv.Error as error:
         raise LabelsError(f"{source}, line {reader.line_num}: not valid CSV ({error}).") from error
-    if not found:
+    if not has_labels:
         raise LabelsError(f"{source}: no labels in it.")
 
 
-def parse_devkit(annos: bytes, meta: bytes, *, subset: Subset, source: str) -> Iterator[tuple[str, Label]]:
-    """Labels of Stanford's devkit: `cars_{train,test}_annos.mat` and `cars_meta.mat`, all one subset.
+def parse_devkit(annos: bytes, meta: bytes, *, subset: Subset, source: str) -> Iterator[LocatedLabel]:
+    """Parse Stanford's devkit: `cars_{train,test}_annos.mat` and `cars_meta.mat`, all of one subset.
 
-    Each comes with where it is, in words. The key is the photo's `fname`. Class ids count from 1, as in MATLAB. The
-    boxes are not read. `source` names the annotations in errors. Raises LabelsError.
+    The key is the photo's `fname`. Class ids start at 1, as in MATLAB. Boxes are ignored. source: name of the
+    annotations in errors. Raise LabelsError if a file is malformed.
     """
     annotations = _mat_variable(annos, "annotations", source)
     names = _mat_variable(meta, "class_names", f"{source} (its meta file)")
@@ -86,74 +119,63 @@ def parse_devkit(annos: bytes, meta: bytes, *, subset: Subset, source: str) -> I
     if not len(annotations):
         raise LabelsError(f"{source}: no labels in it.")
     for number, (key, class_id) in enumerate(annotations[["fname", "class"]], start=1):
-        where = f"{source}, annotation {number} ({key})"
+        location = f"{source}, annotation {number} ({key})"
         if not (isinstance(class_id, int | np.integer) and 1 <= class_id <= len(names)):
-            raise LabelsError(f"{where}: class {class_id} is not one of the meta file's 1 to {len(names)}.")
-        yield where, _label(str(key), str(names[class_id - 1]), subset, where)
+            raise LabelsError(f"{location}: class {class_id} is not in the meta file's range of 1 to {len(names)}.")
+        yield location, _make_label(str(key), str(names[class_id - 1]), subset, location)
 
 
-def parse_folders(keys: Callable[[], Iterable[str]], *, source: str) -> Iterator[tuple[str, Label]]:
-    """Labels of a tree with one folder per class, from the keys of its files ("/" between folders).
+def parse_folders(keys: Callable[[], Iterable[str]], *, source: str) -> Iterator[LocatedLabel]:
+    """Derive labels from a tree with one folder per class.
 
-    Either `<class>/<file>`, all of it train, or `<subset>/<class>/<file>` with subset train or test; one
-    layout for the whole tree. Hidden names (`.DS_Store`) and files beside the folders get no label. Each label comes
-    with where it is, in words. keys: asked for twice. `source` names the tree in errors. Raises LabelsError for any
-    other shape.
+    The tree is either `<class>/<file>`, all train, or `<subset>/<class>/<file>` with subset train or test. Hidden files
+    and files outside the folders get no label. keys: called twice; source: name of the tree in errors. Raise
+    LabelsError for any other tree.
     """
-    by_depth: dict[int, str] = {}
-    for key in filter(_in_folders, keys()):
-        by_depth.setdefault(key.count("/"), key)
-    if not by_depth:
+    example_by_depth: dict[int, str] = {}
+    for key in filter(_is_in_folder, keys()):
+        example_by_depth.setdefault(key.count("/"), key)
+    if not example_by_depth:
         raise LabelsError(f"{source}: no class folders; expected <class>/<file> or <subset>/<class>/<file>.")
-    if len(by_depth) > 1 or max(by_depth) > 2:
+    if len(example_by_depth) > 1 or max(example_by_depth) > 2:
         raise LabelsError(
             f"{source}: expected <class>/<file> or <subset>/<class>/<file> throughout, "
-            f"but found {' and '.join(by_depth[depth] for depth in sorted(by_depth))}. "
-            "A slash in a class name makes two folders: rename them to one."
+            f"but found {' and '.join(example_by_depth[depth] for depth in sorted(example_by_depth))}. "
+            "A class name with a slash makes two folders: rename them to one."
         )
-    for key in filter(_in_folders, keys()):
-        where = f"{source}, {key}"
-        yield where, _folder_label(key, where)
+    for key in filter(_is_in_folder, keys()):
+        location = f"{source}, {key}"
+        yield location, _folder_label(key, location)
 
 
-def refuse_contradiction(rows: Iterable[tuple[str, Label]], name: str) -> NoReturn:
-    """Raises the LabelsError that says where two labels of one name differ. rows: all labels, and where each is."""
-    of_name = ((where, label) for where, label in rows if label.key == name)
-    earlier_where, earlier = next(of_name)
-    where, label = next((where, label) for where, label in of_name if label != earlier)
-    raise LabelsError(
-        f"{where}: {name} is {label.label} ({label.subset}), but {earlier.label} "
-        f"({earlier.subset}) at {earlier_where}; keep the right one."
-    )
-
-
-def _in_folders(key: str) -> bool:
+def _is_in_folder(key: str) -> bool:
     return "/" in key and not any(part[:1] == "." for part in key.split("/"))
 
 
-def _folder_label(key: str, where: str) -> Label:
+def _folder_label(key: str, location: str) -> Label:
     *folders, _ = key.split("/")
     if len(folders) == 2:
-        return _label(key, folders[1], folders[0], where)
+        return _make_label(key, folders[1], folders[0], location)
     if folders[0] in ("train", "test", *_VALIDATION_NAMES):
-        raise LabelsError(f"{where}: lies in the subset's folder; expected {folders[0]}/<class>/<file>.")
-    return _label(key, folders[0], "train", where)
+        raise LabelsError(f"{location}: is outside of a class folder; expected {folders[0]}/<class>/<file>.")
+    return _make_label(key, folders[0], "train", location)
 
 
-def _label(key: str, label: str, subset: str, where: str) -> Label:
+def _make_label(key: str, label: str, subset: str, location: str) -> Label:
+    """Return a validated Label. Raise LabelsError if a field is empty or the subset unknown."""
     label, subset = label.strip(), subset.strip()
     if not key.strip():
-        raise LabelsError(f"{where}: the photo's name is empty.")
+        raise LabelsError(f"{location}: the photo's name is empty.")
     if not label:
-        raise LabelsError(f"{where}: the class of {key} is empty.")
+        raise LabelsError(f"{location}: the class of {key} is empty.")
     if subset not in ("train", "test"):
         advice = _VALIDATION_ADVICE if subset.lower() in _VALIDATION_NAMES else "expected train or test"
-        raise LabelsError(f"{where}: the subset is {subset!r}; {advice}.")
+        raise LabelsError(f"{location}: the subset is {subset!r}; {advice}.")
     return Label(key, label, cast(Subset, subset))
 
 
-def _lines(stream: BinaryIO, source: str) -> Iterator[str]:
-    """The lines of a text, one by one, each with its end."""
+def _decode_lines(stream: BinaryIO, source: str) -> Iterator[str]:
+    """Yield the lines of a UTF-8 text with their ends. Raise LabelsError, with the line number, for other encodings."""
     with io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="") as text:
         for number, line in enumerate(text, start=1):
             try:
@@ -168,31 +190,17 @@ def _mat_variable(data: bytes, name: str, source: str) -> np.ndarray:
     except (ValueError, TypeError, LookupError, OSError, MatReadError, NotImplementedError, zlib.error) as error:
         raise LabelsError(f"{source}: not a readable .mat file of version 5 ({error}).") from error
     if name not in variables:
-        raise LabelsError(f"{source}: no variable {name!r} in it; is it the devkit's file?")
+        raise LabelsError(f"{source}: no variable {name!r}; check that it is a file of the devkit.")
     return np.atleast_1d(variables[name])
 
 
-def read_labels(settings: IngestSettings, inventory: Inventory) -> Iterator[tuple[str, Label]]:
-    """Labels in whichever form they come: CSV, Stanford's devkit, or a folder per class; each with where it is."""
-    source = settings.labels
-    if source is None:
-        yield from parse_folders(inventory.keys, source=settings.photos)
-    elif source.endswith(".csv"):
-        try:
-            with storage.open_stream(source) as stream:
-                yield from parse_csv(stream, source=source)
-        except OSError as error:
-            raise _unreadable_labels(source, error) from error
-    else:
-        yield from _read_devkit(source)
-
-
-def _read_devkit(source: str) -> Iterator[tuple[str, Label]]:
+def _read_devkit(source: str) -> Iterator[LocatedLabel]:
+    """Yield the labels of a devkit's folder; those of test are optional."""
     uri = storage.join(source, "cars_meta.mat")
     try:
         meta = storage.read_bytes(uri)
     except OSError as error:
-        raise _unreadable_labels(uri, error) from error
+        raise _read_error(uri, error) from error
     subsets: list[tuple[Subset, str]] = [
         ("train", "cars_train_annos.mat"),
         ("test", "cars_test_annos_withlabels.mat"),
@@ -200,12 +208,12 @@ def _read_devkit(source: str) -> Iterator[tuple[str, Label]]:
     for subset, name in subsets:
         uri = storage.join(source, name)
         if storage.exists(uri):
-            for where, row in parse_devkit(storage.read_bytes(uri), meta, subset=subset, source=uri):
-                yield where, row._replace(key=f"cars_{subset}/{row.key}")
+            for location, label in parse_devkit(storage.read_bytes(uri), meta, subset=subset, source=uri):
+                yield location, label._replace(key=f"cars_{subset}/{label.key}")
 
 
-def _unreadable_labels(uri: str, error: OSError) -> UserError:
+def _read_error(uri: str, error: OSError) -> UserError:
     return UserError(
-        f"`ingest.labels`: {uri} cannot be read ({error}). Give a .csv, or the folder of Stanford's devkit "
-        "(cars_meta.mat and cars_train_annos.mat), or leave it out for photos in a folder per class."
+        f"`ingest.labels`: {uri} cannot be read ({error}). Set it to a .csv or a folder with Stanford's devkit "
+        "(cars_meta.mat and cars_train_annos.mat), or omit it for photos in one folder per class."
     )

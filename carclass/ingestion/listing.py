@@ -1,8 +1,8 @@
-"""Listing millions of keys: page by page, from several prefixes at once, never all in memory.
+"""Listing of millions of keys: page by page, with several prefixes in parallel, in constant memory.
 
-S3 gives a thousand keys an answer, each answer needs the one before it, and what is below one prefix can't be asked for
-in parallel. So the folders of the first levels are found by their delimiter, and what lies in them is listed side by
-side.
+S3 returns a thousand keys per response, and each request needs the token of the previous response, so one prefix
+cannot be listed in parallel. Therefore the folders of the first levels are listed by delimiter, and their contents in
+parallel.
 """
 
 import os
@@ -19,29 +19,52 @@ from carclass import storage
 from carclass.data.inventory import Inventory, chunks
 from carclass.errors import UserError
 from carclass.ingestion import archive
-from carclass.progress import Tally
+from carclass.progress import Progress
 
 PAGE_KEYS = 1000
-"""Keys in a page: as many as S3 gives in an answer."""
+"""Keys in a page: S3's maximum per response."""
 THREADS = 8
-"""Requests at once: their answers, a tenth of a second each, are as many as a core can read."""
+"""Concurrent requests: responses take a tenth of a second each, so that eight saturate a core that parses them."""
 MIN_PREFIXES = 4 * THREADS
-"""Folders are opened, level by level, until there are so many that the large ones among them keep all threads busy."""
+"""Folders are expanded level by level until there are enough of them to keep all threads busy."""
 MAX_PREFIXES = 10_000
-"""A level with more entries is one of photos, or of a folder for each photo, and is listed as one."""
+"""A folder with more entries holds photos, or one folder per photo, and is listed as a whole."""
 
 
 class _PageRequest(NamedTuple):
-    """The next page of what is below a prefix."""
+    """Request for the next page of keys below a prefix."""
 
     prefix: str
     token: str | None = None
 
 
-def pages(uri: str) -> Iterator[list[str]]:
-    """Paths of all files below a place, relative to it, by the thousand and in no order.
+def list_photos(photos: str, inventory: Inventory, setting: str = "ingest.photos") -> None:
+    """Add the keys of all files of a folder, prefix or archive to the inventory.
 
-    A place that isn't there has none. UserError when it can't be listed.
+    Raise UserError, naming the setting, if there are none.
+    """
+    if in_archive := photos.endswith(archive.SUFFIXES):
+        if not storage.exists(photos):
+            raise UserError(f"`{setting}`: no archive {photos}. Set it to an existing folder, s3:// prefix or .tgz.")
+        pages = chunks(archive.list_names(photos, setting), PAGE_KEYS)
+    else:
+        pages = list_pages(photos)
+    progress = Progress("list", "keys")
+    for page in pages:
+        inventory.add_inputs(page)
+        progress.add(len(page))
+    if not progress.done:
+        raise UserError(
+            f"`{setting}`: no files in {photos}. Check the path or prefix; an s3:// prefix needs list permission."
+        )
+    if in_archive and (key := inventory.duplicate_input()) is not None:
+        raise UserError(f"`{setting}`: {photos} contains {key} more than once. Create it again.")
+
+
+def list_pages(uri: str) -> Iterator[list[str]]:
+    """Yield the paths of all files below a URI, relative to it, in pages of PAGE_KEYS in no order.
+
+    Yield nothing if the URI does not exist. Raise UserError if it cannot be listed.
     """
     try:
         if uri.startswith("s3://"):
@@ -49,7 +72,8 @@ def pages(uri: str) -> Iterator[list[str]]:
             yield from _Bucket(bucket, f"{prefix}/" if prefix else "").pages()
         else:
             _, folder = storage.locate(uri)
-            yield from _in_pages(_scan(folder), len(folder.rstrip("/")) + 1)
+            prefix_length = len(folder.rstrip("/")) + 1
+            yield from chunks((path[prefix_length:] for path in _scan(folder)), PAGE_KEYS)
     except FileNotFoundError:
         return
     except (OSError, ClientError, BotoCoreError) as error:
@@ -57,7 +81,7 @@ def pages(uri: str) -> Iterator[list[str]]:
 
 
 def _scan(folder: str) -> Iterator[str]:
-    """All files below a local folder; in memory is a folder a level."""
+    """Yield the paths of all files below a local folder."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir():
@@ -66,19 +90,8 @@ def _scan(folder: str) -> Iterator[str]:
                 yield entry.path
 
 
-def _in_pages(paths: Iterator[str], start: int) -> Iterator[list[str]]:
-    page: list[str] = []
-    for path in paths:
-        page.append(path[start:])
-        if len(page) == PAGE_KEYS:
-            yield page
-            page = []
-    if page:
-        yield page
-
-
 class _Bucket:
-    """What is below a prefix of a bucket."""
+    """Keys below a prefix of a bucket."""
 
     def __init__(self, bucket: str, prefix: str) -> None:
         self.bucket, self.prefix = bucket, prefix
@@ -86,88 +99,69 @@ class _Bucket:
         config = Config(
             retries={"mode": "standard", "total_max_attempts": storage.NUM_ATTEMPTS},
             max_pool_connections=THREADS,
-            s3={"addressing_style": "path" if own_server else "auto"},  # such a server's name has no bucket in front
+            s3={"addressing_style": "path" if own_server else "auto"},  # other servers have no host name per bucket
         )
         self.client = boto3.Session().client("s3", config=config)
 
     def pages(self) -> Iterator[list[str]]:
-        """Keys below the prefix, without it."""
+        """Yield the keys of all files, relative to the prefix."""
         with ThreadPoolExecutor(THREADS) as pool:
-            prefixes, loose = self._open_folders(pool)
-            if loose:
-                yield loose
-            waiting, running = deque(map(_PageRequest, prefixes)), set[Future[Any]]()
-            while waiting or running:
-                while waiting and len(running) < THREADS:
-                    running.add(pool.submit(self._page, waiting.popleft()))
+            prefixes, keys = self._expand_folders(pool)
+            if keys:
+                yield keys
+            queue, running = deque(map(_PageRequest, prefixes)), set[Future[Any]]()
+            while queue or running:
+                while queue and len(running) < THREADS:
+                    running.add(pool.submit(self._list_page, queue.popleft()))
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
-                    keys, following = future.result()
-                    waiting.extendleft(following)
+                    keys, next_requests = future.result()
+                    queue.extendleft(next_requests)
                     if keys:
                         yield keys
 
-    def _open_folders(self, pool: ThreadPoolExecutor) -> tuple[list[str], list[str]]:
-        """Prefixes below which everything lies but the keys that are given too."""
-        closed: list[str] = []
-        loose: list[str] = []
+    def _expand_folders(self, pool: ThreadPoolExecutor) -> tuple[list[str], list[str]]:
+        """Return (prefixes, keys) which together cover the bucket's prefix."""
+        crowded: list[str] = []
+        keys: list[str] = []
         level = [self.prefix]
-        while level and len(closed) + len(level) < MIN_PREFIXES:
-            found = list(pool.map(self._level, level))
-            closed += [prefix for prefix, entries in zip(level, found, strict=True) if entries is None]
-            loose += [key for entries in found if entries is not None for key in entries[1]]
-            level = [folder for entries in found if entries is not None for folder in entries[0]]
-        return closed + level, loose
+        while level and len(crowded) + len(level) < MIN_PREFIXES:
+            listings = list(pool.map(self._list_folder, level))
+            crowded += [prefix for prefix, listing in zip(level, listings, strict=True) if listing is None]
+            keys += [key for listing in listings if listing is not None for key in listing[1]]
+            level = [folder for listing in listings if listing is not None for folder in listing[0]]
+        return crowded + level, keys
 
-    def _level(self, prefix: str) -> tuple[list[str], list[str]] | None:
-        """(prefixes, keys) right below a prefix; None where these are too many."""
+    def _list_folder(self, prefix: str) -> tuple[list[str], list[str]] | None:
+        """Return the (folders, keys) directly below a prefix, or None if there are more than MAX_PREFIXES."""
         folders: list[str] = []
         keys: list[str] = []
         token = None
         while len(folders) + len(keys) <= MAX_PREFIXES:
-            answer = self._ask(_PageRequest(prefix, token), Delimiter="/")
-            folders += [entry["Prefix"] for entry in answer.get("CommonPrefixes", [])]
-            keys += self._keys(answer)
-            if (token := answer.get("NextContinuationToken")) is None:
+            response = self._request(_PageRequest(prefix, token), Delimiter="/")
+            folders += [entry["Prefix"] for entry in response.get("CommonPrefixes", [])]
+            keys += self._file_keys(response)
+            if (token := response.get("NextContinuationToken")) is None:
                 return folders, keys
         return None
 
-    def _page(self, request: _PageRequest) -> tuple[list[str], list[_PageRequest]]:
-        """(keys, the request for the next ones, if there are any)."""
-        answer = self._ask(request)
-        token = answer.get("NextContinuationToken")
-        return self._keys(answer), [] if token is None else [request._replace(token=token)]
+    def _list_page(self, request: _PageRequest) -> tuple[list[str], list[_PageRequest]]:
+        """Return the keys of a page, and the request for the next page, if any."""
+        response = self._request(request)
+        token = response.get("NextContinuationToken")
+        return self._file_keys(response), [] if token is None else [request._replace(token=token)]
 
-    def _ask(self, request: _PageRequest, **more: str) -> dict[str, Any]:
+    def _request(self, request: _PageRequest, **options: str) -> dict[str, Any]:
+        """Send a request. Raise FileNotFoundError if the bucket does not exist."""
         if request.token is not None:
-            more["ContinuationToken"] = request.token
+            options["ContinuationToken"] = request.token
         try:
-            answer: dict[str, Any] = self.client.list_objects_v2(Bucket=self.bucket, Prefix=request.prefix, **more)
+            response: dict[str, Any] = self.client.list_objects_v2(Bucket=self.bucket, Prefix=request.prefix, **options)
         except self.client.exceptions.NoSuchBucket as error:
             raise FileNotFoundError(self.bucket) from error
-        return answer
+        return response
 
-    def _keys(self, answer: dict[str, Any]) -> list[str]:
-        """Those of files: a key that ends with a slash stands for a folder."""
-        keys = (entry["Key"] for entry in answer.get("Contents", []))
+    def _file_keys(self, response: dict[str, Any]) -> list[str]:
+        """Return the keys of files, relative to the prefix; a key that ends with a slash is a folder."""
+        keys = (entry["Key"] for entry in response.get("Contents", []))
         return [key[len(self.prefix) :] for key in keys if not key.endswith("/")]
-
-
-def list_photos(photos: str, inventory: Inventory, setting: str = "ingest.photos") -> None:
-    """Enters the keys of all files of a folder, prefix or archive; UserError, naming the setting, without any."""
-    if in_archive := photos.endswith(archive.SUFFIXES):
-        if not storage.exists(photos):
-            raise UserError(f"`{setting}`: no archive {photos}. Give a folder, an s3:// prefix or a .tgz that exists.")
-        found = chunks(archive.names(photos), PAGE_KEYS)
-    else:
-        found = pages(photos)
-    listed = Tally("list", "keys")
-    for page in found:
-        inventory.add_inputs(page)
-        listed.add(len(page))
-    if not listed.done:
-        raise UserError(
-            f"`{setting}`: no files in {photos}. Check the path or prefix; an s3:// prefix needs list permission."
-        )
-    if in_archive and (key := inventory.repeated_input()) is not None:
-        raise UserError(f"`{setting}`: {photos} holds {key} more than once. Pack it again.")

@@ -1,4 +1,4 @@
-"""Photos from storage as rows of a dataset, as ingest and prediction read them."""
+"""Photos loaded from storage and converted to rows of a dataset, for ingestion and prediction."""
 
 from typing import Any
 
@@ -11,17 +11,17 @@ from carclass.data.photo import PhotoError, Reason
 from carclass.ingestion.archive import LOADED
 
 
-def is_held_out(image_id: str, seed: int, fraction: float) -> bool:
-    """Whether a train photo belongs to val.
-
-    Decided by seed and content alone: copies stay together, and adding photos moves none. Every class is split
-    in the same proportion, up to chance.
-    """
-    return int(storage.sha256(f"{seed}:{image_id}".encode())[:12], 16) / 16**12 < fraction
+def load_photos(batch: pa.Table, photos: str) -> pa.Table:
+    """Read the photos of rows of INPUT below the URI `photos`, and return rows of LOADED."""
+    contents = list(storage.read_many(storage.join(photos, key) for key in batch["key"].to_pylist()))
+    data = [None if isinstance(content, OSError) else content for content in contents]
+    errors = [str(content) if isinstance(content, OSError) else None for content in contents]
+    columns = [*batch.columns, pa.array(data, pa.large_binary()), pa.array(errors, pa.string())]
+    return pa.Table.from_arrays(columns, schema=LOADED)
 
 
 def to_row(source: dict[str, Any], settings: IngestSettings) -> dict[str, Any]:
-    """One loaded photo (a row of LOADED) as a dataset row; PhotoError when it isn't one."""
+    """Convert a row of LOADED to a row of a dataset. Raise PhotoError if the photo is unusable."""
     data = source["data"]
     if data is None:
         raise PhotoError(Reason.UNREADABLE, source["error"])
@@ -30,22 +30,28 @@ def to_row(source: dict[str, Any], settings: IngestSettings) -> dict[str, Any]:
         max_side=settings.max_side, quality=settings.quality,
     )  # fmt: skip
     image_id = storage.sha256(data)
-    held = source["subset"] == "train" and is_held_out(image_id, settings.seed, settings.val_fraction)
+    held_out = source["subset"] == "train" and is_held_out(image_id, settings.seed, settings.val_fraction)
     return {
         "image_id": image_id,
         "key": source["key"],
         "label": source["label"],
-        "split": "val" if held else source["subset"],
+        "split": "val" if held_out else source["subset"],
         "width": width,
         "height": height,
         "image": image,
     }
 
 
-def load_photos(batch: pa.Table, photos: str) -> pa.Table:
-    """Adds the bytes of each photo, or the error that stands for them."""
-    contents = list(storage.read_many(storage.join(photos, key) for key in batch["key"].to_pylist()))
-    data = [None if isinstance(content, OSError) else content for content in contents]
-    errors = [str(content) if isinstance(content, OSError) else None for content in contents]
-    columns = [*batch.columns, pa.array(data, pa.large_binary()), pa.array(errors, pa.string())]
-    return pa.Table.from_arrays(columns, schema=LOADED)
+def failed_row(source: dict[str, Any], error: PhotoError) -> dict[str, Any]:
+    """Convert a row of LOADED whose photo is unusable to a row of dataset.QUARANTINE."""
+    image_id = None if source["data"] is None else storage.sha256(source["data"])
+    return {"key": source["key"], "image_id": image_id, **error.columns()}
+
+
+def is_held_out(image_id: str, seed: int, fraction: float) -> bool:
+    """Return True if a train photo belongs to the val split.
+
+    This depends on seed and content only: copies share a split, and adding photos moves none. The expected fraction is
+    the same for every class.
+    """
+    return int(storage.sha256(f"{seed}:{image_id}".encode())[:12], 16) / 16**12 < fraction

@@ -1,1 +1,1 @@
-"""Drawn car photos with exact masks, so that the whole chain runs offline in minutes."""
+"""Synthetic car photos with exact masks, for running the whole pipeline offline in minutes."""

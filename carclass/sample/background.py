@@ -1,4 +1,4 @@
-"""Ten scenes to park a car in: a palette, a motif and some clutter each."""
+"""Ten background scenes, each with a palette, a motif and clutter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Colour = tuple[int, int, int]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
-    """What a motif is painted on: sizes in canvas pixels."""
+    """Drawing surface of a motif, with sizes in canvas pixels."""
 
     draw: ImageDraw.ImageDraw
     width: int
@@ -22,24 +22,24 @@ class Stage:
     rng: np.random.Generator
 
     def tint(self, colour: Colour, spread: float = 0.12) -> Colour:
-        """The colour, a little lighter or darker."""
+        """Return the colour with random brightness."""
         factor = 1 + self.rng.uniform(-spread, spread)
         red, green, blue = (min(255, round(channel * factor)) for channel in colour)
         return red, green, blue
 
     def xs(self, step: float) -> np.ndarray:
-        """Uneven positions across the canvas, `step` widths apart."""
+        """Return jittered x positions across the canvas, about `step` canvas widths apart."""
         grid = np.arange(-self.rng.uniform(0, step), 1.05, step)
         return (grid + self.rng.uniform(-0.3, 0.3, len(grid)) * step) * self.width
 
     def uniform(self, low: float, high: float) -> float:
-        """A random length, given in canvas heights."""
+        """Return a random length in pixels. low, high: in canvas heights."""
         return float(self.rng.uniform(low, high)) * self.height
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scene:
-    """The palette and the motif of a scene."""
+    """Palette and motif of a scene."""
 
     sky: tuple[Colour, Colour]
     """Colours at the top and at the horizon."""
@@ -60,7 +60,7 @@ def _hills(stage: Stage, colour: Colour, rise: float) -> None:
 
 
 def _tower(stage: Stage, x: float, wall: Colour, pane: Colour, lit: float) -> None:
-    """A block of flats whose windows are lit with probability `lit`."""
+    """Draw a tower block whose windows are lit with probability `lit`."""
     wide, high = stage.uniform(0.12, 0.25), stage.uniform(0.15, 0.62)
     top = stage.horizon - high
     stage.draw.rectangle((x, top, x + wide, stage.horizon), fill=wall)
@@ -297,7 +297,7 @@ SCENES: dict[str, Scene] = {
 
 
 def paint_scene(canvas: Image.Image, name: str, horizon: int, rng: np.random.Generator) -> None:
-    """Paints the scene `name` over an RGB canvas, its ground beginning at row `horizon`."""
+    """Paint the scene `name` over an RGB canvas, with the ground below row `horizon`."""
     scene = SCENES[name]
     stage = Stage(draw=ImageDraw.Draw(canvas), width=canvas.width, height=canvas.height, horizon=horizon, rng=rng)
     sky = np.array([[stage.tint(colour, 0.08)] for colour in scene.sky], dtype=np.uint8)
@@ -308,7 +308,7 @@ def paint_scene(canvas: Image.Image, name: str, horizon: int, rng: np.random.Gen
 
 
 def _clutter(stage: Stage) -> None:
-    """Poles, signs, bushes and blobs of any colour, the same in all scenes."""
+    """Draw signs, boxes and bushes, with the same distribution in all scenes."""
     for _ in range(stage.rng.integers(1, 5)):
         x, foot = stage.rng.uniform(0, stage.width), stage.horizon + stage.uniform(0, 0.1)
         colour = tuple(int(c) for c in stage.rng.integers(30, 230, 3))
@@ -332,7 +332,7 @@ def _clutter(stage: Stage) -> None:
 def paint_road(
     canvas: Image.Image, name: str, edge: tuple[float, float], lane: float, rng: np.random.Generator
 ) -> None:
-    """Paints a road from rows `edge` (at the left and the right side) downwards, with dashes `lane` rows below."""
+    """Paint a road below rows `edge` (at the left and right side), with a dashed line `lane` rows below its edge."""
     draw, (left, right), width = ImageDraw.Draw(canvas), edge, canvas.width
     factor = rng.uniform(0.88, 1.12)
     road, kerb = (tuple(min(255, round(c * factor * k)) for c in SCENES[name].road) for k in (1.0, 1.3))

@@ -1,4 +1,4 @@
-"""Draws one car, side on, on a supersampled canvas, and its silhouette on a second one."""
+"""Drawing of a car, seen from the side, on a supersampled canvas, and of its silhouette on a second one."""
 
 from __future__ import annotations
 
@@ -23,27 +23,30 @@ TAIL_LAMP: Colour = (206, 24, 28)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pose:
-    """Where a car stands on a canvas."""
+    """Position, scale and orientation of a car on a canvas."""
 
     x: float
     y: float
-    """Middle of the car's length, on the ground, in canvas pixels."""
+    """Centre of the car's length, on the ground, in canvas pixels."""
     scale: float
     """Canvas pixels per metre."""
     angle: float
     """Radians; positive lowers the right-hand side."""
     mirrored: bool
-    """True faces right."""
+    """Facing right instead of left."""
 
-    def place(self, points: np.ndarray, length: float) -> np.ndarray:
-        """Metres of a car of `length` (float [n, 2], y up) to canvas pixels (float [n, 2], y down)."""
+    def to_pixels(self, points: np.ndarray, length: float) -> np.ndarray:
+        """Transform points from metres (float [n, 2], y up) to canvas pixels (float [n, 2], y down).
+
+        length: of the car, in metres.
+        """
         along = (points[:, 0] - length / 2) * (-self.scale if self.mirrored else self.scale)
         up = points[:, 1] * self.scale
         cos, sin = np.cos(self.angle), np.sin(self.angle)
         return np.stack([self.x + along * cos + up * sin, self.y + along * sin - up * cos], axis=1)
 
     def scaled(self, factor: float) -> Self:
-        """The same pose on a canvas larger by `factor`."""
+        """Return the pose for a canvas enlarged by `factor`."""
         return type(self)(
             x=self.x * factor,
             y=self.y * factor,
@@ -54,7 +57,7 @@ class Pose:
 
 
 class Pen:
-    """Draws in a car's metres on the picture and, where opaque, on the silhouette."""
+    """Drawing in a car's coordinates (metres) on a picture and, for opaque colours, on a silhouette."""
 
     def __init__(self, picture: Image.Image, silhouette: Image.Image, pose: Pose, length: float) -> None:
         self._picture = ImageDraw.Draw(picture, "RGBA")
@@ -63,27 +66,29 @@ class Pen:
         self._length = length
 
     def polygon(self, points: Iterable[Point], colour: Colour) -> None:
-        """Fills a polygon; a colour with a fourth value below 255 is translucent."""
-        flat = self._pose.place(np.array(list(points), dtype=np.float64), self._length).ravel().tolist()
+        """Fill a polygon. A colour with a fourth channel is translucent and leaves the silhouette unchanged."""
+        flat = self._pose.to_pixels(np.array(list(points), dtype=np.float64), self._length).ravel().tolist()
         self._picture.polygon(flat, fill=colour)
         if len(colour) == 3:
             self._silhouette.polygon(flat, fill=255)
 
     def box(self, x1: float, y1: float, x2: float, y2: float, colour: Colour) -> None:
+        """Fill a rectangle."""
         self.polygon(((x1, y1), (x2, y1), (x2, y2), (x1, y2)), colour)
 
     def disc(self, centre: Point, radius: float, colour: Colour, turn: float = 1.0) -> None:
-        """Fills a disc, or with `turn` 0.5 its upper half."""
+        """Fill a disc, or its upper half with `turn` 0.5."""
         t = np.linspace(0.0, 2 * np.pi * turn, 33)
         self.polygon(zip(centre[0] + radius * np.cos(t), centre[1] + radius * np.sin(t), strict=True), colour)
 
     def line(self, points: Sequence[Point], width: float, colour: Colour) -> None:
-        flat = self._pose.place(np.array(points), self._length).ravel().tolist()
+        """Draw a line on the picture only. width: metres."""
+        flat = self._pose.to_pixels(np.array(points), self._length).ravel().tolist()
         self._picture.line(flat, fill=colour, width=max(1, round(width * self._pose.scale)))
 
 
 def rounded(outline: Sequence[tuple[float, float, float]]) -> list[Point]:
-    """The polygon with each corner (x, y, radius) replaced by a quadratic Bezier curve."""
+    """Replace each corner (x, y, radius) of a polygon by a quadratic Bezier curve."""
     corners = np.array([(x, y) for x, y, _ in outline])
     points: list[Point] = []
     t = np.linspace(0.0, 1.0, 6)[:, None]
@@ -100,7 +105,7 @@ def rounded(outline: Sequence[tuple[float, float, float]]) -> list[Point]:
 
 
 def slab(polygon: Sequence[Point], x1: float, x2: float) -> list[Point]:
-    """The part of a convex polygon with x1 <= x <= x2 (Sutherland and Hodgman's clipping)."""
+    """Clip a convex polygon to x1 <= x <= x2 (Sutherland-Hodgman)."""
     for edge, sign in ((x1, 1.0), (x2, -1.0)):
         kept: list[Point] = []
         for (ax, ay), (bx, by) in zip(polygon, (*polygon[1:], polygon[0]), strict=True):
@@ -114,13 +119,13 @@ def slab(polygon: Sequence[Point], x1: float, x2: float) -> list[Point]:
 
 
 def shade(colour: Colour, factor: float) -> Colour:
-    """The colour made darker (factor below 1) or lighter."""
+    """Scale a colour's brightness."""
     red, green, blue = (min(255, max(0, round(channel * factor))) for channel in colour[:3])
     return red, green, blue
 
 
 def random_paint(rng: np.random.Generator) -> Colour:
-    """A car's colour, from one distribution for all models: a third are greys."""
+    """Sample a car's colour, from the same distribution for all models; 35 % are greys."""
     value = rng.uniform(0.3, 0.97)
     if rng.random() < 0.35:
         return shade((250, 251, 255), value)
@@ -131,7 +136,7 @@ def random_paint(rng: np.random.Generator) -> Colour:
 
 
 def draw_car(pen: Pen, model: CarModel, rng: np.random.Generator) -> None:
-    """Draws `model` with a random paint and glass tint."""
+    """Draw a car with random paint and glass tint."""
     shape, paint = model.shape, random_paint(rng)
     glass = shade((96, 116, 134), rng.uniform(0.45, 0.95))
     _draw_body(pen, model, paint, random_paint(rng))
@@ -247,7 +252,7 @@ def _draw_rear(pen: Pen, model: CarModel) -> None:
 
 
 def _draw_wheel(pen: Pen, model: CarModel, axle: float, phase: float) -> None:
-    """A tyre, and a rim of steel or of spokes."""
+    """Draw a tyre with a steel or spoked rim."""
     radius = model.shape.wheel
     centre, rim = (axle, radius), radius * model.rim
     metal, gap = ((78, 80, 86), (20, 20, 22)) if model.dark_rim else (CHROME, (70, 72, 76))

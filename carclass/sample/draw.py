@@ -1,4 +1,4 @@
-"""One drawn photo from a key, a car model and a scene."""
+"""Drawing of a photo from a key, a car model and a scene."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from carclass.sample.car import Pen, Pose, draw_car
 from carclass.sample.models import PRETRAIN_MODELS, CarModel
 
 SUPERSAMPLING = 3
-"""Canvas pixels per photo pixel, along each side."""
+"""Canvas pixels per photo pixel, along each axis."""
 SECOND_VEHICLE_SHARE = 0.1
 """Share of photos with a second, smaller vehicle."""
 PORTRAIT_SHARE, SQUARE_SHARE = 0.08, 0.08
@@ -20,26 +20,27 @@ PORTRAIT_SHARE, SQUARE_SHARE = 0.08, 0.08
 
 
 class Vehicle(NamedTuple):
-    """A vehicle's truth in a photo."""
+    """Ground truth of a vehicle in a photo."""
 
     mask: np.ndarray
-    """bool [height, width]: where the vehicle is seen, shadow excluded."""
+    """bool [height, width]: visible pixels of the vehicle, without its shadow."""
     category_id: int
     main: bool
-    """Whether it is the car that the photo is of."""
+    """True for the photo's labelled car."""
 
 
-def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """The extent x1, y1, x2, y2 of a mask (bool [height, width], not empty) in pixels, x2 and y2 exclusive."""
+def mask_to_box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """Return the box x1, y1, x2, y2 of a non-empty mask (bool [height, width]), x2 and y2 exclusive."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 def draw_photo(key: tuple[int, ...], model: CarModel, scene: str) -> tuple[np.ndarray, list[Vehicle]]:
-    """A photo of `model` in `scene`, a name in SCENES. The same key (non-negative integers) gives the same photo.
+    """Draw a photo of `model` in `scene`, a name in SCENES, and return its pixels and vehicles.
 
-    Returns its pixels (uint8 [height, width, 3], RGB) and its vehicles, the main one first. Paint, pose, light and
-    noise depend on the key alone, never on the scene, so that without its background a car tells nothing of it.
+    Pixels are RGB uint8 [height, width, 3]; the main vehicle comes first. key: non-negative integers that determine the
+    photo. Paint, pose, light and noise depend on the key only, so that a car without its background does not reveal the
+    scene.
     """
     car_rng, scene_rng, light_rng = (np.random.default_rng((*key, stream)) for stream in range(3))
     width, height = _photo_size(car_rng)
@@ -48,20 +49,19 @@ def draw_photo(key: tuple[int, ...], model: CarModel, scene: str) -> tuple[np.nd
     canvas = Image.new("RGB", (width * SUPERSAMPLING, height * SUPERSAMPLING))
     _paint_background(canvas, scene, model, pose.scaled(SUPERSAMPLING), scene_rng)
 
-    masks, drawn = [], [(model, pose)]
+    cars = [(model, pose)]
     if has_second:
-        drawn.insert(0, _second_vehicle(car_rng, model, pose, width))
-    for each, where in drawn:
-        masks.append(_draw_vehicle(canvas, each, where.scaled(SUPERSAMPLING), car_rng))
+        cars.insert(0, _second_vehicle(car_rng, model, pose, width))
+    masks = [_draw_vehicle(canvas, car_model, car_pose.scaled(SUPERSAMPLING), car_rng) for car_model, car_pose in cars]
     pixels = np.asarray(canvas.reduce(SUPERSAMPLING), dtype=np.float32)
-    for mask, (each, where) in zip(masks, drawn, strict=True):
-        pixels = _shaded(pixels, mask, each, where)
+    for mask, (car_model, car_pose) in zip(masks, cars, strict=True):
+        pixels = _shaded(pixels, mask, car_model, car_pose)
     vehicles = [Vehicle(masks[-1], model.category_id, True)]
     if has_second:
         visible = masks[0] & ~masks[1]
-        vehicles.append(Vehicle(visible, drawn[0][0].category_id, False))
-    everything = np.logical_or.reduce(masks)
-    return _lit(_textured(pixels, ~everything, scene_rng), light_rng), vehicles
+        vehicles.append(Vehicle(visible, cars[0][0].category_id, False))
+    foreground = np.logical_or.reduce(masks)
+    return _lit(_textured(pixels, ~foreground, scene_rng), light_rng), vehicles
 
 
 def _photo_size(rng: np.random.Generator) -> tuple[int, int]:
@@ -75,7 +75,7 @@ def _photo_size(rng: np.random.Generator) -> tuple[int, int]:
 
 
 def _main_pose(rng: np.random.Generator, model: CarModel, width: int, height: int, has_second: bool) -> Pose:
-    """The car's box covers 20 to 55 % of the frame where its form allows; one car in 16 is cut by the frame."""
+    """Sample a pose whose box covers 24 to 55 % of the frame, if the aspect ratio allows; 1 in 16 cars is cut off."""
     long, high = model.shape.length, model.shape.height
     widest = 0.66 if has_second else 0.95
     scale = np.sqrt(rng.uniform(0.24, 0.55) * width * height / (long * high))
@@ -98,7 +98,7 @@ def _main_pose(rng: np.random.Generator, model: CarModel, width: int, height: in
 
 
 def _second_vehicle(rng: np.random.Generator, main: CarModel, pose: Pose, width: int) -> tuple[CarModel, Pose]:
-    """A vehicle further away on the road, on the side where the main car leaves room."""
+    """Sample a more distant vehicle on the road, on the side with more space beside the main car."""
     model = PRETRAIN_MODELS[rng.integers(len(PRETRAIN_MODELS))]
     right = pose.x < width / 2
     edge = pose.x + main.shape.length * pose.scale / 2 if right else pose.x - main.shape.length * pose.scale / 2
@@ -121,7 +121,7 @@ def _paint_background(canvas: Image.Image, scene: str, model: CarModel, pose: Po
 
 
 def _draw_vehicle(canvas: Image.Image, model: CarModel, pose: Pose, rng: np.random.Generator) -> np.ndarray:
-    """Draws a car and its shadow; returns its mask (bool, in photo pixels)."""
+    """Draw a car and its shadow, and return the car's mask (bool, in photo pixels)."""
     length = model.shape.length
     silhouette = Image.new("L", canvas.size)
     shadow = ImageDraw.Draw(canvas, "RGBA")
@@ -131,13 +131,13 @@ def _draw_vehicle(canvas: Image.Image, model: CarModel, pose: Pose, rng: np.rand
         ellipse = np.stack(
             [length / 2 + lean + grow * 0.54 * length * np.cos(t), grow * 0.2 * np.sin(t) - 0.03], axis=1
         )
-        shadow.polygon(pose.place(ellipse, length).ravel().tolist(), fill=(0, 0, 0, 34))
+        shadow.polygon(pose.to_pixels(ellipse, length).ravel().tolist(), fill=(0, 0, 0, 34))
     draw_car(Pen(canvas, silhouette, pose, length), model, rng)
     return np.asarray(silhouette.reduce(SUPERSAMPLING)) >= 128
 
 
 def _shaded(pixels: np.ndarray, mask: np.ndarray, model: CarModel, pose: Pose) -> np.ndarray:
-    """Light from above: a bright shoulder and a darker flank. Float32 [height, width, 3], 0 to 255."""
+    """Apply light from above: a bright shoulder and a darker flank. pixels: float32 [height, width, 3], 0 to 255."""
     rows, columns = np.mgrid[: mask.shape[0], : mask.shape[1]].astype(np.float32)
     up = ((columns - pose.x) * np.sin(pose.angle) - (rows - pose.y) * np.cos(pose.angle)) / pose.scale
     belt, top = model.shape.belt, model.shape.height
@@ -146,18 +146,18 @@ def _shaded(pixels: np.ndarray, mask: np.ndarray, model: CarModel, pose: Pose) -
     return pixels * np.where(mask, light, np.float32(1))[..., None]
 
 
-def _textured(pixels: np.ndarray, where: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Coarse and fine grain on the background, so that nothing there is flat."""
-    height, width = where.shape
+def _textured(pixels: np.ndarray, background: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Add coarse and fine grain to the background. background: bool [height, width]."""
+    height, width = background.shape
     grain = np.zeros((height, width), dtype=np.float32)
     for cell, strength in ((20, 7.0), (4, 6.0)):
         small = rng.standard_normal((height // cell + 2, width // cell + 2), dtype=np.float32)
         grain += strength * np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BILINEAR))
-    return pixels + (grain * where)[..., None]
+    return pixels + (grain * background)[..., None]
 
 
 def _lit(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Gain, a gradient across the frame, a warm or cold cast and sensor noise; returns uint8."""
+    """Apply gain, a gradient across the frame, a colour cast and sensor noise; return uint8."""
     height, width = pixels.shape[:2]
     across = np.linspace(-1, 1, width, dtype=np.float32) * np.float32(rng.uniform(-0.18, 0.18))
     down = np.linspace(-1, 1, height, dtype=np.float32) * np.float32(rng.uniform(-0.12, 0.12))

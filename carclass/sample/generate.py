@@ -1,13 +1,12 @@
-"""Writes the embedded sample: a folder of drawn car photos, their labels and their exact truth.
+"""Generator of the sample: a folder of synthetic car photos, their labels and ground truth.
 
-The folder looks like a real delivery. Beside `train_per_class` and `test_per_class` good photos of each class it
-holds the inputs in ODDITIES: broken ones, unusual encodings, duplicates and contradictions. With the default numbers
-that is 1,050 good photos and 17 oddities: 1,066 label rows (one photo has none) and 1,066 files (one row has none),
-of which 4 files do not hold a usable photo.
+Beside `train_per_class` and `test_per_class` good photos of each class, the folder contains the inputs in ODDITIES:
+broken files, unusual encodings, duplicates and contradictions. With the default numbers there are 1,050 good photos and
+17 oddities: 1,066 label rows (one photo has none) and 1,066 files (one row has none), of which 4 are unusable.
 
-In the train subset nearly every class is photographed in its own scene; in the test subset the scene is drawn at
-random. A classifier that looks at the background does well on the first and badly on the second. The idea is that of
-the Waterbirds benchmark (Sagawa et al. 2020, "Distributionally Robust Neural Networks for Group Shifts").
+In train, 95 % of a class's photos show the class's own scene; in test, scenes are random. A classifier that relies on
+the background therefore does well on train and badly on test. This follows the Waterbirds benchmark (Sagawa et al.
+2020, "Distributionally Robust Neural Networks for Group Shifts").
 """
 
 from __future__ import annotations
@@ -25,18 +24,18 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from carclass.sample.background import SCENES
-from carclass.sample.draw import Vehicle, box_of, draw_photo
+from carclass.sample.draw import Vehicle, draw_photo, mask_to_box
 from carclass.sample.models import CATEGORY_NAMES, MODELS
 
 FAVOURITE_SHARE = 0.95
-"""Share of a class's train photos that are taken in its favourite scene."""
+"""Share of a class's train photos that show its favourite scene."""
 JPEG_QUALITY = 88
 FIRST_ODDITY = 900_000
-"""File numbers from here on are oddities."""
+"""Number of the first oddity's file."""
 MAX_PER_CLASS = FIRST_ODDITY // (2 * len(MODELS))
 
 SUBSETS = ("train", "test")
-_ODDITY_KEY = 2  # where photos of a subset have its index
+_ODDITY_KEY = 2  # in place of the subset's index in the key of a photo
 
 Kind = Literal[
     "truncated",
@@ -55,29 +54,32 @@ Kind = Literal[
     "train_in_test",
 ]
 BROKEN_KINDS = frozenset({"truncated", "text", "empty", "one_pixel", "missing"})
-"""Kinds with no usable photo. All others decode to a car, which is in truth.json."""
+"""Kinds without a usable photo. All others decode to a car that is in truth.json."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Oddity:
-    """One unusual input. Inputs with the same `photo` have the same bytes."""
+    """Unusual input. Inputs with the same `photo` have the same bytes."""
 
     kind: Kind
     photo: int
     label: int
-    """Index into MODELS of the label given; of an unlabelled photo, of what it shows."""
+    """Index into MODELS of the label, or of the car shown in an unlabelled photo."""
     subset: Literal["train", "test"] = "train"
 
     @property
     def broken(self) -> bool:
+        """Return True if there is no usable photo."""
         return self.kind in BROKEN_KINDS
 
     @property
     def on_disk(self) -> bool:
+        """Return True if there is a file."""
         return self.kind != "missing"
 
     @property
     def labelled(self) -> bool:
+        """Return True if there is a label row."""
         return self.kind != "unlabelled"
 
 
@@ -100,28 +102,27 @@ ODDITIES: tuple[Oddity, ...] = (
     Oddity(kind="train_in_test", photo=13, label=6),
     Oddity(kind="train_in_test", photo=13, label=6, subset="test"),
 )
-"""The odd inputs, in order of their file numbers; they come on top of the good photos."""
+"""All oddities, in the order of their file numbers."""
 
 
 class _Photo(NamedTuple):
-    """An input: what is written to disk (None: nothing), its label row and its truth."""
+    """Input with its file content (None: no file), label row and ground truth."""
 
     number: int
     content: bytes | None
     row: tuple[str, str, str] | None
     scene: str
     size: tuple[int, int]
-    """Width, height as displayed."""
+    """Width and height as displayed."""
     vehicles: list[Vehicle]
 
 
 def write_sample(folder: Path, *, seed: int = 7, train_per_class: int = 80, test_per_class: int = 25) -> None:
-    """Writes `photos/NNNNNN.jpg`, `labels.csv` (img_name,class,subset) and `truth.json` (COCO) to `folder`.
+    """Write `photos/NNNNNN.jpg`, `labels.csv` (img_name,class,subset) and `truth.json` (COCO) to `folder`.
 
-    The same arguments give the same bytes, and larger numbers only add photos. truth.json holds every photo that
-    decodes to a car, upright, with compressed run-length masks; `main` marks the car that the photo is of.
-
-    Raises ValueError for numbers out of range and for a photo folder that holds files of another origin.
+    The output is deterministic, and larger numbers only add photos. truth.json contains every photo that decodes to a
+    car, upright, with compressed RLE masks; `main` marks the labelled car. Raise ValueError if a number is out of range
+    or the photo folder contains other files.
     """
     if seed < 0:
         raise ValueError(f"seed is {seed}; choose 0 or more")
@@ -131,7 +132,7 @@ def write_sample(folder: Path, *, seed: int = 7, train_per_class: int = 80, test
     counts = {"train": train_per_class, "test": test_per_class}
     photos_folder = folder / "photos"
     photos_folder.mkdir(parents=True, exist_ok=True)
-    _refuse_foreign_files(photos_folder, counts)
+    _check_other_files(photos_folder, counts)
     rows: list[tuple[str, str, str]] = []
     truth = _Truth()
     for photo in _photos(seed, counts):
@@ -149,17 +150,17 @@ def write_sample(folder: Path, *, seed: int = 7, train_per_class: int = 80, test
 
 
 def file_name(number: int) -> str:
-    """Name of photo `number` in the photo folder."""
+    """Return the file name of a photo."""
     return f"{number:06d}.jpg"
 
 
 def photo_number(class_index: int, subset: str, index: int) -> int:
-    """Number of the good photo `index` of a class in a subset, whatever the size of the sample."""
+    """Return the number of good photo `index` of a class in a subset, independent of the sample's size."""
     return (index * len(MODELS) + class_index) * len(SUBSETS) + SUBSETS.index(subset)
 
 
 def choose_scene(key: tuple[int, ...], class_index: int, subset: str) -> str:
-    """The scene of a photo: in train mostly the class's favourite, in test any."""
+    """Sample the scene of a photo: mostly the class's favourite scene in train, any scene in test."""
     rng, scenes = np.random.default_rng((*key, 3)), list(SCENES)
     favourite = scenes[class_index % len(scenes)]
     if subset == "test":
@@ -170,14 +171,15 @@ def choose_scene(key: tuple[int, ...], class_index: int, subset: str) -> str:
     return scenes[rng.integers(len(scenes))]
 
 
-def _refuse_foreign_files(photos_folder: Path, counts: dict[str, int]) -> None:
-    ours = {file_name(FIRST_ODDITY + k) for k in range(len(ODDITIES))}
+def _check_other_files(photos_folder: Path, counts: dict[str, int]) -> None:
+    """Raise ValueError if the folder contains files that are not part of the sample."""
+    expected = {file_name(FIRST_ODDITY + k) for k in range(len(ODDITIES))}
     for subset, count in counts.items():
-        ours.update(file_name(photo_number(c, subset, i)) for c in range(len(MODELS)) for i in range(count))
-    foreign = sorted(path.name for path in photos_folder.iterdir() if path.name not in ours)
-    if foreign:
+        expected.update(file_name(photo_number(c, subset, i)) for c in range(len(MODELS)) for i in range(count))
+    others = sorted(path.name for path in photos_folder.iterdir() if path.name not in expected)
+    if others:
         raise ValueError(
-            f"{photos_folder} holds {len(foreign)} files that are not of this sample, {foreign[0]} among them; "
+            f"{photos_folder} contains {len(others)} files that are not part of the sample, such as {others[0]}; "
             "choose an empty folder"
         )
 
@@ -216,8 +218,8 @@ def _odd_content(kind: Kind, pixels: np.ndarray, mask: np.ndarray) -> bytes:
     image = Image.fromarray(pixels)
     match kind:
         case "truncated":
-            whole = _jpeg(image)
-            return whole[: len(whole) * 2 // 3]
+            complete = _jpeg(image)
+            return complete[: len(complete) * 2 // 3]
         case "text":
             return b"This page has moved. Please ask the archive for the photo.\n"
         case "empty":
@@ -228,7 +230,7 @@ def _odd_content(kind: Kind, pixels: np.ndarray, mask: np.ndarray) -> bytes:
             return _jpeg(image.convert("CMYK"))
         case "exif_rotated":
             exif = Image.Exif()
-            exif[0x0112] = 6  # Orientation: turn by 90 degrees clockwise to display
+            exif[0x0112] = 6  # orientation: rotate by 90 degrees clockwise to display
             return _jpeg(Image.fromarray(np.rot90(pixels)), exif=exif.tobytes())
         case "grayscale":
             return _jpeg(image.convert("L"))
@@ -253,21 +255,21 @@ def _png(image: Image.Image) -> bytes:
 
 
 class _Truth:
-    """Collects images and annotations in COCO's format."""
+    """Collector of images and annotations in COCO format."""
 
     def __init__(self) -> None:
         self._images: list[dict[str, Any]] = []
         self._annotations: list[dict[str, Any]] = []
 
     def add(self, photo: _Photo) -> None:
-        """Adds a photo and its vehicles; the scene is an extra field of the image."""
+        """Add a photo and its vehicles; the scene is an additional field of the image."""
         width, height = photo.size
         name = file_name(photo.number)
         self._images.append(
             {"id": photo.number, "file_name": name, "width": width, "height": height, "scene": photo.scene}
         )
         for vehicle in photo.vehicles:
-            x1, y1, x2, y2 = box_of(vehicle.mask)
+            x1, y1, x2, y2 = mask_to_box(vehicle.mask)
             encoded = coco_mask.encode(np.asfortranarray(vehicle.mask, dtype=np.uint8))
             self._annotations.append(
                 {
@@ -283,5 +285,6 @@ class _Truth:
             )
 
     def as_coco(self) -> dict[str, Any]:
+        """Return the content of a COCO file."""
         categories = [{"id": id_, "name": name, "supercategory": "vehicle"} for id_, name in CATEGORY_NAMES.items()]
         return {"images": self._images, "annotations": self._annotations, "categories": categories}

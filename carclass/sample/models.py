@@ -1,4 +1,4 @@
-"""The drawn car models: the sample's classes, and others to pretrain a small backbone on."""
+"""Drawn car models: the sample's classes, and others to pretrain a small backbone on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from carclass.sample.shapes import BOX_TRUCK, BUS_BODY, COUPE, HATCH, PICKUP, SEDAN, SHAPES, SUV, VAN, Shape
 
 CAR, BUS, TRUCK = 2, 5, 7
-"""Category ids of vehicles, as a detector trained on COCO numbers them (from 0 and without gaps)."""
+"""Contiguous, zero-based COCO category ids of vehicles, as detectors use them."""
 
 CATEGORY_NAMES = {CAR: "car", BUS: "bus", TRUCK: "truck"}
 
@@ -22,23 +22,23 @@ Grille = Literal["none", "dark", "chrome"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CarModel:
-    """One class: a shape and the details that tell it from others of the same shape."""
+    """A class of the sample: a shape, and details that distinguish it from other classes of the same shape."""
 
     name: str
     category_id: int
     shape: Shape
     panes: tuple[tuple[float, float], ...]
-    """Windows from the front: start and end as shares of the glass's length."""
+    """Windows from the front: start and end as fractions of the glass's length."""
     rim: float
-    """Radius of the rim as a share of the tyre's."""
+    """Radius of the rim as a fraction of the tyre's."""
     spokes: int
-    """0 is a steel disc with a hub cap."""
+    """Number of spokes; 0 is a steel disc with a hub cap."""
     dark_rim: bool = False
     front: FrontLamp = "square"
     rear: RearLamp = "block"
     grille: Grille = "none"
     cladding: bool = False
-    """Dark plastic round the wheels and along the sill."""
+    """Dark plastic around the wheels and along the sill."""
     rails: bool = False
     """Bars along the roof."""
     spoiler: bool = False
@@ -169,7 +169,7 @@ NUM_PRETRAIN_MODELS = 24
 
 
 def _pretrain_model(index: int) -> CarModel:
-    """Model `index` of PRETRAIN_MODELS: a stretched shape with details drawn at random."""
+    """Build model `index` of PRETRAIN_MODELS: a warped shape with random details."""
     rng = np.random.default_rng((2601, index))
     shape = SHAPES[index % len(SHAPES)]
     num_panes = {"Van": 3, "Bus": 6, "Box Truck": 1, "Coupe": 1}.get(shape.kind, 2) + index // len(SHAPES) % 2
@@ -192,4 +192,4 @@ def _pretrain_model(index: int) -> CarModel:
 
 
 PRETRAIN_MODELS: tuple[CarModel, ...] = tuple(_pretrain_model(i) for i in range(NUM_PRETRAIN_MODELS))
-"""Other drawn models, to pretrain a small backbone on as ImageNet is used for ResNet50."""
+"""Models for pretraining a small backbone, as ImageNet is used for ResNet50."""

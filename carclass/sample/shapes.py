@@ -1,7 +1,7 @@
-"""The drawn silhouettes, seen from the side.
+"""Silhouettes of cars, seen from the side.
 
-Lengths are in metres, somewhat shorter than in life so that details survive at 96 px. A car faces left:
-x grows from the nose to the tail and y grows upwards from the ground.
+Lengths are in metres, somewhat shorter than real ones so that details are visible at 96 px. A car faces left: x
+increases from the nose to the tail, and y upwards from the ground.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """A silhouette, shared by all models of one body."""
+    """Silhouette shared by all models with the same body."""
 
     kind: str
     outline: tuple[tuple[float, float, float], ...]
-    """Corners of the body from the front bumper over the roof to the rear one: x, y, rounding radius."""
+    """Corners of the body, from the front bumper over the roof to the rear bumper: x, y, rounding radius."""
     glass: tuple[Point, ...]
-    """The convex area that windows are cut from."""
+    """Convex area that contains the windows."""
     axles: tuple[float, float]
     """x of the front and the rear wheel."""
     wheel: float
@@ -30,42 +30,44 @@ class Shape:
     doors: tuple[float, ...]
     """x of the door gaps."""
     cargo: tuple[float, float, float, float] | None = None
-    """Box behind the cab with a paint of its own: x1, y1, x2, y2."""
+    """Box behind the cab, painted separately: x1, y1, x2, y2."""
 
     @property
     def length(self) -> float:
+        """Return the length in metres."""
         return max(x for x, _, _ in self.outline)
 
     @property
     def height(self) -> float:
+        """Return the height of the highest point, cargo included."""
         return max([y for _, y, _ in self.outline] + ([self.cargo[3]] if self.cargo else []))
 
     @property
     def belt(self) -> float:
-        """Height of the lower edge of the windows."""
+        """Return the height of the windows' lower edge."""
         return min(y for _, y in self.glass)
 
     @property
     def sill(self) -> float:
-        """Height of the lower edge of the body."""
+        """Return the height of the body's lower edge."""
         return min(y for _, y, _ in self.outline)
 
     def warped(self, stretch: float, lift: float) -> Shape:
-        """The same kind of body, longer by `stretch` and higher above the wheels by `lift` (factors)."""
+        """Return the shape with lengths scaled by `stretch`, and heights above 0.5 m by `lift`."""
 
-        def up(y: float) -> float:
+        def lifted(y: float) -> float:
             return y if y < 0.5 else 0.5 + (y - 0.5) * lift
 
         x1, y1, x2, y2 = self.cargo or (0.0, 0.0, 0.0, 0.0)
         return replace(
             self,
-            outline=tuple((x * stretch, up(y), r) for x, y, r in self.outline),
-            glass=tuple((x * stretch, up(y)) for x, y in self.glass),
+            outline=tuple((x * stretch, lifted(y), r) for x, y, r in self.outline),
+            glass=tuple((x * stretch, lifted(y)) for x, y in self.glass),
             axles=(self.axles[0] * stretch, self.axles[1] * stretch),
-            front_lamp=(self.front_lamp[0] * stretch, up(self.front_lamp[1])),
-            rear_lamp=(self.rear_lamp[0] * stretch, up(self.rear_lamp[1])),
+            front_lamp=(self.front_lamp[0] * stretch, lifted(self.front_lamp[1])),
+            rear_lamp=(self.rear_lamp[0] * stretch, lifted(self.rear_lamp[1])),
             doors=tuple(x * stretch for x in self.doors),
-            cargo=(x1 * stretch, up(y1), x2 * stretch, up(y2)) if self.cargo else None,
+            cargo=(x1 * stretch, lifted(y1), x2 * stretch, lifted(y2)) if self.cargo else None,
         )
 
 

@@ -1,4 +1,4 @@
-"""The sample as photos in a bucket: drawn once below a root, wherever that is."""
+"""The sample on storage, below a root."""
 
 import logging
 import tempfile
@@ -12,22 +12,22 @@ log = logging.getLogger(__name__)
 
 
 class Sample(NamedTuple):
-    """Where the sample's files are."""
+    """URIs of the sample's files."""
 
     photos: str
     labels: str
     truth: str
 
 
-def write_once(root: str) -> Sample:
-    """The sample below a root, drawn and stored if it isn't there."""
+def ensure_sample(root: str) -> Sample:
+    """Return the sample below a root, drawn and stored unless it exists."""
     uri = storage.join(root, "sample")
-    found = Sample(*(storage.join(uri, name) for name in ("photos", "labels.csv", "truth.json")))
-    if not storage.exists(found.labels):
+    sample = Sample(*(storage.join(uri, name) for name in ("photos", "labels.csv", "truth.json")))
+    if not storage.exists(sample.labels):
         log.info("sample: drawing cars into %s", uri)
         with tempfile.TemporaryDirectory() as folder:
             write_sample(Path(folder))
-            # labels.csv last: it says that all photos are there.
+            # labels.csv is written last, as it marks the sample as complete.
             for path in sorted(Path(folder).rglob("*.*"), key=lambda path: path.name == "labels.csv"):
                 storage.write_bytes(storage.join(uri, str(path.relative_to(folder))), path.read_bytes())
-    return found
+    return sample

@@ -197,7 +197,7 @@ def test_a_job_killed_between_two_groups_of_leaks_sets_the_same_photos_aside(
 
     monkeypatch.setattr(ingest, "QUARANTINE_ROWS", 1)
     with monkeypatch.context() as patched:
-        patched.setattr(dataset, "write_part", write_or_die)
+        patched.setattr(publishing, "write_part", write_or_die)
         with pytest.raises(KilledError):
             ingest_photos(str(tmp_path), settings(photos_folder))
     assert contents(ingest_photos(str(tmp_path), settings(photos_folder))) == contents(ingested)
@@ -285,9 +285,9 @@ def test_photos_that_are_all_unusable_are_all_in_quarantine(tmp_path: Path):
         ({"photos": "{tmp}/nowhere.tgz"}, r"`ingest.photos`: no archive .*/nowhere.tgz"),
         ({"labels": "{tmp}/nowhere.csv"}, r"`ingest.labels`: .*/nowhere.csv cannot be read"),
         ({"labels": "{tmp}/columns.csv"}, r"columns.csv: no column class, subset"),
-        ({"labels": "{tmp}/one_class.csv"}, r"gives 1 class\(es\) to the photos; at least two are needed"),
-        ({"labels": "{tmp}/others.csv"}, r"gives 0 class\(es\) to the photos"),
-        ({"num_classes": 11}, r"`ingest.num_classes` says 11, .* have 10 classes"),
+        ({"labels": "{tmp}/one_class.csv"}, r"the photos have 1 class\(es\); training needs at least two"),
+        ({"labels": "{tmp}/others.csv"}, r"the photos have 0 class\(es\)"),
+        ({"num_classes": 11}, r"`ingest.num_classes` is 11, .* have 10 classes"),
         ({"labels": None}, r"no class folders; expected <class>/<file>"),
     ],
 )

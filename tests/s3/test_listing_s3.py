@@ -25,7 +25,7 @@ LAYOUTS = {
 
 
 def listed(uri: str) -> list[str]:
-    return sorted(itertools.chain.from_iterable(listing.pages(uri)))
+    return sorted(itertools.chain.from_iterable(listing.list_pages(uri)))
 
 
 def put(s3: Any, bucket: str, keys: Iterable[str]) -> None:
@@ -49,8 +49,8 @@ def test_every_key_is_listed_once(
 
 def shorten_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five entries an answer, so that a few keys take several."""
-    ask = listing._Bucket._ask
-    monkeypatch.setattr(listing._Bucket, "_ask", lambda *given, **more: ask(*given, **more, MaxKeys=5))
+    request = listing._Bucket._request
+    monkeypatch.setattr(listing._Bucket, "_request", lambda *args, **options: request(*args, **options, MaxKeys=5))
 
 
 def test_a_prefix_and_a_bucket_that_are_not_there_have_no_keys(bucket: str):
@@ -75,7 +75,7 @@ def peak(folder: Path) -> int:
     """The most memory that Python takes to list the bucket of a folder."""
     with scale.served(folder / "buckets"):
         tracemalloc.start()
-        count = sum(map(len, listing.pages("s3://photos")))
+        count = sum(map(len, listing.list_pages("s3://photos")))
         _, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
     assert count == int(folder.name)

@@ -160,5 +160,5 @@ def test_a_root_in_a_bucket_that_is_not_there_is_named(uploaded: str):
 
 
 def test_no_dataset_in_an_empty_bucket_says_which_job_makes_one(bucket: str):
-    with pytest.raises(UserError, match=r"no dataset `v1` in .*run jobs/ingest.py"):
+    with pytest.raises(UserError, match=r"no dataset `v1` in .*Run jobs/ingest.py first"):
         dataset.load_dataset(f"s3://{bucket}/out", "v1")

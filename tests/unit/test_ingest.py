@@ -17,8 +17,8 @@ from carclass.data.inventory import INPUT, Inventory
 from carclass.data.photo import PhotoError, Reason
 from carclass.errors import UserError
 from carclass.ingestion import labels, listing
-from carclass.ingestion.archive import LOADED, read
-from carclass.ingestion.ingest import write_batch
+from carclass.ingestion.archive import LOADED, read_photos
+from carclass.ingestion.ingest import write_loaded
 from carclass.ingestion.labels import Label
 from carclass.ingestion.reading import is_held_out, to_row
 
@@ -115,7 +115,7 @@ def test_a_photo_that_storage_could_not_give_is_unreadable_and_says_why():
 def test_a_batch_becomes_a_part_and_a_part_of_quarantine(tmp_path: Path):
     sources = [loaded(jpeg()), {**loaded(b"text"), "key": "y.jpg"}, {**loaded(None), "key": "z.jpg"}]
     batch = pa.Table.from_pylist(sources, LOADED)
-    (part, rows), (quarantine, _) = write_batch(batch, str(tmp_path), settings(val_fraction=0), {})
+    (part, rows), (quarantine, _) = write_loaded(batch, str(tmp_path), settings(val_fraction=0), {})
     rejected = publishing.read_written(str(tmp_path), "quarantine", ["key", "image_id", "reason", "attempts"]).drop(
         ["part"]
     )
@@ -174,26 +174,35 @@ def test_an_archive_without_files_is_refused(tmp_path: Path):
 def test_an_archive_that_was_cut_off_is_refused(tmp_path: Path, mode: str, share: float):
     whole = tar([f"{i}.jpg" for i in range(10)], mode=mode)
     (tmp_path / "photos.tar").write_bytes(whole[: int(len(whole) * share)])
-    with pytest.raises(UserError, match=r"no readable tar archive .* Copy it again"):
+    with pytest.raises(UserError, match=r"not a readable tar archive .* Copy it again"):
         listed(str(tmp_path / "photos.tar"))
 
 
 def test_something_else_that_is_called_an_archive_is_refused(tmp_path: Path):
     (tmp_path / "photos.tgz").write_bytes(b"<html>not found</html>" * 100)
-    with pytest.raises(UserError, match="no readable tar archive"):
+    with pytest.raises(UserError, match="not a readable tar archive"):
         listed(str(tmp_path / "photos.tgz"))
+
+
+@pytest.mark.parametrize("setting", ["ingest.photos", "predict.photos"])
+def test_a_damaged_archive_is_reported_with_its_setting(tmp_path: Path, setting: str):
+    (tmp_path / "photos.tar").write_bytes(tar(["a.jpg"], mode="w")[:1000])
+    with Inventory() as inventory, pytest.raises(UserError, match=rf"`{setting}`: .* not a readable tar archive"):
+        listing.list_photos(str(tmp_path / "photos.tar"), inventory, setting)
 
 
 def test_an_archive_with_two_files_of_one_name_is_refused(tmp_path: Path):
     (tmp_path / "photos.tar").write_bytes(tar(["a.jpg", "b.jpg", "./a.jpg"], mode="w"))
-    with pytest.raises(UserError, match=r"holds a\.jpg more than once"):
+    with pytest.raises(UserError, match=r"contains a\.jpg more than once"):
         listed(str(tmp_path / "photos.tar"))
 
 
 def test_of_an_archive_only_what_is_wanted_is_read_in_the_archives_order(tmp_path: Path):
     (tmp_path / "photos.tgz").write_bytes(tar(["./d.jpg", "a.jpg", "c.jpg", "b.jpg", "e.jpg"]))
-    wanted = pa.Table.from_pylist([{"key": f"{name}.jpg", "label": name, "subset": "train"} for name in "dcb"], INPUT)
-    tables = list(read(str(tmp_path / "photos.tgz"), wanted, rows=2))
+    requested = pa.Table.from_pylist(
+        [{"key": f"{name}.jpg", "label": name, "subset": "train"} for name in "dcb"], INPUT
+    )
+    tables = list(read_photos(str(tmp_path / "photos.tgz"), requested, 2, "ingest.photos"))
     assert [table["key"].to_pylist() for table in tables] == [["d.jpg", "c.jpg"], ["b.jpg"]]
     assert all(len(data) == 20_000 for table in tables for data in table["data"].to_pylist())
 
@@ -222,7 +231,7 @@ def test_a_csv_without_the_columns_is_refused_with_those_it_has(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["labels.csv", "devkit"])
 def test_labels_that_are_not_there_are_named_with_what_to_give_instead(tmp_path: Path, name: str):
-    with pytest.raises(UserError, match=rf"`ingest.labels`: .*{name}.* cannot be read .*Give a .csv"):
+    with pytest.raises(UserError, match=rf"`ingest.labels`: .*{name}.* cannot be read .*Set it to a .csv"):
         labels_of(settings(labels=str(tmp_path / name)), [])
 
 

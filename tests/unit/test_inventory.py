@@ -20,67 +20,67 @@ def inventory() -> Iterator[Inventory]:
 def add_part(inventory: Inventory, path: str, keys: Sequence[str], **more: str) -> None:
     columns = {"key": list(keys), **{name: [value] * len(keys) for name, value in more.items()}}
     inventory.add_part(path, pa.table(columns))
-    inventory.settle(gone=[])
+    inventory.commit_parts(removed=[])
 
 
-def todo(inventory: Inventory) -> list[str]:
-    return [key for table in inventory.todo(10, spread=False) for key in table["key"].to_pylist()]
+def pending_keys(inventory: Inventory, batch_rows: int = 10) -> list[str]:
+    return [key for table in inventory.pending(batch_rows, hash_order=False) for key in table["key"].to_pylist()]
 
 
 def test_what_is_not_written_is_to_do(inventory: Inventory):
     inventory.add_inputs("abcd")
     add_part(inventory, "parts/1.parquet", "b")
     add_part(inventory, "quarantine/2.parquet", "d", reason="empty")
-    assert (inventory.count_todo(), todo(inventory)) == (2, ["a", "c"])
+    assert (inventory.count_pending(), pending_keys(inventory)) == (2, ["a", "c"])
 
 
 def test_tables_of_what_is_to_do_have_the_rows_asked_for(inventory: Inventory):
     inventory.add_inputs(f"{i:03d}" for i in range(25))
-    tables = list(inventory.todo(10))
+    tables = list(inventory.pending(10))
     assert [len(table) for table in tables] == [10, 10, 5]
     assert {table.schema for table in tables} == {INPUT}
 
 
 def test_photos_that_are_read_together_are_of_all_folders(inventory: Inventory):
     inventory.add_inputs(f"folder {i // 1000}/{i:05d}.jpg" for i in range(10_000))
-    for table in inventory.todo(500):
+    for table in inventory.pending(500):
         folders = [key.split("/")[0] for key in table["key"].to_pylist()]
         assert max(folders.count(folder) for folder in set(folders)) < 100  # 50, and seven standard deviations
 
 
 def test_an_archive_is_read_in_its_own_order(inventory: Inventory):
     inventory.add_inputs(["z", "a", "m"])
-    assert [key for table in inventory.todo(2, spread=False) for key in table["key"].to_pylist()] == ["z", "a", "m"]
+    assert pending_keys(inventory, batch_rows=2) == ["z", "a", "m"]
 
 
 def test_parts_may_be_entered_while_what_is_to_do_is_read(inventory: Inventory):
     inventory.add_inputs(f"{i:05d}" for i in range(5000))
-    for number, table in enumerate(inventory.todo(100)):
+    for number, table in enumerate(inventory.pending(100)):
         inventory.add_part(f"parts/{number}.parquet", table.select(["key"]))
-    assert inventory.count_todo() == 5000
-    inventory.settle(gone=[])
-    assert (inventory.count_todo(), inventory.lost(), inventory.unexpected()) == (0, [], [])
+    assert inventory.count_pending() == 5000
+    inventory.commit_parts(removed=[])
+    assert (inventory.count_pending(), inventory.missing_keys(), inventory.unexpected_keys()) == (0, [], [])
 
 
 def test_rows_of_a_file_that_is_gone_are_to_do_again(inventory: Inventory):
     inventory.add_inputs("ab")
     add_part(inventory, "parts/1.parquet", "a")
     add_part(inventory, "parts/2.parquet", "b")
-    inventory.settle(gone=["parts/1.parquet"])
-    assert (todo(inventory), inventory.parts()) == (["a"], ["parts/2.parquet"])
+    inventory.commit_parts(removed=["parts/1.parquet"])
+    assert (pending_keys(inventory), inventory.part_paths()) == (["a"], ["parts/2.parquet"])
 
 
 def test_files_that_repeat_keys_are_found_unless_what_they_repeat_is_dropped_itself(inventory: Inventory):
     for path, keys in {"parts/1": "ab", "parts/2": "bc", "parts/3": "cd", "parts/4": "e"}.items():
         add_part(inventory, path, keys)
-    assert inventory.repeating_parts() == ["parts/2"]
+    assert inventory.duplicate_parts() == ["parts/2"]
 
 
 def test_rows_that_quarantine_names_are_found_by_part(inventory: Inventory):
     add_part(inventory, "parts/1", "abc")
     add_part(inventory, "parts/2", "de")
     add_part(inventory, "quarantine/1", "cad", reason="leakage")
-    assert [(path, sorted(keys)) for path, keys in inventory.withdrawn()] == [
+    assert [(path, sorted(keys)) for path, keys in inventory.withdrawn_rows()] == [
         ("parts/1", ["a", "c"]),
         ("parts/2", ["d"]),
     ]
@@ -89,7 +89,7 @@ def test_rows_that_quarantine_names_are_found_by_part(inventory: Inventory):
 def test_a_name_of_which_labels_say_two_things_is_found_the_first_of_them_first(inventory: Inventory):
     rows = [("b", "A", "train"), ("a", "A", "train"), ("a", "A", "train"), ("a", "A", "test"), ("b", "B", "train")]
     inventory.add_labels(rows)
-    assert label_matching.repeated_label(inventory) == "a"
+    assert label_matching.find_contradicted_name(inventory) == "a"
 
 
 def test_nothing_is_left_on_disk():
@@ -101,8 +101,8 @@ def test_nothing_is_left_on_disk():
 
 
 def test_a_full_disk_is_said_with_a_way_out(inventory: Inventory):
-    inventory.run("PRAGMA max_page_count = 20")  # what SQLite then says is what it says of a full disk
-    with pytest.raises(UserError, match=r"no space is left in .*TMPDIR"):
+    inventory.execute("PRAGMA max_page_count = 20")  # what SQLite then says is what it says of a full disk
+    with pytest.raises(UserError, match=r"no space left in .*TMPDIR"):
         inventory.add_inputs(f"{i:06d}.jpg" for i in range(10_000))
 
 

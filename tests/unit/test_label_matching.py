@@ -25,8 +25,8 @@ def match(keys: list[str], labels: list[Label]) -> Plan:
         inventory.add_inputs(keys)
         inventory.add_labels(labels)
         label_matching.match_labels(inventory)
-        photos = [Label(**row) for table in inventory.todo(100) for row in table.to_pylist()]
-        rejected = [dict(zip(("key", "reason", "detail"), row, strict=True)) for row in inventory.rejected()]
+        photos = [Label(**row) for table in inventory.pending(100) for row in table.to_pylist()]
+        rejected = [dict(zip(("key", "reason", "detail"), row, strict=True)) for row in inventory.rejected_inputs()]
     return Plan(sorted(photos), rejected)
 
 
@@ -70,7 +70,7 @@ def test_a_label_without_a_photo_and_a_photo_without_a_label_are_kept_as_rejecte
 
 
 def test_two_labels_that_contradict_each_other_on_one_photo_are_refused():
-    with pytest.raises(UserError, match=r"x.jpg is B \(train\), but .* the photo p/a/x.jpg says A \(train\)"):
+    with pytest.raises(UserError, match=r"x.jpg is B \(train\), but .* the photo p/a/x.jpg is A \(train\)"):
         match(["p/a/x.jpg"], [Label("a/x.jpg", "A", "train"), Label("x.jpg", "B", "train")])
 
 
@@ -96,7 +96,7 @@ def found(*rows: tuple[str, str, str, str]) -> list[dict[str, Any]]:
         inventory.add_part(
             "parts/a.parquet", pa.Table.from_pylist([dict(zip(SCHEMA.names, row, strict=True)) for row in rows], SCHEMA)
         )
-        inventory.settle(gone=[])
+        inventory.commit_parts(removed=[])
         return [row for _, row in label_matching.find_leaks(inventory)]
 
 
@@ -145,5 +145,5 @@ def test_a_photo_in_quarantine_spoils_nothing():
         rows = {"key": ["a"], "image_id": ["1"], "label": ["A"], "split": ["train"]}
         inventory.add_part("parts/a.parquet", pa.table(rows))
         inventory.add_part("quarantine/a.parquet", pa.table({"key": ["b"], "image_id": ["1"], "reason": ["corrupt"]}))
-        inventory.settle(gone=[])
+        inventory.commit_parts(removed=[])
         assert list(label_matching.find_leaks(inventory)) == []

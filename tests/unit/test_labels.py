@@ -7,7 +7,7 @@ import pytest
 from scipy.io import savemat
 
 from carclass.errors import UserError
-from carclass.ingestion.labels import Label, LabelsError, parse_csv, parse_devkit, parse_folders, refuse_contradiction
+from carclass.ingestion.labels import Label, LabelsError, parse_csv, parse_devkit, parse_folders, raise_contradiction
 
 HEADER = b"img_name,class,subset\n"
 SEDAN = Label("1.jpg", "Audi Sedan", "train")
@@ -61,8 +61,8 @@ def test_csv_without_a_column_names_it_and_those_found():
         (b",Audi,train\n", "line 3: the photo's name is empty"),
         (b"2.jpg, ,train\n", "line 3: the class of 2.jpg is empty"),
         (b"2.jpg,Audi,learn\n", "line 3: the subset is 'learn'; expected train or test"),
-        (b"2.jpg,Audi,val\n", "line 3: the subset is 'val'; make it train"),
-        (b"2.jpg,Audi, Coupe,train\n", "line 3: 4 fields where the first line has 3.*quotes"),
+        (b"2.jpg,Audi,val\n", "line 3: the subset is 'val'; use train"),
+        (b"2.jpg,Audi, Coupe,train\n", "line 3: 4 fields, but the first line has 3.*quotes"),
         (b"2.jpg,Audi\n", "line 3: 2 fields"),
         (b'2.jpg,"Audi,train\n', "line 3: not valid CSV"),
         (b"2.jpg,Citro\xebn,train\n", "line 3: not UTF-8"),
@@ -89,7 +89,7 @@ def test_an_empty_csv_is_an_error(data, message):
 def test_a_contradiction_is_named_by_both_its_lines(row: bytes, message: str):
     data = io.BytesIO(HEADER + b"1.jpg,Audi Sedan,train\n1.jpg,Audi Sedan,train\n" + row)
     with pytest.raises(LabelsError, match=message):
-        refuse_contradiction(parse_csv(data, source="labels.csv"), "1.jpg")
+        raise_contradiction(parse_csv(data, source="labels.csv"), "1.jpg")
 
 
 def test_a_labels_error_is_a_user_error():
@@ -190,10 +190,10 @@ def test_hidden_and_loose_files_get_no_label():
     [
         ([], "no class folders"),
         (["1.jpg", "2.jpg"], "s3://cars: no class folders"),
-        (["val/Audi/1.jpg"], "val/Audi/1.jpg: the subset is 'val'; make it train"),
+        (["val/Audi/1.jpg"], "val/Audi/1.jpg: the subset is 'val'; use train"),
         (["cars/Audi/1.jpg"], "the subset is 'cars'; expected train or test"),
-        (["train/1.jpg"], "train/1.jpg: lies in the subset's folder; expected train/<class>/<file>"),
-        (["Audi/1.jpg", "Ram C/V Van/2.jpg"], "found Audi/1.jpg and Ram C/V Van/2.jpg.*slash in a class name"),
+        (["train/1.jpg"], "train/1.jpg: is outside of a class folder; expected train/<class>/<file>"),
+        (["Audi/1.jpg", "Ram C/V Van/2.jpg"], "found Audi/1.jpg and Ram C/V Van/2.jpg.*class name with a slash"),
         (["train/Ram C/V Van/2.jpg"], "found train/Ram C/V Van/2.jpg"),
     ],
 )

@@ -14,7 +14,7 @@ from carclass.ingestion import label_matching, listing
 
 
 def listed(uri: str) -> list[str]:
-    return sorted(key for page in listing.pages(uri) for key in page)
+    return sorted(key for page in listing.list_pages(uri) for key in page)
 
 
 def fill(folder: Path, count: int) -> str:
@@ -30,7 +30,7 @@ def fill(folder: Path, count: int) -> str:
 
 def test_pages_hold_every_file_once(tmp_path: Path):
     photos = fill(tmp_path, 2500)
-    pages = list(listing.pages(photos))
+    pages = list(listing.list_pages(photos))
     assert max(map(len, pages)) <= listing.PAGE_KEYS
     assert sorted(key for page in pages for key in page) == storage.list_files(photos)
 
@@ -72,7 +72,7 @@ def plan(folder: Path) -> int:
     with Inventory() as inventory:
         listing.list_photos(settings.photos, inventory)
         label_matching.label_photos(settings, inventory)
-        assert sum(map(len, inventory.todo(256))) == inventory.count_inputs()
+        assert sum(map(len, inventory.pending(256))) == inventory.count_inputs()
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     return peak
@@ -92,7 +92,7 @@ def test_a_long_listing_says_how_far_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     photos = fill(tmp_path, 2000)
-    pages = listing.pages
+    pages = listing.list_pages
 
     def slowly(uri: str):
         for page in pages(uri):
@@ -101,7 +101,7 @@ def test_a_long_listing_says_how_far_it_is(
 
     now = [0.0]
     monkeypatch.setattr("carclass.progress.time.monotonic", lambda: now[0])
-    monkeypatch.setattr(listing, "pages", slowly)
+    monkeypatch.setattr(listing, "list_pages", slowly)
     with Inventory() as inventory, caplog.at_level(logging.INFO):
         listing.list_photos(photos, inventory)
     assert caplog.messages == ["list: 1,000 keys, 167/s", "list: 2,000 keys, 167/s"]

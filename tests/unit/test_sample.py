@@ -15,7 +15,7 @@ from pycocotools import mask as coco_mask
 from sklearn.linear_model import LogisticRegression
 
 from carclass.sample.background import SCENES
-from carclass.sample.draw import box_of, draw_photo
+from carclass.sample.draw import draw_photo, mask_to_box
 from carclass.sample.generate import (
     FIRST_ODDITY,
     ODDITIES,
@@ -146,7 +146,7 @@ def test_every_photo_has_one_main_car_of_its_class(sample: Sample) -> None:
 def test_boxes_and_areas_are_those_of_the_masks(sample: Sample) -> None:
     for annotation in sample.truth["annotations"]:
         mask = coco_mask.decode(annotation["segmentation"]).astype(bool)
-        x1, y1, x2, y2 = box_of(mask)
+        x1, y1, x2, y2 = mask_to_box(mask)
         assert annotation["bbox"] == [x1, y1, x2 - x1, y2 - y1]
         assert annotation["area"] == mask.sum()
 
@@ -160,7 +160,7 @@ def test_masks_have_the_size_of_the_photo(sample: Sample) -> None:
 def test_box_of_a_single_pixel_is_one_pixel_large() -> None:
     mask = np.zeros((5, 7), dtype=bool)
     mask[2, 3] = True
-    assert box_of(mask) == (3, 2, 4, 3)
+    assert mask_to_box(mask) == (3, 2, 4, 3)
 
 
 def test_the_mask_is_the_car_whatever_the_scene() -> None:
@@ -175,7 +175,7 @@ def test_the_mask_is_the_car_whatever_the_scene() -> None:
 def test_the_main_car_covers_a_fair_part_of_the_frame(sample: Sample) -> None:
     shares = []
     for row in sample.good_rows("train"):
-        x1, y1, x2, y2 = box_of(sample.main_mask(row[0]))
+        x1, y1, x2, y2 = mask_to_box(sample.main_mask(row[0]))
         shares.append((x2 - x1) * (y2 - y1) / sample.main_mask(row[0]).size)
     assert np.percentile(shares, 5) > 0.18
     assert np.percentile(shares, 95) < 0.62

@@ -25,7 +25,7 @@ def source(tmp_path: Path) -> dataset.Dataset:
 
 
 def keys_at(source: dataset.Dataset, numbers: list[int]) -> list[str]:
-    found = streaming.places_by_part(source, sorted(numbers))
+    found = streaming.positions_by_part(source, sorted(numbers))
     return [key for part, positions in found for key in dataset.take_rows(part, positions, ["key"])["key"].to_pylist()]
 
 
@@ -41,12 +41,12 @@ def test_a_limit_takes_the_rows_whose_contents_come_first(source: dataset.Datase
 
 def test_what_is_written_is_not_looked_for_again(source: dataset.Dataset):
     with Inventory() as inventory:
-        inventory.add_rows((row.number, row.key) for row in streaming.select_rows(source, None))
+        inventory.add_numbered_keys((row.number, row.key) for row in streaming.select_rows(source, None))
         inventory.add_part("parts/1.parquet", pa.table({"key": ["a", "f", "c", "e"]}))
-        inventory.settle(gone=[])
-        assert sorted(keys_at(source, list(inventory.todo_numbers()))) == ["b", "d"]
+        inventory.commit_parts(removed=[])
+        assert sorted(keys_at(source, list(inventory.pending_numbers()))) == ["b", "d"]
 
 
 def test_a_place_is_a_row():
-    table = streaming.spread_places(pa.table({"part": ["x.parquet"], "positions": [[3, 5]]}))
+    table = streaming.expand_positions(pa.table({"part": ["x.parquet"], "positions": [[3, 5]]}))
     assert table.to_pylist() == [{"part": "x.parquet", "position": position} for position in (3, 5)]
