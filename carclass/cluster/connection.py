@@ -1,4 +1,4 @@
-"""Connection to a Ray cluster: join the one that RAY_ADDRESS names, or start one on this machine."""
+"""Connection to a Ray cluster: an existing one, or a local one."""
 
 import logging
 import os
@@ -16,48 +16,48 @@ from carclass.errors import UserError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-DASHBOARD = 8265
-"""Ray's usual port for it."""
+DASHBOARD_PORT = 8265
+"""Ray's default port."""
 
 
 def connect() -> None:
-    """Joins the cluster that RAY_ADDRESS names (every submitted job has it), else starts one on this machine."""
+    """Join the cluster at RAY_ADDRESS, which is set for submitted jobs, or start a local one."""
     if ray.is_initialized():
         return
     address, port = os.environ.get("RAY_ADDRESS", "local"), None
     if address == "local":
-        _keep_token_private()
-        # Idle workers stay for the next step: starting one costs seconds of imports.
+        _create_private_token()
+        # Keep idle workers for the next step: starting one takes seconds of imports.
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
-        # That a local cluster asks for its token is what we want, and no warning.
+        # Silence the warning that a local cluster requires its token: that is intended.
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-        port = free_port(DASHBOARD)
-        # Ray Train's helpers ask there after their run, and else whichever cluster was started last on this machine.
+        port = free_port(DASHBOARD_PORT)
+        # Ray Train's helper processes query this address, by default that of the cluster started last on this machine.
         os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
-    # Jobs report progress themselves; what Ray has to say goes to its session's folder all the same.
+    # Jobs report progress themselves; Ray's messages still go to the logs of its session.
     quiet = ray.LoggingConfig(log_level="WARNING")
     context = ray.init(address=address, dashboard_port=port, logging_level=logging.WARNING, logging_config=quiet)
     telemetry.watch_nodes()
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
-    found = ray.cluster_resources()
-    size = (found.get("CPU", 0), found.get("GPU", 0), len(ray.nodes()))
+    available = ray.cluster_resources()
+    size = (available.get("CPU", 0), available.get("GPU", 0), len(ray.nodes()))
     log.info("Ray: %d CPUs, %d GPUs, %d node(s), dashboard %s", *size, context.dashboard_url or "off")
 
 
 def free_port(first: int) -> int:
-    """The first port of this machine, from `first` on, that nothing listens on."""
+    """Return the first free port from `first` on. Raise UserError if a thousand are in use."""
     for port in range(first, first + 1000):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             with suppress(OSError):
                 probe.bind(("127.0.0.1", port))
                 return port
-    raise UserError(f"no port from {first} to {first + 999} is free for Ray's dashboard. End what holds them.")
+    raise UserError(f"no port from {first} to {first + 999} is free. Stop the processes that use them.")
 
 
-def _keep_token_private() -> None:
-    """Makes the token of a local cluster readable by its owner alone: Ray would let everyone read it."""
+def _create_private_token() -> None:
+    """Create the token of a local cluster with mode 0600: Ray would make it readable by all users."""
     if "RAY_AUTH_TOKEN" in os.environ:
         return
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()

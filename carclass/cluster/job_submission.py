@@ -1,4 +1,4 @@
-"""A job on a cluster: sent with its code, followed to its end, whatever happens to the connection in between."""
+"""Job submission to a Ray cluster: uploads the code, and follows the job's log across lost connections."""
 
 import asyncio
 import logging
@@ -21,179 +21,194 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from carclass.errors import UserError
 
 log = logging.getLogger(__name__)
-CODE = ("carclass", "jobs")
-"""Folders of the checkout that travel."""
-CONFIG_FOLDER = (".yml", ".yaml")
+CONFIG_SUFFIXES = (".yml", ".yaml")
 MAX_FILE_BYTES = 20_000_000
-"""Bytes that no config file has, so that photos and weights don't travel by accident."""
+"""Limit of a config file, so that photos and weights are not uploaded by accident."""
 POLL_S, SILENT_S, GIVE_UP_S = 5.0, 60.0, 600.0
-"""Seconds between looks at a job; without a line until the log is fetched whole; without an answer until we stop."""
-LOST = (ConnectionError, requests.RequestException, aiohttp.ClientError, RuntimeError, TimeoutError)
-"""What Ray's client raises when the connection or the server's part of it is gone."""
+"""Seconds between status requests; without output before the whole log is fetched; without answer before an error."""
+CONNECTION_ERRORS = (ConnectionError, requests.RequestException, aiohttp.ClientError, RuntimeError, TimeoutError)
+"""Errors of Ray's client on a lost connection or a failed server."""
 
 
-def submit_and_follow(address: str, command: Sequence[str], checkout: Path) -> int:
-    """Sends a command, or finds it running, and follows it; returns its exit status.
+def submit_and_follow(address: str, command: Sequence[str], checkout: Path, code: Sequence[str]) -> int:
+    """Submit a command, or find it running, and follow it; return its exit status.
 
-    The cluster starts it in a copy of the checkout's code. UserError when there is no cluster, or no way in.
+    The cluster runs it in a copy of the folders `code` of the checkout and of the files that the command names. Raise
+    UserError if the cluster is out of reach or refuses the token.
     """
-    files = _config_files(command, checkout)
+    files = [path for path in _named_files(command, checkout) if path.parts[0] not in code]
     client = connect(address)
     entrypoint = shlex.join(command)
-    known = [job for job in client.list_jobs() if job.entrypoint == entrypoint and not job.status.is_terminal()]
-    if running := [job.submission_id for job in known if job.submission_id is not None]:
-        name = running[0]
-        log.info("submit: this very command runs already as %s; following it", name)
+    same = [job for job in client.list_jobs() if job.entrypoint == entrypoint and not job.status.is_terminal()]
+    if running := [job.submission_id for job in same if job.submission_id is not None]:
+        submission_id = running[0]
+        log.info("submit: the same command is already running as %s; following it", submission_id)
     else:
-        name = _send(client, entrypoint, checkout, files)
-        log.info("submit: sent as %s to %s", name, address)
+        submission_id = _submit(client, entrypoint, checkout, [*map(Path, code), *files])
+        log.info("submit: submitted as %s to %s", submission_id, address)
     try:
-        return asyncio.run(Follower(client, name).follow())
+        return asyncio.run(LogFollower(client, submission_id).follow())
     except KeyboardInterrupt:
-        log.info("submit: the job goes on. The same command follows it; `ray job stop %s` ends it", name)
+        log.info(
+            "submit: the job keeps running. The same command follows it; `ray job stop %s` stops it", submission_id
+        )
         return 130
 
 
 def connect(address: str) -> JobSubmissionClient:
-    """A client of a cluster's job API; UserError when nobody answers or the token is not the cluster's."""
+    """Return a client of a cluster's job API. Raise UserError if it does not answer or refuses the token."""
     try:
         return JobSubmissionClient(address)
     except AuthenticationError as error:
         raise UserError(
-            f"{address} refuses the token. Give the cluster's own in RAY_AUTH_TOKEN, or in ~/.ray/auth_token with "
+            f"{address} refuses the token. Set the cluster's token in RAY_AUTH_TOKEN, or in ~/.ray/auth_token with "
             "RAY_AUTH_MODE=token."
         ) from error
     except (ConnectionError, requests.RequestException) as error:
         raise UserError(
             f"no cluster answers at {address}. Is its dashboard's port forwarded (docs/cluster.md)? "
-            "Else give --address."
+            "Otherwise give --address."
         ) from error
 
 
-def _config_files(command: Sequence[str], checkout: Path) -> list[Path]:
-    """Files of the checkout that a command names and that are no part of its code, relative to it.
+def _named_files(command: Sequence[str], checkout: Path) -> list[Path]:
+    """Return the files of the checkout that a command names, relative to it.
 
-    UserError for config files outside, which would not be there on the cluster, and for large ones.
+    Raise UserError for config files outside of it, which would be missing on the cluster, and for large files.
     """
-    named = []
+    files = []
     for word in command:
         path = Path(word.split("=", 1)[-1] if word.startswith("--") else word)
         if not path.is_file():
             continue
         full = path.resolve()
         if not full.is_relative_to(checkout):
-            if full.suffix in CONFIG_FOLDER:
-                raise UserError(f"{path} lies outside {checkout} and does not travel. Put it in there.")
-            continue  # on a file system that the cluster shares, or else the job says that it is missing
+            if full.suffix in CONFIG_SUFFIXES:
+                raise UserError(f"{path} is outside {checkout} and would not be uploaded. Move it there.")
+            continue  # may be on a shared file system; else the job reports that it is missing
         if full.stat().st_size > MAX_FILE_BYTES:
-            raise UserError(f"{path} has {full.stat().st_size:,} bytes: only code and configs travel. Put it on S3.")
-        named.append(full.relative_to(checkout))
-    return [path for path in named if path.parts[0] not in CODE]
+            raise UserError(
+                f"{path} has {full.stat().st_size:,} bytes: only code and configs are uploaded. Put it on S3."
+            )
+        files.append(full.relative_to(checkout))
+    return files
 
 
-def _send(client: JobSubmissionClient, entrypoint: str, checkout: Path, files: Sequence[Path]) -> str:
-    """The submission's id. It can't be used twice, so it has chance in it."""
-    name = f"carclass-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+def _submit(client: JobSubmissionClient, entrypoint: str, checkout: Path, paths: Sequence[Path]) -> str:
+    """Upload files and folders of the checkout, submit the job and return its unique id."""
+    submission_id = f"carclass-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     with tempfile.TemporaryDirectory() as folder:
-        for part in CODE:
-            shutil.copytree(checkout / part, Path(folder, part), ignore=shutil.ignore_patterns("__pycache__"))
-        for file in files:
-            Path(folder, file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(checkout / file, Path(folder, file))
+        for path in paths:
+            source, target = checkout / path, Path(folder, path)
+            if source.is_dir():
+                shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, target)
         runtime_env = {"working_dir": folder}
-        return str(client.submit_job(entrypoint=entrypoint, submission_id=name, runtime_env=runtime_env))
+        return str(client.submit_job(entrypoint=entrypoint, submission_id=submission_id, runtime_env=runtime_env))
 
 
-class State(NamedTuple):
-    """How far a job is."""
+class JobState(NamedTuple):
+    """Status of a submitted job."""
 
     status: JobStatus
     exit_code: int | None
     message: str
 
     @classmethod
-    def of(cls, job: JobDetails) -> "State":
-        """What a client says of it."""
+    def from_details(cls, job: JobDetails) -> "JobState":
+        """Convert the answer of Ray's client."""
         return cls(job.status, job.driver_exit_code, job.message or "")
 
     @property
     def exit_status(self) -> int:
-        """Of a job that is over: its own where it has one."""
+        """Exit status of a finished job: its driver's, or 1 if it has none."""
         if self.status == JobStatus.SUCCEEDED:
             return 0
         return self.exit_code or 1
 
 
-class Follower:
-    """Prints a job's log once, from its beginning to its end, over as many connections as it takes."""
+class LogFollower:
+    """Printer of a job's log: each line once, over any number of connections."""
 
-    def __init__(self, client: JobSubmissionClient, name: str) -> None:
-        self.client, self.name = client, name
-        self.printed = 0
+    def __init__(self, client: JobSubmissionClient, submission_id: str) -> None:
+        self.client, self.submission_id = client, submission_id
+        self.num_printed = 0
+        """Characters of the log printed so far."""
 
     async def follow(self) -> int:
-        """The job's exit status, when it is over. UserError when the cluster doesn't answer for ten minutes."""
+        """Print the log until the job ends; return its exit status.
+
+        Raise UserError if the cluster does not answer for GIVE_UP_S.
+        """
         answered = time.monotonic()
         while True:
             try:
-                state = await self._tail_until_over()
-                self._print_from_start(await asyncio.to_thread(self.client.get_job_logs, self.name))
-                log.info("submit: %s is over: %s %s", self.name, state.status.value, state.message)
+                state = await self._tail()
+                await self._print_whole_log()
+                log.info("submit: %s ended: %s %s", self.submission_id, state.status.value, state.message)
                 return state.exit_status
             except AuthenticationError as error:
-                raise UserError(f"the cluster no longer takes the token ({error}).") from error
-            except LOST as error:
-                if await self._answers():
+                raise UserError(f"the cluster no longer accepts the token ({error}).") from error
+            except CONNECTION_ERRORS as error:
+                if await self._is_reachable():
                     answered = time.monotonic()
                 if time.monotonic() - answered > GIVE_UP_S:
                     raise UserError(
-                        f"no answer for {GIVE_UP_S / 60:.0f} minutes; {self.name} may still run. "
+                        f"no answer for {GIVE_UP_S / 60:.0f} minutes; {self.submission_id} may still be running. "
                         "The same command follows it."
                     ) from error
-                log.info("submit: lost the connection (%s); the job goes on, trying again", type(error).__name__)
+                log.info("submit: lost the connection (%s); the job keeps running, retrying", type(error).__name__)
                 await asyncio.sleep(POLL_S)
 
-    async def _answers(self) -> bool:
-        with suppress(*LOST):
-            await asyncio.to_thread(self.client.get_job_info, self.name)
+    async def _is_reachable(self) -> bool:
+        """Return True if the cluster answers."""
+        with suppress(*CONNECTION_ERRORS):
+            await self._get_state()
             return True
         return False
 
-    async def _tail_until_over(self) -> State:
-        """Prints what comes while the job runs; a stream may end, or fall silent, long before the job does."""
-        stream, seen, heard = self.client.tail_job_logs(self.name), 0, time.monotonic()
-        line: asyncio.Task[str] | None = asyncio.ensure_future(_next(stream))
+    async def _get_state(self) -> JobState:
+        """Request the job's status."""
+        return JobState.from_details(await asyncio.to_thread(self.client.get_job_info, self.submission_id))
+
+    async def _tail(self) -> JobState:
+        """Print the log stream until the job ends; the stream may end or stall before."""
+        stream, position, received = self.client.tail_job_logs(self.submission_id), 0, time.monotonic()
+        pending: asyncio.Task[str] | None = asyncio.ensure_future(_next_chunk(stream))
         try:
             while True:
-                if line is None:
+                if pending is None:
                     await asyncio.sleep(POLL_S)
-                elif (await asyncio.wait([line], timeout=POLL_S))[0]:
-                    seen, heard = self._print(line.result(), seen), time.monotonic()
-                    line = asyncio.ensure_future(_next(stream)) if line.result() else None
+                elif (await asyncio.wait([pending], timeout=POLL_S))[0]:
+                    position, received = self._print(pending.result(), position), time.monotonic()
+                    pending = asyncio.ensure_future(_next_chunk(stream)) if pending.result() else None
                     continue
-                state = State.of(await asyncio.to_thread(self.client.get_job_info, self.name))
+                state = await self._get_state()
                 if state.status.is_terminal():
                     return state
-                if time.monotonic() - heard > SILENT_S:
-                    self._print_from_start(await asyncio.to_thread(self.client.get_job_logs, self.name))
-                    heard = time.monotonic()
+                if time.monotonic() - received > SILENT_S:
+                    await self._print_whole_log()
+                    received = time.monotonic()
         finally:
-            if line is not None:
-                line.cancel()
+            if pending is not None:
+                pending.cancel()
 
     def _print(self, text: str, start: int) -> int:
-        """Prints what is new of a piece of the log that starts at a position; returns where it ends."""
+        """Print the new part of a chunk that starts at a position of the log; return the position of its end."""
         end = start + len(text)
-        if end > self.printed:
-            sys.stdout.write(text[max(0, self.printed - start) :])
+        if end > self.num_printed:
+            sys.stdout.write(text[max(0, self.num_printed - start) :])
             sys.stdout.flush()
-            self.printed = end
+            self.num_printed = end
         return end
 
-    def _print_from_start(self, whole: str) -> None:
-        self._print(whole, 0)
+    async def _print_whole_log(self) -> None:
+        """Fetch the whole log and print its new part."""
+        self._print(await asyncio.to_thread(self.client.get_job_logs, self.submission_id), 0)
 
 
-async def _next(stream: AsyncIterator[str]) -> str:
-    """The next piece, or nothing at the end."""
+async def _next_chunk(stream: AsyncIterator[str]) -> str:
+    """Return the next chunk of a log, or an empty string at its end."""
     return await anext(stream, "")

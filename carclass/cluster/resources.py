@@ -1,4 +1,4 @@
-"""What a cluster has, and which of its machines do which work: those that aren't there yet are waited for."""
+"""Resources of a cluster: GPUs, CPUs and memory by kind of node, and waiting for nodes of the autoscaler."""
 
 import logging
 import math
@@ -10,147 +10,153 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from carclass.errors import UserError
 from carclass.formatting import duration_text
+from carclass.progress import Throttle
 
 log = logging.getLogger(__name__)
 WORK_LABEL = "carclass-work"
-"""Label of a node (cluster/aws.yaml, kuberay.yaml): what it is there for. A laptop's have none."""
+"""Node label with the kind of work (cluster/aws.yaml, kuberay.yaml); local clusters have none."""
 MASK, TRAIN = "mask", "train"
 MAX_WAIT_S, REPORT_EVERY_S = 1800.0, 30.0
-"""Seconds until nodes that the autoscaler was asked for are given up, and between lines that say so."""
+"""Seconds to wait for nodes of the autoscaler, and between log lines meanwhile."""
 
 
 def node_ids() -> set[str]:
-    """The machines that are there, by their ids."""
-    return {node["NodeID"] for node in _alive()}
+    """Return the ids of the live nodes."""
+    return {node["NodeID"] for node in _live_nodes()}
 
 
 def node_selector(work: str | None) -> dict[str, str] | None:
-    """The label that nodes for some work have, for Ray's `label_selector`; None where nodes have no labels."""
+    """Return Ray's `label_selector` for nodes of a kind of work, None on clusters without labels."""
     return {WORK_LABEL: work} if work is not None and is_labelled() else None
 
 
 def is_labelled() -> bool:
-    """Whether nodes say what they are for: then it is a cluster that an autoscaler makes as large as need be."""
-    return any(WORK_LABEL in node["Labels"] for node in _alive())
+    """Return True if nodes carry work labels: the cluster then has an autoscaler."""
+    return any(WORK_LABEL in node["Labels"] for node in _live_nodes())
 
 
-def decide_gpus(wanted: bool | None, count: int, key: str, work: str | None, *, together: bool = True) -> bool:
-    """Whether to use GPUs; UserError when they are asked for and the cluster has fewer than count.
+def decide_gpus(requested: bool | None, count: int, key: str, work: str | None, *, all_at_once: bool = True) -> bool:
+    """Return True if a job is to use `count` GPUs. requested: the setting `key`; None: if available.
 
-    Where nodes are labelled, GPUs are used unless wanted is False, and waited for: all at once, or the first. work:
-    what their nodes are for; None: any.
+    On labelled nodes, GPUs are used unless requested is False, and waited for: all of them, or the first. work: kind of
+    their nodes, None for any. Raise UserError if GPUs are requested and the cluster has fewer.
     """
     if is_labelled():
-        if wanted is not False:
-            _wait_for({"GPU": 1}, count if together else 1, node_selector(work) or {}, key)
-        return wanted is not False
-    there = int(_total("GPU"))
-    if wanted is None:
-        if 0 < there < count:
-            log.warning(
-                "`%s`: %d GPU(s) for %d processes: none is used; start %d to use them", key, there, count, there
-            )
-        return there >= count
-    if wanted and there < count:
+        if requested is not False:
+            _wait_for({"GPU": 1}, count if all_at_once else 1, node_selector(work) or {}, key)
+        return requested is not False
+    available = int(_total("GPU"))
+    if requested is None:
+        if 0 < available < count:
+            message = "`%s`: %d GPU(s) for %d processes, so CPUs are used; start %d processes to use the GPU(s)"
+            log.warning(message, key, available, count, available)
+        return available >= count
+    if requested and available < count:
         raise UserError(
-            f"`{key}` asks for {count} GPU(s), the cluster has {there}. "
-            f"Add GPU nodes, lower the number of processes, or leave `{key}` out to use CPUs."
+            f"`{key}` asks for {count} GPU(s), the cluster has {available}. "
+            f"Add GPU nodes, lower the number of processes, or omit `{key}` to use CPUs."
         )
-    return wanted
+    return requested
 
 
 def check_cpus(count: float, key: str) -> None:
-    """UserError when the cluster has fewer CPUs than a job needs at once: Ray would wait for ever.
+    """Raise UserError if the cluster has fewer CPUs than a job needs at once: Ray would wait forever.
 
-    Where nodes are labelled, they are waited for.
+    On labelled nodes, wait for them.
     """
-    there = _total("CPU")
-    if there >= count:
+    available = _total("CPU")
+    if available >= count:
         return
     if is_labelled():
         _wait_for({"CPU": 1}, math.ceil(count), {}, key)
     else:
-        raise UserError(f"`{key}` needs {count:g} CPUs at once, the cluster has {there:g}. Lower it or add nodes.")
+        raise UserError(f"`{key}` needs {count:g} CPUs at once, the cluster has {available:g}. Lower it or add nodes.")
 
 
 def cpus_per_worker(count: int) -> int:
-    """CPUs that each of `count` processes can have when all run at once, none spanning two nodes; at least 1."""
-    nodes = [int(resources.get("CPU", 0)) for resources in _nodes()]
-    return next((cpus for cpus in range(max(nodes), 1, -1) if sum(there // cpus for there in nodes) >= count), 1)
+    """Return the CPUs per process if `count` run at once, none spanning two nodes; at least 1."""
+    nodes = [int(resources.get("CPU", 0)) for resources in _resources()]
+    return next((cpus for cpus in range(max(nodes), 1, -1) if sum(size // cpus for size in nodes) >= count), 1)
 
 
 def count_slots(resource: str, each: float, label: dict[str, str] | None = None) -> int:
-    """How many processes with so much of a resource (`CPU`, `GPU`) fit at once, none spanning two nodes.
+    """Count the processes with `each` of a resource (`CPU`, `GPU`) that fit at once, none spanning two nodes.
 
-    label: of the nodes that count, by default all.
+    label: of the nodes to count, by default all.
     """
-    there = [node["Resources"] for node in _alive() if (label or {}).items() <= node["Labels"].items()]
-    return sum(int(resources.get(resource, 0) / each + 1e-9) for resources in there)
+    nodes = [node["Resources"] for node in _live_nodes() if (label or {}).items() <= node["Labels"].items()]
+    return sum(int(resources.get(resource, 0) / each + 1e-9) for resources in nodes)
 
 
 def object_store_bytes() -> int:
-    """Bytes that the largest node has for objects."""
-    return int(max(resources.get("object_store_memory", 0) for resources in _nodes()))
+    """Return the size of the largest node's object store in bytes."""
+    return int(max(resources.get("object_store_memory", 0) for resources in _resources()))
 
 
 def memory_bytes(use_gpu: bool) -> int | None:
-    """Bytes of one GPU, or of all nodes together; None where every GPU stays taken for a minute."""
+    """Return the bytes of one GPU, or of all nodes together; None if no GPU becomes free within a minute."""
     if not use_gpu:
         return int(_total("memory"))
     address = ray.get_runtime_context().gcs_address
-    if address not in _known_gpus and (found := _ask_gpu()) is not None:
-        _known_gpus[address] = found
-    return _known_gpus.get(address)
+    if address not in _gpu_bytes and (size := _query_gpu_bytes()) is not None:
+        _gpu_bytes[address] = size
+    return _gpu_bytes.get(address)
 
 
-_known_gpus: dict[str, int] = {}
-"""Memory of a GPU by cluster: runs that share GPUs leave none free to ask."""
+_gpu_bytes: dict[str, int] = {}
+"""Memory of a GPU by cluster, cached: runs that share GPUs leave none free for a query."""
 
 
-def _ask_gpu() -> int | None:
-    asked = ray.remote(num_gpus=1, num_cpus=0, label_selector=node_selector(TRAIN) or {})(_gpu_memory).remote()
-    ready, _ = ray.wait([asked], timeout=60)
+def _query_gpu_bytes() -> int | None:
+    """Return the memory of a free GPU, measured by a task; None if none becomes free within a minute."""
+    query = ray.remote(num_gpus=1, num_cpus=0, label_selector=node_selector(TRAIN) or {})(_measure_gpu_bytes).remote()
+    ready, _ = ray.wait([query], timeout=60)
     if not ready:
-        ray.cancel(asked)
+        ray.cancel(query)
         return None
-    return int(ray.get(asked))
+    return int(ray.get(query))
 
 
-def _gpu_memory() -> int:
-    import torch  # here: only this one process needs it
+def _measure_gpu_bytes() -> int:
+    """Return the memory of this process' GPU."""
+    import torch  # only this process needs it
 
     return int(torch.cuda.get_device_properties(0).total_memory)
 
 
 def _total(resource: str) -> float:
-    return sum(resources.get(resource, 0) for resources in _nodes())
+    """Return the sum of a resource over the live nodes."""
+    return sum(resources.get(resource, 0) for resources in _resources())
 
 
-def _nodes() -> list[dict[str, float]]:
-    """Resources of each node that is alive."""
-    return [node["Resources"] for node in _alive()]
+def _resources() -> list[dict[str, float]]:
+    """Return the resources of each live node."""
+    return [node["Resources"] for node in _live_nodes()]
 
 
-def _alive() -> list[dict[str, Any]]:
+def _live_nodes() -> list[dict[str, Any]]:
+    """Return the live nodes from ray.nodes()."""
     return [node for node in ray.nodes() if node["Alive"]]
 
 
 def _wait_for(bundle: dict[str, float], count: int, label: dict[str, str], key: str) -> None:
-    """Waits until so many of a resource are free at once; what waits is what Ray's autoscaler starts nodes for."""
+    """Wait until `count` of a resource are free at once; the pending placement group triggers Ray's autoscaler.
+
+    Raise UserError after MAX_WAIT_S.
+    """
     (resource,) = bundle
     group = placement_group([bundle] * count, bundle_label_selector=[label] * count)
-    started = said = time.monotonic()
+    started, throttle = time.monotonic(), Throttle(REPORT_EVERY_S, immediate=True)
     where = f" on nodes labelled {WORK_LABEL}={label[WORK_LABEL]}" if label else ""
     try:
         while not group.wait(timeout_seconds=1):
             waited = time.monotonic() - started
             if waited > MAX_WAIT_S:
                 raise UserError(
-                    f"`{key}` needs {count} {resource}(s){where}; they didn't come in {duration_text(MAX_WAIT_S)}. See "
-                    "`ray status`: a type's max_workers, the account's quota or the zone's capacity may be too low."
+                    f"`{key}` needs {count} {resource}(s){where}; none started within {duration_text(MAX_WAIT_S)}. See "
+                    "`ray status`: the node type's max_workers, the account's quota or the zone's capacity is too low."
                 )
-            if time.monotonic() - said > REPORT_EVERY_S or said == started:
-                said = time.monotonic()
+            if throttle.is_ready():
                 log.info("waiting for %d %s(s)%s, %s so far", count, resource, where, duration_text(waited))
     finally:
         remove_placement_group(group)

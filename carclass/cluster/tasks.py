@@ -8,14 +8,13 @@ import ray
 from carclass.cluster.connection import T
 
 TASKS_PER_CPU = 2
-"""One is at work and one is on its way; a cluster that grows by what waits sees that something does."""
+"""One runs, one is queued: the autoscaler sees pending demand."""
 
 
 def run_tasks(function: Callable[[Any], T], items: Iterable[Any]) -> Iterator[T]:
-    """Results of function(item), in no order, each by a task on a CPU of its own.
+    """Yield function(item) for each item, unordered, each computed by a task on one CPU.
 
-    Items are taken only as tasks end, so that nothing waits in memory, however many there are. A task whose process or
-    node is lost is begun again.
+    Items are consumed only as tasks finish (backpressure). A task whose process or node is lost is retried.
     """
     task: Any = ray.remote(num_cpus=1, max_retries=-1)(_call)
     running: list[ray.ObjectRef] = []

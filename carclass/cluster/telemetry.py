@@ -1,7 +1,7 @@
-"""What a long job tells of itself: lines in the log, and Ray metrics for the dashboard and Prometheus.
+"""Telemetry of jobs: log lines, and Ray metrics for the dashboard and Prometheus.
 
-Ray shows a process's metrics every ten seconds and when it ends, its gauges for twenty seconds more. It drops numbers
-that are not finite. No tag is called `job` or `instance`: these are Prometheus' own.
+Ray exports a process' metrics every ten seconds and when it exits; gauges persist for another twenty seconds.
+Non-finite values are dropped. No tag is named `job` or `instance`, which Prometheus reserves.
 """
 
 import atexit
@@ -20,27 +20,27 @@ from ray.util.metrics import Counter, Gauge
 from carclass.progress import Progress
 
 POLL_S = 10.0
-"""Seconds between two looks at the nodes; Ray exports metrics as often."""
+"""Seconds between polls of the nodes; Ray exports metrics at the same interval."""
 PRICE_LABEL = "usd-per-hour"
-"""The label that says what a node costs, as cluster/aws.yaml sets it."""
+"""Node label with the hourly price in dollars, set by cluster/aws.yaml."""
 DEATH_REASONS = {2: "unexpected", 3: "preempted"}
-"""Why a node died, by Ray's numbers (NodeDeathInfo), where nobody wanted it to."""
+"""Ray's codes (NodeDeathInfo) of unplanned node deaths."""
 
 
 class PhotoMeter:
-    """Counts photos that have come out of a job, by outcome; only the driver has one, so no photo counts twice.
+    """Counter of a job's processed photos by outcome; only the driver has one, so that no photo counts twice.
 
     Metrics, tagged with the verb (ingest, mask, predict): ray_carclass_photos_total (by outcome),
     ray_carclass_quarantined_total (by reason), ray_carclass_photos_per_second (since the last report),
-    ray_carclass_queue (photos still to come). The last two are 0 once the meter is left.
+    ray_carclass_queue (pending photos). The last two are set to 0 on exit.
     """
 
     def __init__(self, verb: str, total: int) -> None:
-        self.progress, self.tags = Progress(verb, total), {"verb": verb}
-        self.photos = Counter("carclass_photos", "Photos that came out", ("verb", "outcome"))
-        self.quarantined = Counter("carclass_quarantined", "Photos set aside", ("verb", "reason"))
+        self.total, self.progress, self.tags = total, Progress(verb, total=total), {"verb": verb}
+        self.photos = Counter("carclass_photos", "Processed photos", ("verb", "outcome"))
+        self.quarantined = Counter("carclass_quarantined", "Quarantined photos", ("verb", "reason"))
         self.rate = Gauge("carclass_photos_per_second", "Photos per second since the last report", ("verb",))
-        self.queue = Gauge("carclass_queue", "Photos still to come", ("verb",))
+        self.queue = Gauge("carclass_queue", "Pending photos", ("verb",))
         self.queue.set(total, self.tags)
         self.reported = time.monotonic()
 
@@ -52,7 +52,7 @@ class PhotoMeter:
         self.queue.set(0, self.tags)
 
     def add(self, outcomes: Sequence[str], reasons: Sequence[str]) -> None:
-        """Counts photos: the outcome of each row, the reason of each one set aside."""
+        """Count photos: the outcome of each row, the reason of each quarantined photo."""
         for outcome, count in collections.Counter(outcomes).items():
             self.photos.inc(count, {**self.tags, "outcome": outcome})
         for reason, count in collections.Counter(reasons).items():
@@ -60,19 +60,19 @@ class PhotoMeter:
         count, now = len(outcomes) + len(reasons), time.monotonic()
         self.progress.add(count)
         self.rate.set(count / max(now - self.reported, 1e-9), self.tags)
-        self.queue.set(self.progress.total - self.progress.done, self.tags)
+        self.queue.set(self.total - self.progress.done, self.tags)
         self.reported = now
 
 
-def trial_accuracy(sweep: str, trial: str, accuracy: float) -> None:
-    """Sets ray_carclass_trial_val_accuracy, tagged with the sweep and the trial's readable name."""
+def report_trial_accuracy(sweep: str, trial: str, accuracy: float) -> None:
+    """Set ray_carclass_trial_val_accuracy, tagged with the sweep and the trial's title."""
     _gauge("trial_val_accuracy", "sweep", "trial").set(accuracy, {"sweep": sweep, "trial": trial})
 
 
-def epoch_finished(run: str, stage: str, metrics: Mapping[str, float]) -> None:
-    """Sets ray_carclass_epoch, _loss and _accuracy (both by split), and _diverged: 1 when a loss is not finite.
+def report_epoch(run: str, stage: str, metrics: Mapping[str, float]) -> None:
+    """Set ray_carclass_epoch, _loss and _accuracy (both by split), and _diverged: 1 if a loss is not finite.
 
-    All are tagged with the run and the stage. metrics: as the training loop tells them.
+    All are tagged with the run and the stage. metrics: an epoch's row from the training loop.
     """
     tags = {"run": run, "stage": stage}
     losses = {split: metrics[f"{split}_loss"] for split in ("train", "val")}
@@ -84,54 +84,56 @@ def epoch_finished(run: str, stage: str, metrics: Mapping[str, float]) -> None:
 
 
 def watch_nodes() -> None:
-    """From now until this process ends, tells what the cluster's nodes cost and how many are lost.
+    """Report the cost of the cluster's nodes and the number of lost nodes until this process exits.
 
-    Metrics, tagged with Ray's id of the job: ray_carclass_cost_usd (since now, of all nodes with the label
-    `usd-per-hour`; there is none where no node has it), ray_carclass_lost_nodes (since now, by reason).
+    Metrics, tagged with Ray's job id: ray_carclass_cost_usd (since now, of all nodes with the label `usd-per-hour`;
+    absent if no node has it), ray_carclass_lost_nodes (since now, by reason).
     """
-    ended, job_id = threading.Event(), ray.get_runtime_context().get_job_id()
-    thread = threading.Thread(target=_watch, args=(ended, job_id), daemon=True)
+    stopped, job_id = threading.Event(), ray.get_runtime_context().get_job_id()
+    thread = threading.Thread(target=_watch, args=(stopped, job_id), daemon=True)
     thread.start()
 
-    def end() -> None:  # before Ray does, so that the last sum is told too
-        ended.set()
+    def stop() -> None:  # before Ray shuts down, so that the last values are exported
+        stopped.set()
         thread.join(timeout=POLL_S)
 
-    atexit.register(end)
+    atexit.register(stop)
 
 
-def _watch(ended: threading.Event, job_id: str) -> None:
-    bill, lost, tags = CostMeter(), LostNodes(), {"job_id": job_id}
-    with suppress(ray.exceptions.RayError):  # of a lost cluster the job hears itself
+def _watch(stopped: threading.Event, job_id: str) -> None:
+    """Poll the nodes and set the gauges of cost and lost nodes until stopped."""
+    cost, lost, tags = CostMeter(), LostNodes(), {"job_id": job_id}
+    with suppress(ray.exceptions.RayError):  # the job itself reports a lost cluster
         while ray.is_initialized():
             nodes = ray.nodes()
-            bill.add(nodes, time.monotonic())
-            if bill.is_known:
-                _gauge("cost_usd", "job_id").set(bill.usd, tags)
-            for reason, count in lost.add(nodes).items():
+            cost.update(nodes, time.monotonic())
+            if cost.is_known:
+                _gauge("cost_usd", "job_id").set(cost.usd, tags)
+            for reason, count in lost.update(nodes).items():
                 _gauge("lost_nodes", "job_id", "reason").set(count, {**tags, "reason": reason})
-            if ended.is_set():
+            if stopped.is_set():
                 return
-            ended.wait(POLL_S)
+            stopped.wait(POLL_S)
 
 
 class CostMeter:
-    """What a cluster has cost, by its nodes' labels; a node is paid from the first look that finds it alive."""
+    """Cost of a cluster from its nodes' price labels; a node counts from the first poll that finds it alive."""
 
     def __init__(self) -> None:
-        self.usd, self.price, self.looked = 0.0, 0.0, 0.0
-        self.is_known = False  # whether any node said what it costs
+        self.usd, self.price, self.polled = 0.0, 0.0, 0.0
+        self.is_known = False
+        """Whether any node has had a price."""
 
-    def add(self, nodes: Iterable[Mapping[str, Any]], now: float) -> None:
-        """Looks at the nodes, as ray.nodes() lists them. now: in seconds."""
-        self.usd += self.price * (now - self.looked) / 3600
-        prices = [price for node in nodes if node["Alive"] and (price := price_of(node)) is not None]
+    def update(self, nodes: Iterable[Mapping[str, Any]], now: float) -> None:
+        """Add the cost since the last poll. nodes: from ray.nodes(). now: in seconds."""
+        self.usd += self.price * (now - self.polled) / 3600
+        prices = [price for node in nodes if node["Alive"] and (price := hourly_price(node)) is not None]
         self.is_known |= bool(prices)
-        self.price, self.looked = sum(prices), now
+        self.price, self.polled = sum(prices), now
 
 
-def price_of(node: Mapping[str, Any]) -> float | None:
-    """Dollars per hour; None where a node doesn't say, or says no number."""
+def hourly_price(node: Mapping[str, Any]) -> float | None:
+    """Return a node's price in dollars per hour, None without a numeric label."""
     with suppress(KeyError, ValueError):
         price = float(node["Labels"][PRICE_LABEL])
         return price if math.isfinite(price) else None
@@ -139,26 +141,26 @@ def price_of(node: Mapping[str, Any]) -> float | None:
 
 
 class LostNodes:
-    """How many nodes were lost since the first look."""
+    """Number of nodes lost since the first poll."""
 
     def __init__(self) -> None:
-        self.before: set[str] | None = None
+        self.dead_before: set[str] | None = None
 
-    def add(self, nodes: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-        """Looks at the nodes, as ray.nodes() lists them; the count of each reason."""
+    def update(self, nodes: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+        """Return the number of lost nodes by reason. nodes: from ray.nodes()."""
         reasons = {node["NodeID"]: DEATH_REASONS.get(node["DeathReason"]) for node in nodes if not node["Alive"]}
-        self.before = set(reasons) if self.before is None else self.before
-        found = [reason for node, reason in reasons.items() if node not in self.before]
-        return {reason: found.count(reason) for reason in DEATH_REASONS.values()}
+        self.dead_before = set(reasons) if self.dead_before is None else self.dead_before
+        lost = [reason for node, reason in reasons.items() if node not in self.dead_before]
+        return {reason: lost.count(reason) for reason in DEATH_REASONS.values()}
 
 
 DESCRIPTIONS = {
     "trial_val_accuracy": "val accuracy of a trial's latest epoch",
-    "epoch": "Epochs that a run's stage has finished",
+    "epoch": "Finished epochs of a run's stage",
     "loss": "Mean loss of a run's latest epoch",
     "accuracy": "Accuracy of a run's latest epoch",
-    "diverged": "1 when a loss of a run's latest epoch is not finite, else 0",
-    "cost_usd": "Dollars that the nodes have cost since the job joined them",
+    "diverged": "1 if a loss of a run's latest epoch is not finite, else 0",
+    "cost_usd": "Cost of the nodes in dollars since the job joined the cluster",
     "lost_nodes": "Nodes lost since the job joined the cluster",
 }
 

@@ -95,11 +95,11 @@ class _Bucket:
 
     def __init__(self, bucket: str, prefix: str) -> None:
         self.bucket, self.prefix = bucket, prefix
-        own_server = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         config = Config(
             retries={"mode": "standard", "total_max_attempts": storage.NUM_ATTEMPTS},
             max_pool_connections=THREADS,
-            s3={"addressing_style": "path" if own_server else "auto"},  # other servers have no host name per bucket
+            # Only AWS has a host name per bucket.
+            s3={"addressing_style": "path" if storage.s3_endpoint() else "auto"},
         )
         self.client = boto3.Session().client("s3", config=config)
 

@@ -1,7 +1,4 @@
-"""Jobs on a cluster that has nothing yet but a head: the nodes that they need are waited for, by their labels.
-
-Ray's own autoscaler starts them, as processes on this machine.
-"""
+"""Jobs on a cluster with only a head wait for labelled nodes, which Ray's autoscaler starts as local processes."""
 
 import json
 import os
@@ -19,7 +16,7 @@ import yaml
 
 from tests.helpers.clusters import RAY, free_port, kill, wait_for
 
-HOUSE = Path(__file__).parents[2]
+REPO = Path(__file__).parents[2]
 HEAD_ID = "f" * 51 + "00000"
 PROVIDER = {
     "type": "external",
@@ -34,7 +31,7 @@ NODES = {
     "ray.head.default": {"resources": {"CPU": 0}, "max_workers": 0},
 }
 AUTOSCALER = {
-    "cluster_name": "growing",
+    "cluster_name": "autoscaled",
     "max_workers": 5,
     "idle_timeout_minutes": 10,
     "available_node_types": {name: {"node_config": {}, "min_workers": 0, **node} for name, node in NODES.items()},
@@ -53,14 +50,14 @@ AUTOSCALER = {
 
 
 @pytest.fixture(scope="module")
-def growing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment of a job on a head without CPUs, whose autoscaler may add nodes of three kinds."""
-    folder, port = tmp_path_factory.mktemp("growing"), free_port()
+def autoscaled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Return the environment of a job on a head without CPUs, whose autoscaler may add nodes of three kinds."""
+    folder, port = tmp_path_factory.mktemp("autoscaled"), free_port()
     provider = {**PROVIDER, "gcs_address": f"127.0.0.1:{port}"}
     (folder / "cluster.yaml").write_text(yaml.safe_dump({**AUTOSCALER, "provider": provider}))
-    known = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    environment = {**known, **token, "RAY_TMPDIR": tempfile.mkdtemp(prefix="ray-")}
+    environment = {**environ, **token, "RAY_TMPDIR": tempfile.mkdtemp(prefix="ray-")}
     fake = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_enable_autoscaler_v2": "1"}
     fake |= {"RAY_CLOUD_INSTANCE_ID": HEAD_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID}
     options = ["--head", "--block", f"--port={port}", "--num-cpus=0", "--num-gpus=0", "--node-ip-address=127.0.0.1"]
@@ -77,13 +74,14 @@ def growing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
 
 
 def run(environment: dict[str, str], code: str) -> subprocess.CompletedProcess:
-    """A job of a few lines; the last line of its output is what it found, as JSON."""
+    """Run a job of a few lines, the last line of its output is its result as JSON."""
     start = "import json, ray\nfrom carclass.cluster import connection, resources\nconnection.connect()\n"
     command = [sys.executable, "-c", start + textwrap.dedent(code)]
-    return subprocess.run(command, env=environment, cwd=HOUSE, capture_output=True, text=True, timeout=180, check=False)
+    return subprocess.run(command, env=environment, cwd=REPO, capture_output=True, text=True, timeout=180, check=False)
 
 
-def said(done: subprocess.CompletedProcess) -> object:
+def result(done: subprocess.CompletedProcess) -> object:
+    """Parse the result of a job that succeeded."""
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -91,26 +89,27 @@ def said(done: subprocess.CompletedProcess) -> object:
 PLACED = """
 assert resources.decide_gpus(None, {count}, "key", "{work}")
 @ray.remote(num_gpus=1, num_cpus=0, label_selector=resources.node_selector("{work}"))
-def where():
+def node_id():
     return ray.get_runtime_context().get_node_id()
 labels = {{node["NodeID"]: node["Labels"]["carclass-work"] for node in ray.nodes()}}
-print(json.dumps(labels[ray.get(where.remote())]))
+print(json.dumps(labels[ray.get(node_id.remote())]))
 """
 
 
 @pytest.mark.parametrize(("work", "count"), [("train", 2), ("mask", 2)])
-def test_gpu_nodes_of_the_right_kind_are_started_for_a_job(growing, work, count):
-    assert said(run(growing, PLACED.format(work=work, count=count))) == work
+def test_gpu_nodes_of_the_right_kind_are_started_for_a_job(autoscaled, work, count):
+    assert result(run(autoscaled, PLACED.format(work=work, count=count))) == work
 
 
-def test_cpus_are_started_for_a_job(growing):
-    assert said(run(growing, 'resources.check_cpus(1, "key"); print(capacity.room("CPU", 1) >= 1 and "1")')) == 1
+def test_cpus_are_started_for_a_job(autoscaled):
+    code = 'resources.check_cpus(1, "key"); print(json.dumps(resources.count_slots("CPU", 1) >= 1))'
+    assert result(run(autoscaled, code)) is True
 
 
-def test_nodes_that_never_come_are_an_error_that_says_which(growing):
-    done = run(growing, 'resources.MAX_WAIT_S = 3; resources.decide_gpus(True, 9, "train.use_gpu", "train")')
+def test_nodes_that_do_not_start_are_an_error_with_their_label(autoscaled):
+    done = run(autoscaled, 'resources.MAX_WAIT_S = 3; resources.decide_gpus(True, 9, "train.use_gpu", "train")')
     assert "`train.use_gpu` needs 9 GPU(s) on nodes labelled carclass-work=train" in done.stderr
 
 
-def test_a_job_told_to_use_no_gpu_waits_for_none(growing):
-    assert said(run(growing, 'print(json.dumps(resources.decide_gpus(False, 9, "key", "train")))')) is False
+def test_a_job_with_use_gpu_false_waits_for_no_gpu(autoscaled):
+    assert result(run(autoscaled, 'print(json.dumps(resources.decide_gpus(False, 9, "key", "train")))')) is False
