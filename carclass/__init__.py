@@ -1,4 +1,4 @@
-"""carclass: from a bucket of vehicle photos to a trustworthy fine-grained classifier, on a Ray cluster."""
+"""Fine-grained classification of vehicle photos on a Ray cluster, from a bucket of photos to a report."""
 
 import os
 from typing import TYPE_CHECKING
@@ -8,11 +8,11 @@ if TYPE_CHECKING:
 
 
 def load_run(uri: "str | os.PathLike[str]") -> "LoadedRun":
-    """A finished run by its place, `<root>/experiments/<name>`: settings, metrics, predictions, and its network.
+    """Return a finished run by its URI, `<root>/experiments/<name>`: settings, metrics, predictions and model.
 
-    The network takes uint8 (N,3,S,S) RGB photos and gives float32 (N,C) logits. UserError where there is no such run
-    or it isn't finished.
+    The model maps uint8 (N,3,S,S) RGB photos to float32 (N,C) logits. Raise UserError if there is no such run or it is
+    not finished.
     """
-    from carclass.runs import loaded_run  # here, as it takes seconds, which `import carclass` should not
+    from carclass.runs import loaded_run  # late: `import carclass` has to be fast
 
     return loaded_run.load_run(uri)

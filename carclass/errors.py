@@ -1,8 +1,33 @@
-"""The one family of errors that a user can cause and mend."""
+"""Errors that a user can cause and fix, and hints for misspelled names."""
+
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: the message says what is wrong, where, and what to do.
+    """A mistake in the input: the message says what is wrong, where, and what to do.
 
-    Jobs print it as one paragraph and exit with status 2; anything else keeps its traceback.
+    Jobs print it as one paragraph and exit with status 2; any other exception keeps its traceback.
     """
+
+
+def suggest_names(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """Return "did you mean `a`?" for the known names closest to an unknown one, or "" if none is close.
+
+    Dotted names match by their last part too: `lr` is close to `frozen.lr` and `unfrozen.lr`.
+    """
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=1) or [key for key in names if key.rsplit(".", 1)[-1] == name][:3]
+    return f"did you mean {' or '.join(f'`{prefix}{match}`' for match in close)}?" if close else ""
+
+
+def unknown_name(kind: str, name: str, known: Sequence[str], place: str, hint: str = "") -> UserError:
+    """Return the error for an unknown name: "no dataset `x` in ROOT. Available: a, b."."""
+    suggestion = suggest_names(name, known)
+    sentences = [
+        f"no {kind} `{name}` in {place}.",
+        suggestion[:1].upper() + suggestion[1:],
+        f"Available: {', '.join(known) or 'none'}.",
+        hint,
+    ]
+    return UserError(" ".join(filter(None, sentences)))

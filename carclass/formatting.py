@@ -1,37 +1,38 @@
-"""Numbers as text: percentages, durations, sizes and settings."""
+"""Numbers as text: counts, percentages, durations, sizes and settings."""
 
 import math
 
 
 def number_text(value: int | float) -> str:
-    """A figure for a person: 1,067 or 0.934."""
+    """Return 1,067 for an integer and 0.934 for a float."""
     return f"{value:,}" if isinstance(value, int) else f"{value:,.3f}"
 
 
 def duration_text(seconds: float) -> str:
-    """'42 s', '3 min' or '2.5 h'."""
+    """Return "42 s", "3 min" or "2.5 h"."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def percent_text(fraction: float, digits: int = 1) -> str:
-    """Write 0.842 as "84.2 %", with a space that does not break; NaN and infinity as they are."""
+    """Return "84.2 %" for 0.842, with a non-breaking space; NaN and infinity unchanged."""
     return f"{fraction * 100:.{digits}f}\u00a0%" if math.isfinite(fraction) else str(fraction)
 
 
 def bytes_text(size: float) -> str:
-    """A number of bytes for a person."""
+    """Return "1.3 GB" or "25 MB", in powers of ten."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
 def time_unit(seconds: float) -> tuple[float, str]:
-    """In what such a time is told: seconds of the unit, and its name."""
-    return next((one for one in ((3600.0, "hours"), (60.0, "minutes")) if seconds >= one[0]), (1.0, "seconds"))
+    """Return the largest unit that fits a duration: its length in seconds, and its name in the plural."""
+    units = ((3600.0, "hours"), (60.0, "minutes"))
+    return next((unit for unit in units if seconds >= unit[0]), (1.0, "seconds"))
 
 
 def device_time_text(seconds: float, device: str) -> str:
-    """Device-seconds in words: '3.4 GPU hours'."""
+    """Return device-seconds as "3.4 GPU hours"."""
     size, unit = time_unit(seconds)
     amount = seconds / size
     return f"{amount:.{0 if amount >= 100 else 1}f} {device} {unit}"
@@ -41,9 +42,11 @@ Value = bool | int | float | str | None
 
 
 def value_text(value: Value) -> str:
-    """How a setting's value is written, three digits of it: 64, 0.05, 3e-4, true, null."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return {None: "null", True: "true", False: "false"}.get(value, str(value))  # type: ignore[arg-type]
+    """Return a setting's value as in YAML, floats with three digits: 64, 0.05, 3e-4, true, null."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool | str):
+        return str(value).lower() if isinstance(value, bool) else value
     if isinstance(value, int) or value == int(value):
         return str(int(value))
     if abs(value) >= 0.01:

@@ -1,4 +1,4 @@
-"""What a person sees of long work: a line every few seconds, and a table at the end."""
+"""Progress lines of long work, and tables of results."""
 
 import logging
 import sys
@@ -10,50 +10,56 @@ from carclass.formatting import duration_text
 log = logging.getLogger(__name__)
 
 
-class Tally:
-    """Counts things done, of which nobody knows the number, and says so at most every few seconds.
+class Throttle:
+    """Limit of repeated work, such as log lines, to once per interval.
 
-    As `list: 1,200,000 keys, 8,500/s`.
+    interval: seconds. immediate: ready at once instead of after the first interval.
     """
 
-    def __init__(self, job: str, noun: str, *, every: float = 5.0) -> None:
-        self.job, self.noun, self.every = job, noun, every
-        self.done = 0
-        self.started = self.said = time.monotonic()
+    def __init__(self, interval: float, *, immediate: bool = False) -> None:
+        self.interval = interval
+        self.last = -float("inf") if immediate else time.monotonic()
+
+    def is_ready(self) -> bool:
+        """Return True and start the next interval if the current one is over."""
+        now = time.monotonic()
+        if now - self.last < self.interval:
+            return False
+        self.last = now
+        return True
+
+
+class Progress:
+    """Counter of finished items that logs a line at most every few seconds.
+
+    `mask: 512 of 6,923 photos, 31/s, 3 min left`, or without a total: `list: 1,200,000 keys, 8,500/s`.
+    """
+
+    def __init__(self, job: str, noun: str = "photos", total: int | None = None, *, interval: float = 5.0) -> None:
+        self.job, self.noun, self.total = job, noun, total
+        self.done, self.started, self.throttle = 0, time.monotonic(), Throttle(interval)
 
     def add(self, count: int) -> None:
-        """Counts more of them."""
+        """Count finished items."""
         self.done += count
-        now = time.monotonic()
-        if now - self.said >= self.every:
-            self.said = now
-            log.info("%s: %s", self.job, self.line(self.done / (now - self.started)))
+        if self.throttle.is_ready():
+            log.info("%s: %s", self.job, self.line(self.done / (time.monotonic() - self.started)))
 
     def line(self, rate: float) -> str:
-        """What is said. rate: per second."""
-        return f"{self.done:,} {self.noun}, {rate:,.0f}/s"
-
-
-class Progress(Tally):
-    """Counts things done of a known number: `mask: 512 of 6,923 photos, 31/s, 3 min left`."""
-
-    def __init__(self, job: str, total: int, noun: str = "photos", *, every: float = 5.0) -> None:
-        super().__init__(job, noun, every=every)
-        self.total = total
-
-    def line(self, rate: float) -> str:
-        """What is said. rate: per second."""
+        """Return the progress as text. rate: items per second."""
+        if self.total is None:
+            return f"{self.done:,} {self.noun}, {rate:,.0f}/s"
         left = duration_text((self.total - self.done) / rate if rate else 0.0)
         return f"{self.done:,} of {self.total:,} {self.noun}, {rate:.3g}/s, {left} left"
 
 
-def say(line: str) -> None:
-    """A line from a training process; Ray Train would show what is printed there twice."""
+def print_line(line: str) -> None:
+    """Write a line to stdout from a training worker; Ray Train would show output of `print` twice."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 
 
 def table(rows: Sequence[tuple[str, str]], *, title: str) -> str:
-    """Two columns under a title, aligned, as text."""
+    """Return two aligned columns under a title."""
     width = max(len(name) for name, _ in rows)
     return "\n".join([title, "─" * max(len(title), width + 12), *(f"{name:<{width}}  {value}" for name, value in rows)])

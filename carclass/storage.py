@@ -1,6 +1,6 @@
-"""A place: a local folder or an s3:// prefix, with reads, atomic writes and listings.
+"""Reads, atomic writes and listings of local folders and s3:// prefixes.
 
-S3 credentials, region and endpoint come from the usual AWS environment variables.
+S3 credentials, region and endpoint are taken from the usual AWS environment variables.
 """
 
 import hashlib
@@ -25,63 +25,72 @@ T = TypeVar("T")
 NUM_ATTEMPTS = 8
 THROTTLED = ("INTERNAL_FAILURE", "SLOW_DOWN", "SERVICE_UNAVAILABLE", "NETWORK_CONNECTION", "UNKNOWN (HTTP status 503)")
 READ_THREADS = 16
-"""Concurrent requests per process: S3 answers in tens of milliseconds, mostly waited for."""
+"""Concurrent requests per process: S3 has a latency of tens of milliseconds."""
 STREAM_BYTES = 4 * 2**20
-"""Of a stream, read at a time: each time is a request."""
+"""Bytes per request of a stream."""
 
 
 def join(uri: str, *parts: str) -> str:
-    """The URI of something below a place."""
+    """Return the URI of a file or folder below another URI."""
     return "/".join([uri.rstrip("/"), *parts])
 
 
 def locate(uri: str) -> tuple[fs.FileSystem, str]:
-    """(file system, path on it) of a local path, file:// or s3:// URI; UserError for other schemes."""
+    """Return (file system, path) of a local path, file:// or s3:// URI. Raise UserError for other schemes."""
     if "://" not in uri:
         return fs.LocalFileSystem(), os.path.abspath(uri)
     scheme, path = uri.split("://", 1)
     if scheme == "file":
         return fs.LocalFileSystem(), os.path.abspath(path)
     if scheme != "s3":
-        raise UserError(f"{uri}: places are local folders or s3:// prefixes, not {scheme}://.")
+        raise UserError(f"{uri}: {scheme}:// is not supported. Give a local folder or an s3:// prefix.")
     return _s3(), path.rstrip("/")
+
+
+def s3_endpoint() -> str | None:
+    """Return the URL of an S3 server other than AWS, from the environment."""
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
 
 
 @lru_cache(maxsize=1)
 def _s3() -> fs.S3FileSystem:
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     options: dict[str, Any] = {}
-    if endpoint:
+    if endpoint := s3_endpoint():
         options["scheme"], options["endpoint_override"] = endpoint.split("://", 1)
-    # Opened when written to: a small object is then one request and not three.
+    # With delayed opening, a small object is written in one request instead of three.
     retries = fs.AwsStandardS3RetryStrategy(max_attempts=NUM_ATTEMPTS)
     return fs.S3FileSystem(retry_strategy=retries, allow_delayed_open=True, **options)
 
 
 def exists(uri: str) -> bool:
-    """Whether there is a file."""
+    """Return True if the file exists."""
     filesystem, path = locate(uri)
     return bool(retry_throttled(lambda: filesystem.get_file_info(path)).type == fs.FileType.File)
 
 
 def list_files(uri: str) -> list[str]:
-    """Paths of all files below a place, relative to it and sorted.
+    """Return the sorted paths of all files below a URI, relative to it; none if it does not exist.
 
-    A place that isn't there has none. UserError when S3 refuses the listing.
+    Raise UserError if it cannot be listed.
     """
     filesystem, path = locate(uri)
     try:
         selector = fs.FileSelector(path, recursive=True, allow_not_found=True)
-        found = retry_throttled(lambda: filesystem.get_file_info(selector))
+        infos = retry_throttled(lambda: filesystem.get_file_info(selector))
     except OSError as error:
         raise UserError(
             f"{uri}: cannot be listed ({_first_line(error)}). Check the bucket and your credentials."
         ) from error
-    return sorted(info.path[len(path) + 1 :] for info in found if info.type == fs.FileType.File)
+    return sorted(info.path[len(path) + 1 :] for info in infos if info.type == fs.FileType.File)
+
+
+def list_folders(uri: str, marker: str) -> list[str]:
+    """Return the sorted paths of the folders below a URI that contain a file of the given name."""
+    return [path.removesuffix(f"/{marker}") for path in list_files(uri) if path.endswith(f"/{marker}")]
 
 
 def read_bytes(uri: str) -> bytes:
-    """A file's content; FileNotFoundError when it isn't there."""
+    """Return a file's content. Raise FileNotFoundError if it does not exist."""
     filesystem, path = locate(uri)
 
     def read() -> bytes:
@@ -92,19 +101,19 @@ def read_bytes(uri: str) -> bytes:
 
 
 def open_stream(uri: str) -> BinaryIO:
-    """A file's content from front to back, for what is too large to hold; FileNotFoundError when it isn't there."""
+    """Return a sequential stream of a file too large for memory. Raise FileNotFoundError if it does not exist."""
     return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, open_file(uri)), STREAM_BYTES))
 
 
 def open_file(uri: str) -> NativeFile:
-    """A file to read from here and there, as Parquet files are; FileNotFoundError when it isn't there."""
+    """Open a file for random access, as Parquet needs. Raise FileNotFoundError if it does not exist."""
     filesystem, path = locate(uri)
     file = retry_throttled(lambda: filesystem.open_input_file(path))
     return file if isinstance(filesystem, fs.LocalFileSystem) else PythonFile(_RetryingFile(file), "r")
 
 
 class _RetryingFile(io.RawIOBase):
-    """A file whose every read is tried again while S3 is busy: one of many may fail, and all of them soon do."""
+    """Seekable file that retries every read while S3 throttles."""
 
     def __init__(self, file: NativeFile) -> None:
         self.file, self.position = file, 0
@@ -131,36 +140,36 @@ class _RetryingFile(io.RawIOBase):
 
 
 def read_many(uris: Iterable[str]) -> Iterator[bytes | OSError]:
-    """Contents in the order given, read in parallel; a failure takes its file's place."""
+    """Yield file contents in the order of the URIs, read in parallel; a failed read yields its error."""
 
     def read(uri: str) -> bytes | OSError:
         try:
             return read_bytes(uri)
         except OSError as error:
             return error
-        except ArrowInvalid as error:  # a key that pyarrow takes for no path, such as one with "//"
+        except ArrowInvalid as error:  # pyarrow rejects some keys, such as those with "//"
             return OSError(str(error))
 
     return in_parallel(read, uris)
 
 
 def in_parallel(function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
-    """Results in the order of the items, by threads; few are begun before they are wanted, however many there are."""
+    """Yield results in the order of the items, computed in threads with a bounded prefetch."""
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        begun: deque[Future[T]] = deque()
+        futures: deque[Future[T]] = deque()
         for item in items:
-            if len(begun) == 2 * READ_THREADS:
-                yield begun.popleft().result()
-            begun.append(pool.submit(function, item))
-        while begun:
-            yield begun.popleft().result()
+            if len(futures) == 2 * READ_THREADS:
+                yield futures.popleft().result()
+            futures.append(pool.submit(function, item))
+        while futures:
+            yield futures.popleft().result()
 
 
 def retry_throttled(request: Callable[[], T]) -> T:
-    """What a request returns, made again after a growing pause when S3 was busy.
+    """Return the result of a request, repeated with exponential backoff while S3 throttles.
 
-    pyarrow repeats refused requests itself, but not where the refusal is longer than the few bytes asked for, as of a
-    small column in a Parquet file, nor where it has no body, as of a file's size, nor when it has done so often lately.
+    pyarrow retries throttled requests itself, except where the response is longer than the requested range (a small
+    column of a Parquet file), has no body (a file's size), or where its retry quota is used up.
     """
     for attempt in range(NUM_ATTEMPTS - 1):
         try:
@@ -173,7 +182,7 @@ def retry_throttled(request: Callable[[], T]) -> T:
 
 
 def write_bytes(uri: str, *pieces: bytes | memoryview) -> None:
-    """Publishes a file, given whole or in pieces: readers see all of it or nothing."""
+    """Write a file atomically from one or several pieces: readers see all of it or nothing."""
     filesystem, path = locate(uri)
     if isinstance(filesystem, fs.LocalFileSystem):
         target = Path(path)
@@ -193,29 +202,31 @@ def write_bytes(uri: str, *pieces: bytes | memoryview) -> None:
 
 
 def delete(uri: str) -> None:
-    """Removes a file."""
+    """Delete a file."""
     filesystem, path = locate(uri)
     retry_throttled(lambda: filesystem.delete_file(path))
 
 
 def delete_folder(uri: str) -> None:
-    """Removes all files below a place."""
+    """Delete all files below a URI."""
     filesystem, path = locate(uri)
     retry_throttled(lambda: filesystem.delete_dir(path))
 
 
 def check_root(uri: str) -> None:
-    """UserError unless the place can be written to (a bucket that isn't there, say)."""
+    """Check that a URI can be written to. Raise UserError if not, as with a missing bucket."""
     probe = join(uri, f".probe-{uuid4().hex}")
     try:
         write_bytes(probe, b"")
         delete(probe)
     except (OSError, ArrowInvalid) as error:
-        raise UserError(f"`root`: {uri} cannot be written to ({_first_line(error)}).") from error
+        raise UserError(
+            f"`root`: {uri} cannot be written to ({_first_line(error)}). Check the path and your permissions."
+        ) from error
 
 
 def sha256(*pieces: bytes | memoryview) -> str:
-    """The digest that names contents here, whole or in pieces, in hex."""
+    """Return the sha256 of a content, given whole or in pieces, in hex."""
     digest = hashlib.sha256()
     for piece in pieces:
         digest.update(piece)

@@ -1,4 +1,4 @@
-"""Every speed claim, as a ratio measured in one run: ours and the plain way, side by side on this machine.
+"""Benchmarks: ratios measured in one run on this machine, carclass against the plain way.
 
   python jobs/benchmark.py ingest
   python jobs/benchmark.py ingest --photos DIR --json FILE
@@ -14,17 +14,16 @@
   python jobs/benchmark.py scale
 
 ingest   photos into a published dataset through Ray Data, against a PIL loop on one core
-masking  the pool of detectors, exact and fast, against DefaultPredictor: a plain loop, and in map_batches
+masking  the pool of detectors, exact and fast, against DefaultPredictor in a plain loop and in map_batches
 memory   peak memory of a masking job over 1,000, 4,000 and 16,000 photos of the drawn sample
 frozen   the frozen stage on cached features, against a loop that runs the backbone in every epoch
 train    the unfrozen stage, against a script with DataLoader, ImageFolder and DDP
-epochs   what an epoch costs beyond its arithmetic
-tune     a sweep of 16 settings of the drawn sample with pruning, against the same ones without
+epochs   per-epoch overhead
+tune     a sweep of 16 trials on the drawn sample with pruning, against the same trials without
 predict  jobs/predict.py on new photos, masked and not, against both networks on one photo at a time
 scale    keys listed and ingested from an S3 server, 10,000 to a million: rates and peak memory
 """
 
-import argparse
 import importlib
 import json
 import logging
@@ -36,33 +35,33 @@ from carclass.config import cli
 from carclass.errors import UserError
 from carclass.formatting import number_text
 
-MODULES = {("ingest", False): "ingest", ("masking", False): "masking", ("masking", True): "masking_in_process"}
-MODULES |= {("memory", False): "memory", ("frozen", False): "frozen", ("frozen", True): "frozen"}
-MODULES |= {("train", False): "train", ("train", True): "train_in_process"}
-MODULES |= {("epochs", False): "epochs", ("epochs", True): "epochs", ("tune", False): "tune"}
-MODULES |= {("predict", False): "predict", ("scale", False): "scale"}
+NAMES = ("epochs", "frozen", "ingest", "masking", "memory", "predict", "scale", "train", "tune")
+IN_PROCESS = {"epochs": "epochs", "frozen": "frozen", "masking": "masking_in_process", "train": "train_in_process"}
+"""Modules of benchmarks with --in-process."""
+READS_JOBS = ("memory", "scale", "tune")
+"""Benchmarks that run jobs or read their experiment files."""
 
 
 def main() -> None:
-    """Runs the job."""
     logging.getLogger("carclass").setLevel(logging.WARNING)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=sorted({name for name, _ in MODULES}))
-    parser.add_argument("--photos", type=Path, metavar="DIR", help="folder of photos; without it, the drawn sample")
+    parser = cli.JobParser(__doc__)
+    parser.add_argument("name", choices=NAMES)
+    parser.add_argument("--photos", type=Path, metavar="DIR", help="folder of photos; by default the drawn sample")
     parser.add_argument("--weights", type=Path, metavar="DIR", help="folder of weights, for benchmarks of networks")
-    parser.add_argument("--in-process", action="store_true", help="the compute alone, without Ray")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as flat JSON")
-    given = parser.parse_args()
-    if (given.name, given.in_process) not in MODULES:
-        raise UserError(f"--in-process: the benchmark `{given.name}` is of Ray's part. Leave it out.")
-    # Imported here, so that what runs without Ray doesn't import it.
-    module = importlib.import_module(f"carclass.tools.benchmarks.{MODULES[given.name, given.in_process]}")
+    parser.add_argument("--in-process", action="store_true", help="computation only, without Ray")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a flat JSON file")
+    args = parser.parse()
+    if args.in_process and args.name not in IN_PROCESS:
+        raise UserError(f"--in-process: the benchmark `{args.name}` measures Ray itself. Omit the option.")
+    name = IN_PROCESS[args.name] if args.in_process else args.name
+    module = importlib.import_module(f"carclass.tools.benchmarks.{name}")  # late: it takes seconds
+    inputs = {"jobs": Path(__file__).parent} if name in READS_JOBS else {}
     with tempfile.TemporaryDirectory() as folder:
-        figures = module.run(given.photos, given.weights, Path(folder))
-    if given.json:
-        given.json.write_text(json.dumps(figures, indent=1))
-    rows = [(name.replace("_", " "), number_text(value)) for name, value in figures.items()]
-    print(progress.table(rows, title=f"benchmark: {given.name}"))
+        figures = module.run(args.photos, args.weights, Path(folder), **inputs)
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1))
+    rows = [(key.replace("_", " "), number_text(value)) for key, value in figures.items()]
+    print(progress.table(rows, title=f"benchmark: {args.name}"))
 
 
 if __name__ == "__main__":

@@ -1,38 +1,41 @@
-"""A run → its best network for other programs: safetensors, ONNX and torch.export, in `<run>/export/`.
+"""A run → its best model for other programs: safetensors, ONNX and torch.export, in `<run>/export/`.
 
   python jobs/export.py --run NAME --config FILE
   python jobs/export.py --run NAME --root s3://bucket/carclass
 
-model.onnx and model.pt2 take uint8 (N,3,S,S) RGB photos, S pixels wide and high, and give (N,C) logits: normalisation
-is inside. Labels and preprocessing are in the metadata of each file. A file that disagrees with the network on photos
-of the run's dataset is not published. Needs no cluster and no GPU.
+model.onnx and model.pt2 map uint8 (N,3,S,S) RGB photos, S pixels wide and high, to (N,C) logits, normalisation
+included. Each file's metadata holds labels and preprocessing. A file whose logits differ from the model's on photos of
+the run's dataset is not published. Needs neither a cluster nor a GPU.
 """
 
-import argparse
 from pathlib import Path
 
-from carclass import progress, storage
+from carclass import progress
 from carclass.config import cli
 from carclass.config.schema import Config
-from carclass.runs.export import FORMATS, export_run
+
+SAMPLE = Path(__file__).parent / "experiments" / "sample.yml"
 
 
 def main() -> None:
-    """Runs the job."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = cli.JobParser(__doc__)
     parser.add_argument("--run", required=True, metavar="NAME", help="run to export")
     place = parser.add_mutually_exclusive_group()
     place.add_argument(
-        "--config", type=Path, metavar="FILE", help="YAML file whose `root` holds the run [the sample's]"
+        "--config",
+        type=Path,
+        default=SAMPLE,
+        metavar="FILE",
+        help="YAML file whose `root` holds the run [the sample's]",
     )
-    place.add_argument("--root", metavar="URI", help="the root itself: a folder or s3:// prefix")
-    given = parser.parse_args()
-    overrides = {"root": given.root} if given.root else {}
-    root = cli.load_config(given.config or cli.sample_config(), overrides, Config).root
-    uri = export_run(root, given.run)
-    print(progress.table([(name, storage.join(uri, name)) for name in FORMATS], title=f"run {given.run}"))
+    place.add_argument("--root", metavar="URI", help="root of the run: a folder or s3:// prefix")
+    args = parser.parse()
+    root = cli.load_config(args.config, {"root": args.root} if args.root else {}, Config).root
+    from carclass import storage
+    from carclass.runs.export import FORMATS, export_run
+
+    uri = export_run(root, args.run)
+    print(progress.table([(name, storage.join(uri, name)) for name in FORMATS], title=f"run {args.run}"))
 
 
 if __name__ == "__main__":

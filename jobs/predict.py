@@ -1,37 +1,42 @@
-"""New photos and a run → predictions: what each photo shows, how sure that is, and which should be looked at.
+"""New photos and a run → predictions: class, calibrated probability, and rejection of uncertain photos.
 
   python jobs/predict.py --config FILE --run NAME --photos s3://bucket/new/
   python jobs/predict.py --config FILE --run NAME --photos DIR --threshold 0.5 --name monday
 
-Photos go the way that the run's own went: read, masked if its dataset is (by the same detector), classified. No labels
-are needed. Every file is in <run>/predictions/<name>/predictions.parquet and .csv once: with the likeliest class, its
-probability, the five likeliest, and the vehicle's box, or with the reason why it can't be classified.
+Photos are processed as the run's own: read, masked if its dataset is (by the same detector), classified. No labels are
+needed. Every file has one row in <run>/predictions/<name>/predictions.parquet and .csv: the most probable class and its
+probability, the five most probable classes, and the vehicle's box, or the reason for its quarantine.
 
-Probabilities are calibrated: of the photos given 0.8, about 80 % should be right. The temperature is fitted on the
-run's val photos by its first prediction and kept in <run>/calibration.json; it holds for photos like these. A killed
-job goes on where it was.
+Probabilities are calibrated: of the photos with 0.8, about 80 % should be right. The temperature is fitted on the
+run's val photos at its first prediction and stored in <run>/calibration.json; it is valid for similar photos. An
+interrupted job resumes.
 """
 
-from carclass import progress, storage
+from carclass import progress
 from carclass.config import cli
-from carclass.prediction import predictions
-from carclass.prediction.predict import predict_photos
 
 
 def main() -> None:
-    """Runs the job."""
     settings = cli.parse_job(__doc__, "predict")
+    from carclass import storage
+    from carclass.prediction import predictions
+    from carclass.prediction.predict import predict_photos
+
     assert settings.predict is not None
-    found = predict_photos(settings.root, settings.predict)
-    counts, fitted = found.counts, found.calibration
-    error = (fitted.expected_calibration_error_before, fitted.expected_calibration_error_after)
-    rows = [("photos", f"{counts.photos:,}"), ("predicted", f"{counts.predicted:,}")]
-    rows += [(f"  below {settings.predict.threshold:g}, rejected", f"{counts.rejected:,}")]
-    rows += [("quarantined", f"{sum(counts.reasons.values()):,}")]
-    rows += [(f"  {reason}", f"{number:,}") for reason, number in counts.reasons.items()]
-    rows += [("temperature", f"{fitted.temperature:.3f}, from {fitted.num_photos:,} val photos")]
-    rows += [("calibration error (val)", f"{error[0]:.3f} → {error[1]:.3f}")]
-    rows += [("table", storage.join(found.uri, predictions.TABLE)), ("sheet", storage.join(found.uri, predictions.CSV))]
+    result = predict_photos(settings.root, settings.predict)
+    counts, calibration = result.counts, result.calibration
+    before, after = calibration.expected_calibration_error_before, calibration.expected_calibration_error_after
+    rows = [
+        ("photos", f"{counts.photos:,}"),
+        ("predicted", f"{counts.predicted:,}"),
+        (f"  below {settings.predict.threshold:g}, rejected", f"{counts.rejected:,}"),
+        ("quarantined", f"{sum(counts.reasons.values()):,}"),
+        *((f"  {reason}", f"{number:,}") for reason, number in counts.reasons.items()),
+        ("temperature", f"{calibration.temperature:.3f}, from {calibration.num_photos:,} val photos"),
+        ("calibration error (val)", f"{before:.3f} → {after:.3f}"),
+        ("Parquet", storage.join(result.uri, predictions.TABLE)),
+        ("CSV", storage.join(result.uri, predictions.CSV)),
+    ]
     print(progress.table(rows, title=f"predictions of {settings.predict.run}"))
 
 

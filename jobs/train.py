@@ -1,19 +1,19 @@
-"""A dataset → a run: ResNet50 with a frozen backbone, then unfrozen, on one or many workers.
+"""A dataset → a run: ResNet50 with a frozen backbone, then unfrozen, on one or several workers.
 
   python jobs/train.py --config FILE
   python jobs/train.py --config FILE --name second --unfrozen.lr 3e-5 --num_workers 4
 
-The same name resumes a run; a finished one is left alone.
+The same name resumes a run; a finished run is left unchanged.
 """
 
 from carclass import progress
 from carclass.config import cli
-from carclass.training.train import train_run
 
 
 def main() -> None:
-    """Runs the job."""
     settings = cli.parse_job(__doc__, "train")
+    from carclass.training.train import train_run
+
     assert settings.train is not None
     run = train_run(settings.root, settings.train)
     rows = [(f"{stage} val accuracy", f"{run.best_val_accuracy(stage):.3f}") for stage in run.stages]

@@ -1,11 +1,11 @@
-"""A dataset and a search file → a sweep: many short trainings, what they say of each setting, and the best experiment.
+"""A dataset and a search file → a sweep: many short trainings, the effect of each setting, and the best experiment.
 
-  python jobs/tune.py --config jobs/experiments/searches/both.yml              on the sample, once `make demo` ran
+  python jobs/tune.py --config jobs/experiments/searches/both.yml              on the sample, after `make demo`
   python jobs/tune.py --config jobs/experiments/searches/both.yml --experiment my.yml --name mine --num_trials 32
-  python jobs/tune.py --config FILE --analyse                                  look at what is there, train nothing
+  python jobs/tune.py --config FILE --analyse                                  analyse existing trials, train nothing
 
-The same name goes on with a sweep that was interrupted; a finished one is left alone. The last lines say where the
-analysis, the table of trials and the best experiment file lie: `python jobs/train.py --config best.yml` trains it.
+The same name resumes an interrupted sweep; a finished one is left unchanged. The last lines name the analysis, the
+table of trials and the best experiment file: `python jobs/train.py --config best.yml` trains it.
 """
 
 import textwrap
@@ -13,31 +13,36 @@ from collections import Counter
 
 from carclass import progress
 from carclass.config import cli
-from carclass.tuning import report, search_space
-from carclass.tuning.collect import collect_sweep, publish_sweep
-from carclass.tuning.search_space import Search
-from carclass.tuning.tune import run_sweep
+from carclass.config.search import Search
 
 FLAGS = {
-    "resume": "Only go on: an error where no sweep of this name was begun.",
-    "analyse": "Train nothing: analyse what there is of the sweep.",
+    "resume": {"action": "store_true", "help": "Resume only: an error if there is no sweep of this name."},
+    "analyse": {"action": "store_true", "help": "Train nothing: analyse the trials so far."},
 }
 
 
 def main() -> None:
-    """Runs the job."""
-    path, search, flags = cli.parse_own_file(__doc__, Search, FLAGS)
-    found = search_space.load_space(path, search)
-    if "analyse" not in flags:
-        run_sweep(found, resume="resume" in flags)
-    result = collect_sweep(found.root, search.name)
-    places = publish_sweep(found.root, result)
+    path, search, args = cli.parse_file(__doc__, Search, FLAGS)
+    from carclass.tuning import report, search_space
+    from carclass.tuning.collect import collect_sweep, publish_sweep
+    from carclass.tuning.tune import run_sweep
+
+    space = search_space.load_space(path, search)
+    if not args.analyse:
+        run_sweep(space, resume=args.resume)
+    result = collect_sweep(space.root, search.name)
+    uris = publish_sweep(space.root, result)
     best = result.best
-    rows = [(state, f"{count}") for state, count in Counter(one.trial.state for one in result.outcomes).items()]
-    told = [("best", best.trial.title), ("val accuracy", f"{best.accuracy:.3f}"), ("trial", best.trial.name)]
-    print(progress.table([*rows, *told], title=f"sweep {search.name}"))
+    states = Counter(trial.trial.state for trial in result.trials)
+    rows = [
+        *((state, f"{count}") for state, count in states.items()),
+        ("best", best.trial.title),
+        ("val accuracy", f"{best.accuracy:.3f}"),
+        ("trial", best.trial.name),
+    ]
+    print(progress.table(rows, title=f"sweep {search.name}"))
     print("\n".join(textwrap.fill(line, 100) for line in report.summarise(result)))
-    print("\n".join(places))
+    print("\n".join(uris))
 
 
 if __name__ == "__main__":

@@ -1,113 +1,144 @@
-"""The jobs' command line: --config FILE, and every setting of the job's section as --key value."""
+"""Command line of the jobs: --config FILE, and every setting of the job's section as --key VALUE."""
 
 import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, NoReturn
 
 import yaml
-from pydantic_core import PydanticUndefined
 
 from carclass.config import yaml_file
 from carclass.config.schema import Config
-from carclass.config.section import CommandLineText, S, Section, section_type, validate
-from carclass.errors import UserError
+from carclass.config.section import (
+    CommandLineText,
+    S,
+    Section,
+    Setting,
+    list_settings,
+    removed_settings,
+    section_type,
+    validate,
+)
+from carclass.errors import UserError, suggest_names
+from carclass.formatting import value_text
+
+Flags = Mapping[str, dict[str, Any]]
+"""Options of a job that are no settings: name → keyword arguments of `add_argument`."""
 
 
-def list_settings(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Any, str, str]]:
-    """(dotted key, default, type, explanation) of every setting in a section, depth first."""
-    for name, field in section.model_fields.items():
-        inner = section_type(field.annotation)
-        if inner is not None and get_origin(field.annotation) is not dict:
-            yield from list_settings(inner, f"{prefix}{name}.")
-            continue
-        default = "required" if field.default is PydanticUndefined else field.default
-        explanation = " ".join((field.description or _inherited(section, name)).split())
-        yield f"{prefix}{name}", default, _type_name(field.annotation), explanation
+class JobParser(argparse.ArgumentParser):
+    """Argument parser of a job: mistakes are UserErrors, unknown options are compared with the known ones.
 
-
-def _inherited(section: type[Section], name: str) -> str:
-    """What the parent section says of a setting whose default alone was changed."""
-    parents = [parent for parent in section.__mro__[1:] if issubclass(parent, Section)]
-    said = (parent.model_fields[name].description for parent in parents if name in parent.model_fields)
-    return next((text for text in said if text), "")
-
-
-def _type_name(annotation: Any) -> str:
-    if get_origin(annotation) is dict:
-        return "mapping"
-    if hasattr(annotation, "__args__"):
-        options = [str(option) if isinstance(option, str) else _type_name(option) for option in annotation.__args__]
-        return "|".join(option for option in options if option != "NoneType")
-    return getattr(annotation, "__name__", str(annotation))
-
-
-def parse_job(doc: str, section: str | None, argv: list[str] | None = None) -> Config:
-    """The settings of one job.
-
-    section: the section whose settings are `--key value` (besides --root); None takes every section's, with
-    dotted keys. UserError when the file lacks the section or a value is wrong.
+    usage: shown instead of the list of all options. removed: former options and their explanations.
     """
+
+    def __init__(self, doc: str, usage: str | None = None, removed: Mapping[str, str] | None = None) -> None:
+        self.removed = removed or {}
+        super().__init__(
+            usage=usage,
+            description=doc,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+        """Return the parsed arguments, by default those of the process. Raise UserError for unknown options."""
+        arguments = list(sys.argv[1:] if argv is None else argv)
+        known = {option[2:] for action in self._actions for option in action.option_strings if option[:2] == "--"}
+        options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+        for name in (argument[2:].split("=")[0] for argument in options if argument.startswith("--")):
+            if name not in known:
+                if name in self.removed:
+                    raise UserError(f"`--{name}` {self.removed[name]}")
+                hint = suggest_names(name, sorted(known), "--") or f"see `{self.prog} --help`"
+                raise UserError(f"`--{name}` is not an option of {self.prog}; {hint}")
+        return self.parse_args(arguments)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError, which cli.main reports with exit status 2."""
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+def parse_job(doc: str, section: str | None, argv: list[str] | None = None, *, default: Path | None = None) -> Config:
+    """Return the settings of one job.
+
+    doc: text of --help. section: section whose settings are options (besides --root); None: all sections, with dotted
+    keys. default: config file used without --config. Raise UserError if the section is missing or a value is wrong.
+    """
+    return parse_job_with_flags(doc, section, {}, argv, default=default)[0]
+
+
+def parse_job_with_flags(
+    doc: str, section: str | None, flags: Flags, argv: list[str] | None = None, *, default: Path | None = None
+) -> tuple[Config, argparse.Namespace]:
+    """Return the settings of one job, as `parse_job` does, and the parsed arguments with its flags."""
     kind = Config if section is None else section_type(Config.model_fields[section].annotation)
     assert kind is not None
-    options = [*([] if section is None else [s for s in list_settings(Config) if s[0] == "root"]), *list_settings(kind)]
-    path, given = _arguments(doc, options, {}, argv, required=section is not None)
-    overrides = {key if key == "root" or section is None else f"{section}.{key}": given[key] for key in given}
-    config = load_config(path, overrides, Config)
+    shared = [] if section is None else [setting for setting in list_settings(Config) if setting.key == "root"]
+    path, overrides, args = _parse(doc, kind, [*shared, *list_settings(kind)], flags, argv, default)
+    prefix = "" if section is None else f"{section}."
+    keys = {key: key if key == "root" else f"{prefix}{key}" for key in overrides}
+    config = load_config(path, {keys[key]: text for key, text in overrides.items()}, Config)
     if section is not None and getattr(config, section) is None:
         raise UserError(f"{path} has no `{section}:` section, which this job reads. Add one, or choose another file.")
-    return config
+    return config, args
 
 
-def parse_own_file(
-    doc: str, kind: type[S], flags: dict[str, str], argv: list[str] | None = None
-) -> tuple[Path, S, set[str]]:
-    """(path, settings, flags given) of a job whose file is of a kind of its own. flags: name → explanation."""
-    path, given = _arguments(doc, list(list_settings(kind)), flags, argv, required=True)
-    overrides = {key: value for key, value in given.items() if key not in flags}
-    return path, load_config(path, overrides, kind), {*given} & {*flags}
+def parse_file(
+    doc: str, kind: type[S], flags: Flags, argv: list[str] | None = None
+) -> tuple[Path, S, argparse.Namespace]:
+    """Return the config file, its settings and the parsed arguments of a job with its own kind of file."""
+    path, overrides, args = _parse(doc, kind, list(list_settings(kind)), flags, argv, default=None)
+    return path, load_config(path, overrides, kind), args
 
 
-def _arguments(
-    doc: str, options: list[tuple[str, Any, str, str]], flags: dict[str, str], argv: list[str] | None, *, required: bool
-) -> tuple[Path, dict[str, Any]]:
-    """The file and what else was given. options: as `settings` has them."""
-    parser = argparse.ArgumentParser(
-        # The list of all settings belongs to --help: an error shall stay one paragraph.
-        usage="%(prog)s --config FILE [--key value ...]" if required else "%(prog)s [--config FILE] [--key value ...]",
-        description=doc,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", metavar="FILE", required=required, help="YAML file, see jobs/experiments/")
-    for name, text in flags.items():
-        parser.add_argument(f"--{name}", action="store_const", const=True, help=text)
-    for key, default, type_name, explanation in options:
-        text = f"{explanation} [{default}]" if default is not None else explanation
-        parser.add_argument(f"--{key}", metavar=type_name.upper().replace("|", " | "), help=text.replace("%", "%%"))
-    given = vars(parser.parse_args(argv))
-    path = Path(given.pop("config") or sample_config())
-    return path, {key: value for key, value in given.items() if value is not None}
+def _parse(
+    doc: str,
+    kind: type[Section],
+    settings: list[Setting],
+    flags: Flags,
+    argv: list[str] | None,
+    default: Path | None,
+) -> tuple[Path, dict[str, str], argparse.Namespace]:
+    """Return the config file, the settings given on the command line as text, and all parsed arguments."""
+    file = "--config FILE" if default is None else "[--config FILE]"
+    parser = JobParser(doc, f"%(prog)s {file} [--key VALUE ...]", removed_settings(kind))
+    parser.add_argument("--config", metavar="FILE", required=default is None, help="YAML file with the settings")
+    for name, options in flags.items():
+        parser.add_argument(f"--{name}", **options)
+    for setting in settings:
+        metavar = setting.type_name.upper().replace("|", " | ")
+        shown = "" if setting.default is None else f" [{default_text(setting.default)}]"
+        parser.add_argument(
+            f"--{setting.key}", metavar=metavar, help=f"{setting.explanation}{shown}".replace("%", "%%")
+        )
+    args = parser.parse(argv)
+    path = Path(args.config) if default is None or args.config else default
+    values = {setting.key: getattr(args, setting.key) for setting in settings}
+    return path, {key: text for key, text in values.items() if text is not None}, args
 
 
-def sample_config() -> Path:
-    """The embedded sample's config file."""
-    return Path(__file__).parent.parent / "jobs" / "experiments" / "sample.yml"
+def default_text(value: Any) -> str:
+    """Return a default as it is written in YAML."""
+    if isinstance(value, dict | tuple | list):
+        plain = list(value) if isinstance(value, tuple) else value
+        return yaml.safe_dump(plain, default_flow_style=True, sort_keys=False).strip()
+    return value_text(value)
 
 
 def load_config(path: Path, overrides: dict[str, str], kind: type[S]) -> S:
-    """A config file with dotted keys replaced; `null`, [lists] and {mappings} are read as YAML."""
+    """Return the settings of a config file. overrides: dotted key → text; null, [lists], {mappings} are YAML."""
     values = yaml_file.read(path)
     for key, text in overrides.items():
-        yaml_file.set_key(values, key, _value(text))
+        yaml_file.set_key(values, key, _parse_value(text))
     return validate(values, kind, source=path, base=Path(os.path.abspath(path)).parent)
 
 
-def _value(text: str) -> Any:
-    """What a value typed by the user stands for. Numbers are left to the setting's type: a name may look like one."""
+def _parse_value(text: str) -> Any:
+    """Return a value from the command line. Numbers stay text: the setting's type decides, a name may look like one."""
     if text != "null" and text[:1] not in ("[", "{"):
         return CommandLineText(text)
     try:
@@ -117,13 +148,13 @@ def _value(text: str) -> Any:
 
 
 def main(job: Callable[[], None]) -> None:
-    """Runs a job; a user's mistake becomes one paragraph on stderr and exit status 2."""
+    """Run a job; report a UserError as one paragraph on stderr and exit with status 2."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    ours = logging.getLogger("carclass")
-    ours.addHandler(handler)
-    ours.setLevel(logging.INFO)
-    ours.propagate = False  # Ray gives the root logger a handler of its own: what we say would appear twice
+    logger = logging.getLogger("carclass")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # Ray adds a handler to the root logger: lines would appear twice
     try:
         job()
     except UserError as error:

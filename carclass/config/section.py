@@ -1,47 +1,44 @@
-"""What a setting is: typed, with its path in every error, and relative to the file that it stands in."""
+"""Base class of all settings: typed, strict about keys, with paths relative to the file they stand in."""
 
-import difflib
-import hashlib
-import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_origin
+from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
+from pydantic.fields import FieldInfo
 
-from carclass.errors import UserError
+from carclass.errors import UserError, suggest_names
 
 NAMED_DETECTORS = ("mask_rcnn_r50_fpn", "faster_rcnn_r101_fpn", "torchvision_mask_rcnn_v2", "sample")
 NAMED_PARENTS = ("imagenet", "imagenet-v2", "sample", "zoo", *NAMED_DETECTORS)
-"""Words that stand for weights (weights.py), detectors or the embedded sample, where a path could be."""
-
+"""Names of weights, detectors and the embedded sample that are accepted in place of a path."""
 EPOCH_OF_RUN = re.compile(r"([A-Za-z0-9][A-Za-z0-9._=-]*)@([1-9][0-9]*|best|last)")
-"""How a run's epoch is written."""
-WEIGHTS = (".safetensors", ".pth", ".pt", ".pkl")
-"""How files of weights end."""
+"""Syntax of a run's epoch."""
+WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".pkl")
 
 
 class CommandLineText(str):
-    """A value typed on the command line: as a path, relative to where the user stands."""
+    """A value from the command line: as a path, it is relative to the working directory."""
 
 
 def _resolve(value: Any, info: ValidationInfo) -> Any:
-    """Makes a local path absolute, so that no worker depends on its working directory."""
+    """Return a local path as absolute, so that no worker depends on its working directory."""
     if isinstance(value, str) and value.startswith("s3:") and not re.match("s3://[^/]", value):
-        raise ValueError("a place on S3 is written s3://bucket/prefix")
-    named = value in NAMED_PARENTS and info.field_name != "root"
-    if not isinstance(value, str) or named or "://" in value:
+        raise ValueError("an S3 URI is written s3://bucket/prefix")
+    is_name = value in NAMED_PARENTS and info.field_name != "root"
+    if not isinstance(value, str) or is_name or "://" in value:
         return value
     base = Path.cwd() if isinstance(value, CommandLineText) else (info.context or {}).get("base", Path.cwd())
     return str(Path(os.path.normpath(base / Path(value).expanduser())))
 
 
 def _resolve_parent(value: Any, info: ValidationInfo) -> Any:
-    """Leaves a run's epoch as it is; what else stands for weights is a URI."""
+    """Return the epoch of a run unchanged, and anything else as the URI of weights."""
     if isinstance(value, str) and EPOCH_OF_RUN.fullmatch(value):
         return str(value)
-    if isinstance(value, str) and "@" in value and "/" not in value and not value.endswith(WEIGHTS):
+    if isinstance(value, str) and "@" in value and "/" not in value and not value.endswith(WEIGHTS_SUFFIXES):
         raise ValueError("an epoch of a run is written NAME@12, NAME@best or NAME@last")
     return _resolve(value, info)
 
@@ -54,20 +51,21 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Section(BaseModel):
-    """A part of the config file: immutable, and strict about its keys."""
+    """A section of the config file: immutable, and strict about its keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    def digest(self) -> str:
-        """sha256 of the settings, the same whatever the order in which they were written."""
-        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
+    removed: ClassVar[dict[str, str]] = {}
+    """Former settings of the section: name → the rest of the error's sentence."""
 
 
 S = TypeVar("S", bound=Section)
 
 
 def validate(values: dict[str, Any], kind: type[S], *, source: str | Path, base: Path) -> S:
-    """Typed settings; UserError names every wrong key with its path. base: folder of relative paths."""
+    """Return typed settings. Raise UserError, which names every wrong key with its path.
+
+    source: file or origin, for messages. base: folder that relative paths refer to.
+    """
     try:
         return kind.model_validate(values, context={"base": base})
     except ValidationError as error:
@@ -79,9 +77,11 @@ def _explain(item: Any, kind: type[Section]) -> str:
     path = ".".join(str(step) for step in item["loc"])
     if item["type"] != "extra_forbidden":
         return f"`{path}`: {item['msg'].removeprefix('Value error, ')} (got {item['input']!r})"
-    known = list(_section_at(kind, item["loc"][:-1]).model_fields)
-    close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
-    hint = f"did you mean `{close[0]}`?" if close else f"known here: {', '.join(known)}"
+    section, name = _section_at(kind, item["loc"][:-1]), str(item["loc"][-1])
+    if name in section.removed:
+        return f"`{path}` {section.removed[name]}"
+    known = [*section.model_fields, *(setting.key for setting in list_settings(section))]
+    hint = suggest_names(name, dict.fromkeys(known)) or f"known here: {', '.join(section.model_fields)}"
     return f"`{path}` is not a setting; {hint}"
 
 
@@ -89,15 +89,82 @@ def _section_at(section: type[Section], path: tuple[int | str, ...]) -> type[Sec
     steps = iter(path)
     for step in steps:
         annotation = section.model_fields[str(step)].annotation
-        found = section_type(annotation)
-        assert found is not None, path
-        section = found
-        if get_origin(annotation) is dict:
-            next(steps, None)  # a key of the user's
+        inner = section_type(annotation)
+        assert inner is not None, path
+        section = inner
+        if get_origin(annotation) in (dict, tuple):
+            next(steps, None)  # a user's key, or an index
     return section
 
 
 def section_type(annotation: Any) -> type[Section] | None:
-    """The Section inside an annotation such as `Frozen | None`, if there is one."""
+    """Return the Section inside an annotation such as `FrozenSettings | None`, or None."""
     options = getattr(annotation, "__args__", (annotation,))
-    return next((t for t in options if isinstance(t, type) and issubclass(t, Section)), None)
+    return next((option for option in options if isinstance(option, type) and issubclass(option, Section)), None)
+
+
+class Setting(NamedTuple):
+    """A setting as `--help` and the reference show it."""
+
+    key: str
+    """Dotted path below the section."""
+    default: Any
+    """`required` if there is none."""
+    type_name: str
+    bounds: str
+    """Limits of a number, such as "≥ 1"."""
+    explanation: str
+
+
+def list_settings(section: type[Section], prefix: str = "") -> Iterator[Setting]:
+    """Yield every setting of a section, depth first."""
+    for name, field in section.model_fields.items():
+        inner = section_type(field.annotation)
+        if inner is not None and get_origin(field.annotation) not in (dict, tuple):
+            yield from list_settings(inner, f"{prefix}{name}.")
+        else:
+            default = "required" if field.is_required() else field.default
+            explanation = " ".join((field.description or _inherited_explanation(section, name)).split())
+            yield Setting(f"{prefix}{name}", default, _type_name(field.annotation), _bounds(field), explanation)
+
+
+def removed_settings(section: type[Section], prefix: str = "") -> dict[str, str]:
+    """Return the former settings of a section and of those below it: dotted key → explanation."""
+    removed = {f"{prefix}{name}": text for name, text in section.removed.items()}
+    for name, field in section.model_fields.items():
+        if (inner := section_type(field.annotation)) is not None:
+            removed |= removed_settings(inner, f"{prefix}{name}.")
+    return removed
+
+
+def _inherited_explanation(section: type[Section], name: str) -> str:
+    """Return the parent section's explanation of a setting of which only the default differs."""
+    fields: list[FieldInfo] = [
+        parent.model_fields[name]
+        for parent in section.__mro__[1:]
+        if issubclass(parent, Section) and name in parent.model_fields
+    ]
+    return next((field.description for field in fields if field.description), "")
+
+
+def _bounds(field: FieldInfo) -> str:
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    limits = [(sign, getattr(item, name, None)) for item in field.metadata for name, sign in signs.items()]
+    return ", ".join(f"{sign} {limit}" for sign, limit in limits if limit is not None)
+
+
+def _type_name(annotation: Any) -> str:
+    """Return an annotation in words, alternatives joined by |: `int`, `crop|mask`, `int|[int, int]`."""
+    if get_origin(annotation) is dict:
+        return "mapping"
+    if get_origin(annotation) in (tuple, list):
+        elements = [element for element in annotation.__args__ if element is not Ellipsis]
+        return f"[{', '.join(map(_type_name, elements))}{', ...' if Ellipsis in annotation.__args__ else ''}]"
+    if section_type(annotation) is not None and not hasattr(annotation, "__args__"):
+        return "mapping"
+    if hasattr(annotation, "__metadata__"):  # Annotated
+        return _type_name(annotation.__origin__)
+    if hasattr(annotation, "__args__"):
+        options = [str(option) if isinstance(option, str) else _type_name(option) for option in annotation.__args__]
+        return "|".join(option for option in options if option != "NoneType")
+    return "any" if annotation is Any else getattr(annotation, "__name__", str(annotation))

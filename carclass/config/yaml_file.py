@@ -1,4 +1,4 @@
-"""The text of a config file: YAML with `${NAME}` and `${NAME:-default}` from the environment."""
+"""Reader of config files: YAML with `${NAME}` and `${NAME:-default}` from the environment."""
 
 import os
 import re
@@ -11,26 +11,24 @@ from carclass.errors import UserError
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """The file's keys and values, `${NAME}` replaced; UserError when it is not a YAML mapping."""
+    """Return the file's keys and values, with `${NAME}` replaced. Raise UserError if it is not a YAML mapping."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(
-            f"config file {path}: {error.strerror or error}. Give an existing file with --config."
-        ) from error
+        raise UserError(f"config file {path}: {error.strerror or error}. Give an existing file.") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"config file {path} is not text in UTF-8 ({error}). Is it the right file?") from error
+        raise UserError(f"config file {path} is not UTF-8 text ({error}). Check that it is the right file.") from error
     try:
         values = yaml.safe_load(re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", lambda m: _environment(m, path), text))
     except yaml.YAMLError as error:
         raise UserError(f"config file {path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
-        raise UserError(f"config file {path} holds no settings. See jobs/experiments/ for examples.")
+        raise UserError(f"config file {path} holds no settings. See docs/configuration.md.")
     return values
 
 
 def set_key(values: dict[str, Any], key: str, value: Any) -> None:
-    """Sets a dotted key; sections on the way that aren't there are made."""
+    """Set a dotted key in place, creating missing sections."""
     *steps, last = key.split(".")
     for step in steps:
         if not isinstance(values.get(step), dict):
@@ -45,5 +43,5 @@ def _environment(match: re.Match[str], path: str | Path) -> str:
     if default is not None and not value:  # as in the shell, `:-` replaces an empty value too
         value = default
     if value is None:
-        raise UserError(f"config file {path} uses ${{{name}}}, which is not set. Say `export {name}=…` first.")
+        raise UserError(f"config file {path} uses ${{{name}}}, which is not set. Run `export {name}=…` first.")
     return value

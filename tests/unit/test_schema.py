@@ -1,4 +1,4 @@
-"""Settings: what is wrong is named by its key, paths don't depend on where one stands, every setting is explained."""
+"""Settings: errors name the key, paths do not depend on the working directory, every setting is explained."""
 
 from pathlib import Path
 from typing import Any
@@ -6,11 +6,16 @@ from typing import Any
 import pytest
 
 from carclass.config import cli, yaml_file
+from carclass.config.budget import Baseline, Budget
+from carclass.config.reference import render_reference
 from carclass.config.schema import Config, FrozenSettings, MaskSettings, TrainSettings
-from carclass.config.section import CommandLineText, validate
+from carclass.config.search import Range, Search
+from carclass.config.section import CommandLineText, Section, Setting, list_settings, validate
+from carclass.data.dataset import to_json
 from carclass.errors import UserError
 
-EXPERIMENTS = sorted((Path(__file__).parents[2] / "jobs" / "experiments").glob("*.yml"))
+REPO = Path(__file__).parents[2]
+EXPERIMENTS = sorted((REPO / "jobs" / "experiments").glob("*.yml"))
 BASE = Path("/base")
 
 
@@ -18,7 +23,7 @@ def config_of(**values: Any) -> Any:
     return validate({"root": "results", **values}, Config, source="test.yml", base=BASE)
 
 
-def file_with(folder: Path, text: str) -> Path:
+def write_config(folder: Path, text: str) -> Path:
     path = folder / "config.yml"
     path.write_text(text, encoding="utf-8")
     return path
@@ -48,6 +53,31 @@ def test_the_error_names_the_source_and_every_wrong_key_at_once():
     assert str(caught.value).startswith("test.yml: ")
     assert "`ingest.quality`" in str(caught.value)
     assert "`train.nmae`" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"choice": "surest"}, "`mask.choice`: `surest` was renamed to `highest_score`"),
+        ({"preview": 40}, "test.yml: `mask.preview` is now a flag of jobs/mask.py: --preview 40"),
+    ],
+)
+def test_a_former_name_is_refused_with_the_new_one(values: dict[str, Any], message: str):
+    with pytest.raises(UserError) as caught:
+        config_of(mask=values)
+    assert message in str(caught.value)
+
+
+def test_a_setting_of_a_deeper_section_is_suggested():
+    with pytest.raises(UserError, match=r"`train.lr` is not a setting; did you mean `frozen.lr` or `unfrozen.lr`\?"):
+        config_of(train={"name": "x", "lr": 1e-3})
+
+
+@pytest.mark.parametrize("masks", [{"preview": 40}, {"cutout": {"marign": 0}}])
+def test_an_unknown_key_in_a_list_of_sections_is_named(masks: dict[str, Any]):
+    values = {"root": "r", "experiments": "e", "masks": [{}, masks]}
+    with pytest.raises(UserError, match=r"`masks\.1\.(preview` is now a flag|cutout\.marign` is .* mean `margin`)"):
+        validate(values, Budget, source="test.yml", base=BASE)
 
 
 def test_a_missing_required_setting_is_named():
@@ -124,7 +154,7 @@ def test_settings_cannot_be_changed_after_they_were_checked():
 
 def test_a_relative_path_in_a_file_is_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir("/")
-    path = file_with(tmp_path, "root: ../results\ningest: {photos: ./photos}")
+    path = write_config(tmp_path, "root: ../results\ningest: {photos: ./photos}")
     loaded: Any = cli.load_config(path, {}, Config)
     assert loaded.root == str(tmp_path.parent / "results")
     assert loaded.ingest.photos == str(tmp_path / "photos")
@@ -135,7 +165,7 @@ def test_a_relative_path_on_the_command_line_is_relative_to_the_working_director
 ):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert cli.load_config(file_with(tmp_path, "root: r"), {"root": "mine"}, Config).root == str(
+    assert cli.load_config(write_config(tmp_path, "root: r"), {"root": "mine"}, Config).root == str(
         tmp_path / "elsewhere/mine"
     )
 
@@ -161,7 +191,7 @@ def test_a_root_is_always_a_path_even_if_it_is_called_sample():
 
 @pytest.mark.parametrize("root", ["s3:/bucket/out", "s3://", "s3:///out"])
 def test_a_mistyped_s3_place_is_no_local_folder(root: str):
-    with pytest.raises(UserError, match=r"`root`: a place on S3 is written s3://bucket/prefix"):
+    with pytest.raises(UserError, match=r"`root`: an S3 URI is written s3://bucket/prefix"):
         config_of(root=root)
 
 
@@ -174,7 +204,7 @@ def test_a_path_typed_by_the_user_is_plain_text_once_it_is_checked():
 
 def test_environment_variables_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PLACE", "s3://bucket")
-    assert yaml_file.read(file_with(tmp_path, "root: ${PLACE}/out")) == {"root": "s3://bucket/out"}
+    assert yaml_file.read(write_config(tmp_path, "root: ${PLACE}/out")) == {"root": "s3://bucket/out"}
 
 
 @pytest.mark.parametrize("value", [None, ""])
@@ -184,18 +214,18 @@ def test_an_unset_or_empty_variable_has_the_default_given(
     monkeypatch.delenv("PLACE", raising=False)
     if value is not None:
         monkeypatch.setenv("PLACE", value)
-    assert yaml_file.read(file_with(tmp_path, "root: ${PLACE:-../out}/x")) == {"root": "../out/x"}
+    assert yaml_file.read(write_config(tmp_path, "root: ${PLACE:-../out}/x")) == {"root": "../out/x"}
 
 
 def test_a_variable_that_is_set_wins_over_its_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PLACE", "here")
-    assert yaml_file.read(file_with(tmp_path, "root: ${PLACE:-there}")) == {"root": "here"}
+    assert yaml_file.read(write_config(tmp_path, "root: ${PLACE:-there}")) == {"root": "here"}
 
 
 def test_an_unset_variable_without_default_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("NOT_THERE", raising=False)
-    with pytest.raises(UserError, match=r"\$\{NOT_THERE\}, which is not set. Say `export NOT_THERE"):
-        yaml_file.read(file_with(tmp_path, "root: ${NOT_THERE}"))
+    with pytest.raises(UserError, match=r"\$\{NOT_THERE\}, which is not set. Run `export NOT_THERE"):
+        yaml_file.read(write_config(tmp_path, "root: ${NOT_THERE}"))
 
 
 def test_a_missing_file_is_named(tmp_path: Path):
@@ -205,19 +235,19 @@ def test_a_missing_file_is_named(tmp_path: Path):
 
 def test_a_file_that_is_no_yaml_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match="not valid YAML"):
-        yaml_file.read(file_with(tmp_path, "root: [unclosed"))
+        yaml_file.read(write_config(tmp_path, "root: [unclosed"))
 
 
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path):
     (tmp_path / "weights.yml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="not text in UTF-8"):
+    with pytest.raises(UserError, match="is not UTF-8 text"):
         yaml_file.read(tmp_path / "weights.yml")
 
 
 @pytest.mark.parametrize("text", ["", "# nothing", "- a list", "a word"])
 def test_a_file_without_settings_is_refused(tmp_path: Path, text: str):
     with pytest.raises(UserError, match="holds no settings"):
-        yaml_file.read(file_with(tmp_path, text))
+        yaml_file.read(write_config(tmp_path, text))
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
@@ -227,36 +257,63 @@ def test_every_experiment_file_is_valid(path: Path, monkeypatch: pytest.MonkeyPa
     assert cli.load_config(path, {}, Config).root == "/somewhere"
 
 
-# Digests
+# Identity: the settings as a dataset's manifest has them
 
 
-def test_a_digest_does_not_depend_on_the_order_of_the_keys():
-    one = MaskSettings.model_validate(
+def serialise(settings: Section) -> bytes:
+    return to_json(settings.model_dump(mode="json"))
+
+
+def test_serialised_settings_do_not_depend_on_the_order_of_the_keys():
+    first = MaskSettings.model_validate(
         {"source": "a", "detector": {"short_side": 320, "classes": {2: "car", 7: "truck"}}}
     )
-    other = MaskSettings.model_validate(
+    second = MaskSettings.model_validate(
         {"detector": {"classes": {7: "truck", 2: "car"}, "short_side": 320}, "source": "a"}
     )
-    assert one.digest() == other.digest()
+    assert serialise(first) == serialise(second)
 
 
-def test_a_digest_does_not_depend_on_whether_a_default_was_written_down():
-    assert TrainSettings(name="x").digest() == TrainSettings(name="x", num_workers=1).digest()
+def test_an_explicit_default_does_not_change_serialised_settings():
+    assert serialise(TrainSettings(name="x")) == serialise(TrainSettings(name="x", num_workers=1))
 
 
-def test_a_digest_does_not_depend_on_how_a_number_was_written():
-    assert config_of(train={"name": "x", "frozen": {"lr": "2e-3"}}).digest() == config_of(train={"name": "x"}).digest()
+def test_serialised_settings_do_not_depend_on_the_spelling_of_a_number():
+    spelled = config_of(train={"name": "x", "frozen": {"lr": "2e-3"}})
+    assert serialise(spelled) == serialise(config_of(train={"name": "x"}))
 
 
-def test_a_digest_changes_with_a_nested_setting():
-    assert TrainSettings(name="x").digest() != TrainSettings(name="x", frozen=FrozenSettings(lr=3e-3)).digest()
+def test_a_nested_setting_changes_serialised_settings():
+    changed = TrainSettings(name="x", frozen=FrozenSettings(lr=3e-3))
+    assert serialise(TrainSettings(name="x")) != serialise(changed)
 
 
 # Explanations
 
 
-@pytest.mark.parametrize("setting", list(cli.list_settings(Config)), ids=lambda setting: setting[0])
-def test_every_setting_is_explained_in_a_sentence(setting: tuple[str, Any, str, str]):
-    _, _, _, explanation = setting
-    assert len(explanation.split()) >= 3
-    assert explanation.endswith(".")
+@pytest.mark.parametrize(
+    "setting",
+    [setting for kind in (Config, Search, Range, Budget, Baseline) for setting in list_settings(kind)],
+    ids=lambda setting: setting.key,
+)
+def test_every_setting_is_explained_in_a_sentence(setting: Setting):
+    assert len(setting.explanation.split()) >= 3
+    assert setting.explanation.endswith(".")
+
+
+def test_the_reference_is_current():
+    assert (REPO / "docs" / "configuration.md").read_text(encoding="utf-8") == render_reference(), "run `make docs`"
+
+
+def test_the_reference_has_every_setting_and_no_former_one():
+    page = render_reference()
+    keys = [setting.key for name in ("ingest", "mask", "train", "evaluate", "predict") for setting in settings_of(name)]
+    assert [key for key in keys if f"| `{key}` |" not in page] == []
+    assert "preview" not in page
+    assert "surest" not in page
+
+
+def settings_of(name: str) -> list[Setting]:
+    prefix = f"{name}."
+    settings = [setting for setting in list_settings(Config) if setting.key.startswith(prefix)]
+    return [setting._replace(key=setting.key.removeprefix(prefix)) for setting in settings]

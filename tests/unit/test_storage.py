@@ -1,4 +1,4 @@
-"""Places on the local disk: the S3 side of the same functions is in tests/s3."""
+"""Storage on the local disk; tests/s3 has the same functions on S3."""
 
 import itertools
 import os
@@ -11,13 +11,13 @@ from carclass import storage
 from carclass.errors import UserError
 
 
-def test_what_is_written_is_read_back(tmp_path: Path):
+def test_a_written_file_is_read_back(tmp_path: Path):
     uri = storage.join(str(tmp_path), "a", "b.bin")
     storage.write_bytes(uri, b"content")
     assert storage.read_bytes(uri) == b"content"
 
 
-def test_writing_replaces_what_was_there(tmp_path: Path):
+def test_writing_replaces_an_existing_file(tmp_path: Path):
     uri = str(tmp_path / "a")
     storage.write_bytes(uri, b"a long first content")
     storage.write_bytes(uri, b"second")
@@ -29,7 +29,7 @@ def test_writing_leaves_no_other_file_behind(tmp_path: Path):
     assert os.listdir(tmp_path) == ["a"]
 
 
-def test_a_reader_sees_an_old_or_a_new_file_and_never_half_of_one(tmp_path: Path):
+def test_a_reader_never_sees_a_partial_file(tmp_path: Path):
     uri, contents, seen = str(tmp_path / "a"), (b"0" * 1_000_000, b"1" * 1_000_000), set()
     storage.write_bytes(uri, contents[0])
     done = threading.Event()
@@ -47,19 +47,19 @@ def test_a_reader_sees_an_old_or_a_new_file_and_never_half_of_one(tmp_path: Path
     assert seen <= set(contents)
 
 
-def test_a_file_that_is_not_there_is_a_file_not_found_error(tmp_path: Path):
+def test_a_missing_file_raises_file_not_found(tmp_path: Path):
     with pytest.raises(FileNotFoundError):
         storage.read_bytes(str(tmp_path / "nothing"))
 
 
-def test_exists_tells_files_from_folders_and_nothing(tmp_path: Path):
+def test_exists_is_true_for_files_only(tmp_path: Path):
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "folder").mkdir()
-    found = [storage.exists(str(tmp_path / name)) for name in ("file", "folder", "nothing")]
-    assert found == [True, False, False]
+    existing = [storage.exists(str(tmp_path / name)) for name in ("file", "folder", "nothing")]
+    assert existing == [True, False, False]
 
 
-def test_a_listing_has_all_files_below_sorted_and_relative(tmp_path: Path):
+def test_a_listing_has_all_files_sorted_and_relative(tmp_path: Path):
     for name in ("b.txt", "a/z.txt", "a/b/c.txt", "ä ö#?.txt"):
         storage.write_bytes(str(tmp_path / name), b"")
     (tmp_path / "empty").mkdir()
@@ -67,51 +67,51 @@ def test_a_listing_has_all_files_below_sorted_and_relative(tmp_path: Path):
 
 
 @pytest.mark.parametrize("form", ["{}", "{}/", "file://{}", "file://{}/"])
-def test_a_place_may_be_written_with_a_scheme_and_a_slash_at_its_end(tmp_path: Path, form: str):
+def test_a_uri_may_have_a_scheme_and_a_trailing_slash(tmp_path: Path, form: str):
     storage.write_bytes(str(tmp_path / "a/b.txt"), b"")
     assert storage.list_files(form.format(tmp_path)) == ["a/b.txt"]
 
 
-def test_a_place_that_is_not_there_has_no_files(tmp_path: Path):
+def test_a_missing_folder_has_no_files(tmp_path: Path):
     assert storage.list_files(str(tmp_path / "nothing")) == []
 
 
-def test_a_file_has_no_listing(tmp_path: Path):
+def test_a_file_cannot_be_listed(tmp_path: Path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match="cannot be listed"):
         storage.list_files(str(tmp_path / "file"))
 
 
-def test_other_schemes_are_refused_by_name():
-    with pytest.raises(UserError, match=r"gs://bucket/a: places are local folders or s3:// prefixes, not gs://"):
+def test_other_schemes_are_refused():
+    with pytest.raises(UserError, match=r"gs://bucket/a: gs:// is not supported. Give a local folder or an s3://"):
         storage.read_bytes("gs://bucket/a")
 
 
-def test_many_files_come_in_the_order_asked_for_and_failures_take_their_place(tmp_path: Path):
+def test_many_files_are_read_in_order_with_failures_in_place(tmp_path: Path):
     for i in range(50):
         storage.write_bytes(str(tmp_path / str(i)), str(i).encode())
-    found = list(storage.read_many(str(tmp_path / str(i)) for i in [*range(49, -1, -1), 999, 7]))
-    assert found[:50] == [str(i).encode() for i in range(49, -1, -1)]
-    assert isinstance(found[50], FileNotFoundError)
-    assert found[51] == b"7"
+    contents = list(storage.read_many(str(tmp_path / str(i)) for i in [*range(49, -1, -1), 999, 7]))
+    assert contents[:50] == [str(i).encode() for i in range(49, -1, -1)]
+    assert isinstance(contents[50], FileNotFoundError)
+    assert contents[51] == b"7"
 
 
-def test_what_is_done_in_parallel_is_begun_only_a_little_ahead():
-    begun: list[int] = []
-    results = storage.in_parallel(lambda number: begun.append(number) or 2 * number, itertools.count())
+def test_parallel_work_has_a_bounded_prefetch():
+    started: list[int] = []
+    results = storage.in_parallel(lambda number: started.append(number) or 2 * number, itertools.count())
     assert list(itertools.islice(results, 10)) == list(range(0, 20, 2))
     results.close()  # type: ignore[attr-defined]
-    assert len(begun) <= 10 + 2 * storage.READ_THREADS
+    assert len(started) <= 10 + 2 * storage.READ_THREADS
 
 
-def test_a_stream_gives_the_bytes_of_an_archive_as_they_are(tmp_path: Path):
+def test_a_stream_does_not_decompress(tmp_path: Path):
     path = tmp_path / "photos.gz"  # a name that pyarrow would decompress by itself
     path.write_bytes(b"\x1f\x8b not gzip")
     with storage.open_stream(str(path)) as stream:
         assert stream.read() == b"\x1f\x8b not gzip"
 
 
-def test_checking_a_root_leaves_nothing_in_it(tmp_path: Path):
+def test_checking_a_root_leaves_no_file(tmp_path: Path):
     storage.check_root(str(tmp_path / "new"))
     assert storage.list_files(str(tmp_path)) == []
 
@@ -133,11 +133,11 @@ def test_join_does_not_double_a_slash():
     assert storage.join("s3://bucket/a/", "b", "c.txt") == "s3://bucket/a/b/c.txt"
 
 
-# Patience
+# Throttling
 
 
-class Busy:
-    """A read that is refused some times before it succeeds."""
+class ThrottledRead:
+    """Read that fails several times before it succeeds."""
 
     def __init__(self, refusals: int, message: str) -> None:
         self.refusals, self.message, self.calls = refusals, message, 0
@@ -151,26 +151,26 @@ class Busy:
 
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds that would have been slept."""
-    taken: list[float] = []
-    monkeypatch.setattr(storage.time, "sleep", taken.append)
-    return taken
+    """Record pauses, in seconds, instead of sleeping."""
+    seconds: list[float] = []
+    monkeypatch.setattr(storage.time, "sleep", seconds.append)
+    return seconds
 
 
-def test_a_busy_place_is_asked_again_after_growing_pauses(pauses: list[float]):
-    assert storage.retry_throttled(Busy(4, "AWS Error INTERNAL_FAILURE during GetObject")) == "content"
+def test_a_throttled_request_is_retried_after_growing_pauses(pauses: list[float]):
+    assert storage.retry_throttled(ThrottledRead(4, "AWS Error INTERNAL_FAILURE during GetObject")) == "content"
     assert len(pauses) == 4
     assert pauses == sorted(pauses)
 
 
-def test_patience_ends(pauses: list[float]):
-    busy = Busy(100, "AWS Error SLOW_DOWN during GetObject")
+def test_the_number_of_retries_is_limited(pauses: list[float]):
+    read = ThrottledRead(100, "AWS Error SLOW_DOWN during GetObject")
     with pytest.raises(OSError, match="SLOW_DOWN"):
-        storage.retry_throttled(busy)
-    assert busy.calls == storage.NUM_ATTEMPTS
+        storage.retry_throttled(read)
+    assert read.calls == storage.NUM_ATTEMPTS
 
 
-def test_a_file_that_is_not_there_is_not_waited_for(pauses: list[float]):
+def test_a_missing_file_is_not_retried(pauses: list[float]):
     with pytest.raises(OSError, match="NO_SUCH_KEY"):
-        storage.retry_throttled(Busy(1, "AWS Error NO_SUCH_KEY during GetObject"))
+        storage.retry_throttled(ThrottledRead(1, "AWS Error NO_SUCH_KEY during GetObject"))
     assert pauses == []
