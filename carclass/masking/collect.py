@@ -1,4 +1,4 @@
-"""What a person looks at after masking: the report and the contact sheet of a dataset."""
+"""Collection of a masked dataset's report and contact sheet."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -15,55 +15,61 @@ from carclass.masking.report import FLAGS, MaskingReport, doubt_score, histogram
 from carclass.masking.rle import decode_mask
 
 NUM_SHEET, NUM_DOUBTFUL, NUM_EMPTY = 40, 50, 15
-MEASURES = ("outcome", "score", "stability", "several_vehicles", "touches_border", "area_fraction")
-DRAWN = ("image", *MEASURES, "num_vehicles", "vehicle_class", "box", "mask", "source_width", "source_height")
+"""Photos on the contact sheet; doubtful photos in the report, and those of them without a vehicle."""
+DOUBT_COLUMNS = ("outcome", "score", "stability", "several_vehicles", "touches_border", "area_fraction")
+"""Parameters of doubt_score."""
+PHOTO_COLUMNS = (
+    "image", *DOUBT_COLUMNS, "num_vehicles", "vehicle_class", "box", "mask", "source_width", "source_height"
+)  # fmt: skip
 
 
 def write_report(
     masked: dataset.Dataset, source: dataset.Dataset, truth: str | None, *, num_sheet: int = NUM_SHEET
 ) -> None:
-    """Writes report.html and contact_sheet.jpg beside the parts of a masked dataset.
+    """Write report.html and contact_sheet.jpg of a masked dataset.
 
-    source: what it was masked from; truth: COCO file with true masks, where there is one: photos are then judged by
-    it; num_sheet: photos on the sheet, chosen by content.
+    source: the unmasked dataset; truth: URI of a COCO file with true masks, by which photos are then ranked; num_sheet:
+    photos on the sheet, chosen by content.
     """
-    index = masked.read(["image_id", "key", "vehicle_class", *MEASURES])
+    index = masked.read(["image_id", "key", "vehicle_class", *DOUBT_COLUMNS])
     ious = {} if truth is None else quality.ious(masked, truth)
     sampled = index.sort_by([("image_id", "ascending"), ("key", "ascending")])["key"].to_pylist()[:num_sheet]
     doubtful = _most_doubtful(index, ious)
-    looks = _masked_photos(masked, source, list({*sampled, *doubtful}), ious)
-    sheet = [looks[key] for key in sampled]
-    report = _report(masked, index, ious, doubtful=[looks[key] for key in doubtful], sheet=sheet)
+    photos = _masked_photos(masked, source, list({*sampled, *doubtful}), ious)
+    sheet = [photos[key] for key in sampled]
+    report = _report(masked, index, ious, doubtful=[photos[key] for key in doubtful], sheet=sheet)
     storage.write_bytes(storage.join(masked.uri, "contact_sheet.jpg"), draw_contact_sheet(sheet, report.title))
     storage.write_bytes(storage.join(masked.uri, "report.html"), render(report).encode())
 
 
 def _most_doubtful(index: pa.Table, ious: dict[str, float]) -> list[str]:
-    """Keys, worst first: by the truth where it is known, else by what the masks say of themselves.
+    """Return keys, worst first: by IoU where a true mask is known, else by doubt_score.
 
-    Photos without a vehicle are all alike, so they get no more than a few places.
+    Photos without a vehicle are alike, so at most NUM_EMPTY of them are listed.
     """
-    rows = index.select(["key", *MEASURES]).to_pylist()
-    doubts = {row["key"]: doubt_score(**{name: row[name] for name in MEASURES}) for row in rows}
+    rows = index.select(["key", *DOUBT_COLUMNS]).to_pylist()
+    doubts = {row["key"]: doubt_score(**{name: row[name] for name in DOUBT_COLUMNS}) for row in rows}
     doubts |= {key: 1 - iou for key, iou in ious.items()}
-    order = sorted(doubts, key=lambda key: (-doubts[key], key))
+    ranked = sorted(doubts, key=lambda key: (-doubts[key], key))
     empty = {row["key"] for row in rows if row["outcome"] == "no_vehicle"}
-    too_many = set([key for key in order if key in empty][NUM_EMPTY:])
-    return [key for key in order if key not in too_many][:NUM_DOUBTFUL]
+    omitted = set([key for key in ranked if key in empty][NUM_EMPTY:])
+    return [key for key in ranked if key not in omitted][:NUM_DOUBTFUL]
 
 
 def _masked_photos(
     masked: dataset.Dataset, source: dataset.Dataset, keys: Sequence[str], ious: dict[str, float]
 ) -> dict[str, MaskedPhoto]:
-    before = {row["key"]: row["image"] for row in source.rows(keys, ["image"])}
-    return {row["key"]: shrink_photo(_masked_photo(row, before[row["key"]], ious)) for row in masked.rows(keys, DRAWN)}
+    """Return the photos of these keys, at the size of a panel."""
+    originals = {row["key"]: row["image"] for row in source.rows(keys, ["image"])}
+    rows = masked.rows(keys, PHOTO_COLUMNS)
+    return {row["key"]: shrink_photo(_masked_photo(row, originals[row["key"]], ious)) for row in rows}
 
 
-def _masked_photo(row: dict[str, Any], before: bytes, ious: dict[str, float]) -> MaskedPhoto:
+def _masked_photo(row: dict[str, Any], original: bytes, ious: dict[str, float]) -> MaskedPhoto:
     mask = row["mask"]
     return MaskedPhoto(
         key=row["key"],
-        photo=photo.decode(before, min_side=1),
+        photo=photo.decode(original, min_side=1),
         box=None if row["box"] is None else np.array(row["box"]),
         mask=None if mask is None else decode_mask(mask, row["source_height"], row["source_width"]),
         result=photo.decode(row["image"], min_side=1),
@@ -87,29 +93,29 @@ def _notes(row: dict[str, Any], ious: dict[str, float]) -> list[str]:
 def _report(
     masked: dataset.Dataset, index: pa.Table, ious: dict[str, float], **pictures: list[MaskedPhoto]
 ) -> MaskingReport:
-    settings, counts = masked.manifest["settings"], masked.manifest
+    settings, manifest = masked.manifest["settings"], masked.manifest
     detector, cutout = settings["detector"], settings["cutout"]
     return MaskingReport(
         title=f"Masking of {settings['source']}: {masked.name}",
         facts=[
             ("Source", f"{settings['source']} (sha256 {settings['source_digest'][:12]}…)"),
             ("Detector", f"{detector['model'].rsplit('/', 1)[-1]}, weights sha256 {detector['weights'][:12]}…"),
-            ("Looks at", f"{detector['short_side']} px, {detector['num_proposals']} proposals ({detector['profile']})"),
-            ("Takes", f"the {settings['choice']} {' or '.join(detector['classes'].values())}"),
-            ("Makes", f"{cutout['mode']}, margin {cutout['margin']:g}"),
+            ("Input", f"{detector['short_side']} px, {detector['num_proposals']} proposals ({detector['profile']})"),
+            ("Selection", f"{settings['choice'].replace('_', ' ')} {' or '.join(detector['classes'].values())}"),
+            ("Cutout", f"{cutout['mode']}, margin {cutout['margin']:g}"),
         ],
-        outcomes=counts["outcomes"],
-        quarantined=counts["reasons"],
+        outcomes=manifest["outcomes"],
+        quarantined=manifest["reasons"],
         flags={flag: sum(index[flag].drop_null().to_pylist()) for flag in FLAGS},
         classes=dict(Counter(index["vehicle_class"].drop_null().to_pylist()).most_common()),
-        scores=_histogram(index, "score"),
-        areas=_histogram(index, "area_fraction"),
-        stabilities=_histogram(index, "stability"),
+        scores=_column_histogram(index, "score"),
+        areas=_column_histogram(index, "area_fraction"),
+        stabilities=_column_histogram(index, "stability"),
         mean_iou=float(np.mean(list(ious.values()))) if ious else None,
         ious=histogram(np.array(list(ious.values()))),
         **pictures,
     )
 
 
-def _histogram(index: pa.Table, column: str) -> list[int]:
+def _column_histogram(index: pa.Table, column: str) -> list[int]:
     return histogram(index[column].drop_null().to_numpy())

@@ -1,4 +1,4 @@
-"""One masking job as one HTML file: what was found, how sure it is, and the photos that are worth a look."""
+"""Report of a masking job as one HTML file: detections, their confidence, and doubtful photos."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,44 +13,44 @@ from carclass.reporting.svg import BOTTOM, LEFT, RIGHT, TOP
 
 NUM_BINS = 20
 SMALL_AREA = 0.1
-"""Share of the photo below which a vehicle counts as hardly in the picture."""
-JPEG_QUALITY = 75  # some 25 KB a panel, so that 90 of them stay below 5 MB
+"""Share of the photo below which a vehicle counts as too small."""
+JPEG_QUALITY = 75  # about 25 KB per panel, so that 90 of them stay below 5 MB
 
 FLAGS = {
     "several_vehicles": ("Another vehicle is at least half as large", "mask.exclude.several_vehicles"),
-    "touches_border": ("The vehicle is cut off by the photo's edge", "mask.exclude.touches_border"),
+    "touches_border": ("The vehicle touches the photo's edge", "mask.exclude.touches_border"),
 }
-"""Flag → what it says of a photo and the setting that leaves such photos out."""
+"""Flag → its description and the setting that excludes such photos."""
 
 
 @dataclass(kw_only=True, slots=True)
 class MaskingReport:
-    """Everything the page shows. Histograms are counts as `histogram` returns them, over the photos with a vehicle."""
+    """Contents of the page. Histograms are counts from `histogram`, over the photos with a vehicle."""
 
     title: str
     facts: list[tuple[str, str]]
-    """What was masked and how, as (name, value): dataset, parent, detector, settings."""
+    """(name, value) pairs for the head: source, detector, settings."""
     outcomes: dict[str, int]
     """`vehicle` and `no_vehicle` → photos of the dataset."""
     quarantined: dict[str, int]
-    """Reason → number of photos that were set aside. May be empty."""
+    """Reason → quarantined photos. May be empty."""
     flags: dict[str, int]
-    """Flag (`several_vehicles`, `touches_border`) → photos that have it."""
+    """Flag (`several_vehicles`, `touches_border`) → photos with it."""
     classes: dict[str, int]
     """Vehicle class → photos."""
     scores: list[int]
     areas: list[int]
-    """Share of the photo that the vehicle covers."""
+    """Share of the photo covered by the vehicle."""
     stabilities: list[int]
-    """All zero when the detector finds boxes only."""
+    """All zero for a detector without masks."""
     mean_iou: float | None
-    """Mean intersection over union with the true masks; None when no truth is known."""
+    """Mean intersection over union with the true masks; None without true masks."""
     ious: list[int]
-    """All zero when no truth is known."""
+    """All zero without true masks."""
     doubtful: list[MaskedPhoto]
-    """Worst first: by IoU where the truth is known, else by `doubt`; at most 50. May be empty."""
+    """Worst first: by IoU if true masks are known, else by doubt_score; at most 50. May be empty."""
     sheet: list[MaskedPhoto]
-    """A fair sample of all photos; at most 40. May be empty."""
+    """Random sample of all photos; at most 40. May be empty."""
 
     def __post_init__(self) -> None:
         for counts in (self.scores, self.areas, self.stabilities, self.ious):
@@ -58,7 +58,7 @@ class MaskingReport:
 
 
 def histogram(values: np.ndarray) -> list[int]:
-    """Count float (N,) values in NUM_BINS equal bins from 0 to 1; NaN is left out. Counts of parts can be added."""
+    """Count float (N,) values in NUM_BINS equal bins from 0 to 1, ignoring NaN. Counts of parts can be added."""
     known = np.clip(values[~np.isnan(values)], 0, 1)
     return np.histogram(known, NUM_BINS, (0, 1))[0].tolist()
 
@@ -71,12 +71,11 @@ def doubt_score(
     touches_border: bool | None,
     area_fraction: float | None,
 ) -> float:
-    """How much a photo deserves a look, 0 to 1: 1 where no vehicle was found.
+    """Return the priority of a photo for review, 0 to 1; 1 without a vehicle.
 
-    Otherwise one minus the product of all reasons to trust the mask, as if they were independent chances that it
-    is right: one bad sign is enough to be looked at, and several add up. Score and stability are such shares
-    already; another large vehicle may be the one that was meant (so 0.6); a vehicle at the border may be cut off
-    rightly (0.9); below SMALL_AREA trust falls with the area. None, what a detector does not tell, changes nothing.
+    It is one minus the product of factors of trust, treated as independent probabilities that the mask is right: score,
+    stability, 0.6 if several vehicles are large, 0.9 if the vehicle touches the border, and the share of SMALL_AREA
+    that it covers. None, for values that a detector does not give, counts as 1.
     """
     if outcome == "no_vehicle":
         return 1.0
@@ -88,7 +87,7 @@ def doubt_score(
 
 
 def render(report: MaskingReport) -> str:
-    """Return the page as one HTML document, with every photo inside it as a data: URI."""
+    """Render the page as one HTML document with embedded photos."""
     return page.render(
         Path(__file__).with_name("report.html.j2"),
         title=report.title,
@@ -97,17 +96,17 @@ def render(report: MaskingReport) -> str:
         num_photos=sum(report.outcomes.values()),
         num_vehicles=report.outcomes.get("vehicle", 0),
         flags=[(*FLAGS.get(flag, (flag.replace("_", " "), "")), count) for flag, count in report.flags.items()],
-        limits=_limits(report),
+        limits=_exclusion_counts(report),
         chart=histogram_chart,
         median=_median,
-        picture=lambda look: photo.encode(draw_panel(look), quality=JPEG_QUALITY),
+        picture=lambda masked: photo.encode(draw_panel(masked), quality=JPEG_QUALITY),
     )
 
 
 def histogram_chart(counts: list[int], name: str) -> Markup:
-    """Draw counts in equal bins from 0 to 1, with what lies below each edge as its tooltip.
+    """Draw counts in equal bins from 0 to 1, with cumulative counts as tooltips.
 
-    A single photo of many must still be seen: a column that is not empty is at least 2 pixels high.
+    Columns of non-empty bins are at least 2 pixels high, so that a single photo of many is visible.
     """
     total, width = sum(counts), (RIGHT - LEFT) / len(counts)
     ticks = svg.nice_ticks(max(counts) / total)
@@ -129,12 +128,12 @@ def histogram_chart(counts: list[int], name: str) -> Markup:
 
 
 def _median(counts: list[int]) -> float:
-    """Lower edge of the bin in which the median lies: at least half of the photos have this much or more."""
+    """Return the lower edge of the median's bin: at least half of the photos have this value or more."""
     return int(np.searchsorted(np.cumsum(counts), sum(counts) / 2, side="right")) / len(counts)
 
 
-def _limits(report: MaskingReport) -> list[tuple[float, list[int]]]:
-    """Every bin's upper edge with the photos below it by area, by stability and by score, where there are any."""
+def _exclusion_counts(report: MaskingReport) -> list[tuple[float, list[int]]]:
+    """Return (limit, photos below it by area, stability and score) for each bin's upper edge with any such photo."""
     measures = (report.areas, report.stabilities, report.scores)
     rows = [((i + 1) / NUM_BINS, [sum(counts[: i + 1]) for counts in measures]) for i in range(NUM_BINS - 1)]
     return [(limit, below) for limit, below in rows if any(below)]

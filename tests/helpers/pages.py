@@ -17,7 +17,7 @@ from tests.helpers.trees import sixteen
 EVALUATION_SECTIONS = [
     "summary", "curves", "confusion", "pairs", "classes", "mistakes", "calibration", "masking", "data"
 ]  # fmt: skip
-MASKING_SECTIONS = ["summary", "found", "measures", "doubtful", "sample", "data"]
+MASKING_SECTIONS = ["summary", "detections", "measures", "doubtful", "sample", "data"]
 SWEEP_SECTIONS = ["summary", "seeds", "trials", "curves", "parallel", "importance", "slices", "cost"]
 COMPARISON_SECTIONS = ["summary", "tree", "curves", "runs", "changes", "better", "treatments", "test"]
 
