@@ -62,5 +62,5 @@ def test_every_benchmark_is_documented():
 
 
 def test_every_page_is_of_readable_length():
-    lengths = {page.name: page.read_text(encoding="utf-8").count("\n") for page in PAGES}
-    assert {name: lines for name, lines in lengths.items() if lines > MAX_LINES and name not in UNLIMITED} == {}
+    lengths = {page: page.read_text(encoding="utf-8").count("\n") for page in PAGES if page.name not in UNLIMITED}
+    assert {page: lines for page, lines in lengths.items() if lines > MAX_LINES} == {}
