@@ -1,9 +1,15 @@
 """Links, paths and commands named in the documentation."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from carclass.config import cli
+from carclass.config.schema import Config
+from carclass.config.section import list_settings
 
 REPO = Path(__file__).parents[2]
 PAGES = [
@@ -14,6 +20,10 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 REPO_PATH = re.compile(r"(?<![\w/.:=$~-])(?:jobs|carclass|cluster|tests|docs)/[\w./-]*\w")
 """A path from the repository's root, not one within a longer path or URI."""
 BENCHMARK = re.compile(r"jobs/benchmark\.py\s+(\w+)")
+COMMAND = re.compile(r"jobs/(\w+)\.py((?:(?!jobs/|#| -- )[^`\n|])*)")
+"""A job and its arguments, on one line."""
+FLAG = re.compile(r"(?<=\s)--([a-z][\w.-]*)")
+SETTING = re.compile(r"`((?:ingest|mask|train|evaluate|predict)\.(?!py\b)[a-z][\w.]*)`")
 MAX_LINES = 150
 UNLIMITED = ("CHANGELOG.md", "configuration.md")
 """Pages that grow: the latter is generated from the schema."""
@@ -47,6 +57,31 @@ def test_paths_of_the_repository_exist(page: Path):
 def test_named_benchmarks_exist(page: Path):
     named = set(BENCHMARK.findall(page.read_text(encoding="utf-8")))
     assert {name for name in named if not (REPO / f"carclass/tools/benchmarks/{name}.py").exists()} == set()
+
+
+@pytest.mark.parametrize("job", sorted(path.stem for path in (REPO / "jobs").glob("*.py")))
+def test_options_in_commands_exist(job: str):
+    text = "\n".join(page.read_text(encoding="utf-8").replace("\\\n", " ") for page in PAGES)
+    used = {flag for name, arguments in COMMAND.findall(text) if name == job for flag in FLAG.findall(arguments)}
+    command = [sys.executable, REPO / "jobs" / f"{job}.py", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPO).stdout
+    assert used - set(FLAG.findall(shown)) == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
+def test_settings_in_prose_exist(page: Path):
+    known = [setting.key for setting in list_settings(Config)]
+    sections = {key.rsplit(".", depth)[0] for key in known for depth in range(1, key.count(".") + 1)}
+    text = page.read_text(encoding="utf-8") if page.name != "CHANGELOG.md" else ""  # which names former ones
+    assert set(SETTING.findall(text)) - {*known, *sections} == set()
+
+
+def test_the_config_in_the_readme_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "my.yml").write_text(re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[0])
+    monkeypatch.setenv("DETECTOR_SHA256", "a" * 64)
+    config = cli.load_config(tmp_path / "my.yml", {}, Config)
+    assert None not in (config.ingest, config.mask, config.train)
 
 
 def test_every_page_is_in_the_index():
