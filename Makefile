@@ -3,12 +3,13 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 INSTALLED := .venv/installed
 LOCKS := requirements.lock requirements-dev.lock
+TEST = $(PY) -m pytest --numprocesses 2 --dist loadgroup
 COMPILE = .venv/bin/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --custom-compile-command "make lock"
 
-.PHONY: help install demo test lint format bench sample lock clean
+.PHONY: help install demo test test-all lint format bench docs sample lock clean
 
 help: ## list what there is to make
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 install: $(INSTALLED) ## a virtual environment from the locks
 
@@ -20,8 +21,11 @@ $(INSTALLED): $(LOCKS) $(wildcard cluster/image/*.lock) cluster/image/install.sh
 demo: $(INSTALLED) ## the whole chain on the embedded sample
 	$(PY) jobs/pipeline.py
 
-test: $(INSTALLED) ## all tests
-	$(PY) -m pytest
+test: $(INSTALLED) ## every subsystem once, in minutes
+	$(TEST) -m "not slow and not nightly"
+
+test-all: $(INSTALLED) ## all tests but the nightly ones, in half an hour
+	$(TEST) -m "not nightly"
 
 lint: $(INSTALLED) ## ruff, its formatter and mypy
 	$(PY) -m ruff check
@@ -34,6 +38,9 @@ format: $(INSTALLED) ## let ruff mend what it can
 
 bench: $(INSTALLED) ## every speed claim, on the sample
 	$(PY) jobs/benchmark.py ingest
+
+docs: $(INSTALLED) ## docs/configuration.md from the schema
+	$(PY) -m carclass.config.reference > docs/configuration.md
 
 lock: $(INSTALLED) ## resolve the dependencies again
 	$(COMPILE) requirements.in -o requirements.lock

@@ -1,4 +1,4 @@
-"""What tests share: a small sample, an S3 server and a Ray cluster on this machine, a dataset made of the sample."""
+"""Shared fixtures: a small sample, an S3 server, a Ray cluster, and the dataset ingested from the sample."""
 
 import logging
 import os
@@ -28,9 +28,17 @@ from tests.helpers.clusters import free_port
 Rows = list[dict[str, Any]]
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Assign unit tests to pytest-xdist's groups by module, and all other tests, which share clusters, to one group."""
+    for item in items:
+        is_unit = item.path.parent.name == "unit"
+        item.add_marker(pytest.mark.xdist_group(item.path.stem if is_unit else "clusters"))
+
+
 @pytest.fixture(scope="session")
 def photos_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with photos/, labels.csv and truth.json: 60 good photos of ten classes and the sample's 17 oddities."""
+    """Return a folder with photos/, labels.csv and truth.json: 60 valid photos of ten classes and 17 edge cases."""
     folder = tmp_path_factory.mktemp("sample")
     write_sample(folder, train_per_class=4, test_per_class=2)
     return folder
@@ -38,7 +46,7 @@ def photos_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A client of an S3 server on loopback; the environment sends everyone else there too."""
+    """Start an S3 server on loopback and yield a client; environment variables direct all other clients to it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -54,7 +62,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
             environment.setenv("AWS_SECRET_ACCESS_KEY", "test")
             environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
             environment.setenv("AWS_EC2_METADATA_DISABLED", "true")
-            storage._s3.cache_clear()  # a client made before would speak to AWS
+            storage._s3.cache_clear()  # an earlier client would connect to AWS
             yield boto3.client("s3")
     finally:
         server.kill()
@@ -65,7 +73,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def _wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        assert server.poll() is None, "the S3 server ended at once"
+        assert server.poll() is None, "the S3 server exited at startup"
         try:
             urllib.request.urlopen(url, timeout=1).close()
             return
@@ -76,7 +84,7 @@ def _wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
 
 @pytest.fixture
 def bucket(s3: Any) -> str:
-    """The name of a bucket of the test's own."""
+    """Return the name of a new bucket."""
     name = f"test-{uuid4().hex}"
     s3.create_bucket(Bucket=name)
     return name
@@ -84,7 +92,7 @@ def bucket(s3: Any) -> str:
 
 @pytest.fixture
 def proxy(s3: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """A proxy to which this process and those that it starts speak."""
+    """Start a proxy in front of the S3 server, used by this process and its child processes."""
     server = Proxy(os.environ["AWS_ENDPOINT_URL"])
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
@@ -97,23 +105,23 @@ def proxy(s3: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
 
 @pytest.fixture(scope="session")
 def ray_cluster(s3: Any) -> Iterator[str]:
-    """A Ray cluster on this machine, by its address; its workers know the S3 server. Jobs called here join it."""
-    import ray  # here, so that tests without a cluster don't wait for it
+    """Start a local Ray cluster whose workers use the S3 server and yield its address. In-process jobs join it."""
+    import ray  # slow, and not needed by tests without a cluster
     import ray.data
 
-    # A folder of its own: Ray Train looks there for its cluster, and finds another one if there are several. Not
-    # pytest's, whose path is too long for a socket.
+    # A separate folder: with several clusters in one, Ray Train may connect to the wrong one.
+    # Not tmp_path, which is too long for a socket.
     os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-")
     port = free_port()
-    os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"  # not that of a cluster which a test starts
+    os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"  # not that of a cluster started by a test
     ray.init(
         address="local",
         num_cpus=4,
         dashboard_port=port,
-        include_dashboard=True,  # Ray Train asks it whether a run's controller is still there
+        include_dashboard=True,  # Ray Train asks it whether the controller of a run is alive
         object_store_memory=500_000_000,
         logging_level=logging.WARNING,
-        # Idle workers stay: starting one costs seconds of imports.
+        # Keep idle workers: starting one takes seconds of imports.
         _system_config={"idle_worker_killing_time_threshold_ms": 600_000},
     )
     ray.data.DataContext.get_current().enable_progress_bars = False
@@ -125,7 +133,7 @@ def ray_cluster(s3: Any) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def ingested(ray_cluster: str, photos_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dataset.Dataset:
-    """The small sample, ingested from its folder."""
+    """Ingest the small sample from its folder."""
     from carclass.ingestion import ingest
 
     root = str(tmp_path_factory.mktemp("ingested"))
@@ -135,7 +143,7 @@ def ingested(ray_cluster: str, photos_folder: Path, tmp_path_factory: pytest.Tem
 
 @pytest.fixture(scope="session")
 def contents() -> Callable[[dataset.Dataset], tuple[Rows, Rows]]:
-    """All that a dataset holds, in the order of its keys: rows and quarantine."""
+    """Return a function that reads the rows and the quarantine of a dataset, both ordered by key."""
 
     def contents(published: dataset.Dataset) -> tuple[Rows, Rows]:
         schema = dataset.MASKED_ROW if published.manifest["kind"] == "masked" else dataset.ROW
@@ -150,7 +158,7 @@ def contents() -> Callable[[dataset.Dataset], tuple[Rows, Rows]]:
 
 @pytest.fixture(scope="session")
 def files_below() -> Callable[[str], dict[str, tuple[int, int]]]:
-    """Every file below a local folder, with its time of change and its inode: a file written again has others."""
+    """Return a function that maps the files below a folder to (mtime, inode), which change when a file is rewritten."""
 
     def files_below(folder: str) -> dict[str, tuple[int, int]]:
         stats = {path: (Path(folder) / path).stat() for path in storage.list_files(folder)}

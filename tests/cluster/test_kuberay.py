@@ -228,6 +228,7 @@ def arrived(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
         cluster.stop()
 
 
+@pytest.mark.slow  # 20 s
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def test_code_arrives_as_a_zip_from_s3(arrived: subprocess.CompletedProcess[str]):
     assert arrived.returncode == 0, arrived.stdout + arrived.stderr

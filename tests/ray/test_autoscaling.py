@@ -17,6 +17,7 @@ import yaml
 from tests.helpers.clusters import RAY, free_port, kill, wait_for
 
 REPO = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow  # 60 s
 HEAD_ID = "f" * 51 + "00000"
 PROVIDER = {
     "type": "external",

@@ -20,8 +20,15 @@ from carclass.masking.mask import mask_dataset
 from carclass.sample.generate import write_sample
 from tests.helpers.clusters import Cluster, Job, below, start, titled, wait_for
 
-CASES = [*(("node, detector, driver", seed) for seed in range(5)), ("node", 5), ("machine", 6)]
+KILLS = "node, detector, driver"
+CASES = [
+    *((KILLS, seed) for seed in (0, 1)),
+    *(pytest.param((KILLS, seed), marks=pytest.mark.nightly) for seed in (2, 3, 4)),  # 60 s each
+    ("node", 5),
+    ("machine", 6),
+]
 PART_ROWS = 20
+pytestmark = pytest.mark.slow  # 190 s
 CONFIG = """
 root: {folder}/root
 ingest: {{photos: {folder}/photos, labels: {folder}/labels.csv}}

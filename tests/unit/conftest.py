@@ -1,0 +1,16 @@
+"""Thread limit of the unit tests."""
+
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def single_thread() -> Iterator[None]:
+    """Limit torch to one thread: the tests' networks are too small for more, and pytest's processes share the CPUs."""
+    import torch
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
