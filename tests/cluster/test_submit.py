@@ -14,10 +14,11 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.helpers.clusters import RAY, free_port, kill
+from tests.helpers.clusters import RAY, Job, free_port, kill, wait_for
 from tests.helpers.tunnel import Tunnel
 
 REPO = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow  # 90 s
 
 
 class Head(NamedTuple):
@@ -146,33 +147,64 @@ def test_a_config_outside_the_checkout_is_refused(head: Head, tmp_path: Path):
     assert "does not travel. Put it in there" in done.stderr
 
 
-COUNT = "import time\nfor i in range(40): print('line', i, flush=True); time.sleep(0.25)"
+COUNT = """
+import pathlib, time
+for i in range(20):
+    print("line", i, flush=True)
+    pathlib.Path({started!r}).touch()
+    time.sleep(0.25)
+raise SystemExit(3)
+"""
 
 
-def test_a_broken_connection_costs_no_line_and_no_exit_status(head: Head, follow):
+def cut_once_started(tunnel: Tunnel, started: Path) -> None:
+    while not started.exists():
+        time.sleep(0.05)
+    time.sleep(1)  # in the middle of the log
+    tunnel.cut()
+
+
+def test_a_broken_connection_costs_no_line_and_no_exit_status(head: Head, follow, tmp_path: Path):
     host, port = head.url.removeprefix("http://").split(":")
     with Tunnel(0, None, (host, int(port))) as way:
         threading.Thread(target=way.serve_forever, daemon=True).start()
-        cutting = threading.Timer(12, way.cut)
-        cutting.start()
-        done = follow(COUNT + "\nraise SystemExit(3)", way.url)
+        started = tmp_path / "started"
+        threading.Thread(target=cut_once_started, args=(way, started), daemon=True).start()
+        done = follow(COUNT.format(started=str(started)), way.url)
         way.shutdown()
     assert done.returncode == 3
     assert "lost the connection" in done.stderr
-    assert [line for line in done.stdout.splitlines() if line[:4] == "line"] == [f"line {i}" for i in range(40)]
+    assert [line for line in done.stdout.splitlines() if line[:4] == "line"] == [f"line {i}" for i in range(20)]
 
 
-def test_the_same_command_follows_the_job_that_runs(head: Head, follow, tmp_path: Path):
+WAIT = """
+import pathlib, time
+pathlib.Path({started!r}).open("a").write("x")
+while not pathlib.Path({end!r}).exists():
+    time.sleep(0.1)
+"""
+
+
+def start_submit(head: Head, home: Path, *job: str) -> Job:
+    """Submit a job in the background."""
+    home.mkdir()
+    log = home / "submit.log"
+    command = [sys.executable, SUBMIT, "--address", head.url, "--", *job]
+    with log.open("w") as out:
+        process = subprocess.Popen(command, env=environment(head.token, home), cwd=REPO, stdout=out, stderr=out)
+    return Job(process, log)
+
+
+def test_the_same_command_follows_the_job_that_runs(head: Head, tmp_path: Path):
     marker = tmp_path / "started"
-    code = f"import pathlib, time; pathlib.Path({str(marker)!r}).open('a').write('x'); time.sleep(15); print('done')"
-    first = threading.Thread(target=follow, args=(code,))
-    first.start()
-    while not marker.exists():
-        time.sleep(0.1)
-    again = follow(code)
-    first.join()
-    assert "runs already" in again.stderr
-    assert again.returncode == 0
+    job = ("python", "-c", WAIT.format(started=str(marker), end=str(tmp_path / "end")))
+    first = start_submit(head, tmp_path / "first", *job)
+    wait_for(marker.exists, *first)
+    again = start_submit(head, tmp_path / "again", *job)
+    wait_for(lambda: "runs already" in again.log.read_text(), *again)
+    (tmp_path / "end").touch()
+    first.end()
+    again.end()
     assert marker.read_text() == "x"
 
 
