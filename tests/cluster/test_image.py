@@ -1,4 +1,4 @@
-"""The Dockerfile, line by line in a clean Debian: it makes a Ray node that runs the demo as a user of its own."""
+"""The Dockerfile, line by line in a clean Debian: it makes a Ray node that runs a job chain as a user of its own."""
 
 import json
 import os
@@ -9,28 +9,35 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from ray.autoscaler._private.command_runner import _with_interactive
 
+from carclass.sample.generate import write_sample
+from tests.helpers.chain import RUN, chain_settings
 from tests.helpers.clean_root import TOOLS, Build, Stage, instructions
 
 REPO = Path(__file__).parents[2]
 IMAGE = REPO / "cluster" / "image"
 LINES = list(instructions((REPO / "Dockerfile").read_text(encoding="utf-8")))
-pytestmark = pytest.mark.timeout(900)  # the image and the demo, on two busy cores
+pytestmark = pytest.mark.timeout(900)  # the image and the chain, on two busy cores
 COMPILERS = ("as", "c++", "cc", "clang", "cpp", "g++", "gcc", "ld", "make", "nvcc", "rustc")
 
 missing = [tool for tool in TOOLS if shutil.which(tool) is None]
-in_a_clean_root = pytest.mark.skipif(
-    sys.platform != "linux" or os.geteuid() != 0 or missing != [],
-    reason=f"needs Linux, root and {', '.join(TOOLS)}; missing: {', '.join(missing) or 'root'}",
-)
+CAN_BUILD = sys.platform == "linux" and os.geteuid() == 0 and missing == []
 
-# A head with a worker beside it runs the demo and is stopped. What is found lies in files: `ray stop` ends the rest.
+
+def in_a_clean_root(test: Callable[..., None]) -> Callable[..., None]:
+    """Mark a test that builds the image: 200 s, all of them together."""
+    reason = f"needs Linux, root and {', '.join(TOOLS)}; missing: {', '.join(missing) or 'root'}"
+    return pytest.mark.slow(pytest.mark.skipif(not CAN_BUILD, reason=reason)(test))
+
+
+# A head with a worker beside it runs a chain and is stopped. What is found lies in files: `ray stop` ends the rest.
 LIFE = """
 check() {{ name=$1; shift; "$@" >"health.$name" 2>&1; echo $? >"health.$name.code"; }}
 await() {{ for _ in $(seq 120); do check "$@"; [ "$(cat "health.$1.code")" = 0 ] && break; sleep 1; done; }}
@@ -41,7 +48,7 @@ ray start --address=127.0.0.1:6379 --num-cpus=0 --object-store-memory=100000000 
     --dashboard-agent-listen-port=52366 >worker.log 2>&1
 await worker {worker_health}
 ray job submit --address http://127.0.0.1:8265 --working-dir job -- \\
-    python jobs/pipeline.py --root "$HOME/results" >job.log 2>&1
+    python jobs/pipeline.py --config chain.yml >job.log 2>&1
 echo $? >job.code
 ray stop >stop.log 2>&1
 check after {health}
@@ -196,11 +203,14 @@ def test_the_inventory_lists_debians_packages(inventory: dict):
 
 @pytest.fixture(scope="module")
 def life(node: Stage) -> Path:
-    """The home of a node that has been a head, run the demo as a job, and been stopped."""
+    """The home of a node that has been a head, run the chain as a job, and been stopped."""
     home = node.root / "home" / "carclass"
     for name in ("carclass", "jobs"):
         shutil.copytree(REPO / name, home / "job" / name, ignore=shutil.ignore_patterns("__pycache__"))
-    subprocess.run(["chown", "-R", "1000:1000", home / "job"], check=True)
+    write_sample(home / "sample", train_per_class=4, test_per_class=2)
+    settings = chain_settings("/home/carclass/results", "/home/carclass/sample")
+    (home / "job" / "chain.yml").write_text(yaml.safe_dump(settings))
+    subprocess.run(["chown", "-R", "1000:1000", home / "job", home / "sample"], check=True)
     health = shlex.join(node.health)
     worker_health = health.replace("52365", "52366")  # it shares the head's addresses
     script = LIFE.format(health=health, worker_health=worker_health, command=shlex.join(node.command))
@@ -226,6 +236,6 @@ def test_a_worker_is_asked_for_its_raylet(life: Path):
 
 
 @in_a_clean_root
-def test_the_demo_runs_as_a_job(life: Path):
+def test_the_chain_runs_as_a_job(life: Path):
     assert (life / "job.code").read_text().strip() == "0", (life / "job.log").read_text()
-    assert (life / "results" / "experiments" / "sample" / "report" / "report.html").exists()
+    assert (life / "results" / "experiments" / RUN / "report" / "report.html").exists()

@@ -12,7 +12,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import boto3
 import numpy as np
@@ -23,31 +22,14 @@ from safetensors.numpy import load
 from carclass import storage
 from carclass.data import dataset
 from carclass.sample.generate import write_sample
+from tests.helpers.chain import RUN, UNFROZEN_EPOCHS, chain_settings
 from tests.helpers.clusters import RAY, SYSTEM, Job, wait_for
 from tests.helpers.hosts import Host, Network, missing
 from tests.helpers.tunnel import Tunnel
 
 REPO = Path(__file__).parents[2]
-BUCKET, EPOCHS = "cars", 6
-SETTINGS: dict[str, Any] = {
-    "root": f"s3://{BUCKET}/many",
-    "ingest": {"photos": f"s3://{BUCKET}/photos", "labels": f"s3://{BUCKET}/labels.csv"},
-    "mask": {
-        "detector": {"model": "sample", "weights": "sample", "short_side": 160, "num_proposals": 30},
-        "part_rows": 8,
-    },
-    "train": {
-        "name": "run",
-        "parent": "sample",
-        "model": {"architecture": "resnet26-narrow", "image_size": 64},
-        "frozen": {"epochs": 5},
-        "unfrozen": {"epochs": EPOCHS, "lr": 1e-3, "batch_size": 16},
-        "precision": "fp32",
-        "num_workers": 2,
-        "checkpoint_steps": 2,
-    },
-}
-pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
+BUCKET = "cars"
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(missing() is not None, reason=str(missing()))]  # 400 s
 
 
 class Site:
@@ -131,7 +113,7 @@ def num_parts(root: str) -> int:
 
 def num_epochs(root: str) -> int:
     """Epochs that the unfrozen stage has behind it."""
-    uri = f"s3://{BUCKET}/{root}/experiments/run/metrics.jsonl"
+    uri = f"s3://{BUCKET}/{root}/experiments/{RUN}/metrics.jsonl"
     return storage.read_bytes(uri).count(b'"unfrozen"') if storage.exists(uri) else 0
 
 
@@ -161,7 +143,7 @@ def many(site: Site) -> tuple[int, str]:
     first, second, third = site.workers
     config_file = REPO / "build" / "many-hosts.yml"  # within the checkout, as it has to travel
     config_file.parent.mkdir(exist_ok=True)
-    config_file.write_text(yaml.safe_dump(SETTINGS))
+    config_file.write_text(yaml.safe_dump(chain_settings(f"s3://{BUCKET}/many", f"s3://{BUCKET}")))
     job = site.submit("python", "jobs/pipeline.py", "--config", "build/many-hosts.yml")
     wait_for(lambda: num_parts("many") >= 2, *job, seconds=400)
     first.unplug()
@@ -173,7 +155,7 @@ def many(site: Site) -> tuple[int, str]:
     site.start_worker(site.spare)  # before the loss: with the CPUs of one host alone each worker would have but one
     wait_for(lambda: num_epochs("many") >= 2, *job, seconds=400)
     third.kill()
-    assert num_epochs("many") < EPOCHS, "lost after training, not during it"
+    assert num_epochs("many") < UNFROZEN_EPOCHS, "lost after training, not during it"
     return job.process.wait(timeout=400), job.log.read_text()
 
 
@@ -206,7 +188,7 @@ def test_its_datasets_are_those_of_a_single_host(many, alone, contents, name):
 
 @pytest.mark.parametrize("stage", ["frozen", "unfrozen"])
 def test_its_weights_are_those_of_a_single_host_to_the_bit(many, alone, stage):
-    uris = [f"s3://{BUCKET}/{root}/experiments/run/{stage}/best.safetensors" for root in ("many", "alone")]
+    uris = [f"s3://{BUCKET}/{root}/experiments/{RUN}/{stage}/best.safetensors" for root in ("many", "alone")]
     ours, theirs = (load(storage.read_bytes(uri)) for uri in uris)
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not np.array_equal(ours[name], theirs[name])] == []
