@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-JOBS = Path(__file__).parents[1] / "jobs"
+JOBS = Path(__file__).parents[2] / "jobs"
 RAY = Path(sys.executable).with_name("ray")
 SYSTEM = {
     "health_check_period_ms": 500,
