@@ -20,7 +20,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 REPO_PATH = re.compile(r"(?<![\w/.:=$~-])(?:jobs|carclass|cluster|tests|docs)/[\w./-]*\w")
 """A path from the repository's root, not one within a longer path or URI."""
 BENCHMARK = re.compile(r"jobs/benchmark\.py\s+(\w+)")
-COMMAND = re.compile(r"jobs/(\w+)\.py((?:(?!jobs/|#| -- )[^`\n|])*)")
+COMMAND = re.compile(r"jobs/(\w+)\.py((?:(?!jobs/\w+\.py|#| -- )[^`\n|])*)")
 """A job and its arguments, on one line."""
 FLAG = re.compile(r"(?<=\s)--([a-z][\w.-]*)")
 SETTING = re.compile(r"`((?:ingest|mask|train|evaluate|predict)\.(?!py\b)[a-z][\w.]*)`")
