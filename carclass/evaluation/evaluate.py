@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,7 +67,8 @@ def predict_split(source: dataset.Dataset, settings: EvaluateSettings, model_uri
     """Return key, label, predicted, confidence and probabilities of every photo of a split, ordered by key."""
     use_gpu = resources.decide_gpus(None, 1, "evaluate", None)
     resources.check_cpus(1, "evaluate")
-    count = resources.count_slots("GPU" if use_gpu else "CPU", 1)
+    num_batches = math.ceil(source.manifest["splits"][settings.split] / settings.batch_size)
+    count = min(resources.count_slots("GPU" if use_gpu else "CPU", 1), num_batches)
     rows = streaming.stream_rows(source, ["key", "label", "image"], settings.split)
     predicted = rows.map_batches(
         PredictPhotos,
