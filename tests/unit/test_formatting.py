@@ -1,0 +1,41 @@
+"""Numbers as text."""
+
+import pytest
+
+from carclass import formatting
+
+
+@pytest.mark.parametrize(("value", "text"), [(1067, "1,067"), (0.93449, "0.934"), (1234.5, "1,234.500")])
+def test_numbers(value: float, text: str):
+    assert formatting.number_text(value) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(42, "42 s"), (180, "3 min"), (9000, "2.5 h")])
+def test_durations(seconds: float, text: str):
+    assert formatting.duration_text(seconds) == text
+
+
+@pytest.mark.parametrize(("share", "text"), [(0.842, "84.2\u00a0%"), (1, "100.0\u00a0%"), (float("nan"), "nan")])
+def test_percentages(share: float, text: str):
+    assert formatting.percent_text(share) == text
+
+
+@pytest.mark.parametrize(("size", "text"), [(25_400_000, "25 MB"), (1_340_000_000, "1.3 GB")])
+def test_sizes(size: float, text: str):
+    assert formatting.bytes_text(size) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(30, "30.0 CPU seconds"), (12_240, "3.4 CPU hours")])
+def test_device_time(seconds: float, text: str):
+    assert formatting.device_time_text(seconds, "CPU") == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (64, "64"), (0.05, "0.05"), (3e-4, "3e-4"), (2.5e-3, "2.5e-3"), (2.0, "2"), (0.0, "0"), (True, "true"),
+        (None, "null"), ("cosine", "cosine"),
+    ],
+)  # fmt: skip
+def test_setting_values(value: formatting.Value, text: str):
+    assert formatting.value_text(value) == text
