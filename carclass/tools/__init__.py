@@ -1,1 +1,1 @@
-"""Tools for maintainers: benchmarks, and the scripts that train the sample's weights."""
+"""Tools for maintainers: benchmarks and the training of the sample's weights."""

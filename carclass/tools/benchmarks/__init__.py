@@ -1,1 +1,1 @@
-"""Speed claims: ours and the plain way, side by side in one run. Each returns a flat dict of figures."""
+"""Benchmarks: carclass against a plain script on the same machine. Each `run` returns a flat dict of figures."""

@@ -1,4 +1,4 @@
-"""Ingest through Ray Data into a published dataset, against a plain PIL loop that does the same work on one core."""
+"""Benchmark of ingest: the job on all CPUs against a plain PIL loop with the same work on one core."""
 
 import hashlib
 import io
@@ -12,23 +12,23 @@ from carclass.cluster import connection
 from carclass.config.schema import IngestSettings
 from carclass.errors import UserError
 from carclass.ingestion.ingest import ingest_photos
-from carclass.progress import say
+from carclass.progress import print_line
 from carclass.sample.generate import write_sample
 
 MAX_SIDE, QUALITY = 224, 92
-"""Small enough that every photo has to be shrunk and encoded again, on both sides."""
+"""Small enough that both sides resize and re-encode every photo."""
 WARM_UP = 64
-"""Photos ingested before the clock starts, in parts of four, so that every worker has done its imports."""
+"""Photos ingested before the measurement, in parts of four, so that every worker has imported its modules."""
 
 
 def run(photos: Path | None, weights: Path | None, folder: Path) -> dict[str, float]:
-    """Figures of one comparison. photos: a folder of photos, the sample without it; folder: room to work in.
+    """Measure and return the figures. photos: a folder, by default the sample; folder: for temporary files.
 
-    There is no network, so weights are refused. The plain loop runs before and after ours, so that a drift of the
-    machine's speed falls on both.
+    The plain loop runs half before and half after carclass, so that a drift of the machine's speed affects both. Raise
+    UserError for weights, which have no effect.
     """
     if weights is not None:
-        raise UserError("--weights has no effect on the benchmark `ingest`, which runs no network. Leave it out.")
+        raise UserError("--weights has no effect on the benchmark `ingest`, which runs no network. Omit it.")
     if photos is None:
         write_sample(folder / "sample")
         photos = folder / "sample" / "photos"
@@ -36,10 +36,10 @@ def run(photos: Path | None, weights: Path | None, folder: Path) -> dict[str, fl
     if len(files) < 4 * WARM_UP:
         raise UserError(f"--photos {photos} holds {len(files)} .jpg files; give a folder with at least {4 * WARM_UP}.")
     connection.connect()
-    _ours(photos, files[:: len(files) // WARM_UP], folder / "warm-up", part_rows=4)
-    first = _plain(files[::2], folder / "plain-1")
-    ours = _ours(photos, files, folder / "ours")
-    second = _plain(files[1::2], folder / "plain-2")
+    _run_job(photos, files[:: len(files) // WARM_UP], folder / "warm-up", part_rows=4)
+    first = _run_plain(files[::2], folder / "plain-1")
+    ours = _run_job(photos, files, folder / "ours")
+    second = _run_plain(files[1::2], folder / "plain-2")
     num_cpus = int(ray.cluster_resources()["CPU"])
     plain = len(files) / (first + second)
     return {
@@ -52,8 +52,8 @@ def run(photos: Path | None, weights: Path | None, folder: Path) -> dict[str, fl
     }
 
 
-def _ours(photos: Path, files: list[Path], root: Path, part_rows: int = 256) -> float:
-    """Seconds from the list of photos to the published dataset."""
+def _run_job(photos: Path, files: list[Path], root: Path, part_rows: int = 256) -> float:
+    """Return the seconds from the list of photos to the published dataset."""
     root.mkdir()
     rows = [f"{path.relative_to(photos)},{'even' if i % 2 else 'odd'},test" for i, path in enumerate(files)]
     labels = root / "labels.csv"
@@ -64,12 +64,12 @@ def _ours(photos: Path, files: list[Path], root: Path, part_rows: int = 256) -> 
     started = time.perf_counter()
     published = ingest_photos(str(root), settings)
     seconds = time.perf_counter() - started
-    say(f"carclass: {published.manifest['rows']:,} photos in {seconds:.2f} s")
+    print_line(f"carclass: {published.manifest['rows']:,} photos in {seconds:.2f} s")
     return seconds
 
 
-def _plain(files: list[Path], out: Path) -> float:
-    """Seconds of the loop that everyone writes: read, hash, decode, turn upright, shrink, encode, write."""
+def _run_plain(files: list[Path], out: Path) -> float:
+    """Return the seconds of a loop that reads, hashes, decodes, rotates upright, resizes, encodes and writes photos."""
     out.mkdir()
     started = time.perf_counter()
     for path in files:
@@ -83,5 +83,5 @@ def _plain(files: list[Path], out: Path) -> float:
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
         image.save(out / f"{name}.jpg", quality=QUALITY)
     seconds = time.perf_counter() - started
-    say(f"plain PIL loop, one core: {len(files):,} photos in {seconds:.2f} s")
+    print_line(f"plain PIL loop, one core: {len(files):,} photos in {seconds:.2f} s")
     return seconds

@@ -1,4 +1,4 @@
-"""Masking as one would write it in an afternoon: Detectron2's DefaultPredictor, one photo at a time. No Ray here."""
+"""Baseline of the masking benchmarks: Detectron2's DefaultPredictor, one photo at a time, without Ray."""
 
 import time
 from pathlib import Path
@@ -19,9 +19,9 @@ DETECTOR = "maskrcnn-r50-fpn-cars.safetensors"
 
 
 class PlainMasker:
-    """Photo file → masked photo file, at the model zoo's settings, in float32.
+    """Masking of photo files with the model zoo's settings in float32.
 
-    checkpoint: a file that DefaultPredictor can load, as save_checkpoint writes it.
+    checkpoint: a file from save_checkpoint.
     """
 
     def __init__(self, checkpoint: str) -> None:
@@ -33,18 +33,18 @@ class PlainMasker:
         self.predict = DefaultPredictor(cfg)
 
     def __call__(self, path: Path, out: Path) -> None:
-        """Masks the largest vehicle and writes the photo below out, under its own name."""
+        """Mask all but the largest vehicle and write the photo to the folder `out`."""
         pixels = np.asarray(Image.open(path).convert("RGB"))
-        found = self.predict(pixels[:, :, ::-1])["instances"].to("cpu")
-        found = found[torch.isin(found.pred_classes, torch.tensor(VEHICLES))]
-        if len(found):
-            mask = found.pred_masks[int(found.pred_masks.sum((1, 2)).argmax())].numpy()
+        instances = self.predict(pixels[:, :, ::-1])["instances"].to("cpu")
+        vehicles = instances[torch.isin(instances.pred_classes, torch.tensor(VEHICLES))]
+        if len(vehicles):
+            mask = vehicles.pred_masks[int(vehicles.pred_masks.sum((1, 2)).argmax())].numpy()
             pixels = np.where(mask[:, :, None], pixels, np.array(FILL, np.uint8))
         Image.fromarray(pixels).save(out / path.name, quality=92)
 
 
-def loop(masker: PlainMasker, files: list[Path], out: Path) -> float:
-    """Photos per second of a plain loop in this process, whose first photo is not counted."""
+def run_loop(masker: PlainMasker, files: list[Path], out: Path) -> float:
+    """Mask photos one by one and return the photos per second, after a warm-up photo."""
     out.mkdir(exist_ok=True)
     masker(files[0], out)
     started = time.perf_counter()
@@ -54,7 +54,7 @@ def loop(masker: PlainMasker, files: list[Path], out: Path) -> float:
 
 
 def choose_photos(photos: Path | None) -> list[Path]:
-    """NUM_PHOTOS of a folder, evenly spread over its names; UserError when there are fewer."""
+    """Return NUM_PHOTOS of a folder, evenly spread over its names. Raise UserError if there are fewer."""
     files = sorted(photos.glob("*.jpg")) if photos else []
     if len(files) < NUM_PHOTOS:
         raise UserError(f"--photos: {photos} holds {len(files)} .jpg files; give a folder with at least {NUM_PHOTOS}.")
@@ -62,19 +62,19 @@ def choose_photos(photos: Path | None) -> list[Path]:
 
 
 def detector_file(folder: Path | None) -> Path:
-    """The detector's weights in a folder; UserError when they aren't there."""
+    """Return the file of the detector's weights in a folder. Raise UserError if it is missing."""
     if folder is None or not (folder / DETECTOR).exists():
-        raise UserError(f"--weights: give a folder with {DETECTOR}, a Mask R-CNN R50-FPN that knows vehicles.")
+        raise UserError(f"--weights: give a folder with {DETECTOR}, a Mask R-CNN R50-FPN that detects vehicles.")
     return folder / DETECTOR
 
 
 def save_checkpoint(weights_file: Path, out: Path) -> str:
-    """The same weights in a form that DefaultPredictor loads; returns the file."""
-    state, _ = weights.load(str(weights_file), None, sample="", key="--weights")
+    """Convert weights to a checkpoint of DefaultPredictor and return its path."""
+    state, _ = weights.load_weights(str(weights_file), None, sample="", key="--weights")
     torch.save({"model": state}, out / "plain.pth")
     return str(out / "plain.pth")
 
 
-def settings(weights_file: Path, profile: str) -> DetectorSettings:
-    """Ours, with the same weights."""
+def detector_settings(weights_file: Path, profile: str) -> DetectorSettings:
+    """Return carclass' detector settings with the same weights."""
     return DetectorSettings.model_validate({"weights": str(weights_file), "profile": profile})

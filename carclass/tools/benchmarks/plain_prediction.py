@@ -1,4 +1,4 @@
-"""Prediction as one would write it in an afternoon: one photo at a time through both networks. No Ray here."""
+"""Baseline of the prediction benchmark: one photo at a time through both networks, without Ray."""
 
 import time
 from pathlib import Path
@@ -14,9 +14,9 @@ SIDE = 224
 
 
 class PlainPredictor:
-    """Photo file → its class: PIL, DefaultPredictor at the zoo's settings, a crop, ResNet50 in float32.
+    """Classification of photo files: PIL, DefaultPredictor with the zoo's settings, a crop, ResNet50 in float32.
 
-    classify: uint8 (N,3,S,S) → logits (N,C). checkpoint: as for PlainMasker; None: photos are classified as they are.
+    classify: uint8 (N,3,S,S) → logits (N,C). checkpoint: of PlainMasker; None: classify whole photos.
     """
 
     def __init__(self, classify: nn.Module, checkpoint: str | None) -> None:
@@ -26,21 +26,21 @@ class PlainPredictor:
 
     @torch.no_grad()
     def __call__(self, path: Path) -> int:
-        """The likeliest class of the largest vehicle, or of the whole photo where there is none."""
+        """Return the most probable class of the largest vehicle, or of the whole photo without one."""
         pixels = np.asarray(Image.open(path).convert("RGB"))
         if self.detect is not None:
-            found = self.detect(pixels[:, :, ::-1])["instances"].to("cpu")
-            found = found[torch.isin(found.pred_classes, torch.tensor(VEHICLES))]
-            if len(found):
-                largest = int(found.pred_masks.sum((1, 2)).argmax())
-                x1, y1, x2, y2 = found.pred_boxes.tensor[largest].round().int().tolist()
+            instances = self.detect(pixels[:, :, ::-1])["instances"].to("cpu")
+            vehicles = instances[torch.isin(instances.pred_classes, torch.tensor(VEHICLES))]
+            if len(vehicles):
+                largest = int(vehicles.pred_masks.sum((1, 2)).argmax())
+                x1, y1, x2, y2 = vehicles.pred_boxes.tensor[largest].round().int().tolist()
                 pixels = pixels[y1 : max(y2, y1 + 1), x1 : max(x2, x1 + 1)]
         photo = np.array(Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BILINEAR))
         return int(self.classify(torch.from_numpy(photo).permute(2, 0, 1)[None].to(self.device)).argmax())
 
 
-def loop(predict: PlainPredictor, files: list[Path]) -> float:
-    """Photos per second of a plain loop in this process, whose first photo is not counted."""
+def run_loop(predict: PlainPredictor, files: list[Path]) -> float:
+    """Classify photos one by one and return the photos per second, after a warm-up photo."""
     predict(files[0])
     predictions = []
     started = time.perf_counter()

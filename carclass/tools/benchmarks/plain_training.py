@@ -1,7 +1,7 @@
-"""Training as one would write it in an afternoon: torchvision, ImageFolder, DataLoader and DDP. No Ray here.
+"""Baseline of the training benchmarks: torchvision, ImageFolder, DataLoader and DDP, without Ray.
 
-Both stages on photos in a folder per class: the frozen one decodes and runs the backbone in every epoch, and the
-unfrozen one decodes in every epoch and learns BatchNorm's statistics, as a call of train() does by default.
+Both stages read photos from class folders. The frozen stage decodes and runs the backbone in every epoch; the unfrozen
+stage decodes in every epoch and updates BatchNorm's statistics, the default of train().
 """
 
 import os
@@ -23,23 +23,23 @@ from torchvision.models.resnet import Bottleneck, ResNet
 
 from carclass.config.schema import ModelSettings, TrainSettings
 from carclass.models import preprocessing, resnet
-from carclass.tools.benchmarks.timing import Clock
-from carclass.training.loop import learning_rate
+from carclass.tools.benchmarks.timing import ThroughputClock
+from carclass.training.learner import learning_rate
 
-MAX_DECODERS = 16
-"""Decoding processes at most; fewer where there are fewer cores."""
+MAX_DATALOADER_WORKERS = 16
+"""Or the number of cores, if lower."""
 
 
 class FrozenEpoch(NamedTuple):
-    """What one epoch of the frozen stage took and saw."""
+    """Time, features and labels of one epoch of the frozen stage."""
 
     seconds: float
-    features: dict[str, Tensor]  # by split: float (N,2048) in the order of the epoch
+    features: dict[str, Tensor]  # by split: float (N,2048) in the epoch's order
     labels: dict[str, Tensor]
 
 
-def network(weights: Path, settings: ModelSettings, num_classes: int) -> ResNet:
-    """torchvision's resnet50 with the file's weights and a new classifier."""
+def build_network(weights: Path, settings: ModelSettings, num_classes: int) -> ResNet:
+    """Return torchvision's resnet50 with weights from a file and a new classifier."""
     net = resnet50()
     for block in net.modules():
         if isinstance(block, Bottleneck) and settings.stride_in_1x1:
@@ -50,22 +50,22 @@ def network(weights: Path, settings: ModelSettings, num_classes: int) -> ResNet:
     return net
 
 
-def loader(folder: Path, batch_size: int, size: int, changed: bool, shuffle: bool) -> DataLoader:
-    """Photos of a folder per class. changed: a random crop and flip, else resized alone."""
-    steps = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()] if changed else []
-    steps = [*(steps or [transforms.Resize((size, size))]), transforms.ToTensor()]
+def make_loader(folder: Path, batch_size: int, size: int, augment: bool, shuffle: bool) -> DataLoader:
+    """Return a loader of class folders. augment: random crop and flip instead of a plain resize."""
+    resize = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
+    steps = [*(resize if augment else [transforms.Resize((size, size))]), transforms.ToTensor()]
     transform = transforms.Compose([*steps, transforms.Normalize(preprocessing.MEAN, preprocessing.STD)])
     return DataLoader(
-        ImageFolder(str(folder), transform, allow_empty=True),  # a class may have no photo in a small choice
+        ImageFolder(str(folder), transform, allow_empty=True),  # small splits may lack photos of a class
         batch_size=batch_size,
         shuffle=shuffle,
-        num_workers=min(MAX_DECODERS, os.cpu_count() or 1),
+        num_workers=min(MAX_DATALOADER_WORKERS, os.cpu_count() or 1),
         pin_memory=torch.cuda.is_available(),
     )
 
 
 class HeadTrainer:
-    """The classifier with its optimizer and the stage's recipe."""
+    """The classifier with its optimizer and the frozen stage's hyperparameters."""
 
     def __init__(self, head: nn.Module, settings: TrainSettings, num_photos: int, device: torch.device) -> None:
         assert settings.frozen is not None
@@ -75,7 +75,7 @@ class HeadTrainer:
         self.steps = 0
 
     def step(self, features: Tensor, labels: Tensor) -> None:
-        """One update."""
+        """Update the classifier on a batch."""
         self.steps += 1
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.stage, self.steps / self.steps_per_epoch)
@@ -85,60 +85,62 @@ class HeadTrainer:
         loss.backward()
         self.optimizer.step()
 
-    def go_on(self, features: Tensor, labels: Tensor) -> None:
-        """The remaining epochs on kept features, float (N,D), shuffled anew in each: without augmentation the frozen
-        backbone would give the same ones again."""
+    def train_remaining(self, features: Tensor, labels: Tensor) -> None:
+        """Train the remaining epochs on float (N,D) features, shuffled in each.
+
+        Without augmentation the frozen backbone returns the same features in every epoch.
+        """
         while self.steps < self.stage.epochs * self.steps_per_epoch:
             for batch in torch.randperm(len(features)).split(self.stage.batch_size):
                 self.step(features[batch].to(self.device), labels[batch].to(self.device))
 
     @torch.no_grad()
     def accuracy(self, features: Tensor, labels: Tensor) -> float:
-        """Share of hits."""
-        found = self.head.eval()(features.to(self.device)).argmax(1).cpu()
-        return float((found == labels).float().mean())
+        """Return the share of correct predictions."""
+        predicted = self.head.eval()(features.to(self.device)).argmax(1).cpu()
+        return float((predicted == labels).float().mean())
 
 
-def frozen_epoch(net: ResNet, trainer: HeadTrainer, loaders: dict[str, DataLoader]) -> FrozenEpoch:
-    """The first epoch of the frozen stage, with its validation: decode, backbone, a step of the head for each batch."""
+def train_frozen_epoch(net: ResNet, trainer: HeadTrainer, loaders: dict[str, DataLoader]) -> FrozenEpoch:
+    """Run the first epoch of the frozen stage with validation: decode, backbone, one step of the head per batch."""
     net.fc = nn.Identity()
     net.eval()
     features: dict[str, list[Tensor]] = {split: [] for split in loaders}
     labels: dict[str, list[Tensor]] = {split: [] for split in loaders}
     started = time.perf_counter()
     for split, batches in loaders.items():
-        for photos, truth in batches:
+        for photos, targets in batches:
             with torch.no_grad(), resnet.autocast(trainer.precision, trainer.device):
-                seen = net(photos.to(trainer.device)).float()
+                outputs = net(photos.to(trainer.device)).float()
             if split == "train":
-                trainer.step(seen, truth.to(trainer.device))
+                trainer.step(outputs, targets.to(trainer.device))
             else:
-                trainer.accuracy(seen, truth)
-            features[split].append(seen.cpu())
-            labels[split].append(truth)
+                trainer.accuracy(outputs, targets)
+            features[split].append(outputs.cpu())
+            labels[split].append(targets)
     seconds = time.perf_counter() - started
-    together = [{split: torch.cat(parts) for split, parts in found.items()} for found in (features, labels)]
-    return FrozenEpoch(seconds, *together)
+    tensors = [{split: torch.cat(parts) for split, parts in lists.items()} for lists in (features, labels)]
+    return FrozenEpoch(seconds, *tensors)
 
 
-def unfrozen_rate(folder: Path, weights: Path, values: dict[str, Any], num_classes: int) -> float:
-    """Photos per second of the unfrozen stage, after the clock's warm-up, in a process group of one.
+def measure_unfrozen(folder: Path, weights: Path, values: dict[str, Any], num_classes: int) -> float:
+    """Return the photos per second of the unfrozen stage after the warm-up, in a process group of one.
 
-    values: settings of config.Train; plain data, as the process that trains may be another one.
+    values: TrainSettings as plain data, so that they can be sent to another process.
     """
     settings = TrainSettings.model_validate(values)
     stage = settings.unfrozen
     assert stage is not None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with tempfile.TemporaryDirectory() as meeting:
+    with tempfile.TemporaryDirectory() as rendezvous:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        distributed.init_process_group(backend, init_method=f"file://{meeting}/meet", rank=0, world_size=1)
-        net = DistributedDataParallel(network(weights, settings.model, num_classes).to(device))
+        distributed.init_process_group(backend, init_method=f"file://{rendezvous}/file", rank=0, world_size=1)
+        net = DistributedDataParallel(build_network(weights, settings.model, num_classes).to(device))
         optimizer = torch.optim.AdamW(net.parameters(), lr=stage.lr, weight_decay=stage.weight_decay)
-        batches = loader(folder, stage.batch_size, settings.model.image_size, changed=True, shuffle=True)
-        clock = Clock(device)
+        loader = make_loader(folder, stage.batch_size, settings.model.image_size, augment=True, shuffle=True)
+        clock = ThroughputClock(device)
         net.train()
-        for photos, labels in clock.after_warm_up(batches):
+        for photos, labels in clock.after_warm_up(loader):
             photos, labels = photos.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             with resnet.autocast(settings.precision, device):
                 loss = functional.cross_entropy(net(photos), labels, label_smoothing=stage.label_smoothing)

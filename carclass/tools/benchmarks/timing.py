@@ -1,4 +1,4 @@
-"""A clock for training loops that leaves out the first steps, in which memory is taken and kernels are chosen."""
+"""Throughput of training loops after a warm-up, in which memory is allocated and kernels are selected."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -9,18 +9,18 @@ import torch
 
 T = TypeVar("T")
 WARM_UP = 3
-"""Steps that are not counted."""
+"""Steps before the measurement."""
 
 
-class Clock:
-    """Counts photos and seconds from the moment at which the step after the warm-up is asked for."""
+class ThroughputClock:
+    """Counter of photos and seconds from the request of the first batch after the warm-up."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.photos, self.started = 0, 0.0
 
     def after_warm_up(self, batches: Iterable[T]) -> Iterator[T]:
-        """The same batches."""
+        """Yield the batches and start the clock after the warm-up."""
         iterator = iter(batches)
         yield from islice(iterator, WARM_UP)
         self._synchronise()
@@ -28,15 +28,16 @@ class Clock:
         yield from iterator
 
     def count(self, photos: int) -> None:
-        """Photos that a step has used."""
+        """Add the photos of a step."""
         self.photos += photos
 
     def rate(self) -> float:
-        """Photos per second up to now, the device's work included."""
-        assert self.photos, f"no step came after the {WARM_UP} of the warm-up"
+        """Return the photos per second so far, after synchronising with the device."""
+        assert self.photos, f"no steps after the {WARM_UP} of the warm-up"
         self._synchronise()
         return self.photos / (time.perf_counter() - self.started)
 
     def _synchronise(self) -> None:
+        """Wait for the device to finish its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)

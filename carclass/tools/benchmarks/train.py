@@ -1,7 +1,7 @@
-"""The unfrozen stage in a worker of Ray Train, against a plain script in a process without Ray, in photos per second.
+"""Benchmark of the unfrozen stage: a worker of Ray Train against a plain script without Ray.
 
-What each side does is told in train_in_process.py. One training process on either side, with all cores of the machine
-or with one GPU; the sides take turns, and Ray idles while the plain script runs.
+Both sides are described in train_in_process.py. Each has one training process, with all cores of the machine or one
+GPU; the sides alternate, and Ray is idle while the plain script runs.
 """
 
 from concurrent.futures import ProcessPoolExecutor
@@ -16,48 +16,48 @@ import torch
 
 from carclass.cluster import connection, resources
 from carclass.config.schema import TrainSettings
-from carclass.progress import say
+from carclass.progress import print_line
 from carclass.tools.benchmarks import labelled, plain_training, train_in_process
 from carclass.training.dataloader import PhotoBlock
 from carclass.training.train import MALLOC_ENV
 
 
 def run(photos: Path | None, weights: Path | None, folder: Path) -> dict[str, float]:
-    """Figures of one comparison on a GPU, if the cluster has one, else on all CPUs."""
-    given = train_in_process.settings(labelled.backbone_file(weights))
+    """Measure on a GPU, or on all CPUs without one, and return the figures."""
+    settings = train_in_process.make_settings(labelled.backbone_file(weights))
     connection.connect()
     use_gpu = resources.decide_gpus(None, 1, "--in-process", resources.TRAIN)
-    chosen = train_in_process.choose(photos, "cuda" if use_gpu else "cpu")
-    plain_folder = labelled.lay_out(chosen, folder / "plain") / "train"
-    blocks = [ray.put(block._asdict()) for block in labelled.decode(chosen["train"], given.model.image_size)]
-    num_classes = labelled.num_classes(chosen)
-    task = {"blocks": blocks, "given": given.model_dump(), "num_classes": num_classes}
-    task["num_threads"] = 1 if use_gpu else int(ray.cluster_resources()["CPU"])
+    splits = train_in_process.choose_photos(photos, "cuda" if use_gpu else "cpu")
+    plain_folder = labelled.link_class_folders(splits, folder / "plain") / "train"
+    blocks = [ray.put(block._asdict()) for block in labelled.decode(splits["train"], settings.model.image_size)]
+    num_classes = labelled.num_classes(splits)
+    config = {"blocks": blocks, "settings": settings.model_dump(), "num_classes": num_classes}
+    config["num_threads"] = 1 if use_gpu else int(ray.cluster_resources()["CPU"])
     rates: dict[str, list[float]] = {"plain": [], "ours": [], "on_device": []}
-    for turn in range(train_in_process.ROUNDS):
-        rates["plain"].append(_plain(plain_folder, given, num_classes))
-        for side, rate in _ours(task, use_gpu, folder / f"turn-{turn}").items():
+    for turn in range(train_in_process.TURNS):
+        rates["plain"].append(_run_plain(plain_folder, settings, num_classes))
+        for side, rate in _run_ray_train(config, use_gpu, folder / f"turn-{turn}").items():
             rates[side].append(rate)
-        say(", ".join(f"{side} {found[-1]:.2f} photos/s" for side, found in rates.items()))
-    return train_in_process.figures(rates, len(chosen["train"]), given)
+        print_line(", ".join(f"{side} {turns[-1]:.2f} photos/s" for side, turns in rates.items()))
+    return train_in_process.summarise(rates, len(splits["train"]), settings)
 
 
-def _plain(folder: Path, given: TrainSettings, num_classes: int) -> float:
-    """The plain script in a fresh process."""
+def _run_plain(folder: Path, settings: TrainSettings, num_classes: int) -> float:
+    """Run the plain script in a new process and return its photos per second."""
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as process:
-        arguments = (folder, Path(given.parent), given.model_dump(), num_classes)
-        return process.submit(plain_training.unfrozen_rate, *arguments).result()
+        args = (folder, Path(settings.parent), settings.model_dump(), num_classes)
+        return process.submit(plain_training.measure_unfrozen, *args).result()
 
 
-def _ours(task: dict[str, Any], use_gpu: bool, folder: Path) -> dict[str, float]:
-    """A run of Ray Train with one worker, set up as a stage's."""
+def _run_ray_train(config: dict[str, Any], use_gpu: bool, folder: Path) -> dict[str, float]:
+    """Run Ray Train with one worker, configured as for a stage, and return the worker's rates."""
     trainer = ray.train.torch.TorchTrainer(
-        work,  # type: ignore[arg-type]  # here and below, mypy sees Train V1's
-        train_loop_config=task,
+        train_worker,  # type: ignore[arg-type]  # here and below, mypy sees the types of Train V1
+        train_loop_config=config,
         scaling_config=ray.train.ScalingConfig(
             num_workers=1,
             use_gpu=use_gpu,
-            resources_per_worker={"GPU": 1} if use_gpu else {"CPU": task["num_threads"]},
+            resources_per_worker={"GPU": 1} if use_gpu else {"CPU": config["num_threads"]},
         ),
         run_config=ray.train.RunConfig(
             name="turn",
@@ -69,9 +69,9 @@ def _ours(task: dict[str, Any], use_gpu: bool, folder: Path) -> dict[str, float]
     return dict(trainer.fit().return_value)  # type: ignore[attr-defined]
 
 
-def work(task: dict[str, Any]) -> dict[str, float]:
-    """The worker's part."""
-    torch.set_num_threads(task["num_threads"])
-    blocks = [PhotoBlock(**block) for block in ray.get(task["blocks"])]
-    given = TrainSettings.model_validate(task["given"])
-    return train_in_process.ours(blocks, given, task["num_classes"], ray.train.torch.get_device())
+def train_worker(config: dict[str, Any]) -> dict[str, float]:
+    """Measure the stage's steps in a worker."""
+    torch.set_num_threads(config["num_threads"])
+    blocks = [PhotoBlock(**block) for block in ray.get(config["blocks"])]
+    settings = TrainSettings.model_validate(config["settings"])
+    return train_in_process.measure_steps(blocks, settings, config["num_classes"], ray.train.torch.get_device())

@@ -1,1 +1,1 @@
-"""Scripts that train the small weights of the embedded sample."""
+"""Scripts that train the weights of the embedded sample."""

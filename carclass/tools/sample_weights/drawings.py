@@ -1,4 +1,4 @@
-"""What the two scripts that make the sample's weights share: photos to learn from, and saving what was learnt."""
+"""Training photos and storage of the sample's weights."""
 
 from __future__ import annotations
 
@@ -13,27 +13,28 @@ import torch
 from safetensors.torch import save
 
 from carclass.data import photo
+from carclass.formatting import bytes_text
 from carclass.sample.draw import Vehicle, draw_photo
 from carclass.sample.generate import JPEG_QUALITY, choose_scene
 from carclass.sample.models import CarModel
 
 SEED = 1_000_003
-"""First number of every photo's key. The sample's is 7, so nothing here is a photo of the sample."""
+"""First number of every photo's key. The sample's is 7, so that no training photo is in the sample."""
 
 
 class Drawing(NamedTuple):
-    """A photo with its truth."""
+    """A drawn photo with its ground truth."""
 
     pixels: np.ndarray
-    """uint8 (H,W,3) RGB, with the traces of the sample's JPEG compression."""
+    """uint8 (H,W,3) RGB, after JPEG compression as in the sample."""
     vehicles: list[Vehicle]
-    """The main one first."""
+    """The main vehicle comes first."""
     label: int
     """Index of the main vehicle's model."""
 
 
 def draw(models: Sequence[CarModel], count: int, seed: int = SEED) -> list[Drawing]:
-    """Photos of each model in turn, each in any of the scenes; drawn by two processes."""
+    """Draw photos of the models in turn, each in a random scene, with two processes."""
     tasks = [((seed, index), models[index % len(models)], index % len(models)) for index in range(count)]
     with ProcessPoolExecutor(2) as pool:
         return list(pool.map(_draw_one, tasks, chunksize=50))
@@ -46,8 +47,8 @@ def _draw_one(task: tuple[tuple[int, int], CarModel, int]) -> Drawing:
 
 
 def save_weights(state: dict[str, torch.Tensor], path: Path) -> None:
-    """Writes float16 safetensors, and beside them the file's hash as sha256sum prints it."""
+    """Write float16 safetensors, and beside them the file's hash in the format of sha256sum."""
     data = save({name: value.half().contiguous() for name, value in state.items() if value.is_floating_point()})
     path.write_bytes(data)
     path.with_name(f"{path.name}.sha256").write_text(f"{hashlib.sha256(data).hexdigest()}  {path.name}\n")
-    print(f"{path.name}: {len(data) / 1e6:.1f} MB")
+    print(f"{path.name}: {bytes_text(len(data))}")
