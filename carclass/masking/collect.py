@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from carclass import storage
 from carclass.data import dataset, photo
+from carclass.formatting import percent_text
 from carclass.masking import quality
 from carclass.masking.contact_sheet import MaskedPhoto, draw_contact_sheet, shrink_photo
 from carclass.masking.report import FLAGS, MaskingReport, doubt_score, histogram, render
@@ -86,7 +87,7 @@ def _notes(row: dict[str, Any], ious: dict[str, float]) -> list[str]:
         return notes
     notes += [f"one of {row['num_vehicles']} vehicles"] if row["several_vehicles"] else []
     notes += ["touches the border"] if row["touches_border"] else []
-    notes += [f"covers {row['area_fraction']:.0%}"]
+    notes += [f"covers {percent_text(row['area_fraction'], 0)}"]
     return notes if row["stability"] is None else [*notes, f"stability {row['stability']:.2f}"]
 
 

@@ -14,32 +14,37 @@ from carclass.data.photo import PhotoError
 from carclass.masking.detector import Detection, Detector
 
 FAILURE = pa.schema([("reason", pa.string()), ("detail", pa.string()), ("attempts", pa.int32())])
-SIZE = pa.schema([("source_width", pa.int32()), ("source_height", pa.int32())])
-DECODED = pa.schema([*dataset.ROW, *SIZE, *FAILURE, ("pixels", pa.large_binary())])
-FOUND = pa.schema([field for field in dataset.DETECTION if field.name not in ("mask", *SIZE.names)])
-DETECTED = pa.schema([*dataset.ROW, *SIZE, *FAILURE, *FOUND, ("mask_pixels", pa.large_binary())])
-MEASURES = ("score", "num_vehicles", "several_vehicles", "touches_border", "area_fraction", "stability")
+"""Columns of a photo that failed; null for all others."""
+SOURCE_SIZE = pa.schema([("source_width", pa.int32()), ("source_height", pa.int32())])
+DECODED = pa.schema([*dataset.ROW, *SOURCE_SIZE, *FAILURE, ("pixels", pa.large_binary())])
+_DETECTION = [field for field in dataset.DETECTION if field.name not in ("mask", *SOURCE_SIZE.names)]
+DETECTED = pa.schema([*dataset.ROW, *SOURCE_SIZE, *FAILURE, *_DETECTION, ("mask_pixels", pa.large_binary())])
+_MEASURES = ("score", "num_vehicles", "several_vehicles", "touches_border", "area_fraction", "stability")
+CPU_BATCH = 4
+"""Photos per batch of a detector on a CPU: one or two seconds of work."""
+GPU_BATCHES = 8
+"""Forward passes per batch of a detector on a GPU: enough photos to group them by shape."""
 
 
-def decode_batch(batch: pa.Table, attempts: CrashGuard) -> pa.Table:
-    """Places of rows → rows of DECODED."""
-    return decode_rows(_fetch_rows(batch), attempts)
+def detector_batch_size(settings: MaskSettings, *, use_gpu: bool) -> int:
+    """Return the number of photos that a detector gets at a time."""
+    return GPU_BATCHES * settings.batch_size if use_gpu else CPU_BATCH
 
 
-def decode_rows(batch: pa.Table, attempts: CrashGuard) -> pa.Table:
-    """Rows of a dataset → rows of DECODED: with their pixels, or with what is wrong with them."""
+def fetch_and_decode(positions: pa.Table, crash_guard: CrashGuard) -> pa.Table:
+    """Read the rows at positions (streaming.ROW_POSITION) and decode them: rows of DECODED."""
+    parts = dict.fromkeys(positions["part"].to_pylist())
+    by_part = {part: positions.filter(pc.field("part") == part)["position"].to_pylist() for part in parts}
+    tables = [dataset.take_rows(part, in_part, dataset.ROW.names) for part, in_part in by_part.items()]
+    return decode_rows(pa.concat_tables(tables), crash_guard)
+
+
+def decode_rows(batch: pa.Table, crash_guard: CrashGuard) -> pa.Table:
+    """Decode rows of dataset.ROW: rows of DECODED, with pixels or with the columns of FAILURE."""
     images = batch["image"].to_pylist()
-    decoded = attempts.run("decode", batch["key"].to_pylist(), lambda chosen: [_decode(images[i]) for i in chosen])
-    return _extend_rows(
-        batch, [_failure_columns(item) if isinstance(item, PhotoError) else _raw(item) for item in decoded], DECODED
-    )
-
-
-def _fetch_rows(batch: pa.Table) -> pa.Table:
-    """The source's rows at these places."""
-    parts = dict.fromkeys(batch["part"].to_pylist())
-    positions = {part: batch.filter(pc.field("part") == part)["position"].to_pylist() for part in parts}
-    return pa.concat_tables(dataset.take_rows(part, found, dataset.ROW.names) for part, found in positions.items())
+    decoded = crash_guard.run("decode", batch["key"].to_pylist(), lambda indices: [_decode(images[i]) for i in indices])
+    columns = [item.columns() if isinstance(item, PhotoError) else _pixel_columns(item) for item in decoded]
+    return _add_columns(batch, columns, DECODED)
 
 
 def _decode(image: bytes) -> np.ndarray | PhotoError:
@@ -49,55 +54,50 @@ def _decode(image: bytes) -> np.ndarray | PhotoError:
         return error
 
 
-def _raw(pixels: np.ndarray) -> dict[str, Any]:
+def _pixel_columns(pixels: np.ndarray) -> dict[str, Any]:
     return {"source_height": pixels.shape[0], "source_width": pixels.shape[1], "pixels": pixels.tobytes()}
 
 
-def _failure_columns(error: PhotoError) -> dict[str, Any]:
-    return {"reason": str(error.reason), "detail": error.detail, "attempts": error.attempts}
-
-
-def _extend_rows(batch: pa.Table, rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
-    """The columns of schema: from rows those that their dicts speak of, from the batch the others."""
+def _add_columns(batch: pa.Table, rows: list[dict[str, Any]], schema: pa.Schema) -> pa.Table:
+    """Return a table of the schema, with the columns that any of the rows names and all others from the batch."""
     named = set().union(*rows)
-    more = pa.Table.from_pylist(
+    added = pa.Table.from_pylist(
         rows, pa.schema([f for f in schema if f.name in named or f.name not in batch.schema.names])
     )
-    return pa.table([(more if name in more.schema.names else batch)[name] for name in schema.names], schema=schema)
+    return pa.table([(added if name in added.schema.names else batch)[name] for name in schema.names], schema=schema)
 
 
 class DetectPhotos:
-    """A detector process: rows of DECODED → rows of DETECTED."""
+    """A detector actor: rows of DECODED → rows of DETECTED."""
 
-    def __init__(self, settings: MaskSettings, attempts: CrashGuard, *, use_gpu: bool) -> None:
+    def __init__(self, settings: MaskSettings, crash_guard: CrashGuard, *, use_gpu: bool) -> None:
         if not use_gpu:
             torch.set_num_threads(1)
-        self.settings, self.attempts = settings, attempts
-        self.detect = Detector(settings.detector, settings.choice, "cuda" if use_gpu else "cpu")
+        self.settings, self.crash_guard = settings, crash_guard
+        self.detector = Detector(settings.detector, settings.choice, "cuda" if use_gpu else "cpu")
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        rows = batch.select(["key", "source_height", "source_width", *FAILURE.names, "pixels"]).to_pylist()
-        sound = [row for row in rows if row["reason"] is None]
+        rows = batch.select(["key", *SOURCE_SIZE.names, *FAILURE.names, "pixels"]).to_pylist()
+        valid = [row for row in rows if row["reason"] is None]
         photos = [
             np.frombuffer(row["pixels"], np.uint8).reshape(row["source_height"], row["source_width"], 3)
-            for row in sound
+            for row in valid
         ]  # fmt: skip
-        keys, size = [row["key"] for row in sound], self.settings.batch_size
-        found = self.attempts.run("detect", keys, lambda chosen: self.detect([photos[i] for i in chosen], size))
-        for row, result in zip(sound, found, strict=True):
-            row |= _failure_columns(result) if isinstance(result, PhotoError) else self._columns(result)
-        return _extend_rows(batch.drop(["pixels"]), [{**row, "pixels": None} for row in rows], DETECTED)
+        keys, batch_size = [row["key"] for row in valid], self.settings.batch_size
+        detections = self.crash_guard.run(
+            "detect", keys, lambda indices: self.detector([photos[i] for i in indices], batch_size)
+        )
+        for row, result in zip(valid, detections, strict=True):
+            row |= result.columns() if isinstance(result, PhotoError) else self._detection_columns(result)
+        return _add_columns(batch, rows, DETECTED)
 
-    def _columns(self, found: Detection | None) -> dict[str, Any]:
-        if found is None:
+    def _detection_columns(self, detection: Detection | None) -> dict[str, Any]:
+        if detection is None:
             return {"outcome": "no_vehicle", "num_vehicles": 0}
-        columns = {name: getattr(found, name) for name in MEASURES}
-        mask = None if found.mask is None else found.mask.tobytes()
-        vehicle_class = self.settings.detector.classes[found.category]
         return {
             "outcome": "vehicle",
-            "vehicle_class": vehicle_class,
-            "box": found.box.tolist(),
-            **columns,
-            "mask_pixels": mask,
+            "vehicle_class": self.settings.detector.classes[detection.category],
+            "box": detection.box.tolist(),
+            **{name: getattr(detection, name) for name in _MEASURES},
+            "mask_pixels": None if detection.mask is None else detection.mask.tobytes(),
         }

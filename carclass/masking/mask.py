@@ -1,11 +1,9 @@
-"""A dataset → a dataset without backgrounds: Ray Data streams the photos through a pool of detectors.
+"""Masking job: a dataset → a dataset without backgrounds, streamed through a pool of detectors by Ray Data.
 
-places of rows → fetch and decode (tasks) → detect (actors) → cut, encode and write parts (tasks)
+positions of rows → fetch and decode (tasks) → detect (actors) → cut, encode and write parts (tasks)
 
-Without GPUs, fetching and decoding happen in the actors, where Ray Data puts work that asks for the same resources.
-
-A photo is worked on alone or beside others with the same result, so a job that was killed and run again makes the
-rows that an undisturbed one makes.
+Without GPUs, Ray Data fuses fetching and decoding into the actors, as both request the same resources. The result of a
+photo does not depend on its batch, so a resumed job writes the same rows as an uninterrupted one.
 """
 
 import logging
@@ -25,117 +23,112 @@ from carclass.data.crash_guard import CrashGuard
 from carclass.data.inventory import Inventory
 from carclass.errors import UserError
 from carclass.masking import collect, networks, quality
-from carclass.masking.detect import DetectPhotos, decode_batch
+from carclass.masking.detect import DetectPhotos, detector_batch_size, fetch_and_decode
 from carclass.masking.detector import Detector
 from carclass.masking.writer import write_batch
 
 log = logging.getLogger(__name__)
-CPU_BATCH, GPU_BATCHES = 4, 8
-"""Photos an actor takes at a time: a second or two of work on a CPU; on a GPU so many forward passes that photos of
-the same shape meet."""
-MAX_PASSES = 3
-"""A second pass over the photos is needed only when parts were written twice, which a lost node may cause."""
 
 
 def mask_dataset(root: str, settings: MaskSettings) -> dataset.Dataset:
-    """Publishes `<root>/datasets/<dataset>`, or finds it published. UserError for wrong settings or weights."""
+    """Publish `<root>/datasets/<dataset>` with its report, and return it; do nothing if it is published.
+
+    Raise UserError for wrong settings or weights, or if the name is used by a dataset with other settings.
+    """
     source = dataset.load_dataset(root, settings.source)
-    settings = _prepare(root, settings)
+    settings = _pin_detector(root, settings)
     identity = _identity(settings, source)
-    if (found := dataset.find_same_dataset(root, settings.dataset, identity)) is not None:
+    if (published := dataset.find_same_dataset(root, settings.dataset, identity)) is not None:
         log.info("mask: dataset %s is published, nothing to do", settings.dataset)
-        return found
-    draft = _mask(dataset.dataset_uri(root, settings.dataset), source, settings, identity, settings.limit)
-    collect.write_report(draft, source, quality.truth(root, settings))
+        return published
+    draft = _write_draft(dataset.dataset_uri(root, settings.dataset), source, settings, identity, settings.limit)
+    collect.write_report(draft, source, quality.truth_uri(root, settings))
     return publishing.publish_manifest(draft)
 
 
-def preview_masks(root: str, settings: MaskSettings) -> str:
-    """Masks `preview` photos and keeps nothing but their report and contact sheet; returns their place."""
+def preview_masks(root: str, settings: MaskSettings, num_photos: int) -> str:
+    """Mask some photos, chosen by content, keep only their report and contact sheet, and return the folder's URI."""
     source = dataset.load_dataset(root, settings.source)
-    settings = _prepare(root, settings)
+    settings = _pin_detector(root, settings)
     uri = storage.join(root, "previews", settings.dataset)
     for path in storage.list_files(uri):
         storage.delete(storage.join(uri, path))
-    draft = _mask(uri, source, settings, _identity(settings, source), settings.preview)
-    collect.write_report(draft, source, quality.truth(root, settings), num_sheet=draft.manifest["rows"])
+    draft = _write_draft(uri, source, settings, _identity(settings, source), num_photos)
+    collect.write_report(draft, source, quality.truth_uri(root, settings), num_sheet=draft.manifest["rows"])
     for part in draft.part_uris:
         storage.delete(part)
     return uri
 
 
-def _prepare(root: str, settings: MaskSettings) -> MaskSettings:
-    """Settings whose detector names one weights file by its hash; wrong weights are found before any process waits."""
-    settings = settings.model_copy(update={"detector": networks.fetch_weights(settings.detector, root)})
+def _pin_detector(root: str, settings: MaskSettings) -> MaskSettings:
+    """Return the settings with pinned detector weights; raise UserError if the cutout mode needs masks it lacks."""
+    settings = settings.model_copy(update={"detector": networks.pin_weights(settings.detector, root)})
     if "mask" in settings.cutout.mode and not Detector(settings.detector).finds_masks:
         raise UserError(
-            f"`mask.cutout.mode` is {settings.cutout.mode}, but {settings.detector.model} finds boxes only. "
-            "Say `crop`, or choose a detector with masks."
+            f"`mask.cutout.mode` is {settings.cutout.mode}, but {settings.detector.model} detects boxes only. "
+            "Set it to `crop`, or choose a detector with masks."
         )
     return settings
 
 
 def _identity(settings: MaskSettings, source: dataset.Dataset) -> dict[str, Any]:
-    """What decides the rows: a dataset with the same identity is the same dataset."""
-    compute = {"dataset", "preview", "truth", "num_actors", "use_gpu", "batch_size", "part_rows"}
-    known = settings.model_dump(mode="json", exclude=compute)
-    known["detector"]["weights"] = known["detector"].pop("weights_sha256")
-    known["detector"]["architecture"] = networks.architecture_digest(settings.detector)
-    return {**known, "source_digest": source.digest}
+    """Return all settings that determine the rows, with hashes of weights, network and source."""
+    irrelevant = {"dataset", "truth", "num_actors", "use_gpu", "batch_size", "part_rows"}
+    identity = settings.model_dump(mode="json", exclude=irrelevant)
+    identity["detector"]["weights"] = identity["detector"].pop("weights_sha256")
+    identity["detector"]["architecture"] = networks.architecture_digest(settings.detector)
+    return {**identity, "source_digest": source.digest}
 
 
-def _mask(
+def _write_draft(
     uri: str, source: dataset.Dataset, settings: MaskSettings, identity: dict[str, Any], limit: int | None
 ) -> dataset.Dataset:
-    """The complete dataset at uri, not published yet."""
+    """Write all parts at uri and return the complete dataset, which is not published yet."""
     connection.connect()
     with Inventory() as inventory:
-        inventory.add_rows((row.number, row.key) for row in streaming.select_rows(source, limit))
-        for _ in range(MAX_PASSES):
-            publishing.sync_inventory(uri, inventory, identity)
-            publishing.drop_repeated_parts(uri, inventory, identity)
-            if not inventory.count_todo():
-                break
-            _write(uri, source, inventory, settings, identity)
+        inventory.add_numbered_keys((row.number, row.key) for row in streaming.select_rows(source, limit))
+        publishing.write_missing(
+            uri, inventory, identity, lambda: _write_pending(uri, source, inventory, settings, identity)
+        )
         outcomes = Counter(publishing.read_written(uri, "parts", ["outcome"])["outcome"].to_pylist())
         facts = {
             "kind": "masked",
             "outcomes": dict(sorted(outcomes.items())),
-            # Where they lie, for predictions: the settings have the hash.
+            # For predictions: the identity holds only their hash.
             "detector_weights": settings.detector.weights,
         }
         return publishing.complete_dataset(uri, inventory, settings=identity, classes=source.classes, facts=facts)
 
 
-def _write(
+def _write_pending(
     uri: str, source: dataset.Dataset, inventory: Inventory, settings: MaskSettings, identity: dict[str, Any]
 ) -> None:
-    """Streams the rows that are to do through the detectors into parts."""
+    """Stream the pending rows through the detectors into parts."""
     use_gpu = resources.decide_gpus(
-        settings.use_gpu, settings.num_actors or 1, "mask.use_gpu", resources.MASK, together=False
+        settings.use_gpu, settings.num_actors or 1, "mask.use_gpu", resources.MASK, all_at_once=False
     )
-    place = resources.node_selector(resources.MASK) if use_gpu else None
-    count = settings.num_actors or max(1, resources.count_slots("GPU" if use_gpu else "CPU", 1, place))
+    node_selector = resources.node_selector(resources.MASK) if use_gpu else None
+    num_actors = settings.num_actors or max(1, resources.count_slots("GPU" if use_gpu else "CPU", 1, node_selector))
     if "batch_size" in settings.model_fields_set and not use_gpu:
-        log.warning("mask: `mask.batch_size` has no effect without GPUs: a CPU takes photos one by one")
-    resources.check_cpus(1 + (count + 1) * streaming.TASK_CPUS, "mask.num_actors")  # 1: Ray's own repartitioning
-    attempts, block_rows = CrashGuard(), GPU_BATCHES * settings.batch_size if use_gpu else CPU_BATCH
-    todo = streaming.places_by_part(source, inventory.todo_numbers())
-    decoded = streaming.stream_places(todo, block_rows).map_batches(
-        partial(decode_batch, attempts=attempts),
+        log.warning("mask: `mask.batch_size` has no effect without GPUs: on a CPU photos are processed one by one")
+    resources.check_cpus(1 + (num_actors + 1) * streaming.TASK_CPUS, "mask.num_actors")  # 1: Ray's own repartitioning
+    crash_guard, block_rows = CrashGuard(), detector_batch_size(settings, use_gpu=use_gpu)
+    pending = streaming.positions_by_part(source, inventory.pending_numbers())
+    decoded = streaming.stream_positions(pending, block_rows).map_batches(
+        partial(fetch_and_decode, crash_guard=crash_guard),
         batch_size=block_rows,
         batch_format="pyarrow",
         num_cpus=streaming.TASK_CPUS,
     )
     detected = decoded.map_batches(
         DetectPhotos,
-        fn_constructor_kwargs={"settings": settings, "attempts": attempts, "use_gpu": use_gpu},
-        compute=ray.data.ActorPoolStrategy(size=count),
+        fn_constructor_kwargs={"settings": settings, "crash_guard": crash_guard, "use_gpu": use_gpu},
+        compute=ray.data.ActorPoolStrategy(size=num_actors),
         batch_size=block_rows,
         batch_format="pyarrow",
         num_cpus=streaming.TASK_CPUS,
         num_gpus=1 if use_gpu else 0,
-        label_selector=place,
+        label_selector=node_selector,
     )
     written = detected.map_batches(
         partial(write_batch, uri=uri, settings=settings, identity=identity),
@@ -143,7 +136,7 @@ def _write(
         batch_format="pyarrow",
         num_cpus=streaming.TASK_CPUS,
     )
-    with PhotoMeter("mask", inventory.count_todo()) as meter:
+    with PhotoMeter("mask", inventory.count_pending()) as meter:
         for summary in written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             assert isinstance(summary, pa.Table)
             meter.add(summary["outcome"].drop_null().to_pylist(), summary["reason"].drop_null().to_pylist())

@@ -1,6 +1,6 @@
-"""What was detected → rows with the vehicle cut out, in parts, and quarantine.
+"""Writing of detections: rows with the background removed, in parts, and quarantine.
 
-Nothing here needs the networks or torch, so a process that only writes starts in a second.
+This module does not import torch, so that writing processes start in a second.
 """
 
 from typing import Any
@@ -14,36 +14,36 @@ from carclass.data.photo import Reason
 from carclass.masking.cutout import cut
 from carclass.masking.rle import encode_mask
 
-WRITTEN = pa.schema([("outcome", pa.string()), ("reason", pa.string())])
+SUMMARY = pa.schema([("outcome", pa.string()), ("reason", pa.string())])
+"""Result of a written photo: its outcome, or the reason of its quarantine."""
 
 
 def write_batch(batch: pa.Table, uri: str, settings: MaskSettings, identity: dict[str, Any]) -> pa.Table:
-    """Cuts the vehicles out and makes a part (and a part of quarantine); returns rows of WRITTEN."""
-    rows, rejected = cut_batch(batch, settings)
+    """Write rows of detect.DETECTED as a part and a part of quarantine, and return rows of SUMMARY."""
+    rows, quarantined = cut_batch(batch, settings)
     if rows:
         publishing.write_part(uri, "parts", pa.Table.from_pylist(rows, dataset.MASKED_ROW), identity)
-    if rejected:
-        publishing.write_part(uri, "quarantine", pa.Table.from_pylist(rejected, dataset.QUARANTINE), identity)
-    outcomes = [*(row["outcome"] for row in rows), *([None] * len(rejected))]
-    return pa.table([outcomes, [*([None] * len(rows)), *(row["reason"] for row in rejected)]], schema=WRITTEN)
+    if quarantined:
+        publishing.write_part(uri, "quarantine", pa.Table.from_pylist(quarantined, dataset.QUARANTINE), identity)
+    summary = [{"outcome": row["outcome"]} for row in rows] + [{"reason": row["reason"]} for row in quarantined]
+    return pa.Table.from_pylist(summary, SUMMARY)
 
 
 def cut_batch(batch: pa.Table, settings: MaskSettings) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of DETECTED as (rows of MASKED_ROW, their photos cut out, and rows of QUARANTINE)."""
-    rows, rejected = [], []
+    """Convert rows of detect.DETECTED to rows of MASKED_ROW, with the background removed, and rows of QUARANTINE."""
+    rows, quarantined = [], []
     for row in batch.to_pylist():
-        if row["reason"] is None and (doubts := exclusion_reasons(row, settings.exclude)):
-            row |= {"reason": str(Reason.DOUBTFUL_MASK), "detail": ", ".join(doubts), "attempts": 1}
+        if row["reason"] is None and (reasons := exclusion_reasons(row, settings.exclude)):
+            row |= {"reason": str(Reason.DOUBTFUL_MASK), "detail": ", ".join(reasons), "attempts": 1}
         if row["reason"] is None:
             rows.append(_cut_row(row, settings))
         else:
-            trouble = [row[name] for name in ("key", "reason", "detail", "image_id", "attempts")]
-            rejected.append(publishing.quarantine_row(*trouble))
-    return rows, rejected
+            quarantined.append({name: row[name] for name in dataset.QUARANTINE.names})
+    return rows, quarantined
 
 
 def _cut_row(row: dict[str, Any], settings: MaskSettings) -> dict[str, Any]:
-    """A row of DETECTED as one of MASKED_ROW, its photo cut out; a photo without a vehicle stays whole."""
+    """Return a row of detect.DETECTED with the background removed; a photo without a vehicle is unchanged."""
     if row["outcome"] == "no_vehicle":
         return row
     mask = row["mask_pixels"]
@@ -60,16 +60,16 @@ def _cut_row(row: dict[str, Any], settings: MaskSettings) -> dict[str, Any]:
 
 
 def exclusion_reasons(row: dict[str, Any], exclude: ExcludeSettings) -> list[str]:
-    """What the user's own measures have against a photo, in words. row: the columns of dataset.DETECTION."""
+    """Return the reasons to exclude a photo by `mask.exclude`, in words. row: columns of dataset.DETECTION."""
     if row["outcome"] == "no_vehicle":
         return ["no vehicle"] if exclude.no_vehicle else []
-    doubts = []
+    reasons = []
     if exclude.several_vehicles and row["several_vehicles"]:
-        doubts.append(f"one of {row['num_vehicles']} vehicles")
+        reasons.append(f"one of {row['num_vehicles']} vehicles")
     if exclude.touches_border and row["touches_border"]:
-        doubts.append("touches the border")
+        reasons.append("touches the border")
     if row["area_fraction"] < exclude.min_area_fraction:
-        doubts.append(f"covers {row['area_fraction']:.3f} of the photo")
+        reasons.append(f"covers {row['area_fraction']:.3f} of the photo")
     if row["stability"] is not None and row["stability"] < exclude.min_stability:
-        doubts.append(f"mask stability {row['stability']:.2f}")
-    return doubts
+        reasons.append(f"mask stability {row['stability']:.2f}")
+    return reasons

@@ -1,4 +1,4 @@
-"""Temperature scaling: it finds the temperature that was put in, changes no answer, and lowers the loss."""
+"""Temperature scaling: the fit, its effect on the loss, and its storage."""
 
 from pathlib import Path
 
@@ -9,12 +9,12 @@ from carclass.prediction import calibration
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    powers = np.exp(logits - logits.max(1, keepdims=True))
-    return powers / powers.sum(1, keepdims=True)
+    exponentials = np.exp(logits - logits.max(1, keepdims=True))
+    return exponentials / exponentials.sum(1, keepdims=True)
 
 
 def draw(temperature: float, num_photos: int = 20_000) -> tuple[np.ndarray, np.ndarray]:
-    """Labels drawn from true probabilities, and what a network says of them whose logits are too large by a factor."""
+    """Draw labels, and the probabilities of a network whose logits are too large by a factor of `temperature`."""
     rng = np.random.default_rng(5)
     logits = rng.normal(0, 1.5, (num_photos, 8))
     true = softmax(logits).cumsum(1)
@@ -23,59 +23,63 @@ def draw(temperature: float, num_photos: int = 20_000) -> tuple[np.ndarray, np.n
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7, 3.0])
-def test_the_temperature_that_was_put_in_is_found(temperature: float):
+def test_a_known_temperature_is_recovered(temperature: float):
     assert calibration.fit_temperature(*draw(temperature)) == pytest.approx(temperature, rel=0.03)
 
 
 def test_the_fitted_temperature_has_the_least_loss():
     labels, probabilities = draw(2.0, 500)
-    found = calibration.fit_temperature(labels, probabilities)
-    around = [calibration.log_loss(labels, probabilities, found * factor) for factor in (0.9, 0.99, 1, 1.01, 1.1)]
+    fitted = calibration.fit_temperature(labels, probabilities)
+    around = [calibration.log_loss(labels, probabilities, fitted * factor) for factor in (0.9, 0.99, 1, 1.01, 1.1)]
     assert min(around) == around[2]
 
 
-def test_a_fit_says_what_it_did():
+def test_a_calibration_reports_metrics_before_and_after():
     labels, probabilities = draw(3.0)
-    fitted = calibration.fit(labels, probabilities, "f" * 64)
+    fitted = calibration.fit_calibration(labels, probabilities, "f" * 64)
     assert fitted.log_loss_after < fitted.log_loss_before
     assert fitted.expected_calibration_error_after < 0.02 < fitted.expected_calibration_error_before
     assert fitted.num_photos == len(labels)
 
 
-def test_applying_gives_probabilities_in_the_same_order():
+def test_calibrated_probabilities_keep_their_order():
     _, probabilities = draw(2.0, 50)
-    found = calibration.apply(probabilities, 2.0)
-    assert found.sum(1) == pytest.approx(np.ones(50))
-    assert (found.argsort(1) == probabilities.argsort(1)).all()
+    calibrated = calibration.apply_temperature(probabilities, 2.0)
+    assert calibrated.sum(1) == pytest.approx(np.ones(50))
+    assert (calibrated.argsort(1) == probabilities.argsort(1)).all()
 
 
 def test_a_temperature_of_one_changes_nothing():
     _, probabilities = draw(1.0, 50)
-    assert calibration.apply(probabilities, 1.0) == pytest.approx(probabilities, abs=1e-6)
+    assert calibration.apply_temperature(probabilities, 1.0) == pytest.approx(probabilities, abs=1e-6)
 
 
-def test_dividing_logits_is_what_is_done():
+def test_a_temperature_divides_the_logits():
     logits = np.array([[4.0, 2.0, 0.0], [-1.0, 0.0, 1.0]])
-    assert calibration.apply(softmax(logits), 2.0) == pytest.approx(softmax(logits / 2))
+    assert calibration.apply_temperature(softmax(logits), 2.0) == pytest.approx(softmax(logits / 2))
 
 
-def test_probabilities_of_zero_are_no_trouble():
+def test_probabilities_of_zero_stay_finite():
     probabilities = np.array([[1, 0], [0, 1], [1, 0]], np.float32)
     labels = np.array([0, 1, 1])
-    fitted = calibration.fit(labels, probabilities, "f" * 64)
+    fitted = calibration.fit_calibration(labels, probabilities, "f" * 64)
     assert np.isfinite([fitted.log_loss_before, fitted.log_loss_after]).all()
-    assert calibration.apply(probabilities, fitted.temperature).max(1) == pytest.approx(2 / 3, abs=0.35)
+    assert calibration.apply_temperature(probabilities, fitted.temperature).max(1) == pytest.approx(2 / 3, abs=0.35)
 
 
-def test_where_every_answer_is_right_the_temperature_stays_within_its_bounds():
+def test_the_temperature_is_bounded_if_every_photo_is_classified_correctly():
     labels = np.arange(6) % 3
     probabilities = softmax(np.eye(3)[labels] * 2)
-    assert calibration.COLDEST <= calibration.fit_temperature(labels, probabilities) < 2 * calibration.COLDEST
+    assert (
+        calibration.MIN_TEMPERATURE
+        <= calibration.fit_temperature(labels, probabilities)
+        < 2 * calibration.MIN_TEMPERATURE
+    )
 
 
-def test_what_is_kept_is_found_again_for_the_same_network_only(tmp_path: Path):
-    run, fitted = str(tmp_path), calibration.fit(*draw(2.0, 100), "a" * 64)
-    assert calibration.read(run, "a" * 64) is None
-    calibration.write(run, fitted)
-    assert calibration.read(run, "a" * 64) == fitted
-    assert calibration.read(run, "b" * 64) is None
+def test_a_stored_calibration_is_read_for_the_same_network_only(tmp_path: Path):
+    run, fitted = str(tmp_path), calibration.fit_calibration(*draw(2.0, 100), "a" * 64)
+    assert calibration.read_calibration(run, "a" * 64) is None
+    calibration.write_calibration(run, fitted)
+    assert calibration.read_calibration(run, "a" * 64) == fitted
+    assert calibration.read_calibration(run, "b" * 64) is None

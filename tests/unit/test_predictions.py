@@ -1,4 +1,4 @@
-"""The table of predictions: columns, order, CSV, and what was begun under a name."""
+"""The table of predictions: columns, order, CSV, and resumption."""
 
 import csv
 import json
@@ -27,12 +27,12 @@ def predicted(key: str, best: int = 0, **changes: Any) -> dict[str, Any]:
     return {
         **row,
         "box": [1.0, 2.0, 3.5, 4.0],
-        **predictions.describe_predictions(probabilities, CLASSES, 0.5)[0],
+        **predictions.prediction_columns(probabilities, CLASSES, 0.5)[0],
         **changes,
     }
 
 
-def broken(key: str) -> dict[str, Any]:
+def failed(key: str) -> dict[str, Any]:
     return {"key": key, "reason": "empty", "detail": "no, bytes"}
 
 
@@ -52,28 +52,28 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return pq.read_table(folder / predictions.TABLE).to_pylist()
 
 
-def test_the_five_likeliest_come_best_first_and_equal_ones_in_class_order():
-    (row,) = predictions.describe_predictions(np.array([[0.1, 0.3, 0.1, 0.3, 0.05, 0.05, 0.1]]), CLASSES, 0.2)
+def test_the_top_five_are_sorted_and_ties_are_in_class_order():
+    (row,) = predictions.prediction_columns(np.array([[0.1, 0.3, 0.1, 0.3, 0.05, 0.05, 0.1]]), CLASSES, 0.2)
     assert row["top5"] == ["b", "d", "a", "c", "ü"]
     assert row["top5_probabilities"] == pytest.approx([0.3, 0.3, 0.1, 0.1, 0.1])
     assert (row["label"], row["probability"], row["rejected"]) == ("b", 0.3, False)
 
 
 @pytest.mark.parametrize(("threshold", "rejected"), [(0.0, False), (0.3, False), (0.31, True), (1.0, True)])
-def test_what_is_below_the_threshold_is_rejected(threshold: float, rejected: bool):
-    (row,) = predictions.describe_predictions(np.array([[0.1, 0.3, 0.1, 0.3, 0.05, 0.05, 0.1]]), CLASSES, threshold)
+def test_predictions_below_the_threshold_are_rejected(threshold: float, rejected: bool):
+    (row,) = predictions.prediction_columns(np.array([[0.1, 0.3, 0.1, 0.3, 0.05, 0.05, 0.1]]), CLASSES, threshold)
     assert row["rejected"] is rejected
 
 
 def test_fewer_than_five_classes_are_all_listed():
-    (row,) = predictions.describe_predictions(np.array([[0.4, 0.6]]), CLASSES[:2], 0)
+    (row,) = predictions.prediction_columns(np.array([[0.4, 0.6]]), CLASSES[:2], 0)
     assert row["top5"] == ["b", "a"]
 
 
-def test_rows_come_in_the_order_of_keys_however_they_lie_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_rows_are_ordered_by_key_across_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(predictions, "CHUNK_ROWS", 2)
     monkeypatch.setattr(predictions, "READ_PARTS", 1)
-    write(tmp_path, [predicted("e"), broken("a")], [predicted("c", 2)], [predicted("b"), predicted("d")])
+    write(tmp_path, [predicted("e"), failed("a")], [predicted("c", 2)], [predicted("b"), predicted("d")])
     publish(tmp_path, ["a", "b", "c", "d", "e"])
     rows = read(tmp_path)
     assert [row["key"] for row in rows] == ["a", "b", "c", "d", "e"]
@@ -82,59 +82,64 @@ def test_rows_come_in_the_order_of_keys_however_they_lie_in_parts(tmp_path: Path
 
 
 @pytest.mark.parametrize("keys", [["a"], ["a", "b", "c"]])
-def test_a_photo_that_is_lost_or_unknown_is_our_mistake(tmp_path: Path, keys: list[str]):
+def test_a_missing_or_unknown_key_fails_an_assertion(tmp_path: Path, keys: list[str]):
     write(tmp_path, [predicted("a"), predicted("b")])
-    with pytest.raises(AssertionError, match=r"photos are lost or unknown, such as \['[bc]'"):
+    with pytest.raises(AssertionError, match=r"keys are missing or unknown, such as \['[bc]'"):
         publish(tmp_path, keys)
     assert not (tmp_path / predictions.TABLE).exists()
 
 
-def test_a_photo_that_came_twice_comes_out_once(tmp_path: Path):
-    """A killed job's last processes may still have written it."""
+def test_a_photo_in_two_parts_is_listed_once(tmp_path: Path):
+    """Cover workers that write after their job was killed and resumed."""
     write(tmp_path, [predicted("a"), predicted("b")], [predicted("b"), predicted("c")], [predicted("b")])
     publish(tmp_path, ["a", "b", "c"])
     assert [row["key"] for row in read(tmp_path)] == ["a", "b", "c"]
 
 
-def test_a_part_with_a_photo_twice_is_our_mistake(tmp_path: Path):
+def test_a_duplicate_key_within_a_part_fails_an_assertion(tmp_path: Path):
     write(tmp_path, [predicted("a"), predicted("a")])
-    with pytest.raises(AssertionError, match="a part holds a photo twice"):
+    with pytest.raises(AssertionError, match="a part has a duplicate key"):
         publish(tmp_path, ["a"])
 
 
-def test_the_sheet_says_the_same(tmp_path: Path):
-    write(tmp_path, [broken("a"), predicted("b", 6), predicted("c", outcome="no_vehicle", box=None, score=None)])
+def test_the_csv_file_has_the_same_rows(tmp_path: Path):
+    write(tmp_path, [failed("a"), predicted("b", 6), predicted("c", outcome="no_vehicle", box=None, score=None)])
     publish(tmp_path, ["a", "b", "c"])
     with (tmp_path / predictions.CSV).open(encoding="utf-8", newline="") as file:
-        empty, found, whole = csv.DictReader(file)
-    assert (empty["reason"], empty["detail"], empty["label"], empty["x1"]) == ("empty", "no, bytes", "", "")
-    assert (found["key"], found["label"], found["rejected"]) == ("b", "ü", "false")
-    assert [float(found[corner]) for corner in predictions.CORNERS] == [1, 2, 3.5, 4]
-    assert json.loads(found["top5"]) == ["ü", "a", "b", "c", "d"]
-    assert json.loads(found["top5_probabilities"]) == [0.7, 0.05, 0.05, 0.05, 0.05]
-    assert (whole["outcome"], whole["x1"], whole["score"]) == ("no_vehicle", "", "")
+        failed_row, classified, unmasked = csv.DictReader(file)
+    assert (failed_row["reason"], failed_row["detail"], failed_row["label"], failed_row["x1"]) == (
+        "empty",
+        "no, bytes",
+        "",
+        "",
+    )
+    assert (classified["key"], classified["label"], classified["rejected"]) == ("b", "ü", "false")
+    assert [float(classified[corner]) for corner in predictions.CORNERS] == [1, 2, 3.5, 4]
+    assert json.loads(classified["top5"]) == ["ü", "a", "b", "c", "d"]
+    assert json.loads(classified["top5_probabilities"]) == [0.7, 0.05, 0.05, 0.05, 0.05]
+    assert (unmasked["outcome"], unmasked["x1"], unmasked["score"]) == ("no_vehicle", "", "")
 
 
-def test_photos_are_counted_by_what_became_of_them(tmp_path: Path):
-    write(tmp_path, [broken("a"), predicted("b"), predicted("c", rejected=True), broken("d")])
+def test_photos_are_counted_by_result(tmp_path: Path):
+    write(tmp_path, [failed("a"), predicted("b"), predicted("c", rejected=True), failed("d")])
     publish(tmp_path, ["a", "b", "c", "d"])
     assert predictions.read_counts(str(tmp_path)) == (4, 2, 1, {"empty": 2})
 
 
-def test_a_folder_of_broken_photos_alone_is_counted_too(tmp_path: Path):
-    write(tmp_path, [broken("a")])
+def test_a_table_of_failed_photos_only_is_counted(tmp_path: Path):
+    write(tmp_path, [failed("a")])
     publish(tmp_path, ["a"])
     assert predictions.read_counts(str(tmp_path)) == (1, 0, 0, {"empty": 1})
 
 
-def test_predictions_are_begun_then_going_on_then_finished(tmp_path: Path):
+def test_predictions_are_begun_resumed_and_finished(tmp_path: Path):
     assert [predictions.begin_predictions(str(tmp_path), SETTINGS) for _ in range(2)] == [False, False]
     write(tmp_path, [predicted("a")])
     publish(tmp_path, ["a"])
     assert predictions.begin_predictions(str(tmp_path), SETTINGS)
 
 
-def test_other_settings_under_the_same_name_are_the_users_error(tmp_path: Path):
+def test_other_settings_under_the_same_name_are_rejected(tmp_path: Path):
     predictions.begin_predictions(str(tmp_path), SETTINGS)
     with pytest.raises(UserError, match=r"other settings \(threshold\)\. Choose another `predict\.name`"):
         predictions.begin_predictions(str(tmp_path), {**SETTINGS, "threshold": 0.7})
@@ -143,7 +148,7 @@ def test_other_settings_under_the_same_name_are_the_users_error(tmp_path: Path):
 def test_predictions_on_s3(bucket: str):
     uri = f"s3://{bucket}/run/predictions/monday"
     predictions.begin_predictions(uri, SETTINGS)
-    for rows in ([predicted("b"), broken("c")], [predicted("a")]):
+    for rows in ([predicted("b"), failed("c")], [predicted("a")]):
         predictions.write_batch(pa.Table.from_pylist(rows, predictions.PREDICTION), uri, SETTINGS)
     publish(uri, ["a", "b", "c"])
     assert predictions.begin_predictions(uri, SETTINGS)

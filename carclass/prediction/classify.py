@@ -1,0 +1,195 @@
+"""Stream of new photos through the networks of a run, by Ray Data, with the preprocessing of its training photos.
+
+keys → fetch and read (tasks) → for a run on masked photos: detect (actors), cut out (tasks) → classify (actors)
+
+Without GPUs, Ray Data fuses the tasks before an actor into it, as both request the same resources. Queued blocks are
+small: thousands of keys, or one batch of photos. Classifier batches are padded to one size, so that the result of a
+photo does not depend on its batch, and a resumed job predicts the same as an uninterrupted one.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import ray.data
+
+from carclass.cluster import resources
+from carclass.config.schema import IngestSettings, MaskSettings, PredictSettings
+from carclass.data import dataset, streaming
+from carclass.data.crash_guard import CrashGuard
+from carclass.data.inventory import Inventory
+from carclass.data.photo import PhotoError
+from carclass.ingestion import archive
+from carclass.ingestion.reading import failed_row, load_photos, to_row
+from carclass.masking import detect
+from carclass.masking.writer import cut_batch
+from carclass.prediction import calibration
+from carclass.prediction.predictions import PREDICTION, prediction_columns
+from carclass.runs.predictor import PredictPhotos
+
+KEY_ROWS = 4096
+"""Keys per block of the listing."""
+DETECTORS_PER_CLASSIFIER = 4
+"""On CPUs, where detection takes about ten times as long as everything else."""
+READ = pa.schema([*dataset.ROW, *detect.FAILURE])
+CLASSIFIER_INPUT = pa.schema(
+    [
+        ("key", pa.string()),
+        ("image_id", pa.string()),
+        ("image", pa.binary()),  # encoded as in the run's dataset; null if there is a reason
+        *(PREDICTION.field(name) for name in ("outcome", "vehicle_class", "score", "box", "reason", "detail")),
+    ]
+)
+
+
+class PredictionJob(NamedTuple):
+    """Settings and model that determine the predictions."""
+
+    settings: PredictSettings
+    reading: IngestSettings
+    mask: MaskSettings | None  # None: photos are not masked
+    model_uri: str
+    classes: list[str]
+    temperature: float
+
+
+class ActorPools(NamedTuple):
+    """Sizes of the actor pools, and the options of map_batches."""
+
+    use_gpu: bool
+    num_detectors: int
+    num_classifiers: int
+    block_rows: int  # photos per batch before the classifier
+    task_options: dict[str, Any]
+    actor_options: dict[str, Any]
+
+
+def stream_predictions(inventory: Inventory, job: PredictionJob) -> ray.data.Dataset:
+    """Stream rows of PREDICTION for the pending photos. Raise UserError if the cluster is too small."""
+    pools = _plan_actor_pools(job)
+    photos = stream_photos(job.settings.photos, inventory, pools.block_rows)
+    read = photos.map_batches(partial(read_batch, crash_guard=CrashGuard(), settings=job.reading), **pools.task_options)
+    inputs = read.map_batches(select_input, **pools.task_options) if job.mask is None else _mask(read, job.mask, pools)
+    return inputs.map_batches(
+        ClassifyPhotos,
+        fn_constructor_kwargs={"job": job, "use_gpu": pools.use_gpu},
+        compute=ray.data.ActorPoolStrategy(size=pools.num_classifiers),
+        **{**pools.actor_options, "batch_size": job.settings.batch_size},
+    )
+
+
+def _plan_actor_pools(job: PredictionJob) -> ActorPools:
+    """Return the actor pools that fit the cluster; raise UserError if it is too small."""
+    use_gpu = resources.decide_gpus(None, 1, "predict", None)
+    slots = max(1, resources.count_slots("GPU" if use_gpu else "CPU", 1))
+    block_rows, num_detectors, num_classifiers, gpus = job.settings.batch_size, 0, slots, 1.0
+    if job.mask is not None:
+        block_rows, num_detectors = detect.detector_batch_size(job.mask, use_gpu=use_gpu), slots
+        num_classifiers = slots if use_gpu else -(-slots // DETECTORS_PER_CLASSIFIER)
+        gpus = 0.5  # a detector and a classifier per GPU; halves fit in any order of placement
+    num_actors = num_classifiers + num_detectors
+    resources.check_cpus(1 + (num_actors + 1) * streaming.TASK_CPUS, "jobs/predict.py")  # 1: Ray's own repartitioning
+    task_options = {"batch_size": block_rows, "batch_format": "pyarrow", "num_cpus": streaming.TASK_CPUS}
+    actor_options = {**task_options, "num_gpus": gpus if use_gpu else 0}
+    return ActorPools(use_gpu, num_detectors, num_classifiers, block_rows, task_options, actor_options)
+
+
+def stream_photos(photos: str, inventory: Inventory, block_rows: int) -> ray.data.Dataset:
+    """Stream the pending photos as rows of archive.LOADED, with null labels, in blocks of block_rows."""
+    if photos.endswith(archive.SUFFIXES):
+        listing = pa.concat_tables(inventory.pending(KEY_ROWS, hash_order=False))
+        read = partial(read_archive, requested=ray.put(listing), block_rows=block_rows)
+        # num_cpus=0: it mostly waits for storage and must not hold the CPU that repartitioning needs.
+        return (
+            ray.data.from_items([{"uri": photos}])
+            .map_batches(read, batch_size=1, batch_format="pyarrow", num_cpus=0)
+            .repartition(target_num_rows_per_block=block_rows)
+        )
+    return (
+        ray.data.from_arrow(list(inventory.pending(KEY_ROWS)))
+        .repartition(target_num_rows_per_block=block_rows)
+        .map_batches(
+            partial(load_photos, photos=photos),
+            batch_size=block_rows,
+            batch_format="pyarrow",
+            num_cpus=streaming.TASK_CPUS,
+        )
+    )
+
+
+def read_archive(batch: pa.Table, requested: ray.ObjectRef, block_rows: int) -> Iterator[pa.Table]:
+    """Yield rows of archive.LOADED. batch: the archive's URI; requested: rows of inventory.INPUT."""
+    return archive.read_photos(batch["uri"][0].as_py(), ray.get(requested), block_rows, "predict.photos")
+
+
+def read_batch(batch: pa.Table, crash_guard: CrashGuard, settings: IngestSettings) -> pa.Table:
+    """Convert rows of archive.LOADED to rows of READ, as ingestion would store them, or with the reason of failure."""
+    sources = batch.to_pylist()
+    results = crash_guard.run(
+        "read", batch["key"].to_pylist(), lambda indices: [_read_photo(sources[i], settings) for i in indices]
+    )
+    rows = [
+        failed_row(source, result) if isinstance(result, PhotoError) else result
+        for source, result in zip(sources, results, strict=True)
+    ]
+    return pa.Table.from_pylist(rows, READ)
+
+
+def _read_photo(source: dict[str, Any], settings: IngestSettings) -> dict[str, Any] | PhotoError:
+    try:
+        return to_row(source, settings)
+    except PhotoError as error:
+        return error
+
+
+def _mask(read: ray.data.Dataset, settings: MaskSettings, pools: ActorPools) -> ray.data.Dataset:
+    """Stream rows of READ through the detectors: rows of CLASSIFIER_INPUT without backgrounds."""
+    crash_guard = CrashGuard()
+    decoded = read.map_batches(partial(decode_valid, crash_guard=crash_guard), **pools.task_options)
+    detected = decoded.map_batches(
+        detect.DetectPhotos,
+        fn_constructor_kwargs={"settings": settings, "crash_guard": crash_guard, "use_gpu": pools.use_gpu},
+        compute=ray.data.ActorPoolStrategy(size=pools.num_detectors),
+        **pools.actor_options,
+    )
+    return detected.map_batches(partial(cut_photos, settings=settings), **pools.task_options)
+
+
+def decode_valid(batch: pa.Table, crash_guard: CrashGuard) -> pa.Table:
+    """Convert rows of READ to rows of detect.DECODED; those with a reason get no pixels."""
+    valid = pc.is_null(batch["reason"])
+    decoded = detect.decode_rows(batch.filter(valid).select(dataset.ROW.names), crash_guard)
+    failed = batch.filter(pc.invert(valid))
+    return pa.concat_tables([decoded, failed], promote_options="default")
+
+
+def cut_photos(batch: pa.Table, settings: MaskSettings) -> pa.Table:
+    """Convert rows of detect.DETECTED to rows of CLASSIFIER_INPUT."""
+    rows, quarantined = cut_batch(batch, settings)
+    return pa.Table.from_pylist([*rows, *quarantined], CLASSIFIER_INPUT)
+
+
+def select_input(batch: pa.Table) -> pa.Table:
+    """Convert rows of READ to rows of CLASSIFIER_INPUT without masking."""
+    return pa.Table.from_pylist(batch.to_pylist(), CLASSIFIER_INPUT)
+
+
+class ClassifyPhotos:
+    """A classifier actor: rows of CLASSIFIER_INPUT → rows of PREDICTION."""
+
+    def __init__(self, job: PredictionJob, *, use_gpu: bool) -> None:
+        self.job = job
+        self.predictor = PredictPhotos(job.model_uri, use_gpu=use_gpu)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        rows = batch.drop(["image"]).to_pylist()
+        images = batch.filter(pc.is_null(batch["reason"]))["image"].to_pylist()
+        if images:
+            probabilities = self.predictor.probabilities(images, self.job.settings.batch_size)
+            calibrated = calibration.apply_temperature(probabilities, self.job.temperature)
+            columns = iter(prediction_columns(calibrated, self.job.classes, self.job.settings.threshold))
+            rows = [row if row["reason"] else row | next(columns) for row in rows]
+        return pa.Table.from_pylist(rows, PREDICTION)
