@@ -180,6 +180,7 @@ def test_where_there_is_no_metadata_service_the_watcher_waits(watch: Watch):
         watcher.wait(timeout=2)
 
 
+@pytest.mark.slow  # 15 s
 def test_a_notice_that_cannot_be_acted_upon_yet_is_tried_again(metadata: Metadata, cluster: Cluster, watch: Watch):
     metadata.items["instance-id"] = "i-whose-node-is-not-up-yet"
     metadata.announce(120)
@@ -188,6 +189,7 @@ def test_a_notice_that_cannot_be_acted_upon_yet_is_tried_again(metadata: Metadat
     assert watcher.poll() is None
 
 
+@pytest.mark.slow  # 15 s
 def test_a_notice_drains_the_node_whose_running_task_ends_while_new_ones_go_elsewhere(
     metadata: Metadata, cluster: Cluster, watch: Watch, tmp_path: Path
 ):

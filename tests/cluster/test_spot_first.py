@@ -124,6 +124,7 @@ class RayHead(Cluster):
         return super()._start(name, f"--autoscaling-config={self.config}", *options)
 
 
+@pytest.mark.slow  # 20 s
 def test_rays_autoscaler_gets_one_node_on_demand_and_sets_it_up(
     head: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

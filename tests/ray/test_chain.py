@@ -92,7 +92,7 @@ def test_masked_photos_are_crops_on_the_fill_colour(root: str):
 
 
 def test_a_limit_masks_that_many(root: str):
-    limited = mask_dataset(root, MaskSettings(**MASK, dataset="few", limit=7))
+    limited = mask_dataset(root, MaskSettings(**MASK, dataset="few", limit=7, num_actors=1))
     assert limited.manifest["rows"] == limited.manifest["inputs"] == 7
 
 

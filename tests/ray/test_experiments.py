@@ -108,6 +108,7 @@ def test_a_second_run_trains_nothing_that_is_finished(found):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+@pytest.mark.slow  # 10 s
 def test_a_dataset_of_other_classes_than_the_parents_is_refused_before_anything_is_trained(
     found, photos_folder: Path, tmp_path: Path
 ):
@@ -146,6 +147,7 @@ def test_an_edited_parent_is_left_alone_until_it_is_told_to_run_again(found, tmp
     }
 
 
+@pytest.mark.slow  # 25 s
 def test_the_comparison_is_written_with_every_finished_run_tested(found):
     some = tree.Tree(found[0].budget, found[0].with_parents(["child", "orphan"]))
     page, _ = (Path(place) for place in compare_runs(some))
@@ -163,6 +165,7 @@ def start(file: Path, *words: str) -> subprocess.Popen:
     return subprocess.Popen(command, start_new_session=True, stdout=log, stderr=log, env=environment)
 
 
+@pytest.mark.slow  # 70 s
 def test_a_tree_that_is_killed_on_the_way_goes_on_with_what_is_missing(found, photos_folder: Path, tmp_path: Path):
     wanted = {name: EXPERIMENTS[name] for name in ("first", "child", "turned")}
     file = write(tmp_path, photos_folder, wanted)
@@ -187,6 +190,7 @@ def test_a_tree_that_is_killed_on_the_way_goes_on_with_what_is_missing(found, ph
         assert sha256[0] == sha256[1], name
 
 
+@pytest.mark.slow  # 40 s
 def test_stale_runs_are_trained_anew_and_what_they_said_is_kept(found, photos_folder: Path, tmp_path: Path):
     root = tmp_path / "root"
     file = write(tmp_path, photos_folder, {"first": FROZEN, "child": CHILD})

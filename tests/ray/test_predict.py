@@ -225,6 +225,7 @@ def test_other_settings_under_the_same_name_are_rejected(
         predict_photos(root, settings.model_copy(update={"photos": str(tmp_path)}))
 
 
+@pytest.mark.slow  # 25 s
 def test_a_killed_job_resumes_with_the_same_result(
     root: str, settings: PredictSettings, masked: PredictionResult, ray_cluster: str, tmp_path: Path,
     files_below: Callable[[str], Any],
@@ -246,6 +247,7 @@ def test_a_killed_job_resumes_with_the_same_result(
     assert_equal_rows(rows_of(result), rows_of(masked))
 
 
+@pytest.mark.slow  # 10 s
 def test_an_archive_gives_the_predictions_of_its_folder(
     root: str, photos: str, unmasked: PredictionResult, tmp_path: Path
 ):
@@ -254,6 +256,7 @@ def test_an_archive_gives_the_predictions_of_its_folder(
     assert_equal_rows(rows_of(predict_photos(root, packed)), rows_of(unmasked))
 
 
+@pytest.mark.slow  # 15 s
 def test_a_run_predicts_without_its_datasets(
     root: str, masked: PredictionResult, settings: PredictSettings, tmp_path: Path
 ):

@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from carclass.cluster import resources
 
 REPO = Path(__file__).parents[2]
@@ -33,11 +35,13 @@ def test_the_memory_of_the_hosts_is_the_sum_that_ray_reports(ray_cluster: str):
     assert 10**9 < (resources.memory_bytes(use_gpu=False) or 0) < 10**13
 
 
+@pytest.mark.slow  # 15 s
 def test_workers_share_the_cpus_of_nodes_and_none_spans_two():
     done = subprocess.run([sys.executable, "-c", THREE_NODES], capture_output=True, text=True, cwd=REPO, timeout=120)
     assert done.stdout.split()[-6:] == ["5", "4", "2", "2", "1", "1"]
 
 
+@pytest.mark.slow  # 8 s
 def test_fewer_gpus_than_workers_are_not_used_and_a_warning_is_logged():
     done = subprocess.run([sys.executable, "-c", ONE_GPU], capture_output=True, text=True, cwd=REPO, timeout=120)
     assert done.stdout.split()[-1] == "False"
