@@ -30,10 +30,11 @@ Rows = list[dict[str, Any]]
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Assign unit tests to pytest-xdist's groups by module, and all other tests, which share clusters, to one group."""
+    """Assign unit tests to pytest-xdist's groups by module, and tests without a group, which share clusters, to one."""
     for item in items:
-        is_unit = item.path.parent.name == "unit"
-        item.add_marker(pytest.mark.xdist_group(item.path.stem if is_unit else "clusters"))
+        if item.get_closest_marker("xdist_group") is None:
+            is_unit = item.path.parent.name == "unit"
+            item.add_marker(pytest.mark.xdist_group(item.path.stem if is_unit else "clusters"))
 
 
 @pytest.fixture(scope="session")
