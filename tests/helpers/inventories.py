@@ -1,4 +1,4 @@
-"""Inventorys for tests that come with a handful of keys."""
+"""Datasets from a few keys, for tests."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -7,10 +7,10 @@ from carclass.data import dataset, publishing
 from carclass.data.inventory import Inventory
 
 
-def draft(
+def complete_dataset(
     uri: str, inputs: Iterable[str], *, settings: dict[str, Any], classes: Sequence[str], facts: dict[str, Any]
 ) -> dataset.Dataset:
-    """The draft of a dataset into which these keys came."""
+    """Return the complete dataset of these inputs, whose parts exist already."""
     with Inventory() as inventory:
         inventory.add_inputs(inputs)
         return publishing.complete_dataset(uri, inventory, settings=settings, classes=classes, facts=facts)

@@ -1,4 +1,4 @@
-"""Photos made for tests, and how alike two are."""
+"""Photos for tests, and their similarity."""
 
 import io
 
@@ -7,7 +7,7 @@ from PIL import Image
 
 
 def scene(height: int = 120, width: int = 160) -> np.ndarray:
-    """Smooth colours with a few hard edges and no symmetry: survives JPEG well, shows every flip."""
+    """Draw smooth colours with a few edges and no symmetry, uint8: little JPEG loss, and every flip changes it."""
     y, x = np.mgrid[0:height, 0:width]
     pixels = np.stack([x * 255 // width, y * 255 // height, (x + y) * 255 // (width + height)], axis=2)
     pixels[height // 8 : height // 4, width // 8 : width // 2] = (230, 40, 30)
@@ -32,5 +32,6 @@ def overwritten(data: bytes, start: int, count: int = 40) -> bytes:
     return bytes(damaged)
 
 
-def psnr(one: np.ndarray, other: np.ndarray) -> float:
-    return 10 * np.log10(255**2 / max(1e-9, np.mean((one.astype(float) - other) ** 2)))
+def psnr(first: np.ndarray, second: np.ndarray) -> float:
+    """Return the peak signal-to-noise ratio of two uint8 images in dB."""
+    return 10 * np.log10(255**2 / max(1e-9, np.mean((first.astype(float) - second) ** 2)))

@@ -1,4 +1,4 @@
-"""Ingest end to end on a Ray cluster: complete, repeatable, restartable, the same from every kind of source."""
+"""Ingestion on a Ray cluster: complete, idempotent, resumable, with the same result from all kinds of sources."""
 
 import csv
 import os
@@ -35,9 +35,9 @@ Rows = list[dict[str, Any]]
 Contents = Callable[[dataset.Dataset], tuple[Rows, Rows]]
 
 
-def settings(folder: Path, **more: Any) -> IngestSettings:
-    known = {"photos": str(folder / "photos"), "labels": str(folder / "labels.csv")}
-    return IngestSettings.model_validate(known | more)
+def settings(folder: Path, **overrides: Any) -> IngestSettings:
+    default = {"photos": str(folder / "photos"), "labels": str(folder / "labels.csv")}
+    return IngestSettings.model_validate(default | overrides)
 
 
 def odd_keys(kind: str) -> list[str]:
@@ -55,7 +55,7 @@ def test_every_input_is_a_row_or_in_quarantine(ingested: dataset.Dataset, conten
     assert ingested.manifest["inputs"] == ingested.manifest["rows"] + ingested.manifest["quarantined"] == len(keys)
 
 
-def test_what_the_sample_has_wrong_is_in_quarantine_for_the_right_reason(ingested: dataset.Dataset, contents: Contents):
+def test_oddities_of_the_sample_are_quarantined_with_the_right_reason(ingested: dataset.Dataset, contents: Contents):
     _, quarantine = contents(ingested)
     expected = {
         "truncated": "truncated",
@@ -72,13 +72,13 @@ def test_what_the_sample_has_wrong_is_in_quarantine_for_the_right_reason(ingeste
     assert ingested.manifest["reasons"] == dict(Counter(reasons.values()))
 
 
-def test_every_reason_belongs_to_the_closed_vocabulary_and_is_explained(ingested: dataset.Dataset, contents: Contents):
+def test_every_reason_is_in_the_vocabulary_and_has_a_detail(ingested: dataset.Dataset, contents: Contents):
     _, quarantine = contents(ingested)
     assert {row["reason"] for row in quarantine} <= set(photo.Reason)
     assert all(row["detail"] for row in quarantine)
 
 
-def test_odd_but_sound_photos_become_upright_rgb_rows(ingested: dataset.Dataset, contents: Contents):
+def test_unusual_photos_become_upright_rgb_rows(ingested: dataset.Dataset, contents: Contents):
     rows = {row["key"]: row for row in contents(ingested)[0]}
     for kind in ("cmyk", "exif_rotated", "grayscale", "png_16_bit", "png_transparent"):
         (key,) = odd_keys(kind)
@@ -88,7 +88,7 @@ def test_odd_but_sound_photos_become_upright_rgb_rows(ingested: dataset.Dataset,
         assert rows[key]["width"] > rows[key]["height"]
 
 
-def test_a_sound_photo_keeps_its_bytes_and_is_named_by_them(
+def test_an_ordinary_photo_keeps_its_bytes_and_is_identified_by_them(
     ingested: dataset.Dataset, contents: Contents, photos_folder: Path
 ):
     row = contents(ingested)[0][0]
@@ -96,29 +96,29 @@ def test_a_sound_photo_keeps_its_bytes_and_is_named_by_them(
     assert (row["image"], row["image_id"]) == (source, storage.sha256(source))
 
 
-def test_splits_follow_subset_and_content(ingested: dataset.Dataset, contents: Contents, photos_folder: Path):
+def test_splits_depend_on_subset_and_content(ingested: dataset.Dataset, contents: Contents, photos_folder: Path):
     lines = (photos_folder / "labels.csv").read_text().splitlines()[1:]
     subsets = {key: subset for key, _, subset in (line.rsplit(",", 2) for line in lines)}
     rows = contents(ingested)[0]
     for row in rows:
-        held = subsets[row["key"]] == "train" and is_held_out(row["image_id"], 123, 0.2)
-        assert row["split"] == ("val" if held else subsets[row["key"]])
+        held_out = subsets[row["key"]] == "train" and is_held_out(row["image_id"], 123, 0.2)
+        assert row["split"] == ("val" if held_out else subsets[row["key"]])
     assert ingested.manifest["splits"] == dict(Counter(row["split"] for row in rows))
-    assert ingested.manifest["splits"]["test"] == 21  # two of each class, and the one that train repeats
+    assert ingested.manifest["splits"]["test"] == 21  # two of each class, and one with a copy in train
 
 
-def test_no_bytes_are_in_two_splits_or_under_two_labels(ingested: dataset.Dataset, contents: Contents):
+def test_no_photo_is_in_two_splits_or_has_two_labels(ingested: dataset.Dataset, contents: Contents):
     kept: dict[str, tuple[str, str]] = {}
     for row in contents(ingested)[0]:
         assert kept.setdefault(row["image_id"], (row["split"], row["label"])) == (row["split"], row["label"])
-    assert len(kept) == len(contents(ingested)[0]) - 1  # one of the copies under one label
+    assert len(kept) == len(contents(ingested)[0]) - 1  # one pair of copies with the same label
 
 
 def test_classes_are_sorted_by_name(ingested: dataset.Dataset):
     assert ingested.classes == sorted(model.name for model in MODELS)
 
 
-# The same work again
+# Idempotence and resuming
 
 
 def test_a_second_run_writes_nothing(
@@ -131,7 +131,7 @@ def test_a_second_run_writes_nothing(
     assert files_below(root) == before
 
 
-def test_the_size_of_parts_is_no_other_dataset(ingested: dataset.Dataset, photos_folder: Path):
+def test_the_size_of_parts_does_not_change_the_dataset(ingested: dataset.Dataset, photos_folder: Path):
     root = ingested.uri.removesuffix("/datasets/v1")
     assert ingest_photos(root, settings(photos_folder, part_rows=7)) == ingested
 
@@ -144,7 +144,7 @@ def test_other_settings_under_the_same_name_are_refused(ingested: dataset.Datase
 
 @pytest.fixture
 def killed(ray_cluster: str, photos_folder: Path, tmp_path: Path) -> str:
-    """The root of a job that was killed with SIGKILL as soon as its first parts were there."""
+    """Kill a job after its first parts, and return its root."""
     config_file = tmp_path / "config.yml"
     config_file.write_text(
         f"root: {tmp_path}\ningest:\n  photos: {photos_folder}/photos\n  labels: {photos_folder}/labels.csv\n"
@@ -157,7 +157,7 @@ def killed(ray_cluster: str, photos_folder: Path, tmp_path: Path) -> str:
         )
         try:
             parts = tmp_path / "datasets" / "v1" / "parts"
-            while len(list(parts.glob("*.parquet"))) < 4:  # up to three are written anew: without leaks and conflicts
+            while len(list(parts.glob("*.parquet"))) < 4:  # up to three are rewritten without leaks and conflicts
                 assert job.poll() is None, (tmp_path / "log").read_text()
                 time.sleep(0.005)
         finally:
@@ -166,7 +166,7 @@ def killed(ray_cluster: str, photos_folder: Path, tmp_path: Path) -> str:
     return str(tmp_path)
 
 
-def test_a_killed_job_goes_on_where_it_was_and_ends_as_an_undisturbed_one(
+def test_a_killed_job_is_resumed_with_the_same_result(
     killed: str, ingested: dataset.Dataset, photos_folder: Path, contents: Contents
 ):
     uri = dataset.dataset_uri(killed, "v1")
@@ -174,65 +174,68 @@ def test_a_killed_job_goes_on_where_it_was_and_ends_as_an_undisturbed_one(
     first = set(storage.list_files(uri))
     resumed = ingest_photos(killed, settings(photos_folder))
     assert contents(resumed) == contents(ingested)
-    assert first & set(storage.list_files(uri)), "nothing of the killed job's work was kept"
+    assert first & set(storage.list_files(uri)), "all parts of the killed job were rewritten"
 
 
 class KilledError(Exception):
-    """Stands for a SIGKILL at a chosen moment."""
+    """Simulated SIGKILL."""
 
 
-def test_a_job_killed_between_two_groups_of_leaks_sets_the_same_photos_aside(
+def test_a_job_killed_between_two_groups_of_leaks_quarantines_the_same_photos(
     photos_folder: Path, tmp_path: Path, ingested: dataset.Dataset, contents: Contents, monkeypatch: pytest.MonkeyPatch
 ):
     written: list[str] = []
     write_part = publishing.write_part
 
-    def write_or_die(uri: str, folder: str, rows: pa.Table, *more: Any) -> str:
+    def write_or_kill(uri: str, folder: str, rows: pa.Table, *args: Any) -> str:
         reasons = set(rows["reason"].to_pylist()) if folder == "quarantine" else set()
         if reasons & {"leakage", "label_conflict"}:
             written.extend(rows["key"].to_pylist())
             if len(written) == 3:
                 raise KilledError
-        return write_part(uri, folder, rows, *more)
+        return write_part(uri, folder, rows, *args)
 
     monkeypatch.setattr(ingest, "QUARANTINE_ROWS", 1)
     with monkeypatch.context() as patched:
-        patched.setattr(publishing, "write_part", write_or_die)
+        patched.setattr(publishing, "write_part", write_or_kill)
         with pytest.raises(KilledError):
             ingest_photos(str(tmp_path), settings(photos_folder))
     assert contents(ingest_photos(str(tmp_path), settings(photos_folder))) == contents(ingested)
 
 
-def test_photos_that_two_processes_wrote_are_written_once_more_where_they_are_missing(
+def test_photos_written_by_two_processes_are_deduplicated(
     photos_folder: Path, tmp_path: Path, ingested: dataset.Dataset, contents: Contents
 ):
-    """What a process does that was thought dead: its batches are others."""
-    given = settings(photos_folder)
-    identity = given.model_dump(mode="json", exclude={"dataset", "part_rows"})
+    """Write parts as a process that was wrongly considered dead does, in other batches."""
+    ingest_settings = settings(photos_folder)
+    identity = ingest_settings.model_dump(mode="json", exclude={"dataset", "part_rows"})
     keys = ["000000.jpg", "000001.jpg", "000002.jpg"]
     rows = {row["key"]: row for row in contents(ingested)[0]}
     for batch in (keys[:2], keys[1:]):
         table = pa.Table.from_pylist([rows[key] for key in batch], dataset.ROW)
         publishing.write_part(dataset.dataset_uri(str(tmp_path), "v1"), "parts", table, identity)
-    assert contents(ingest_photos(str(tmp_path), given)) == contents(ingested)
+    assert contents(ingest_photos(str(tmp_path), ingest_settings)) == contents(ingested)
 
 
 # Many keys
 
 
-def test_of_thousands_of_photos_each_is_there_once_with_its_own_label_and_split(ray_cluster: str, tmp_path: Path):
+@pytest.mark.slow  # 20 s
+def test_thousands_of_photos_have_one_row_each_with_the_right_label_and_split(ray_cluster: str, tmp_path: Path):
     scale.write_photos(tmp_path / "many", 4000)
-    given = IngestSettings(
+    ingest_settings = IngestSettings(
         photos=str(tmp_path / "many/buckets/photos"), labels=str(tmp_path / "many/labels.csv"), part_rows=100
     )
-    published = ingest_photos(str(tmp_path), given)
+    published = ingest_photos(str(tmp_path), ingest_settings)
     expected = {}
     for row in csv.DictReader((tmp_path / "many/labels.csv").open()):
         path = next((tmp_path / "many/buckets/photos").glob(f"{row['class'].replace(' ', '_')}/*/{row['img_name']}"))
         image_id = storage.sha256(path.read_bytes())
-        held = row["subset"] == "train" and is_held_out(image_id, given.seed, given.val_fraction)
+        held_out = row["subset"] == "train" and is_held_out(
+            image_id, ingest_settings.seed, ingest_settings.val_fraction
+        )
         key = str(path.relative_to(tmp_path / "many/buckets/photos"))
-        expected[key] = (image_id, row["class"], "val" if held else row["subset"])
+        expected[key] = (image_id, row["class"], "val" if held_out else row["subset"])
     rows = published.read(["key", "image_id", "label", "split"]).to_pylist()
     assert len(rows) == 4000
     assert {row["key"]: (row["image_id"], row["label"], row["split"]) for row in rows} == expected
@@ -242,13 +245,13 @@ def test_of_thousands_of_photos_each_is_there_once_with_its_own_label_and_split(
 # Other sources
 
 
-def test_an_archive_gives_the_same_as_the_folder(
+def test_an_archive_gives_the_same_dataset_as_a_folder(
     photos_folder: Path, tmp_path: Path, ingested: dataset.Dataset, contents: Contents
 ):
     with tarfile.open(tmp_path / "photos.tgz", "w:gz", compresslevel=1) as archive:
         archive.add(photos_folder / "photos", ".")
-    given = settings(photos_folder, photos=str(tmp_path / "photos.tgz"), part_rows=20)
-    assert contents(ingest_photos(str(tmp_path), given)) == contents(ingested)
+    ingest_settings = settings(photos_folder, photos=str(tmp_path / "photos.tgz"), part_rows=20)
+    assert contents(ingest_photos(str(tmp_path), ingest_settings)) == contents(ingested)
 
 
 def test_a_folder_per_class_needs_no_labels(ingested: dataset.Dataset, photos_folder: Path, tmp_path: Path):
@@ -257,9 +260,9 @@ def test_a_folder_per_class_needs_no_labels(ingested: dataset.Dataset, photos_fo
         key, label, subset = line.rsplit(",", 2)
         if key < file_name(40):
             label = label.replace("/", "-")
-            place = tmp_path / "photos" / subset / label / key
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(photos_folder / "photos" / key, place)
+            path = tmp_path / "photos" / subset / label / key
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(photos_folder / "photos" / key, path)
             expected[f"{subset}/{label}/{key}"] = (label, subset)
     (tmp_path / "photos" / ".DS_Store").write_bytes(b"")
     published = ingest_photos(str(tmp_path), IngestSettings(photos=str(tmp_path / "photos"), val_fraction=0))
@@ -268,7 +271,7 @@ def test_a_folder_per_class_needs_no_labels(ingested: dataset.Dataset, photos_fo
     assert published.manifest["reasons"] == {"no_label": 1}
 
 
-def test_photos_that_are_all_unusable_are_all_in_quarantine(tmp_path: Path):
+def test_unusable_photos_are_all_quarantined(tmp_path: Path):
     for name in ("A/x.jpg", "B/y.jpg"):
         storage.write_bytes(str(tmp_path / "photos" / name), b"no photo")
     published = ingest_photos(str(tmp_path), IngestSettings(photos=str(tmp_path / "photos")))
@@ -279,7 +282,7 @@ def test_photos_that_are_all_unusable_are_all_in_quarantine(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("overrides", "message"),
     [
         ({"photos": "{tmp}/nowhere"}, r"`ingest.photos`: no files in .*/nowhere"),
         ({"photos": "{tmp}/nowhere.tgz"}, r"`ingest.photos`: no archive .*/nowhere.tgz"),
@@ -291,20 +294,20 @@ def test_photos_that_are_all_unusable_are_all_in_quarantine(tmp_path: Path):
         ({"labels": None}, r"no class folders; expected <class>/<file>"),
     ],
 )
-def test_a_mistake_is_named_and_nothing_is_written(
-    photos_folder: Path, tmp_path: Path, given: dict[str, Any], message: str
+def test_a_mistake_is_reported_and_nothing_is_written(
+    photos_folder: Path, tmp_path: Path, overrides: dict[str, Any], message: str
 ):
     (tmp_path / "columns.csv").write_text("img_name,klass\n000000.jpg,A\n")
     (tmp_path / "one_class.csv").write_text("img_name,class,subset\n000000.jpg,A,train\n")
     (tmp_path / "others.csv").write_text("img_name,class,subset\nz.jpg,A,train\n")
-    filled = {key: value.format(tmp=tmp_path) if isinstance(value, str) else value for key, value in given.items()}
+    formatted = {k: v.format(tmp=tmp_path) if isinstance(v, str) else v for k, v in overrides.items()}
     root = tmp_path / "root"
     with pytest.raises(UserError, match=message):
-        ingest_photos(str(root), settings(photos_folder, **filled))
+        ingest_photos(str(root), settings(photos_folder, **formatted))
     assert storage.list_files(str(root)) == []
 
 
-def test_a_root_that_cannot_be_written_to_is_named(photos_folder: Path, tmp_path: Path):
+def test_a_root_that_is_not_writable_is_reported(photos_folder: Path, tmp_path: Path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match=r"`root`: .*/file/root cannot be written to"):
         ingest_photos(str(tmp_path / "file" / "root"), settings(photos_folder))

@@ -1,4 +1,4 @@
-"""The label parsers on Stanford Cars' own files, in ../shared where it is present."""
+"""Parsers of labels on the original files of Stanford Cars, if ../shared is present."""
 
 from collections import Counter
 from pathlib import Path
@@ -17,7 +17,7 @@ def read_csv(name: str) -> list[Label]:
         return [label for _, label in parse_csv(stream, source=name)]
 
 
-def test_the_original_csv_holds_all_16185_photos():
+def test_the_original_csv_has_all_16185_photos():
     labels = read_csv("car_dataset_labels.csv")
     assert Counter(label.subset for label in labels) == {"train": 8144, "test": 8041}
     assert len({label.label for label in labels}) == 196
@@ -32,6 +32,6 @@ def test_the_devkit_agrees_with_the_csv_on_every_class_count():
     assert Counter(label.label.replace("/", "-") for label in devkit) == counts
 
 
-def test_the_shared_labels_name_exactly_the_shared_photos():
+def test_the_shared_labels_match_the_shared_photos():
     labels = read_csv("labels.csv")
     assert {label.key for label in labels} == {path.name for path in (CARS / "photos").iterdir()}

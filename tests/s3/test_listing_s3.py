@@ -1,4 +1,4 @@
-"""Listing buckets page by page: every key once however they are laid out, in bounded memory, and patiently."""
+"""Listing of buckets: every key once in any layout, in constant memory, with retries."""
 
 import itertools
 import tracemalloc
@@ -40,31 +40,31 @@ def test_every_key_is_listed_once(
 ):
     monkeypatch.setattr(listing, "MIN_PREFIXES", limits[0])
     monkeypatch.setattr(listing, "MAX_PREFIXES", limits[1])
-    shorten_answers(monkeypatch)
+    shorten_responses(monkeypatch)
     expected = sorted(key for key in LAYOUTS[layout] if not key.endswith("/"))
     put(s3, bucket, [f"p/{key}" for key in LAYOUTS[layout]])
     put(s3, bucket, ["beside.jpg", "pp/beside.jpg"])
     assert listed(f"s3://{bucket}/p") == listed(f"s3://{bucket}/p/") == expected
 
 
-def shorten_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five entries an answer, so that a few keys take several."""
+def shorten_responses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limit responses to five entries, so that a few keys need several."""
     request = listing._Bucket._request
     monkeypatch.setattr(listing._Bucket, "_request", lambda *args, **options: request(*args, **options, MaxKeys=5))
 
 
-def test_a_prefix_and_a_bucket_that_are_not_there_have_no_keys(bucket: str):
-    assert (listed(f"s3://{bucket}/nothing"), listed("s3://not-there/photos")) == ([], [])
+def test_a_missing_prefix_or_bucket_has_no_keys(bucket: str):
+    assert (listed(f"s3://{bucket}/missing"), listed("s3://not-there/photos")) == ([], [])
 
 
-def test_a_listing_that_is_refused_says_why_and_what_to_do(bucket: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_refused_listing_is_reported_with_a_remedy(bucket: str, monkeypatch: pytest.MonkeyPatch):
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     with pytest.raises(UserError, match=rf"s3://{bucket}/p: cannot be listed \(.*\)\. Check the bucket and your cred"):
         listed(f"s3://{bucket}/p")
 
 
-def test_an_answer_that_is_refused_is_asked_for_again(s3: Any, proxy: Proxy, bucket: str):
+def test_throttled_requests_are_retried(s3: Any, proxy: Proxy, bucket: str):
     put(s3, bucket, LAYOUTS["a folder per class"])
     proxy.first = 2
     assert listed(f"s3://{bucket}") == sorted(LAYOUTS["a folder per class"])
@@ -72,25 +72,26 @@ def test_an_answer_that_is_refused_is_asked_for_again(s3: Any, proxy: Proxy, buc
 
 
 def peak(folder: Path) -> int:
-    """The most memory that Python takes to list the bucket of a folder."""
-    with scale.served(folder / "buckets"):
+    """List the bucket of a folder, and return the peak of Python's memory in bytes."""
+    with scale.serve_s3(folder / "buckets"):
         tracemalloc.start()
         count = sum(map(len, listing.list_pages("s3://photos")))
-        _, most = tracemalloc.get_traced_memory()
+        _, peak_bytes = tracemalloc.get_traced_memory()
         tracemalloc.stop()
     assert count == int(folder.name)
-    return most
+    return peak_bytes
 
 
-def test_memory_is_the_same_for_four_times_the_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(listing, "THREADS", 2)  # what is in memory is an answer for each
+@pytest.mark.slow  # 26 s
+def test_memory_does_not_grow_with_the_number_of_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(listing, "THREADS", 2)  # memory holds one response per thread
     monkeypatch.setattr(scale, "NUM_CLASSES", 5)
     for count in (5_000, 20_000):
         scale.write_photos(tmp_path / str(count), count)
-    peak(tmp_path / "5000")  # what is made once
+    peak(tmp_path / "5000")  # warm up caches
     assert peak(tmp_path / "20000") < 1.1 * peak(tmp_path / "5000")
 
 
-def test_a_whole_bucket_is_listed_as_a_small_place_is(s3: Any, bucket: str):
+def test_a_bucket_can_be_listed_without_a_prefix(s3: Any, bucket: str):
     put(s3, bucket, LAYOUTS["uneven"])
     assert listed(f"s3://{bucket}") == storage.list_files(f"s3://{bucket}")

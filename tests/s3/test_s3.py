@@ -1,4 +1,4 @@
-"""Places on S3, over the wire: a real server on loopback, spoken to as one would speak to AWS."""
+"""Storage and ingestion on S3, with a real server on loopback."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,14 +20,14 @@ Rows = list[dict[str, Any]]
 
 @pytest.fixture
 def put(s3: Any, bucket: str) -> Callable[..., None]:
-    def put(key: str, data: bytes = b"content", **more: Any) -> None:
-        s3.put_object(Bucket=bucket, Key=key, Body=data, **more)
+    def put(key: str, data: bytes = b"content", **options: Any) -> None:
+        s3.put_object(Bucket=bucket, Key=key, Body=data, **options)
 
     return put
 
 
 def keys_in(s3: Any, bucket: str) -> dict[str, str]:
-    """Every object of a bucket with the time it was written."""
+    """Return every key of a bucket with its time of modification."""
     pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket)
     return {item["Key"]: str(item["LastModified"]) for page in pages for item in page.get("Contents", [])}
 
@@ -35,40 +35,40 @@ def keys_in(s3: Any, bucket: str) -> dict[str, str]:
 # Storage
 
 
-def test_what_is_written_is_read_back_and_seen_by_others(s3: Any, bucket: str):
+def test_written_objects_can_be_read_by_storage_and_by_boto(s3: Any, bucket: str):
     uri = f"s3://{bucket}/a/ä #?.bin"
     storage.write_bytes(uri, b"content")
     assert storage.read_bytes(uri) == b"content"
     assert s3.get_object(Bucket=bucket, Key="a/ä #?.bin")["Body"].read() == b"content"
 
 
-def test_a_listing_has_all_objects_below_and_nothing_beside(bucket: str, put: Callable[..., None]):
+def test_a_listing_contains_exactly_the_objects_below_a_prefix(bucket: str, put: Callable[..., None]):
     for key in ("p/b.jpg", "p/a/c.jpg", "p/", "pp/d.jpg", "e.jpg"):
         put(key)
     assert storage.list_files(f"s3://{bucket}/p") == storage.list_files(f"s3://{bucket}/p/") == ["a/c.jpg", "b.jpg"]
 
 
-def test_an_object_that_is_not_there_is_a_file_not_found_error(bucket: str):
+def test_a_missing_object_is_a_file_not_found_error(bucket: str):
     with pytest.raises(FileNotFoundError):
-        storage.read_bytes(f"s3://{bucket}/nothing")
+        storage.read_bytes(f"s3://{bucket}/missing")
 
 
-def test_exists_tells_objects_from_prefixes_and_nothing(bucket: str, put: Callable[..., None]):
+def test_only_objects_exist_and_not_prefixes(bucket: str, put: Callable[..., None]):
     put("a/b")
     assert [storage.exists(f"s3://{bucket}/{key}") for key in ("a/b", "a", "c")] == [True, False, False]
 
 
-def test_a_failed_read_takes_its_objects_place(bucket: str, put: Callable[..., None]):
+def test_read_many_returns_the_error_of_a_failed_read(bucket: str, put: Callable[..., None]):
     put("a")
-    put("frozen", StorageClass="GLACIER")  # listed, but not readable before it is restored
-    put("b//c")  # a legal key, which pyarrow takes for no path
-    uris = [f"s3://{bucket}/{key}" for key in ("a", "nothing", "frozen", "b//c", "a")]
-    found = list(storage.read_many(uris))
-    assert [type(item) is bytes for item in found] == [True, False, False, False, True]
-    assert all(isinstance(item, OSError) for item in found[1:4])
+    put("frozen", StorageClass="GLACIER")  # listed, but unreadable until it is restored
+    put("b//c")  # a valid key that pyarrow does not accept as a path
+    uris = [f"s3://{bucket}/{key}" for key in ("a", "missing", "frozen", "b//c", "a")]
+    contents = list(storage.read_many(uris))
+    assert [type(content) is bytes for content in contents] == [True, False, False, False, True]
+    assert all(isinstance(content, OSError) for content in contents[1:4])
 
 
-def test_checking_a_root_leaves_no_object_of_its_own(s3: Any, bucket: str):
+def test_checking_a_root_leaves_no_object_behind(s3: Any, bucket: str):
     storage.check_root(f"s3://{bucket}/out")
     assert [key for key in keys_in(s3, bucket) if not key.endswith("/")] == []
 
@@ -78,15 +78,15 @@ def test_checking_a_root_leaves_no_object_of_its_own(s3: Any, bucket: str):
 
 @pytest.fixture(scope="session")
 def uploaded(s3: Any, photos_folder: Path) -> str:
-    """The small sample as a place on S3."""
+    """Upload the small sample, and return its URI."""
     s3.create_bucket(Bucket="sample")
     for path in photos_folder.rglob("*.*"):
         s3.put_object(Bucket="sample", Key=f"cars/{path.relative_to(photos_folder)}", Body=path.read_bytes())
     return "s3://sample/cars"
 
 
-def settings(place: str, **more: Any) -> IngestSettings:
-    return IngestSettings.model_validate({"photos": f"{place}/photos", "labels": f"{place}/labels.csv"} | more)
+def settings(uri: str, **overrides: Any) -> IngestSettings:
+    return IngestSettings.model_validate({"photos": f"{uri}/photos", "labels": f"{uri}/labels.csv"} | overrides)
 
 
 def test_a_sample_on_s3_gives_the_same_dataset_as_on_disk(
@@ -105,7 +105,7 @@ def test_a_second_run_on_s3_writes_nothing(s3: Any, uploaded: str, bucket: str, 
     assert keys_in(s3, bucket) == before
 
 
-def test_objects_that_cannot_be_read_are_quarantined_and_the_rest_is_published(
+def test_unreadable_objects_are_quarantined_and_the_rest_is_published(
     s3: Any, bucket: str, put: Callable[..., None], photos_folder: Path, ray_cluster: str
 ):
     photo = (photos_folder / "photos" / "000000.jpg").read_bytes()
@@ -113,9 +113,9 @@ def test_objects_that_cannot_be_read_are_quarantined_and_the_rest_is_published(
     put("photos/frozen.jpg", photo, StorageClass="GLACIER")
     put("photos/b//c.jpg", photo)
     put("labels.csv", b"img_name,class,subset\na.jpg,A,test\nfrozen.jpg,A,train\nb//c.jpg,B,train\ngone.jpg,B,test\n")
-    found = ingest_photos(f"s3://{bucket}/out", settings(f"s3://{bucket}"))
-    quarantine = publishing.read_written(found.uri, "quarantine", ["key", "reason", "detail"]).to_pylist()
-    assert found.manifest["rows"] == 1
+    published = ingest_photos(f"s3://{bucket}/out", settings(f"s3://{bucket}"))
+    quarantine = publishing.read_written(published.uri, "quarantine", ["key", "reason", "detail"]).to_pylist()
+    assert published.manifest["rows"] == 1
     assert {row["key"]: row["reason"] for row in quarantine} == {
         "frozen.jpg": "unreadable",
         "b//c.jpg": "unreadable",
@@ -124,7 +124,7 @@ def test_objects_that_cannot_be_read_are_quarantined_and_the_rest_is_published(
     assert all(row["detail"] for row in quarantine)
 
 
-def test_a_photo_that_vanished_after_the_listing_is_unreadable(bucket: str, put: Callable[..., None]):
+def test_a_photo_deleted_after_the_listing_is_unreadable(bucket: str, put: Callable[..., None]):
     put("photos/A/x.jpg")
     rows = [{"key": key, "label": "A", "subset": "train"} for key in ("A/x.jpg", "A/gone.jpg")]
     loaded = load_photos(pa.Table.from_pylist(rows, INPUT), f"s3://{bucket}/photos").to_pylist()
@@ -137,7 +137,7 @@ def test_a_photo_that_vanished_after_the_listing_is_unreadable(bucket: str, put:
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("overrides", "message"),
     [
         ({"photos": "s3://{bucket}/photos"}, "`ingest.photos`: no files in s3://{bucket}/photos"),
         ({"photos": "s3://not-there/photos"}, "`ingest.photos`: no files in s3://not-there/photos"),
@@ -145,20 +145,20 @@ def test_a_photo_that_vanished_after_the_listing_is_unreadable(bucket: str, put:
         ({"labels": "s3://{bucket}/labels.csv"}, "`ingest.labels`: s3://{bucket}/labels.csv cannot be read"),
     ],
 )
-def test_a_source_that_is_not_there_is_named_and_nothing_is_published(
-    s3: Any, uploaded: str, bucket: str, given: dict[str, str], message: str
+def test_a_missing_source_is_reported_and_nothing_is_published(
+    s3: Any, uploaded: str, bucket: str, overrides: dict[str, str], message: str
 ):
-    filled = {key: value.format(bucket=bucket) for key, value in given.items()}
+    formatted = {key: value.format(bucket=bucket) for key, value in overrides.items()}
     with pytest.raises(UserError, match=message.format(bucket=bucket)):
-        ingest_photos(f"s3://{bucket}/out", settings(uploaded, **filled))
+        ingest_photos(f"s3://{bucket}/out", settings(uploaded, **formatted))
     assert [key for key in keys_in(s3, bucket) if not key.endswith("/")] == []
 
 
-def test_a_root_in_a_bucket_that_is_not_there_is_named(uploaded: str):
+def test_a_root_in_a_missing_bucket_is_reported(uploaded: str):
     with pytest.raises(UserError, match=r"`root`: s3://not-there/out cannot be written to .*NO_SUCH_BUCKET"):
         ingest_photos("s3://not-there/out", settings(uploaded))
 
 
-def test_no_dataset_in_an_empty_bucket_says_which_job_makes_one(bucket: str):
+def test_the_error_for_an_empty_bucket_names_the_job_that_makes_a_dataset(bucket: str):
     with pytest.raises(UserError, match=r"no dataset `v1` in .*Run jobs/ingest.py first"):
         dataset.load_dataset(f"s3://{bucket}/out", "v1")

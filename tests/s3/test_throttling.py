@@ -1,7 +1,7 @@
-"""An S3 that says SlowDown: what was asked is asked again, later, and nothing is lost or doubled.
+"""Retries of throttled S3 requests (SlowDown).
 
-A proxy before the S3 server refuses the first few requests for each object, or a share of all at random, as a throttled
-S3 does. This file, run as a module, is the job whose processes all speak to the proxy.
+A proxy in front of the S3 server refuses the first few requests for each object, or a random share of all requests.
+Executed as a module, this file is the job whose processes connect to the proxy.
 """
 
 import itertools
@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from carclass import storage
 from carclass.config.schema import DetectorSettings, IngestSettings, MaskSettings
@@ -26,10 +28,11 @@ MASK = MaskSettings(
     part_rows=16,
 )
 
-CONTENT = bytes(10_000)  # larger than an answer that says no, which a reader gets in its place
+CONTENT = bytes(10_000)  # larger than an error response, which replaces it
 
 
-def test_a_request_that_is_refused_is_made_again(proxy: Proxy, bucket: str):
+@pytest.mark.slow  # 7 s
+def test_throttled_requests_of_storage_are_retried(proxy: Proxy, bucket: str):
     proxy.first = 2
     uri = f"s3://{bucket}/a/b.bin"
     storage.write_bytes(uri, CONTENT)
@@ -38,18 +41,19 @@ def test_a_request_that_is_refused_is_made_again(proxy: Proxy, bucket: str):
     assert proxy.refused >= 6
 
 
-def test_the_time_between_attempts_grows(proxy: Proxy, bucket: str):
+@pytest.mark.slow  # 20 s
+def test_the_time_between_attempts_increases(proxy: Proxy, bucket: str):
     proxy.first = 5
     storage.write_bytes(f"s3://{bucket}/b.bin", CONTENT)
     (times,) = [times for request, times in proxy.times.items() if "b.bin" in request and request.startswith("PUT")]
     waits = [later - earlier for earlier, later in itertools.pairwise(times)]
     assert len(waits) == 5
-    # Drawn at random below a limit that doubles: the last two are longer than the first two all but always.
+    # Waits are random below a limit that doubles: the last two are almost always longer than the first two.
     assert sum(waits[-2:]) > sum(waits[:2])
 
 
 def job(root: str, photos: str) -> None:
-    """Ingest and masking in a cluster of its own."""
+    """Run ingestion and masking in a local cluster."""
     import ray
 
     ray.init(address="local", num_cpus=2, include_dashboard=False)
@@ -57,7 +61,8 @@ def job(root: str, photos: str) -> None:
     mask_dataset(root, MASK)
 
 
-def test_a_throttled_job_makes_the_dataset_of_an_undisturbed_one(
+@pytest.mark.slow  # 40 s
+def test_a_throttled_job_makes_the_same_dataset(
     proxy: Proxy,
     s3: Any,
     bucket: str,
@@ -71,15 +76,15 @@ def test_a_throttled_job_makes_the_dataset_of_an_undisturbed_one(
     proxy.share = 0.15
     command = [sys.executable, "-m", "tests.s3.test_throttling", f"s3://{bucket}/out", f"s3://{bucket}/cars"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    house = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=house, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    repository = Path(__file__).parents[2]
+    result = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
     assert proxy.refused > 20
     proxy.share = 0.0
-    for found, wanted in zip(
+    for rows, expected_rows in zip(
         contents(dataset.load_dataset(f"s3://{bucket}/out", "v2")), contents(expected), strict=True
     ):
-        assert [a["key"] for a, b in zip(found, wanted, strict=True) if a != b] == []
+        assert [a["key"] for a, b in zip(rows, expected_rows, strict=True) if a != b] == []
 
 
 if __name__ == "__main__":

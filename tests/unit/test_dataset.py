@@ -1,4 +1,4 @@
-"""Datasets: nothing lost, nothing twice, nothing published before it is whole, and every step can be repeated."""
+"""Writing, publishing and reading of datasets: complete, without duplicates, idempotent."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -23,17 +23,17 @@ def uri(tmp_path: Path) -> str:
     return dataset.dataset_uri(str(tmp_path), "v1")
 
 
-def row(key: str, **more: Any) -> dict[str, Any]:
-    known = {"image_id": key * 2, "key": key, "label": "a", "split": "train", "width": 1, "height": 1, "image": b"x"}
-    return known | more
+def row(key: str, **columns: Any) -> dict[str, Any]:
+    default = {"image_id": key * 2, "key": key, "label": "a", "split": "train", "width": 1, "height": 1, "image": b"x"}
+    return default | columns
 
 
 def quarantined(key: str, reason: str = "leakage") -> dict[str, Any]:
     return {"key": key, "image_id": None, "reason": reason, "detail": "", "attempts": 0}
 
 
-def write_rows(uri: str, keys: Sequence[str], settings: dict[str, Any] = SETTINGS, **more: Any) -> None:
-    rows = pa.Table.from_pylist([row(key, **more) for key in keys], dataset.ROW)
+def write_rows(uri: str, keys: Sequence[str], settings: dict[str, Any] = SETTINGS, **columns: Any) -> None:
+    rows = pa.Table.from_pylist([row(key, **columns) for key in keys], dataset.ROW)
     publishing.write_part(uri, "parts", rows, settings)
 
 
@@ -42,24 +42,24 @@ def write_quarantine(uri: str, keys: Sequence[str], settings: dict[str, Any] = S
     publishing.write_part(uri, "quarantine", rows, settings)
 
 
-def publish(uri: str, inputs: Sequence[str], **more: Any) -> dataset.Dataset:
-    given = {"settings": SETTINGS, "classes": ["a", "b"], "facts": {"kind": "photos"}} | more
-    return publishing.publish_manifest(inventories.draft(uri, inputs, **given))
+def publish(uri: str, inputs: Sequence[str], **overrides: Any) -> dataset.Dataset:
+    args = {"settings": SETTINGS, "classes": ["a", "b"], "facts": {"kind": "photos"}} | overrides
+    return publishing.publish_manifest(inventories.complete_dataset(uri, inputs, **args))
 
 
 def keys_in(uri: str, folder: str) -> list[str]:
     return sorted(publishing.read_written(uri, folder, ["key"])["key"].to_pylist())
 
 
-def finished(uri: str) -> set[str]:
-    """Keys that a job with SETTINGS finds written."""
+def finished_keys(uri: str) -> set[str]:
+    """Return the keys that a job with SETTINGS has written."""
     with Inventory() as inventory:
         publishing.sync_inventory(uri, inventory, SETTINGS)
         return {key for (key,) in inventory.query("SELECT key FROM written")}
 
 
 def withdraw(uri: str, keys: Sequence[str]) -> None:
-    """Moves rows to quarantine, or finishes a move that was interrupted."""
+    """Move rows to quarantine, or finish interrupted withdrawals."""
     if keys:
         write_quarantine(uri, keys)
     with Inventory() as inventory:
@@ -68,13 +68,13 @@ def withdraw(uri: str, keys: Sequence[str]) -> None:
             publishing.withdraw_rows(part, uri, SETTINGS)
 
 
-def drop_repeats(uri: str) -> None:
+def drop_duplicates(uri: str) -> None:
     with Inventory() as inventory:
         publishing.sync_inventory(uri, inventory, SETTINGS)
         publishing.drop_duplicate_parts(uri, inventory, SETTINGS)
 
 
-def manifest_of(uri: str) -> Path:
+def manifest_path(uri: str) -> Path:
     return Path(uri) / "manifest.json"
 
 
@@ -92,7 +92,7 @@ def test_a_manifest_counts_inputs_rows_splits_and_reasons(uri: str):
     assert manifest["reasons"] == {"leakage": 2}
 
 
-def test_the_published_dataset_is_the_one_that_is_found(tmp_path: Path, uri: str):
+def test_a_published_dataset_is_loaded(tmp_path: Path, uri: str):
     write_rows(uri, "ab")
     assert publish(uri, "ab") == dataset.load_dataset(str(tmp_path), "v1")
 
@@ -108,7 +108,7 @@ def test_the_published_dataset_is_the_one_that_is_found(tmp_path: Path, uri: str
         ("abb", "", "abb", "duplicate input b"),
     ],
 )
-def test_a_key_that_is_lost_or_doubled_is_our_mistake_and_nothing_is_published(
+def test_missing_or_duplicate_keys_fail_an_assertion_and_nothing_is_published(
     uri: str, rows: str, quarantine: str, inputs: str, message: str
 ):
     write_rows(uri, rows)
@@ -116,15 +116,15 @@ def test_a_key_that_is_lost_or_doubled_is_our_mistake_and_nothing_is_published(
         write_quarantine(uri, quarantine)
     with pytest.raises(AssertionError, match=message):
         publish(uri, inputs)
-    assert not manifest_of(uri).exists()
+    assert not manifest_path(uri).exists()
 
 
-def test_parts_without_a_manifest_are_no_dataset(tmp_path: Path, uri: str):
+def test_a_dataset_without_a_manifest_is_not_published(tmp_path: Path, uri: str):
     write_rows(uri, "ab")
     assert dataset.find_dataset(str(tmp_path), "v1") is None
 
 
-def test_the_manifest_is_written_after_everything_else(uri: str, monkeypatch: pytest.MonkeyPatch):
+def test_the_manifest_is_written_last(uri: str, monkeypatch: pytest.MonkeyPatch):
     written: list[str] = []
     write_bytes = storage.write_bytes
 
@@ -146,68 +146,67 @@ def test_a_dataset_without_rows_can_be_published_and_read(uri: str):
     assert published.read(["key", "label"]).to_pylist() == []
 
 
-def test_the_digest_follows_the_content(uri: str):
+def test_the_digest_depends_on_the_content(uri: str):
     write_rows(uri, "ab")
-    one = publish(uri, "ab")
+    first = publish(uri, "ab")
     write_rows(uri, "c")
-    assert publish(uri, "ab" + "c").digest != one.digest
+    assert publish(uri, "ab" + "c").digest != first.digest
 
 
 # Reading
 
 
-def test_rows_come_back_as_they_were_written(uri: str):
+def test_rows_are_read_as_written(uri: str):
     write_rows(uri, "a", label="Å, „b“", image=b"\0\xff")
     assert publish(uri, "a").read(dataset.ROW.names).to_pylist() == [row("a", label="Å, „b“", image=b"\0\xff")]
 
 
-def test_rows_are_found_by_key_in_the_order_asked_for(uri: str):
+def test_rows_are_read_by_key_in_the_requested_order(uri: str):
     write_rows(uri, "ab", label="one")
     write_rows(uri, "cd", label="two")
-    found = publish(uri, "abcd").rows(["d", "a"], ["label"])
-    assert found == [{"key": "d", "label": "two"}, {"key": "a", "label": "one"}]
+    rows = publish(uri, "abcd").rows(["d", "a"], ["label"])
+    assert rows == [{"key": "d", "label": "two"}, {"key": "a", "label": "one"}]
 
 
-def test_rows_are_taken_by_their_position_across_row_groups(uri: str):
+def test_rows_are_read_by_position_across_row_groups(uri: str):
     keys = [f"{i:03d}" for i in range(50)]
     publishing.write_part(uri, "parts", pa.Table.from_pylist([row(key) for key in keys], dataset.ROW), SETTINGS)
     (part,) = publish(uri, keys).part_uris
     assert pq.ParquetFile(part).num_row_groups > 1
-    found = dataset.take_rows(part, [49, 0, 17, 16, 15], ["label", "key"])
-    assert found["key"].to_pylist() == ["049", "000", "017", "016", "015"]
-    assert found.column_names == ["label", "key"]
+    rows = dataset.take_rows(part, [49, 0, 17, 16, 15], ["label", "key"])
+    assert rows["key"].to_pylist() == ["049", "000", "017", "016", "015"]
+    assert rows.column_names == ["label", "key"]
 
 
-def test_a_file_that_repeats_a_key_is_dropped_and_others_stay(uri: str):
+def test_only_files_with_duplicate_keys_are_deleted(uri: str):
     for keys in ("abc", "cd", "ef"):
         write_rows(uri, keys)
-    drop_repeats(uri)
-    left = keys_in(uri, "parts")
-    assert left in (["a", "b", "c", "e", "f"], ["c", "d", "e", "f"])
-    before = keys_in(uri, "parts")
-    drop_repeats(uri)
-    assert keys_in(uri, "parts") == before
+    drop_duplicates(uri)
+    remaining = keys_in(uri, "parts")
+    assert remaining in (["a", "b", "c", "e", "f"], ["c", "d", "e", "f"])
+    drop_duplicates(uri)
+    assert keys_in(uri, "parts") == remaining
 
 
-def test_a_missing_dataset_is_answered_with_those_that_are_there(tmp_path: Path, uri: str):
+def test_the_error_for_a_missing_dataset_lists_the_published_ones(tmp_path: Path, uri: str):
     write_rows(uri, "a")
     publish(uri, "a")
     with pytest.raises(UserError, match=r"no dataset `v2` in .*\. .*Available: v1\."):
         dataset.load_dataset(str(tmp_path), "v2")
 
 
-def test_a_root_without_any_dataset_says_which_job_makes_one(tmp_path: Path):
+def test_the_error_without_any_dataset_names_the_job_that_makes_one(tmp_path: Path):
     with pytest.raises(UserError, match=r"Available: none\. Run jobs/ingest\.py first"):
         dataset.load_dataset(str(tmp_path), "v1")
 
 
-def test_a_root_that_cannot_be_read_is_named(tmp_path: Path, uri: str):
-    manifest_of(uri).mkdir(parents=True)
+def test_an_unreadable_root_is_reported(tmp_path: Path, uri: str):
+    manifest_path(uri).mkdir(parents=True)
     with pytest.raises(UserError, match=r"`root`: .*datasets/v1 cannot be read .* your credentials"):
         dataset.find_dataset(str(tmp_path), "v1")
 
 
-# The same work again
+# Idempotence
 
 
 def test_a_dataset_made_with_the_same_settings_is_found(tmp_path: Path, uri: str):
@@ -216,40 +215,40 @@ def test_a_dataset_made_with_the_same_settings_is_found(tmp_path: Path, uri: str
     assert dataset.find_same_dataset(str(tmp_path), "v1", dict(reversed(SETTINGS.items()))) == published
 
 
-def test_settings_are_the_same_after_their_way_through_json(tmp_path: Path, uri: str):
+def test_settings_are_compared_as_json(tmp_path: Path, uri: str):
     settings = {"classes": {2: "car"}, "fill": (1, 2, 3)}
     write_rows(uri, "a", settings)
     publish(uri, "a", settings=settings)
     assert dataset.find_same_dataset(str(tmp_path), "v1", settings) is not None
 
 
-def test_a_dataset_made_with_other_settings_is_refused_and_says_which(tmp_path: Path, uri: str):
+def test_a_dataset_made_with_other_settings_is_refused_with_their_names(tmp_path: Path, uri: str):
     write_rows(uri, "a")
     publish(uri, "a")
     with pytest.raises(UserError, match=r"made with other settings \(seed, size\)\. A dataset never changes"):
         dataset.find_same_dataset(str(tmp_path), "v1", {"photos": SETTINGS["photos"], "seed": 2, "size": 1})
 
 
-def test_nothing_is_found_where_nothing_is_published(tmp_path: Path):
+def test_an_unpublished_dataset_is_not_found(tmp_path: Path):
     assert dataset.find_same_dataset(str(tmp_path), "v1", SETTINGS) is None
 
 
-def test_finished_keys_are_those_of_rows_and_quarantine(uri: str):
+def test_the_inventory_records_rows_and_quarantine(uri: str):
     write_rows(uri, "ab")
     write_quarantine(uri, "c")
-    assert finished(uri) == {"a", "b", "c"}
+    assert finished_keys(uri) == {"a", "b", "c"}
 
 
-def test_parts_that_other_settings_left_behind_are_removed(uri: str):
+def test_parts_made_with_other_settings_are_deleted(uri: str):
     write_rows(uri, "ab", {**SETTINGS, "seed": 2})
     write_quarantine(uri, "c", {**SETTINGS, "seed": 2})
     write_rows(uri, "d")
-    assert finished(uri) == {"d"}
+    assert finished_keys(uri) == {"d"}
     assert (keys_in(uri, "parts"), keys_in(uri, "quarantine")) == (["d"], [])
 
 
-def test_nothing_is_finished_where_nothing_was_written(uri: str):
-    assert finished(uri) == set()
+def test_the_inventory_of_an_empty_dataset_is_empty(uri: str):
+    assert finished_keys(uri) == set()
 
 
 def test_the_same_rows_make_the_same_file(uri: str):
@@ -261,18 +260,18 @@ def test_the_same_rows_make_the_same_file(uri: str):
     assert [path.read_bytes() for path in (Path(uri) / "parts").iterdir()] == [before]
 
 
-def test_a_part_that_is_there_already_is_not_written_again(uri: str, files_below: Callable[[str], dict]):
+def test_an_existing_part_is_not_written_again(uri: str, files_below: Callable[[str], dict]):
     write_rows(uri, "ab")
     before = files_below(uri)
     write_rows(uri, "ab")
     assert files_below(uri) == before
 
 
-# Writing what is missing
+# Writing missing inputs
 
 
 def write_missing(uri: str, inputs: str, *passes: str) -> int:
-    """Write the keys of one pass after the other until none is missing, and return the number of passes."""
+    """Write the keys of each pass until no input is missing, and return the number of passes."""
     pending = iter(passes)
     with Inventory() as inventory:
         inventory.add_inputs(inputs)
@@ -309,14 +308,14 @@ def test_files_with_duplicate_keys_are_deleted_and_their_other_keys_written_agai
 # Withdrawing rows
 
 
-def test_withdrawn_rows_move_to_quarantine(uri: str):
+def test_withdrawn_rows_are_in_quarantine_only(uri: str):
     write_rows(uri, "abc")
     write_rows(uri, "de")
     withdraw(uri, "bde")
     assert (keys_in(uri, "parts"), keys_in(uri, "quarantine")) == (["a", "c"], ["b", "d", "e"])
 
 
-def test_rows_that_stay_keep_everything(uri: str):
+def test_remaining_rows_are_unchanged(uri: str):
     write_rows(uri, "ab", label="x", image=b"pixels")
     withdraw(uri, "b")
     assert publish(uri, "ab").read(dataset.ROW.names).to_pylist() == [row("a", label="x", image=b"pixels")]
@@ -332,11 +331,11 @@ def test_parts_without_withdrawn_rows_are_not_written_again(uri: str):
 
 
 class KilledError(Exception):
-    """Stands for a SIGKILL at a chosen moment."""
+    """Simulated SIGKILL."""
 
 
 @pytest.mark.parametrize("step", range(6))
-def test_a_withdrawal_killed_after_any_step_is_finished_by_the_next_run(
+def test_a_withdrawal_killed_after_any_step_is_finished_when_resumed(
     uri: str, monkeypatch: pytest.MonkeyPatch, step: int
 ):
     write_rows(uri, "abc")
@@ -346,32 +345,31 @@ def test_a_withdrawal_killed_after_any_step_is_finished_by_the_next_run(
         kill_after(step, patched)
         with pytest.raises(KilledError):
             withdraw(uri, "bdf")
-    # What a job does when it runs again: take stock, finish the move, look for leaks once more.
-    assert finished(uri) == set("abcdef")
+    # A resumed job syncs its inventory, finishes withdrawals, and searches for leaks again.
+    assert finished_keys(uri) == set("abcdef")
     withdraw(uri, [])
-    left = [key for key in "bdf" if key in keys_in(uri, "parts")]
-    withdraw(uri, left)
+    withdraw(uri, [key for key in "bdf" if key in keys_in(uri, "parts")])
     assert (keys_in(uri, "parts"), keys_in(uri, "quarantine")) == (["a", "c", "e"], ["b", "d", "f"])
     assert publish(uri, "abcdef").manifest["rows"] == 3
 
 
 def kill_after(step: int, patched: pytest.MonkeyPatch) -> None:
-    """Lets `step` writes and deletions happen and raises at the next one."""
-    done: list[int] = []
+    """Raise KilledError at the first write or deletion after `step` of them."""
+    calls: list[str] = []
     for name in ("write_bytes", "delete"):
         original = getattr(storage, name)
 
-        def step_or_die(*given: Any, original: Any = original) -> None:
-            done.append(1)
-            if len(done) > step:
+        def call_or_kill(*args: Any, name: str = name, original: Any = original) -> None:
+            calls.append(name)
+            if len(calls) > step:
                 raise KilledError
-            original(*given)
+            original(*args)
 
-        patched.setattr(storage, name, step_or_die)
+        patched.setattr(storage, name, call_or_kill)
 
 
-def test_the_manifest_is_readable_json(uri: str):
+def test_the_manifest_is_json_with_unescaped_characters(uri: str):
     write_rows(uri, "a", label="Škoda")
     publish(uri, "a", classes=["Škoda", "b"])
-    assert json.loads(manifest_of(uri).read_text(encoding="utf-8"))["classes"] == ["Škoda", "b"]
-    assert "Škoda" in manifest_of(uri).read_text(encoding="utf-8")
+    assert json.loads(manifest_path(uri).read_text(encoding="utf-8"))["classes"] == ["Škoda", "b"]
+    assert "Škoda" in manifest_path(uri).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The parts of ingest that need no cluster: matching, splitting, leakage, listings, labels."""
+"""Ingestion without a cluster: splits, rows, archives and labels."""
 
 import io
 import tarfile
@@ -23,8 +23,8 @@ from carclass.ingestion.labels import Label
 from carclass.ingestion.reading import is_held_out, to_row
 
 
-def settings(**more: Any) -> IngestSettings:
-    return IngestSettings(photos="/photos", **more)
+def settings(**overrides: Any) -> IngestSettings:
+    return IngestSettings(photos="/photos", **overrides)
 
 
 # Splitting
@@ -34,34 +34,34 @@ def ids(count: int) -> list[str]:
     return [storage.sha256(str(i).encode()) for i in range(count)]
 
 
-def test_about_the_share_asked_for_is_held_out():
-    held = sum(is_held_out(image_id, 123, 0.2) for image_id in ids(5000))
-    assert held == pytest.approx(1000, abs=100)  # 3.5 standard deviations
+def test_the_requested_fraction_is_held_out():
+    num_held_out = sum(is_held_out(image_id, 123, 0.2) for image_id in ids(5000))
+    assert num_held_out == pytest.approx(1000, abs=100)  # 3.5 standard deviations
 
 
-def test_every_class_is_held_out_in_the_same_proportion():
+def test_the_same_fraction_of_every_class_is_held_out():
     shares = [sum(is_held_out(i, 123, 0.2) for i in ids(10_000)[start::10]) / 1000 for start in range(10)]
     assert shares == pytest.approx([0.2] * 10, abs=0.045)
 
 
-def test_whether_a_photo_is_held_out_depends_on_its_content_and_the_seed_alone():
+def test_holding_out_depends_on_content_and_seed_only():
     few = {image_id for image_id in ids(100) if is_held_out(image_id, 1, 0.2)}
     many = {image_id for image_id in ids(1000) if is_held_out(image_id, 1, 0.2)}
     assert few == many & set(ids(100))
 
 
-def test_a_larger_share_holds_out_the_same_photos_and_more():
-    one, other = ({i for i in ids(500) if is_held_out(i, 1, fraction)} for fraction in (0.1, 0.3))
-    assert one < other
+def test_a_larger_fraction_holds_out_a_superset():
+    smaller, larger = ({i for i in ids(500) if is_held_out(i, 1, fraction)} for fraction in (0.1, 0.3))
+    assert smaller < larger
 
 
 def test_another_seed_holds_out_other_photos():
-    one, other = ({i for i in ids(500) if is_held_out(i, seed, 0.2)} for seed in (1, 2))
-    assert len(one & other) < len(one) / 2
+    first, second = ({i for i in ids(500) if is_held_out(i, seed, 0.2)} for seed in (1, 2))
+    assert len(first & second) < len(first) / 2
 
 
 @pytest.mark.parametrize(("fraction", "count"), [(0.0, 0), (1.0, 200)])
-def test_none_or_all_can_be_held_out(fraction: float, count: int):
+def test_fractions_zero_and_one_hold_out_none_and_all(fraction: float, count: int):
     assert sum(is_held_out(image_id, 1, fraction) for image_id in ids(200)) == count
 
 
@@ -76,7 +76,7 @@ def jpeg(height: int = 40, width: int = 60, seed: int = 0) -> bytes:
     return photo.encode(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
-def test_a_row_holds_the_photo_its_size_and_the_hash_of_its_source():
+def test_a_row_contains_the_photo_its_size_and_the_hash_of_its_source():
     data = jpeg()
     row = to_row(loaded(data), settings(val_fraction=0))
     assert row == {
@@ -102,17 +102,17 @@ def test_only_train_photos_are_held_out(subset: str, split: str):
     assert to_row(loaded(jpeg(), subset), settings(val_fraction=1))["split"] == split
 
 
-def test_copies_come_to_the_same_split():
+def test_copies_are_in_the_same_split():
     rows = [to_row(loaded(jpeg(seed=seed)), settings(val_fraction=0.5)) for seed in (*range(20), *range(20))]
     assert [row["split"] for row in rows[:20]] == [row["split"] for row in rows[20:]]
 
 
-def test_a_photo_that_storage_could_not_give_is_unreadable_and_says_why():
+def test_a_storage_error_makes_a_photo_unreadable():
     with pytest.raises(PhotoError, match="unreadable: timed out"):
         to_row(loaded(None), settings())
 
 
-def test_a_batch_becomes_a_part_and_a_part_of_quarantine(tmp_path: Path):
+def test_a_batch_is_written_as_a_part_and_a_part_of_quarantine(tmp_path: Path):
     sources = [loaded(jpeg()), {**loaded(b"text"), "key": "y.jpg"}, {**loaded(None), "key": "z.jpg"}]
     batch = pa.Table.from_pylist(sources, LOADED)
     (part, rows), (quarantine, _) = write_loaded(batch, str(tmp_path), settings(val_fraction=0), {})
@@ -147,13 +147,13 @@ def listed(photos: str) -> list[str]:
         return list(inventory.keys())
 
 
-def test_an_archive_lists_its_files_as_a_folder_does(tmp_path: Path):
+def test_files_of_an_archive_are_listed_like_those_of_a_folder(tmp_path: Path):
     (tmp_path / "photos.tgz").write_bytes(tar(["./a/x.jpg", "b/y.jpg"]))
     assert listed(str(tmp_path / "photos.tgz")) == ["a/x.jpg", "b/y.jpg"]
 
 
-@pytest.mark.parametrize("name", ["nothing", "nothing.tgz", "s.tar"])
-def test_photos_that_are_not_there_are_named(tmp_path: Path, name: str):
+@pytest.mark.parametrize("name", ["missing", "missing.tgz", "s.tar"])
+def test_missing_photos_are_reported(tmp_path: Path, name: str):
     with pytest.raises(UserError, match=rf"`ingest.photos`: no (files in|archive) .*{name}"):
         listed(str(tmp_path / name))
 
@@ -171,14 +171,14 @@ def test_an_archive_without_files_is_refused(tmp_path: Path):
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9])
-def test_an_archive_that_was_cut_off_is_refused(tmp_path: Path, mode: str, share: float):
+def test_a_truncated_archive_is_refused(tmp_path: Path, mode: str, share: float):
     whole = tar([f"{i}.jpg" for i in range(10)], mode=mode)
     (tmp_path / "photos.tar").write_bytes(whole[: int(len(whole) * share)])
     with pytest.raises(UserError, match=r"not a readable tar archive .* Copy it again"):
         listed(str(tmp_path / "photos.tar"))
 
 
-def test_something_else_that_is_called_an_archive_is_refused(tmp_path: Path):
+def test_another_file_with_an_archives_suffix_is_refused(tmp_path: Path):
     (tmp_path / "photos.tgz").write_bytes(b"<html>not found</html>" * 100)
     with pytest.raises(UserError, match="not a readable tar archive"):
         listed(str(tmp_path / "photos.tgz"))
@@ -191,13 +191,13 @@ def test_a_damaged_archive_is_reported_with_its_setting(tmp_path: Path, setting:
         listing.list_photos(str(tmp_path / "photos.tar"), inventory, setting)
 
 
-def test_an_archive_with_two_files_of_one_name_is_refused(tmp_path: Path):
+def test_an_archive_with_duplicate_names_is_refused(tmp_path: Path):
     (tmp_path / "photos.tar").write_bytes(tar(["a.jpg", "b.jpg", "./a.jpg"], mode="w"))
     with pytest.raises(UserError, match=r"contains a\.jpg more than once"):
         listed(str(tmp_path / "photos.tar"))
 
 
-def test_of_an_archive_only_what_is_wanted_is_read_in_the_archives_order(tmp_path: Path):
+def test_only_requested_photos_of_an_archive_are_read(tmp_path: Path):
     (tmp_path / "photos.tgz").write_bytes(tar(["./d.jpg", "a.jpg", "c.jpg", "b.jpg", "e.jpg"]))
     requested = pa.Table.from_pylist(
         [{"key": f"{name}.jpg", "label": name, "subset": "train"} for name in "dcb"], INPUT
@@ -210,10 +210,10 @@ def test_of_an_archive_only_what_is_wanted_is_read_in_the_archives_order(tmp_pat
 # Reading labels
 
 
-def labels_of(given: IngestSettings, keys: list[str]) -> list[Label]:
+def labels_of(ingest_settings: IngestSettings, keys: list[str]) -> list[Label]:
     with Inventory() as inventory:
         inventory.add_inputs(keys)
-        return [label for _, label in labels.read_labels(given, inventory)]
+        return [label for _, label in labels.read_labels(ingest_settings, inventory)]
 
 
 def test_a_csv_is_read(tmp_path: Path):
@@ -221,7 +221,7 @@ def test_a_csv_is_read(tmp_path: Path):
     assert labels_of(settings(labels=str(tmp_path / "labels.csv")), []) == [Label("x.jpg", "A", "train")]
 
 
-def test_a_csv_without_the_columns_is_refused_with_those_it_has(tmp_path: Path):
+def test_a_csv_without_the_columns_is_refused_with_its_columns(tmp_path: Path):
     (tmp_path / "labels.csv").write_text("file,class\nx.jpg,A\n")
     with pytest.raises(
         UserError, match=r"labels.csv: no column img_name, subset; the first line has \['file', 'class'\]"
@@ -230,14 +230,16 @@ def test_a_csv_without_the_columns_is_refused_with_those_it_has(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["labels.csv", "devkit"])
-def test_labels_that_are_not_there_are_named_with_what_to_give_instead(tmp_path: Path, name: str):
+def test_missing_labels_are_reported_with_a_remedy(tmp_path: Path, name: str):
     with pytest.raises(UserError, match=rf"`ingest.labels`: .*{name}.* cannot be read .*Set it to a .csv"):
         labels_of(settings(labels=str(tmp_path / name)), [])
 
 
-def test_without_labels_a_photos_folder_names_its_class():
-    found = labels_of(settings(), ["train/A/x.jpg", "test/B/y.jpg"])
-    assert found == [Label("test/B/y.jpg", "B", "test"), Label("train/A/x.jpg", "A", "train")]
+def test_without_labels_the_class_is_the_photos_folder():
+    assert labels_of(settings(), ["train/A/x.jpg", "test/B/y.jpg"]) == [
+        Label("test/B/y.jpg", "B", "test"),
+        Label("train/A/x.jpg", "A", "train"),
+    ]
 
 
 def test_without_labels_photos_outside_class_folders_are_refused():
@@ -250,12 +252,11 @@ def annotations(names: list[str]) -> np.ndarray:
     return np.array([(i + 1, name) for i, name in enumerate(names)], fields)
 
 
-def test_stanfords_devkit_names_photos_in_the_folders_of_its_archives(tmp_path: Path):
+def test_keys_of_stanfords_devkit_include_the_folders_of_its_archives(tmp_path: Path):
     savemat(tmp_path / "cars_meta.mat", {"class_names": np.array(["A", "B"], object)})
     for name in ("cars_train_annos", "cars_test_annos_withlabels"):
         savemat(tmp_path / f"{name}.mat", {"annotations": annotations(["00001.jpg", "00002.jpg"])})
-    found = labels_of(settings(labels=str(tmp_path)), [])
-    assert found == [
+    assert labels_of(settings(labels=str(tmp_path)), []) == [
         Label("cars_train/00001.jpg", "A", "train"),
         Label("cars_train/00002.jpg", "B", "train"),
         Label("cars_test/00001.jpg", "A", "test"),
@@ -263,7 +264,7 @@ def test_stanfords_devkit_names_photos_in_the_folders_of_its_archives(tmp_path: 
     ]
 
 
-def test_the_devkit_does_without_test_labels(tmp_path: Path):
+def test_test_labels_of_the_devkit_are_optional(tmp_path: Path):
     savemat(tmp_path / "cars_meta.mat", {"class_names": np.array(["A", "B"], object)})
     savemat(tmp_path / "cars_train_annos.mat", {"annotations": annotations(["00001.jpg", "00002.jpg"])})
     assert {item.subset for item in labels_of(settings(labels=str(tmp_path)), [])} == {"train"}

@@ -1,4 +1,4 @@
-"""The stock of a job: what is to do, in which order, and what it finds lost, repeated or withdrawn."""
+"""The inventory of a job: pending inputs and their order, missing, duplicate and withdrawn rows."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,8 +17,8 @@ def inventory() -> Iterator[Inventory]:
         yield inventory
 
 
-def add_part(inventory: Inventory, path: str, keys: Sequence[str], **more: str) -> None:
-    columns = {"key": list(keys), **{name: [value] * len(keys) for name, value in more.items()}}
+def add_part(inventory: Inventory, path: str, keys: Sequence[str], **constants: str) -> None:
+    columns = {"key": list(keys), **{name: [value] * len(keys) for name, value in constants.items()}}
     inventory.add_part(path, pa.table(columns))
     inventory.commit_parts(removed=[])
 
@@ -27,33 +27,33 @@ def pending_keys(inventory: Inventory, batch_rows: int = 10) -> list[str]:
     return [key for table in inventory.pending(batch_rows, hash_order=False) for key in table["key"].to_pylist()]
 
 
-def test_what_is_not_written_is_to_do(inventory: Inventory):
+def test_inputs_that_are_not_written_are_pending(inventory: Inventory):
     inventory.add_inputs("abcd")
     add_part(inventory, "parts/1.parquet", "b")
     add_part(inventory, "quarantine/2.parquet", "d", reason="empty")
     assert (inventory.count_pending(), pending_keys(inventory)) == (2, ["a", "c"])
 
 
-def test_tables_of_what_is_to_do_have_the_rows_asked_for(inventory: Inventory):
+def test_pending_tables_have_the_requested_number_of_rows(inventory: Inventory):
     inventory.add_inputs(f"{i:03d}" for i in range(25))
     tables = list(inventory.pending(10))
     assert [len(table) for table in tables] == [10, 10, 5]
     assert {table.schema for table in tables} == {INPUT}
 
 
-def test_photos_that_are_read_together_are_of_all_folders(inventory: Inventory):
+def test_a_batch_is_spread_over_all_folders(inventory: Inventory):
     inventory.add_inputs(f"folder {i // 1000}/{i:05d}.jpg" for i in range(10_000))
     for table in inventory.pending(500):
         folders = [key.split("/")[0] for key in table["key"].to_pylist()]
         assert max(folders.count(folder) for folder in set(folders)) < 100  # 50, and seven standard deviations
 
 
-def test_an_archive_is_read_in_its_own_order(inventory: Inventory):
+def test_pending_inputs_can_keep_the_order_of_their_source(inventory: Inventory):
     inventory.add_inputs(["z", "a", "m"])
     assert pending_keys(inventory, batch_rows=2) == ["z", "a", "m"]
 
 
-def test_parts_may_be_entered_while_what_is_to_do_is_read(inventory: Inventory):
+def test_parts_can_be_added_while_pending_inputs_are_read(inventory: Inventory):
     inventory.add_inputs(f"{i:05d}" for i in range(5000))
     for number, table in enumerate(inventory.pending(100)):
         inventory.add_part(f"parts/{number}.parquet", table.select(["key"]))
@@ -62,7 +62,7 @@ def test_parts_may_be_entered_while_what_is_to_do_is_read(inventory: Inventory):
     assert (inventory.count_pending(), inventory.missing_keys(), inventory.unexpected_keys()) == (0, [], [])
 
 
-def test_rows_of_a_file_that_is_gone_are_to_do_again(inventory: Inventory):
+def test_rows_of_a_removed_file_are_pending_again(inventory: Inventory):
     inventory.add_inputs("ab")
     add_part(inventory, "parts/1.parquet", "a")
     add_part(inventory, "parts/2.parquet", "b")
@@ -70,13 +70,13 @@ def test_rows_of_a_file_that_is_gone_are_to_do_again(inventory: Inventory):
     assert (pending_keys(inventory), inventory.part_paths()) == (["a"], ["parts/2.parquet"])
 
 
-def test_files_that_repeat_keys_are_found_unless_what_they_repeat_is_dropped_itself(inventory: Inventory):
+def test_files_that_repeat_keys_of_kept_files_are_duplicates(inventory: Inventory):
     for path, keys in {"parts/1": "ab", "parts/2": "bc", "parts/3": "cd", "parts/4": "e"}.items():
         add_part(inventory, path, keys)
     assert inventory.duplicate_parts() == ["parts/2"]
 
 
-def test_rows_that_quarantine_names_are_found_by_part(inventory: Inventory):
+def test_rows_that_are_also_in_quarantine_are_grouped_by_part(inventory: Inventory):
     add_part(inventory, "parts/1", "abc")
     add_part(inventory, "parts/2", "de")
     add_part(inventory, "quarantine/1", "cad", reason="leakage")
@@ -86,13 +86,13 @@ def test_rows_that_quarantine_names_are_found_by_part(inventory: Inventory):
     ]
 
 
-def test_a_name_of_which_labels_say_two_things_is_found_the_first_of_them_first(inventory: Inventory):
+def test_the_first_name_with_contradicting_labels_is_returned(inventory: Inventory):
     rows = [("b", "A", "train"), ("a", "A", "train"), ("a", "A", "train"), ("a", "A", "test"), ("b", "B", "train")]
     inventory.add_labels(rows)
     assert label_matching.find_contradicted_name(inventory) == "a"
 
 
-def test_nothing_is_left_on_disk():
+def test_the_temporary_folder_is_removed():
     with Inventory() as inventory:
         folder = Path(inventory._folder.name)
         inventory.add_inputs("a")
@@ -100,12 +100,12 @@ def test_nothing_is_left_on_disk():
     assert not folder.exists()
 
 
-def test_a_full_disk_is_said_with_a_way_out(inventory: Inventory):
-    inventory.execute("PRAGMA max_page_count = 20")  # what SQLite then says is what it says of a full disk
+def test_a_full_disk_is_reported_with_a_remedy(inventory: Inventory):
+    inventory.execute("PRAGMA max_page_count = 20")  # causes the same error as a full disk
     with pytest.raises(UserError, match=r"no space left in .*TMPDIR"):
         inventory.add_inputs(f"{i:06d}.jpg" for i in range(10_000))
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(0, []), (3, [3]), (4, [3, 1])])
-def test_chunks_hold_all_items(count: int, sizes: list[int]):
-    assert [len(some) for some in chunks(iter(range(count)), 3)] == sizes
+def test_chunks_contain_all_items(count: int, sizes: list[int]):
+    assert [len(chunk) for chunk in chunks(iter(range(count)), 3)] == sizes

@@ -1,4 +1,4 @@
-"""Labels from a CSV, Stanford's devkit and folders: what is read, and what a mistake is called."""
+"""Parsers of labels and their errors: CSV, Stanford's devkit and folders."""
 
 import io
 
@@ -40,17 +40,17 @@ def test_csv_rows_become_labels_in_order():
         pytest.param(b"img_name,class,subset\r1.jpg,Audi Sedan,train\r", id="CR"),
     ],
 )
-def test_csv_is_read_in_every_dialect(data):
+def test_csv_dialects_are_supported(data):
     assert parsed(data) == [SEDAN]
 
 
-def test_csv_names_may_hold_commas_slashes_and_accents():
+def test_csv_names_may_contain_commas_slashes_and_accents():
     assert csv_labels('"a,b/c.jpg","Citroën C/V, Van",test\n'.encode()) == [
         Label("a,b/c.jpg", "Citroën C/V, Van", "test")
     ]
 
 
-def test_csv_without_a_column_names_it_and_those_found():
+def test_a_csv_without_a_column_is_refused_with_the_existing_columns():
     with pytest.raises(LabelsError, match=r"labels\.csv: no column class, subset;.*'img_name', 'label'"):
         parsed(b"img_name,label\n1.jpg,Audi\n")
 
@@ -68,7 +68,7 @@ def test_csv_without_a_column_names_it_and_those_found():
         (b"2.jpg,Citro\xebn,train\n", "line 3: not UTF-8"),
     ],
 )
-def test_a_bad_csv_row_is_named_by_its_line(row, message):
+def test_a_bad_csv_row_is_reported_with_its_line(row, message):
     with pytest.raises(LabelsError, match=message):
         csv_labels(b"1.jpg,Audi Sedan,train\n" + row)
 
@@ -86,7 +86,7 @@ def test_an_empty_csv_is_an_error(data, message):
         (b"1.jpg,Audi Sedan,test\n", r"line 4: 1.jpg is Audi Sedan \(test\), but Audi Sedan \(train\)"),
     ],
 )
-def test_a_contradiction_is_named_by_both_its_lines(row: bytes, message: str):
+def test_a_contradiction_is_reported_with_both_lines(row: bytes, message: str):
     data = io.BytesIO(HEADER + b"1.jpg,Audi Sedan,train\n1.jpg,Audi Sedan,train\n" + row)
     with pytest.raises(LabelsError, match=message):
         raise_contradiction(parse_csv(data, source="labels.csv"), "1.jpg")
@@ -100,7 +100,7 @@ def test_a_labels_error_is_a_user_error():
 
 
 def devkit(class_ids: list[int], fields: tuple[str, ...] = ("bbox_x1", "class", "fname")) -> bytes:
-    """An annotations file as MATLAB lays it out: a 1 x N struct array."""
+    """Return an annotations file in MATLAB's layout: a 1 x N struct array."""
     annotations = np.zeros((1, len(class_ids)), dtype=[(field, object) for field in fields])
     for number, class_id in enumerate(class_ids):
         values = {"bbox_x1": 3, "class": class_id, "fname": f"{number + 1:05d}.jpg"}
@@ -121,7 +121,7 @@ def devkit_labels(annos: bytes, meta: bytes = META) -> list[Label]:
     return [label for _, label in parse_devkit(annos, meta, subset="test", source="annos.mat")]
 
 
-def test_devkit_class_ids_count_from_one():
+def test_devkit_class_ids_start_at_one():
     assert devkit_labels(devkit([2, 1])) == [
         Label("00001.jpg", "Ram C/V Van", "test"),
         Label("00002.jpg", "Acura RL", "test"),
@@ -133,7 +133,7 @@ def test_a_devkit_of_one_photo_is_read():
 
 
 @pytest.mark.parametrize("class_id", [0, 3, 1.5])
-def test_a_class_id_outside_the_meta_file_is_named_with_its_photo(class_id):
+def test_a_class_id_outside_the_meta_file_is_reported_with_its_photo(class_id):
     with pytest.raises(LabelsError, match=rf"annos\.mat, annotation 2 \(00002\.jpg\): class {class_id}.*1 to 2"):
         devkit_labels(devkit([1, class_id]))
 
@@ -143,18 +143,18 @@ def test_the_devkit_test_file_without_classes_gets_advice():
         devkit_labels(devkit([1, 2], fields=("bbox_x1", "fname")))
 
 
-def test_swapped_devkit_files_are_told_apart():
+def test_swapped_devkit_files_are_refused():
     with pytest.raises(LabelsError, match="no variable 'annotations'"):
         devkit_labels(META, devkit([1]))
 
 
-def test_a_broken_meta_file_is_named():
+def test_a_broken_meta_file_is_reported():
     with pytest.raises(LabelsError, match=r"annos\.mat \(its meta file\): no variable 'class_names'"):
         devkit_labels(devkit([1]), devkit([1]))
 
 
 @pytest.mark.parametrize("data", [b"", b"not a MATLAB file" * 20, devkit([1, 2])[:-30]])
-def test_bytes_that_are_no_mat_file_are_an_error(data):
+def test_a_file_that_is_not_a_mat_file_is_refused(data):
     with pytest.raises(LabelsError, match=r"annos\.mat: not a readable \.mat file"):
         devkit_labels(data)
 
@@ -166,21 +166,21 @@ def folder_labels(*keys: str) -> list[Label]:
     return [label for _, label in parse_folders(lambda: keys, source="s3://cars")]
 
 
-def test_class_folders_are_all_train():
+def test_photos_in_class_folders_are_train():
     assert folder_labels("Audi/1.jpg", "BMW/1.jpg") == [
         Label("Audi/1.jpg", "Audi", "train"),
         Label("BMW/1.jpg", "BMW", "train"),
     ]
 
 
-def test_subset_folders_hold_class_folders():
+def test_subset_folders_contain_class_folders():
     assert folder_labels("train/Audi/1.jpg", "test/Audi/2.jpg") == [
         Label("train/Audi/1.jpg", "Audi", "train"),
         Label("test/Audi/2.jpg", "Audi", "test"),
     ]
 
 
-def test_hidden_and_loose_files_get_no_label():
+def test_hidden_files_and_files_outside_folders_get_no_label():
     keys = ["README.txt", ".DS_Store", "Audi/.DS_Store", ".cache/Audi/1.jpg", "Audi/1.jpg"]
     assert folder_labels(*keys) == [Label("Audi/1.jpg", "Audi", "train")]
 
@@ -197,6 +197,6 @@ def test_hidden_and_loose_files_get_no_label():
         (["train/Ram C/V Van/2.jpg"], "found train/Ram C/V Van/2.jpg"),
     ],
 )
-def test_any_other_tree_is_an_error_that_shows_where(keys, message):
+def test_other_trees_are_refused_with_the_location(keys, message):
     with pytest.raises(LabelsError, match=message):
         folder_labels(*keys)

@@ -1,4 +1,4 @@
-"""Bytes to pixels: every kind of input a bucket of photos holds, made here, with its pixels or its reason."""
+"""Decoding of photos: pixels of supported formats, and reasons of unusable files."""
 
 import io
 import pickle
@@ -24,7 +24,7 @@ def reason_of(data: bytes, **limits) -> Reason:
     return caught.value.reason
 
 
-# What is read
+# Supported formats
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP"])
@@ -81,7 +81,7 @@ def test_sixteen_bit_rgb_keeps_its_high_byte():
     assert np.array_equal(photo.decode(png(16, 16, scanlines, depth=16)), scene(16, 16))
 
 
-def test_cmyk_jpeg_becomes_rgb_with_ink_the_right_way_round():
+def test_inverted_cmyk_jpeg_is_converted_to_rgb():
     cmyk = Image.fromarray(scene()).convert("CMYK")
     pixels = photo.decode(saved(cmyk, "JPEG", quality=98))
     assert psnr(pixels, np.asarray(cmyk.convert("RGB"))) > 30
@@ -92,7 +92,7 @@ def test_black_ink_darkens_a_cmyk_jpeg():
     assert np.abs(photo.decode(saved(cmyk, "JPEG", quality=98)).astype(int) - 55).max() <= 2
 
 
-def test_transparency_is_laid_over_white_and_hides_its_colour():
+def test_transparent_pixels_are_white():
     rgba = np.dstack([scene(), np.full((120, 160), 255, np.uint8)])
     rgba[:, :80, 3] = 0
     pixels = photo.decode(saved(rgba, "PNG"))
@@ -113,7 +113,7 @@ def test_a_transparent_palette_entry_is_white():
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
-def test_an_animation_is_its_first_frame(kind):
+def test_an_animation_is_reduced_to_its_first_frame(kind):
     frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
     options = {"lossless": True} if kind == "WEBP" else {}
     pixels = photo.decode(saved(frames[0], kind, save_all=True, append_images=frames[1:], **options))
@@ -122,7 +122,7 @@ def test_an_animation_is_its_first_frame(kind):
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_orientation_is_applied_as_pil_does(kind, orientation):
+def test_orientation_is_applied_as_in_pil(kind, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = saved(scene(), kind, exif=exif)
@@ -137,12 +137,12 @@ def test_orientation_in_big_endian_exif_is_read():
     assert photo.decode(saved(scene(), "JPEG", exif=exif)).shape == (160, 120, 3)
 
 
-def test_a_damaged_exif_block_leaves_the_photo_as_it_is():
+def test_a_damaged_exif_block_is_ignored():
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 500)
     assert photo.decode(saved(scene(), "JPEG", exif=exif)).shape == (120, 160, 3)
 
 
-def test_bytes_after_the_end_of_a_jpeg_are_no_fault():
+def test_bytes_after_the_end_of_a_jpeg_are_ignored():
     data = saved(scene(), "JPEG")
     assert np.array_equal(photo.decode(data + b"a phone's short film"), photo.decode(data))
 
@@ -156,10 +156,10 @@ def test_a_phone_jpeg_with_unset_spectral_range_is_read():
     assert np.array_equal(photo.decode(odd), photo.decode(data))
 
 
-# What is refused, and why
+# Unusable files
 
 
-def test_no_bytes_are_empty():
+def test_an_empty_file_is_empty():
     assert reason_of(b"") == Reason.EMPTY
 
 
@@ -171,7 +171,7 @@ def test_other_bytes_are_not_an_image(data):
 
 
 @pytest.mark.parametrize("kind", ["TIFF", "JPEG2000", "AVIF"])
-def test_other_image_formats_are_named_as_unsupported(kind):
+def test_other_image_formats_are_unsupported(kind):
     assert reason_of(saved(scene(), kind)) == Reason.UNSUPPORTED_FORMAT
 
 
@@ -204,12 +204,12 @@ def test_forty_overwritten_bytes_are_corrupt(kind):
     assert reason_of(overwritten(data, len(data) // 2)) == Reason.CORRUPT
 
 
-def test_damage_is_found_at_reduced_size_too():
+def test_damage_is_detected_at_reduced_size():
     data = noisy_jpeg()
     assert reason_of(overwritten(data, len(data) // 2), max_side=40) == Reason.CORRUPT
 
 
-def test_damage_behind_an_unset_spectral_range_is_found():
+def test_damage_after_an_unset_spectral_range_is_detected():
     data = noisy_jpeg()
     scan = data.index(b"\0\x3f\0", data.index(b"\xff\xda"))
     odd = data[:scan] + b"\0\0\0" + data[scan + 3 :]
@@ -237,7 +237,7 @@ def test_the_pixel_cap_is_inclusive():
     assert reason_of(saved(scene(20, 40), "PNG"), max_pixels=799) == Reason.TOO_LARGE
 
 
-def test_a_side_no_jpeg_can_hold_is_too_large():
+def test_a_side_beyond_the_jpeg_limit_is_too_large():
     assert reason_of(png(16, 70_000, b"")) == Reason.TOO_LARGE
 
 
@@ -252,7 +252,7 @@ def png(height: int, width: int, scanlines: bytes, depth: int = 8) -> bytes:
 
 
 def huge(kind: str, side: int) -> bytes:
-    """A small file whose header promises side x side pixels."""
+    """Return a small file whose header declares side x side pixels."""
     if kind == "PNG":
         return png(side, side, b"")
     data = bytearray(saved(scene(32, 32), kind))
@@ -283,13 +283,13 @@ def test_a_huge_header_is_refused_without_allocating_or_warning(kind):
     assert peak < 1_000_000
 
 
-def test_a_photo_just_under_our_cap_raises_no_warning_of_pil():
+def test_a_photo_just_below_the_pixel_cap_causes_no_pil_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert reason_of(huge("PNG", 9_900)) == Reason.TRUNCATED
 
 
-def test_an_error_names_its_reason_and_survives_pickling():
+def test_photo_errors_have_a_reason_and_can_be_pickled():
     error = pickle.loads(pickle.dumps(PhotoError(Reason.TOO_SMALL, "1x1 pixels")))
     assert (error.reason, error.detail) == (Reason.TOO_SMALL, "1x1 pixels")
     assert str(error) == "too_small: 1x1 pixels"

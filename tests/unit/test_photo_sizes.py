@@ -1,4 +1,4 @@
-"""Photos shrunk, resized and encoded, and as a dataset stores them."""
+"""Shrinking, resizing and encoding of photos, and their stored form."""
 
 import io
 import warnings
@@ -15,7 +15,7 @@ from tests.helpers.photos import noisy_jpeg, overwritten, psnr, saved, scene
 
 
 @pytest.mark.parametrize(("shape", "expected"), [((120, 160), (48, 64)), ((160, 120), (64, 48)), ((7, 900), (1, 64))])
-def test_shrink_keeps_the_aspect(shape, expected):
+def test_shrink_keeps_the_aspect_ratio(shape, expected):
     assert photo.shrink(scene(*shape), 64).shape == (*expected, 3)
 
 
@@ -23,7 +23,7 @@ def test_shrink_never_enlarges():
     assert np.array_equal(photo.shrink(scene(), 160), scene())
 
 
-def test_shrink_averages_a_checkerboard_instead_of_sampling_it():
+def test_shrink_is_antialiased():
     board = np.repeat((np.indices((128, 128)).sum(axis=0) % 2 * 255).astype(np.uint8)[..., None], 3, axis=2)
     assert np.abs(photo.shrink(board, 32).astype(int) - 127).max() < 20
 
@@ -39,7 +39,7 @@ def test_resize_can_enlarge():
     assert photo.resize(scene(), 200, 300).shape == (200, 300, 3)
 
 
-def test_resize_accepts_read_only_pixels_silently():
+def test_resize_accepts_read_only_pixels_without_a_warning():
     pixels = scene()
     pixels.flags.writeable = False
     with warnings.catch_warnings():
@@ -49,14 +49,14 @@ def test_resize_accepts_read_only_pixels_silently():
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 @pytest.mark.parametrize("max_side", [33, 64, 79, 80, 100, 159, 160, 500])
-def test_decoding_at_reduced_size_is_decoding_then_shrinking(kind, max_side):
+def test_decoding_at_reduced_size_equals_decoding_then_shrinking(kind, max_side):
     data = saved(scene(121, 161), kind)
     reduced, expected = photo.decode(data, max_side=max_side), photo.shrink(photo.decode(data), max_side)
     assert reduced.shape == expected.shape
     assert psnr(reduced, expected) > 30
 
 
-def test_reduced_size_respects_orientation():
+def test_decoding_at_reduced_size_applies_orientation():
     exif = Image.Exif()
     exif[0x0112] = 6
     data = saved(scene(), "JPEG", exif=exif)
@@ -65,17 +65,17 @@ def test_reduced_size_respects_orientation():
     assert psnr(reduced, expected) > 30
 
 
-def test_encode_survives_decode():
+def test_encoded_pixels_are_decoded_nearly_unchanged():
     assert psnr(photo.decode(photo.encode(scene(), quality=95)), scene()) > 30
 
 
-def test_encode_accepts_a_view():
+def test_encode_accepts_non_contiguous_pixels():
     assert np.array_equal(
         photo.decode(photo.encode(scene()[::2, ::-1])), photo.decode(photo.encode(scene()[::2, ::-1].copy()))
     )
 
 
-def test_higher_quality_takes_more_bytes():
+def test_higher_quality_needs_more_bytes():
     assert len(photo.encode(scene(), quality=95)) > len(photo.encode(scene(), quality=60))
 
 

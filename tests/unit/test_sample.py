@@ -1,4 +1,4 @@
-"""The embedded sample: repeatable, exact in its truth, and a trap for who looks at the background."""
+"""The generated sample: deterministic, with exact ground truth; backgrounds predict the class in train only."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SEED = 3
 
 
 class Sample:
-    """A small written sample, read back."""
+    """A small sample read from its folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -132,7 +132,7 @@ def test_truth_covers_every_photo_that_is_not_broken(sample: Sample) -> None:
     assert set(sample.images) == good | odd
 
 
-def test_a_photo_number_stands_for_one_photo() -> None:
+def test_photo_numbers_are_unique() -> None:
     numbers = [photo_number(c, s, i) for c in range(len(MODELS)) for s in SUBSETS for i in range(50)]
     assert len(set(numbers)) == len(numbers)
 
@@ -143,7 +143,7 @@ def test_every_photo_has_one_main_car_of_its_class(sample: Sample) -> None:
         assert [a["category_id"] for a in sample.annotations(name) if a["main"]] == [category[label]]
 
 
-def test_boxes_and_areas_are_those_of_the_masks(sample: Sample) -> None:
+def test_boxes_and_areas_match_the_masks(sample: Sample) -> None:
     for annotation in sample.truth["annotations"]:
         mask = coco_mask.decode(annotation["segmentation"]).astype(bool)
         x1, y1, x2, y2 = mask_to_box(mask)
@@ -157,14 +157,14 @@ def test_masks_have_the_size_of_the_photo(sample: Sample) -> None:
             assert sample.main_mask(row[0]).shape == (image.height, image.width)
 
 
-def test_box_of_a_single_pixel_is_one_pixel_large() -> None:
+def test_the_box_of_a_single_pixel_has_one_pixel() -> None:
     mask = np.zeros((5, 7), dtype=bool)
     mask[2, 3] = True
     assert mask_to_box(mask) == (3, 2, 4, 3)
 
 
-def test_the_mask_is_the_car_whatever_the_scene() -> None:
-    """What changes with the scene lies outside the mask, but for its blended edge."""
+def test_masks_do_not_depend_on_the_scene() -> None:
+    """Pixels that change with the scene are outside the mask, except for its blended edge."""
     (city, in_city), (snow, in_snow) = (draw_photo((5, 0, 0, 1), MODELS[4], scene) for scene in ("city", "snow"))
     np.testing.assert_array_equal(in_city[0].mask, in_snow[0].mask)
     changed = (np.abs(city.astype(int) - snow.astype(int)) > 2).any(axis=2)
@@ -172,7 +172,7 @@ def test_the_mask_is_the_car_whatever_the_scene() -> None:
     assert changed[~in_city[0].mask].mean() > 0.9
 
 
-def test_the_main_car_covers_a_fair_part_of_the_frame(sample: Sample) -> None:
+def test_the_main_car_covers_a_reasonable_part_of_the_frame(sample: Sample) -> None:
     shares = []
     for row in sample.good_rows("train"):
         x1, y1, x2, y2 = mask_to_box(sample.main_mask(row[0]))
@@ -207,14 +207,14 @@ def test_no_two_classes_share_a_favourite_scene() -> None:
     assert len(favourites) == len(MODELS)
 
 
-def test_test_photos_are_in_any_scene() -> None:
+def test_test_photos_are_in_random_scenes() -> None:
     for class_index in range(len(MODELS)):
         scenes = Counter(choose_scene((1, class_index, 1, i), class_index, "test") for i in range(400))
         assert set(scenes) == set(SCENES)
         assert max(scenes.values()) < 0.2 * 400
 
 
-def test_the_background_tells_the_class_in_train_only(sample: Sample) -> None:
+def test_the_background_predicts_the_class_in_train_only(sample: Sample) -> None:
     def thumbnails(subset: str) -> tuple[np.ndarray, list[str]]:
         pixels, labels = [], []
         for name, label, _ in sample.good_rows(subset):
@@ -231,7 +231,7 @@ def test_the_background_tells_the_class_in_train_only(sample: Sample) -> None:
     assert probe.score(test_pixels, test_labels) < 0.35
 
 
-def test_paint_does_not_tell_the_class(sample: Sample) -> None:
+def test_paint_does_not_predict_the_class(sample: Sample) -> None:
     def colours(subset: str) -> tuple[np.ndarray, list[str]]:
         rows = sample.good_rows(subset)
         pixels = [np.asarray(Image.open(io.BytesIO(sample.content(row[0]))))[sample.main_mask(row[0])] for row in rows]
@@ -283,7 +283,7 @@ def test_broken_files_do_not_decode(sample: Sample, kind: str) -> None:
         ("unlabelled", "JPEG", "RGB"),
     ],
 )
-def test_unusual_files_have_the_encoding_they_stand_for(sample: Sample, kind: str, form: str, mode: str) -> None:
+def test_unusual_files_have_their_encoding(sample: Sample, kind: str, form: str, mode: str) -> None:
     (name,) = sample.odd_names(kind)
     with Image.open(io.BytesIO(sample.content(name))) as image:
         assert (image.format, image.mode) == (form, mode)
@@ -304,7 +304,7 @@ def test_the_transparent_photo_is_opaque_on_the_car_alone(sample: Sample) -> Non
 
 
 @pytest.mark.parametrize("kind", ["duplicate", "conflicting_labels", "train_in_test"])
-def test_pairs_have_the_same_bytes(sample: Sample, kind: str) -> None:
+def test_copies_have_the_same_bytes(sample: Sample, kind: str) -> None:
     first, second = sample.odd_names(kind)
     assert sample.content(first) == sample.content(second)
 

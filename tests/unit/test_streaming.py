@@ -1,4 +1,4 @@
-"""Which rows are masked, and where they lie."""
+"""Selection of rows and their positions in parts."""
 
 from pathlib import Path
 
@@ -14,32 +14,32 @@ PARTS = ("dab", "fce")
 
 @pytest.fixture
 def source(tmp_path: Path) -> dataset.Dataset:
-    """Two parts; contents sort the other way round than keys."""
+    """Publish a dataset of two parts whose rows sort by content in the reverse order of their keys."""
     uri = dataset.dataset_uri(str(tmp_path), "v1")
     rest = {"label": "a", "split": "train", "width": 1, "height": 1, "image": b"x"}
     for keys in PARTS:
         rows = [{"image_id": f"{ord('z') - ord(key)}", "key": key, **rest} for key in keys]
         publishing.write_part(uri, "parts", pa.Table.from_pylist(rows, dataset.ROW), {})
-    known = {"settings": {}, "classes": ["a", "b"], "facts": {"kind": "photos"}}
-    return publishing.publish_manifest(inventories.draft(uri, "".join(PARTS), **known))
+    args = {"settings": {}, "classes": ["a", "b"], "facts": {"kind": "photos"}}
+    return publishing.publish_manifest(inventories.complete_dataset(uri, "".join(PARTS), **args))
 
 
 def keys_at(source: dataset.Dataset, numbers: list[int]) -> list[str]:
-    found = streaming.positions_by_part(source, sorted(numbers))
-    return [key for part, positions in found for key in dataset.take_rows(part, positions, ["key"])["key"].to_pylist()]
+    parts = streaming.positions_by_part(source, sorted(numbers))
+    return [key for part, positions in parts for key in dataset.take_rows(part, positions, ["key"])["key"].to_pylist()]
 
 
-def test_all_rows_are_found_where_they_lie(source: dataset.Dataset):
+def test_row_numbers_are_resolved_to_positions(source: dataset.Dataset):
     rows = list(streaming.select_rows(source, None))
     assert sorted(row.key for row in rows) == sorted("".join(PARTS))
     assert keys_at(source, [row.number for row in rows]) == [row.key for row in rows]
 
 
-def test_a_limit_takes_the_rows_whose_contents_come_first(source: dataset.Dataset):
+def test_a_limit_selects_the_first_rows_by_content_hash(source: dataset.Dataset):
     assert sorted(row.key for row in streaming.select_rows(source, 2)) == ["e", "f"]
 
 
-def test_what_is_written_is_not_looked_for_again(source: dataset.Dataset):
+def test_written_rows_are_not_pending(source: dataset.Dataset):
     with Inventory() as inventory:
         inventory.add_numbered_keys((row.number, row.key) for row in streaming.select_rows(source, None))
         inventory.add_part("parts/1.parquet", pa.table({"key": ["a", "f", "c", "e"]}))
@@ -47,6 +47,6 @@ def test_what_is_written_is_not_looked_for_again(source: dataset.Dataset):
         assert sorted(keys_at(source, list(inventory.pending_numbers()))) == ["b", "d"]
 
 
-def test_a_place_is_a_row():
+def test_positions_are_expanded_to_rows():
     table = streaming.expand_positions(pa.table({"part": ["x.parquet"], "positions": [[3, 5]]}))
     assert table.to_pylist() == [{"part": "x.parquet", "position": position} for position in (3, 5)]
