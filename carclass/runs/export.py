@@ -25,6 +25,7 @@ from torch import Tensor
 from carclass import storage
 from carclass.config.schema import ModelSettings
 from carclass.data import dataset
+from carclass.formatting import bytes_text
 from carclass.models import preprocessing, resnet
 from carclass.models.preprocessing import decode_photos
 from carclass.runs.predictor import PhotoClassifier
@@ -69,7 +70,7 @@ def export_run(root: str, name: str) -> str:
     for file, data in files.items():
         error = largest_difference(FORMATS[file].read(data), lambda batch: net(preprocessing.normalise(batch)), photos)
         assert error <= TOLERANCE, f"{file} of run {name} differs by {error:.2g} from the network: nothing is published"
-        log.info("export: %s, %.1f MB, logits differ by %.1g at most", file, len(data) / 1e6, error)
+        log.info("export: %s, %s, logits differ by %.1g at most", file, bytes_text(len(data)), error)
         index["files"][file] = {"sha256": storage.sha256(data), "largest_difference": error}
     for file, data in files.items():
         storage.write_bytes(storage.join(uri, file), data)

@@ -1,4 +1,4 @@
-"""Augmentation of training photos in batches on the device, drawn from (seed, epoch, sample id)."""
+"""Augmentation of batches of photos on the device, by random numbers of (seed, epoch, sample id)."""
 
 import math
 from collections.abc import Callable
@@ -10,76 +10,78 @@ from torch.nn import functional
 from torchvision.transforms.v2 import functional as pixel_ops
 
 from carclass.config.schema import AugmentationSettings
-from carclass.models.preprocessing import upload
+from carclass.models.preprocessing import to_device
 
 GRAY_WEIGHTS = (0.2989, 0.587, 0.114)
-"""Shares of red, green and blue in brightness (ITU-R BT.601)."""
+"""Weights of red, green and blue in gray (ITU-R BT.601)."""
 LARGEST_STRENGTH = 0.99
-"""Of the changes that go both ways: from none of it (a gray photo, say) to nearly twice as much."""
+"""Largest relative change of brightness, color, contrast and sharpness, down or up."""
 
 
 def change_appearance(photos: Tensor, draws: np.ndarray) -> Tensor:
-    """A copy in which each photo is changed in one way, or in none.
+    """Return a copy in which one random operation, or none, is applied to each photo.
 
-    photos: float (N,3,S,S) RGB, 0..255; draws: (N,2) in [0,1), which change and how strong, see augment.uniforms.
+    photos: float (N,3,S,S) RGB, 0..255. draws: (N,2) in [0,1), see sample_rng.uniforms: operation and strength.
     """
     photos = photos.clone()
     chosen = (draws[:, 0] * (len(OPERATIONS) + 1)).astype(np.int64)
     order = np.argsort(chosen, kind="stable")
     counts = np.bincount(chosen, minlength=len(OPERATIONS) + 1).tolist()
-    places = upload(order, photos.device).split(counts)
-    strengths = upload(draws[order, 1], photos.device).to(photos).view(-1, 1, 1, 1).split(counts)
-    for make, where, strength in zip(OPERATIONS, places, strengths, strict=False):  # the last ones stay as they are
-        if len(where):
-            photos[where] = make(photos[where], strength)
+    groups = to_device(order, photos.device).split(counts)
+    strengths = to_device(draws[order, 1], photos.device).to(photos).view(-1, 1, 1, 1).split(counts)
+    for operation, indices, strength in zip(OPERATIONS, groups, strengths, strict=False):  # the last group: none
+        if len(indices):
+            photos[indices] = operation(photos[indices], strength)
     return photos
 
 
 def brightness(photos: Tensor, strength: Tensor) -> Tensor:
-    """Darker or brighter. Here and below, strength is float (N,1,1,1) in [0,1), and a half changes nothing."""
+    """Change the brightness. Here and below, strength is float (N,1,1,1) in [0,1): less, 0.5 unchanged, more."""
     return _blend(photos, torch.zeros_like(photos), strength)
 
 
 def color(photos: Tensor, strength: Tensor) -> Tensor:
-    """Paler or more colourful."""
+    """Change the saturation."""
     return _blend(photos, _gray(photos), strength)
 
 
 def contrast(photos: Tensor, strength: Tensor) -> Tensor:
-    """Flatter or richer in contrast."""
-    # In float64, where the order in which a batch is summed doesn't show.
+    """Change the contrast."""
+    # In float64: the order of summation, which depends on the batch, would show in float32.
     return _blend(photos, _gray(photos).double().mean((1, 2, 3), keepdim=True).to(photos), strength)
 
 
 def sharpness(photos: Tensor, strength: Tensor) -> Tensor:
-    """Softer or sharper; the outermost pixels stay."""
+    """Change the sharpness, except of the outermost pixels."""
     rows = photos[:, :, :-2] + photos[:, :, 1:-1] + photos[:, :, 2:]
-    soft = photos.clone()
-    inside = soft[:, :, 1:-1, 1:-1]
-    inside.mul_(4).add_(rows[..., :-2]).add_(rows[..., 1:-1]).add_(rows[..., 2:]).div_(13)  # 5 in the middle, 1 around
-    return _blend(photos, soft, strength)
+    blurred = photos.clone()
+    inside = blurred[:, :, 1:-1, 1:-1]
+    inside.mul_(4).add_(rows[..., :-2]).add_(rows[..., 1:-1]).add_(rows[..., 2:]).div_(
+        13
+    )  # kernel: 5 in the middle, 1 around
+    return _blend(photos, blurred, strength)
 
 
 def posterize(photos: Tensor, strength: Tensor) -> Tensor:
-    """Fewer levels in each colour: 8 bits to 2. Here and below, a strength of zero changes nothing."""
+    """Reduce each channel to 8 to 2 bits. Here and below, a strength of 0 changes nothing."""
     step = 2.0 ** (6 * strength).round()
     return (photos / step).floor() * step
 
 
 def solarize(photos: Tensor, strength: Tensor) -> Tensor:
-    """What is brighter than a limit, turned into its negative."""
+    """Invert values above a threshold."""
     return torch.where(photos >= 256 * (1 - strength), 255 - photos, photos)
 
 
 def autocontrast(photos: Tensor, strength: Tensor) -> Tensor:
-    """Each colour stretched to the whole range, whatever the strength."""
+    """Stretch each channel to the full range, whatever the strength."""
     low, high = photos.amin((2, 3), keepdim=True), photos.amax((2, 3), keepdim=True)
     stretched = (photos - low) * (255 / (high - low).clamp(min=1))
     return torch.where(high > low, stretched, photos)
 
 
 def equalize(photos: Tensor, strength: Tensor) -> Tensor:
-    """Each colour's levels made equally frequent, whatever the strength."""
+    """Equalize the histogram of each channel, whatever the strength."""
     return pixel_ops.equalize(photos.to(torch.uint8)).to(photos)
 
 
@@ -101,28 +103,28 @@ def _gray(photos: Tensor) -> Tensor:
 
 
 def _blend(photos: Tensor, other: Tensor, strength: Tensor) -> Tensor:
-    """Towards the other picture where the strength is below a half, as far away from it above."""
+    """Interpolate towards the other photo (strength below 0.5) or extrapolate away from it (above)."""
     return torch.lerp(other.expand_as(photos), photos, 1 + LARGEST_STRENGTH * (2 * strength - 1)).clamp(0, 255)
 
 
 def warp_photos(photos: Tensor, settings: AugmentationSettings, draws: np.ndarray) -> Tensor:
-    """Flips, turns and zooms each photo in one resampling; what comes into view is mirrored, as in Keras.
+    """Flip, rotate and zoom each photo in one resampling, with reflection padding, as in Keras.
 
-    photos: float (N,3,S,S); draws: (N,5) in [0,1), see uniforms. Returns float (N,3,S,S).
+    photos: float (N,3,S,S). draws: (N,5) in [0,1), see sample_rng.uniforms. Return float (N,3,S,S).
     """
-    matrices = upload(affine_matrices(settings, draws), photos.device).to(photos)
+    matrices = to_device(affine_matrices(settings, draws), photos.device).to(photos)
     grid = functional.affine_grid(matrices, list(photos.shape), align_corners=False)
     return functional.grid_sample(photos, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
 def affine_matrices(settings: AugmentationSettings, draws: np.ndarray) -> np.ndarray:
-    """(N,2,3) float64: where each output pixel looks, in coordinates of -1..1."""
-    mirror_x, mirror_y, turn, tall, wide = draws.T
-    flip_x = np.where((mirror_x < 0.5) & (settings.flip != "none"), -1.0, 1.0)
-    flip_y = np.where((mirror_y < 0.5) & (settings.flip == "horizontal+vertical"), -1.0, 1.0)
-    angle = 2 * math.pi * settings.rotation * (2 * turn - 1)
-    zoom_x = 1 + settings.zoom_width * (2 * wide - 1)
-    zoom_y = 1 + settings.zoom_height * (2 * tall - 1)
+    """Return float64 (N,2,3) matrices from output to input coordinates, both in -1..1."""
+    flips_x, flips_y, rotations, heights, widths = draws.T
+    flip_x = np.where((flips_x < 0.5) & (settings.flip != "none"), -1.0, 1.0)
+    flip_y = np.where((flips_y < 0.5) & (settings.flip == "horizontal+vertical"), -1.0, 1.0)
+    angle = 2 * math.pi * settings.rotation * (2 * rotations - 1)
+    zoom_x = 1 + settings.zoom_width * (2 * widths - 1)
+    zoom_y = 1 + settings.zoom_height * (2 * heights - 1)
     cos, sin, zero = np.cos(angle), np.sin(angle), np.zeros(len(draws))
     rows = [flip_x * zoom_x * cos, -flip_x * zoom_x * sin, zero, flip_y * zoom_y * sin, flip_y * zoom_y * cos, zero]
     return np.stack(rows, axis=1).reshape(-1, 2, 3)

@@ -1,10 +1,10 @@
 """Checkpoints: tensors as safetensors, everything else as readable JSON, each file with its sha256.
 
-<stage>/epoch-0003/            what three epochs led to, to be used
-    weights.safetensors        the average's, where weights are averaged
-    checkpoint.json            written last
-<stage>/epoch-0003-00000512/   and 512 samples into the fourth, to go on from; besides these two files
-    optimizer.safetensors      its moments, and the weights that were averaged
+<stage>/epoch-0003/            the result of three epochs
+    weights.safetensors        the moving average's, if there is one
+    checkpoint.json            state and hashes, written last
+<stage>/epoch-0003-00000512/   512 samples later, to resume from: in addition
+    optimizer.safetensors      moments, and with a moving average the weights that are trained
 """
 
 import json
@@ -14,36 +14,25 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load
 from torch import Tensor, nn
+from torchvision.models.resnet import ResNet
 
 from carclass import storage
 from carclass.errors import UserError
-from carclass.progress import say
+from carclass.progress import print_line
 from carclass.runs.saved_model import copy_to_host, serialise
+from carclass.training.learner import Learner
 
 INDEX, WEIGHTS, OPTIMIZER = "checkpoint.json", "weights.safetensors", "optimizer.safetensors"
 AVERAGED = "averaged."
-"""Before the names of weights that were averaged, which no moment's name begins with."""
+"""Prefix of the names of trained weights in the optimizer's file, if there is a moving average."""
 
 
 class DamagedError(UserError):
-    """A checkpoint whose files are not what they were when they were written."""
-
-
-class TrainedParts(NamedTuple):
-    """What a stage changes."""
-
-    module: nn.Module
-    optimizer: torch.optim.Optimizer
-    average: nn.Module | None = None  # of the module's weights over the steps, a module of the same kind
-
-    @property
-    def best(self) -> nn.Module:
-        """The module to validate and to use."""
-        return self.module if self.average is None else self.average
+    """A checkpoint that has a missing or changed file."""
 
 
 class Snapshot(NamedTuple):
-    """A copy of all that a checkpoint holds, which later steps don't change."""
+    """The content of a checkpoint, copied to the host's memory."""
 
     name: str
     tensors: dict[str, dict[str, Tensor]]  # by file
@@ -51,31 +40,34 @@ class Snapshot(NamedTuple):
 
 
 def checkpoint_name(epoch: int, samples: int = 0) -> str:
-    """The name of a checkpoint; names sort by age. epoch: those completed; samples: of the next one."""
+    """Return the name of a checkpoint after `epoch` epochs and `samples` samples of the next. Names sort by age."""
     return f"epoch-{epoch:04d}" + (f"-{samples:08d}" if samples else "")
 
 
 def is_resumable(name: str) -> bool:
-    """Whether a checkpoint of that name is one to go on from, rather than an epoch's result."""
+    """Return True if a checkpoint of that name has the optimizer's state; False if it is the result of an epoch."""
     return name.count("-") > 1
 
 
-def take_snapshot(name: str, trained: TrainedParts, state: dict[str, Any]) -> Snapshot:
-    """Copies to memory of the host what a checkpoint of that name holds."""
-    weights = copy_to_host(trained.best.state_dict())
+def trained_module(net: ResNet, stage: str) -> nn.Module:
+    """Return the module in the checkpoints of a stage: the classifier (frozen) or the whole network (unfrozen)."""
+    return net.fc if stage == "frozen" else net
+
+
+def take_snapshot(name: str, learner: Learner, state: dict[str, Any]) -> Snapshot:
+    """Copy the content of a checkpoint of that name to the host's memory. state: values for JSON."""
+    weights = copy_to_host(learner.eval_module.state_dict())
     if not is_resumable(name):
         return Snapshot(name, {WEIGHTS: weights}, state)
-    moving = _optimizer_tensors(trained.optimizer)
-    if trained.average is not None:
-        moving |= {
-            f"{AVERAGED}{name}": tensor
-            for name, tensor in copy_to_host(dict(trained.module.named_parameters())).items()
-        }
-    return Snapshot(name, {WEIGHTS: weights, OPTIMIZER: moving}, state)
+    tensors = _optimizer_tensors(learner.optimizer)
+    if learner.ema is not None:
+        trained = copy_to_host(dict(learner.module.named_parameters()))
+        tensors |= {f"{AVERAGED}{name}": tensor for name, tensor in trained.items()}
+    return Snapshot(name, {WEIGHTS: weights, OPTIMIZER: tensors}, state)
 
 
 def write_checkpoint(uri: str, snapshot: Snapshot) -> None:
-    """Writes a checkpoint below a stage's folder."""
+    """Write a checkpoint to a stage's folder."""
     folder, hashes = storage.join(uri, snapshot.name), {"state": _state_hash(snapshot.state)}
     for name, tensors in snapshot.tensors.items():
         pieces = serialise(tensors)
@@ -87,69 +79,69 @@ def write_checkpoint(uri: str, snapshot: Snapshot) -> None:
 
 
 def names(uri: str) -> list[str]:
-    """The checkpoints below a stage's folder, oldest first."""
+    """Return the names of a stage's checkpoints, oldest first."""
     paths = [path.split("/") for path in storage.list_files(uri)]
     return sorted(path[0] for path in paths if path[1:] == [INDEX])
 
 
 def resumable_names(uri: str) -> list[str]:
-    """Those of them that hold all that training needs to go on, oldest first."""
+    """Return the names of the checkpoints that training can resume from, oldest first."""
     return [name for name in names(uri) if is_resumable(name)]
 
 
 def verify(uri: str) -> dict[str, bytes]:
-    """A checkpoint's files by name; DamagedError unless each is what its hash says."""
+    """Return a checkpoint's files by name. Raise DamagedError if one is missing or has another sha256."""
     tensors = (WEIGHTS, OPTIMIZER) if is_resumable(uri.rsplit("/", 1)[-1]) else (WEIGHTS,)
     try:
         files = {name: storage.read_bytes(storage.join(uri, name)) for name in (INDEX, *tensors)}
         state = json.loads(files[INDEX])
-        hashes = state.pop("sha256")
-        found = {"state": _state_hash(state), **{name: storage.sha256(files[name]) for name in tensors}}
+        expected = state.pop("sha256")
+        hashes = {"state": _state_hash(state), **{name: storage.sha256(files[name]) for name in tensors}}
     except FileNotFoundError as error:
         raise DamagedError(f"checkpoint {uri} is damaged: a file is missing ({error})") from error
     except (KeyError, ValueError) as error:
         raise DamagedError(f"checkpoint {uri} is damaged: {INDEX} cannot be read ({error})") from error
-    wrong = [name for name in found if found[name] != hashes.get(name)]
-    if wrong:
-        raise DamagedError(f"checkpoint {uri} is damaged: the sha256 of {wrong[0]} is not the one in {INDEX}")
+    damaged = [name for name in hashes if hashes[name] != expected.get(name)]
+    if damaged:
+        raise DamagedError(f"checkpoint {uri} is damaged: the sha256 of {damaged[0]} is not the one in {INDEX}")
     return files
 
 
-def restore_checkpoint(uri: str, trained: TrainedParts) -> dict[str, Any]:
-    """Puts a checkpoint back and returns its state; DamagedError, before anything is changed, when it isn't sound."""
+def restore_checkpoint(uri: str, learner: Learner) -> dict[str, Any]:
+    """Load a checkpoint into a learner and return its state. Raise DamagedError before any change if it is damaged."""
     files = verify(uri)
-    weights, moving = load(files[WEIGHTS]), load(files[OPTIMIZER])
-    trained.best.load_state_dict(weights)
-    averaged = {name.removeprefix(AVERAGED): moving.pop(name) for name in [*moving] if name.startswith(AVERAGED)}
-    trained.module.load_state_dict(weights | averaged)
-    _load_optimizer(trained.optimizer, moving)
+    weights, tensors = load(files[WEIGHTS]), load(files[OPTIMIZER])
+    learner.eval_module.load_state_dict(weights)
+    trained = {name.removeprefix(AVERAGED): tensors.pop(name) for name in [*tensors] if name.startswith(AVERAGED)}
+    learner.module.load_state_dict(weights | trained)
+    _load_optimizer(learner.optimizer, tensors)
     return _state(files)
 
 
 def newest_valid(uri: str) -> str | None:
-    """The newest to go on from, None where there is none. Damaged ones after it are removed, with a warning.
+    """Return the name of the newest intact checkpoint to resume from; None if there is no checkpoint.
 
-    UserError when none is sound; they are then left as they are.
+    Remove newer, damaged ones with a warning. If all are damaged, leave them and raise UserError.
     """
     damaged: list[str] = []
     for name in reversed(resumable_names(uri)):
         try:
             verify(storage.join(uri, name))
         except DamagedError as error:
-            say(f"warning: {error}; going back to the checkpoint before it")
+            print_line(f"warning: {error}; falling back to the previous checkpoint")
             damaged.append(name)
             continue
         remove(uri, damaged)
         return name
     if damaged:
-        raise _none_valid(uri)
+        raise _all_damaged(uri)
     return None
 
 
 def restore_best(uri: str, module: nn.Module) -> dict[str, Any]:
-    """Puts back the weights of the epoch with the best val accuracy, of equal ones the earliest, and returns its state.
+    """Load the weights of the first epoch with the highest val accuracy and return its state.
 
-    If it is damaged, the next best that is there, with a warning. UserError when none is sound.
+    If its checkpoint is damaged, warn and load the next best. Raise UserError if all are damaged.
     """
     scores = {}
     for name in names(uri):
@@ -159,21 +151,21 @@ def restore_best(uri: str, module: nn.Module) -> dict[str, Any]:
         try:
             files = verify(storage.join(uri, name))
         except DamagedError as error:
-            say(f"warning: {error}; taking the next best epoch")
+            print_line(f"warning: {error}; using the next best epoch")
             continue
         module.load_state_dict(load(files[WEIGHTS]))
         return _state(files)
-    raise _none_valid(uri)
+    raise _all_damaged(uri)
 
 
 def read_weights(uri: str) -> tuple[dict[str, Tensor], str]:
-    """(state dict, sha256 of its file) of a checkpoint; DamagedError when it isn't sound."""
+    """Return a checkpoint's (state dict, sha256 of its file). Raise DamagedError if it is damaged."""
     data = verify(uri)[WEIGHTS]
     return load(data), storage.sha256(data)
 
 
 def recorded_sha256(uri: str) -> str | None:
-    """What a checkpoint says of its weights, which aren't read; None where it isn't."""
+    """Return the sha256 that a checkpoint records of its weights, without reading them; None if it doesn't exist."""
     try:
         return str(json.loads(storage.read_bytes(storage.join(uri, INDEX)))["sha256"][WEIGHTS])
     except FileNotFoundError:
@@ -181,14 +173,14 @@ def recorded_sha256(uri: str) -> str | None:
 
 
 def prune(uri: str, kept: Iterable[str]) -> None:
-    """Removes all checkpoints but some, and what killed runs left unfinished."""
-    found = {path.split("/")[0] for path in storage.list_files(uri) if path.startswith("epoch-")}
-    remove(uri, found - {*kept})
+    """Delete all checkpoints but those named, also incomplete ones of killed runs."""
+    existing = {path.split("/")[0] for path in storage.list_files(uri) if path.startswith("epoch-")}
+    remove(uri, existing - {*kept})
 
 
-def remove(uri: str, found: Iterable[str]) -> None:
-    """Deletes checkpoints; one that is half deleted is none."""
-    for name in sorted(found):
+def remove(uri: str, removed: Iterable[str]) -> None:
+    """Delete checkpoints, their index first, so that an interrupted deletion leaves no checkpoint."""
+    for name in sorted(removed):
         folder = storage.join(uri, name)
         if storage.exists(storage.join(folder, INDEX)):
             storage.delete(storage.join(folder, INDEX))
@@ -205,14 +197,14 @@ def _state_hash(state: dict[str, Any]) -> str:
     return storage.sha256(json.dumps(state, sort_keys=True).encode())
 
 
-def _none_valid(uri: str) -> UserError:
+def _all_damaged(uri: str) -> UserError:
     return UserError(
-        f"no checkpoint in {uri} is sound. Bring one back from a backup, or delete this folder to train the stage anew."
+        f"all checkpoints in {uri} are damaged. Restore one from a backup, or delete this folder to restart the stage."
     )
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Moments and step counts, named `<parameter number>.<moment>`; the settings are in the run's config."""
+    """Return moments and step counts, named `<parameter index>.<moment>`; settings are in the run's config."""
     states = optimizer.state_dict()["state"]
     return copy_to_host({f"{i}.{name}": torch.as_tensor(value) for i, s in states.items() for name, value in s.items()})
 
@@ -221,9 +213,9 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        number, name = key.split(".", 1)
-        like = parameters[int(number)]
-        # In the parameter's memory format, as it was: in another one the arithmetic is slower and rounds differently.
-        fits = value.shape == like.shape
-        state.setdefault(int(number), {})[name] = torch.empty_like(like).copy_(value) if fits else value
+        index, name = key.split(".", 1)
+        parameter = parameters[int(index)]
+        # Moments in the parameter's memory format: in another one arithmetic is slower and rounds differently.
+        is_moment = value.shape == parameter.shape
+        state.setdefault(int(index), {})[name] = torch.empty_like(parameter).copy_(value) if is_moment else value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

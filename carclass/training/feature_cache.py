@@ -1,6 +1,6 @@
-"""What the frozen backbone says of each photo, computed once and kept on storage.
+"""Cache of the frozen backbone's features, computed once and kept on storage.
 
-<root>/features/<hash of all it depends on>.safetensors: of each split half (V,N,D) by view and photo, labels, ids
+<root>/features/<hash of the dependencies>.safetensors: float16 (V,N,D) by view and photo, labels and ids of each split
 """
 
 import json
@@ -12,99 +12,93 @@ import numpy as np
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save
-from torch import Tensor, distributed
+from torch import Tensor
 
 from carclass import storage
 from carclass.config.schema import TrainSettings
+from carclass.formatting import duration_text
 from carclass.models import resnet
 from carclass.models.preprocessing import to_network_input
-from carclass.progress import say
+from carclass.progress import print_line
 from carclass.runs.run import Run
 from carclass.training.dataloader import FeatureLoader, PhotoSamples, SampleOrder, feature_view
+from carclass.training.distributed import sum_over_workers, wait_for_workers
 
 SPLITS = ("train", "val")
 BATCH_SIZE = 64
-"""Photos per forward pass without gradients: enough for any device, and it changes no result."""
+"""Photos per forward pass: enough for any device. The rounding of a photo's features depends on the size of its batch,
+and in the last, smaller batch of each worker it differs: which photos that holds depends on the order of the dataset's
+rows and on the number of workers."""
 VIEWS_SEED = 123
-"""Draws the augmented views, whatever the run's own seed: runs that differ in it share them."""
+"""Seed of the augmented views, so that runs with different seeds share them."""
 
 
 def cache_uri(run: Run, dataset_digest: str) -> str:
-    """Where the features of a run's frozen stage lie, or will."""
-    depends = {"parent": run.lineage()["parent_sha256"], "dataset": dataset_digest, **cache_key(run.settings)}
-    digest = storage.sha256(json.dumps(depends, sort_keys=True).encode())
+    """Return the URI of the features of a run's frozen stage."""
+    key = {"parent": run.lineage()["parent_sha256"], "dataset": dataset_digest, **cache_key(run.settings)}
+    digest = storage.sha256(json.dumps(key, sort_keys=True).encode())
     return storage.join(run.root, "features", f"{digest[:24]}.safetensors")
 
 
 def cache_key(settings: TrainSettings) -> dict[str, Any]:
-    """All that makes features what they are, besides the parent's weights and the photos."""
+    """Return the settings that features depend on, besides the parent's weights and the photos."""
     assert settings.frozen is not None
     views = settings.frozen.views
-    depends: dict[str, Any] = {
-        "format": 3,  # since views no longer depend on the run's seed
+    key: dict[str, Any] = {
+        "format": 3,  # views don't depend on the run's seed
         "model": settings.model.model_dump(exclude={"dropout"}),
         "views": views,
         "precision": settings.precision,
     }
-    if views == 2:  # the second one is the mirror image, if any
-        depends["mirrored"] = settings.augmentation.flip != "none"
+    if views == 2:  # the second view is the mirror image, if photos are flipped
+        key["mirrored"] = settings.augmentation.flip != "none"
     if views > 2:
-        depends["augmentation"] = settings.augmentation.model_dump()
-    return depends
+        key["augmentation"] = settings.augmentation.model_dump()
+    return key
 
 
 def write_cache(
-    uri: str, net: resnet.FoldedResNet, feeds: Sequence[PhotoSamples], run: Run, device: torch.device
+    uri: str, net: resnet.FoldedResNet, splits: Sequence[PhotoSamples], run: Run, device: torch.device
 ) -> None:
-    """Computes the features of train and val, all workers together, and publishes them."""
+    """Compute the features of train and val (`splits`), all workers together, and publish them."""
     assert run.settings.frozen is not None
     started, tensors = time.monotonic(), {}
-    for split, feed, views in zip(SPLITS, feeds, (run.settings.frozen.views, 1), strict=True):
-        tensors[split] = compute_features(net, feed, views, run, device).half()
-        tensors[f"{split}_labels"] = torch.from_numpy(feed.labels)
-        tensors[f"{split}_ids"] = torch.from_numpy(feed.ids.view(np.int64))
-    if feeds[0].rank == 0:
+    for split, samples, views in zip(SPLITS, splits, (run.settings.frozen.views, 1), strict=True):
+        tensors[split] = compute_features(net, samples, views, run, device).half()
+        tensors[f"{split}_labels"] = torch.from_numpy(samples.labels)
+        tensors[f"{split}_ids"] = torch.from_numpy(samples.ids.view(np.int64))
+    if splits[0].rank == 0:
         storage.write_bytes(uri, save(tensors))
-        say(f"{run.settings.name} features: computed in {time.monotonic() - started:.0f} s")
-    if distributed.is_initialized():
-        distributed.barrier()
+        print_line(f"{run.settings.name} features: computed in {duration_text(time.monotonic() - started)}")
+    wait_for_workers()
 
 
 def open_cache(uri: str, batch_size: int, device: torch.device, **share: int) -> FeatureLoader:
-    """Published features to train on; the photos are not needed. share: seed, rank, num_workers, as of a Feed."""
-    kept = load_tensors(storage.read_bytes(uri))
+    """Return a loader of published features. share: seed, rank, num_workers of SampleOrder."""
+    tensors = load_tensors(storage.read_bytes(uri))
     train, val = (
-        SampleOrder(kept[f"{split}_ids"].numpy().view(np.uint64), kept[f"{split}_labels"].numpy(), **share)
+        SampleOrder(tensors[f"{split}_ids"].numpy().view(np.uint64), tensors[f"{split}_labels"].numpy(), **share)
         for split in SPLITS
     )
-    return FeatureLoader(train, val, (kept["train"].float(), kept["val"].float()), batch_size, device)
+    return FeatureLoader(train, val, (tensors["train"].float(), tensors["val"].float()), batch_size, device)
 
 
 @torch.inference_mode()
 def compute_features(
-    net: resnet.FoldedResNet, feed: PhotoSamples, num_views: int, run: Run, device: torch.device
+    net: resnet.FoldedResNet, samples: PhotoSamples, num_views: int, run: Run, device: torch.device
 ) -> Tensor:
-    """float (V,N,D): each worker takes its share of the photos, all get the whole."""
+    """Return the features of a split, float32 (V,N,D). Each worker computes its share; all get the whole."""
     settings = run.settings
     net.eval()
-    width = resnet.num_features(net)
-    found = torch.zeros(num_views, len(feed), width)
-    mine = np.arange(len(feed))[feed.rank :: feed.num_workers]
-    for indices, start, pixels in feed.read((mine[i : i + BATCH_SIZE], i) for i in range(0, len(mine), BATCH_SIZE)):
+    features = torch.zeros(num_views, len(samples), resnet.num_features(net))
+    share = np.arange(len(samples))[samples.rank :: samples.num_workers]
+    batches = ((share[start : start + BATCH_SIZE], start) for start in range(0, len(share), BATCH_SIZE))
+    for indices, start, pixels in samples.read(batches):
         photos = to_network_input(pixels, device)
         for view in range(num_views):
-            seen = feature_view(photos, view, feed.ids[indices], VIEWS_SEED, settings.augmentation)
+            inputs = feature_view(photos, view, samples.ids[indices], VIEWS_SEED, settings.augmentation)
             with resnet.autocast(settings.precision, device):
-                found[view, indices] = net.features(seen).float().cpu()
-        if feed.rank == 0 and start // BATCH_SIZE % 20 == 19:
-            say(f"{settings.name} features: {start + len(indices):,} of {len(mine):,} photos")
-    return _sum_over_workers(found, device)
-
-
-def _sum_over_workers(found: Tensor, device: torch.device) -> Tensor:
-    """Each worker filled its own rows and left the others zero."""
-    if distributed.is_initialized():
-        shared = found.to(device)
-        distributed.all_reduce(shared)
-        return shared.cpu()
-    return found
+                features[view, indices] = net.features(inputs).float().cpu()
+        if samples.rank == 0 and start // BATCH_SIZE % 20 == 19:
+            print_line(f"{settings.name} features: {start + len(indices):,} of {len(share):,} photos")
+    return sum_over_workers(features)  # rows of other workers are zero

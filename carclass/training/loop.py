@@ -1,252 +1,183 @@
-"""One stage on one worker: epochs of steps, validation, early stopping. Knows nothing of Ray."""
+"""The training loop of a stage on one worker: epochs of steps, validation, early stopping. Without Ray."""
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from carclass.config.schema import StageSettings, UnfrozenSettings
+from carclass.config.schema import StageSettings
 from carclass.models import resnet
-from carclass.training.checkpoint import TrainedParts
 from carclass.training.dataloader import DROPOUT, Batch
+from carclass.training.distributed import sum_over_workers
+from carclass.training.learner import Learner, learning_rate, set_learning_rate, update_ema
+
+Metrics = dict[str, float]
+"""Of an epoch: `epoch`, `train_loss`, `train_accuracy`, `lr`, `val_loss`, `val_accuracy`, `seconds`. Of a step: `step`
+(from 1), `loss`, `accuracy`, `lr`."""
 
 
 class Loader(Protocol):
-    """Where samples come from: FeatureBatches or PhotoBatches."""
+    """The batches of a worker: a FeatureLoader or a PhotoLoader."""
 
     num_steps: int
 
     def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """An epoch's steps after its first `start` samples."""
+        """Yield the train batches of an epoch after its first `start` samples."""
 
     def val(self) -> Iterator[Batch]:
-        """The val split."""
+        """Yield the val batches."""
 
 
 @dataclass
 class TrainState:
-    """How far a stage is: what its checkpoints hold besides tensors."""
+    """The progress of a stage, as its checkpoints record it."""
 
-    epoch: int = 0  # those completed
-    val_accuracies: list[float] = field(default_factory=list)  # of them
-    steps: list[list[float]] = field(default_factory=list)  # of the next one: each step's summed loss, hits, samples
-    seconds: float = 0.0  # spent on the next one
+    epoch: int = 0  # completed epochs
+    val_accuracies: list[float] = field(default_factory=list)  # of the completed epochs
+    steps: list[list[float]] = field(default_factory=list)  # of the current epoch: summed loss, hits, samples
+    seconds: float = 0.0  # spent on the current epoch
 
     @property
     def samples(self) -> int:
-        """How many samples of the next epoch's order have been trained on."""
+        """Number of samples of the current epoch that have been trained on."""
         return int(sum(count for _, _, count in self.steps))
 
     @property
     def best_epoch(self) -> int:
-        """The first of the epochs with the highest val accuracy."""
+        """The first of the epochs with the highest val accuracy, from 1."""
         return self.val_accuracies.index(max(self.val_accuracies)) + 1
 
 
-class EpochResult(NamedTuple):
-    """What is told of an epoch."""
-
-    metrics: dict[str, float]
-    steps: list[dict[str, float]]  # `step` counted from 1, and the mean loss, accuracy and lr of each
-
-
 class Callbacks(NamedTuple):
-    """What a loop does besides training, on every worker alike."""
+    """Hooks of the loop, called on every worker at the same step."""
 
-    save: Callable[[TrainState, bool], None] = lambda *_: None  # where training is; whether it must be
-    finish: Callable[[TrainState, EpochResult], None] = lambda *_: None  # the epoch just finished
-    leaving: Callable[[], bool] = lambda: False  # asked after every step; the answer is the same on every worker
-    every: int | None = None  # steps between checkpoints
-
-
-class Trainee(NamedTuple):
-    """What is trained, and how."""
-
-    trained: TrainedParts  # the classifier (frozen) or the whole network (unfrozen), without DDP
-    forward: nn.Module  # its module, wrapped where there are several workers
-    stage: StageSettings
-    autocast: torch.autocast
-    seed: int
-    piece: int | None = None  # samples that a worker computes at once; None: its share of a step
+    save: Callable[[TrainState, bool], None] = lambda *_: None  # (state, False if the checkpoint may be skipped)
+    on_epoch_end: Callable[[TrainState, Metrics, list[Metrics]], None] = lambda *_: None  # (state, epoch's, steps')
+    is_preempted: Callable[[], bool] = lambda: False  # called after every step, returns the same on every worker
+    checkpoint_steps: int | None = None  # steps between checkpoints
 
 
-def make_trained(module: nn.Module, stage: StageSettings) -> TrainedParts:
-    """A module as a stage begins, with all that checkpoints hold of it."""
-    average = None if stage.ema_decay is None else copy.deepcopy(module).requires_grad_(False)
-    return TrainedParts(module, make_optimizer(module, stage), average)
-
-
-def make_optimizer(module: nn.Module, stage: StageSettings) -> torch.optim.Optimizer:
-    """The stage's optimizer for what trains; biases and normalisation are not decayed. Fused: one pass over it all.
-
-    Each block's rate is the one above's times the stage's layer_decay, that of the last block and the classifier 1.
-    """
-    layer_decay = stage.layer_decay if isinstance(stage, UnfrozenSettings) else 1.0
-    grouped: dict[tuple[int, bool], list[nn.Parameter]] = {}
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            grouped.setdefault((resnet.depth_from_head(name), parameter.ndim > 1), []).append(parameter)
-    groups = [
-        {"params": found, "scale": layer_decay**above, "weight_decay": stage.weight_decay if decayed else 0.0}
-        for (above, decayed), found in sorted(grouped.items(), key=lambda item: item[0])
-    ]
-    if stage.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=stage.lr, momentum=0.9, fused=True)
-    kind = torch.optim.AdamW if stage.optimizer == "adamw" else torch.optim.Adam
-    return kind(groups, lr=stage.lr, fused=True)
-
-
-def learning_rate(stage: StageSettings, progress: float) -> float:
-    """The rate after `progress` epochs: a linear warm-up, then constant or a cosine to zero."""
-    if progress < stage.warmup_epochs:
-        return stage.lr * progress / stage.warmup_epochs
-    if stage.schedule == "constant":
-        return stage.lr
-    share = (progress - stage.warmup_epochs) / max(stage.epochs - stage.warmup_epochs, 1e-9)
-    return stage.lr * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
-
-
-def train_epochs(trainee: Trainee, batches: Loader, state: TrainState, keeping: Callbacks) -> bool:
-    """Trains on from a state until the last epoch or until patience runs out; False when told to leave before."""
-    while not is_done(trainee.stage, state):
-        if not train_epoch(trainee, batches, state, keeping):
+def train_epochs(learner: Learner, loader: Loader, state: TrainState, callbacks: Callbacks) -> bool:
+    """Train from a state until the last epoch or until patience runs out. Return False if preempted."""
+    while not is_done(learner.stage, state):
+        if not train_epoch(learner, loader, state, callbacks):
             return False
-        keeping.finish(state, finish_epoch(trainee, batches, state))
+        callbacks.on_epoch_end(state, *finish_epoch(learner, loader, state))
     return True
 
 
 def is_done(stage: StageSettings, state: TrainState) -> bool:
-    """Whether a stage is at its end."""
-    waited = state.epoch - state.best_epoch if state.epoch else 0
-    out_of_patience = stage.patience is not None and waited >= stage.patience
+    """Return True if a stage has had its last epoch or is out of patience."""
+    epochs_without_gain = state.epoch - state.best_epoch if state.epoch else 0
+    out_of_patience = stage.patience is not None and epochs_without_gain >= stage.patience
     return state.epoch >= stage.epochs or (out_of_patience and state.epoch >= max(stage.keep_epochs, default=0))
 
 
-def train_epoch(trainee: Trainee, batches: Loader, state: TrainState, keeping: Callbacks) -> bool:
-    """Every train sample that state's epoch has not seen yet, once; False when told to leave before its end."""
-    resnet.set_train_mode(trainee.trained.module)
+def train_epoch(learner: Learner, loader: Loader, state: TrainState, callbacks: Callbacks) -> bool:
+    """Train on the samples of the current epoch that are left. Return False if preempted."""
+    resnet.set_train_mode(learner.module)
     started = time.perf_counter() - state.seconds
-    fresh: list[Tensor] = []  # stays on the device, so that no step waits for the one before
-    left = False
-    for batch in batches.train(state.epoch + 1, state.samples):
-        step = state.epoch * batches.num_steps + len(state.steps) + len(fresh) + 1
-        fresh.append(train_step(trainee, batch, step, batches.num_steps))
-        left = keeping.leaving()
-        due = keeping.every is not None and step % keeping.every == 0
-        if left or due:
-            state.steps += _sum_over_workers(torch.stack(fresh)).tolist()
-            state.seconds = time.perf_counter() - started
-            fresh.clear()
-            keeping.save(state, left)
-        if left:
+    tallies: list[Tensor] = []  # on the device, so that no step waits for the previous one
+    every, preempted = callbacks.checkpoint_steps, False
+    for batch in loader.train(state.epoch + 1, state.samples):
+        step = state.epoch * loader.num_steps + len(state.steps) + len(tallies) + 1
+        tallies.append(train_step(learner, batch, step, loader.num_steps))
+        preempted = callbacks.is_preempted()
+        if preempted or (every is not None and step % every == 0):
+            _record_steps(state, tallies, started)
+            callbacks.save(state, preempted)
+        if preempted:
             return False
-    if fresh:
-        state.steps += _sum_over_workers(torch.stack(fresh)).tolist()
-    state.seconds = time.perf_counter() - started
+    _record_steps(state, tallies, started)
     return True
 
 
-def train_step(trainee: Trainee, batch: Batch, step: int, num_steps: int) -> Tensor:
-    """One step; returns this worker's tally. step: counted from the stage's start, from 1; num_steps: of an epoch."""
+def _record_steps(state: TrainState, tallies: list[Tensor], started: float) -> None:
+    """Move the tallies of steps, summed over workers, to the state."""
+    if tallies:
+        state.steps += sum_over_workers(torch.stack(tallies)).tolist()
+        tallies.clear()
+    state.seconds = time.perf_counter() - started
+
+
+def train_step(learner: Learner, batch: Batch, step: int, num_steps: int) -> Tensor:
+    """Update the weights and return this worker's tally, see _tally.
+
+    step: counted over all epochs of the stage, from 1. num_steps: steps per epoch.
+    """
     epoch = (step - 1) // num_steps + 1
-    for group in trainee.trained.optimizer.param_groups:
-        group["lr"] = learning_rate(trainee.stage, step / num_steps) * group["scale"]
-    trainee.trained.optimizer.zero_grad(set_to_none=True)
-    *others, last = split_batch(batch, trainee.piece)
-    tallies = []
-    with trainee.forward.no_sync() if isinstance(trainee.forward, DistributedDataParallel) else nullcontext():
-        tallies += [backward(trainee, piece, epoch) for piece in others]
-    tallies.append(backward(trainee, last, epoch))  # workers exchange the sum of all pieces' gradients
-    trainee.trained.optimizer.step()
-    if trainee.trained.average is not None:
-        update_average(trainee, step)
+    set_learning_rate(learner, step / num_steps)
+    learner.optimizer.zero_grad(set_to_none=True)
+    *first, last = split_batch(batch, learner.micro_batch_size)
+    with learner.forward.no_sync() if isinstance(learner.forward, DistributedDataParallel) else nullcontext():
+        tallies = [backward(learner, micro_batch, epoch) for micro_batch in first]
+    tallies.append(backward(learner, last, epoch))  # workers exchange the gradients of all micro-batches at once
+    learner.optimizer.step()
+    update_ema(learner, step)
     return torch.stack(tallies).sum(0)
 
 
 def split_batch(batch: Batch, size: int | None) -> Iterator[Batch]:
-    """A batch in pieces of at most `size` samples; None: whole."""
+    """Yield micro-batches of at most `size` samples; None: the whole batch."""
     size = size or len(batch.ids)
     for start in range(0, len(batch.ids), size):
         part = slice(start, start + size)
         yield Batch(batch.inputs[part], batch.labels[part], batch.weight, batch.ids[part])
 
 
-def backward(trainee: Trainee, batch: Batch, epoch: int) -> Tensor:
-    """Adds to the gradients; returns this worker's tally."""
-    for module in trainee.trained.module.modules():
+def backward(learner: Learner, batch: Batch, epoch: int) -> Tensor:
+    """Add the gradients of a batch and return this worker's tally."""
+    for module in learner.module.modules():
         if isinstance(module, resnet.SampleDropout):
-            module.draw(trainee.seed + DROPOUT, epoch, batch.ids, batch.inputs.device)
-    with trainee.autocast:
-        logits = trainee.forward(batch.inputs)
+            module.draw(learner.seed + DROPOUT, epoch, batch.ids, batch.inputs.device)
+    with learner.autocast:
+        logits = learner.forward(batch.inputs)
     loss = functional.cross_entropy(
-        logits.float(), batch.labels, reduction="sum", label_smoothing=trainee.stage.label_smoothing
+        logits.float(), batch.labels, reduction="sum", label_smoothing=learner.stage.label_smoothing
     )
     (loss * batch.weight).backward()
-    return _count_batch(loss.detach(), logits.detach(), batch)
+    return _tally(loss.detach(), logits.detach(), batch)
 
 
-@torch.no_grad()
-def update_average(trainee: Trainee, step: int) -> None:
-    """Moves the average towards the weights: an exponential moving average, younger where few steps were taken."""
-    assert trainee.trained.average is not None
-    assert trainee.stage.ema_decay is not None
-    decay = min(trainee.stage.ema_decay, (1 + step) / (10 + step))  # as in TensorFlow's ExponentialMovingAverage
-    ours, theirs = ([*module.parameters()] for module in (trainee.trained.average, trainee.trained.module))
-    get_ema_multi_avg_fn(decay)(ours, theirs, None)
-
-
-def finish_epoch(trainee: Trainee, batches: Loader, state: TrainState) -> EpochResult:
-    """Validates, and moves state on to the next epoch."""
-    started, epoch, lr = time.perf_counter(), state.epoch + 1, partial(learning_rate, trainee.stage)
+def finish_epoch(learner: Learner, loader: Loader, state: TrainState) -> tuple[Metrics, list[Metrics]]:
+    """Validate, advance the state to the next epoch, and return the metrics of the epoch and of each step."""
+    started, epoch = time.perf_counter(), state.epoch + 1
     loss, hits, count = (math.fsum(column) for column in zip(*state.steps, strict=True))
-    metrics = {"epoch": epoch, "train_loss": loss / count, "train_accuracy": hits / count, "lr": lr(epoch)}
-    metrics |= validate(trainee, batches)
+    metrics: Metrics = {"epoch": epoch, "train_loss": loss / count, "train_accuracy": hits / count}
+    metrics |= {"lr": learning_rate(learner.stage, epoch), **validate(learner, loader)}
     metrics["seconds"] = state.seconds + time.perf_counter() - started
-    steps = [
-        {"step": i, "loss": loss / count, "accuracy": hits / count, "lr": lr(epoch - 1 + i / batches.num_steps)}
-        for i, (loss, hits, count) in enumerate(state.steps, 1)
-    ]
+    steps = []
+    for step, (loss, hits, count) in enumerate(state.steps, 1):
+        lr = learning_rate(learner.stage, epoch - 1 + step / loader.num_steps)
+        steps.append({"step": step, "loss": loss / count, "accuracy": hits / count, "lr": lr})
     state.epoch, state.steps, state.seconds = epoch, [], 0.0
     state.val_accuracies.append(metrics["val_accuracy"])
-    return EpochResult(metrics, steps)
+    return metrics, steps
 
 
 @torch.inference_mode()
-def validate(trainee: Trainee, batches: Loader) -> dict[str, float]:
-    """Every val sample once over all workers: val_loss (without label smoothing) and val_accuracy."""
-    module = trainee.trained.best.eval()
+def validate(learner: Learner, loader: Loader) -> Metrics:
+    """Return val_loss (without label smoothing) and val_accuracy, over the val samples of all workers."""
+    module = learner.eval_module.eval()
     tallies = []
-    for batch in batches.val():
-        with trainee.autocast:
+    for batch in loader.val():
+        with learner.autocast:
             logits = module(batch.inputs)
-        tallies.append(
-            _count_batch(functional.cross_entropy(logits.float(), batch.labels, reduction="sum"), logits, batch)
-        )
-    loss, hits, count = _sum_over_workers(torch.stack(tallies).sum(0)).tolist()
-    return {"val_loss": loss / count, "val_accuracy": hits / count}
+        loss = functional.cross_entropy(logits.float(), batch.labels, reduction="sum")
+        tallies.append(_tally(loss, logits, batch))
+    loss_sum, hits, count = sum_over_workers(torch.stack(tallies).sum(0)).tolist()
+    return {"val_loss": loss_sum / count, "val_accuracy": hits / count}
 
 
-def _count_batch(loss: Tensor, logits: Tensor, batch: Batch) -> Tensor:
-    """float64 (3,) on the device: summed loss, hits and samples; zeros for samples that another worker counts."""
+def _tally(loss: Tensor, logits: Tensor, batch: Batch) -> Tensor:
+    """Return summed loss, hits and number of samples: float64 (3,); zeros for samples that another worker counts."""
     hits = (logits.argmax(1) == batch.labels).sum()
     tally = torch.stack([loss.double(), hits.double(), hits.new_full((), len(logits)).double()])
     return tally if batch.weight else torch.zeros_like(tally)
-
-
-def _sum_over_workers(totals: Tensor) -> Tensor:
-    if distributed.is_initialized():
-        device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
-        shared = totals.to(device)
-        distributed.all_reduce(shared)
-        return shared.cpu()
-    return totals

@@ -5,8 +5,6 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 import ray
-import ray.train
-import ray.train.torch
 
 from carclass import storage
 from carclass.cluster import resources
@@ -17,17 +15,18 @@ from carclass.training import preflight
 from carclass.training.dataloader import EncodedPhotos, PhotoBlock
 
 BlockRefs = dict[str, list[ray.ObjectRef]]
-"""A dataset's photos in the object store, of train and val, in this order."""
-READ_ROWS = 128
+"""References to the blocks of `train` and `val`, in this order."""
+ROWS_PER_BLOCK = 128
 """Photos per block: 20 MB when decoded to 224 pixels."""
-MAX_WAIT = 120.0
-"""Seconds until photos in the object store are taken for lost."""
+GET_TIMEOUT_S = 120.0
+"""Time limit of reading blocks from the object store. Without one, a worker would hold the CPUs that the tasks wait for
+which make lost blocks again."""
 
 
 class PhotoStore:
-    """The train and val photos of a dataset in the object store, where every stage finds them.
+    """The blocks of a dataset, for all stages of all runs that share it.
 
-    decoded: to the size of the settings, where they fit into memory; encoded ones serve every size.
+    decoded: decode photos to the image size of the settings, if they fit into memory; encoded ones serve every size.
     """
 
     def __init__(self, settings: TrainSettings, source: dataset.Dataset, *, decoded: bool = True) -> None:
@@ -36,7 +35,7 @@ class PhotoStore:
         self.blocks: BlockRefs = {}
 
     def get(self) -> BlockRefs:
-        """The blocks of each split; read again once a node is lost, which takes some along."""
+        """Return the blocks; read them from storage first, and again after the loss of a node."""
         if not self.blocks or self.nodes - resources.node_ids():
             self.nodes, size = resources.node_ids(), None
             if self.decoded:
@@ -46,32 +45,41 @@ class PhotoStore:
 
 
 def store_split(source: dataset.Dataset, split: str, size: int | None) -> list[ray.ObjectRef]:
-    """A split's photos, streamed once through Ray Data; the blocks stay in the object store.
+    """Read a split's photos through Ray Data and return references to their blocks.
 
-    size: pixels of the sides they are decoded to; None: they stay encoded.
+    size: side in pixels to decode them to; None: keep them encoded.
     """
     rows = streaming.stream_rows(source, ["image_id", "key", "label", "image"], split)
-    index = {name: i for i, name in enumerate(source.classes)}
-    held = rows.map_batches(
-        partial(to_block_columns, index=index, size=size), batch_size=READ_ROWS, batch_format="pyarrow"
-    )
-    held = held.materialize()
-    return list(held.to_arrow_refs() if size is None else held.to_numpy_refs())
+    class_index = {name: i for i, name in enumerate(source.classes)}
+    blocks = rows.map_batches(
+        partial(to_block_columns, class_index=class_index, size=size),
+        batch_size=ROWS_PER_BLOCK,
+        batch_format="pyarrow",
+    ).materialize()
+    return list(blocks.to_arrow_refs() if size is None else blocks.to_numpy_refs())
 
 
-def to_block_columns(batch: pa.Table, index: dict[str, int], size: int | None) -> pa.Table | dict[str, np.ndarray]:
-    """A Block's columns from a dataset's rows."""
+def to_block_columns(
+    batch: pa.Table, class_index: dict[str, int], size: int | None
+) -> pa.Table | dict[str, np.ndarray]:
+    """Convert a dataset's rows to the columns of a PhotoBlock."""
     names = [f"{i}/{key}" for i, key in zip(batch["image_id"].to_pylist(), batch["key"].to_pylist(), strict=True)]
     ids = np.array([int(storage.sha256(name.encode())[:16], 16) for name in names], np.uint64)
-    labels = np.array([index[label] for label in batch["label"].to_pylist()], np.int64)
+    labels = np.array([class_index[label] for label in batch["label"].to_pylist()], np.int64)
     if size is None:
         return pa.table({"images": batch["image"], "labels": labels, "ids": ids})
     return {"pixels": decode_photos(batch["image"].to_pylist(), size), "labels": labels, "ids": ids}
 
 
-def open_block(held: pa.Table | dict[str, np.ndarray], size: int) -> PhotoBlock:
-    """Photos as they lie in the object store, where they stay: nothing is copied."""
-    if isinstance(held, dict):
-        return PhotoBlock(**held)
-    images = held["images"].combine_chunks()
-    return PhotoBlock(EncodedPhotos(images, size), held["labels"].to_numpy(), held["ids"].to_numpy())
+def get_blocks(refs: BlockRefs, size: int) -> list[list[PhotoBlock]]:
+    """Return the blocks of each split. Raise GetTimeoutError of Ray if blocks stay lost."""
+    splits = [ray.get(split, timeout=GET_TIMEOUT_S) for split in refs.values()]
+    return [[open_block(columns, size) for columns in split] for split in splits]
+
+
+def open_block(columns: pa.Table | dict[str, np.ndarray], size: int) -> PhotoBlock:
+    """Return a block on the memory of the object store, without a copy. size: to decode encoded photos to."""
+    if isinstance(columns, dict):
+        return PhotoBlock(**columns)
+    images = columns["images"].combine_chunks()
+    return PhotoBlock(EncodedPhotos(images, size), columns["labels"].to_numpy(), columns["ids"].to_numpy())

@@ -1,4 +1,4 @@
-"""Leaving in time: workers that are told to end, or whose machine will be taken away, stop together and save."""
+"""Preemption: on SIGTERM or node drain, all workers checkpoint at the same step and exit."""
 
 import signal
 import threading
@@ -10,47 +10,48 @@ import ray.train.torch
 import torch
 from torch import distributed
 
-STAY, ASK, LEAVE = 0, 1, 2
-ASK_SECONDS = 2.0
-"""How often Ray is asked whether a node is drained; a spot instance has two minutes, a container half of one."""
+CONTINUE, CHECK_DRAIN, PREEMPTED = 0, 1, 2
+"""Signals of a worker to all others; the highest counts."""
+DRAIN_CHECK_SECONDS = 2.0
+"""Interval between queries to Ray for draining nodes; a spot instance has two minutes' notice, a container 30 s."""
 _sigterm_received = threading.Event()
 
 
 class WorkerContext(NamedTuple):
-    """A worker's place among all of a stage."""
+    """A worker's rank, world size and device."""
 
     rank: int
     num_workers: int
     device: torch.device
-    is_drained: Callable[[], bool]  # whether its machine will be taken away, asked by all workers together
+    is_node_draining: Callable[[], bool]  # True if a node will be taken away; called on all workers at once
 
 
 class PreemptionCheck:
-    """Whether the workers leave, all at the same step: one was told to end, or its machine will be taken away.
+    """Check for preemption with the same result on all workers at the same step.
 
-    A spot instance is announced as a drained node, the end of a container as SIGTERM. One per worker.
+    A spot instance is announced by a draining node, the end of a container by SIGTERM.
     """
 
-    def __init__(self, seat: WorkerContext) -> None:
-        self.seat = seat
-        # On CPUs also where gradients go from GPU to GPU: asking then doesn't wait for the GPU's work.
-        self.group = distributed.new_group(backend="gloo") if seat.num_workers > 1 else None
-        self.asked = time.monotonic()
+    def __init__(self, worker: WorkerContext) -> None:
+        self.worker = worker
+        # On CPUs even if gradients are reduced between GPUs, so that a check doesn't wait for a GPU.
+        self.group = distributed.new_group(backend="gloo") if worker.num_workers > 1 else None
+        self.checked = time.monotonic()
 
     def __call__(self) -> bool:
-        """Asked by every worker after every step; all get the same answer."""
-        due = self.seat.rank == 0 and time.monotonic() - self.asked > ASK_SECONDS
-        sign = torch.tensor(LEAVE if _sigterm_received.is_set() else ASK if due else STAY)
+        """Return True if any worker is preempted; called by every worker after every step."""
+        is_due = self.worker.rank == 0 and time.monotonic() - self.checked > DRAIN_CHECK_SECONDS
+        signals = torch.tensor(PREEMPTED if _sigterm_received.is_set() else CHECK_DRAIN if is_due else CONTINUE)
         if self.group is not None:
-            distributed.all_reduce(sign, distributed.ReduceOp.MAX, group=self.group)
-        if sign == ASK:
-            self.asked = time.monotonic()
-            return self.seat.is_drained()
-        return bool(sign == LEAVE)
+            distributed.all_reduce(signals, distributed.ReduceOp.MAX, group=self.group)
+        if signals == CHECK_DRAIN:
+            self.checked = time.monotonic()
+            return self.worker.is_node_draining()
+        return bool(signals == PREEMPTED)
 
 
 def listen_for_sigterm() -> None:
-    """From now on SIGTERM means leave. Called in the main thread, where alone Python takes signals."""
+    """Treat SIGTERM as preemption from now on. For the main thread, the only one in which Python handles signals."""
     _sigterm_received.clear()
     signal.signal(signal.SIGTERM, lambda *_: _sigterm_received.set())
 
@@ -59,18 +60,18 @@ _TorchBackend: type = ray.train.torch.TorchConfig().backend_cls
 
 
 class Backend(_TorchBackend):
-    """Ray's backend for PyTorch, whose workers also listen."""
+    """Ray's backend for PyTorch with workers that listen for SIGTERM."""
 
     def on_training_start(self, worker_group, backend_config):
-        """Called before the training function, which runs in another thread."""
+        """Set the workers up before the training function, which runs in another thread."""
         super().on_training_start(worker_group, backend_config)
         worker_group.execute(listen_for_sigterm)
 
 
 class TorchConfig(ray.train.torch.TorchConfig):
-    """Ray's set-up for PyTorch, with our backend."""
+    """Ray's configuration of PyTorch, with this module's backend."""
 
     @property
     def backend_cls(self) -> type:
-        """What sets the workers up."""
+        """The class that sets the workers up."""
         return Backend

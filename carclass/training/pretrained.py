@@ -1,95 +1,109 @@
-"""The weights a run starts from: an ImageNet or sample backbone, a file, or another run's epoch."""
+"""The initial weights of a run: an ImageNet or sample backbone, a file, or another run's epoch."""
 
+import torch
 from torch import Tensor
 from torchvision.models.resnet import ResNet
 
 from carclass import storage
 from carclass.config.schema import ModelSettings, TrainSettings
 from carclass.errors import UserError
-from carclass.models import weights
+from carclass.models import resnet, weights
 from carclass.runs.run import ParentEpoch, Run, find_run, parse_parent
-from carclass.runs.saved_model import read_model
+from carclass.runs.saved_model import load_network, read_model
 from carclass.training import checkpoint
 
 
-def load_pretrained(net: ResNet, root: str, settings: TrainSettings, classes: list[str]) -> str:
-    """Puts the parent's weights into a network and returns the sha256 of their file.
+def initial_network(run: Run, stage: resnet.StageName, classes: list[str]) -> resnet.FoldedResNet:
+    """Return the network that a stage starts from: the parent's weights, or after a frozen stage its best model."""
+    if stage == "unfrozen" and run.settings.frozen is not None:
+        return load_network(run.model_uri("frozen"))[0]
+    torch.manual_seed(run.settings.seed)  # the initial classifier, the same on every worker
+    net = resnet.build(run.settings.model, len(classes))
+    load_pretrained(net, run.root, run.settings, classes)
+    return net
 
-    Of a run, the classifier's too; a frozen stage's epoch has a file with the classifier alone, and its backbone is
-    that of the run's published model. classes: of the dataset to train on. UserError when the parent isn't there, isn't
-    what it was, has other classes or is another network.
+
+def load_pretrained(net: ResNet, root: str, settings: TrainSettings, classes: list[str]) -> str:
+    """Load the parent's weights into a network and return the sha256 of their file.
+
+    A run's weights include the classifier; an epoch of a frozen stage has only the classifier in its file, so the
+    backbone is that of the run's published model. classes: of the dataset to train on. Raise UserError if the parent is
+    missing or damaged, or has another sha256, other classes or another architecture.
     """
-    start = parse_parent(settings.parent)
-    if start is None:
+    parent = parse_parent(settings.parent)
+    if parent is None:
         return load_backbone(net, settings)
-    run = find_run(root, start.run)
-    best, facts = read_model(run.best(run.stages[-1]))
-    _check_fit(settings, facts, classes)
-    state, sha256 = (best, str(facts["sha256"])) if start.epoch == "best" else _load_epoch(run, start, best, settings)
+    run = find_run(root, parent.run)
+    best, facts = read_model(run.model_uri(run.stages[-1]))
+    _check_parent(settings, facts, classes)
+    state, sha256 = (best, str(facts["sha256"])) if parent.epoch == "best" else _load_epoch(run, parent, best, settings)
     if settings.parent_sha256 not in (None, sha256):
         raise UserError(
             f"`train.parent_sha256`: {settings.parent} has the sha256 {sha256}, not {settings.parent_sha256}. "
-            "Correct it, or find out why the weights are others."
+            "Correct it, or find out why the weights have changed."
         )
     net.load_state_dict(state)
     return sha256
 
 
 def _load_epoch(
-    run: Run, start: ParentEpoch, best: dict[str, Tensor], settings: TrainSettings
+    run: Run, parent: ParentEpoch, best: dict[str, Tensor], settings: TrainSettings
 ) -> tuple[dict[str, Tensor], str]:
-    """(state dict, sha256 of the file) of an epoch of a run's last stage."""
+    """Return (state dict, sha256 of the file) of an epoch of a run's last stage. best: its published model."""
     stage = run.stages[-1]
     epochs = [row["epoch"] for row in run.metrics() if row["stage"] == stage]
-    epoch = max(epochs) if start.epoch == "last" else int(start.epoch)
+    epoch = max(epochs) if parent.epoch == "last" else int(parent.epoch)
     uri = storage.join(run.uri, stage, checkpoint.checkpoint_name(epoch))
     if epoch not in epochs:
         raise UserError(
-            f"`train.parent`: {settings.parent} isn't there: `{start.run}` ended after {max(epochs)} {stage} epochs."
+            f"`train.parent`: {settings.parent} doesn't exist: `{parent.run}` has {max(epochs)} {stage} epochs."
         )
     if not storage.exists(storage.join(uri, checkpoint.INDEX)):
         raise UserError(
-            f"`train.parent`: the weights of {settings.parent} weren't kept. Add {epoch} to "
-            f"`train.{stage}.keep_epochs` of `{run.settings.name}` and train it anew, or start from @best or @last."
+            f"`train.parent`: the weights of {settings.parent} were not kept. Add {epoch} to "
+            f"`train.{stage}.keep_epochs` of `{run.settings.name}` and train it again, or start from @best or @last."
         )
-    weights, sha256 = checkpoint.read_weights(uri)
+    state, sha256 = checkpoint.read_weights(uri)
     prefix = "fc." if stage == "frozen" else ""
-    return best | {f"{prefix}{name}": tensor for name, tensor in weights.items()}, sha256
+    return best | {f"{prefix}{name}": tensor for name, tensor in state.items()}, sha256
 
 
-def _check_fit(settings: TrainSettings, facts: dict, classes: list[str]) -> None:
+def _check_parent(settings: TrainSettings, facts: dict, classes: list[str]) -> None:
+    """Raise UserError if the parent has other classes or another architecture."""
     if facts["classes"] != classes:
-        ours, theirs = set(classes), set(facts["classes"])
-        other = sorted(ours ^ theirs)
+        dataset_classes, parent_classes = set(classes), set(facts["classes"])
+        different = sorted(dataset_classes ^ parent_classes)
         raise UserError(
-            f"`train.parent`: {settings.parent} knows {len(theirs)} classes, dataset `{settings.dataset}` has "
-            f"{len(ours)}; {len(other)} are in one alone ({', '.join(other[:3])} …). Choose a parent or a dataset of "
-            "the same classes, or start from `imagenet`."
+            f"`train.parent`: {settings.parent} has {len(parent_classes)} classes, dataset `{settings.dataset}` has "
+            f"{len(dataset_classes)}; {len(different)} are in only one of them ({', '.join(different[:3])} …). Choose "
+            "a parent or a dataset of the same classes, or start from `imagenet`."
         )
-    found = ModelSettings.model_validate(facts["model"])
+    model = ModelSettings.model_validate(facts["model"])
     for key in ("architecture", "stride_in_1x1"):
-        if getattr(found, key) != getattr(settings.model, key):
+        if getattr(model, key) != getattr(settings.model, key):
             raise UserError(
-                f"`train.model.{key}` is {getattr(settings.model, key)}, and {settings.parent} was trained with "
-                f"{getattr(found, key)}. Give both runs the same."
+                f"`train.model.{key}` is {getattr(settings.model, key)}, but {settings.parent} was trained with "
+                f"{getattr(model, key)}. Use the same value in both runs."
             )
 
 
-def load_backbone(net: ResNet, train: TrainSettings) -> str:
-    """Puts the parent's weights into everything but the classifier, whose classes are others.
+def load_backbone(net: ResNet, settings: TrainSettings) -> str:
+    """Load a file's weights into everything but the classifier and return the file's sha256.
 
-    Returns the sha256 of the parent's file. UserError when the file is not this architecture's.
+    Raise UserError if the file is of another architecture.
     """
-    state, sha256 = weights.load(train.parent, train.parent_sha256, sample="backbone.safetensors", key="train.parent")
+    state, sha256 = weights.load_weights(
+        settings.parent, settings.parent_sha256, sample="backbone.safetensors", key="train.parent"
+    )
     state = {name: value.float() for name, value in state.items() if not name.startswith("fc.")}
     expected = {name: value for name, value in net.state_dict().items() if not name.startswith("fc.")}
-    # Some files leave out the counters of BatchNorm, which nothing reads here.
+    # Some files have no counters of BatchNorm; frozen statistics don't need them.
     missing = [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]
-    wrong = [name for name in state if name not in expected or state[name].shape != expected[name].shape]
-    if missing or wrong:
+    mismatched = [name for name in state if name not in expected or state[name].shape != expected[name].shape]
+    if missing or mismatched:
         raise UserError(
-            f"`train.parent`: {train.parent} is no {train.model.architecture}: "
-            f"{len(missing)} tensors are missing, {len(wrong)} don't fit (the first: {[*missing, *wrong][0]})."
+            f"`train.parent`: {settings.parent} is not a {settings.model.architecture} checkpoint: {len(missing)} "
+            f"tensors missing, {len(mismatched)} unknown or with other shapes (first: {[*missing, *mismatched][0]})."
         )
     net.load_state_dict(state, strict=False)
     return sha256

@@ -1,4 +1,4 @@
-"""A dataset → a run: one Ray Train run per stage, frozen then unfrozen, each resumed from its checkpoints."""
+"""Training of a run: one Ray Train run per stage, frozen then unfrozen, each resumed from its checkpoints."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -16,134 +16,143 @@ from carclass.errors import UserError
 from carclass.models import resnet
 from carclass.runs.run import Run, begin_run
 from carclass.runs.saved_model import publish_model
-from carclass.training import checkpoint, feature_cache, loop, preflight, pretrained
+from carclass.training import checkpoint, feature_cache, preflight, pretrained
+from carclass.training.loop import Metrics, TrainState
 from carclass.training.photo_store import BlockRefs, PhotoStore
 from carclass.training.preemption import TorchConfig
-from carclass.training.worker import (
-    SINGLE_WORKER,
-    StageJob,
-    initial_network,
-    run_train_worker,
-    train_stage,
-    trained_module,
-)
+from carclass.training.worker import StageJob, run_train_worker, train_stage_in_process
 
 log = logging.getLogger(__name__)
 MAX_RESTARTS_WITHOUT_PROGRESS = 3
-"""How often workers are replaced without any checkpoint in between: then it is the program that fails."""
+"""Failures of the workers in a row without a new checkpoint after which the error is raised."""
 MALLOC_ENV = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000000", "MALLOC_ARENA_MAX": "1"}
-"""For glibc, in workers on CPUs: what a step gives back, the next one takes again. By default every large tensor would
-be asked from the system anew, which clears its pages: a tenth of a step's time."""
+"""Environment of workers on CPUs: glibc keeps freed memory for the next step. By default it returns large tensors to
+the system and gets cleared pages back, which takes a tenth of a step's time."""
 
 
 class TrainResources(NamedTuple):
-    """What a run is trained with."""
+    """Devices of a run's workers, and the receiver of its metrics."""
 
     use_gpu: bool
-    devices_per_worker: float | None = None  # GPUs, or CPUs, of each worker; None: one GPU, or as many CPUs as there is room for
-    in_process: bool = False  # by the only worker, in this process and without Ray Train
-    report: Callable[[dict[str, float]], None] | None = (
-        None  # of the last stage's epochs but its very last; called by every worker
-    )
+    devices_per_worker: float | None = None  # GPUs or CPUs; None: one GPU, or an equal share of the CPUs
+    in_process: bool = False  # train by one worker in this process, without Ray Train
+    # Called on every worker with the metrics of each epoch of the last stage, except its last epoch.
+    report: Callable[[Metrics], None] | None = None
     callbacks: Sequence[Any] = ()  # of Ray Train
 
 
 def train_run(root: str, settings: TrainSettings) -> Run:
-    """Trains `<root>/experiments/<name>`, or what is missing of it. UserError for wrong settings, data or weights."""
-    source, parent_sha256 = load_origin(root, settings)
-    this = Run(root, settings)
-    missing = this.unfinished_stages
-    # Checked before anything is written: a run that is refused can be begun with other settings.
-    use_gpu = check_resources(root, settings, source) if missing else False
-    this = begin_run(this, source, parent_sha256)
-    if not missing:
+    """Train the unfinished stages of `<root>/experiments/<name>`.
+
+    Raise UserError if settings, data, weights or cluster don't fit, before anything is written.
+    """
+    source, parent_sha256 = load_run_inputs(root, settings)
+    run = Run(root, settings)
+    stages = run.unfinished_stages
+    use_gpu = check_resources(root, settings, source) if stages else False
+    begin_run(run, source, parent_sha256)
+    if stages:
+        train_stages(run, source, PhotoStore(settings, source).get, TrainResources(use_gpu), stages)
+    else:
         log.info("train: run %s is finished, nothing to do", settings.name)
-        return this
-    train_stages(this, source, PhotoStore(settings, source).get, TrainResources(use_gpu), missing)
-    return this
+    return run
 
 
-def load_origin(root: str, settings: TrainSettings) -> tuple[dataset.Dataset, str]:
-    """The dataset that a run is trained on, and its parent's sha256. UserError where either can't be used."""
+def load_run_inputs(root: str, settings: TrainSettings) -> tuple[dataset.Dataset, str]:
+    """Return the dataset to train on and the sha256 of the parent's weights. Raise UserError if either is unusable."""
     source = dataset.load_dataset(root, settings.dataset)
     for split in ("train", "val"):
         if not source.manifest["splits"][split]:
-            raise UserError(f"dataset `{settings.dataset}` has no {split} photos; give it some, or change its split.")
-    return source, pretrained.load_pretrained(
-        resnet.build(settings.model, len(source.classes)), root, settings, source.classes
-    )
+            raise UserError(f"dataset `{settings.dataset}` has no {split} photos: add some, or change its split.")
+    net = resnet.build(settings.model, len(source.classes))
+    return source, pretrained.load_pretrained(net, root, settings, source.classes)
 
 
 def check_resources(root: str, settings: TrainSettings, source: dataset.Dataset) -> bool:
-    """Joins the cluster; UserError when a run can't end well on it. Returns whether GPUs are used."""
+    """Connect to the cluster and run the preflight check. Return True if GPUs are used."""
     connection.connect()
-    fewest, _ = settings.workers
-    use_gpu = resources.decide_gpus(settings.use_gpu, fewest, "train.use_gpu", resources.TRAIN)
-    resources.check_cpus(0 if use_gpu else fewest, "train.num_workers")
-    store, memory = resources.object_store_bytes(), resources.memory_bytes(use_gpu)
-    preflight.check_run(root, settings, source, use_gpu=use_gpu, object_store=store, memory=memory)
+    min_workers, _ = settings.workers
+    use_gpu = resources.decide_gpus(settings.use_gpu, min_workers, "train.use_gpu", resources.TRAIN)
+    resources.check_cpus(0 if use_gpu else min_workers, "train.num_workers")
+    object_store, memory = resources.object_store_bytes(), resources.memory_bytes(use_gpu)
+    preflight.check_run(root, settings, source, use_gpu=use_gpu, object_store=object_store, memory=memory)
     return use_gpu
 
 
 def train_stages(
-    this: Run,
+    run: Run,
     source: dataset.Dataset,
-    photos: Callable[[], BlockRefs],
-    means: TrainResources,
+    get_photos: Callable[[], BlockRefs],
+    train_resources: TrainResources,
     stages: Sequence[resnet.StageName],
 ) -> None:
-    """Trains stages of a run that has begun, and publishes them. photos: asked for when they are needed."""
+    """Train and publish stages of a run that has begun. get_photos: called by stages that need photos."""
     for stage in stages:
-        job = StageJob(this, stage, source.classes, source.digest, {}, 1, means.report)
-        _fit_stage(job, photos, means)
+        job = StageJob(run, stage, source.classes, source.digest, {}, 1, train_resources.report)
+        _fit_stage(job, get_photos, train_resources)
         _publish(job)
 
 
-def _fit_stage(job: StageJob, photos: Callable[[], BlockRefs], means: TrainResources) -> None:
-    """Runs a stage to its end. Workers that leave or are lost are replaced, as long as that gains anything."""
-    uri, vain = storage.join(job.run.uri, job.stage), 0
+def _fit_stage(job: StageJob, get_photos: Callable[[], BlockRefs], train_resources: TrainResources) -> None:
+    """Train a stage to its end. Restart preempted or lost workers, while checkpoints advance."""
+    uri, failures = storage.join(job.run.uri, job.stage), 0
     newest = checkpoint.newest_valid(uri)
     while True:
-        num_threads = (
-            1 if means.use_gpu else int(means.devices_per_worker or resources.cpus_per_worker(job.run.settings.workers[1]))
+        job = job._replace(
+            blocks={} if _has_cached_features(job) else get_photos(), num_threads=_count_threads(job, train_resources)
         )
-        is_cached = job.stage == "frozen" and storage.exists(feature_cache.cache_uri(job.run, job.digest))
-        job = job._replace(blocks={} if is_cached else photos(), num_threads=num_threads)
-        before, error = newest, None
+        previous, error = newest, None
         try:
-            if train_stage(job, SINGLE_WORKER[means.use_gpu]) if means.in_process else _run_workers(job, means):
+            if _run_workers(job, train_resources):
                 return
         except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as failure:
             error = failure
         newest = checkpoint.newest_valid(uri)
-        vain = vain + 1 if newest == before else 0
-        if error is not None and vain == MAX_RESTARTS_WITHOUT_PROGRESS:
+        failures = failures + 1 if newest == previous else 0
+        if error is not None and failures == MAX_RESTARTS_WITHOUT_PROGRESS:
             raise error
-        what = "workers left" if error is None else f"workers were lost ({str(error).strip().splitlines()[-1][:200]})"
-        log.warning("train: %s; going on from %s", what, newest or "the start")
+        reason = "workers were preempted"
+        if error is not None:
+            reason = f"workers were lost ({str(error).strip().splitlines()[-1][:200]})"
+        log.warning("train: %s; resuming from %s", reason, newest or "the start")
 
 
-def _run_workers(job: StageJob, means: TrainResources) -> bool:
-    """One group of workers, until the stage's end or, False, until they leave."""
+def _has_cached_features(job: StageJob) -> bool:
+    return job.stage == "frozen" and storage.exists(feature_cache.cache_uri(job.run, job.dataset_digest))
+
+
+def _count_threads(job: StageJob, train_resources: TrainResources) -> int:
+    """Return the CPU threads of each worker."""
+    if train_resources.use_gpu:
+        return 1
+    return int(train_resources.devices_per_worker or resources.cpus_per_worker(job.run.settings.workers[1]))
+
+
+def _run_workers(job: StageJob, train_resources: TrainResources) -> bool:
+    """Run a group of workers until the end of the stage. Return False if they are preempted."""
+    use_gpu = train_resources.use_gpu
+    if train_resources.in_process:
+        return train_stage_in_process(job, use_gpu=use_gpu)
     filesystem, path = storage.locate(job.run.uri)
-    fewest, most = job.run.settings.workers
+    min_workers, max_workers = job.run.settings.workers
+    devices = {"GPU": train_resources.devices_per_worker or 1} if use_gpu else {"CPU": job.num_threads}
     trainer = ray.train.torch.TorchTrainer(
         run_train_worker,  # type: ignore[arg-type]  # it may return something
         train_loop_config=job._asdict(),
         torch_config=TorchConfig(),
         scaling_config=ray.train.ScalingConfig(  # type: ignore[call-arg]  # mypy sees Train V1's
-            num_workers=most if fewest == most else (fewest, most),  # type: ignore[arg-type]
-            use_gpu=means.use_gpu,
-            resources_per_worker={"GPU": means.devices_per_worker or 1} if means.use_gpu else {"CPU": job.num_threads},
-            label_selector=resources.node_selector(resources.TRAIN) if means.use_gpu else None,
+            num_workers=max_workers if min_workers == max_workers else (min_workers, max_workers),  # type: ignore[arg-type]
+            use_gpu=use_gpu,
+            resources_per_worker=devices,
+            label_selector=resources.node_selector(resources.TRAIN) if use_gpu else None,
         ),
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]  # mypy sees Train V1's
             name=job.stage,
             storage_path=path,
             storage_filesystem=filesystem,
-            callbacks=[*means.callbacks],
-            logging_config=ray.train.LoggingConfig(log_level="WARNING"),  # an epoch is one line, ours
-            worker_runtime_env={} if means.use_gpu else {"env_vars": MALLOC_ENV},
+            callbacks=[*train_resources.callbacks],
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),  # workers log a line per epoch themselves
+            worker_runtime_env={} if use_gpu else {"env_vars": MALLOC_ENV},
         ),
     )
     result: Any = trainer.fit()
@@ -151,10 +160,10 @@ def _run_workers(job: StageJob, means: TrainResources) -> bool:
 
 
 def _publish(job: StageJob) -> None:
-    """Writes the whole network as the stage's best epoch left it."""
+    """Publish the whole network with the weights of the stage's best epoch."""
     settings, uri = job.run.settings, storage.join(job.run.uri, job.stage)
-    net = initial_network(job)
-    state = loop.TrainState(**checkpoint.restore_best(uri, trained_module(net, job.stage)))
+    net = pretrained.initial_network(job.run, job.stage, job.classes)
+    state = TrainState(**checkpoint.restore_best(uri, checkpoint.trained_module(net, job.stage)))
     facts = {
         "run": settings.name,
         "stage": job.stage,

@@ -1,4 +1,4 @@
-"""Runs written by the functions that training writes them with, small and without training anything."""
+"""Small runs for tests, written by the same functions as in training, without training."""
 
 from pathlib import Path
 from typing import Any
@@ -20,36 +20,36 @@ FROZEN: dict[str, Any] = {"model": MODEL, "frozen": {"epochs": 5}, "unfrozen": N
 
 
 def publish_dataset(root: Path, name: str = "v2", classes: list[str] = CLASSES, seed: int = 1) -> dataset.Dataset:
-    """A dataset without photos."""
+    """Publish a dataset without photos."""
     manifest = {"classes": classes, "kind": "photos", "settings": {"seed": seed}, "splits": {}, "parts": []}
     return publishing.publish_manifest(dataset.Dataset(dataset.dataset_uri(str(root), name), manifest))
 
 
 def begin(root: Path, settings: TrainSettings, parent_sha256: str = "0" * 64) -> Run:
-    """A run that has trained nothing yet."""
+    """Begin a run."""
     source = dataset.load_dataset(str(root), settings.dataset)
     return begin_run(Run(str(root), settings), source, parent_sha256)
 
 
 def finish(run: Run, epochs: int = 5, kept: tuple[int, ...] = (2, 5), classes: list[str] = CLASSES) -> None:
-    """Publishes a run's last stage, with an epoch's number as the value of its classifier's bias."""
+    """Finish a run's last stage; the classifier's bias is the number of the epoch."""
     stage = run.stages[-1]
     torch.manual_seed(0)
     net = resnet.build(run.settings.model, len(classes))
-    part = net.fc if stage == "frozen" else net
-    journal = MetricsLog(run, stage, 0)
+    module = checkpoint.trained_module(net, stage)
+    log = MetricsLog(run, stage, 0)
     for epoch in range(1, epochs + 1):
         torch.nn.init.constant_(net.fc[1].bias, epoch)
         figures = dict.fromkeys(
             ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds"), epoch / 10
         )
-        journal.add({"epoch": epoch, "time": 1e9, **figures}, [])
+        log.add({"epoch": epoch, "time": 1e9, **figures}, [])
         if epoch in kept:
             state = {"epoch": epoch, "val_accuracies": [n / 10 for n in range(1, epoch + 1)]}
             snapshot = checkpoint.Snapshot(
-                checkpoint.checkpoint_name(epoch), {checkpoint.WEIGHTS: part.state_dict()}, state
+                checkpoint.checkpoint_name(epoch), {checkpoint.WEIGHTS: module.state_dict()}, state
             )
             checkpoint.write_checkpoint(storage.join(run.uri, stage), snapshot)
     facts = {"run": run.settings.name, "stage": stage, "epoch": epochs, "val_accuracy": epochs / 10}
     facts |= {"classes": classes, "model": run.settings.model.model_dump(), "precision": run.settings.precision}
-    publish_model(run.best(stage), net, facts)
+    publish_model(run.model_uri(stage), net, facts)

@@ -1,4 +1,4 @@
-"""Changes of appearance: torchvision's, the same for a photo whatever its company."""
+"""Changes of appearance: equal to torchvision's and independent of the batch."""
 
 from collections.abc import Callable
 
@@ -27,12 +27,12 @@ NAMES = [change.__name__ for change in augmentation.OPERATIONS]
 
 @pytest.fixture
 def photos() -> Tensor:
-    """uint8 (8,3,64,64), some of them flat and dark."""
+    """Return photos, uint8 (8,3,64,64), some with little contrast."""
     rng = np.random.default_rng(0)
-    found = rng.integers(20, 200, (8, 3, 64, 64))
-    found[1] //= 4
-    found[2, 1] = 90
-    return torch.from_numpy(found.astype(np.uint8))
+    pixels = rng.integers(20, 200, (8, 3, 64, 64))
+    pixels[1] //= 4
+    pixels[2, 1] = 90
+    return torch.from_numpy(pixels.astype(np.uint8))
 
 
 def draws_of(name: str, count: int, strength: float = STRENGTH) -> np.ndarray:
@@ -40,48 +40,48 @@ def draws_of(name: str, count: int, strength: float = STRENGTH) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_change_is_torchvisions_but_for_its_rounding(photos: Tensor, name: str):
-    found = augmentation.change_appearance(photos.float(), draws_of(name, len(photos)))
+def test_every_operation_equals_torchvisions_up_to_rounding(photos: Tensor, name: str):
+    changed = augmentation.change_appearance(photos.float(), draws_of(name, len(photos)))
     expected = torch.stack([LIBRARY[name](photo) for photo in photos])
     assert not torch.equal(expected, photos)
-    torch.testing.assert_close(found, expected.float(), atol=2.0, rtol=0)
+    torch.testing.assert_close(changed, expected.float(), atol=2.0, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["brightness", "color", "contrast", "sharpness"])
-def test_a_change_that_goes_both_ways_changes_nothing_in_the_middle(photos: Tensor, name: str):
-    found = augmentation.change_appearance(photos.float(), draws_of(name, len(photos), 0.5))
-    torch.testing.assert_close(found, photos.float(), atol=1e-3, rtol=0)
+def test_a_strength_of_a_half_leaves_photos_unchanged(photos: Tensor, name: str):
+    changed = augmentation.change_appearance(photos.float(), draws_of(name, len(photos), 0.5))
+    torch.testing.assert_close(changed, photos.float(), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["posterize", "solarize"])
-def test_a_change_of_no_strength_changes_nothing(photos: Tensor, name: str):
+def test_a_strength_of_zero_leaves_photos_unchanged(photos: Tensor, name: str):
     assert torch.equal(augmentation.change_appearance(photos.float(), draws_of(name, len(photos), 0.0)), photos.float())
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.3, 0.999])
 @pytest.mark.parametrize("name", NAMES)
-def test_colours_stay_in_their_range(photos: Tensor, name: str, strength: float):
-    found = augmentation.change_appearance(photos.float(), draws_of(name, len(photos), strength))
-    assert found.isfinite().all()
-    assert found.min() >= 0
-    assert found.max() <= 255
+def test_values_stay_in_their_range(photos: Tensor, name: str, strength: float):
+    changed = augmentation.change_appearance(photos.float(), draws_of(name, len(photos), strength))
+    assert changed.isfinite().all()
+    assert changed.min() >= 0
+    assert changed.max() <= 255
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_photo_is_changed_the_same_whatever_its_company(photos: Tensor, name: str):
+def test_an_operation_does_not_depend_on_the_batch(photos: Tensor, name: str):
     whole = augmentation.change_appearance(photos.float(), draws_of(name, len(photos)))
     for i in range(len(photos)):
         assert torch.equal(augmentation.change_appearance(photos[i : i + 1].float(), draws_of(name, 1))[0], whole[i])
 
 
-def test_every_change_comes_and_one_in_nine_photos_stays_as_it_is(photos: Tensor):
+def test_every_operation_occurs_and_one_in_nine_photos_is_unchanged(photos: Tensor):
     draws = np.stack([(np.arange(9) + 0.5) / 9, np.full(9, STRENGTH)], 1)
-    found = augmentation.change_appearance(photos[:1].expand(9, -1, -1, -1).float(), draws)
-    assert len({tuple(photo.flatten().tolist()) for photo in found}) == 9
-    assert torch.equal(found[8], photos[0].float())
+    changed = augmentation.change_appearance(photos[:1].expand(9, -1, -1, -1).float(), draws)
+    assert len({tuple(photo.flatten().tolist()) for photo in changed}) == 9
+    assert torch.equal(changed[8], photos[0].float())
 
 
-def test_the_photos_given_are_not_changed(photos: Tensor):
-    given = photos.float()
-    augmentation.change_appearance(given, draws_of("solarize", len(photos)))
-    assert torch.equal(given, photos.float())
+def test_the_input_is_not_modified(photos: Tensor):
+    original = photos.float()
+    augmentation.change_appearance(original, draws_of("solarize", len(photos)))
+    assert torch.equal(original, photos.float())

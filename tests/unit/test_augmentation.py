@@ -1,4 +1,4 @@
-"""Augmentation: the same for a photo whatever its company, and within the ranges that the settings give."""
+"""Augmentation: independent of the batch, and within the ranges of the settings."""
 
 import math
 
@@ -20,7 +20,7 @@ def photos() -> torch.Tensor:
 
 
 def draws(count: int = 8, **fixed: float) -> np.ndarray:
-    """(count,5) draws that change nothing, except for those given: mirror_x, mirror_y, turn, tall, wide."""
+    """Return (count,5) draws without an effect, except the given ones: mirror_x, mirror_y, turn, tall, wide."""
     neutral = {"mirror_x": 0.9, "mirror_y": 0.9, "turn": 0.5, "tall": 0.5, "wide": 0.5} | fixed
     return np.tile(list(neutral.values()), (count, 1))
 
@@ -28,19 +28,19 @@ def draws(count: int = 8, **fixed: float) -> np.ndarray:
 # Draws
 
 
-def test_a_photos_draws_do_not_depend_on_its_company():
+def test_draws_of_a_photo_do_not_depend_on_its_batch():
     whole = uniforms(1, 3, IDS[:100], 5)
     shuffled = np.random.default_rng(1).permutation(100)
     parts = [uniforms(1, 3, IDS[shuffled[start : start + 7]], 5) for start in range(0, 100, 7)]
     np.testing.assert_array_equal(np.concatenate(parts), whole[shuffled])
 
 
-def test_a_draw_does_not_depend_on_how_many_are_drawn():
+def test_a_draw_does_not_depend_on_the_number_of_draws():
     np.testing.assert_array_equal(uniforms(1, 3, IDS, 5)[:, :2], uniforms(1, 3, IDS, 2))
 
 
 @pytest.mark.parametrize(("seed", "epoch"), [(1, 4), (2, 3), (3, 1)])
-def test_another_seed_or_epoch_draws_anew(seed: int, epoch: int):
+def test_draws_differ_between_seeds_and_epochs(seed: int, epoch: int):
     one, other = uniforms(1, 3, IDS, 1)[:, 0], uniforms(seed, epoch, IDS, 1)[:, 0]
     assert abs(np.corrcoef(one, other)[0, 1]) < 0.1
     assert not (one == other).any()
@@ -48,29 +48,29 @@ def test_another_seed_or_epoch_draws_anew(seed: int, epoch: int):
 
 @pytest.mark.parametrize("ids", [IDS, np.arange(2000, dtype=np.uint64)], ids=["hashes", "counting"])
 def test_draws_are_uniform_and_independent_of_each_other(ids: np.ndarray):
-    found = uniforms(0, 0, ids, 5)
-    assert found.shape == (2000, 5)
-    assert found.min() >= 0
-    assert found.max() < 1
-    counts = [np.histogram(column, 10, (0, 1))[0] for column in found.T]
+    sampled = uniforms(0, 0, ids, 5)
+    assert sampled.shape == (2000, 5)
+    assert sampled.min() >= 0
+    assert sampled.max() < 1
+    counts = [np.histogram(column, 10, (0, 1))[0] for column in sampled.T]
     assert np.abs(np.array(counts) - 200).max() < 60  # 4.5 standard deviations
-    assert np.abs(np.corrcoef(found.T) - np.eye(5)).max() < 0.1
+    assert np.abs(np.corrcoef(sampled.T) - np.eye(5)).max() < 0.1
 
 
-def test_a_draw_is_the_same_in_every_version():
-    # A run that is resumed after an upgrade must see the same photos.
+def test_draws_are_stable_across_versions():
+    # A run that is resumed after an upgrade must train on the same photos.
     assert uniforms(123, 0, np.array([7], np.uint64), 2).tolist() == [[0.5936259519546295, 0.143569810370769]]
 
 
-# What is done to the photos
+# Warps
 
 
-def test_nothing_set_changes_nothing(photos: torch.Tensor):
+def test_ranges_of_zero_leave_photos_unchanged(photos: torch.Tensor):
     random = uniforms(1, 1, IDS[:8], 5)
     torch.testing.assert_close(warp_photos(photos, NOTHING, random), photos, atol=1e-5, rtol=0)
 
 
-def test_a_photo_is_changed_the_same_whatever_its_company(photos: torch.Tensor):
+def test_augmentation_of_a_photo_does_not_depend_on_its_batch(photos: torch.Tensor):
     random = uniforms(1, 1, IDS[:8], 5)
     whole = warp_photos(photos, AugmentationSettings(), random)
     alone = torch.cat([warp_photos(photos[i : i + 1], AugmentationSettings(), random[i : i + 1]) for i in range(8)])
@@ -87,7 +87,7 @@ def test_a_vertical_flip_mirrors_top_and_bottom(photos: torch.Tensor):
     torch.testing.assert_close(warp_photos(photos, flip, draws(mirror_y=0.1)), photos.flip(2), atol=1e-5, rtol=0)
 
 
-def test_cars_are_not_turned_upside_down_unless_asked_for(photos: torch.Tensor):
+def test_a_horizontal_flip_never_mirrors_top_and_bottom(photos: torch.Tensor):
     flip = NOTHING.model_copy(update={"flip": "horizontal"})
     torch.testing.assert_close(warp_photos(photos, flip, draws(mirror_y=0.1)), photos, atol=1e-5, rtol=0)
 
@@ -100,8 +100,8 @@ def test_half_of_the_photos_are_mirrored():
 
 def test_a_quarter_turn_is_a_quarter_turn(photos: torch.Tensor):
     turn = NOTHING.model_copy(update={"rotation": 0.25})
-    found = warp_photos(photos, turn, draws(turn=1.0))
-    torch.testing.assert_close(found, photos.rot90(1, (2, 3)), atol=1e-4, rtol=0)
+    rotated = warp_photos(photos, turn, draws(turn=1.0))
+    torch.testing.assert_close(rotated, photos.rot90(1, (2, 3)), atol=1e-4, rtol=0)
 
 
 def test_angles_stay_within_the_range_and_fill_it():
@@ -118,7 +118,7 @@ def test_zoom_stays_within_the_range_and_fills_it_on_its_own_axis(setting: str, 
     np.testing.assert_array_equal(scales[:, 1 - row], 1)
 
 
-def test_a_turn_leaves_shapes_as_they_are():
+def test_a_rotation_keeps_shapes():
     settings = AugmentationSettings(rotation=0.05, zoom_height=0, zoom_width=0)
     linear = affine_matrices(settings, uniforms(0, 0, IDS, 5))[:, :, :2]
     np.testing.assert_allclose(linear @ linear.transpose(0, 2, 1), np.tile(np.eye(2), (2000, 1, 1)), atol=1e-12)
@@ -132,17 +132,17 @@ def test_zooming_in_enlarges_the_middle():
     assert area == pytest.approx(64 * 4, rel=0.05)
 
 
-def test_what_comes_into_view_is_mirrored():
+def test_padding_is_a_reflection():
     photo = torch.arange(8.0).reshape(1, 1, 1, 8).expand(1, 1, 8, 8)
     zoom = NOTHING.model_copy(update={"zoom_width": 1.0})
     row = warp_photos(photo, zoom, draws(1, wide=1.0))[0, 0, 0]
-    # Half of each row is beyond the photo's edges; it shows what lies as far inside of them.
+    # Half of each row is outside of the photo and mirrors pixels as far inside.
     torch.testing.assert_close(row, torch.tensor([2.5, 0.5, 0.5, 2.5, 4.5, 6.5, 6.5, 4.5]), atol=1e-4, rtol=0)
 
 
-def test_form_dtype_and_memory_format_stay(photos: torch.Tensor):
-    found = warp_photos(
+def test_shape_and_dtype_are_kept(photos: torch.Tensor):
+    warped = warp_photos(
         photos.to(memory_format=torch.channels_last), AugmentationSettings(), uniforms(0, 0, IDS[:8], 5)
     )
-    assert (found.shape, found.dtype) == (photos.shape, photos.dtype)
-    assert math.isfinite(found.sum().item())
+    assert (warped.shape, warped.dtype) == (photos.shape, photos.dtype)
+    assert math.isfinite(warped.sum().item())

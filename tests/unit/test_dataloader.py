@@ -1,4 +1,4 @@
-"""The feed: every sample once per epoch, the same steps however many workers share them."""
+"""Dataloaders: every sample once per epoch, in the same steps for any number of workers."""
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +28,7 @@ CHANGED = UnfrozenSettings(batch_size=8, appearance=True)
 
 
 def block(ids: np.ndarray) -> PhotoBlock:
-    """Photos whose pixels and label follow from their id, so that a mix-up shows."""
+    """Return photos with pixels and label derived from their id."""
     pixels = np.stack([np.random.default_rng(int(i)).integers(0, 256, (SIDE, SIDE, 3), np.uint8) for i in ids])
     return PhotoBlock(pixels, (ids % np.uint64(10)).astype(np.int64), ids)
 
@@ -42,7 +42,7 @@ def blocks(count: int, size: int = 7) -> list[PhotoBlock]:
     return [block(ids[start : start + size]) for start in range(0, count, size)]
 
 
-def feeds(count: int, num_workers: int) -> list[PhotoSamples]:
+def shard(count: int, num_workers: int) -> list[PhotoSamples]:
     return [PhotoSamples(blocks(count), seed=1, rank=rank, num_workers=num_workers) for rank in range(num_workers)]
 
 
@@ -53,7 +53,7 @@ shares = pytest.mark.parametrize(("count", "batch_size", "num_workers"), SHARES)
 # Pixels
 
 
-def test_photos_kept_encoded_look_like_photos_decoded_before():
+def test_encoded_photos_equal_decoded_ones():
     rng = np.random.default_rng(2)
     images = [photo.encode(rng.integers(0, 256, (30 + i, 40, 3), np.uint8)) for i in range(9)]
     ids, labels = ids_of(9), np.zeros(9, np.int64)
@@ -63,14 +63,14 @@ def test_photos_kept_encoded_look_like_photos_decoded_before():
     np.testing.assert_array_equal(encoded.pixels(chosen), decoded.pixels(chosen))
 
 
-def test_what_is_read_ahead_comes_in_order():
-    (feed,) = feeds(23, 1)
-    steps = list(feed.steps(0, 2))
+def test_batches_read_ahead_are_in_order():
+    (samples,) = shard(23, 1)
+    steps = list(samples.steps(0, 2))
     assert len(steps) > READ_AHEAD
-    for (indices, weight), (found, told, pixels) in zip(steps, feed.read(iter(steps)), strict=True):
-        assert found is indices
-        assert told == weight
-        np.testing.assert_array_equal(pixels, feed.pixels(indices))
+    for (indices, weight), (read_indices, item, pixels) in zip(steps, samples.read(iter(steps)), strict=True):
+        assert read_indices is indices
+        assert item == weight
+        np.testing.assert_array_equal(pixels, samples.pixels(indices))
 
 
 # Steps
@@ -78,13 +78,13 @@ def test_what_is_read_ahead_comes_in_order():
 
 @shares
 @pytest.mark.parametrize("epoch", [0, 7, None])
-def test_every_sample_comes_once_per_epoch_over_all_workers(
+def test_every_sample_occurs_once_per_epoch_over_all_workers(
     count: int, batch_size: int, num_workers: int, epoch: int | None
 ):
     seen = [
         index
-        for feed in feeds(count, num_workers)
-        for indices, weight in feed.steps(epoch, batch_size)
+        for samples in shard(count, num_workers)
+        for indices, weight in samples.steps(epoch, batch_size)
         if weight > 0
         for index in indices
     ]
@@ -92,29 +92,29 @@ def test_every_sample_comes_once_per_epoch_over_all_workers(
 
 
 @shares
-def test_the_workers_shares_together_are_the_step_of_one_worker(count: int, batch_size: int, num_workers: int):
-    alone = [set(indices) for indices, _ in feeds(count, 1)[0].steps(3, batch_size)]
+def test_shares_of_all_workers_add_up_to_the_step_of_one_worker(count: int, batch_size: int, num_workers: int):
+    alone = [set(indices) for indices, _ in shard(count, 1)[0].steps(3, batch_size)]
     shared: list[set[int]] = [set() for _ in alone]
-    for feed in feeds(count, num_workers):
-        for step, (indices, weight) in enumerate(feed.steps(3, batch_size)):
+    for samples in shard(count, num_workers):
+        for step, (indices, weight) in enumerate(samples.steps(3, batch_size)):
             shared[step] |= set(indices) if weight else set()
     assert shared == alone
 
 
 @shares
-def test_all_workers_take_equally_many_steps_and_none_is_empty(count: int, batch_size: int, num_workers: int):
-    lengths = [[len(indices) for indices, _ in feed.steps(0, batch_size)] for feed in feeds(count, num_workers)]
+def test_all_workers_take_the_same_number_of_steps_and_none_is_empty(count: int, batch_size: int, num_workers: int):
+    lengths = [[len(indices) for indices, _ in samples.steps(0, batch_size)] for samples in shard(count, num_workers)]
     assert {len(steps) for steps in lengths} == {-(-count // batch_size)}
     assert min(min(steps) for steps in lengths) >= 1
 
 
 @shares
-def test_the_mean_over_workers_is_the_mean_over_the_steps_samples(count: int, batch_size: int, num_workers: int):
+def test_the_mean_over_workers_is_the_mean_over_the_samples_of_the_step(count: int, batch_size: int, num_workers: int):
     loss = np.random.default_rng(2).uniform(0, 5, count)
-    alone = [loss[indices].mean() for indices, _ in feeds(count, 1)[0].steps(3, batch_size)]
+    alone = [loss[indices].mean() for indices, _ in shard(count, 1)[0].steps(3, batch_size)]
     sums = [
-        [(loss[indices] * weight).sum() for indices, weight in feed.steps(3, batch_size)]
-        for feed in feeds(count, num_workers)
+        [(loss[indices] * weight).sum() for indices, weight in samples.steps(3, batch_size)]
+        for samples in shard(count, num_workers)
     ]
     np.testing.assert_allclose(np.mean(sums, axis=0), alone)
 
@@ -122,7 +122,7 @@ def test_the_mean_over_workers_is_the_mean_over_the_steps_samples(count: int, ba
 # Order
 
 
-def test_the_order_does_not_depend_on_how_photos_lie_in_blocks():
+def test_the_order_does_not_depend_on_blocks():
     rng, ids = np.random.default_rng(0), ids_of(40)
     one = PhotoSamples(blocks(40), seed=1)
     shuffled = rng.permutation(ids)
@@ -131,40 +131,40 @@ def test_the_order_does_not_depend_on_how_photos_lie_in_blocks():
         np.testing.assert_array_equal(one.ids[one.order(epoch)], other.ids[other.order(epoch)])
 
 
-def test_every_epoch_and_seed_has_an_order_of_its_own():
+def test_the_order_differs_between_epochs_and_seeds():
     one, other = PhotoSamples(blocks(40), seed=1), PhotoSamples(blocks(40), seed=2)
     orders = {tuple(order) for order in (one.order(0), one.order(1), other.order(0))}
     assert len(orders) == 3
 
 
-def test_an_epochs_order_does_not_depend_on_the_epochs_before():
+def test_the_order_of_an_epoch_does_not_depend_on_previous_epochs():
     fresh, used = PhotoSamples(blocks(40), seed=1), PhotoSamples(blocks(40), seed=1)
     for epoch in range(4):
         list(used.steps(epoch, 8))
     np.testing.assert_array_equal(fresh.order(4), used.order(4))
 
 
-def test_positions_lead_to_the_photos_they_stand_for():
-    feed = PhotoSamples(blocks(20, size=6), seed=1)
+def test_photos_are_read_by_position():
+    samples = PhotoSamples(blocks(20, size=6), seed=1)
     indices = np.array([19, 0, 6, 5, 12])
     expected = np.concatenate([item.pixels for item in blocks(20, size=6)])[indices]
-    np.testing.assert_array_equal(feed.pixels(indices), expected)
+    np.testing.assert_array_equal(samples.pixels(indices), expected)
 
 
-def test_empty_blocks_do_no_harm():
+def test_empty_blocks_are_ignored():
     empty = PhotoBlock(np.zeros((0, SIDE, SIDE, 3), np.uint8), np.zeros(0, np.int64), np.zeros(0, np.uint64))
-    feed = PhotoSamples([empty, blocks(5)[0], empty], seed=1)
-    assert len(feed) == 5
-    np.testing.assert_array_equal(feed.pixels(np.arange(5)), blocks(5)[0].pixels)
+    samples = PhotoSamples([empty, blocks(5)[0], empty], seed=1)
+    assert len(samples) == 5
+    np.testing.assert_array_equal(samples.pixels(np.arange(5)), blocks(5)[0].pixels)
 
 
 # Batches
 
 
 def inputs_of(count: int, num_workers: int, stage: UnfrozenSettings) -> dict[int, torch.Tensor]:
-    """What an epoch shows of each photo, by its id."""
+    """Return the inputs of an epoch by sample id."""
     seen: dict[int, torch.Tensor] = {}
-    for train in feeds(count, num_workers):
+    for train in shard(count, num_workers):
         for batch in PhotoLoader(train, train, AugmentationSettings(), stage, CPU).train(2):
             seen.update(zip(batch.ids.tolist(), batch.inputs, strict=True))
     return seen
@@ -172,28 +172,28 @@ def inputs_of(count: int, num_workers: int, stage: UnfrozenSettings) -> dict[int
 
 @pytest.mark.parametrize("num_workers", [2, 3])
 @pytest.mark.parametrize("stage", [PLAIN, CHANGED], ids=["plain", "changed"])
-def test_a_photo_is_augmented_the_same_however_many_workers_there_are(stage: UnfrozenSettings, num_workers: int):
+def test_augmentation_does_not_depend_on_the_number_of_workers(stage: UnfrozenSettings, num_workers: int):
     alone, shared = inputs_of(20, 1, stage), inputs_of(20, num_workers, stage)
     assert alone.keys() == shared.keys()
     for i, expected in alone.items():
         torch.testing.assert_close(shared[i], expected, atol=1e-5, rtol=0)
 
 
-def test_a_photos_augmentation_does_not_depend_on_its_step():
+def test_augmentation_does_not_depend_on_the_batch():
     alone = inputs_of(20, 1, PLAIN)
     for i, expected in inputs_of(20, 1, PLAIN.model_copy(update={"batch_size": 20})).items():
         torch.testing.assert_close(alone[i], expected, atol=1e-5, rtol=0)
 
 
-def test_every_epoch_changes_a_photos_appearance_anew():
-    # All in one step, so that photos can be compared in the order of their ids.
+def test_appearance_differs_between_epochs():
+    # All in one step, to compare photos in the order of their ids.
     train, stage = PhotoSamples(blocks(20), seed=1), CHANGED.model_copy(update={"batch_size": 20})
     batches = PhotoLoader(train, train, NOTHING, stage, CPU)
     one, other = (torch.cat([b.inputs[b.ids.argsort()] for b in batches.train(epoch)]) for epoch in (1, 2))
     assert (one != other).flatten(1).any(1).sum() > 10
 
 
-def test_labels_stay_with_their_photos():
+def test_labels_belong_to_their_photos():
     train = PhotoSamples(blocks(20), seed=1)
     for batch in PhotoLoader(train, train, NOTHING, PLAIN, CPU).train(0):
         for inputs, label in zip(batch.inputs, batch.labels, strict=True):
@@ -210,38 +210,38 @@ def test_validation_photos_are_not_augmented():
     torch.testing.assert_close(batch.inputs, to_network_input(val.pixels(val.order(None)), CPU))
 
 
-def test_steps_that_are_augmented_together_are_those_augmented_alone():
+def test_steps_augmented_in_a_group_equal_single_ones():
     train = PhotoSamples(blocks(20), seed=1)
     batches = PhotoLoader(train, train, AugmentationSettings(), CHANGED, CPU)
-    together = list(batches._changed(iter([list(train.steps(1, CHANGED.batch_size))]), 1))
-    for one, other in zip(batches.train(1), together, strict=True):
+    grouped = list(batches._augmented_batches(iter([list(train.steps(1, CHANGED.batch_size))]), 1))
+    for one, other in zip(batches.train(1), grouped, strict=True):
         torch.testing.assert_close(other.inputs, one.inputs, atol=1e-5, rtol=0)
         assert other.labels.tolist() == one.labels.tolist()
         assert (other.weight, other.ids.tolist()) == (one.weight, one.ids.tolist())
 
 
-def test_what_is_made_ahead_comes_in_order():
-    begun: list[int] = []
-    assert list(prefetch(iter(range(1, 20)), lambda: begun.append(1))) == list(range(1, 20))
-    assert begun == [1]
+def test_prefetched_items_are_in_order():
+    initialized: list[int] = []
+    assert list(prefetch(iter(range(1, 20)), lambda: initialized.append(1))) == list(range(1, 20))
+    assert initialized == [1]
 
 
-def test_what_goes_wrong_ahead_is_raised_where_the_items_are_used():
+def test_errors_while_prefetching_are_raised_at_their_item():
     items = prefetch((12 // i for i in (4, 3, 0, 1)), lambda: None)
     assert [next(items), next(items)] == [3, 4]
     with pytest.raises(ZeroDivisionError):
         next(items)
 
 
-def test_num_steps_counts_the_last_short_step():
+def test_num_steps_includes_the_last_smaller_step():
     train = PhotoSamples(blocks(17), seed=1)
     batches = PhotoLoader(train, train, AugmentationSettings(), PLAIN, CPU)
     assert batches.num_steps == len(list(batches.train(0))) == 3
 
 
-def test_features_come_with_their_labels_and_one_view_per_epoch():
+def test_features_have_their_labels_and_one_view_per_epoch():
     train, val = PhotoSamples(blocks(20), seed=1), PhotoSamples(blocks(6), seed=1)
-    # A feature says which view of which photo it is.
+    # A feature is the pair of its view and its photo.
     features = torch.stack([torch.stack([torch.full((20,), float(view)), torch.arange(20.0)], 1) for view in range(3)])
     batches = FeatureLoader(train, val, (features, torch.zeros((1, 6, 2))), 8, CPU)
     seen = torch.cat([batch.inputs for batch in batches.train(0)])
@@ -251,14 +251,14 @@ def test_features_come_with_their_labels_and_one_view_per_epoch():
     assert set(seen[:, 0].tolist()) == {0.0, 1.0, 2.0}
 
 
-def test_a_photos_view_changes_from_epoch_to_epoch_but_not_with_the_workers():
+def test_the_view_depends_on_the_epoch_but_not_on_the_number_of_workers():
     def views(epoch: int, num_workers: int) -> dict[float, float]:
-        found = {}
-        for train in feeds(20, num_workers):
+        views_by_photo = {}
+        for train in shard(20, num_workers):
             pairs = [torch.stack([torch.full((20,), float(v)), torch.arange(20.0)], 1) for v in range(3)]
             batches = FeatureLoader(train, train, (torch.stack(pairs), torch.zeros((1, 20, 2))), 8, CPU)
-            found.update({row[1]: row[0] for batch in batches.train(epoch) for row in batch.inputs.tolist()})
-        return found
+            views_by_photo.update({row[1]: row[0] for batch in batches.train(epoch) for row in batch.inputs.tolist()})
+        return views_by_photo
 
     assert views(0, 1) == views(0, 3)
     assert views(0, 1) != views(1, 1)
@@ -280,15 +280,15 @@ def test_without_flips_no_view_is_mirrored():
     torch.testing.assert_close(feature_view(photos, 1, ids_of(4), 1, AugmentationSettings(flip="none")), photos)
 
 
-def test_the_device_gets_what_normalising_the_photos_gives():
+def test_network_inputs_are_normalised_photos():
     pixels = blocks(4)[0].pixels
     expected = preprocessing.normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2))
     torch.testing.assert_close(to_network_input(pixels, CPU), expected)
 
 
-def test_encoded_photos_become_squares_of_one_size():
+def test_decoded_photos_are_squares_of_one_size():
     rng = np.random.default_rng(0)
     images = [photo.encode(rng.integers(0, 256, (h, w, 3), np.uint8)) for h, w in ((30, 50), (16, 16), (64, 20))]
-    found = decode_photos(images, 16)
-    assert (found.shape, found.dtype) == ((3, 16, 16, 3), np.uint8)
-    np.testing.assert_array_equal(found[1], photo.decode(images[1]))
+    pixels = decode_photos(images, 16)
+    assert (pixels.shape, pixels.dtype) == ((3, 16, 16, 3), np.uint8)
+    np.testing.assert_array_equal(pixels[1], photo.decode(images[1]))

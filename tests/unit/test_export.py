@@ -1,4 +1,4 @@
-"""Exports: every file gives the network's logits, says how to use it, and is there whole or not at all."""
+"""Exports: logits equal to the network's, metadata, and publishing of all files or none."""
 
 import io
 import json
@@ -40,7 +40,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def photos() -> list[bytes]:
-    """Drawn cars, encoded."""
+    """Return encoded photos of drawn cars."""
     return [
         photo.encode(draw_photo((7, i), car, scene)[0])
         for i, (car, scene) in enumerate(zip(MODELS, SCENES, strict=True))
@@ -48,7 +48,7 @@ def photos() -> list[bytes]:
 
 
 def begin(root: Path, photos: list[bytes]) -> Run:
-    """A run on a dataset of the photos, with no stage finished yet."""
+    """Begin a run on a dataset of the photos."""
     uri, settings = dataset.dataset_uri(str(root), "v2"), {"dataset": "v2"}
     rows = [
         {
@@ -64,13 +64,15 @@ def begin(root: Path, photos: list[bytes]) -> Run:
     ]
     publishing.write_part(uri, "parts", pa.Table.from_pylist(rows, dataset.ROW), settings)
     keys = [row["key"] for row in rows]
-    source = publishing.publish_manifest(inventories.draft(uri, keys, settings=settings, classes=CLASSES, facts={}))
+    source = publishing.publish_manifest(
+        inventories.complete_dataset(uri, keys, settings=settings, classes=CLASSES, facts={})
+    )
     settings = TrainSettings(name="first", parent="sample", model=MODEL)
     return begin_run(Run(str(root), settings), source, "0" * 64)
 
 
 def make_net(seed: int = 0) -> torch.nn.Module:
-    """The sample's backbone under a classifier whose logits reach about 10."""
+    """Return the sample's backbone with a random classifier, with logits of up to about 10."""
     torch.manual_seed(seed)
     net = resnet.build(MODEL, len(CLASSES))
     pretrained.load_backbone(net, TrainSettings(name="any", parent="sample", model=MODEL))
@@ -85,7 +87,7 @@ def finish(run: Run, net: torch.nn.Module) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, photos: list[bytes]) -> Path:
-    """The export of a finished run."""
+    """Export a finished run."""
     root = tmp_path_factory.mktemp("root")
     finish(begin(root, photos), make_net())
     return Path(export_run(str(root), "first"))
@@ -93,13 +95,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory, photos: list[bytes]) -> Pat
 
 @pytest.fixture(scope="module")
 def pixels(photos: list[bytes]) -> np.ndarray:
-    """uint8 (N,96,96,3)."""
+    """Return the decoded photos, uint8 (N,96,96,3)."""
     return decode_photos(photos, MODEL.image_size)
 
 
 @pytest.fixture(scope="module")
 def expected(pixels: np.ndarray) -> torch.Tensor:
-    """The logits of the network as training and evaluation run it, in float32."""
+    """Return the logits of the network as training and evaluation run it, in float32."""
     with torch.inference_mode():
         return make_net()(to_network_input(pixels, CPU))
 
@@ -111,28 +113,30 @@ def as_input(pixels: np.ndarray) -> torch.Tensor:
 # Logits
 
 
-def test_the_networks_logits_differ_from_photo_to_photo(expected: torch.Tensor):
+def test_logits_differ_between_photos_by_more_than_the_tolerance(expected: torch.Tensor):
     assert expected.std(0).min() > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("count", [1, 3, 10])
-def test_every_file_gives_the_networks_logits_for_any_number_of_photos(
+def test_every_file_returns_the_logits_of_the_network_for_any_number_of_photos(
     folder: Path, pixels: np.ndarray, expected: torch.Tensor, name: str, count: int
 ):
     with torch.inference_mode():
-        found = FORMATS[name].read((folder / name).read_bytes())(as_input(pixels[:count]))
-    torch.testing.assert_close(found, expected[:count], atol=TOLERANCE, rtol=0)
+        logits = FORMATS[name].read((folder / name).read_bytes())(as_input(pixels[:count]))
+    torch.testing.assert_close(logits, expected[:count], atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("count", [1, 3, 10])
-def test_onnxruntime_gives_the_networks_logits(folder: Path, pixels: np.ndarray, expected: torch.Tensor, count: int):
+def test_onnxruntime_returns_the_logits_of_the_network(
+    folder: Path, pixels: np.ndarray, expected: torch.Tensor, count: int
+):
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-    (found,) = session.run(["logits"], {"photos": as_input(pixels[:count]).numpy()})
-    np.testing.assert_allclose(found, expected[:count], atol=TOLERANCE, rtol=0)
+    (logits,) = session.run(["logits"], {"photos": as_input(pixels[:count]).numpy()})
+    np.testing.assert_allclose(logits, expected[:count], atol=TOLERANCE, rtol=0)
 
 
-def test_a_pt2_file_is_moved_to_another_device_as_a_whole(folder: Path, pixels: np.ndarray):
+def test_all_tensors_of_a_pt2_file_move_to_another_device(folder: Path, pixels: np.ndarray):
     program = torch.export.load(folder / "model.pt2").module().to("meta")
     assert program(as_input(pixels).to("meta")).device.type == "meta"
 
@@ -140,13 +144,13 @@ def test_a_pt2_file_is_moved_to_another_device_as_a_whole(folder: Path, pixels: 
 def test_torchvisions_resnet50_loads_the_safetensors():
     settings = ModelSettings(image_size=64)
     facts = {"run": "r", "stage": "frozen", "epoch": 1, "val_accuracy": 0.5, "classes": CLASSES, "sha256": "0"}
-    ours = PhotoClassifier(resnet.build(settings, len(CLASSES)))
-    data = to_safetensors(ours, {**facts, "model": settings.model_dump()})
-    theirs = resnet50(num_classes=len(CLASSES))
-    theirs.load_state_dict(load(data))
+    classifier = PhotoClassifier(resnet.build(settings, len(CLASSES)))
+    data = to_safetensors(classifier, {**facts, "model": settings.model_dump()})
+    torchvision_net = resnet50(num_classes=len(CLASSES))
+    torchvision_net.load_state_dict(load(data))
     inputs = torch.rand(2, 3, 64, 64)
     with torch.inference_mode():
-        torch.testing.assert_close(theirs.eval()(inputs), ours.net(inputs))
+        torch.testing.assert_close(torchvision_net.eval()(inputs), classifier.net(inputs))
 
 
 # Descriptions
@@ -164,16 +168,16 @@ def read_description(path: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_file_says_labels_and_preprocessing(folder: Path, name: str):
-    said = read_description(folder / name)
-    assert json.loads(said["classes"]) == CLASSES
-    assert (said["image_size"], said["layout"]) == ("96", "NCHW, RGB")
-    assert "bilinear, antialiased" in said["resize"]
-    assert (json.loads(said["mean"]), json.loads(said["std"])) == ([*preprocessing.MEAN], [*preprocessing.STD])
-    assert said["input"].startswith("float32" if name == "model.safetensors" else "uint8 (N,3,96,96) RGB")
+def test_every_file_has_classes_and_preprocessing_in_its_metadata(folder: Path, name: str):
+    metadata = read_description(folder / name)
+    assert json.loads(metadata["classes"]) == CLASSES
+    assert (metadata["image_size"], metadata["layout"]) == ("96", "NCHW, RGB")
+    assert "bilinear, antialiased" in metadata["resize"]
+    assert (json.loads(metadata["mean"]), json.loads(metadata["std"])) == ([*preprocessing.MEAN], [*preprocessing.STD])
+    assert metadata["input"].startswith("float32" if name == "model.safetensors" else "uint8 (N,3,96,96) RGB")
 
 
-def test_an_onnx_model_names_its_input_and_output(folder: Path):
+def test_input_and_output_of_the_onnx_model_have_names(folder: Path):
     graph = onnx.load(folder / "model.onnx").graph
     shapes = {
         value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
@@ -182,15 +186,15 @@ def test_an_onnx_model_names_its_input_and_output(folder: Path):
     assert shapes == {"photos": ["N", 3, 96, 96], "logits": ["N", 10]}
 
 
-def test_batch_normalisation_is_folded_into_the_onnx_convolutions_for_good(folder: Path):
+def test_batch_normalisation_is_folded_into_the_onnx_convolutions(folder: Path):
     kinds = {node.op_type for node in onnx.load(folder / "model.onnx").graph.node}
     assert kinds == {"Cast", "Sub", "Div", "Conv", "Relu", "MaxPool", "Add", "ReduceMean", "Reshape", "Gemm"}
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_no_file_holds_a_path_of_this_machine(folder: Path, name: str):
+def test_no_file_has_a_path_of_this_machine(folder: Path, name: str):
     data = (folder / name).read_bytes()
-    assert not [place for place in (HOUSE, folder, Path(torch.__file__).parent) if str(place).encode() in data]
+    assert not [path for path in (HOUSE, folder, Path(torch.__file__).parent) if str(path).encode() in data]
 
 
 # Publishing
@@ -198,19 +202,19 @@ def test_no_file_holds_a_path_of_this_machine(folder: Path, name: str):
 
 def test_the_index_has_hashes_and_differences(folder: Path):
     index = json.loads((folder / "export.json").read_text())
-    for name, said in index["files"].items():
-        assert said["sha256"] == storage.sha256((folder / name).read_bytes())
-        assert 0 <= said["largest_difference"] <= index["tolerance"]
+    for name, entry in index["files"].items():
+        assert entry["sha256"] == storage.sha256((folder / name).read_bytes())
+        assert 0 <= entry["largest_difference"] <= index["tolerance"]
     assert set(index["files"]) == set(FORMATS)
 
 
-def test_a_second_run_writes_nothing(folder: Path, files_below):
+def test_a_second_export_writes_nothing(folder: Path, files_below):
     before = files_below(str(folder))
     assert export_run(str(folder.parents[2]), "first") == str(folder)
     assert files_below(str(folder)) == before
 
 
-def test_a_run_trained_again_is_exported_again(tmp_path: Path, photos: list[bytes], pixels: np.ndarray):
+def test_a_retrained_run_is_exported_again(tmp_path: Path, photos: list[bytes], pixels: np.ndarray):
     run = begin(tmp_path, photos)
     finish(run, make_net())
     storage.write_bytes(f"{run.uri}/export/export.json", json.dumps({"model_sha256": "0" * 64}).encode())
@@ -218,7 +222,9 @@ def test_a_run_trained_again_is_exported_again(tmp_path: Path, photos: list[byte
     assert {path.name for path in folder.iterdir()} == {*FORMATS, "export.json"}
 
 
-def test_a_file_that_disagrees_is_not_published(tmp_path: Path, photos: list[bytes], monkeypatch: pytest.MonkeyPatch):
+def test_nothing_is_published_if_a_file_differs_from_the_network(
+    tmp_path: Path, photos: list[bytes], monkeypatch: pytest.MonkeyPatch
+):
     run = begin(tmp_path, photos)
     finish(run, make_net())
     wrong = to_safetensors(
@@ -230,28 +236,28 @@ def test_a_file_that_disagrees_is_not_published(tmp_path: Path, photos: list[byt
     assert not Path(run.uri, "export").exists()
 
 
-# Mistakes
+# Errors
 
 
-def test_a_run_that_is_not_there_is_refused_with_those_that_are(folder: Path):
+def test_a_missing_run_is_an_error_that_lists_the_existing_runs(folder: Path):
     with pytest.raises(UserError, match=r"no run `second` in .*\. Available: first\."):
         export_run(str(folder.parents[2]), "second")
 
 
-def test_a_stage_that_is_not_finished_is_refused(tmp_path: Path, photos: list[bytes]):
+def test_an_unfinished_stage_is_an_error(tmp_path: Path, photos: list[bytes]):
     begin(tmp_path, photos)
     with pytest.raises(UserError, match=r"unfrozen/best.safetensors: the run has not finished this stage"):
         export_run(str(tmp_path), "first")
 
 
-def test_the_job_says_where_the_files_are(folder: Path):
+def test_the_job_prints_the_uris_of_the_files(folder: Path):
     command = [sys.executable, str(HOUSE / "jobs" / "export.py"), "--run", "first", "--root", str(folder.parents[2])]
     done = subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert all(f"{folder}/{name}" in done.stdout for name in FORMATS)
 
 
-def test_the_job_answers_a_mistake_in_one_paragraph(tmp_path: Path):
+def test_the_job_prints_a_user_error_in_one_line(tmp_path: Path):
     command = [sys.executable, str(HOUSE / "jobs" / "export.py"), "--run", "first", "--root", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=120, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)

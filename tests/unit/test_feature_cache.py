@@ -1,4 +1,4 @@
-"""The frozen stage on cached features is the frozen stage on photos, only faster."""
+"""The feature cache: same training as on photos, and a key of all dependencies."""
 
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from carclass.models.preprocessing import decode_photos
 from carclass.runs.run import Run
 from carclass.training import feature_cache, loop, pretrained
 from carclass.training.dataloader import PhotoBlock, PhotoLoader, PhotoSamples
+from carclass.training.learner import make_learner
 
 CPU = torch.device("cpu")
 SETTINGS = TrainSettings(
@@ -25,8 +26,8 @@ SETTINGS = TrainSettings(
 
 
 @pytest.fixture(scope="module")
-def feeds(photos_folder: Path) -> tuple[PhotoSamples, PhotoSamples]:
-    """Drawn cars: train and val."""
+def splits(photos_folder: Path) -> tuple[PhotoSamples, PhotoSamples]:
+    """Return drawn cars: train and val."""
     photos = sorted((photos_folder / "photos").glob("*.jpg"))[:60]
     pixels = decode_photos([path.read_bytes() for path in photos], 64)
     labels, ids = np.arange(len(photos)) % 4, np.arange(len(photos)).astype(np.uint64)
@@ -34,20 +35,18 @@ def feeds(photos_folder: Path) -> tuple[PhotoSamples, PhotoSamples]:
     return train, val
 
 
-def epochs(batches: loop.Loader, net: torch.nn.Module, module: torch.nn.Module) -> list[dict[str, float]]:
-    """The metrics of a whole stage."""
+def train(loader: loop.Loader, module: torch.nn.Module) -> list[loop.Metrics]:
+    """Train a whole stage and return its metrics by epoch."""
     assert SETTINGS.frozen is not None
-    told: list[loop.EpochResult] = []
-    trained = loop.make_trained(module, SETTINGS.frozen)
-    trainee = loop.Trainee(trained, module, SETTINGS.frozen, resnet.autocast("fp32", CPU), seed=1)
-    loop.train_epochs(
-        trainee, batches, loop.TrainState(), loop.Callbacks(finish=lambda state, finished: told.append(finished))
-    )
-    return [finished.metrics for finished in told]
+    epochs: list[loop.Metrics] = []
+    learner = make_learner(module, SETTINGS.frozen, resnet.autocast("fp32", CPU), seed=1)
+    callbacks = loop.Callbacks(on_epoch_end=lambda _state, metrics, _steps: epochs.append(metrics))
+    loop.train_epochs(learner, loader, loop.TrainState(), callbacks)
+    return epochs
 
 
-def test_the_stage_on_cached_features_equals_the_one_on_photos(
-    feeds: tuple[PhotoSamples, PhotoSamples], tmp_path: Path
+def test_training_on_cached_features_equals_training_on_photos(
+    splits: tuple[PhotoSamples, PhotoSamples], tmp_path: Path
 ):
     assert SETTINGS.frozen is not None
     nets = []
@@ -58,19 +57,16 @@ def test_the_stage_on_cached_features_equals_the_one_on_photos(
         resnet.prepare_stage(net, "frozen")
         nets.append(net)
     uri = str(tmp_path / "features.safetensors")
-    feature_cache.write_cache(uri, nets[0], feeds, Run("", SETTINGS), CPU)
-    cached = epochs(feature_cache.open_cache(uri, 8, CPU, seed=1), nets[0], nets[0].fc)
-    plain = epochs(
-        PhotoLoader(*feeds, SETTINGS.augmentation, UnfrozenSettings(batch_size=8, appearance=False), CPU),
-        nets[1],
-        nets[1],
-    )
-    for ours, theirs in zip(cached, plain, strict=True):
+    feature_cache.write_cache(uri, nets[0], splits, Run("", SETTINGS), CPU)
+    cached = train(feature_cache.open_cache(uri, 8, CPU, seed=1), nets[0].fc)
+    stage = UnfrozenSettings(batch_size=8, appearance=False)
+    uncached = train(PhotoLoader(*splits, SETTINGS.augmentation, stage, CPU), nets[1])
+    for metrics, expected in zip(cached, uncached, strict=True):
         for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy"):
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-3)
+            assert metrics[name] == pytest.approx(expected[name], rel=1e-3)
 
 
-def place(root: Path, views: int, **changes: object) -> str:
+def uri_of(root: Path, views: int, **changes: object) -> str:
     settings = TrainSettings(**{**SETTINGS.model_dump(), "frozen": {"views": views}, **changes})
     return feature_cache.cache_uri(Run(str(root), settings), "digest of the dataset")
 
@@ -83,28 +79,28 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_photos_as_they_are_have_the_same_features_whatever_the_seed_and_the_augmentation(root: Path):
-    assert place(root, 1) == place(root, 1, seed=7, augmentation={"flip": "horizontal", "rotation": 0.2})
+def test_unchanged_photos_share_features_across_seeds_and_augmentations(root: Path):
+    assert uri_of(root, 1) == uri_of(root, 1, seed=7, augmentation={"flip": "horizontal", "rotation": 0.2})
 
 
-def test_mirrored_photos_have_other_features_than_photos_that_are_never_mirrored(root: Path):
-    places = [place(root, 2, augmentation={"flip": flip}) for flip in ("none", "horizontal", "horizontal+vertical")]
-    assert places[0] != places[1] == places[2]
+def test_mirrored_and_never_mirrored_photos_have_different_features(root: Path):
+    uris = [uri_of(root, 2, augmentation={"flip": flip}) for flip in ("none", "horizontal", "horizontal+vertical")]
+    assert uris[0] != uris[1] == uris[2]
 
 
-def test_photos_augmented_otherwise_have_features_of_their_own(root: Path):
-    assert place(root, 3) != place(root, 3, augmentation={"rotation": 0.2})
+def test_augmented_views_depend_on_the_augmentation(root: Path):
+    assert uri_of(root, 3) != uri_of(root, 3, augmentation={"rotation": 0.2})
 
 
-def test_runs_that_differ_in_their_seed_share_augmented_views(root: Path):
-    assert place(root, 3) == place(root, 3, seed=7)
+def test_augmented_views_are_shared_across_seeds(root: Path):
+    assert uri_of(root, 3) == uri_of(root, 3, seed=7)
 
 
 @pytest.mark.parametrize("changes", [{"precision": "bf16"}, {"model": {"image_size": 96}}])
-def test_features_depend_on_how_they_are_computed(root: Path, changes: dict[str, object]):
-    assert place(root, 1) != place(root, 1, **changes)
+def test_features_depend_on_precision_and_image_size(root: Path, changes: dict[str, object]):
+    assert uri_of(root, 1) != uri_of(root, 1, **changes)
 
 
-def test_dropout_comes_after_the_features(root: Path):
+def test_features_do_not_depend_on_dropout(root: Path):
     model_settings = SETTINGS.model.model_dump()
-    assert place(root, 1) == place(root, 1, model={**model_settings, "dropout": 0.7})
+    assert uri_of(root, 1) == uri_of(root, 1, model={**model_settings, "dropout": 0.7})

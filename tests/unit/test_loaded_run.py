@@ -1,4 +1,4 @@
-"""A run in a notebook: two lines, and it classifies as the evaluation does."""
+"""load_run: a finished run with its model, metrics, lineage and predictions."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ MODEL = ModelSettings(architecture="resnet26-narrow", image_size=64)
 
 @pytest.fixture
 def begun(tmp_path: Path) -> Run:
-    """A run with no stage finished yet."""
+    """Return a run without a finished stage."""
     settings = TrainSettings(name="first", parent="sample", model=MODEL, unfrozen=None)
     source = dataset.Dataset(str(tmp_path / "datasets" / "v2"), {"classes": CLASSES})
     return begin_run(Run(str(tmp_path), settings), source, "0" * 64)
@@ -40,7 +40,7 @@ def finished(begun: Run) -> tuple[Run, torch.nn.Module]:
     return begun, net
 
 
-def test_the_model_takes_photos_and_gives_the_networks_logits(finished: tuple[Run, torch.nn.Module]):
+def test_the_model_returns_the_logits_of_the_network(finished: tuple[Run, torch.nn.Module]):
     run, net = finished
     loaded = carclass.load_run(run.uri)
     photos = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
@@ -50,7 +50,7 @@ def test_the_model_takes_photos_and_gives_the_networks_logits(finished: tuple[Ru
     assert loaded.classes == CLASSES
 
 
-def test_what_is_known_of_the_run_comes_along(finished: tuple[Run, torch.nn.Module]):
+def test_settings_lineage_and_metrics_are_loaded(finished: tuple[Run, torch.nn.Module]):
     run, _ = finished
     MetricsLog(run, "frozen", 0).add({"epoch": 1, "time": 0.0, "val_accuracy": 0.5}, [])
     loaded = carclass.load_run(Path(run.uri))
@@ -59,7 +59,7 @@ def test_what_is_known_of_the_run_comes_along(finished: tuple[Run, torch.nn.Modu
     assert [row["val_accuracy"] for row in loaded.metrics] == [0.5]
 
 
-def test_predictions_are_there_when_the_run_was_evaluated(finished: tuple[Run, torch.nn.Module]):
+def test_predictions_are_loaded_after_an_evaluation(finished: tuple[Run, torch.nn.Module]):
     run, _ = finished
     assert carclass.load_run(run.uri).predictions is None
     table = pa.table({"key": ["a"], "label": ["one"]})
@@ -68,7 +68,7 @@ def test_predictions_are_there_when_the_run_was_evaluated(finished: tuple[Run, t
     assert carclass.load_run(run.uri).predictions == table
 
 
-def test_a_relative_place_and_a_copied_folder_will_do(
+def test_a_copied_folder_is_loaded_from_a_relative_path(
     finished: tuple[Run, torch.nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     Path(finished[0].uri).rename(tmp_path / "copy")
@@ -76,16 +76,16 @@ def test_a_relative_place_and_a_copied_folder_will_do(
     assert carclass.load_run("copy/").settings.name == "first"
 
 
-def test_a_place_without_a_run_is_the_users_error(tmp_path: Path):
+def test_a_folder_without_a_run_is_an_error(tmp_path: Path):
     with pytest.raises(UserError, match=r"is not a run: it has no config\.yml"):
         carclass.load_run(tmp_path / "experiments" / "none")
 
 
-def test_a_run_that_is_not_finished_is_the_users_error(begun: Run):
+def test_an_unfinished_run_is_an_error(begun: Run):
     with pytest.raises(UserError, match="has not finished this stage"):
         carclass.load_run(begun.uri)
 
 
-def test_importing_the_package_imports_nothing_else():
+def test_importing_the_package_imports_no_large_library():
     code = "import sys, carclass; sys.exit(any(name in sys.modules for name in ('torch', 'pyarrow', 'ray', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=HOUSE, check=False).returncode == 0

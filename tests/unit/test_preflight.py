@@ -1,4 +1,4 @@
-"""The check before training: each message in its case, and estimates that agree with what PyTorch takes."""
+"""The preflight check: its messages, and estimates that agree with the memory that PyTorch uses."""
 
 import os
 import subprocess
@@ -13,10 +13,12 @@ from carclass.config.schema import FrozenSettings, ModelSettings, TrainSettings,
 from carclass.data import dataset, publishing
 from carclass.errors import UserError
 from carclass.models import resnet
-from carclass.training import checkpoint, loop, preflight
+from carclass.training import checkpoint, preflight
+from carclass.training.learner import make_learner
 from tests.helpers import inventories
 
 HOUSE = Path(__file__).parents[2]
+FP32 = resnet.autocast("fp32", torch.device("cpu"))
 SMALL = ModelSettings(architecture="resnet26-narrow", image_size=96)
 GB = 10**9
 
@@ -26,22 +28,24 @@ def train_settings(**changes: object) -> TrainSettings:
 
 
 def of_size(train: int, val: int, num_classes: int = 10) -> dataset.Dataset:
-    """A dataset of which only the counts matter."""
+    """Return a dataset with counts, but without photos."""
     classes = [f"class {i}" for i in range(num_classes)]
     return dataset.Dataset("root/datasets/v2", {"splits": {"train": train, "val": val, "test": 0}, "classes": classes})
 
 
 def of_rows(root: Path, rows: list[tuple[str, str]]) -> dataset.Dataset:
-    """A published dataset. rows: label and split."""
+    """Publish a dataset. rows: label and split."""
     uri, settings = dataset.dataset_uri(str(root), "v2"), {"dataset": "v2"}
-    given = [
+    columns = [
         {"image_id": "0", "key": f"{i}", "label": label, "split": split, "width": 1, "height": 1, "image": b""}
         for i, (label, split) in enumerate(rows)
     ]
-    publishing.write_part(uri, "parts", pa.Table.from_pylist(given, dataset.ROW), settings)
+    publishing.write_part(uri, "parts", pa.Table.from_pylist(columns, dataset.ROW), settings)
     classes = sorted({label for label, _ in rows})
-    keys = [row["key"] for row in given]
-    return publishing.publish_manifest(inventories.draft(uri, keys, settings=settings, classes=classes, facts={}))
+    keys = [row["key"] for row in columns]
+    return publishing.publish_manifest(
+        inventories.complete_dataset(uri, keys, settings=settings, classes=classes, facts={})
+    )
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +56,13 @@ def net() -> torch.nn.Module:
 # The whole
 
 
-def test_a_run_that_fits_passes_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_run_that_fits_passes_without_warnings(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     source = of_rows(tmp_path, [("a", "train"), ("b", "train"), ("a", "val")])
     preflight.check_run(str(tmp_path), train_settings(), source, use_gpu=False, object_store=GB, memory=8 * GB)
     assert caplog.text == ""
 
 
-def test_memory_that_nobody_knows_is_not_checked(tmp_path: Path):
+def test_unknown_memory_is_not_checked(tmp_path: Path):
     source = of_rows(tmp_path, [("a", "train"), ("b", "train"), ("a", "val")])
     settings = train_settings(unfrozen=UnfrozenSettings(batch_size=10**6))
     preflight.check_run(str(tmp_path), settings, source, use_gpu=True, object_store=GB, memory=None)
@@ -67,12 +71,12 @@ def test_memory_that_nobody_knows_is_not_checked(tmp_path: Path):
 # Classes
 
 
-def test_classes_without_train_photos_are_named_in_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_classes_without_train_photos_are_listed_in_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     preflight.check_classes(of_rows(tmp_path, [("a", "train"), ("b", "train"), ("c", "test"), ("d", "val")]))
     assert "2 classes have no train photo and will never be predicted: c, d" in caplog.text
 
 
-def test_fewer_than_two_classes_to_learn_are_refused(tmp_path: Path):
+def test_fewer_than_two_classes_with_train_photos_are_an_error(tmp_path: Path):
     source = of_rows(tmp_path, [("a", "train"), ("b", "test"), ("c", "val")])
     with pytest.raises(
         UserError, match=r"`train.dataset`: `v2` has train photos of 1 of its 3 classes, .* or choose another"
@@ -83,7 +87,7 @@ def test_fewer_than_two_classes_to_learn_are_refused(tmp_path: Path):
 # Object store
 
 
-def test_photos_that_exceed_the_object_store_are_a_warning_with_the_size_that_fits(caplog: pytest.LogCaptureFixture):
+def test_photos_larger_than_the_object_store_are_a_warning_with_the_size_that_fits(caplog: pytest.LogCaptureFixture):
     settings = train_settings(model=ModelSettings(image_size=300))
     preflight.check_object_store(settings, of_size(8000, 2000), 2 * GB)
     assert "10,000 photos of `v2` take 2.7 GB when decoded to 300 pixels (`train.model.image_size`)" in caplog.text
@@ -91,12 +95,12 @@ def test_photos_that_exceed_the_object_store_are_a_warning_with_the_size_that_fi
     assert "Up to 258 pixels fit" in caplog.text
 
 
-def test_photos_that_just_fit_the_object_store_are_no_matter(caplog: pytest.LogCaptureFixture):
+def test_photos_that_just_fit_into_the_object_store_are_no_warning(caplog: pytest.LogCaptureFixture):
     preflight.check_object_store(train_settings(model=ModelSettings(image_size=258)), of_size(8000, 2000), 2 * GB)
     assert caplog.text == ""
 
 
-def test_photos_are_decoded_beforehand_only_where_all_fit():
+def test_photos_are_decoded_before_training_only_if_all_fit():
     settings = train_settings(model=ModelSettings(image_size=258))
     assert preflight.decoded_size(settings, of_size(8000, 2000), 2 * GB) == 258
     assert preflight.decoded_size(settings, of_size(8000, 2100), 2 * GB) is None
@@ -105,35 +109,35 @@ def test_photos_are_decoded_beforehand_only_where_all_fit():
 # Disk
 
 
-def test_a_full_disk_is_refused_before_anything_is_written(tmp_path: Path, net: torch.nn.Module):
+def test_a_full_disk_is_an_error_before_anything_is_written(tmp_path: Path, net: torch.nn.Module):
     many = train_settings(keep_checkpoints=10**8)
-    with pytest.raises(UserError, match=r"`root`: .* GB free, and run `first` takes up to .* `train.keep_checkpoints`"):
+    with pytest.raises(UserError, match=r"`root`: .* GB free, and run `first` needs up to .* `train.keep_checkpoints`"):
         preflight.check_disk(str(tmp_path / "not" / "there"), many, of_size(10, 5), net)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_root_on_s3_has_no_free_space_to_check(net: torch.nn.Module):
+def test_free_space_is_not_checked_on_s3(net: torch.nn.Module):
     preflight.check_disk("s3://bucket/root", train_settings(keep_checkpoints=10**8), of_size(10, 5), net)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_disk_is_estimated_as_checkpoints_take_it(tmp_path: Path, net: torch.nn.Module, optimizer: str):
+def test_the_estimate_of_disk_space_agrees_with_checkpoints(tmp_path: Path, net: torch.nn.Module, optimizer: str):
     settings = train_settings(
         frozen=None, unfrozen=UnfrozenSettings(optimizer=optimizer, keep_epochs=(3, 7)), keep_checkpoints=3
     )
     assert settings.unfrozen is not None
     resnet.prepare_stage(net, "unfrozen")
     net.get_submodule("fc").eval()
-    trained = loop.make_trained(net, settings.unfrozen)
+    learner = make_learner(net, settings.unfrozen, FP32, seed=1)
     net(torch.rand(1, 3, 96, 96)).sum().backward()
-    trained.optimizer.step()
-    checkpoint.write_checkpoint(str(tmp_path), checkpoint.take_snapshot("epoch-0001-00000064", trained, {}))
+    learner.optimizer.step()
+    checkpoint.write_checkpoint(str(tmp_path), checkpoint.take_snapshot("epoch-0001-00000064", learner, {}))
     whole = sum(path.stat().st_size for path in (tmp_path / "epoch-0001-00000064").iterdir())
     weights = (tmp_path / "epoch-0001-00000064" / "weights.safetensors").stat().st_size
     assert preflight.disk_bytes(settings, of_size(10, 5), net) == pytest.approx(3 * whole + 8 * weights, rel=0.02)
 
 
-def test_features_are_counted_for_the_frozen_stage(net: torch.nn.Module):
+def test_the_estimate_of_disk_space_includes_features(net: torch.nn.Module):
     both = [
         preflight.disk_bytes(train_settings(frozen=FrozenSettings(views=views)), of_size(1000, 100), net)
         for views in (1, 3)
@@ -144,7 +148,7 @@ def test_features_are_counted_for_the_frozen_stage(net: torch.nn.Module):
 # Memory: messages
 
 
-def test_a_batch_too_large_for_a_gpu_is_refused_with_the_one_that_fits(net: torch.nn.Module):
+def test_a_batch_too_large_for_a_gpu_is_an_error_with_the_size_that_fits(net: torch.nn.Module):
     def check(batch_size: int) -> None:
         settings = train_settings(unfrozen=UnfrozenSettings(batch_size=batch_size), num_workers=2)
         preflight.check_memory(settings, of_size(10, 5), net, 2 * GB, use_gpu=True)
@@ -161,7 +165,7 @@ def test_a_batch_too_large_for_a_gpu_is_refused_with_the_one_that_fits(net: torc
         check(fitting + 1)
 
 
-def test_a_batch_too_large_for_a_gpu_fits_in_pieces(net: torch.nn.Module):
+def test_a_batch_too_large_for_a_gpu_fits_in_micro_batches(net: torch.nn.Module):
     def check(micro_batch_size: int | None) -> None:
         unfrozen = UnfrozenSettings(batch_size=5000, micro_batch_size=micro_batch_size)
         preflight.check_memory(train_settings(unfrozen=unfrozen), of_size(10, 5), net, 2 * GB, use_gpu=True)
@@ -181,13 +185,13 @@ def test_workers_on_cpus_share_the_memory(net: torch.nn.Module):
         preflight.check_memory(settings, of_size(10, 5), net, 4 * GB, use_gpu=False)
 
 
-def test_where_not_even_one_photo_fits_the_message_says_what_else_to_change(net: torch.nn.Module):
+def test_the_error_has_a_remedy_if_not_even_one_photo_fits(net: torch.nn.Module):
     settings = train_settings(frozen=None)
-    with pytest.raises(UserError, match=r"Not even one fits, lower `train.model.image_size`, or take more or larger"):
+    with pytest.raises(UserError, match=r"Not even one fits, lower `train.model.image_size`, or use more or larger"):
         preflight.check_memory(settings, of_size(10, 5), net, GB // 2, use_gpu=True)
 
 
-def test_too_many_views_are_refused_with_the_number_that_fits(net: torch.nn.Module):
+def test_too_many_views_are_an_error_with_the_number_that_fits(net: torch.nn.Module):
     settings = train_settings(frozen=FrozenSettings(views=500))
     with pytest.raises(
         UserError, match=r"`train.frozen.views`: features of 500 views of `v2`, 41 MB each, .* Up to 24 f"
@@ -198,62 +202,65 @@ def test_too_many_views_are_refused_with_the_number_that_fits(net: torch.nn.Modu
 # Memory: estimates
 
 
-def test_weights_gradients_moments_and_averages_are_counted_and_the_folded_weights(net: torch.nn.Module):
+def test_the_estimate_includes_weights_gradients_moments_average_and_folded_weights(net: torch.nn.Module):
     settings = train_settings(precision="fp32")
     assert settings.unfrozen is not None
     resnet.prepare_stage(net, "unfrozen")
     net.get_submodule("fc").eval()
-    _, optimizer, average = loop.make_trained(net, settings.unfrozen)
-    assert average is not None
+    learner = make_learner(net, settings.unfrozen, FP32, seed=1)
+    assert learner.ema is not None
     net(torch.rand(1, 3, 96, 96)).sum().backward()
-    optimizer.step()
+    learner.optimizer.step()
     parameters = list(net.parameters())
-    kept = [value for state in optimizer.state.values() for value in state.values()] + [*average.state_dict().values()]
+    moments = [value for state in learner.optimizer.state.values() for value in state.values()]
     folded = [parameter for parameter in parameters if parameter.ndim == 4]
-    held = [*net.state_dict().values(), *(parameter.grad for parameter in parameters), *kept, *folded]
-    found = preflight.step_memory(settings, settings.unfrozen, net, use_gpu=True).fixed
-    assert found == pytest.approx(sum(tensor.nbytes for tensor in held), rel=0.02)
+    tensors = [*net.state_dict().values(), *learner.ema.state_dict().values(), *moments, *folded]
+    tensors += [parameter.grad for parameter in parameters]
+    estimate = preflight.step_memory(settings, settings.unfrozen, net, use_gpu=True).fixed
+    assert estimate == pytest.approx(sum(tensor.nbytes for tensor in tensors), rel=0.02)
 
 
-def test_a_worker_on_a_cpu_also_holds_the_checkpoint_that_is_being_written(net: torch.nn.Module):
+def test_the_estimate_on_a_cpu_includes_the_checkpoint_that_is_being_written(net: torch.nn.Module):
     settings = train_settings()
     assert settings.unfrozen is not None
-    on = {
+    memory = {
         use_gpu: preflight.step_memory(settings, settings.unfrozen, net, use_gpu=use_gpu) for use_gpu in (True, False)
     }
     weights = sum(tensor.nbytes for tensor in net.state_dict().values())
-    assert on[False].fixed - on[True].fixed == pytest.approx(4 * weights, rel=0.02)
+    assert memory[False].fixed - memory[True].fixed == pytest.approx(4 * weights, rel=0.02)
 
 
-def test_a_free_number_of_workers_is_judged_by_the_fewest_on_gpus_and_the_most_on_cpus(net: torch.nn.Module):
+def test_an_elastic_run_is_checked_with_the_fewest_workers_on_gpus_and_the_most_on_cpus(net: torch.nn.Module):
     settings = train_settings(unfrozen=UnfrozenSettings(batch_size=5000), num_workers=(2, 4))
     for use_gpu, num_workers in ((True, 2), (False, 4)):
         with pytest.raises(UserError, match=rf"over {num_workers} worker\(s\)"):
             preflight.check_memory(settings, of_size(10, 5), net, 4 * GB, use_gpu=use_gpu)
 
 
-def test_every_photo_of_a_step_adds_the_same(net: torch.nn.Module):
+def test_every_photo_of_a_step_takes_the_same_memory(net: torch.nn.Module):
     one, two, nine = (preflight.saved_bytes(net, train_settings(), count) for count in (1, 2, 9))
     assert nine - one == 8 * (two - one)
 
 
 STEP = """
 import sys, torch
-from carclass import config, model
-from carclass.training import loop, preflight
+from carclass.config.schema import ModelSettings, TrainSettings
+from carclass.models import resnet
+from carclass.training import learner, preflight
 
 precision = sys.argv[1]
-settings = config.Train(
-    name="x", precision=precision, model=config.Model(architecture="resnet26-narrow", image_size=96)
+settings = TrainSettings(
+    name="x", precision=precision, model=ModelSettings(architecture="resnet26-narrow", image_size=96)
 )
-net = model.build(settings.model, 10)
-model.prepare_stage(net, "unfrozen")
-optimizer = loop.make_trained(net, settings.unfrozen).optimizer
+net = resnet.build(settings.model, 10)
+resnet.prepare_stage(net, "unfrozen")
+autocast = resnet.autocast(precision, torch.device("cpu"))
+optimizer = learner.make_learner(net, settings.unfrozen, autocast, seed=1).optimizer
 net.fc.eval()
 
 def peak(num_photos):
     photos = torch.ones(num_photos, 3, 96, 96).to(memory_format=torch.channels_last)
-    with model.autocast(precision, photos.device):
+    with autocast:
         logits = net(photos)
     loss = torch.nn.functional.cross_entropy(logits.float(), torch.zeros(num_photos, dtype=torch.int64))
     optimizer.zero_grad(set_to_none=True)
@@ -268,8 +275,8 @@ print((large - small) / 96, preflight.step_memory(settings, settings.unfrozen, n
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory from /proc")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_photo_takes_the_memory_that_was_estimated(precision: str):
-    # Every large block is given back at once: what malloc keeps for later is none of the network's.
+def test_the_estimate_per_photo_agrees_with_the_memory_used(precision: str):
+    # malloc returns every large block at once, so that freed memory is not measured.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 18), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", STEP, precision]
     done = subprocess.run(command, capture_output=True, text=True, cwd=HOUSE, env=environment, timeout=300, check=True)

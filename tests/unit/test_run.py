@@ -1,4 +1,4 @@
-"""Runs on storage: metrics that stay whole through kills, and what may change when a run goes on."""
+"""Runs on storage: metrics after an interruption, and settings that may differ when a run is resumed."""
 
 from pathlib import Path
 
@@ -17,36 +17,36 @@ def begin(root: Path, **changes: object) -> Run:
 
 
 def add(run: Run, stage: str, epochs: range, loss: float = 1.0) -> None:
-    journal = MetricsLog(run, stage, epochs[0] - 1)
+    log = MetricsLog(run, stage, epochs[0] - 1)
     for epoch in epochs:
         steps = [{"step": step, "loss": loss, "lr": 0.1} for step in (1, 2)]
-        journal.add({"epoch": epoch, "train_loss": loss, "time": 1e9 + epoch}, steps)
+        log.add({"epoch": epoch, "train_loss": loss, "time": 1e9 + epoch}, steps)
 
 
-def test_metrics_hold_a_line_per_epoch_of_either_stage(tmp_path: Path):
+def test_metrics_have_a_row_per_epoch_of_both_stages(tmp_path: Path):
     run = begin(tmp_path)
     add(run, "frozen", range(1, 4))
     add(run, "unfrozen", range(1, 3))
-    found = [(row["stage"], row["epoch"]) for row in run.metrics()]
-    assert found == [("frozen", 1), ("frozen", 2), ("frozen", 3), ("unfrozen", 1), ("unfrozen", 2)]
+    epochs = [(row["stage"], row["epoch"]) for row in run.metrics()]
+    assert epochs == [("frozen", 1), ("frozen", 2), ("frozen", 3), ("unfrozen", 1), ("unfrozen", 2)]
 
 
-def test_what_was_written_after_the_checkpoint_is_replaced(tmp_path: Path):
+def test_metrics_after_the_checkpoint_are_replaced(tmp_path: Path):
     run = begin(tmp_path)
     add(run, "frozen", range(1, 2))
     add(run, "unfrozen", range(1, 5), loss=1.0)
     add(run, "unfrozen", range(3, 4), loss=2.0)
-    found = [(row["stage"], row["epoch"], row["train_loss"]) for row in run.metrics()]
-    assert found == [("frozen", 1, 1.0), ("unfrozen", 1, 1.0), ("unfrozen", 2, 1.0), ("unfrozen", 3, 2.0)]
+    losses = [(row["stage"], row["epoch"], row["train_loss"]) for row in run.metrics()]
+    assert losses == [("frozen", 1, 1.0), ("unfrozen", 1, 1.0), ("unfrozen", 2, 1.0), ("unfrozen", 3, 2.0)]
 
 
-def test_every_steps_loss_can_be_read(tmp_path: Path):
+def test_the_loss_of_every_step_can_be_read(tmp_path: Path):
     run = begin(tmp_path)
     add(run, "frozen", range(1, 3), loss=0.5)
     assert [(row["step"], row["loss"]) for row in run.steps("frozen", 2)] == [(1, 0.5), (2, 0.5)]
 
 
-def test_an_epoch_writes_no_more_than_the_one_before(tmp_path: Path):
+def test_every_epoch_writes_the_same_number_of_bytes(tmp_path: Path):
     run = begin(tmp_path)
     add(run, "frozen", range(1, 6))
     sizes = [path.stat().st_size for path in sorted(Path(run.uri, "tensorboard", "frozen").iterdir())]
@@ -55,12 +55,12 @@ def test_an_epoch_writes_no_more_than_the_one_before(tmp_path: Path):
 
 
 @pytest.mark.parametrize("change", [{"num_workers": (1, 2)}, {"checkpoint_steps": 7}, {"keep_checkpoints": 5}])
-def test_machines_may_change_when_a_run_goes_on(tmp_path: Path, change: dict):
+def test_settings_of_machines_may_differ_when_a_run_is_resumed(tmp_path: Path, change: dict):
     begin(tmp_path)
     assert begin(tmp_path, **change).settings == TrainSettings(name="one", **change)
 
 
-def test_what_is_trained_may_not_change(tmp_path: Path):
+def test_other_settings_of_a_begun_run_are_an_error(tmp_path: Path):
     begin(tmp_path)
     with pytest.raises(UserError, match=r"begun with other settings \(seed\)"):
         begin(tmp_path, seed=5)

@@ -1,0 +1,88 @@
+"""A stage's module with its optimizer, moving average and learning rates."""
+
+import copy
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from carclass.config.schema import StageSettings, UnfrozenSettings
+from carclass.models import resnet
+
+
+class Learner(NamedTuple):
+    """Everything that a training step reads or updates."""
+
+    module: nn.Module  # the classifier (frozen) or the whole network (unfrozen), without DDP
+    optimizer: torch.optim.Optimizer
+    ema: nn.Module | None  # exponential moving average of the module's weights
+    forward: nn.Module  # the module, as DDP or with CUDA graphs where it runs so
+    stage: StageSettings
+    autocast: torch.autocast
+    seed: int
+
+    @property
+    def eval_module(self) -> nn.Module:
+        """The module to validate and publish: the average, if there is one."""
+        return self.module if self.ema is None else self.ema
+
+    @property
+    def micro_batch_size(self) -> int | None:
+        """Samples of a worker per forward pass; None: its whole share of a step."""
+        return self.stage.micro_batch_size if isinstance(self.stage, UnfrozenSettings) else None
+
+
+def make_learner(module: nn.Module, stage: StageSettings, autocast: torch.autocast, seed: int) -> Learner:
+    """Return a stage's learner before its first step; its forward pass is the module's."""
+    ema = None if stage.ema_decay is None else copy.deepcopy(module).requires_grad_(False)
+    return Learner(module, make_optimizer(module, stage), ema, module, stage, autocast, seed)
+
+
+def make_optimizer(module: nn.Module, stage: StageSettings) -> torch.optim.Optimizer:
+    """Return the stage's optimizer of the trainable parameters; biases and normalisation have no weight decay.
+
+    Each block's learning rate is `layer_decay` times the rate of the block above; the last block and the classifier
+    have the stage's own.
+    """
+    layer_decay = stage.layer_decay if isinstance(stage, UnfrozenSettings) else 1.0
+    parameters: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            parameters.setdefault((resnet.depth_from_head(name), parameter.ndim > 1), []).append(parameter)
+    groups = [
+        {"params": group, "scale": layer_decay**depth, "weight_decay": stage.weight_decay if is_decayed else 0.0}
+        for (depth, is_decayed), group in sorted(parameters.items(), key=lambda item: item[0])
+    ]
+    if stage.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=stage.lr, momentum=0.9, fused=True)
+    optimizer = torch.optim.AdamW if stage.optimizer == "adamw" else torch.optim.Adam
+    return optimizer(groups, lr=stage.lr, fused=True)
+
+
+def learning_rate(stage: StageSettings, progress: float) -> float:
+    """Return the rate after `progress` epochs: a linear warm-up, then constant or a cosine to zero."""
+    if progress < stage.warmup_epochs:
+        return stage.lr * progress / stage.warmup_epochs
+    if stage.schedule == "constant":
+        return stage.lr
+    share = (progress - stage.warmup_epochs) / max(stage.epochs - stage.warmup_epochs, 1e-9)
+    return stage.lr * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+
+
+def set_learning_rate(learner: Learner, progress: float) -> None:
+    """Set the rate of every parameter group after `progress` epochs."""
+    for group in learner.optimizer.param_groups:
+        group["lr"] = learning_rate(learner.stage, progress) * group["scale"]
+
+
+@torch.no_grad()
+def update_ema(learner: Learner, step: int) -> None:
+    """Update the moving average, if there is one. step: from 1; the decay is lower in the first steps."""
+    if learner.ema is None:
+        return
+    assert learner.stage.ema_decay is not None
+    decay = min(learner.stage.ema_decay, (1 + step) / (10 + step))  # as in TensorFlow's ExponentialMovingAverage
+    averages, parameters = ([*module.parameters()] for module in (learner.ema, learner.module))
+    get_ema_multi_avg_fn(decay)(averages, parameters, None)
