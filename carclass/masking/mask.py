@@ -42,7 +42,7 @@ def mask_dataset(root: str, settings: MaskSettings) -> dataset.Dataset:
         log.info("mask: dataset %s is published, nothing to do", settings.dataset)
         return published
     draft = _write_draft(dataset.dataset_uri(root, settings.dataset), source, settings, identity, settings.limit)
-    collect.write_report(draft, source, quality.truth_uri(root, settings))
+    collect.write_report(draft, source, quality.resolve_truth(root, settings))
     return publishing.publish_manifest(draft)
 
 
@@ -54,7 +54,7 @@ def preview_masks(root: str, settings: MaskSettings, num_photos: int) -> str:
     for path in storage.list_files(uri):
         storage.delete(storage.join(uri, path))
     draft = _write_draft(uri, source, settings, _identity(settings, source), num_photos)
-    collect.write_report(draft, source, quality.truth_uri(root, settings), num_sheet=draft.manifest["rows"])
+    collect.write_report(draft, source, quality.resolve_truth(root, settings), num_sheet=draft.manifest["rows"])
     for part in draft.part_uris:
         storage.delete(part)
     return uri

@@ -15,11 +15,11 @@ from carclass.sample import source as sample
 
 def mean_test_iou(root: str, masked: dataset.Dataset, settings: MaskSettings) -> float | None:
     """Return the mean IoU of the test split's masks; None if `mask.truth` is not set."""
-    uri = truth_uri(root, settings)
+    uri = resolve_truth(root, settings)
     return None if uri is None else mean_iou(masked, uri, "test")
 
 
-def truth_uri(root: str, settings: MaskSettings) -> str | None:
+def resolve_truth(root: str, settings: MaskSettings) -> str | None:
     """Return the URI of the COCO file with the true masks; None if `mask.truth` is not set."""
     return sample.ensure_sample(root).truth if settings.truth == "sample" else settings.truth
 

@@ -1,4 +1,4 @@
-"""Masking jobs on a real cluster: what they publish, what they leave to look at, what they tell of themselves."""
+"""Masking jobs on a Ray cluster: datasets, reports and metrics."""
 
 import re
 import time
@@ -34,7 +34,7 @@ def masked(root: str, photos_folder: Path) -> dataset.Dataset:
     return mask_dataset(root, MaskSettings(detector=SAMPLE, num_actors=2, part_rows=20, truth=truth))
 
 
-def test_every_row_measures_its_mask(masked: dataset.Dataset):
+def test_every_row_has_mask_measures(masked: dataset.Dataset):
     rows = masked.read(dataset.DETECTION.names).filter(pc.field("outcome") == "vehicle").to_pylist()
     assert rows
     for row in rows:
@@ -44,58 +44,58 @@ def test_every_row_measures_its_mask(masked: dataset.Dataset):
         assert row["several_vehicles"] <= (row["num_vehicles"] > 1)
 
 
-def test_a_masking_run_leaves_a_report_and_a_contact_sheet(masked: dataset.Dataset):
+def test_a_masking_job_writes_a_report_and_a_contact_sheet(masked: dataset.Dataset):
     page = storage.read_bytes(storage.join(masked.uri, "report.html")).decode()
     assert f"{masked.manifest['outcomes']['vehicle']:,} of {masked.manifest['rows']:,} photos" in page
     with Image.open(Path(masked.uri, "contact_sheet.jpg")) as sheet:
         assert sheet.width > 1000
 
 
-def test_the_report_knows_the_truth(masked: dataset.Dataset, photos_folder: Path):
+def test_the_report_has_the_mean_iou_with_the_true_masks(masked: dataset.Dataset, photos_folder: Path):
     ious = quality.ious(masked, str(photos_folder / "truth.json"))
     assert f"{sum(ious.values()) / len(ious):.3f}" in Path(masked.uri, "report.html").read_text()
 
 
-def test_a_preview_leaves_pictures_and_no_dataset(root: str):
-    uri = preview_masks(root, MaskSettings(detector=SAMPLE, num_actors=1, dataset="looked-at", preview=6))
+def test_a_preview_writes_pictures_but_no_dataset(root: str):
+    uri = preview_masks(root, MaskSettings(detector=SAMPLE, num_actors=1, dataset="previewed"), 6)
     assert storage.list_files(uri) == ["contact_sheet.jpg", "report.html"]
-    assert dataset.find_dataset(root, "looked-at") is None
+    assert dataset.find_dataset(root, "previewed") is None
 
 
+@pytest.mark.slow  # 15 s
 def test_a_second_preview_may_have_other_settings(root: str):
     for margin in (0.0, 0.2):
-        settings = MaskSettings(
-            detector=SAMPLE, num_actors=1, dataset="twice", preview=3, cutout=CutoutSettings(margin=margin)
-        )
-        uri = preview_masks(root, settings)
+        settings = MaskSettings(detector=SAMPLE, num_actors=1, dataset="twice", cutout=CutoutSettings(margin=margin))
+        uri = preview_masks(root, settings, 3)
         assert f"margin {margin:g}" in Path(uri, "report.html").read_text()
 
 
-def test_excluded_photos_are_in_quarantine_with_what_is_said_against_them(root: str, masked: dataset.Dataset):
+@pytest.mark.slow  # 10 s
+def test_excluded_photos_are_quarantined_with_the_reasons(root: str, masked: dataset.Dataset):
     exclude = ExcludeSettings(no_vehicle=True, min_area_fraction=0.25)
-    found = mask_dataset(root, MaskSettings(detector=SAMPLE, num_actors=1, dataset="large", exclude=exclude))
+    large = mask_dataset(root, MaskSettings(detector=SAMPLE, num_actors=1, dataset="large", exclude=exclude))
     rows = masked.read(["key", "outcome", "area_fraction"]).to_pylist()
     kept = {row["key"] for row in rows if row["outcome"] == "vehicle" and row["area_fraction"] >= 0.25}
-    assert set(found.read(["key"])["key"].to_pylist()) == kept
-    assert found.manifest["reasons"] == {"doubtful_mask": len(rows) - len(kept)}
-    details = publishing.read_written(found.uri, "quarantine", ["detail"])["detail"].to_pylist()
+    assert set(large.read(["key"])["key"].to_pylist()) == kept
+    assert large.manifest["reasons"] == {"doubtful_mask": len(rows) - len(kept)}
+    details = publishing.read_written(large.uri, "quarantine", ["detail"])["detail"].to_pylist()
     assert all("of the photo" in detail or detail == "no vehicle" for detail in details)
 
 
 def metrics() -> dict[str, float]:
-    """The jobs' own metrics as Prometheus would read them: the last value of each name and its own labels."""
+    """Return the metrics of carclass from Ray's Prometheus endpoint, by name and own labels."""
     port = ray.nodes()[0]["MetricsExportPort"]
     text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10).read().decode()
-    found = {}
+    values = {}
     for line in text.splitlines():
         if line.startswith("ray_carclass_"):
             name, labels, value = re.fullmatch(r"(\w+)\{(.*)\} (\S+)", line).groups()
-            kept = re.findall(r'(?:verb|outcome|reason)="(\w+)"', labels)
-            found["|".join([name, *sorted(kept)])] = float(value)
-    return found
+            own_labels = re.findall(r'(?:verb|outcome|reason)="(\w+)"', labels)
+            values["|".join([name, *sorted(own_labels)])] = float(value)
+    return values
 
 
-def test_outcomes_can_be_watched_by_prometheus(root: str, ray_cluster: str):
+def test_outcomes_are_exported_to_prometheus(root: str, ray_cluster: str):
     meter = PhotoMeter("watched", 10)
     meter.add(["vehicle", "vehicle", "no_vehicle"], ["crashed"])
     expected = {
@@ -113,7 +113,7 @@ def test_outcomes_can_be_watched_by_prometheus(root: str, ray_cluster: str):
 
 @pytest.fixture(scope="module")
 def faster_rcnn(tmp_path_factory: pytest.TempPathFactory) -> DetectorSettings:
-    """The original's detector, untrained, sure of whatever it sees."""
+    """Settings of an untrained detector of boxes with high scores everywhere."""
     torch.manual_seed(0)
     network = detectron.build(detectron.load_config("faster_rcnn_r101_fpn"))
     for weight in network.backbone.parameters():
@@ -130,10 +130,11 @@ def faster_rcnn(tmp_path_factory: pytest.TempPathFactory) -> DetectorSettings:
     )
 
 
-def test_a_detector_of_boxes_makes_crops_without_masks(root: str, faster_rcnn: DetectorSettings):
+@pytest.mark.slow  # 20 s
+def test_a_detector_of_boxes_gives_crops_without_masks(root: str, faster_rcnn: DetectorSettings):
     crop = CutoutSettings(mode="crop", margin=0)
-    found = mask_dataset(root, MaskSettings(detector=faster_rcnn, num_actors=1, dataset="boxes", cutout=crop, limit=4))
-    rows = found.read(["outcome", "mask", "stability", "box", "width", "height", "area_fraction"]).to_pylist()
+    boxes = mask_dataset(root, MaskSettings(detector=faster_rcnn, num_actors=1, dataset="boxes", cutout=crop, limit=4))
+    rows = boxes.read(["outcome", "mask", "stability", "box", "width", "height", "area_fraction"]).to_pylist()
     assert {row["outcome"] for row in rows} == {"vehicle"}
     assert {(row["mask"], row["stability"]) for row in rows} == {(None, None)}
     for row in rows:
@@ -142,6 +143,9 @@ def test_a_detector_of_boxes_makes_crops_without_masks(root: str, faster_rcnn: D
         assert abs(row["height"] - (y2 - y1)) <= 2
 
 
-def test_masks_from_a_detector_of_boxes_are_refused(root: str, faster_rcnn: DetectorSettings):
-    with pytest.raises(UserError, match=r"`mask.cutout.mode` is crop\+mask, but faster_rcnn_r101_fpn finds boxes only"):
+@pytest.mark.slow  # 5 s
+def test_masks_require_a_detector_of_masks(root: str, faster_rcnn: DetectorSettings):
+    with pytest.raises(
+        UserError, match=r"`mask.cutout.mode` is crop\+mask, but faster_rcnn_r101_fpn detects boxes only"
+    ):
         mask_dataset(root, MaskSettings(detector=faster_rcnn, dataset="boxes-masked"))

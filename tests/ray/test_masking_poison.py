@@ -1,6 +1,6 @@
-"""Photos that end the process they are worked on in, photos that do not decode, and photos that are merely strange.
+"""Masking of photos that crash workers, photos that do not decode, and unusual photos.
 
-The traps are set in a job of its own: this file, run as a script, is its driver.
+The crashes are injected in a separate job: this file, run as a script, is its driver.
 """
 
 import json
@@ -25,9 +25,9 @@ from carclass.data.crash_guard import MAX_SINGLE_ATTEMPTS, AttemptLedger
 from carclass.data.inventory import Inventory
 from carclass.ingestion.ingest import ingest_photos
 from carclass.masking import mask
-from carclass.masking.detect import DetectPhotos
+from carclass.masking.detect import CPU_BATCH, DetectPhotos
 from carclass.masking.detector import Detector
-from carclass.masking.mask import CPU_BATCH, mask_dataset
+from carclass.masking.mask import mask_dataset
 from carclass.masking.rle import decode_mask, mask_iou
 from carclass.sample.background import paint_scene
 from carclass.sample.car import Pen, Pose, draw_car
@@ -40,91 +40,91 @@ SETTINGS = MaskSettings(
     num_actors=2,
     part_rows=8,
 )
-TRAPS = {"detect": (255, 0, 255), "decode": (255, 255, 0)}
-"""The colour of a photo's corner that ends the process in a stage."""
+CRASH_COLOURS = {"detect": (255, 0, 255), "decode": (255, 255, 0)}
+"""Stage → colour of a photo's corner that crashes the worker in it."""
 CORNER = 24
 
 
-# What a process that is about to end leaves behind
+# The ledger of attempts
 
 
-def test_a_batch_is_no_suspect_before_it_was_begun_or_after_it_has_ended():
+def test_a_batch_is_not_suspect_if_new_or_finished():
     ledger = AttemptLedger()
-    assert not ledger.begin(["a", "b"])
+    assert not ledger.begin_batch(["a", "b"])
     ledger.end(["a", "b"])
-    assert not ledger.begin(["a", "b"])
+    assert not ledger.begin_batch(["a", "b"])
 
 
-def test_a_batch_with_one_that_never_ended_is_suspect():
+def test_a_batch_with_an_unfinished_photo_is_suspect():
     ledger = AttemptLedger()
-    ledger.begin(["a", "b"])
-    assert ledger.begin(["b", "c"])
+    ledger.begin_batch(["a", "b"])
+    assert ledger.begin_batch(["b", "c"])
 
 
-def test_what_is_begun_alone_is_counted_for_each():
+def test_single_attempts_are_counted_per_photo():
     ledger = AttemptLedger()
-    assert [ledger.begin_alone(name) for name in ("a", "a", "b", "a")] == [0, 1, 0, 2]
+    assert [ledger.begin_single(name) for name in ("a", "a", "b", "a")] == [0, 1, 0, 2]
 
 
-def test_what_has_ended_leaves_nothing_in_memory():
+def test_finished_attempts_are_removed():
     ledger = AttemptLedger()
     for _ in range(2):
-        ledger.begin(["a", "b"])
+        ledger.begin_batch(["a", "b"])
     for name in ("a", "b"):
-        ledger.begin_alone(name)
+        ledger.begin_single(name)
     ledger.end(["a", "b"])
     assert not any(vars(ledger).values())
 
 
-# A job with traps
+# A job with injected crashes
 
 
-def set_traps(log: str) -> None:
-    """Wraps what works on photos, so that one with a coloured corner is noted in the log and ends the process."""
+def inject_crashes(log: str) -> None:
+    """Patch detection and decoding to log photos with a coloured corner and crash the process."""
     detect, decode = Detector.__call__, photo.decode
 
-    def step(stage: str, photos: Sequence[np.ndarray]) -> None:
+    def crash_on_marked(stage: str, photos: Sequence[np.ndarray]) -> None:
         corners = [pixels[: CORNER // 2, : CORNER // 2].mean((0, 1)) for pixels in photos]
-        marked = [abs(corner - TRAPS[stage]).max() < 30 for corner in corners]
+        marked = [abs(corner - CRASH_COLOURS[stage]).max() < 30 for corner in corners]
         if any(marked):
-            names = [storage.sha256(pixels.tobytes()) for pixels, found in zip(photos, marked, strict=True) if found]
+            names = [storage.sha256(pixels.tobytes()) for pixels, hit in zip(photos, marked, strict=True) if hit]
             with open(log, "a") as file:
                 file.write(json.dumps([stage, names]) + "\n")
             os.kill(os.getpid(), signal.SIGSEGV)
 
-    def detect_or_end(self: Detector, photos: Sequence[np.ndarray], batch_size: int = 1) -> Any:
-        step("detect", photos)
+    def detect_or_crash(self: Detector, photos: Sequence[np.ndarray], batch_size: int = 1) -> Any:
+        crash_on_marked("detect", photos)
         return detect(self, photos, batch_size)
 
-    def decode_or_end(data: bytes, **more: Any) -> np.ndarray:
+    def decode_or_crash(data: bytes, **more: Any) -> np.ndarray:
         pixels = decode(data, **more)
-        step("decode", [pixels])
+        crash_on_marked("decode", [pixels])
         return pixels
 
-    Detector.__call__, photo.decode = detect_or_end, decode_or_end  # type: ignore[method-assign]
+    Detector.__call__, photo.decode = detect_or_crash, decode_or_crash  # type: ignore[method-assign]
 
 
 def drive(root: str, log: str) -> None:
-    """A masking job whose detector processes have the traps set; without GPUs they decode the photos too."""
+    """Run a masking job with crashing detector actors; without GPUs they decode the photos too."""
     import ray
 
-    class TrappedDetectPhotos(DetectPhotos):
+    class CrashingDetectPhotos(DetectPhotos):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            set_traps(log)
+            inject_crashes(log)
             super().__init__(*args, **kwargs)
 
-    mask.DetectPhotos = TrappedDetectPhotos  # type: ignore[misc]
+    mask.DetectPhotos = CrashingDetectPhotos  # type: ignore[misc]
     ray.init(address="local", num_cpus=4, include_dashboard=False)
     mask_dataset(root, SETTINGS)
 
 
 class Poisoned(NamedTuple):
-    """A dataset with some bad photos, masked with traps and without."""
+    """A dataset with bad photos, masked with and without injected crashes."""
 
     masked: dataset.Dataset
-    undisturbed: dataset.Dataset
-    bad: dict[str, list[str]]  # keys by what is wrong with them
-    tries: list[tuple[str, list[str]]]  # every process that ended: the stage, and keys of bad photos at hand
+    uninterrupted: dataset.Dataset
+    bad: dict[str, list[str]]  # defect → keys
+    crashes: list[tuple[str, list[str]]]  # of each crash: the stage, and keys of the bad photos in its batch
 
 
 def with_corner(image: bytes, colour: tuple[int, int, int]) -> bytes:
@@ -134,7 +134,7 @@ def with_corner(image: bytes, colour: tuple[int, int, int]) -> bytes:
 
 
 def publish(root: str, rows: Rows) -> dataset.Dataset:
-    """A source dataset of one part, made by hand."""
+    """Publish a source dataset of one part."""
     uri, settings = dataset.dataset_uri(root, "v1"), {"made": "by hand"}
     publishing.write_part(uri, "parts", pa.Table.from_pylist(rows, dataset.ROW), settings)
     keys, classes = [row["key"] for row in rows], sorted({row["label"] for row in rows})
@@ -148,28 +148,28 @@ def publish(root: str, rows: Rows) -> dataset.Dataset:
 
 @pytest.fixture(scope="module")
 def poisoned(ingested: dataset.Dataset, tmp_path_factory: pytest.TempPathFactory) -> Poisoned:
-    """Five batches of four photos: one has two that end processes, one has one in decoding, one has damaged ones."""
+    """Five batches of four photos: one with two that crash detection, one with a crash in decoding, one damaged."""
     root = tmp_path_factory.mktemp("poisoned")
     assert CPU_BATCH == 4
     keys = sorted(ingested.read(["key"])["key"].to_pylist())[:20]
     rows = ingested.rows(keys, dataset.ROW.names)
-    places = {"detect": [1, 2], "decode": [9], "damaged": [13, 14]}
-    for stage, colour in TRAPS.items():
-        for i in places[stage]:
+    positions = {"detect": [1, 2], "decode": [9], "damaged": [13, 14]}
+    for stage, colour in CRASH_COLOURS.items():
+        for i in positions[stage]:
             rows[i]["image"] = with_corner(rows[i]["image"], colour)
     names = {storage.sha256(photo.decode(row["image"]).tobytes()): row["key"] for row in rows}
     rows[13]["image"], rows[14]["image"] = rows[13]["image"][:-1000], b"a page of text"
     publish(str(root), rows)
-    command = [sys.executable, __file__, str(root), str(root / "tries")]
+    command = [sys.executable, __file__, str(root), str(root / "crashes")]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    tries = [json.loads(line) for line in (root / "tries").read_text().splitlines()]
+    crashes = [json.loads(line) for line in (root / "crashes").read_text().splitlines()]
     return Poisoned(
         dataset.load_dataset(str(root), "v2"),
-        mask_dataset(str(root), SETTINGS.model_copy(update={"dataset": "undisturbed"})),
-        {what: [keys[i] for i in found] for what, found in places.items()},
-        [(stage, [names[name] for name in found]) for stage, found in tries],
+        mask_dataset(str(root), SETTINGS.model_copy(update={"dataset": "uninterrupted"})),
+        {defect: [keys[i] for i in indices] for defect, indices in positions.items()},
+        [(stage, [names[digest] for digest in digests]) for stage, digests in crashes],
     )
 
 
@@ -178,43 +178,48 @@ def quarantine(published: dataset.Dataset) -> dict[str, dict[str, Any]]:
     return {row["key"]: row for row in table.to_pylist()}
 
 
-@pytest.mark.parametrize("stage", TRAPS)
-def test_photos_that_end_processes_are_quarantined_as_crashed(poisoned: Poisoned, stage: str):
-    found = {key: row for key, row in quarantine(poisoned.masked).items() if key in poisoned.bad[stage]}
-    assert sorted(found) == poisoned.bad[stage]
-    for row in found.values():
+@pytest.mark.slow  # 60 s with its fixture
+@pytest.mark.parametrize("stage", CRASH_COLOURS)
+def test_photos_that_crash_workers_are_quarantined_as_crashed(poisoned: Poisoned, stage: str):
+    rows = {key: row for key, row in quarantine(poisoned.masked).items() if key in poisoned.bad[stage]}
+    assert sorted(rows) == poisoned.bad[stage]
+    for row in rows.values():
         assert (row["reason"], row["attempts"]) == ("crashed", MAX_SINGLE_ATTEMPTS + 1)
         assert stage in row["detail"]
 
 
-@pytest.mark.parametrize("stage", TRAPS)
-def test_no_photo_ends_more_processes_than_it_has_attempts(poisoned: Poisoned, stage: str):
-    ended = Counter(key for where, keys in poisoned.tries for key in keys if where == stage)
-    assert sorted(ended) == poisoned.bad[stage]
-    assert max(ended.values()) <= MAX_SINGLE_ATTEMPTS + 1
+@pytest.mark.slow  # 60 s with its fixture
+@pytest.mark.parametrize("stage", CRASH_COLOURS)
+def test_no_photo_crashes_more_workers_than_it_has_attempts(poisoned: Poisoned, stage: str):
+    counts = Counter(key for where, keys in poisoned.crashes for key in keys if where == stage)
+    assert sorted(counts) == poisoned.bad[stage]
+    assert max(counts.values()) <= MAX_SINGLE_ATTEMPTS + 1
 
 
-def test_two_bad_photos_were_in_one_batch(poisoned: Poisoned):
-    assert ("detect", poisoned.bad["detect"][:2]) in poisoned.tries
+@pytest.mark.slow  # 60 s with its fixture
+def test_two_bad_photos_were_in_the_same_batch(poisoned: Poisoned):
+    assert ("detect", poisoned.bad["detect"][:2]) in poisoned.crashes
 
 
-def test_photos_that_do_not_decode_are_quarantined_with_their_own_reason(poisoned: Poisoned):
-    found = quarantine(poisoned.masked)
-    reasons = [(found[key]["reason"], found[key]["attempts"]) for key in poisoned.bad["damaged"]]
+@pytest.mark.slow  # 60 s with its fixture
+def test_photos_that_do_not_decode_are_quarantined_with_their_reason(poisoned: Poisoned):
+    rows = quarantine(poisoned.masked)
+    reasons = [(rows[key]["reason"], rows[key]["attempts"]) for key in poisoned.bad["damaged"]]
     assert reasons == [("truncated", 1), ("not_an_image", 1)]
 
 
-def test_all_other_photos_are_rows_as_if_there_were_no_bad_ones(
+@pytest.mark.slow  # 60 s with its fixture
+def test_all_other_photos_have_the_same_rows_as_without_crashes(
     poisoned: Poisoned, contents: Callable[[dataset.Dataset], tuple[Rows, Rows]]
 ):
     crashed = {*poisoned.bad["detect"], *poisoned.bad["decode"]}
-    rows, expected = contents(poisoned.masked)[0], contents(poisoned.undisturbed)[0]
+    rows, expected = contents(poisoned.masked)[0], contents(poisoned.uninterrupted)[0]
     expected = [row for row in expected if row["key"] not in crashed]
     assert [row["key"] for row in rows] == [row["key"] for row in expected]
-    assert [one["key"] for one, other in zip(rows, expected, strict=True) if one != other] == []
+    assert [row["key"] for row, other in zip(rows, expected, strict=True) if row != other] == []
 
 
-# Photos that are strange, and have an outcome all the same
+# Unusual photos
 
 BIG = (4619, 3464)
 ROWS, COLUMNS = 2, 20
@@ -226,7 +231,7 @@ def save(pixels: np.ndarray, path: Path) -> None:
 
 
 def crowd() -> np.ndarray:
-    """40 cars on one photo of 4000x400 pixels, large enough for a detector that sees it at a third of that."""
+    """Draw 40 cars on a photo of 4000x400 pixels, large enough for a detector with a third of that as input."""
     rng = np.random.default_rng(3)
     canvas = Image.new("RGB", (200 * COLUMNS, 200 * ROWS))
     paint_scene(canvas, "field", 60, rng)
@@ -245,9 +250,9 @@ def empty() -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def strange(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, dict[str, Any]], np.ndarray]:
-    """Masked rows of strange photos by their keys, and the true mask of the car on the big one."""
-    root = tmp_path_factory.mktemp("strange")
+def unusual(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, dict[str, Any]], np.ndarray]:
+    """Masked rows of unusual photos by name, and the true mask of the car on the big one."""
+    root = tmp_path_factory.mktemp("unusual")
     pixels, vehicles = draw_photo((3, 1), MODELS[0], "city")
     save(np.asarray(Image.fromarray(pixels).resize(BIG, Image.Resampling.BICUBIC)), root / "photos" / "A" / "big.jpg")
     save(crowd(), root / "photos" / "A" / "crowd.jpg")
@@ -260,8 +265,9 @@ def strange(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return {Path(row["key"]).stem: row | {"source": (root / "photos" / row["key"])} for row in rows}, truth
 
 
-def test_a_photo_of_16_million_pixels_is_cut_out_in_its_own_pixels(strange: tuple[dict, np.ndarray]):
-    row, truth = strange[0]["big"], strange[1]
+@pytest.mark.slow  # 60 s with its fixture
+def test_a_photo_of_16_million_pixels_is_cut_at_full_resolution(unusual: tuple[dict, np.ndarray]):
+    row, truth = unusual[0]["big"], unusual[1]
     x1, y1, x2, y2 = row["box"]
     assert (row["outcome"], row["source_width"], row["source_height"]) == ("vehicle", *BIG)
     assert 0 <= x1 < x2 <= BIG[0]
@@ -269,14 +275,16 @@ def test_a_photo_of_16_million_pixels_is_cut_out_in_its_own_pixels(strange: tupl
     assert mask_iou(decode_mask(row["mask"], BIG[1], BIG[0]), truth) >= 0.9
 
 
-def test_a_photo_of_forty_cars_is_one_of_several_vehicles(strange: tuple[dict, np.ndarray]):
-    row = strange[0]["crowd"]
+@pytest.mark.slow  # 60 s with its fixture
+def test_a_photo_of_forty_cars_has_several_vehicles(unusual: tuple[dict, np.ndarray]):
+    row = unusual[0]["crowd"]
     assert (row["outcome"], row["several_vehicles"]) == ("vehicle", True)
 
 
+@pytest.mark.slow  # 60 s with its fixture
 @pytest.mark.parametrize("name", ["empty", "dot"])
-def test_a_photo_without_a_vehicle_keeps_its_bytes(strange: tuple[dict, np.ndarray], name: str):
-    row = strange[0][name]
+def test_a_photo_without_a_vehicle_keeps_its_bytes(unusual: tuple[dict, np.ndarray], name: str):
+    row = unusual[0][name]
     assert (row["outcome"], row["image"]) == ("no_vehicle", row["source"].read_bytes())
 
 
