@@ -1,4 +1,4 @@
-"""Charts of a tree of experiments: where each starts from, how each learned, and how far apart they end."""
+"""Charts of a tree of experiments, as SVG: the tree, learning curves, and differences in test accuracy."""
 
 import math
 from collections.abc import Sequence
@@ -6,18 +6,19 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 
-from carclass.experiments.significance import Verdict
+from carclass.experiments.results import DASH
+from carclass.experiments.significance import AccuracyDifference
 from carclass.formatting import percent_text
 from carclass.reporting import svg
 from carclass.reporting.axes import Frame, accuracy_ticks, fit_text, round_ticks
+from carclass.reporting.svg import Point
 
-WIDE = 1000
-ROW = 34  # of the tree
-STEP, MIN_STEP = 58.0, 48.0  # from a parent to its child, room for `@123`
+WIDTH = 1000
+TREE_ROW = 34
+INDENT, MIN_INDENT = 58.0, 48.0  # horizontal distance of a child from its parent; the smallest one fits `@123`
 NAME_LENGTH, NOTE_LENGTH = 26, 40
-NUM_LABELS = 18  # that fit beside the curves, one below the other
-LABEL_HEIGHT = 17.0
-DASH, MINUS = "\u2013", "\u2212"
+MAX_LABELS, LABEL_HEIGHT = 18, 17.0  # labels that fit beside the curves
+MINUS = "\u2212"
 RING = Markup('<circle class="ring" r="10"/>')
 SHAPES = {
     "finished": Markup('<circle class="node" r="5.5"/>'),
@@ -26,56 +27,59 @@ SHAPES = {
     "missing": Markup('<circle class="node hollow missing" r="5.5"/>'),
     "failed": Markup('<path class="cross" d="M-5-5 5 5M5-5-5 5"/>'),
 }
-"""What marks a run's state."""
-
-Point = tuple[float, float]
+"""Marks of runs in the tree, by state."""
 
 
 class ChartedRun(NamedTuple):
-    """What the charts show of a run."""
+    """A run as the charts show it."""
 
     name: str
     parent: str | None
-    """The run that it starts from, when that is in the tree."""
+    """Name of the run it starts from, if that is in the tree."""
     start: str
-    """Written on the edge from its parent: `@12`."""
+    """Label of the edge from its parent: `@12`."""
     note: str
-    """Written beside the name."""
+    """Text beside the name."""
     state: str
     val_accuracy: float | None
     baseline: float | None
-    """Val accuracy of the same run elsewhere."""
-    values: list[float]
-    """Val accuracy, epoch by epoch over all of its stages; NaN leaves a gap."""
+    """Val accuracy of the baseline."""
+    val_accuracies: list[float]
+    """Val accuracy of each epoch of all stages; NaN leaves a gap."""
     is_best: bool
+
+    @property
+    def highest(self) -> float:
+        """Return the highest finite val accuracy; -1 if there is none."""
+        return max((value for value in self.val_accuracies if math.isfinite(value)), default=-1.0)
 
 
 def points_text(fraction: float) -> str:
-    """Write a difference of -0.042 in points, with one decimal and always with a sign."""
+    """Return a difference in points with one decimal and a sign, "+4.2" for 0.042."""
     return f"{fraction * 100:+.1f}".replace("-", MINUS)
 
 
 def tree_order(runs: Sequence[ChartedRun]) -> list[tuple[ChartedRun, int]]:
-    """The runs with their depths from 0, each below its parent and before the parent's next child."""
+    """Return the runs with their depth in the tree, depth first."""
     names = {run.name for run in runs}
-    open_ends = [(run, 0) for run in reversed(runs) if run.parent not in names]
-    found = []
-    while open_ends:
-        run, depth = open_ends.pop()
-        found.append((run, depth))
-        open_ends += [(child, depth + 1) for child in reversed(runs) if child.parent == run.name]
-    return found
+    stack = [(run, 0) for run in reversed(runs) if run.parent not in names]
+    ordered = []
+    while stack:
+        run, depth = stack.pop()
+        ordered.append((run, depth))
+        stack += [(child, depth + 1) for child in reversed(runs) if child.parent == run.name]
+    return ordered
 
 
-def tree(runs: Sequence[ChartedRun]) -> Markup:
-    """Draw the runs one below the other, each to the right of what it starts from, with val accuracy as a bar."""
+def tree_chart(runs: Sequence[ChartedRun]) -> Markup:
+    """Draw a row per run, indented below its parent, with val accuracy as a bar."""
     rows = tree_order(runs)
-    step = min(STEP, max(MIN_STEP, 300 / max([1, *(depth for _, depth in rows)])))
-    places = {run.name: (14 + depth * step, 42.0 + i * ROW) for i, (run, depth) in enumerate(rows)}
+    indent = min(INDENT, max(MIN_INDENT, 300 / max([1, *(depth for _, depth in rows)])))
+    places = {run.name: (14 + depth * indent, 42.0 + i * TREE_ROW) for i, (run, depth) in enumerate(rows)}
     bar = max([400.0, *(places[run.name][0] + _text_width(run) + 45 for run, _ in rows)])
-    width = round(max(WIDE, bar + 350))
+    width = round(max(WIDTH, bar + 350))
     parts = [
-        svg.text("tick", 8, 14, "run, and what it starts from"),
+        svg.text("tick", 8, 14, "run and its parent"),
         svg.text("tick", bar, 14, "val accuracy"),
         svg.text("tick", width - 108, 14, "state"),
     ]
@@ -83,11 +87,11 @@ def tree(runs: Sequence[ChartedRun]) -> Markup:
         if run.parent in places:
             parts.append(_edge(places[run.parent], places[run.name], run.start))
     parts += [_node(run, *places[run.name], bar, width) for run, _ in rows]
-    return svg.drawing(f"the tree of {len(rows)} runs", parts, width, 30 + len(rows) * ROW)
+    return svg.drawing(f"tree of {len(rows)} runs", parts, width, 30 + len(rows) * TREE_ROW)
 
 
 def _text_width(run: ChartedRun) -> float:
-    """About how wide a run's name and note are."""
+    """Estimate the width of a run's name and note."""
     return 8.5 * min(len(run.name), NAME_LENGTH) + 7 * min(len(run.note), NOTE_LENGTH)
 
 
@@ -113,7 +117,7 @@ def _node(run: ChartedRun, x: float, y: float, bar: float, width: int) -> Markup
 
 
 def _bar(run: ChartedRun, left: float, width: float, y: float) -> Markup:
-    """Val accuracy from 0 to 1 as a bar with its number, a line across it at the baseline's."""
+    """Draw val accuracy from 0 to 1 as a bar with its number, and the baseline as a line across it."""
     box = Markup('<rect class="{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="10" rx="5"/>')
     parts = [box.format("track", left, y - 5, width)]
     if run.val_accuracy is not None and math.isfinite(run.val_accuracy):
@@ -127,111 +131,88 @@ def _bar(run: ChartedRun, left: float, width: float, y: float) -> Markup:
     return Markup("").join(parts)
 
 
-def overlaid(curves: Sequence[ChartedRun]) -> Markup:
-    """Draw all curves in one frame, each named at its end where there is room, the best on top."""
-    shown = sorted((one for one in curves if _reached(one) >= 0), key=lambda one: (one.is_best, _reached(one)))
-    longest = max((len(one.values) for one in shown), default=1)
-    ticks = accuracy_ticks(value for one in shown for value in one.values)
-    frame = Frame(left=52, right=WIDE - 205, top=14, bottom=382, ticks=ticks)
-    parts = [frame.grid(), *_epochs(frame, longest, 10)]
+def all_curves(runs: Sequence[ChartedRun]) -> Markup:
+    """Draw the learning curves of all runs in one frame, labelled where they fit, the best on top."""
+    shown = sorted((run for run in runs if run.highest >= 0), key=lambda run: (run.is_best, run.highest))
+    longest = max((len(run.val_accuracies) for run in shown), default=1)
+    ticks = accuracy_ticks(value for run in shown for value in run.val_accuracies)
+    frame = Frame(left=52, right=WIDTH - 205, top=14, bottom=382, ticks=ticks)
+    parts = [frame.grid(), *_epoch_axis(frame, longest, 10)]
     ends = []
-    for one in shown:
-        points = _points(one, frame, longest)
-        parts.append(_run(one, _pieces(points)))
-        ends.append((one, next(p for p in reversed(points) if math.isfinite(p[1]))))
-    parts += _labels(ends[-NUM_LABELS:], frame)
-    return svg.drawing(f"val accuracy by epoch of {len(shown)} runs", parts, WIDE, 428)
+    for run in shown:
+        points = _points(run, frame, longest)
+        parts.append(_curve(run, points))
+        ends.append((run, next(p for p in reversed(points) if math.isfinite(p[1]))))
+    parts += _curve_labels(ends[-MAX_LABELS:], frame)
+    return svg.drawing(f"val accuracy by epoch of {len(shown)} runs", parts, WIDTH, 428)
 
 
-def alone(one: ChartedRun, others: Sequence[ChartedRun]) -> Markup:
-    """Draw a run's curve over those of the others, faint, with a line at the baseline's best; the frame is shared."""
-    reached = [other for other in others if _reached(other) >= 0]
-    baselines = [other.baseline for other in others if other.baseline is not None]
-    ticks = accuracy_ticks([*(value for other in reached for value in other.values), *baselines])
-    longest = max((len(other.values) for other in reached), default=1)
+def single_curve(run: ChartedRun, runs: Sequence[ChartedRun]) -> Markup:
+    """Draw a run's learning curve over the faint curves of all runs, with a line at the baseline's val accuracy."""
+    others = [other for other in runs if other.highest >= 0]
+    baselines = [other.baseline for other in runs if other.baseline is not None]
+    ticks = accuracy_ticks([*(value for other in others for value in other.val_accuracies), *baselines])
+    longest = max((len(other.val_accuracies) for other in others), default=1)
     frame = Frame(left=50, right=310, top=10, bottom=138, ticks=ticks)
-    parts = [frame.grid(), *_epochs(frame, longest, 4)]
-    for other in reached:
-        path = _pieces(_points(other, frame, longest))
-        parts.append(Markup('<g class="faint">{}</g>').format(path))
-    if one.baseline is not None:
-        parts.append(svg.line("baseline", frame.left, frame.y(one.baseline), frame.right, frame.y(one.baseline)))
-    if _reached(one) >= 0:
-        parts.append(_run(one, _pieces(_points(one, frame, longest))))
+    parts = [frame.grid(), *_epoch_axis(frame, longest, 4)]
+    for other in others:
+        parts.append(Markup('<g class="faint">{}</g>').format(svg.curve(_points(other, frame, longest))))
+    if run.baseline is not None:
+        parts.append(svg.line("baseline", frame.left, frame.y(run.baseline), frame.right, frame.y(run.baseline)))
+    if run.highest >= 0:
+        parts.append(_curve(run, _points(run, frame, longest)))
     else:
         parts.append(svg.text("tick middle", frame.x(0.5), frame.y((ticks[0] + ticks[-1]) / 2), "no epoch yet"))
-    return svg.drawing(f"val accuracy by epoch of {one.name}", parts, 320, 164)
+    return svg.drawing(f"val accuracy by epoch of {run.name}", parts, 320, 164)
 
 
-def _reached(one: ChartedRun) -> float:
-    """The highest val accuracy, negative where there is none."""
-    return max((value for value in one.values if math.isfinite(value)), default=-1.0)
-
-
-def _points(one: ChartedRun, frame: Frame, longest: int) -> list[Point]:
+def _points(run: ChartedRun, frame: Frame, longest: int) -> list[Point]:
     return [
         (frame.x(i / (longest - 1) if longest > 1 else 0.5), frame.y(value) if math.isfinite(value) else math.nan)
-        for i, value in enumerate(one.values)
+        for i, value in enumerate(run.val_accuracies)
     ]
 
 
-def _pieces(points: Sequence[Point]) -> Markup:
-    """A line through the finite points, a dot where one has no neighbour."""
-    pieces: list[list[Point]] = [[]]
-    for point in points:
-        if math.isfinite(point[1]):
-            pieces[-1].append(point)
-        else:
-            pieces.append([])
-    drawn = []
-    for piece in filter(None, pieces):
-        if len(piece) == 1:
-            drawn.append(Markup('<circle class="dot" cx="{:.1f}" cy="{:.1f}" r="3"/>').format(*piece[0]))
-        else:
-            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in piece)
-            drawn.append(Markup('<polyline class="curve" points="{}"/>').format(path))
-    return Markup("").join(drawn)
-
-
-def _run(one: ChartedRun, path: Markup) -> Markup:
-    title = f"{one.name}, {one.state}: {len(one.values)} epochs, at best {percent_text(_reached(one))}"
+def _curve(run: ChartedRun, points: Sequence[Point]) -> Markup:
+    num_epochs = len(run.val_accuracies)
+    title = f"{run.name}, {run.state}: {num_epochs} epochs, highest val accuracy {percent_text(run.highest)}"
     return Markup('<g class="run {}{}"><title>{}</title>{}</g>').format(
-        one.state, " best" if one.is_best else "", title, path
+        run.state, " best" if run.is_best else "", title, svg.curve(points)
     )
 
 
-def _epochs(frame: Frame, longest: int, most: int) -> list[Markup]:
-    """Epochs below the frame, the first, the last and some round ones between."""
-    step = next(s for p in range(9) for s in (10**p, 2 * 10**p, 5 * 10**p) if s * most >= longest)
+def _epoch_axis(frame: Frame, longest: int, max_ticks: int) -> list[Markup]:
+    """Label the first, the last and some round epochs below the frame."""
+    step = next(s for p in range(9) for s in (10**p, 2 * 10**p, 5 * 10**p) if s * max_ticks >= longest)
     between = [epoch for epoch in range(step, longest, step) if 1 + step / 2 < epoch < longest - step / 2]
     parts = []
     for epoch in dict.fromkeys([1, *between, longest]):
         x = frame.x((epoch - 1) / (longest - 1) if longest > 1 else 0.5)
         parts.append(svg.text("tick middle", x, frame.bottom + 18, str(epoch)))
-    if most > 5:
+    if max_ticks > 5:
         parts.append(svg.text("tick middle", frame.x(0.5), frame.bottom + 38, "epoch"))
     return parts
 
 
-def _labels(ends: Sequence[tuple[ChartedRun, Point]], frame: Frame) -> list[Markup]:
-    """Names right of the frame, in the order in which the curves end, with a line to each end."""
+def _curve_labels(ends: Sequence[tuple[ChartedRun, Point]], frame: Frame) -> list[Markup]:
+    """Label curves to the right of the frame, in the order of their ends, with a line to each end."""
     ordered = sorted(ends, key=lambda end: end[1][1])
-    ys = spread([point[1] for _, point in ordered], LABEL_HEIGHT, frame.top, frame.bottom)
+    ys = spread_labels([point[1] for _, point in ordered], LABEL_HEIGHT, frame.top, frame.bottom)
     parts = []
-    for (one, (x, y)), at in zip(ordered, ys, strict=True):
-        css = "best" if one.is_best else ""
-        path = f"M{x + 4:.1f} {y:.1f}L{frame.right + 24:.1f} {at:.1f}"
-        parts.append(Markup('<path class="leader {}" d="{}"/>').format(css, path))
-        text = f"{fit_text(one.name, 16)} {percent_text(_reached(one))}"
-        parts.append(svg.text(f"label {css}", frame.right + 29, at + 4, text))
+    for (run, (x, y)), label_y in zip(ordered, ys, strict=True):
+        css_class = "best" if run.is_best else ""
+        path = f"M{x + 4:.1f} {y:.1f}L{frame.right + 24:.1f} {label_y:.1f}"
+        parts.append(Markup('<path class="leader {}" d="{}"/>').format(css_class, path))
+        text = f"{fit_text(run.name, 16)} {percent_text(run.highest)}"
+        parts.append(svg.text(f"label {css_class}", frame.right + 29, label_y + 4, text))
     return parts
 
 
-def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Places in the same, rising order, at least `gap` apart, near the wanted ones and from low to high if they fit."""
+def spread_labels(targets: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Return positions near the ascending targets, at least `gap` apart and, if they fit, within [low, high]."""
     places: list[float] = []
-    for place in wanted:
-        places.append(max(place, places[-1] + gap if places else low))
+    for target in targets:
+        places.append(max(target, places[-1] + gap if places else low))
     limit = high
     for i in reversed(range(len(places))):
         places[i] = min(places[i], limit)
@@ -239,11 +220,11 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
     return places
 
 
-def differences(verdicts: Sequence[tuple[str, Verdict]]) -> Markup:
-    """Draw differences of accuracy in points: a dot, its 95 % interval, and a line at zero."""
-    values = [100 * value for _, one in verdicts for value in (one.low, one.high)]
-    ticks = round_ticks(min(0.0, *values), max(0.0, *values))
-    left, right, bottom = 330.0, WIDE - 250.0, 16.0 + 40 * len(verdicts)
+def differences_chart(results: Sequence[tuple[str, AccuracyDifference]]) -> Markup:
+    """Draw differences in test accuracy in points: a dot with its 95 % interval each, and a line at zero."""
+    ends = [100 * value for _, result in results for value in (result.low, result.high)]
+    ticks = round_ticks(min(0.0, *ends), max(0.0, *ends))
+    left, right, bottom = 330.0, WIDTH - 250.0, 16.0 + 40 * len(results)
 
     def x(points: float) -> float:
         return left + (right - left) * (points - ticks[0]) / (ticks[-1] - ticks[0])
@@ -254,12 +235,13 @@ def differences(verdicts: Sequence[tuple[str, Verdict]]) -> Markup:
         parts.append(svg.line("zero" if tick == 0 else "grid", x(tick), 8, x(tick), bottom))
         parts.append(svg.text("tick middle", x(tick), bottom + 18, f"{tick:+g}".replace("-", MINUS) if tick else "0"))
     parts.append(svg.text("tick middle", (left + right) / 2, bottom + 38, "difference in test accuracy, points"))
-    for i, (name, one) in enumerate(verdicts):
+    for i, (name, result) in enumerate(results):
         y = 32.0 + i * 40
-        css = one.words.replace(" ", "-")
-        low, middle, high = (100 * value for value in (one.low, one.difference, one.high))
+        css_class = result.verdict.replace(" ", "-")
+        low, middle, high = (100 * value for value in (result.low, result.difference, result.high))
         parts.append(svg.text("label end", left - 16, y + 4.5, fit_text(name, 42)))
-        parts.append(svg.line(f"interval {css}", x(low), y, x(high), y))
-        parts.append(dot.format(css, x(middle), y))
-        parts.append(svg.text("label", right + 20, y + 4.5, f"{points_text(one.difference)} points: {one.words}"))
-    return svg.drawing(f"{len(verdicts)} differences in test accuracy", parts, WIDE, round(bottom + 46))
+        parts.append(svg.line(f"interval {css_class}", x(low), y, x(high), y))
+        parts.append(dot.format(css_class, x(middle), y))
+        label = f"{points_text(result.difference)} points: {result.verdict}"
+        parts.append(svg.text("label", right + 20, y + 4.5, label))
+    return svg.drawing(f"{len(results)} differences in test accuracy", parts, WIDTH, round(bottom + 46))

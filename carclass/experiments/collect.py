@@ -1,4 +1,4 @@
-"""The results of a tree of experiments, read from storage."""
+"""Results of a tree of experiments, read from storage."""
 
 import json
 from typing import Any
@@ -7,85 +7,85 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from carclass import storage
+from carclass.config.budget import Baseline, Figures
 from carclass.data import dataset
-from carclass.experiments import tree as trees
-from carclass.experiments.report import ComparedRun, Comparison, TestResult
+from carclass.experiments.results import ComparedRun, Comparison, TestResult
 from carclass.experiments.status import RunStatus
-from carclass.experiments.tree import Experiment, Tree
+from carclass.experiments.tree import Experiment, Tree, load_baseline
 from carclass.runs.run import code_version, flatten
 
-SEED = 123
-"""Of the bootstrap."""
+BOOTSTRAP_SEED = 123
 
 
-def collect_comparison(tree: Tree, found: dict[str, RunStatus]) -> Comparison:
-    """All that is known of a tree's runs."""
-    baseline = trees.baseline(tree.budget)
-    finished = sum(one.state == "finished" for one in found.values())
+def collect_comparison(tree: Tree, statuses: dict[str, RunStatus]) -> Comparison:
+    """Return the results of all runs of a tree. statuses: by experiment."""
+    baseline = load_baseline(tree.budget)
+    num_finished = sum(status.state == "finished" for status in statuses.values())
     facts = [
-        ("experiments", f"{len(found)}, of which {finished} are finished"),
+        ("experiments", f"{len(statuses)}, {num_finished} of them finished"),
         ("root", tree.budget.root),
         ("code", code_version()),
     ]
-    treatments = {name: dataset_treatment(tree, name) for name in {one.settings.dataset for one in tree.experiments}}
+    datasets = {experiment.settings.dataset for experiment in tree.experiments}
+    treatments = {name: dataset_treatment(tree, name) for name in datasets}
     return Comparison(
         title="Experiments",
         facts=facts,
-        entries=[
-            collect_run(tree, one, found[one.name], treatments[one.settings.dataset], baseline)
-            for one in tree.experiments
+        runs=[
+            collect_run(tree, experiment, statuses[experiment.name], treatments[experiment.settings.dataset], baseline)
+            for experiment in tree.experiments
         ],
         baseline=None if baseline is None else baseline.name,
-        seed=SEED,
+        seed=BOOTSTRAP_SEED,
     )
 
 
 def collect_run(
-    tree: Tree, one: Experiment, found: RunStatus, treatment: str, baseline: trees.Baseline | None
+    tree: Tree, experiment: Experiment, status: RunStatus, treatment: str, baseline: Baseline | None
 ) -> ComparedRun:
-    """What is known of an experiment. treatment: what was done to its photos."""
-    parent, best = tree.parent(one), found.best
-    settings = found.run.settings  # of what was run, where that isn't what the file says now
-    figures = trees.Figures() if baseline is None else baseline.figures.get(one.name, trees.Figures())
+    """Return the results of an experiment. treatment: of its dataset, see dataset_treatment."""
+    parent, best = tree.parent(experiment), status.best
+    settings = status.run.settings  # those of the run, which may differ from the experiment file
+    figures = Figures() if baseline is None else baseline.figures.get(experiment.name, Figures())
     return ComparedRun(
-        name=one.name,
-        parent=tree.origin(one),
+        name=experiment.name,
+        parent=tree.parent_label(experiment),
         parent_name=None if parent is None else parent.name,
         dataset=settings.dataset,
         treatment=treatment,
-        state=found.state,
-        reason=found.reason,
+        state=status.state,
+        reason=status.reason,
         settings=flatten(settings.model_dump(mode="json")),
-        epochs=[] if found.state == "missing" else found.run.metrics(),
+        epochs=[] if status.state == "missing" else status.run.metrics(),
         val_accuracy=None if best is None else best["val_accuracy"],
         baseline_val=figures.val,
         baseline_test=figures.test,
-        test=_test(found),
+        test=_read_test(status),
     )
 
 
 def dataset_treatment(tree: Tree, name: str) -> str:
-    """What was done to a dataset's photos."""
+    """Return the cutout mode of a dataset's photos; "none" for a dataset that is not masked or not published."""
     source = dataset.find_dataset(tree.budget.root, name)
     if source is None or source.manifest["kind"] != "masked":
         return "none"
     return str(source.manifest["settings"]["cutout"]["mode"])
 
 
-def evaluation_uri(found: RunStatus) -> str:
-    """The figures of a run's test."""
-    return storage.join(found.run.uri, "report", "metrics.json")
+def evaluation_uri(status: RunStatus) -> str:
+    """Return the URI of the metrics of a run's evaluation."""
+    return storage.join(status.run.uri, "report", "metrics.json")
 
 
-def _test(found: RunStatus) -> TestResult | None:
-    if not storage.exists(evaluation_uri(found)):
+def _read_test(status: RunStatus) -> TestResult | None:
+    if not storage.exists(evaluation_uri(status)):
         return None
-    metrics: dict[str, Any] = json.loads(storage.read_bytes(evaluation_uri(found)))
-    with storage.open_file(storage.join(found.run.uri, "report", "predictions.parquet")) as file:
+    metrics: dict[str, Any] = json.loads(storage.read_bytes(evaluation_uri(status)))
+    with storage.open_file(storage.join(status.run.uri, "report", "predictions.parquet")) as file:
         rows = pq.read_table(file, columns=["key", "label", "predicted"]).sort_by("key").to_pydict()
     return TestResult(
         keys=rows["key"],
         correct=np.array(rows["label"]) == np.array(rows["predicted"]),
         metrics=metrics,
-        report=f"../experiments/{found.run.settings.name}/report/report.html",
+        report=f"../experiments/{status.run.settings.name}/report/report.html",
     )

@@ -1,11 +1,10 @@
-"""Runs the experiments of a tree: parents before children, as many at a time as the cluster has room for.
+"""Training of a tree of experiments: parents before children, as many concurrent runs as the cluster has room for.
 
-Each is a task of Ray's. A run with one worker is trained in it; one with several workers is a run of Ray Train.
-What is finished is left alone, what was interrupted goes on, and a branch that fails stops no other.
+Each run is a Ray task. A run with one worker is trained in the task, one with several workers by Ray Train. Finished
+runs are left alone, interrupted ones are resumed, and a failed branch does not stop the others.
 """
 
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,224 +15,236 @@ from carclass.cluster import connection
 from carclass.config.schema import TrainSettings
 from carclass.data import dataset
 from carclass.errors import UserError
-from carclass.experiments import status
+from carclass.experiments.status import set_aside_run, tree_status
 from carclass.experiments.tree import Experiment, Tree
 from carclass.ingestion.ingest import ingest_photos
 from carclass.models import resnet
+from carclass.progress import Throttle
 from carclass.runs.run import MetricsRow, Run, begin_run, find_run
 from carclass.training import feature_cache, placement, preflight
 from carclass.training.photo_store import BlockRefs, PhotoStore
-from carclass.training.train import MALLOC_ENV, TrainResources, check_resources, load_origin, train_stages
+from carclass.training.train import MALLOC_ENV, TrainResources, check_resources, load_run_inputs, train_stages
 
 log = logging.getLogger(__name__)
-SAY_EVERY = 10.0
-"""Seconds between two lines on how far the runs are."""
+REPORT_EVERY_S = 10.0
+"""Seconds between two progress lines."""
 MAX_RETRIES = 3
-"""How often a run goes on elsewhere when its process or node is lost."""
+"""Largest number of retries of a run whose process or node is lost."""
 
 
 @dataclass
 class TreeProgress:
-    """How far the wanted experiments are."""
+    """Progress of the requested experiments."""
 
     waiting: list[Experiment]
     running: dict[Any, Experiment] = field(default_factory=dict)  # by the task's future
-    finished: list[str] = field(default_factory=list)  # by name, those that were finished before too
-    failed: dict[str, str] = field(default_factory=dict)  # name → why
+    finished: list[str] = field(default_factory=list)  # names, including those finished before
+    failed: dict[str, str] = field(default_factory=dict)  # reason by name
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more will come of it."""
+        """Return True if no experiment is waiting or running."""
         return not self.waiting and not self.running
 
+    def fail(self, experiment: Experiment, reason: str) -> None:
+        """Record and log a failure."""
+        self.failed[experiment.name] = reason
+        log.warning("lineage: %s failed: %s", experiment.name, reason)
 
-def run_experiments(tree: Tree, wanted: Sequence[Experiment]) -> TreeProgress:
-    """Trains what is missing of experiments and their parents (all in `wanted`, parents first).
 
-    UserError for wrong data or weights; what goes wrong with one of them is in what is returned.
+def run_experiments(tree: Tree, requested: Sequence[Experiment]) -> TreeProgress:
+    """Train the unfinished ones of the requested experiments. requested: with their parents, parents first.
+
+    Failures of single experiments are returned. Raise UserError for wrong data or weights.
     """
-    progress, found = TreeProgress([]), status.tree_status(tree)
-    for one in wanted:
-        state, reason = found[one.name].state, found[one.name].reason
-        if state == "finished":
-            progress.finished.append(one.name)
-        elif state == "stale":
-            progress.failed[one.name] = f"stale ({reason}): `jobs/lineage.py rerun-stale` trains it anew"
+    progress, statuses = TreeProgress([]), tree_status(tree)
+    for experiment in requested:
+        status = statuses[experiment.name]
+        if status.state == "finished":
+            progress.finished.append(experiment.name)
+        elif status.state == "stale":
+            remedy = "`jobs/lineage.py rerun-stale` retrains it"
+            progress.failed[experiment.name] = f"stale ({status.reason}): {remedy}"
         else:
-            progress.waiting.append(one)
+            progress.waiting.append(experiment)
     if progress.waiting:
-        _check_parents(tree, wanted)
-        make_datasets(tree, {one.settings.dataset for one in progress.waiting})
-        _train(tree, progress)
+        _check_parents(tree, requested)
+        make_datasets(tree, {experiment.settings.dataset for experiment in progress.waiting})
+        _run_tasks(tree, progress)
     return progress
 
 
 def rerun_stale(tree: Tree) -> TreeProgress:
-    """Trains anew what is stale; what the old runs said of themselves is kept, see standing.put_aside."""
-    found = status.tree_status(tree)
-    stale = [name for name, one in found.items() if one.state == "stale"]
-    for name in stale:
-        log.info("lineage: %s (%s); it is kept as %s", name, found[name].reason, status.set_aside_run(found[name].run))
-    return run_experiments(tree, tree.with_parents(stale))
+    """Retrain stale runs, with their unfinished parents. The records of the old runs are kept, see set_aside_run."""
+    stale = {name: status for name, status in tree_status(tree).items() if status.state == "stale"}
+    for name, status in stale.items():
+        log.info("lineage: %s is stale (%s), moved to %s", name, status.reason, set_aside_run(status.run))
+    return run_experiments(tree, tree.with_parents(list(stale)))
 
 
-def make_datasets(tree: Tree, needed: set[str]) -> None:
-    """Publishes those of the budget's datasets that are needed and aren't there; what isn't the budget's must be."""
+def make_datasets(tree: Tree, names: set[str]) -> None:
+    """Publish the missing ones of these datasets. Raise UserError for one that is missing and not in the budget."""
     root = tree.budget.root
-    masks = [mask for mask in tree.budget.masks if mask.dataset in needed]
-    sources = needed | {mask.source for mask in masks}
+    masks = [mask for mask in tree.budget.masks if mask.dataset in names]
+    sources = names | {mask.source for mask in masks}
     if tree.budget.ingest is not None and tree.budget.ingest.dataset in sources:
         ingest_photos(root, tree.budget.ingest)
     for mask in masks:
-        from carclass.masking.mask import mask_dataset  # here: what only trains needs no detector
+        from carclass.masking.mask import mask_dataset  # imported late: training needs no detector
 
         mask_dataset(root, mask)
-    for name in sorted(needed):
+    for name in sorted(names):
         dataset.load_dataset(root, name)
 
 
-def _check_parents(tree: Tree, wanted: Sequence[Experiment]) -> None:
-    """UserError when a parent is neither in the tree nor on the root, or has a dataset of other classes.
+def _check_parents(tree: Tree, experiments: Sequence[Experiment]) -> None:
+    """Raise UserError for a parent that does not exist or was trained on other classes.
 
-    Of datasets that are still to be made nothing is known yet.
+    Datasets that are not published yet are not checked.
     """
-    for one in wanted:
-        parent = tree.parent(one)
-        if one.start is not None and parent is None:
+    root = tree.budget.root
+    for experiment in experiments:
+        parent, start = tree.parent(experiment), experiment.parent_epoch
+        if start is not None and parent is None:
             try:
-                find_run(tree.budget.root, one.start.run)
+                find_run(root, start.run)
             except UserError as error:
-                raise UserError(f"{one.file}: `train.parent` is {one.settings.parent}, but {error}") from error
-        ours = dataset.find_dataset(tree.budget.root, one.settings.dataset)
-        theirs = None if parent is None else dataset.find_dataset(tree.budget.root, parent.settings.dataset)
-        if ours is not None and theirs is not None and ours.classes != theirs.classes:
+                message = f"{experiment.file}: `train.parent` is {experiment.settings.parent}, but {error}"
+                raise UserError(message) from error
+        own = dataset.find_dataset(root, experiment.settings.dataset)
+        other = None if parent is None else dataset.find_dataset(root, parent.settings.dataset)
+        if own is not None and other is not None and own.classes != other.classes:
             raise UserError(
-                f"{one.file}: dataset `{ours.name}` has {len(ours.classes)} classes, and `train.parent` "
-                f"{one.settings.parent} was trained on `{theirs.name}` with {len(theirs.classes)} or others. "
-                "Choose datasets of the same classes, or start from `imagenet`."
+                f"{experiment.file}: dataset `{own.name}` ({len(own.classes)} classes) and `{other.name}` "
+                f"({len(other.classes)} classes) of `train.parent` {experiment.settings.parent} have different "
+                "classes. Choose datasets of the same classes, or start from `imagenet`."
             )
 
 
-def _train(tree: Tree, progress: TreeProgress) -> None:
+def _run_tasks(tree: Tree, progress: TreeProgress) -> None:
+    """Run the waiting experiments until all are finished or failed."""
     connection.connect()
-    held: dict[tuple[str, int], PhotoStore] = {}
-    said = time.monotonic()
+    stores: dict[tuple[str, int], PhotoStore] = {}
+    throttle = Throttle(REPORT_EVERY_S)
     while not progress.is_over:
-        for one in _ready(tree, progress):
-            progress.waiting.remove(one)
-            if (why := _begin(tree, one, held, progress)) is not None:
-                progress.failed[one.name] = why
-                log.warning("lineage: %s failed: %s", one.name, why)
+        for experiment in take_ready(tree, progress):
+            try:
+                task = _start_task(tree, experiment, stores)
+            except UserError as error:
+                progress.fail(experiment, str(error))
+            else:
+                progress.running[task] = experiment
         for task in ray.wait(list(progress.running), timeout=1.0)[0] if progress.running else []:
-            one = progress.running.pop(task)
-            _end(tree, one, task, progress)
-        if time.monotonic() - said > SAY_EVERY and progress.running:
-            said = time.monotonic()
-            _say(tree, progress)
+            _end_task(tree, progress.running.pop(task), task, progress)
+        if progress.running and throttle.is_ready():
+            _log_progress(tree, progress)
 
 
-def _ready(tree: Tree, progress: TreeProgress) -> list[Experiment]:
-    """Those whose parent is finished, but for those whose cached features another is computing for all of them.
+def take_ready(tree: Tree, progress: TreeProgress) -> list[Experiment]:
+    """Remove the experiments that can start from the waiting ones, and return them.
 
-    One whose parent failed fails with it.
+    An experiment waits for its parent, and for features that another one is computing for the cache. It fails if its
+    parent failed.
     """
+    running = [experiment for experiment in progress.running.values() if experiment.settings.frozen is not None]
+    computing = [_features_key(experiment) for experiment in running if not _metrics(tree, experiment)]
     ready: list[Experiment] = []
-    computed = [_features(one) for one in progress.running.values() if one.settings.frozen and not _epochs(tree, one)]
-    for one in [*progress.waiting]:
-        parent = tree.parent(one)
+    waiting: list[Experiment] = []
+    for experiment in progress.waiting:
+        parent = tree.parent(experiment)
         if parent is not None and parent.name in progress.failed:
-            progress.waiting.remove(one)
-            progress.failed[one.name] = f"{parent.name}, which it starts from, failed"
+            progress.failed[experiment.name] = f"its parent {parent.name} failed"
         elif parent is not None and parent.name not in progress.finished:
-            continue
-        elif one.settings.frozen is None:
-            ready.append(one)
-        elif (needed := _features(one)) not in computed:
-            ready.append(one)
-            computed.append(needed)
+            waiting.append(experiment)
+        elif experiment.settings.frozen is None:
+            ready.append(experiment)
+        elif _features_key(experiment) in computing:
+            waiting.append(experiment)
+        else:
+            ready.append(experiment)
+            computing.append(_features_key(experiment))
+    progress.waiting = waiting
     return ready
 
 
-def _features(one: Experiment) -> Any:
-    """What the cached features of an experiment with a frozen stage depend on."""
-    return feature_cache.cache_key(one.settings), one.settings.dataset, one.settings.parent
+def _features_key(experiment: Experiment) -> Any:
+    """Return the inputs of an experiment's cached features."""
+    return feature_cache.cache_key(experiment.settings), experiment.settings.dataset, experiment.settings.parent
 
 
-def _epochs(tree: Tree, one: Experiment) -> list[MetricsRow]:
-    return Run(tree.budget.root, one.settings).metrics()
+def _metrics(tree: Tree, experiment: Experiment) -> list[MetricsRow]:
+    return Run(tree.budget.root, experiment.settings).metrics()
 
 
-def _begin(tree: Tree, one: Experiment, held: dict[tuple[str, int], PhotoStore], progress: TreeProgress) -> str | None:
-    """Hands an experiment to the cluster; why it can't be trained, if so."""
-    root, settings, each = tree.budget.root, one.settings, tree.budget.devices_per_worker
-    try:
-        source = dataset.load_dataset(root, settings.dataset)
-        use_gpu = check_resources(root, settings, source)
-        _check_share(settings, source, each, use_gpu=use_gpu)
-    except UserError as error:
-        return str(error)
-    photos = held.setdefault((settings.dataset, settings.model.image_size), PhotoStore(settings, source))
-    here = settings.workers == (1, 1)
+def _start_task(tree: Tree, experiment: Experiment, stores: dict[tuple[str, int], PhotoStore]) -> Any:
+    """Submit an experiment to the cluster and return its future. Raise UserError if it can't be trained."""
+    root, settings, devices_per_worker = tree.budget.root, experiment.settings, tree.budget.devices_per_worker
+    source = dataset.load_dataset(root, settings.dataset)
+    use_gpu = check_resources(root, settings, source)
+    _check_placement(settings, source, devices_per_worker, use_gpu=use_gpu)
+    store = stores.setdefault((settings.dataset, settings.model.image_size), PhotoStore(settings, source))
+    in_process = settings.workers == (1, 1)
     options: dict[str, Any] = {"num_cpus": 0, "max_retries": MAX_RETRIES}
-    if here:
-        options |= {"num_gpus": each, "num_cpus": 1} if use_gpu else {"num_cpus": each}
-        options |= {} if use_gpu else {"runtime_env": {"env_vars": MALLOC_ENV}}
-    task: Any = ray.remote(train_one).options(name=one.name, **options)
-    means = TrainResources(use_gpu, each, in_process=here, report=_tell_nobody)
-    progress.running[task.remote(root, settings, photos.get(), means)] = one
-    return None
+    if in_process and use_gpu:
+        options |= {"num_gpus": devices_per_worker, "num_cpus": 1}
+    elif in_process:
+        options |= {"num_cpus": devices_per_worker, "runtime_env": {"env_vars": MALLOC_ENV}}
+    task: Any = ray.remote(train_experiment).options(name=experiment.name, **options)
+    resources = TrainResources(use_gpu, devices_per_worker, in_process=in_process, report=_ignore)
+    return task.remote(root, settings, store.get(), resources)
 
 
-def _check_share(settings: TrainSettings, source: dataset.Dataset, each: float, *, use_gpu: bool) -> None:
-    """UserError when a run doesn't fit beside as many others as the cluster has room for."""
-    slots = placement.count_slots(settings.workers[0], each, use_gpu=use_gpu)
-    memory = placement.memory_per_run(settings, each, slots, use_gpu=use_gpu)
+def _check_placement(
+    settings: TrainSettings, source: dataset.Dataset, devices_per_worker: float, *, use_gpu: bool
+) -> None:
+    """Raise UserError if a run does not fit on the cluster or into its share of memory."""
+    slots = placement.count_slots(settings.workers[0], devices_per_worker, use_gpu=use_gpu)
+    memory = placement.memory_per_run(settings, devices_per_worker, slots, use_gpu=use_gpu)
     if memory is not None:
         net = resnet.build(settings.model, len(source.classes))
         preflight.check_memory(settings, source, net, memory, use_gpu=use_gpu)
 
 
-def train_one(root: str, settings: TrainSettings, photos: BlockRefs, means: TrainResources) -> str | None:
-    """Trains an experiment or what is missing of it, in a task of Ray's; why it can't be, if so."""
+def train_experiment(root: str, settings: TrainSettings, photos: BlockRefs, resources: TrainResources) -> str | None:
+    """Train an experiment, or resume it, in a Ray task. Return the reason if it can't be trained."""
     try:
-        source, parent_sha256 = load_origin(root, settings)
-        this = begin_run(Run(root, settings), source, parent_sha256)
-        train_stages(this, source, lambda: photos, means, this.unfinished_stages)
-    except UserError as error:  # no crash, after which Ray would try again
+        source, parent_sha256 = load_run_inputs(root, settings)
+        run = begin_run(Run(root, settings), source, parent_sha256)
+        train_stages(run, source, lambda: photos, resources, run.unfinished_stages)
+    except UserError as error:  # returned instead of raised, as Ray would retry the task
         return str(error)
     return None
 
 
-def _tell_nobody(metrics: dict[str, float]) -> None:
-    """The epochs of several runs at a time would be a muddle: the driver says how far all are."""
+def _ignore(metrics: dict[str, float]) -> None:
+    """Do nothing: the driver logs one line on all runs instead of a line per epoch of each."""
 
 
-def _end(tree: Tree, one: Experiment, task: Any, progress: TreeProgress) -> None:
+def _end_task(tree: Tree, experiment: Experiment, task: Any, progress: TreeProgress) -> None:
+    """Record the result of a task."""
     try:
-        why = ray.get(task)
-    except ray.exceptions.RayError as error:  # a program's, or of a process or node that was lost too often
-        why = str(error).strip().splitlines()[-1][:300]
-    if why is not None:
-        progress.failed[one.name] = why
-        log.warning("lineage: %s failed: %s", one.name, why)
+        reason = ray.get(task)
+    except ray.exceptions.RayError as error:  # a bug, or a process or node that was lost too often
+        reason = str(error).strip().splitlines()[-1][:300]
+    if reason is not None:
+        progress.fail(experiment, reason)
         return
-    progress.finished.append(one.name)
-    this = Run(tree.budget.root, one.settings)
-    accuracy = this.best_val_accuracy(this.stages[-1])
-    log.info("lineage: %s finished, val accuracy %.3f", one.name, accuracy)
+    progress.finished.append(experiment.name)
+    run = Run(tree.budget.root, experiment.settings)
+    log.info("lineage: %s finished, val accuracy %.3f", experiment.name, run.best_val_accuracy(run.stages[-1]))
 
 
-def _say(tree: Tree, progress: TreeProgress) -> None:
-    """One line on all of them."""
+def _log_progress(tree: Tree, progress: TreeProgress) -> None:
+    """Log one line on all experiments."""
     parts = []
-    for one in progress.running.values():
-        rows = _epochs(tree, one)
+    for experiment in progress.running.values():
+        rows = _metrics(tree, experiment)
         if rows:
-            last = rows[-1]
-            epochs = getattr(one.settings, last["stage"]).epochs
-            parts.append(f"{one.name} {last['stage']} {last['epoch']:.0f}/{epochs} val {last['val_accuracy']:.3f}")
-    rest = len(progress.running) - len(parts)
-    parts += [f"{rest} begin or wait for room"] if rest else []
-    over = len(progress.finished) + len(progress.failed)
-    total = over + len(progress.running) + len(progress.waiting)
-    log.info("lineage: %d of %d over; %s", over, total, ", ".join(parts))
+            stage, epoch, accuracy = rows[-1]["stage"], rows[-1]["epoch"], rows[-1]["val_accuracy"]
+            num_epochs = getattr(experiment.settings, stage).epochs
+            parts.append(f"{experiment.name} {stage} {epoch:.0f}/{num_epochs} val {accuracy:.3f}")
+    num_starting = len(progress.running) - len(parts)
+    parts += [f"{num_starting} starting or waiting for resources"] if num_starting else []
+    num_over = len(progress.finished) + len(progress.failed)
+    total = num_over + len(progress.running) + len(progress.waiting)
+    log.info("lineage: %d of %d over; %s", num_over, total, ", ".join(parts))

@@ -1,4 +1,4 @@
-"""Whether one classifier is better than another, from which of the same photos each gets right."""
+"""Significance of the difference in accuracy between two classifiers on the same photos."""
 
 from typing import Literal, NamedTuple
 
@@ -6,73 +6,75 @@ import numpy as np
 from scipy.stats import binomtest
 
 NUM_RESAMPLES = 10_000
-Words = Literal["better", "worse", "no clear difference"]
+Verdict = Literal["better", "worse", "no clear difference"]
 
 
-class Verdict(NamedTuple):
-    """How far accuracy of one classifier is above another's on the same photos; all but counts are fractions of one."""
+class AccuracyDifference(NamedTuple):
+    """Difference in accuracy of a first and a second classifier on the same photos, as fractions."""
 
     difference: float
     low: float
-    """Lower end of the difference's 95 % interval."""
+    """Lower end of the 95 % interval of the difference."""
     high: float
+    """Upper end of the 95 % interval of the difference."""
     p_value: float
-    only_ours: int
-    """Photos that only the first classifier gets right."""
-    only_theirs: int
+    only_first: int
+    """Number of photos that only the first classifies correctly."""
+    only_second: int
+    """Number of photos that only the second classifies correctly."""
     num_photos: int
 
     @property
-    def words(self) -> Words:
-        """What the interval says: the two differ when it leaves out 0."""
+    def verdict(self) -> Verdict:
+        """Return "better" or "worse" for the first classifier if the interval excludes 0."""
         if self.low > 0:
             return "better"
         return "worse" if self.high < 0 else "no clear difference"
 
 
-def compare(ours: np.ndarray, theirs: np.ndarray, seed: int) -> Verdict:
-    """Compare two classifiers. bool (N,) each: whether a photo was classified correctly, photos in the same order.
+def compare(first: np.ndarray, second: np.ndarray, seed: int) -> AccuracyDifference:
+    """Compare two classifiers. bool (N,) each: correctly classified photos, in the same order.
 
-    ValueError when there are no photos or not the same number of them.
+    Raise ValueError if there are no photos or if their numbers differ.
     """
-    only_ours, only_theirs = _disagreements(ours, theirs)
-    low, high = difference_interval(ours, theirs, seed)
-    difference = (only_ours - only_theirs) / len(ours)
-    return Verdict(difference, low, high, mcnemar(ours, theirs), only_ours, only_theirs, len(ours))
+    only_first, only_second = _count_disagreements(first, second)
+    low, high = difference_interval(first, second, seed)
+    difference = (only_first - only_second) / len(first)
+    return AccuracyDifference(difference, low, high, mcnemar(first, second), only_first, only_second, len(first))
 
 
-def mcnemar(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """The two-sided p-value of McNemar's test (1947, Psychometrika 12:153-157) in its exact, binomial form.
+def mcnemar(first: np.ndarray, second: np.ndarray) -> float:
+    """Return the two-sided p-value of McNemar's exact (binomial) test (1947, Psychometrika 12:153-157).
 
-    bool (N,) each, as `compare` takes them. 1 where the two disagree nowhere.
+    bool (N,) each, as in `compare`. 1 if the classifiers never disagree.
     """
-    only_ours, only_theirs = _disagreements(ours, theirs)
-    if only_ours + only_theirs == 0:
+    only_first, only_second = _count_disagreements(first, second)
+    if only_first + only_second == 0:
         return 1.0
-    return float(binomtest(only_ours, only_ours + only_theirs).pvalue)
+    return float(binomtest(only_first, only_first + only_second).pvalue)
 
 
-def difference_interval(ours: np.ndarray, theirs: np.ndarray, seed: int) -> tuple[float, float]:
-    """The 95 % interval of accuracy(ours) - accuracy(theirs): a bootstrap over photos (Efron 1979), percentiles.
+def difference_interval(first: np.ndarray, second: np.ndarray, seed: int) -> tuple[float, float]:
+    """Return the 95 % interval of accuracy(first) - accuracy(second): paired bootstrap over photos (Efron 1979).
 
-    bool (N,) each, as `compare` takes them. It knows of the chance in which photos there are, not of that in training.
+    bool (N,) each, as in `compare`. Percentiles; covers the choice of photos, not the randomness of training.
     """
-    only_ours, only_theirs = _disagreements(ours, theirs)
-    total = len(ours)
-    # A resample's difference hangs on these three counts alone, so they are drawn instead of the photos.
-    shares = np.array([only_ours, only_theirs, total - only_ours - only_theirs]) / total
+    only_first, only_second = _count_disagreements(first, second)
+    total = len(first)
+    # A resample's difference depends only on these three counts, so they are drawn instead of photos.
+    shares = np.array([only_first, only_second, total - only_first - only_second]) / total
     counts = np.random.default_rng(seed).multinomial(total, shares, NUM_RESAMPLES)
     low, high = np.percentile((counts[:, 0] - counts[:, 1]) / total, (2.5, 97.5))
     return float(low), float(high)
 
 
-def _disagreements(ours: np.ndarray, theirs: np.ndarray) -> tuple[int, int]:
-    """How many photos only the first gets right, and only the second."""
-    for name, correct in (("ours", ours), ("theirs", theirs)):
+def _count_disagreements(first: np.ndarray, second: np.ndarray) -> tuple[int, int]:
+    """Return the numbers of photos that only the first and only the second classifies correctly."""
+    for name, correct in (("first", first), ("second", second)):
         if correct.dtype != bool or correct.ndim != 1:
-            raise ValueError(f"{name} must be bool of shape (N,), got {correct.dtype} of {correct.shape}")
-    if len(ours) != len(theirs):
-        raise ValueError(f"ours holds {len(ours)} photos and theirs {len(theirs)}: pass the photos that both have")
-    if not len(ours):
-        raise ValueError("ours and theirs hold no photos: there is nothing to compare, pass photos that both have")
-    return int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
+            raise ValueError(f"{name} must be bool of shape (N,), got {correct.dtype} of shape {correct.shape}")
+    if len(first) != len(second):
+        raise ValueError(f"first has {len(first)} photos and second {len(second)}: pass only photos that both have")
+    if not len(first):
+        raise ValueError("first and second are empty: pass photos that both have")
+    return int((first & ~second).sum()), int((second & ~first).sum())

@@ -1,72 +1,70 @@
-"""How far each experiment of a tree is, and whether its run is still what its files, parents and data say."""
+"""Status of each experiment's run: its progress, and agreement with its experiment file, parent and dataset."""
 
 import json
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from carclass import storage
 from carclass.data import dataset
 from carclass.errors import UserError
 from carclass.experiments.tree import Experiment, Tree
-from carclass.runs.run import Run, changed_origins, changed_settings, find_run, parse_parent, parse_run_settings
+from carclass.runs.run import Run, changed_inputs, changed_settings, find_run, parse_parent, parse_run_settings
 from carclass.training import checkpoint
 
 State = Literal["missing", "begun", "finished", "stale"]
-MAX_NAMED = 3
-"""Settings that a reason names."""
+MAX_LISTED = 3
+"""Largest number of settings listed in a reason."""
 
 
 class RunStatus(NamedTuple):
-    """An experiment's run."""
+    """An experiment's run and its state."""
 
     run: Run
     state: State
-    reason: str | None = None  # why it is stale
+    reason: str | None = None  # for state stale
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The facts of the last stage's best epoch, once it is published."""
+        """Return the facts of the last stage's best model; None if it is not published."""
         uri = f"{self.run.model_uri(self.run.stages[-1])}.json"
         return json.loads(storage.read_bytes(uri)) if storage.exists(uri) else None
 
 
 def tree_status(tree: Tree) -> dict[str, RunStatus]:
-    """Every experiment's, by name. UserError when the root can't be read."""
-    digests: dict[str, str | None] = {}
-    found: dict[str, RunStatus] = {}
-    for one in tree.experiments:
-        name = one.settings.dataset
-        if name not in digests:
-            source = dataset.find_dataset(tree.budget.root, name)
-            digests[name] = None if source is None else source.digest
-        parent = tree.parent(one)
-        above = None if parent is None else found[parent.name]
-        found[one.name] = _standing(tree.budget.root, one, above, digests[name])
-    return found
+    """Return the status of every experiment by name. Raise UserError if the root can't be read."""
+    root, statuses = tree.budget.root, dict[str, RunStatus]()
+    names = dict.fromkeys(experiment.settings.dataset for experiment in tree.experiments)
+    sources = {name: dataset.find_dataset(root, name) for name in names}
+    for experiment in tree.experiments:
+        parent = tree.parent(experiment)
+        parent_status = None if parent is None else statuses[parent.name]
+        source = sources[experiment.settings.dataset]
+        digest = None if source is None else source.digest
+        statuses[experiment.name] = _run_status(root, experiment, parent_status, digest)
+    return statuses
 
 
-def _standing(root: str, one: Experiment, above: RunStatus | None, digest: str | None) -> RunStatus:
-    planned = Run(root, one.settings)
+def _run_status(
+    root: str, experiment: Experiment, parent_status: RunStatus | None, dataset_digest: str | None
+) -> RunStatus:
+    planned = Run(root, experiment.settings)
     config_uri = storage.join(planned.uri, "config.yml")
     if not storage.exists(config_uri):
         return RunStatus(planned, "missing")
     run = Run(root, parse_run_settings(storage.read_bytes(config_uri)))
-    reasons = [_settings(changed_settings(run.settings, one.settings))]
-    reasons += changed_origins(run, digest or run.lineage()["dataset_digest"], parent_sha256(root, one.settings.parent))
-    if above is not None and above.state == "stale":
-        reasons.append(f"{above.run.settings.name} is stale")
-    if any(reasons):
-        return RunStatus(run, "stale", "; ".join(reason for reason in reasons if reason))
+    reasons = []
+    if changed := changed_settings(run.settings, experiment.settings):
+        reasons.append(f"other settings: {', '.join(changed[:MAX_LISTED])}{' …' if len(changed) > MAX_LISTED else ''}")
+    digest = dataset_digest or run.lineage()["dataset_digest"]
+    reasons += changed_inputs(run, digest, parent_sha256(root, experiment.settings.parent))
+    if parent_status is not None and parent_status.state == "stale":
+        reasons.append(f"{parent_status.run.settings.name} is stale")
+    if reasons:
+        return RunStatus(run, "stale", "; ".join(reasons))
     return RunStatus(run, "begun" if run.unfinished_stages else "finished")
 
 
-def _settings(changed: Sequence[str]) -> str:
-    named = ", ".join(changed[:MAX_NAMED]) + (" …" if len(changed) > MAX_NAMED else "")
-    return f"other settings: {named}" if changed else ""
-
-
 def parent_sha256(root: str, parent: str) -> str | None:
-    """What a parent's weights hash to, as its run says; None where they aren't those of a run, or aren't there yet."""
+    """Return the recorded sha256 of a parent epoch's weights; None for a weights file or a missing epoch."""
     start = parse_parent(parent)
     if start is None:
         return None
@@ -89,26 +87,23 @@ def parent_sha256(root: str, parent: str) -> str | None:
 
 
 def set_aside_run(run: Run) -> str:
-    """Removes a run to train it anew; what it said of itself stays in `<root>/replaced/`, weights don't.
-
-    Returns where.
-    """
-    begun = storage.sha256(storage.read_bytes(storage.join(run.uri, "lineage.json")))[:8]
-    number = len({path.split("/")[1] for path in _replaced(run)})
-    place = storage.join(run.root, "replaced", run.settings.name, f"{number + 1:03d}-{begun}")
+    """Delete a run to retrain it; keep its records but not its weights in `<root>/replaced/`, and return where."""
+    lineage_sha256 = storage.sha256(storage.read_bytes(storage.join(run.uri, "lineage.json")))[:8]
+    number = len({path.split("/")[1] for path in _replaced_files(run)})
+    target = storage.join(run.root, "replaced", run.settings.name, f"{number + 1:03d}-{lineage_sha256}")
     paths = storage.list_files(run.uri)
     for path in paths:
         if path in ("config.yml", "lineage.json", "metrics.jsonl") or path.startswith("report"):
-            storage.write_bytes(storage.join(place, path), storage.read_bytes(storage.join(run.uri, path)))
-    # What says that it has begun goes after the models: a new run would take those for its own.
+            storage.write_bytes(storage.join(target, path), storage.read_bytes(storage.join(run.uri, path)))
+    # config.yml is deleted after the models: without it, a new run would take old models for its own.
     for folder in sorted({path.split("/")[0] for path in paths if "/" in path}):
         storage.delete_folder(storage.join(run.uri, folder))
     storage.delete(storage.join(run.uri, "config.yml"))
     storage.delete_folder(run.uri)
-    return place
+    return target
 
 
-def _replaced(run: Run) -> list[str]:
+def _replaced_files(run: Run) -> list[str]:
     name = run.settings.name
-    found = storage.list_files(storage.join(run.root, "replaced"))
-    return [path for path in found if path.startswith(f"{name}/")]
+    paths = storage.list_files(storage.join(run.root, "replaced"))
+    return [path for path in paths if path.startswith(f"{name}/")]

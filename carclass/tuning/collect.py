@@ -1,4 +1,4 @@
-"""A sweep on storage → what it found, and the files that tell of it. Needs no cluster, and no sweep that has ended."""
+"""Results of a sweep read from storage, and its published report. Neither needs a cluster or a finished sweep."""
 
 import io
 
@@ -7,55 +7,55 @@ import yaml
 
 from carclass import storage
 from carclass.runs.run import code_version
-from carclass.tuning import report, results, trial_records
-from carclass.tuning.search_space import Space, get_setting
+from carclass.tuning import report, trial_records
+from carclass.tuning.results import SweepResult, TrialResult
+from carclass.tuning.search_space import SearchSpace, get_setting
 from carclass.tuning.trial_records import Trial
 
 
-def collect_sweep(root: str, name: str) -> results.SweepResult:
-    """All that is known of a sweep. UserError when it isn't there."""
-    space, book = trial_records.load_records(root, name)
-    outcomes = [_outcome(space, trial) for trial in book.found.values()]
-    return results.SweepResult(
+def collect_sweep(root: str, name: str) -> SweepResult:
+    """Return the results of a sweep. Raise UserError if there is none of this name."""
+    space, records = trial_records.load_records(root, name)
+    return SweepResult(
         name=name,
         facts=_facts(space),
         stage=space.stage,
-        device=book.found[0].device if book.found else "CPU",
+        device=records.trials[0].device if records.trials else "CPU",
         dimensions=space.dimensions,
-        outcomes=outcomes,
+        trials=[_collect_trial(space, trial) for trial in records.trials.values()],
         seed=space.search.seed,
     )
 
 
-def publish_sweep(root: str, found: results.SweepResult) -> list[str]:
-    """Publishes a sweep's table, page and best settings, and returns where. UserError when no trial has finished."""
-    uri = trial_records.sweep_uri(root, found.name)
-    page = report.render_analysis(found)
+def publish_sweep(root: str, sweep: SweepResult) -> list[str]:
+    """Write a sweep's best settings, table and page; return their URIs. Raise UserError if no trial is complete."""
+    uri = trial_records.sweep_uri(root, sweep.name)
+    page = report.render_analysis(sweep)
     table = io.BytesIO()
-    pq.write_table(report.trials_table(found), table)
-    files = {"best.yml": _best(root, found), "trials.parquet": table.getvalue(), "analysis.html": page.encode()}
+    pq.write_table(report.trials_table(sweep), table)
+    files = {"best.yml": _best_config(root, sweep), "trials.parquet": table.getvalue(), "analysis.html": page.encode()}
     for file, data in files.items():
         storage.write_bytes(storage.join(uri, file), data)
     return [storage.join(uri, file) for file in files]
 
 
-def _outcome(space: Space, trial: Trial) -> results.TrialResult:
-    this = trial_records.trial_run(space, trial)
-    rows = [row for row in this.metrics() if row["stage"] == space.stage]
-    return results.TrialResult(
+def _collect_trial(space: SearchSpace, trial: Trial) -> TrialResult:
+    run = trial_records.trial_run(space, trial)
+    rows = [row for row in run.metrics() if row["stage"] == space.stage]
+    return TrialResult(
         trial=trial,
         epochs=rows,
-        max_epochs=get_setting(this.settings, f"train.{space.stage}.epochs"),
+        max_epochs=get_setting(run.settings, f"train.{space.stage}.epochs"),
         devices=trial.devices,
-        finished=rows[-1]["time"] if rows else None,
+        end_time=rows[-1]["time"] if rows else None,
     )
 
 
-def _facts(space: Space) -> list[tuple[str, str]]:
-    search, train = space.search, space.base
+def _facts(space: SearchSpace) -> list[tuple[str, str]]:
+    search, train = space.search, space.base_settings
     pruning: str = search.scheduler
     if pruning == "asha":
-        pruning = f"ASHA: from epoch {space.min_epochs} on, one in {search.reduction_factor} goes on"
+        pruning = f"ASHA: from epoch {space.min_epochs}, one trial in {search.reduction_factor} continues"
     return [
         ("experiment", train.name),
         ("dataset", train.dataset),
@@ -67,11 +67,12 @@ def _facts(space: Space) -> list[tuple[str, str]]:
     ]
 
 
-def _best(root: str, found: results.SweepResult) -> bytes:
-    """The best trial's settings as an experiment file."""
-    space, _ = trial_records.load_records(root, found.name)
-    best = found.best
-    settings = trial_records.trial_run(space, best.trial).settings.model_copy(update={"name": f"{found.name}-best"})
+def _best_config(root: str, sweep: SweepResult) -> bytes:
+    """Return an experiment file with the best trial's settings."""
+    space, _ = trial_records.load_records(root, sweep.name)
+    best = sweep.best
+    settings = trial_records.trial_run(space, best.trial).settings.model_copy(update={"name": f"{sweep.name}-best"})
     text = yaml.safe_dump({"root": root, "train": settings.model_dump(mode="json")}, sort_keys=False)
-    told = f"# Trial {best.trial.number} of sweep {found.name}: {best.trial.title}\n"
-    return (told + f"# val accuracy {best.accuracy:.4f} in the search\n" + text).encode()
+    comments = f"# Trial {best.trial.number} of sweep {sweep.name}: {best.trial.title}\n"
+    comments += f"# val accuracy {best.accuracy:.4f} in the search\n"
+    return (comments + text).encode()

@@ -1,4 +1,4 @@
-"""How much each setting decides of the accuracy that trials reach: Optuna's fANOVA, on resamples of the trials."""
+"""Importance of each varied setting for val accuracy: Optuna's fANOVA on resamples of the trials."""
 
 import math
 from collections.abc import Sequence
@@ -14,61 +14,60 @@ from carclass.tuning.results import SweepResult, TrialResult
 from carclass.tuning.search_space import Dimension
 
 MIN_TRIALS = 8
-"""Fewer say nothing of importance."""
+"""Smallest number of trials from which importance is estimated."""
 NUM_RESAMPLES = 20
-NUM_TREES = 32  # with 20 resamples as good as Optuna's 64; 33 trials of 6 settings take a second
+NUM_TREES = 32  # with 20 resamples as accurate as Optuna's default of 64; 33 trials of 6 settings take a second
 
 
 @dataclass(frozen=True, kw_only=True)
 class Importance:
-    """A setting's share in how accuracy varies over the whole space."""
+    """Share of the variance of val accuracy over the whole space that a setting by itself accounts for."""
 
     key: str
     mean: float
-    """Over resamples of the trials; those of all settings add up to 1."""
-    spread: float
-    """Standard deviation over them: how much hangs on which trials there happen to be."""
+    """Mean over resamples of the trials; the means of all settings add up to 1."""
+    std: float
+    """Standard deviation over resamples."""
 
 
 def importances(sweep: SweepResult) -> list[Importance]:
-    """Every varied setting's importance, the highest first; empty when trials are too few or all alike.
+    """Return the importance of every varied setting, highest first; empty if trials are too few or all alike.
 
-    A pruned trial counts with what it had reached. Trial 0 is left out when it lies outside of the space.
+    Pruned trials count with their accuracy so far. Trial 0 is left out if it lies outside of the space.
     """
-    found = [one for one in sweep.searched if _counts(one, sweep.dimensions)]
-    trials = [_trial(one, sweep.dimensions) for one in found]
-    if len(trials) < MIN_TRIALS or not _differ(trials):
+    trials = [_to_optuna(result, sweep.dimensions) for result in sweep.searched if _is_usable(result, sweep.dimensions)]
+    if len(trials) < MIN_TRIALS or not _has_variance(trials):
         return []
     generator = np.random.default_rng(sweep.seed)
-    shares = []
+    samples = []
     for _ in range(NUM_RESAMPLES):
-        drawn = [trials[i] for i in generator.integers(0, len(trials), len(trials))]
+        resample = [trials[i] for i in generator.integers(0, len(trials), len(trials))]
         seed = int(generator.integers(2**31))
-        if _differ(drawn):
-            shares.append(_shares(drawn, seed))
-    if not shares:
+        if _has_variance(resample):
+            samples.append(_fanova(resample, seed))
+    if not samples:
         return []
-    table = {one.key: [share[one.key] for share in shares] for one in sweep.dimensions}
+    by_key = {one.key: [sample[one.key] for sample in samples] for one in sweep.dimensions}
     ranked = [
-        Importance(key=key, mean=float(np.mean(values)), spread=float(np.std(values))) for key, values in table.items()
+        Importance(key=key, mean=float(np.mean(values)), std=float(np.std(values))) for key, values in by_key.items()
     ]
-    return sorted(ranked, key=lambda one: (-one.mean, one.key))
+    return sorted(ranked, key=lambda importance: (-importance.mean, importance.key))
 
 
-def _counts(one: TrialResult, dimensions: Sequence[Dimension]) -> bool:
-    inside = all(dimension.contains(one.trial.values[dimension.key]) for dimension in dimensions)
-    return inside and bool(one.epochs) and math.isfinite(one.accuracy)
+def _is_usable(result: TrialResult, dimensions: Sequence[Dimension]) -> bool:
+    is_inside = all(dimension.contains(result.trial.values[dimension.key]) for dimension in dimensions)
+    return is_inside and bool(result.epochs) and math.isfinite(result.accuracy)
 
 
-def _trial(one: TrialResult, dimensions: Sequence[Dimension]) -> optuna.trial.FrozenTrial:
-    """A trial as Optuna knows it, with the logarithm of each value that was searched by its logarithm.
+def _to_optuna(result: TrialResult, dimensions: Sequence[Dimension]) -> optuna.trial.FrozenTrial:
+    """Return Optuna's form of a trial, with the logarithms of values that are searched on a logarithmic scale.
 
-    Optuna's fANOVA takes such ranges as they are, and so would judge a learning rate by the top of its range alone.
+    Optuna's fANOVA ignores the scale, so the top of the range would dominate the importance of a learning rate.
     """
     params: dict[str, Value] = {}
     distributions: dict[str, optuna.distributions.BaseDistribution] = {}
     for dimension in dimensions:
-        value = one.trial.values[dimension.key]
+        value = result.trial.values[dimension.key]
         if dimension.log and dimension.low is not None and dimension.high is not None:
             params[dimension.key] = math.log(float(value))  # type: ignore[arg-type]
             distributions[dimension.key] = optuna.distributions.FloatDistribution(
@@ -77,15 +76,15 @@ def _trial(one: TrialResult, dimensions: Sequence[Dimension]) -> optuna.trial.Fr
         else:
             params[dimension.key] = value
             distributions[dimension.key] = sampler.distribution(dimension)
-    return optuna.trial.create_trial(value=one.accuracy, params=params, distributions=distributions)
+    return optuna.trial.create_trial(value=result.accuracy, params=params, distributions=distributions)
 
 
-def _differ(trials: Sequence[optuna.trial.FrozenTrial]) -> bool:
-    """Whether there is anything to explain, and anything to explain it by."""
+def _has_variance(trials: Sequence[optuna.trial.FrozenTrial]) -> bool:
+    """Return True if both the accuracies and the settings of the trials differ."""
     return len({trial.value for trial in trials}) > 1 and len({str(trial.params) for trial in trials}) > 1
 
 
-def _shares(trials: Sequence[optuna.trial.FrozenTrial], seed: int) -> dict[str, float]:
+def _fanova(trials: Sequence[optuna.trial.FrozenTrial], seed: int) -> dict[str, float]:
     study = optuna.create_study(direction="maximize")
     study.add_trials(trials)
     evaluator = FanovaImportanceEvaluator(n_trees=NUM_TREES, seed=seed)

@@ -1,4 +1,4 @@
-"""One sweep as one HTML file, one table and a few sentences: what was tried, what came of it, and what to try next."""
+"""Report of a sweep: HTML page, table of trials, and summary in sentences."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,79 +16,75 @@ from carclass.tuning.search_space import short_names
 
 
 def render_analysis(sweep: SweepResult) -> str:
-    """Return the page as one HTML document. UserError when no trial has finished."""
-    _check(sweep)
+    """Return the page as one HTML document. Raise UserError if no trial is complete."""
+    _check_complete(sweep)
     ranked = importances(sweep)
-    ordered = sorted(sweep.outcomes, key=lambda one: (not one.epochs, -one.accuracy, one.trial.number))
-    spent = sum(one.device_seconds for one in sweep.searched)
-    saved = sum(one.saved_device_seconds for one in sweep.searched)
+    spent, saved = sweep.device_seconds, sweep.saved_device_seconds
     return page.render(
         Path(__file__).with_name("report.html.j2"),
         title=f"Sweep {sweep.name}",
         facts=sweep.facts,
         sweep=sweep,
         best=sweep.best,
-        baseline=next((one for one in sweep.complete if one.trial.number == 0), None),
-        outcomes=ordered,
-        seeds=_seed_rows(sweep),
-        all_seeds=sorted({one.trial.seed for one in sweep.outcomes}),
-        found=findings.found(sweep),
-        advice=findings.advice(sweep, ranked),
+        baseline=next((result for result in sweep.complete if result.trial.number == 0), None),
+        results=sorted(sweep.trials, key=lambda result: (not result.epochs, -result.accuracy, result.trial.number)),
+        seed_rows=_seed_rows(sweep),
+        seeds=sorted({result.trial.seed for result in sweep.trials}),
+        sentences=findings.describe_results(sweep),
+        recommendations=findings.recommend(sweep, ranked),
         ranked=ranked,
-        spent=spent,
+        spent=device_time_text(spent, sweep.device),
         saved_share=saved / (spent + saved) if saved else 0.0,
-        names=short_names([one.key for one in sweep.dimensions]),
-        plots=charts,
-        setting_plots=charts,
-        axes=marks,
-        text_of=value_text,
-        time_text=device_time_text,
-        words=findings,
+        names=short_names([dimension.key for dimension in sweep.dimensions]),
+        charts=charts,
+        marks=marks,
+        findings=findings,
+        value_text=value_text,
     )
 
 
 def summarise(sweep: SweepResult) -> list[str]:
-    """What was found and what to try next, in plain sentences. UserError when no trial has finished."""
-    _check(sweep)
-    return [*findings.found(sweep), *findings.advice(sweep, importances(sweep))]
+    """Return results and recommendations in sentences. Raise UserError if no trial is complete."""
+    _check_complete(sweep)
+    return [*findings.describe_results(sweep), *findings.recommend(sweep, importances(sweep))]
 
 
 def trials_table(sweep: SweepResult) -> pa.Table:
-    """Everything that is known of each trial, repetitions with other seeds too, a row each."""
-    outcomes = sweep.outcomes
+    """Return a row per trial, repeats with other seeds included, with a column per varied setting."""
+    results = sweep.trials
     columns: dict[str, pa.Array] = {
-        "number": pa.array([one.trial.number for one in outcomes], pa.int64()),
-        "name": pa.array([one.trial.name for one in outcomes], pa.string()),
-        "title": pa.array([one.trial.title for one in outcomes], pa.string()),
-        "state": pa.array([one.trial.state for one in outcomes], pa.string()),
-        "reason": pa.array([one.trial.reason for one in outcomes], pa.string()),
-        "repeats": pa.array([one.trial.repeats for one in outcomes], pa.int64()),
-        "seed": pa.array([one.trial.seed for one in outcomes], pa.int64()),
+        "number": pa.array([result.trial.number for result in results], pa.int64()),
+        "name": pa.array([result.trial.name for result in results], pa.string()),
+        "title": pa.array([result.trial.title for result in results], pa.string()),
+        "state": pa.array([result.trial.state for result in results], pa.string()),
+        "reason": pa.array([result.trial.reason for result in results], pa.string()),
+        "repeats": pa.array([result.trial.repeats for result in results], pa.int64()),
+        "seed": pa.array([result.trial.seed for result in results], pa.int64()),
     }
     for dimension in sweep.dimensions:
-        columns[dimension.key] = _column([one.trial.values[dimension.key] for one in outcomes])
+        columns[dimension.key] = _setting_column([result.trial.values[dimension.key] for result in results])
     columns |= {
-        "accuracy": pa.array([one.accuracy if one.epochs else None for one in outcomes], pa.float64()),
-        "best_epoch": pa.array([findings.best_epoch(one) for one in outcomes], pa.int64()),
-        "epochs": pa.array([len(one.epochs) for one in outcomes], pa.int64()),
-        "max_epochs": pa.array([one.max_epochs for one in outcomes], pa.int64()),
-        "device_seconds": pa.array([one.device_seconds for one in outcomes], pa.float64()),
-        "saved_device_seconds": pa.array([one.saved_device_seconds for one in outcomes], pa.float64()),
-        "finished": pa.array([one.finished for one in outcomes], pa.float64()),
-        "val_accuracies": _lists(outcomes, "val_accuracy"),
-        "val_losses": _lists(outcomes, "val_loss"),
-        "train_losses": _lists(outcomes, "train_loss"),
+        "accuracy": pa.array([result.accuracy if result.epochs else None for result in results], pa.float64()),
+        "best_epoch": pa.array([result.best_epoch for result in results], pa.int64()),
+        "epochs": pa.array([len(result.epochs) for result in results], pa.int64()),
+        "max_epochs": pa.array([result.max_epochs for result in results], pa.int64()),
+        "device_seconds": pa.array([result.device_seconds for result in results], pa.float64()),
+        "saved_device_seconds": pa.array([result.saved_device_seconds for result in results], pa.float64()),
+        "finished": pa.array([result.end_time for result in results], pa.float64()),
+        "val_accuracies": _metric_column(results, "val_accuracy"),
+        "val_losses": _metric_column(results, "val_loss"),
+        "train_losses": _metric_column(results, "train_loss"),
     }
     return pa.table(columns)
 
 
-def _check(sweep: SweepResult) -> None:
+def _check_complete(sweep: SweepResult) -> None:
     if not sweep.complete:
-        raise UserError(f"no trial of sweep `{sweep.name}` has finished yet. The same command goes on with it.")
+        raise UserError(f"no trial of sweep `{sweep.name}` has finished yet. Run the same command again to resume it.")
 
 
-def _column(values: Sequence[Value]) -> pa.Array:
-    """In the values' own type, whole and real numbers together as real ones; anything else that is mixed as text."""
+def _setting_column(values: Sequence[Value]) -> pa.Array:
+    """Return values in their own type; integers mixed with floats become floats, other mixtures text."""
     kinds = {type(value) for value in values if value is not None}
     if kinds in ({bool}, {int}, {float}, {str}):
         return pa.array(values)
@@ -97,15 +93,17 @@ def _column(values: Sequence[Value]) -> pa.Array:
     return pa.array([None if value is None else value_text(value) for value in values], pa.string())
 
 
-def _lists(outcomes: Sequence[TrialResult], name: str) -> pa.Array:
-    return pa.array([[row[name] for row in one.epochs] for one in outcomes], pa.list_(pa.float64()))
+def _metric_column(results: Sequence[TrialResult], name: str) -> pa.Array:
+    """Return a metric of all epochs, a list per trial."""
+    return pa.array([[row[name] for row in result.epochs] for result in results], pa.list_(pa.float64()))
 
 
 def _seed_rows(sweep: SweepResult) -> list[dict[str, Any]]:
-    """A row for each setting trained with more seeds: the trial, its accuracy by seed, and over all of them."""
+    """Return a row per repeated trial: its record, its accuracies by seed, and their SeedRepeats."""
     rows = []
-    for one in findings.compared(sweep):
-        same = [other for other in sweep.outcomes if one.trial.number in (other.trial.number, other.trial.repeats)]
-        by_seed = {other.trial.seed: other.accuracy for other in same if other.trial.state == "complete"}
-        rows.append({"trial": one.trial, "by_seed": by_seed, "seeds": sweep.seeds(one.trial.number)})
+    for repeated in sweep.repeated:
+        number = repeated.trial.number
+        group = [result for result in sweep.trials if number in (result.trial.number, result.trial.repeats)]
+        by_seed = {result.trial.seed: result.accuracy for result in group if result.trial.state == "complete"}
+        rows.append({"trial": repeated.trial, "by_seed": by_seed, "repeats": sweep.seed_repeats(number)})
     return rows

@@ -1,46 +1,52 @@
-"""What a sweep found: its trials with their learning curves, and how sure the best of them is. Plain figures."""
+"""Results of a sweep: trials with their learning curves, and val accuracies over seeds of training."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
+from carclass.runs.run import best_epoch_row
 from carclass.tuning.search_space import Dimension
 from carclass.tuning.trial_records import Trial
 
 NUM_REPEATED = 3
-"""How many of the best settings are trained with more seeds."""
+"""Number of best trials that are repeated with other seeds."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialResult:
-    """A trial and what came of it."""
+    """A trial with the metrics of its epochs."""
 
     trial: Trial
     epochs: list[dict[str, Any]]
-    """The last stage's, oldest first: epoch, train_loss, train_accuracy, val_loss, val_accuracy, lr, seconds."""
+    """Rows of the last stage, oldest first: epoch, train_loss, train_accuracy, val_loss, val_accuracy, lr, seconds."""
     max_epochs: int
-    """How many there would be without pruning."""
+    """Number of epochs without pruning."""
     devices: float
-    """GPUs or CPUs that it trained on."""
-    finished: float | None
-    """When its last epoch ended, in seconds since 1970."""
+    """Number of GPUs or CPUs."""
+    end_time: float | None
+    """Unix time of the end of the last epoch, in seconds."""
+
+    @property
+    def best_epoch(self) -> int | None:
+        """Return the epoch with the highest finite val accuracy, the earliest of equals."""
+        row = best_epoch_row(self.epochs)
+        return None if row is None else row["epoch"]
 
     @property
     def accuracy(self) -> float:
-        """val accuracy of its best epoch; 0 before the first, and where no epoch has a finite one."""
-        found = (row["val_accuracy"] for row in self.epochs)
-        return max((accuracy for accuracy in found if math.isfinite(accuracy)), default=0.0)
+        """Return the highest finite val accuracy; 0 if there is none."""
+        row = best_epoch_row(self.epochs)
+        return 0.0 if row is None else row["val_accuracy"]
 
     @property
     def device_seconds(self) -> float:
-        """Time of training and validation in the last stage, times devices."""
+        """Return the time of training and validation in the last stage, times devices."""
         return self.devices * sum(row["seconds"] for row in self.epochs)
 
     @property
     def saved_device_seconds(self) -> float:
-        """What the epochs that pruning left out would have taken, at the pace of the others."""
+        """Return the estimated time of the epochs that pruning skipped, at the mean time per epoch."""
         if self.trial.state != "pruned" or not self.epochs:
             return 0.0
         return self.device_seconds / len(self.epochs) * (self.max_epochs - len(self.epochs))
@@ -48,56 +54,77 @@ class TrialResult:
 
 @dataclass(frozen=True, kw_only=True)
 class SeedRepeats:
-    """One setting's val accuracies over seeds of training, the first being that of the search."""
+    """Val accuracies of one trial's settings over seeds of training, the seed of the search first."""
 
     number: int
     accuracies: tuple[float, ...]
 
     @property
     def mean(self) -> float:
-        """Over all seeds."""
+        """Return the mean over seeds."""
         return mean(self.accuracies)
 
     @property
-    def spread(self) -> float:
-        """Standard deviation over seeds (n - 1); 0 for a single one."""
+    def std(self) -> float:
+        """Return the sample standard deviation over seeds; 0 for a single seed."""
         return stdev(self.accuracies) if len(self.accuracies) > 1 else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepResult:
-    """Everything that is told of a sweep."""
+    """All results of a sweep, as its report needs them."""
 
     name: str
     facts: list[tuple[str, str]]
-    """(name, value): experiment, dataset, scheduler and the like."""
+    """(name, value): experiment, dataset, scheduler and so on."""
     stage: str
     device: str
-    """`GPU` or `CPU`: what device seconds are of."""
+    """`GPU` or `CPU`: unit of device seconds."""
     dimensions: Sequence[Dimension]
-    outcomes: Sequence[TrialResult]
-    """By number; number 0, the experiment as it stands, first."""
+    trials: Sequence[TrialResult]
+    """By number, from trial 0, the unchanged experiment; repeats with other seeds included."""
     seed: int
 
     @property
     def searched(self) -> list[TrialResult]:
-        """All but repetitions with other seeds."""
-        return [found for found in self.outcomes if found.trial.repeats is None]
+        """Return all trials but repeats with other seeds."""
+        return [result for result in self.trials if result.trial.repeats is None]
+
+    @property
+    def pruned(self) -> list[TrialResult]:
+        """Return the searched trials that were ended early."""
+        return [result for result in self.searched if result.trial.state == "pruned"]
 
     @property
     def complete(self) -> list[TrialResult]:
-        """Those searched that got to their end, the best first; of equals the earlier."""
-        found = [one for one in self.searched if one.trial.state == "complete"]
-        return sorted(found, key=lambda one: (-one.accuracy, one.trial.number))
+        """Return the searched trials with all of their epochs, best first, the earlier of equals first."""
+        complete = [result for result in self.searched if result.trial.state == "complete"]
+        return sorted(complete, key=lambda result: (-result.accuracy, result.trial.number))
 
-    def seeds(self, number: int) -> SeedRepeats:
-        """A complete trial's accuracies over seeds."""
-        same = [one for one in self.outcomes if number in (one.trial.number, one.trial.repeats)]
-        return SeedRepeats(
-            number=number, accuracies=tuple(one.accuracy for one in same if one.trial.state == "complete")
-        )
+    @property
+    def repeated(self) -> list[TrialResult]:
+        """Return the complete trials to repeat with other seeds: the NUM_REPEATED best, and trial 0."""
+        rest = [result for result in self.complete[NUM_REPEATED:] if result.trial.number == 0]
+        return [*self.complete[:NUM_REPEATED], *rest]
+
+    def seed_repeats(self, number: int) -> SeedRepeats:
+        """Return the accuracies over seeds of a complete trial."""
+        results = [result for result in self.trials if number in (result.trial.number, result.trial.repeats)]
+        accuracies = tuple(result.accuracy for result in results if result.trial.state == "complete")
+        return SeedRepeats(number=number, accuracies=accuracies)
 
     @property
     def best(self) -> TrialResult:
-        """Of the TOP best in the search, the one with the best mean over seeds. There must be a complete one."""
-        return max(self.complete[:NUM_REPEATED], key=lambda one: (self.seeds(one.trial.number).mean, -one.trial.number))
+        """Return the trial with the best mean over seeds among the NUM_REPEATED best; there must be a complete one."""
+        top = self.complete[:NUM_REPEATED]
+        return max(top, key=lambda result: (self.seed_repeats(result.trial.number).mean, -result.trial.number))
+
+    @property
+    def device_seconds(self) -> float:
+        """Return the device time of the search, without repeats."""
+        return sum(result.device_seconds for result in self.searched)
+
+    @property
+    def saved_device_seconds(self) -> float:
+        """Return the device time that pruning saved in the search."""
+        return sum(result.saved_device_seconds for result in self.searched)

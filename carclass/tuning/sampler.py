@@ -1,4 +1,4 @@
-"""Which settings to try next: Optuna's samplers, asked so that the answer depends on (seed, number, results) alone."""
+"""Sampler of trial settings: Optuna's samplers, made deterministic in (seed, trial number, earlier results)."""
 
 import warnings
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ from carclass.formatting import Value
 from carclass.tuning.search_space import Dimension
 from carclass.tuning.trial_records import State
 
-MAX_BY_CHANCE = 10
-"""Trials before the estimator has its say, at most; Optuna's default."""
+MAX_STARTUP_TRIALS = 10
+"""Largest number of random trials before the estimator is used; Optuna's default."""
 STATES = {
     "begun": optuna.trial.TrialState.RUNNING,
     "complete": optuna.trial.TrialState.COMPLETE,
@@ -19,20 +19,19 @@ STATES = {
     "failed": optuna.trial.TrialState.FAIL,
 }
 
+optuna.logging.set_verbosity(optuna.logging.WARNING)  # it logs a line per suggestion otherwise
 
-class KnownTrial(NamedTuple):
-    """What is known of a trial when the next settings are asked for."""
+
+class ObservedTrial(NamedTuple):
+    """Settings and results of an earlier trial."""
 
     values: dict[str, Value]
     state: State
     accuracies: dict[int, float]  # by epoch
 
 
-optuna.logging.set_verbosity(optuna.logging.WARNING)  # else every question is a line
-
-
 def distribution(dimension: Dimension) -> optuna.distributions.BaseDistribution:
-    """What Optuna calls a range or choices."""
+    """Return Optuna's distribution of a dimension."""
     if dimension.choices is not None:
         return optuna.distributions.CategoricalDistribution(dimension.choices)
     assert dimension.low is not None
@@ -43,32 +42,40 @@ def distribution(dimension: Dimension) -> optuna.distributions.BaseDistribution:
 
 
 def suggest_values(
-    dimensions: Sequence[Dimension], known: Sequence[KnownTrial], sampler: str, seed: int, number: int, num_trials: int
+    dimensions: Sequence[Dimension],
+    observed: Sequence[ObservedTrial],
+    sampler: str,
+    seed: int,
+    number: int,
+    num_trials: int,
 ) -> dict[str, Value]:
-    """The settings of trial `number` of `num_trials`, by dotted key.
+    """Return the settings of trial `number` of `num_trials`, by dotted key.
 
-    Every trial has a generator of its own, so a sweep that is interrupted and one that isn't try the same.
-    known: the trials before it; those outside of the dimensions, as the experiment itself may be, teach nothing.
+    Each trial has its own random generator, so an interrupted sweep suggests the same settings as an undisturbed one.
+    observed: earlier trials; those outside of the dimensions, as trial 0 may be, are ignored.
     """
     distributions = {dimension.key: distribution(dimension) for dimension in dimensions}
-    own_seed = (seed * 1_000_003 + number) % 2**32
-    chosen: optuna.samplers.BaseSampler = optuna.samplers.RandomSampler(own_seed)
-    if sampler == "tpe":
-        by_chance = min(MAX_BY_CHANCE, num_trials // 3)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # constant_liar, for years
-            # Trials that are still running count as bad ones, lest several at a time try the same.
-            chosen = optuna.samplers.TPESampler(n_startup_trials=by_chance, seed=own_seed, constant_liar=True)
-    study = optuna.create_study(direction="maximize", sampler=chosen)
-    for one in known:
-        if all(dimension.contains(one.values[dimension.key]) for dimension in dimensions):
+    study = optuna.create_study(direction="maximize", sampler=_make_sampler(sampler, seed, number, num_trials))
+    for trial in observed:
+        if all(dimension.contains(trial.values[dimension.key]) for dimension in dimensions):
             study.add_trial(
                 optuna.trial.create_trial(
-                    state=STATES[one.state],
-                    value=max(one.accuracies.values()) if one.state == "complete" else None,
-                    params=one.values,
+                    state=STATES[trial.state],
+                    value=max(trial.accuracies.values()) if trial.state == "complete" else None,
+                    params=trial.values,
                     distributions=distributions,
-                    intermediate_values=one.accuracies,
+                    intermediate_values=trial.accuracies,
                 )
             )
     return dict(study.ask(distributions).params)
+
+
+def _make_sampler(name: str, seed: int, number: int, num_trials: int) -> optuna.samplers.BaseSampler:
+    trial_seed = (seed * 1_000_003 + number) % 2**32
+    if name == "random":
+        return optuna.samplers.RandomSampler(trial_seed)
+    num_startup = min(MAX_STARTUP_TRIALS, num_trials // 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # constant_liar
+        # Running trials count as bad ones, so that concurrent trials do not try the same settings.
+        return optuna.samplers.TPESampler(n_startup_trials=num_startup, seed=trial_seed, constant_liar=True)

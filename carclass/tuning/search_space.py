@@ -1,110 +1,31 @@
-"""Search files: which settings of an experiment a sweep varies, checked by the experiment's own types before it starts.
+"""Search spaces: the settings of an experiment that a sweep varies, with their ranges or choices.
 
-A search file names an experiment file and, by dotted keys such as `train.unfrozen.lr`, ranges or choices.
+A search file names an experiment file and the varied settings, by dotted keys such as `train.unfrozen.lr`. All values
+are checked against the types of the settings before the sweep starts.
 """
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import BeforeValidator, Field, model_validator
+from typing import Any
 
 from carclass.config import yaml_file
 from carclass.config.schema import Config, TrainSettings, with_changes
-from carclass.config.section import Name, Section, Uri, validate
+from carclass.config.search import Range, Search
+from carclass.config.section import Section, validate
 from carclass.errors import UserError
 from carclass.formatting import Value, value_text
 from carclass.models.resnet import StageName
 from carclass.runs.run import MAY_CHANGE_ON_RESUME
 
 NOT_VARIED = ("name", "seed", *MAY_CHANGE_ON_RESUME)
-SCHEDULERS = ("asha", "hyperband", "median", "none")
-
-
-class Range(Section):
-    """Values of a setting to try: all from `min` to `max`, or `choices`."""
-
-    min: float | None = Field(None, allow_inf_nan=False)
-    """Lowest value."""
-    max: float | None = Field(None, allow_inf_nan=False)
-    """Highest value."""
-    log: bool = False
-    """Whether 0.001 to 0.01 is as much of the range as 0.01 to 0.1."""
-    choices: list[Any] | None = None
-    """Values without an order."""
-
-    @model_validator(mode="after")
-    def _some_values(self) -> "Range":
-        if (self.choices is None) == (self.min is None and self.max is None):
-            raise ValueError("give either `min` and `max`, or `choices`")
-        if self.choices is not None:
-            if len({repr(choice) for choice in self.choices}) < max(2, len(self.choices)):
-                raise ValueError("`choices` needs two or more values, each once")
-            if self.log:
-                raise ValueError("`log` is for `min` and `max`, and `choices` has no order")
-        elif self.min is None or self.max is None or self.min >= self.max:
-            raise ValueError("`min` must be below `max`, and both must be there")
-        elif self.log and self.min <= 0:
-            raise ValueError("with `log`, `min` must be above 0")
-        return self
-
-
-def _known_scheduler(value: Any) -> Any:
-    if str(value).lower() in ("pbt", "pb2", "population_based_training"):
-        raise ValueError(
-            "population-based training never exchanges weights with Ray Train's workers, silently, so it would be a "
-            f"random search; choose one of {', '.join(SCHEDULERS)}"
-        )
-    return value
-
-
-class Search(Section):
-    """A search file."""
-
-    name: Name
-    """Name of the sweep; the same name goes on with it."""
-    experiment: Uri
-    """Experiment file whose `train:` section is varied."""
-    root: Uri | None = None
-    """Folder or s3:// prefix with the dataset, in which the sweep is written too; by default the experiment's."""
-    fixed: dict[str, Any] = Field({})
-    """Changes to the experiment for all trials, by dotted key."""
-    space: dict[str, Range] = Field(min_length=1)
-    """What varies, by dotted key: {min, max, log} or {choices}."""
-    num_trials: int = Field(16, ge=1)
-    """Settings to try, besides the experiment as it stands, which is trial 0."""
-    sampler: Literal["tpe", "random"] = "tpe"
-    """Where the next settings come from: Optuna's tree-structured Parzen estimator, which learns from those tried, or
-    chance alone."""
-    scheduler: Annotated[Literal["asha", "hyperband", "median", "none"], BeforeValidator(_known_scheduler)] = "asha"
-    """What ends trials before their last epoch: at growing intervals, all but the best share of those that got there
-    (ASHA; HyperBand in groups); those worse than the median of all; nothing."""
-    reduction_factor: int = Field(3, ge=2)
-    """ASHA and HyperBand: one trial in so many goes on, for so many times as long."""
-    min_epochs: int | None = Field(None, ge=1)
-    """Epochs of the last stage before a trial may be ended; by default a fifteenth of them all."""
-    num_seeds: int = Field(3, ge=1)
-    """Seeds with which the best three settings and the experiment as it stands are trained, the first one included."""
-    devices_per_worker: float = Field(1.0, gt=0)
-    """GPUs, or without them CPUs, of each worker of a trial; with 0.25, four trials share a GPU."""
-    max_concurrent_trials: int | None = Field(None, ge=1)
-    """Trials at a time; by default as many as the cluster has room for."""
-    seed: int = Field(123, ge=0)
-    """Decides which settings are tried; that of training is the experiment's."""
-
-    @model_validator(mode="after")
-    def _settings_have_an_effect(self) -> "Search":
-        unused = {"none": {"reduction_factor", "min_epochs"}, "median": {"reduction_factor"}}.get(self.scheduler, set())
-        if without := sorted(unused & self.model_fields_set):
-            raise ValueError(f"`{without[0]}` has no effect with `scheduler: {self.scheduler}`; leave it out")
-        return self
+"""Settings of `train` that a sweep sets itself or that do not change accuracy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dimension:
-    """A setting that varies, its values as the setting's own type has them."""
+    """A varied setting, with values in the setting's own type."""
 
     key: str  # dotted
     low: float | int | None = None
@@ -114,11 +35,11 @@ class Dimension:
 
     @property
     def is_int(self) -> bool:
-        """Whether only whole numbers are between low and high."""
+        """Return True for a range of integers."""
         return isinstance(self.low, int)
 
     def contains(self, value: Value) -> bool:
-        """Whether a value is one to try."""
+        """Return True if the value is in the range or among the choices."""
         if self.choices is not None:
             return value in self.choices
         assert self.low is not None
@@ -127,53 +48,53 @@ class Dimension:
 
 
 @dataclass(frozen=True)
-class Space:
-    """An experiment and what of it varies."""
+class SearchSpace:
+    """An experiment and its varied settings."""
 
     root: str
-    base: TrainSettings
-    """The experiment's settings, with what is fixed for all trials."""
+    base_settings: TrainSettings
+    """Settings of the experiment, with the changes that are fixed for all trials."""
     dimensions: tuple[Dimension, ...]
     source: str
-    """The search file, for messages."""
+    """Search file, for messages."""
     search: Search
 
     @property
-    def defaults(self) -> dict[str, Value]:
-        """The experiment's own values of what varies."""
-        return {dimension.key: get_setting(self.base, dimension.key) for dimension in self.dimensions}
+    def base_values(self) -> dict[str, Value]:
+        """Return the experiment's own values of the varied settings, by dotted key."""
+        return {dimension.key: get_setting(self.base_settings, dimension.key) for dimension in self.dimensions}
 
     @property
     def stage(self) -> StageName:
-        """The last stage, whose val accuracy counts."""
-        return "frozen" if self.base.unfrozen is None else "unfrozen"
+        """Return the last stage; its val accuracy is the objective."""
+        return "frozen" if self.base_settings.unfrozen is None else "unfrozen"
 
     @property
     def max_epochs(self) -> int:
-        """How many epochs of the last stage a trial may have."""
+        """Return the largest number of epochs of the last stage that a trial can have."""
         key = f"train.{self.stage}.epochs"
-        varied = [one for one in self.dimensions if one.key == key]
+        varied = [dimension for dimension in self.dimensions if dimension.key == key]
         values = [value for one in varied for value in (*(one.choices or ()), one.high) if value is not None]
-        return max(int(value) for value in (*values, get_setting(self.base, key)))
+        return max(int(value) for value in (*values, get_setting(self.base_settings, key)))
 
     @property
     def min_epochs(self) -> int:
-        """After how many of them a trial may be ended."""
+        """Return the number of epochs of the last stage before a trial may be pruned."""
         return self.search.min_epochs or max(1, self.max_epochs // 15)
 
-    def settings(self, values: dict[str, Value], name: str, seed: int) -> TrainSettings:
-        """The settings of one trial; UserError when they don't go together."""
+    def trial_settings(self, values: dict[str, Value], name: str, seed: int) -> TrainSettings:
+        """Return the settings of one trial. Raise UserError if they are inconsistent."""
         changes = {**values, "train.name": name, "train.seed": seed}
-        return with_changes(self.base, changes, source=self.source, base=Path.cwd())
+        return with_changes(self.base_settings, changes, source=self.source, base=Path.cwd())
 
 
-def load_space(path: Path, search: Search) -> Space:
-    """What a search file asks for; UserError, naming the key, when the experiment has no such setting or value."""
+def load_space(path: Path, search: Search) -> SearchSpace:
+    """Return the space of a search file. Raise UserError, with the key, for an unknown setting or a wrong value."""
     values = yaml_file.read(search.experiment)
-    base = Path(os.path.abspath(search.experiment)).parent
-    experiment = validate(values, Config, source=search.experiment, base=base)
+    experiment_folder = Path(os.path.abspath(search.experiment)).parent
+    experiment = validate(values, Config, source=search.experiment, base=experiment_folder)
     if experiment.train is None:
-        raise UserError(f"{path}: `experiment`: {search.experiment} has no `train:` section, which a sweep varies.")
+        raise UserError(f"{path}: `experiment`: {search.experiment} has no `train:` section to vary.")
     root, source = search.root or experiment.root, str(path)
     for key in (*search.fixed, *search.space):
         _check_key(key, source)
@@ -182,79 +103,79 @@ def load_space(path: Path, search: Search) -> Space:
     return make_space(search, base_settings, root, source, folder)
 
 
-def make_space(search: Search, base: TrainSettings, root: str, source: str, folder: Path) -> Space:
-    """The space around an experiment's settings. folder: of relative paths among the choices."""
-    dimensions = tuple(_dimension(key, found, base, source, folder) for key, found in search.space.items())
-    # Choices as the settings have them, paths among them being absolute: they are read again from somewhere else.
+def make_space(search: Search, base_settings: TrainSettings, root: str, source: str, folder: Path) -> SearchSpace:
+    """Return the space around an experiment's settings. folder: base of relative paths among the choices."""
+    dimensions = tuple(_make_dimension(key, each, base_settings, source, folder) for key, each in search.space.items())
+    # Store choices as validated, with absolute paths: the stored search is read again from another folder.
     typed = {one.key: Range(choices=list(one.choices)) for one in dimensions if one.choices is not None}
     search = search.model_copy(update={"space": {**search.space, **typed}})
-    return Space(root, base, dimensions, source, search)
+    return SearchSpace(root, base_settings, dimensions, source, search)
 
 
 def get_setting(settings: TrainSettings, key: str) -> Any:
-    """The value of a dotted key; None below a section that is null."""
-    found: Any = settings
+    """Return the value of a dotted key; None below a section that is null."""
+    value: Any = settings
     for step in key.split(".")[1:]:
-        found = getattr(found, step, None)
-    return found
+        value = getattr(value, step, None)
+    return value
 
 
 def _check_key(key: str, source: str) -> None:
     section, *steps = key.split(".")
     if section != "train" or not steps:
         raise UserError(
-            f"{source}: `{key}`: a sweep trains on datasets that are there, so it varies keys that begin with "
-            "`train.`. To compare ways of masking, make a dataset of each and give choices of `train.dataset`."
+            f"{source}: `{key}`: a sweep trains on existing datasets, so the keys it varies begin with `train.`. To "
+            "compare ways of masking, publish a dataset for each and list them as choices of `train.dataset`."
         )
     if steps[0] in NOT_VARIED:
-        raise UserError(f"{source}: `{key}`: a sweep sets it itself or it changes no accuracy. Leave it out.")
+        raise UserError(f"{source}: `{key}` is set by the sweep itself or does not change accuracy. Leave it out.")
 
 
-def _dimension(key: str, found: Range, base: TrainSettings, source: str, folder: Path) -> Dimension:
-    """A range in the setting's own type, each of its values tried on the settings."""
-    if isinstance(get_setting(base, key), bool | str) and found.choices is None:
-        raise UserError(f"{source}: `space.{key}` is no number; give `choices` instead of `min` and `max`.")
-    wanted = [found.min, found.max] if found.choices is None else found.choices
+def _make_dimension(key: str, values: Range, base: TrainSettings, source: str, folder: Path) -> Dimension:
+    """Return a range or choices in the setting's own type; validate each value as part of the settings."""
+    if isinstance(get_setting(base, key), bool | str) and values.choices is None:
+        raise UserError(f"{source}: `space.{key}` is not a number; give `choices` instead of `min` and `max`.")
+    raw = [values.min, values.max] if values.choices is None else values.choices
     where = f"{source}: `space`"
-    values = [get_setting(with_changes(base, {key: _whole(value)}, source=where, base=folder), key) for value in wanted]
+    typed = [get_setting(with_changes(base, {key: _to_int(value)}, source=where, base=folder), key) for value in raw]
     if get_setting(base, key.rsplit(".", 1)[0]) is None:
-        raise UserError(f"{source}: `space.{key}`: the experiment skips that stage, which is null there.")
-    if any(isinstance(value, Section) for value in (get_setting(base, key), *values)):
+        raise UserError(f"{source}: `space.{key}`: the experiment skips that stage (it is null). Vary another setting.")
+    if any(isinstance(value, Section) for value in (get_setting(base, key), *typed)):
         raise UserError(f"{source}: `space.{key}` is a section; name one of its settings.")
     _check_effect(key, base, source)
-    if found.choices is not None:
-        return Dimension(key=key, choices=tuple(values))
-    return Dimension(key=key, low=values[0], high=values[1], log=found.log)
+    if values.choices is not None:
+        return Dimension(key=key, choices=tuple(typed))
+    return Dimension(key=key, low=typed[0], high=typed[1], log=values.log)
 
 
-def _whole(value: Any) -> Any:
-    """32 instead of 32.0, which would be no value of an integer setting."""
+def _to_int(value: Any) -> Any:
+    """Return integral floats as integers: 32.0 is not a valid value of an integer setting."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _check_effect(key: str, base: TrainSettings, source: str) -> None:
-    """The frozen stage augments photos only for its cached views."""
+    """Raise UserError for augmentation settings that no photo of the frozen stage's cached views uses."""
     if key.startswith("train.augmentation.") and base.unfrozen is None:
         assert base.frozen is not None
-        needed = 2 if key.endswith(".flip") else 3
-        if base.frozen.views < needed:
+        min_views = 2 if key.endswith(".flip") else 3
+        if base.frozen.views < min_views:
             raise UserError(
-                f"{source}: `space.{key}` would change nothing: the experiment trains the classifier alone, on "
-                f"{base.frozen.views} cached view(s) of each photo. Give `fixed: {{train.frozen.views: {needed}}}`."
+                f"{source}: `space.{key}` would change nothing: the experiment trains only the classifier, on "
+                f"{base.frozen.views} cached view(s) of each photo. Add `fixed: {{train.frozen.views: {min_views}}}`."
             )
 
 
-def describe(values: dict[str, Value]) -> str:
-    """Settings in a line: 'lr=3e-4 rotation=.2'."""
+def settings_text(values: dict[str, Value]) -> str:
+    """Return settings in one line: "lr=3e-4 rotation=.2"."""
     names = short_names(list(values))
     texts = {key: value_text(value) for key, value in values.items()}
     return " ".join(f"{names[key]}={text[text.startswith('0.') :]}" for key, text in texts.items())
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Keys → the shortest ends of them that tell them apart, of one or two words."""
-    lasts = [key.rsplit(".", 1)[-1] for key in keys]
+    """Map each dotted key to its last word, or to its last two where the last is not unique."""
+    last_words = [key.rsplit(".", 1)[-1] for key in keys]
     return {
-        key: last if lasts.count(last) == 1 else ".".join(key.split(".")[-2:])
-        for key, last in zip(keys, lasts, strict=True)
+        key: word if last_words.count(word) == 1 else ".".join(key.split(".")[-2:])
+        for key, word in zip(keys, last_words, strict=True)
     }

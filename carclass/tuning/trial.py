@@ -1,7 +1,7 @@
-"""One trial of a sweep, in a process of Ray Tune's, which imports no more than it needs.
+"""Training of one trial of a sweep, in a process of Ray Tune.
 
-A trial with one worker is trained in that very process, as Ray Train won't do it within Ray Tune: two processes less to
-start, whose imports take longer than a small trial itself. One with several workers is a run of Ray Train.
+A trial with one worker is trained in this very process: Ray Train would need two more processes, whose imports take
+longer than a small trial. A trial with several workers is a run of Ray Train.
 """
 
 from typing import Any, NamedTuple
@@ -13,67 +13,64 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from carclass.config.schema import TrainSettings
 from carclass.errors import UserError
 from carclass.models import resnet
-from carclass.runs.run import Run, adopt_stage, begin_run
+from carclass.runs.run import Run, begin_run, copy_stage
 from carclass.training import feature_cache, preflight
 from carclass.training.photo_store import BlockRefs
-from carclass.training.train import TrainResources, load_origin, train_stages
+from carclass.training.train import TrainResources, load_run_inputs, train_stages
 from carclass.tuning import trial_records
-from carclass.tuning.search_space import Space
+from carclass.tuning.search_space import SearchSpace
 from carclass.tuning.trial_records import Trial
 
-LAST = "last"
-"""In what a trial tells: whether it is at its end, and its model published."""
-
-
-FAILURE = "failure"
-"""There, too: why it can't be trained."""
+COMPLETE, FAILURE = "complete", "failure"
+"""Keys of a trial's reports to Ray Tune: True once its model is published; the cause of a failure."""
 
 
 class SweepContext(NamedTuple):
-    """What all trials of a sweep have in common."""
+    """Data that all trials of a sweep share."""
 
-    space: Space
-    first: Run  # trial 0's, whose frozen stage is there before any other trial begins
-    photos: dict[str, BlockRefs]  # by dataset; none where trials need none
-    means: TrainResources
-    memory: int | None  # bytes for each trial
-    at_once: int  # trials
+    space: SearchSpace
+    first_run: Run  # of trial 0, whose frozen stage is finished before the other trials start
+    photos: dict[str, BlockRefs]  # by dataset; empty if cached features are enough
+    resources: TrainResources
+    memory: int | None  # bytes per trial
+    max_concurrent: int  # number of trials
 
 
-def train_trial(given: dict[str, Any], shared: SweepContext) -> None:
-    """One trial, from its beginning or from where it was interrupted."""
+def train_trial(config: dict[str, Any], context: SweepContext) -> None:
+    """Train one trial, or resume it. config: as returned by RecordedSearch.suggest."""
     try:
-        _train(Trial(**given["record"]), shared)
-    except UserError as error:  # no crash, after which Ray Tune would begin it again
+        _train(Trial(**config["record"]), context)
+    except UserError as error:  # reported instead of raised, as Ray Tune would retry the trial
         ray.tune.report({"epoch": 0, "val_accuracy": 0.0, FAILURE: str(error)})
 
 
-def _train(trial: Trial, shared: SweepContext) -> None:
-    this = trial_records.trial_run(shared.space, trial)
-    rows = [row for row in this.metrics() if row["stage"] == this.stages[-1]]
+def _train(trial: Trial, context: SweepContext) -> None:
+    run = trial_records.trial_run(context.space, trial)
+    rows = [row for row in run.metrics() if row["stage"] == run.stages[-1]]
     for row in rows[:-1]:
         ray.tune.report(row)
     if trial.is_over:
-        ray.tune.report({**rows[-1], LAST: trial.state == "complete"})
+        ray.tune.report({**rows[-1], COMPLETE: trial.state == "complete"})
         return
-    if rows and this.unfinished_stages:
+    if rows and run.unfinished_stages:
         ray.tune.report(rows[-1])
-    source, parent_sha256 = load_origin(shared.space.root, this.settings)
-    if shared.memory is not None:
-        net = resnet.build(this.settings.model, len(source.classes))
-        preflight.check_memory(this.settings, source, net, shared.memory, use_gpu=shared.means.use_gpu)
-    begin_run(this, source, parent_sha256)
-    if this.unfinished_stages == ["frozen", "unfrozen"] and _same_frozen(this.settings, shared.first.settings):
-        adopt_stage(this, shared.first, "frozen")
-    means = shared.means._replace(report=ray.tune.report)
-    if not means.in_process:
-        means = means._replace(report=ray.train.report, callbacks=(TuneReportCallback(),))
-    train_stages(this, source, lambda: shared.photos[this.settings.dataset], means, this.unfinished_stages)
-    ray.tune.report({**this.metrics()[-1], LAST: True})
+    source, parent_sha256 = load_run_inputs(context.space.root, run.settings)
+    if context.memory is not None:
+        net = resnet.build(run.settings.model, len(source.classes))
+        preflight.check_memory(run.settings, source, net, context.memory, use_gpu=context.resources.use_gpu)
+    begin_run(run, source, parent_sha256)
+    if run.unfinished_stages == ["frozen", "unfrozen"] and _has_same_frozen(run.settings, context.first_run.settings):
+        copy_stage(run, context.first_run, "frozen")
+    resources = context.resources._replace(report=ray.tune.report)
+    if not resources.in_process:
+        resources = resources._replace(report=ray.train.report, callbacks=(TuneReportCallback(),))
+    train_stages(run, source, lambda: context.photos[run.settings.dataset], resources, run.unfinished_stages)
+    ray.tune.report({**run.metrics()[-1], COMPLETE: True})
 
 
-def _same_frozen(one: TrainSettings, other: TrainSettings) -> bool:
-    """Whether two runs have the same frozen stage."""
-    if one.frozen is None or feature_cache.cache_key(one) != feature_cache.cache_key(other):
+def _has_same_frozen(settings: TrainSettings, other: TrainSettings) -> bool:
+    """Return True if the frozen stages of two runs train to the same weights."""
+    if settings.frozen is None or feature_cache.cache_key(settings) != feature_cache.cache_key(other):
         return False
-    return all(getattr(one, key) == getattr(other, key) for key in ("frozen", "model", "seed", "parent", "dataset"))
+    keys = ("frozen", "model", "seed", "parent", "dataset")
+    return all(getattr(settings, key) == getattr(other, key) for key in keys)

@@ -1,12 +1,12 @@
-"""A sweep's trials on storage: which settings were tried, and how each ended.
+"""Records of a sweep's trials on storage: their settings and states.
 
-<root>/sweeps/<name>/search.yml        the sweep's settings and its experiment's, fully resolved
-<root>/sweeps/<name>/trials.json       a record per trial, written whole at each change
-<root>/sweeps/<name>/trials/<trial>/   the trial's run, as below experiments/
+<root>/sweeps/<name>/search.yml        settings of the sweep and of its experiment, fully resolved
+<root>/sweeps/<name>/trials.json       a record per trial, rewritten at each change
+<root>/sweeps/<name>/trials/<trial>/   the trial's run, laid out as below experiments/
 <root>/sweeps/<name>/tune/             Ray Tune's own state
-<root>/sweeps/<name>/trials.parquet    all of it in a table
-<root>/sweeps/<name>/analysis.html     all of it to look at
-<root>/sweeps/<name>/best.yml          the best settings, to train with
+<root>/sweeps/<name>/trials.parquet    table of trials
+<root>/sweeps/<name>/analysis.html     report
+<root>/sweeps/<name>/best.yml          experiment file with the best settings
 """
 
 import json
@@ -20,146 +20,148 @@ import yaml
 
 from carclass import storage
 from carclass.config.schema import TrainSettings
+from carclass.config.search import Search
 from carclass.config.section import Section
-from carclass.errors import UserError
+from carclass.errors import UserError, unknown_name
 from carclass.formatting import Value
 from carclass.runs.run import MAY_CHANGE_ON_RESUME, Run
-from carclass.tuning.search_space import Search, Space, describe, make_space
+from carclass.tuning.search_space import SearchSpace, make_space, settings_text
 
 State = Literal["begun", "complete", "pruned", "failed"]
 MAX_NAME = 100
-"""Characters of a trial's settings in the name of its run."""
+"""Largest number of characters of a trial's settings in the name of its run."""
 MAY_CHANGE = {"experiment", "fixed", "root", "max_concurrent_trials", "devices_per_worker", "num_seeds"}
-"""Of a search, when a sweep goes on: what its trials run on, and what shows in the resolved settings anyway."""
+"""Search settings that may differ when a sweep is resumed: those of machines, and those compared by `train` anyway."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What is recorded of a trial."""
+    """Record of a trial."""
 
     number: int
-    """0 is the experiment as it stands."""
+    """0 is the unchanged experiment."""
     values: dict[str, Value]
-    """By dotted key, what this trial has of each setting that varies."""
+    """Values of the varied settings, by dotted key."""
     seed: int
-    """Of training."""
+    """Seed of training."""
     repeats: int | None = None
-    """The number of the trial whose settings it has with another seed."""
+    """Number of the trial with the same settings that this one repeats with another seed."""
     device: str = "CPU"
-    """What it is trained on: GPU or CPU."""
+    """`GPU` or `CPU`."""
     devices: float = 1.0
-    """How many of them."""
+    """Number of GPUs or CPUs."""
     state: State = "begun"
     reason: str | None = None
-    """Of a failure, in a line."""
+    """Cause of a failure, in one line."""
 
     @property
     def title(self) -> str:
-        """What people call it: 'lr=3e-4 rotation=.2'."""
-        return describe(self.values) + (f" seed={self.seed}" if self.repeats is not None else "")
+        """Return the settings in one line: "lr=3e-4 rotation=.2"."""
+        return settings_text(self.values) + (f" seed={self.seed}" if self.repeats is not None else "")
 
     @property
     def name(self) -> str:
-        """The name of its run: '007_lr=3e-4_rotation=.2'."""
-        words = describe(self.values).replace(" ", "_")[:MAX_NAME]
+        """Return the name of the trial's run: "007_lr=3e-4_rotation=.2"."""
+        words = settings_text(self.values).replace(" ", "_")[:MAX_NAME]
         seed = "" if self.repeats is None else f"_seed={self.seed}"
         return re.sub(r"[^A-Za-z0-9._=]+", "-", f"{self.number:03d}_{words}{seed}")
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more will come of it."""
+        """Return True if the trial is complete, pruned or failed."""
         return self.state != "begun"
 
 
 class TrialRecords:
-    """The records of a sweep, by number."""
+    """Records of a sweep's trials, by number."""
 
     def __init__(self, uri: str) -> None:
         self.uri = storage.join(uri, "trials.json")
-        self.found: dict[int, Trial] = {}
+        self.trials: dict[int, Trial] = {}
         self.reload()
 
     def reload(self) -> "TrialRecords":
-        """Reads the records as they are on storage."""
+        """Read the records from storage."""
         try:
             rows: list[dict[str, Any]] = json.loads(storage.read_bytes(self.uri))
         except FileNotFoundError:
             rows = []
-        self.found = {row["number"]: Trial(**row) for row in rows}
+        self.trials = {row["number"]: Trial(**row) for row in rows}
         return self
 
-    def left(self, numbers: Iterable[int]) -> list[int]:
-        """Those of the numbers whose trials aren't over."""
-        return [number for number in numbers if number not in self.found or not self.found[number].is_over]
+    def unfinished(self, numbers: Iterable[int]) -> list[int]:
+        """Return the numbers whose trials are not over."""
+        return [number for number in numbers if number not in self.trials or not self.trials[number].is_over]
 
     def put(self, trial: Trial) -> None:
-        """Records a trial in its present state."""
-        self.found[trial.number] = trial
-        rows = [asdict(self.found[number]) for number in sorted(self.found)]
+        """Write a trial's record."""
+        self.trials[trial.number] = trial
+        rows = [asdict(self.trials[number]) for number in sorted(self.trials)]
         storage.write_bytes(self.uri, json.dumps(rows, indent=1).encode())
 
 
 def sweep_uri(root: str, name: str) -> str:
-    """Where a sweep lies."""
+    """Return the URI of a sweep's folder."""
     return storage.join(root, "sweeps", name)
 
 
-def trial_run(space: Space, trial: Trial) -> Run:
-    """The run of a trial. UserError when its settings don't go together."""
-    settings = space.settings(trial.values, trial.name, trial.seed)
+def trial_run(space: SearchSpace, trial: Trial) -> Run:
+    """Return the run of a trial. Raise UserError if its settings are inconsistent."""
+    settings = space.trial_settings(trial.values, trial.name, trial.seed)
     return Run(space.root, settings, f"sweeps/{space.search.name}/trials")
 
 
-def told_settings(space: Space, trial: Trial) -> dict[int, float]:
-    """val accuracy by epoch of the stage that counts, as far as a trial got."""
+def recorded_accuracies(space: SearchSpace, trial: Trial) -> dict[int, float]:
+    """Return the val accuracy of each trained epoch of a trial's last stage."""
     rows = trial_run(space, trial).metrics()
     return {row["epoch"]: row["val_accuracy"] for row in rows if row["stage"] == space.stage}
 
 
-def find_records(space: Space, *, resume: bool) -> TrialRecords:
-    """A sweep's trials, none before it has begun; UserError when its name was used for another search.
+def find_records(space: SearchSpace, *, resume: bool) -> TrialRecords:
+    """Return the records of a sweep, empty for a new one.
 
-    resume: it must have begun.
+    Raise UserError if the name belongs to another search, or, with resume, if there is no such sweep.
     """
     uri, name = sweep_uri(space.root, space.search.name), space.search.name
     if storage.exists(storage.join(uri, "search.yml")):
-        kept, _ = load_records(space.root, name)
-        other = sorted(_differing(kept.search, space.search) - MAY_CHANGE)
-        other += sorted(f"train.{key}" for key in _differing(kept.base, space.base) - {*MAY_CHANGE_ON_RESUME})
-        if other:
+        recorded, _ = load_records(space.root, name)
+        changed = sorted(_changed_fields(recorded.search, space.search) - MAY_CHANGE)
+        changed_train = _changed_fields(recorded.base_settings, space.base_settings) - {*MAY_CHANGE_ON_RESUME}
+        changed += sorted(f"train.{key}" for key in changed_train)
+        if changed:
             raise UserError(
-                f"sweep `{name}` in {space.root} was begun with other settings ({', '.join(other)}). "
+                f"sweep `{name}` in {space.root} was begun with other settings ({', '.join(changed)}). "
                 f"Give this one another `name`, or delete {uri}."
             )
     elif resume:
-        raise _missing(space.root, name)
+        raise _unknown_sweep(space.root, name)
     return TrialRecords(uri)
 
 
-def begin_records(space: Space) -> None:
-    """Writes down what a sweep asks for."""
-    # Defaults are left out: one that has no effect is fine, but not when it is written.
-    search, train = space.search.model_dump(mode="json", exclude_unset=True), space.base.model_dump(mode="json")
+def begin_records(space: SearchSpace) -> None:
+    """Write the settings of a sweep to search.yml."""
+    # Defaults are left out: Search refuses a setting that has no effect if it is given explicitly.
+    search = space.search.model_dump(mode="json", exclude_unset=True)
+    train = space.base_settings.model_dump(mode="json")
     text = yaml.safe_dump({"search": search, "train": train}, sort_keys=False)
     storage.write_bytes(storage.join(sweep_uri(space.root, space.search.name), "search.yml"), text.encode())
 
 
-def load_records(root: str, name: str) -> tuple[Space, TrialRecords]:
-    """A sweep by its name; UserError, naming those that are there, when it isn't."""
+def load_records(root: str, name: str) -> tuple[SearchSpace, TrialRecords]:
+    """Return a sweep by its name. Raise UserError, which lists the existing sweeps, if there is none."""
     uri = sweep_uri(root, name)
     try:
-        kept = yaml.safe_load(storage.read_bytes(storage.join(uri, "search.yml")))
+        values = yaml.safe_load(storage.read_bytes(storage.join(uri, "search.yml")))
     except FileNotFoundError as error:
-        raise _missing(root, name) from error
-    search, base = Search.model_validate(kept["search"]), TrainSettings.model_validate(kept["train"])
-    return make_space(search, base, root, uri, Path.cwd()), TrialRecords(uri)
+        raise _unknown_sweep(root, name) from error
+    search, base_settings = Search.model_validate(values["search"]), TrainSettings.model_validate(values["train"])
+    return make_space(search, base_settings, root, uri, Path.cwd()), TrialRecords(uri)
 
 
-def _differing(old: Section, new: Section) -> set[str]:
+def _changed_fields(old: Section, new: Section) -> set[str]:
     return {key for key in type(old).model_fields if getattr(old, key) != getattr(new, key)}
 
 
-def _missing(root: str, name: str) -> UserError:
-    found = [path for path in storage.list_files(storage.join(root, "sweeps")) if path.endswith("/search.yml")]
-    known = ", ".join(path.removesuffix("/search.yml") for path in found) or "none"
-    return UserError(f"no sweep `{name}` in {root}. There: {known}. Leave --resume and --analyse out to begin one.")
+def _unknown_sweep(root: str, name: str) -> UserError:
+    existing = storage.list_folders(storage.join(root, "sweeps"), "search.yml")
+    return unknown_name("sweep", name, existing, root, "Omit --resume and --analyse to start one.")

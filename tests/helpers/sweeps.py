@@ -1,4 +1,4 @@
-"""Drawn sweeps, small and odd, for tests of what tells of them."""
+"""Synthetic results of sweeps, for tests of reports and charts."""
 
 import math
 import random
@@ -21,12 +21,12 @@ DIMENSIONS = (
     Dimension(key=FLIP, choices=(True, False, None)),
     Dimension(key=DROPOUT, low=0.0, high=0.6),
 )
-STANDS = {LR: 6e-4, BATCH: 32, FLIP: True, DROPOUT: 0.0}
+BASE_VALUES = {LR: 6e-4, BATCH: 32, FLIP: True, DROPOUT: 0.0}
 MAX_EPOCHS = 10
 
 
 def make_epochs(accuracy: float, number: int = MAX_EPOCHS, seconds: float = 40.0) -> list[dict[str, Any]]:
-    """A curve that comes near to an accuracy, the more so the longer it is."""
+    """Return the metrics of epochs whose val accuracy approaches the given one from below."""
     return [
         {
             "epoch": epoch,
@@ -41,21 +41,22 @@ def make_epochs(accuracy: float, number: int = MAX_EPOCHS, seconds: float = 40.0
     ]
 
 
-def make_outcome(number: int, epochs: list[dict[str, Any]], **changes: Any) -> TrialResult:
-    trial = {"number": number, "values": STANDS, "seed": 123, "state": "complete"} | changes
+def make_result(number: int, epochs: list[dict[str, Any]], **changes: Any) -> TrialResult:
+    """Return a trial with these epochs, by default a complete one with the settings of the experiment."""
+    trial = {"number": number, "values": BASE_VALUES, "seed": 123, "state": "complete"} | changes
     return TrialResult(
         trial=Trial(**trial),
         epochs=epochs,
         max_epochs=MAX_EPOCHS,
         devices=2.0,
-        finished=1_700_000_000.0 + 60 * number if epochs else None,
+        end_time=1_700_000_000.0 + 60 * number if epochs else None,
     )
 
 
 def make_sweep(num_trials: int = 20, repeats: bool = True, **changes: Any) -> SweepResult:
-    """Trials whose accuracy hangs on the learning rate above all, best at 2e-3, and a little on dropout and chance."""
+    """Return a sweep whose accuracy depends mostly on lr, best at 2e-3, and a little on dropout and noise."""
     generator = random.Random(5)
-    outcomes = [make_outcome(0, make_epochs(0.8))]
+    results = [make_result(0, make_epochs(0.8))]
     for number in range(1, num_trials):
         values = {
             LR: 10 ** generator.uniform(-4, -2),
@@ -71,7 +72,7 @@ def make_sweep(num_trials: int = 20, repeats: bool = True, **changes: Any) -> Sw
             state, epochs, reason = "pruned", make_epochs(accuracy, generator.choice((1, 3))), None
         else:
             state, epochs, reason = "complete", make_epochs(accuracy), None
-        outcomes.append(make_outcome(number, epochs, values=values, state=state, reason=reason))
+        results.append(make_result(number, epochs, values=values, state=state, reason=reason))
     values = {
         "name": "lr-and-dropout",
         "facts": [("experiment", "full"), ("dataset", "v1-masked"), ("scheduler", "ASHA")],
@@ -79,50 +80,51 @@ def make_sweep(num_trials: int = 20, repeats: bool = True, **changes: Any) -> Sw
         "device": "GPU",
         "dimensions": DIMENSIONS,
         "seed": 123,
-        "outcomes": outcomes,
+        "trials": results,
     }
     sweep = SweepResult(**{**values, **changes})
     return with_repeats(sweep) if repeats else sweep
 
 
 def with_repeats(sweep: SweepResult, apart: float = 0.003) -> SweepResult:
-    """The sweep with two more seeds of the best three settings and of trial 0, a little better and a little worse."""
-    outcomes = list(sweep.outcomes)
-    for one in [*sweep.complete[:3], sweep.outcomes[0]]:
+    """Add repeats of the best three trials and of trial 0 with two seeds, one better and one worse by `apart`."""
+    results = list(sweep.trials)
+    for repeated in [*sweep.complete[:3], sweep.trials[0]]:
         for seed, change in ((124, apart), (125, -apart)):
-            epochs = [{**row, "val_accuracy": row["val_accuracy"] + change} for row in one.epochs]
-            repeats = {"values": one.trial.values, "seed": seed, "repeats": one.trial.number}
-            outcomes.append(make_outcome(len(outcomes), epochs, **repeats))
-    return replace(sweep, outcomes=outcomes)
+            epochs = [{**row, "val_accuracy": row["val_accuracy"] + change} for row in repeated.epochs]
+            repeats = {"values": repeated.trial.values, "seed": seed, "repeats": repeated.trial.number}
+            results.append(make_result(len(results), epochs, **repeats))
+    return replace(sweep, trials=results)
 
 
 def make_best(values: dict[str, Any], epochs: list[dict[str, Any]] | None = None) -> SweepResult:
-    """A sweep whose best trial, by far, has these values or epochs."""
+    """Return a sweep whose best trial, by a wide margin, has these values or epochs."""
     sweep = make_sweep(repeats=False)
-    best = make_outcome(20, epochs or make_epochs(0.97), values={**STANDS, **values})
-    return replace(sweep, outcomes=[*sweep.outcomes, best])
+    best = make_result(20, epochs or make_epochs(0.97), values={**BASE_VALUES, **values})
+    return replace(sweep, trials=[*sweep.trials, best])
 
 
-def odd_sweeps() -> dict[str, SweepResult]:
+def edge_case_sweeps() -> dict[str, SweepResult]:
+    """Return sweeps with unusual trials, by a description."""
     long = [f"s3://bucket/with/a/very/long/name/of/a/parent/run-{i}/model.safetensors" for i in range(9)]
-    named = [make_outcome(n, make_epochs(0.5 + n / 50), values={FLIP: name}) for n, name in enumerate(long)]
+    named = [make_result(n, make_epochs(0.5 + n / 50), values={FLIP: name}) for n, name in enumerate(long)]
     gap = make_epochs(0.8)
     gap[4]["val_accuracy"] = math.nan
     many = [Dimension(key=f"train.part_{i}.setting", low=0.0, high=1.0) for i in range(8)]
     generator = random.Random(2)
     hundred = [
-        make_outcome(n, make_epochs(generator.random()), values={one.key: generator.random() for one in many})
+        make_result(n, make_epochs(generator.random()), values={each.key: generator.random() for each in many})
         for n in range(100)
     ]
     never = [{**row, "val_accuracy": math.nan} for row in make_epochs(0.8)]
-    outside = make_outcome(0, make_epochs(0.7), values={LR: 0.0, BATCH: 128, FLIP: "other", DROPOUT: None})
+    outside = make_result(0, make_epochs(0.7), values={LR: 0.0, BATCH: 128, FLIP: "other", DROPOUT: None})
     return {
         "one trial": make_sweep(num_trials=1, repeats=False),
-        "all alike": make_sweep(outcomes=[make_outcome(n, make_epochs(0.8)) for n in range(9)], repeats=False),
-        "one epoch": make_sweep(outcomes=[make_outcome(n, make_epochs(0.8, 1)) for n in range(3)], repeats=False),
-        "a gap": make_sweep(outcomes=[make_outcome(0, gap)], repeats=False),
-        "never a number": make_sweep(outcomes=[make_outcome(0, never), *make_sweep().outcomes[1:]], repeats=False),
-        "long names": make_sweep(outcomes=named, dimensions=[Dimension(key=FLIP, choices=tuple(long))], repeats=False),
-        "a hundred": make_sweep(outcomes=hundred, dimensions=many, repeats=False),
-        "an experiment elsewhere": make_sweep(outcomes=[outside, *make_sweep().outcomes[1:]], repeats=False),
+        "all alike": make_sweep(trials=[make_result(n, make_epochs(0.8)) for n in range(9)], repeats=False),
+        "one epoch": make_sweep(trials=[make_result(n, make_epochs(0.8, 1)) for n in range(3)], repeats=False),
+        "a gap": make_sweep(trials=[make_result(0, gap)], repeats=False),
+        "never a number": make_sweep(trials=[make_result(0, never), *make_sweep().trials[1:]], repeats=False),
+        "long names": make_sweep(trials=named, dimensions=[Dimension(key=FLIP, choices=tuple(long))], repeats=False),
+        "a hundred": make_sweep(trials=hundred, dimensions=many, repeats=False),
+        "an experiment elsewhere": make_sweep(trials=[outside, *make_sweep().trials[1:]], repeats=False),
     }

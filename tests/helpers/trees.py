@@ -1,4 +1,4 @@
-"""Drawn trees of experiments, the original's and odd ones, for tests of what compares them."""
+"""Synthetic results of trees of experiments, for tests of comparisons."""
 
 import math
 from dataclasses import replace
@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from carclass.evaluation.metrics import classification_metrics
-from carclass.experiments.report import ComparedRun, Comparison, TestResult
+from carclass.experiments.results import ComparedRun, Comparison, TestResult
 
 CLASSES = [f"Maker Model {i:02d}" for i in range(20)]
 NUM_PHOTOS = 2000
-ORIGINAL = "the original (Keras, Stanford Cars)"
+ORIGINAL_NAME = "the original (Keras, Stanford Cars)"
 HOSTILE = "<script>alert(1)</script>\"'&"
-THIRTEEN = """
+ORIGINAL_RUNS = """
 001 imagenet v1 adam 1e-3 .2 H+V 25 25 .280 -
 002 imagenet v1 adam 1e-4 .3 H   46 75 .306 -
 003 002@12   v1 adam 5e-5 .2 H   10 100 .568 -
@@ -29,8 +29,8 @@ THIRTEEN = """
 012 imagenet v2 adam 1e-4 .3 H   38 75 .424 .33
 013 012@24   v2 adam 1e-5 .3 H   21 75 .715 .6458
 """
-"""The original's runs: number, parent, dataset, optimizer, lr, dropout, flips, epochs run, cap, val, test."""
-MORE = """
+"""Runs of the original: number, parent, dataset, optimizer, lr, dropout, flips, epochs, max_epochs, val, test."""
+TREATMENT_RUNS = """
 014 imagenet v1 adamw 6e-4 .2 H 30 30 - -
 015 imagenet v2 adamw 6e-4 .2 H 30 30 - -
 016 imagenet v3 adamw 6e-4 .2 H 30 30 - -
@@ -38,11 +38,11 @@ MORE = """
 TREATMENTS = {"v1": "none", "v2": "crop", "v3": "crop+mask"}
 FLIPS = {"H": "horizontal", "H+V": "horizontal+vertical"}
 OURS = {"004": 0.171, "009": 0.388, "014": 0.861, "015": 0.902, "016": 0.896}
-"""Val accuracies where they are not a little above the original's."""
+"""Val accuracies by number; those of the other runs are slightly above the original's."""
 
 
 def make_epochs(accuracy: float, number: int = 10, stage: str = "frozen") -> list[dict[str, Any]]:
-    """A curve that comes near to an accuracy and reaches it in its last epoch but one."""
+    """Return the metrics of epochs whose val accuracy rises to the given one, reached in the last but one."""
     values = [accuracy * (1 - 0.8 * math.exp(-4 * epoch / number)) for epoch in range(1, number + 1)]
     values[max(0, number - 2)] = accuracy
     return [
@@ -60,12 +60,14 @@ def make_epochs(accuracy: float, number: int = 10, stage: str = "frozen") -> lis
     ]
 
 
-def make_test(accuracy: float, seed: int = 1, num_photos: int = NUM_PHOTOS, report: str = "report.html") -> TestResult:
-    """Photos of which about that share is classified correctly; the harder a photo, the fewer runs get it right."""
+def make_test_result(
+    accuracy: float, seed: int = 1, num_photos: int = NUM_PHOTOS, report: str = "report.html"
+) -> TestResult:
+    """Return a test with about this accuracy. The difficulty of a photo is the same for all seeds."""
     labels = np.random.default_rng(0).integers(0, len(CLASSES), num_photos)
-    hardness = np.random.default_rng(1).random(num_photos)
+    difficulty = np.random.default_rng(1).random(num_photos)
     generator = np.random.default_rng(seed)
-    correct = hardness + generator.normal(0, 0.12, num_photos) < accuracy
+    correct = difficulty + generator.normal(0, 0.12, num_photos) < accuracy
     predicted = np.where(correct, labels, (labels + 1 + (generator.random(num_photos) ** 3 * 5).astype(int)) % 20)
     probabilities = np.full((num_photos, len(CLASSES)), 0.2 / 19)
     probabilities[np.arange(num_photos), predicted] = 0.8
@@ -78,7 +80,7 @@ def make_test(accuracy: float, seed: int = 1, num_photos: int = NUM_PHOTOS, repo
 
 
 def make_settings(stage: str = "frozen", **changes: Any) -> dict[str, Any]:
-    """Dotted settings of a run with one stage; `stage.KEY` in changes stands for the stage's own."""
+    """Return settings of a run with one stage, by dotted key; `stage.KEY` in changes is a key of the stage."""
     stages = {
         f"{stage}.epochs": 30,
         f"{stage}.optimizer": "adam",
@@ -105,8 +107,8 @@ def make_settings(stage: str = "frozen", **changes: Any) -> dict[str, Any]:
     }
 
 
-def make_entry(name: str = "exp_001", val: float | None = 0.6, **changes: Any) -> ComparedRun:
-    """A finished experiment from ImageNet; without a val accuracy it has no epochs."""
+def make_run(name: str = "exp_001", val: float | None = 0.6, **changes: Any) -> ComparedRun:
+    """Return a finished run that starts from ImageNet; with val None it has no epochs."""
     values: dict[str, Any] = {
         "name": name,
         "parent": "imagenet",
@@ -125,11 +127,12 @@ def make_entry(name: str = "exp_001", val: float | None = 0.6, **changes: Any) -
     return ComparedRun(**(values | changes))
 
 
-def make_comparison(entries: list[ComparedRun], **changes: Any) -> Comparison:
+def make_comparison(runs: list[ComparedRun], **changes: Any) -> Comparison:
+    """Return a comparison without a baseline."""
     values: dict[str, Any] = {
         "title": "Experiments",
-        "facts": [("Dataset", "Stanford Cars"), ("Runs", str(len(entries)))],
-        "entries": entries,
+        "facts": [("Dataset", "Stanford Cars"), ("Runs", str(len(runs)))],
+        "runs": runs,
         "baseline": None,
         "seed": 7,
     }
@@ -138,25 +141,25 @@ def make_comparison(entries: list[ComparedRun], **changes: Any) -> Comparison:
 
 @cache
 def sixteen() -> Comparison:
-    """The original's 13 runs with its figures beside ours, and one recipe on three datasets. Leave them as they are."""
-    entries = [_entry(line.split()) for line in (THIRTEEN + MORE).split("\n") if line]
-    late = {
-        "exp_006": {"state": "stale", "reason": "exp_005 was trained anew since", "test": None},
+    """Return the original's 13 runs with its accuracies as baseline, and one recipe on three datasets."""
+    runs = [_original_run(line.split()) for line in (ORIGINAL_RUNS + TREATMENT_RUNS).split("\n") if line]
+    unfinished = {
+        "exp_006": {"state": "stale", "reason": "exp_005 was retrained", "test": None},
         "exp_007": {"state": "begun", "epochs": make_epochs(0.2, 12), "test": None},
         "exp_010": {"state": "failed", "reason": "torch.OutOfMemoryError: CUDA out of memory", "test": None},
         "exp_011": {"state": "missing", "epochs": [], "val_accuracy": None, "test": None},
     }
-    return make_comparison([replace(one, **late.get(one.name, {})) for one in entries], baseline=ORIGINAL)
+    return make_comparison([replace(run, **unfinished.get(run.name, {})) for run in runs], baseline=ORIGINAL_NAME)
 
 
-def _entry(words: list[str]) -> ComparedRun:
-    number, start, dataset, optimizer, lr, dropout, flips, run, cap, baseline_val, baseline_test = words
+def _original_run(words: list[str]) -> ComparedRun:
+    number, start, dataset, optimizer, lr, dropout, flips, epochs, max_epochs, baseline_val, baseline_test = words
     name, parent = f"exp_{number}", start if start == "imagenet" else f"exp_{start}"
     stage = "frozen" if start == "imagenet" else "unfrozen"
     val = OURS.get(number) or float(baseline_val) + 0.02
-    stages = {"stage.optimizer": optimizer, "stage.lr": float(lr), "stage.epochs": int(cap)}
+    stages = {"stage.optimizer": optimizer, "stage.lr": float(lr), "stage.epochs": int(max_epochs)}
     others = {"model.dropout": float(dropout), "augmentation.flip": FLIPS[flips]}
-    return make_entry(
+    return make_run(
         name,
         val,
         parent=parent,
@@ -164,54 +167,54 @@ def _entry(words: list[str]) -> ComparedRun:
         dataset=dataset,
         treatment=TREATMENTS[dataset],
         settings=make_settings(stage, name=name, parent=parent, dataset=dataset, **stages, **others),
-        epochs=make_epochs(val, int(run), stage),
+        epochs=make_epochs(val, int(epochs), stage),
         baseline_val=None if baseline_val == "-" else float(baseline_val),
         baseline_test=None if baseline_test == "-" else float(baseline_test),
-        test=make_test(val - 0.03, int(number), report=f"{name}/report/report.html"),
+        test=make_test_result(val - 0.03, int(number), report=f"{name}/report/report.html"),
     )
 
 
 def hostile() -> Comparison:
-    """Markup in every text that comes from outside."""
-    test = make_test(0.7, report=HOSTILE)
+    """Return a comparison with markup in every text that comes from data."""
+    test = make_test_result(0.7, report=HOSTILE)
     test.metrics["per_class"][0] |= {"name": HOSTILE, "f1": 0.0}
     test.metrics["most_confused_pairs"][0] |= {"label": HOSTILE, "predicted": HOSTILE}
     settings = make_settings(**{"stage.optimizer": HOSTILE, "augmentation.flip": HOSTILE, HOSTILE: HOSTILE})
     texts = {"dataset": HOSTILE, "treatment": HOSTILE, "reason": HOSTILE, "test": test, "baseline_val": 0.5}
-    first = make_entry(HOSTILE, 0.5, parent=HOSTILE, settings=settings, **texts)
-    child = make_entry("child", 0.7, parent=f"{HOSTILE}@{HOSTILE}", parent_name=HOSTILE, **texts)
+    first = make_run(HOSTILE, 0.5, parent=HOSTILE, settings=settings, **texts)
+    child = make_run("child", 0.7, parent=f"{HOSTILE}@{HOSTILE}", parent_name=HOSTILE, **texts)
     facts = [(HOSTILE, HOSTILE)]
     return make_comparison([first, child], title=HOSTILE, facts=facts, baseline=HOSTILE)
 
 
-def odd_comparisons() -> dict[str, Comparison]:
-    """Trees that a page should not break on."""
-    chain = [make_entry("run-0")]
+def edge_case_comparisons() -> dict[str, Comparison]:
+    """Return comparisons with unusual runs, by a description."""
+    chain = [make_run("run-0")]
     for i in range(1, 12):
-        chain.append(make_entry(f"run-{i}", 0.5 + i / 50, parent=f"run-{i - 1}@{i}", parent_name=f"run-{i - 1}"))
+        chain.append(make_run(f"run-{i}", 0.5 + i / 50, parent=f"run-{i - 1}@{i}", parent_name=f"run-{i - 1}"))
     nan = make_epochs(0.6)
     nan[3]["val_accuracy"] = math.nan
     never = [{**row, "val_accuracy": math.nan} for row in make_epochs(0.6)]
-    long = "a-very-long-name-of-a-run-that-nobody-would-type-twice-but-somebody-generates"
+    long = "a-very-long-name-of-a-run-that-was-generated-by-a-script-and-does-not-fit-a-table"
     uri = "s3://bucket/with/a/very/long/name/of/a/parent/model.safetensors"
-    fan = [make_entry("root"), *(make_entry(f"leaf-{i}", i / 40, parent_name="root") for i in range(40))]
-    perfect = make_test(9.0)
-    other = replace(make_test(0.5), keys=[f"other/{i:06d}.jpg" for i in range(NUM_PHOTOS)])
+    fan = [make_run("root"), *(make_run(f"leaf-{i}", i / 40, parent_name="root") for i in range(40))]
+    perfect = make_test_result(9.0)
+    other = replace(make_test_result(0.5), keys=[f"other/{i:06d}.jpg" for i in range(NUM_PHOTOS)])
     return {
-        "one": make_comparison([make_entry()]),
+        "one": make_comparison([make_run()]),
         "a chain": make_comparison(chain),
         "a fan": make_comparison(fan),
-        "a gap": make_comparison([make_entry(epochs=nan)]),
-        "diverged": make_comparison([make_entry(), make_entry("diverged", math.nan, epochs=never, baseline_val=0.5)]),
-        "one epoch": make_comparison([make_entry(epochs=make_epochs(0.6, 1))]),
-        "no epochs": make_comparison([make_entry(epochs=[])]),
-        "no settings": make_comparison([make_entry(settings={}), make_entry("exp_002", 0.5, settings={})]),
-        "both stages": make_comparison([make_entry(epochs=[*make_epochs(0.4), *make_epochs(0.6, stage="unfrozen")])]),
-        "long names": make_comparison([make_entry(long), make_entry(f"{long}-2", parent=uri, dataset=uri)]),
-        "a parent elsewhere": make_comparison([make_entry(parent="exp_000@3", parent_name="exp_000")]),
-        "nothing wrong": make_comparison([make_entry(test=perfect), make_entry("exp_002", 0.5, test=perfect)]),
-        "other photos": make_comparison([make_entry(test=perfect), make_entry("exp_002", 0.5, test=other)]),
-        "all zero": make_comparison([make_entry(val=0.0, test=make_test(-1.0))]),
-        "a circle": make_comparison([make_entry("a", parent_name="b"), make_entry("b", parent_name="a")]),
-        "new names": make_comparison([make_entry(treatment="painted"), make_entry("exp_002", treatment="blurred")]),
+        "a gap": make_comparison([make_run(epochs=nan)]),
+        "diverged": make_comparison([make_run(), make_run("diverged", math.nan, epochs=never, baseline_val=0.5)]),
+        "one epoch": make_comparison([make_run(epochs=make_epochs(0.6, 1))]),
+        "no epochs": make_comparison([make_run(epochs=[])]),
+        "no settings": make_comparison([make_run(settings={}), make_run("exp_002", 0.5, settings={})]),
+        "both stages": make_comparison([make_run(epochs=[*make_epochs(0.4), *make_epochs(0.6, stage="unfrozen")])]),
+        "long names": make_comparison([make_run(long), make_run(f"{long}-2", parent=uri, dataset=uri)]),
+        "a parent elsewhere": make_comparison([make_run(parent="exp_000@3", parent_name="exp_000")]),
+        "nothing wrong": make_comparison([make_run(test=perfect), make_run("exp_002", 0.5, test=perfect)]),
+        "other photos": make_comparison([make_run(test=perfect), make_run("exp_002", 0.5, test=other)]),
+        "all zero": make_comparison([make_run(val=0.0, test=make_test_result(-1.0))]),
+        "a circle": make_comparison([make_run("a", parent_name="b"), make_run("b", parent_name="a")]),
+        "new names": make_comparison([make_run(treatment="painted"), make_run("exp_002", treatment="blurred")]),
     }

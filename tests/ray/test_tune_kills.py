@@ -1,4 +1,4 @@
-"""A sweep that is killed three times tries and finds what an undisturbed one does, and nothing twice."""
+"""A sweep that is killed three times has the trials and results of an undisturbed one."""
 
 import os
 import random
@@ -16,7 +16,7 @@ from carclass import storage
 from carclass.data import dataset
 from carclass.tuning import results, trial_records
 from carclass.tuning.collect import collect_sweep
-from tests.helpers.clusters import Cluster, Job, below, kill, start, titled, wait_for
+from tests.helpers.clusters import Cluster, Job, descendants, find_by_title, kill, start, wait_for
 
 SEARCH: dict[str, Any] = {
     "experiment": "experiment.yml",
@@ -27,7 +27,7 @@ SEARCH: dict[str, Any] = {
     "num_trials": 8,
     "num_seeds": 2,
     "min_epochs": 2,
-    # One after the other: what several at a time learn from each other depends on which of them is faster.
+    # One at a time: suggestions to concurrent trials depend on the order in which these finish.
     "max_concurrent_trials": 1,
 }
 TRAIN: dict[str, Any] = {
@@ -40,8 +40,9 @@ TRAIN: dict[str, Any] = {
     "checkpoint_steps": 1,
 }
 SEED = 5
+pytestmark = pytest.mark.slow  # 110 s
 TRIAL = "ray::TrialProcess"
-"""What the title of a trial's process begins with."""
+"""Prefix of the title of a trial's process."""
 
 
 @pytest.fixture(scope="module")
@@ -72,48 +73,48 @@ def undisturbed(root: str, folder: Path, cluster: Cluster) -> results.SweepResul
 
 
 def num_epochs(root: str) -> int:
-    """How many epochs the killed sweep's trials have, all together."""
+    """Return the total number of epochs of the killed sweep's trials."""
     folder = f"{trial_records.sweep_uri(root, 'killed')}/trials"
     paths = [path for path in storage.list_files(folder) if path.endswith("/metrics.jsonl")]
     return sum(storage.read_bytes(storage.join(folder, path)).count(b"\n") for path in paths)
 
 
-def wait_for_epochs(root: str, wanted: int, job: Job) -> None:
+def wait_for_epochs(root: str, min_epochs: int, job: Job) -> None:
     deadline = time.monotonic() + 180
-    while num_epochs(root) < wanted:
+    while num_epochs(root) < min_epochs:
         assert job.process.poll() is None, job.log.read_text()
         assert time.monotonic() < deadline, job.log.read_text()
         time.sleep(0.01)
 
 
 class Killed(NamedTuple):
-    """The sweep in the end, and the times of the epochs of trials that were over when it was killed."""
+    """Final results of the sweep, and times of the epochs of trials that were finished when it was killed."""
 
-    found: results.SweepResult
-    over: dict[str, list[float]]
+    sweep: results.SweepResult
+    finished: dict[str, list[float]]
 
 
 def kill_a_trial(cluster: Cluster) -> bool:
-    """Kills a trial's process, if there is one: trials end, and others begin, at any moment."""
+    """Kill a trial's process; return False if there is none at the moment."""
     with suppress(IndexError, ProcessLookupError):
-        os.kill(titled(below(cluster.head.pid), TRIAL)[0], signal.SIGKILL)
+        os.kill(find_by_title(descendants(cluster.head.pid), TRIAL)[0], signal.SIGKILL)
         return True
     return False
 
 
 @pytest.fixture(scope="module")
 def killed(root: str, folder: Path, cluster: Cluster, undisturbed: results.SweepResult) -> Killed:
-    """Killed at three random moments: the driver alone twice, then the whole machine. In the end, a trial's process."""
-    total = sum(len(one.epochs) for one in undisturbed.outcomes)
+    """Kill a sweep at three random moments: the driver twice, then the whole node; finally kill a trial's process."""
+    total = sum(len(result.epochs) for result in undisturbed.trials)
     moments = sorted(random.Random(SEED).sample(range(1, total * 2 // 3), 3))
-    over = {}
-    for turn, wanted in enumerate(moments):
+    finished = {}
+    for turn, min_epochs in enumerate(moments):
         job = start("tune.py", folder / "killed.yml", cluster.environment)
-        wait_for_epochs(root, wanted, job)
+        wait_for_epochs(root, min_epochs, job)
         os.kill(job.process.pid, signal.SIGKILL)
         job.process.wait(timeout=60)
-        ended = [one for one in collect_sweep(root, "killed").outcomes if one.trial.is_over]
-        over |= {one.trial.name: [row["time"] for row in one.epochs] for one in ended}
+        ended = [result for result in collect_sweep(root, "killed").trials if result.trial.is_over]
+        finished |= {result.trial.name: [row["time"] for row in result.epochs] for result in ended}
         if turn == 2:
             kill(cluster.head)
     cluster.stop()
@@ -124,42 +125,44 @@ def killed(root: str, folder: Path, cluster: Cluster, undisturbed: results.Sweep
         job.end()
     finally:
         another.stop()
-    return Killed(collect_sweep(root, "killed"), over)
+    return Killed(collect_sweep(root, "killed"), finished)
 
 
-def epochs(found: results.SweepResult) -> list[list[tuple]]:
+def epochs(sweep: results.SweepResult) -> list[list[tuple]]:
     keys = ("epoch", "train_loss", "val_accuracy")
-    return [[tuple(row[key] for key in keys) for row in one.epochs] for one in found.outcomes]
+    return [[tuple(row[key] for key in keys) for row in result.epochs] for result in sweep.trials]
 
 
-def tried(found: results.SweepResult) -> list[tuple]:
-    return [(one.trial.number, one.trial.name, one.trial.repeats, one.trial.state) for one in found.outcomes]
+def trial_states(sweep: results.SweepResult) -> list[tuple]:
+    return [
+        (result.trial.number, result.trial.name, result.trial.repeats, result.trial.state) for result in sweep.trials
+    ]
 
 
-def test_the_same_trials_end_the_same_way(undisturbed: results.SweepResult, killed: Killed):
-    assert tried(killed.found) == tried(undisturbed)
+def test_trials_end_in_the_same_states(undisturbed: results.SweepResult, killed: Killed):
+    assert trial_states(killed.sweep) == trial_states(undisturbed)
 
 
-def test_some_trials_were_ended_early(undisturbed: results.SweepResult):
-    assert {"complete", "pruned"} == {one.trial.state for one in undisturbed.outcomes}
+def test_some_trials_are_pruned(undisturbed: results.SweepResult):
+    assert {"complete", "pruned"} == {result.trial.state for result in undisturbed.trials}
 
 
-def test_no_trial_is_trained_twice(root: str, killed: Killed):
+def test_no_trial_has_two_runs(root: str, killed: Killed):
     folders = {path.split("/")[0] for path in storage.list_files(f"{trial_records.sweep_uri(root, 'killed')}/trials")}
-    assert sorted(folders) == sorted(one.trial.name for one in killed.found.outcomes)
+    assert sorted(folders) == sorted(result.trial.name for result in killed.sweep.trials)
 
 
-def test_every_epoch_is_the_undisturbed_one_and_is_there_once(undisturbed: results.SweepResult, killed: Killed):
-    assert epochs(killed.found) == epochs(undisturbed)
+def test_epochs_equal_those_of_the_undisturbed_sweep(undisturbed: results.SweepResult, killed: Killed):
+    assert epochs(killed.sweep) == epochs(undisturbed)
 
 
-def test_the_best_is_the_same(undisturbed: results.SweepResult, killed: Killed):
-    assert killed.found.best.trial == undisturbed.best.trial
-    assert killed.found.best.accuracy == undisturbed.best.accuracy
+def test_best_trial_is_the_same(undisturbed: results.SweepResult, killed: Killed):
+    assert killed.sweep.best.trial == undisturbed.best.trial
+    assert killed.sweep.best.accuracy == undisturbed.best.accuracy
 
 
-def test_trials_that_were_over_are_not_trained_again(killed: Killed):
-    """Each of their epochs keeps its time."""
-    assert killed.over
-    after = {one.trial.name: [row["time"] for row in one.epochs] for one in killed.found.outcomes}
-    assert {name: after[name] for name in killed.over} == killed.over
+def test_finished_trials_are_not_trained_again(killed: Killed):
+    """Compare the recorded times of epochs."""
+    assert killed.finished
+    after = {result.trial.name: [row["time"] for row in result.epochs] for result in killed.sweep.trials}
+    assert {name: after[name] for name in killed.finished} == killed.finished

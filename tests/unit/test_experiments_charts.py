@@ -1,4 +1,4 @@
-"""The pictures of a comparison: the tree, the curves, and the differences from the best run."""
+"""Charts of a comparison: tree, learning curves, and differences in test accuracy."""
 
 import re
 from itertools import pairwise
@@ -6,63 +6,65 @@ from itertools import pairwise
 import pytest
 
 from carclass.experiments import charts, report
-from carclass.experiments.report import render_comparison, rivals
+from carclass.experiments.pairs import pairs_with_best
+from carclass.experiments.report import render_comparison
+from carclass.experiments.results import STATES
 from tests.helpers.pages import comparison_page, section, section_text
 from tests.helpers.trees import (
+    edge_case_comparisons,
     make_comparison,
-    make_entry,
-    odd_comparisons,
+    make_run,
     sixteen,
 )
 
 
-def test_the_tree_puts_children_below_their_parents():
-    runs = report._runs(sixteen())
+def test_tree_order_puts_children_below_parents():
+    runs = report.charted_runs(sixteen())
     order = [(run.name[-3:], depth) for run, depth in charts.tree_order(runs)]
     assert order[1:7] == [("002", 0), ("003", 1), ("004", 1), ("005", 1), ("006", 2), ("008", 1)]
 
 
-def test_every_run_is_in_the_tree():
-    assert len(charts.tree_order(report._runs(sixteen()))) == 16
+def test_tree_order_has_every_run():
+    assert len(charts.tree_order(report.charted_runs(sixteen()))) == 16
 
 
-def test_an_edge_of_the_tree_names_the_epoch_it_starts_from():
+def test_edges_are_labelled_with_the_parent_epoch():
     assert re.findall(r"@\d+", section_text(comparison_page(), "tree")) == [*["@12"] * 3, "@69", "@12", "@22", "@24"]
 
 
-def test_every_edge_of_the_tree_is_drawn():
+def test_every_edge_is_drawn():
     assert section(comparison_page(), "tree").count('class="edge"') == 7
 
 
-@pytest.mark.parametrize("state", report.STATES)
-def test_a_state_is_told_in_the_tree_by_word_and_by_shape(state):
-    page = render_comparison(make_comparison([make_entry(), make_entry("other", state=state)]))
+@pytest.mark.parametrize("state", STATES)
+def test_states_have_labels_and_distinct_shapes(state):
+    page = render_comparison(make_comparison([make_run(), make_run("other", state=state)]))
     assert section_text(page, "tree").count(state) >= 2
-    assert len({*charts.SHAPES.values()}) == len(report.STATES)
+    assert len({*charts.SHAPES.values()}) == len(STATES)
 
 
-def test_every_run_with_epochs_has_a_curve_with_its_name():
-    drawn = charts.overlaid(report._runs(sixteen()))
+def test_every_run_with_epochs_has_a_labelled_curve():
+    drawn = charts.all_curves(report.charted_runs(sixteen()))
     assert len(re.findall(r'<text class="label ', drawn)) == 15
 
 
-def test_a_gap_in_a_curve_parts_it():
-    drawn = charts.overlaid(report._runs(odd_comparisons()["a gap"]))
+def test_nan_splits_a_curve():
+    drawn = charts.all_curves(report.charted_runs(edge_case_comparisons()["a gap"]))
     assert drawn.count("<polyline") == 2
 
 
-@pytest.mark.parametrize("wanted", [[], [5.0], [50.0, 51.0, 52.0], [0.0] * 6, [99.0] * 6, [0.0, 1.0, 98.0, 99.0]])
-def test_labels_are_spread_within_their_room(wanted):
-    found = charts.spread(wanted, 15, 0, 100)
-    assert all(after - before >= 15 - 1e-9 for before, after in pairwise(found))
-    assert all(0 <= place <= 100 for place in found)
+@pytest.mark.parametrize("targets", [[], [5.0], [50.0, 51.0, 52.0], [0.0] * 6, [99.0] * 6, [0.0, 1.0, 98.0, 99.0]])
+def test_labels_are_spread_within_limits(targets):
+    places = charts.spread_labels(targets, 15, 0, 100)
+    assert all(after - before >= 15 - 1e-9 for before, after in pairwise(places))
+    assert all(0 <= place <= 100 for place in places)
 
 
-def test_labels_with_room_stay_where_they_are():
-    assert charts.spread([10, 40, 80], 15, 0, 100) == [10, 40, 80]
+def test_separate_labels_stay_in_place():
+    assert charts.spread_labels([10, 40, 80], 15, 0, 100) == [10, 40, 80]
 
 
-def test_a_difference_is_drawn_at_its_place_between_its_ends():
-    drawn = charts.differences([("a over b", rivals(sixteen())[0].verdict)])
+def test_difference_is_drawn_within_its_interval():
+    drawn = charts.differences_chart([("a over b", pairs_with_best(sixteen())[0].result)])
     low, high = map(float, re.search(r'class="interval[^"]*" x1="([\d.]+)" y1="[\d.]+" x2="([\d.]+)"', drawn).groups())
     assert low < float(re.search(r'class="difference[^"]*" cx="([\d.]+)"', drawn)[1]) < high

@@ -1,4 +1,4 @@
-"""The page that compares a tree of experiments: its figures, its charts, and trees that are odd."""
+"""Report of a comparison: best run, sections of the page, changes, pairs, recipe groups, and edge cases."""
 
 import math
 import re
@@ -9,89 +9,91 @@ import pytest
 
 from carclass.errors import UserError
 from carclass.experiments import report
-from carclass.experiments.report import changes, groups, render_comparison, rivals, summarise
+from carclass.experiments.pairs import compare_pair, pairs_with_best, recipe_groups
+from carclass.experiments.report import render_comparison, summarise
+from carclass.experiments.results import settings_diff
 from tests.helpers.pages import COMPARISON_SECTIONS, comparison_page, section, section_text, visible_text
 from tests.helpers.trees import (
+    edge_case_comparisons,
     hostile,
     make_comparison,
-    make_entry,
     make_epochs,
+    make_run,
     make_settings,
-    make_test,
-    odd_comparisons,
+    make_test_result,
     sixteen,
 )
 
 
 def row_of(page: str, section_name: str, run: str) -> list[str]:
-    """The cells of a run's row in a section's first table."""
+    """Return the text of the cells of a run's row in a section's first table."""
     rows = re.findall(r"<tr.*?</tr>", section(page, section_name), re.S)
     row = next(row for row in rows if re.search(rf">{run}<", row))
     cells = re.findall(r"<t[hd].*?</t[hd]>", row, re.S)
     return [visible_text(cell).replace("\u00a0", " ").strip() for cell in cells]
 
 
-def entry(name: str):
-    return next(one for one in sixteen().entries if one.name == name)
+def run_named(name: str):
+    return next(run for run in sixteen().runs if run.name == name)
 
 
-def alike(treatment: str, name: str, **changed):
-    """An experiment of one recipe on photos treated so."""
+def make_recipe_run(treatment: str, name: str, **changed):
+    """Return a run of a common recipe on photos with this treatment."""
     settings = make_settings(name=name, dataset=treatment)
-    values = {"dataset": treatment, "treatment": treatment, "settings": settings, "test": make_test(0.6)}
-    return make_entry(name, **(values | changed))
+    values = {"dataset": treatment, "treatment": treatment, "settings": settings, "test": make_test_result(0.6)}
+    return make_run(name, **(values | changed))
 
 
-# The best run
+# Best run
 
 
-def test_the_best_run_has_the_highest_val_accuracy():
+def test_best_run_has_the_highest_val_accuracy():
     assert sixteen().best.name == "exp_015"
 
 
-def test_the_test_has_no_say_in_which_run_is_best():
-    entries = [make_entry("low", 0.5, test=make_test(0.9)), make_entry("high", 0.6, test=make_test(0.1))]
-    assert make_comparison(entries).best.name == "high"
+def test_best_run_does_not_depend_on_test():
+    runs = [make_run("low", 0.5, test=make_test_result(0.9)), make_run("high", 0.6, test=make_test_result(0.1))]
+    assert make_comparison(runs).best.name == "high"
 
 
 @pytest.mark.parametrize("state", ["stale", "begun", "missing", "failed"])
-def test_a_run_that_has_not_finished_is_never_the_best(state):
-    entries = [make_entry("low", 0.5), make_entry("high", 0.6, state=state)]
-    assert make_comparison(entries).best.name == "low"
+def test_unfinished_run_is_never_best(state):
+    runs = [make_run("low", 0.5), make_run("high", 0.6, state=state)]
+    assert make_comparison(runs).best.name == "low"
 
 
-def test_a_run_that_diverged_is_never_the_best():
-    assert odd_comparisons()["diverged"].best.name == "exp_001"
+def test_diverged_run_is_never_best():
+    assert edge_case_comparisons()["diverged"].best.name == "exp_001"
 
 
-def test_the_earlier_of_two_runs_of_one_val_accuracy_is_the_best():
-    assert make_comparison([make_entry("first"), make_entry("second")]).best.name == "first"
+def test_first_of_equal_runs_is_best():
+    assert make_comparison([make_run("first"), make_run("second")]).best.name == "first"
 
 
-@pytest.mark.parametrize("entries", [[], [make_entry(state="begun")], [make_entry(val=math.nan)]])
-def test_without_a_finished_run_the_user_is_told_what_to_run(entries):
+@pytest.mark.parametrize("runs", [[], [make_run(state="begun")], [make_run(val=math.nan)]])
+def test_no_finished_run_is_an_error_with_a_remedy(runs):
     with pytest.raises(UserError, match=r"has finished.*python jobs/lineage.py run all"):
-        render_comparison(make_comparison(entries))
+        render_comparison(make_comparison(runs))
 
 
-def test_the_best_epoch_is_the_last_stage_s_and_the_earlier_of_equals():
+def test_best_epoch_is_earliest_of_equals_in_last_stage():
     frozen, unfrozen = make_epochs(0.9, 3), make_epochs(0.5, 4, "unfrozen")
     for row, value in zip(unfrozen, (0.3, 0.6, 0.6, math.nan), strict=True):
         row["val_accuracy"] = value
-    assert make_entry(epochs=[*frozen, *unfrozen]).best_epoch == 2
+    assert make_run(epochs=[*frozen, *unfrozen]).best_epoch == 2
 
 
-# The sections
+# Sections
 
 
 @pytest.mark.parametrize("name", COMPARISON_SECTIONS)
-def test_every_section_is_there_and_linked_from_the_top(name):
+def test_section_exists_and_is_linked(name):
     page = comparison_page()
     assert f'<section id="{name}"' in page
     assert f'href="#{name}"' in page
 
 
-def test_the_summary_has_the_best_run_s_test_with_its_interval():
+def test_summary_has_test_accuracy_with_interval():
     test = sixteen().best.test
     low, high = test.interval
     assert f"{test.accuracy:.1%} {low:.1%} to {high:.1%}".replace("%", " %") in section_text(
@@ -99,256 +101,269 @@ def test_the_summary_has_the_best_run_s_test_with_its_interval():
     )
 
 
-def test_the_summary_has_the_baseline_s_best():
+def test_summary_has_best_of_the_baseline():
     text = section_text(comparison_page(), "summary")
     assert "71.5 % val accuracy of its exp_013; test 64.6 %" in text
 
 
-def test_the_summary_counts_runs_by_state():
+def test_summary_counts_runs_by_state():
     assert "12 of 16 1 stale, 1 begun, 1 missing, 1 failed" in section_text(comparison_page(), "summary")
 
 
-def test_runs_above_the_baseline_are_counted():
-    assert any("Run by run, 7 of 9 are above it on val" in one for one in summarise(sixteen()))
+def test_summary_counts_runs_above_the_baseline():
+    assert any("Run by run, 7 of 9 are above it on val" in sentence for sentence in summarise(sixteen()))
 
 
 @pytest.mark.parametrize(
     "sentence",
-    ["The best run was chosen on val", "their p-values are not corrected", "Each run was trained with one seed"],
+    ["The best run was selected on val", "P-values are not corrected", "Each run was trained with one seed"],
 )
-def test_the_summary_says_how_far_to_trust_it(sentence):
+def test_summary_lists_limitations(sentence):
     assert sentence in section_text(comparison_page(), "summary")
 
 
-def test_runs_that_differ_in_their_seed_alone_are_named():
-    again = make_entry("again", settings=make_settings(name="again", seed=124))
-    assert "differ in their seed alone: exp_001, again" in section_text(
-        render_comparison(make_comparison([make_entry(), again])), "summary"
+def test_summary_names_seed_repeats():
+    again = make_run("again", settings=make_settings(name="again", seed=124))
+    assert "differ only in their seed: exp_001, again" in section_text(
+        render_comparison(make_comparison([make_run(), again])), "summary"
     )
 
 
-def test_a_comparison_without_a_baseline_speaks_of_none():
-    main = render_comparison(make_comparison([make_entry()])).partition("<main>")[2]
+def test_page_without_baseline_does_not_mention_it():
+    main = render_comparison(make_comparison([make_run()])).partition("<main>")[2]
     assert "baseline" not in visible_text(main).lower()
 
 
-def test_a_run_s_row_has_its_settings_and_figures():
+def test_row_has_settings_and_epochs():
     row = row_of(comparison_page(), "runs", "exp_013")
     assert row[1:8] == ["exp_012@24", "v2 crop", "adam 1e-5", "0.3", "H", "21 of 75", "20"]
 
 
-def test_a_run_s_val_accuracy_stands_beside_the_baseline_s():
+def test_row_has_val_accuracy_of_run_and_baseline():
     assert row_of(comparison_page(), "runs", "exp_013")[8:10] == ["73.5 % ▲", "71.5 %"]
 
 
 @pytest.mark.parametrize(("val", "sign"), [(0.6, "▲"), (0.4, "▼"), (0.5, "=")])
-def test_a_sign_tells_which_is_higher(val, sign):
-    page = render_comparison(make_comparison([make_entry("run", val, baseline_val=0.5)]))
+def test_sign_shows_the_higher_accuracy(val, sign):
+    page = render_comparison(make_comparison([make_run("run", val, baseline_val=0.5)]))
     assert row_of(page, "runs", "run")[8] == f"{val:.1%} {sign}".replace("%", " %")
 
 
-def test_the_sign_is_told_in_words_too():
+def test_sign_has_a_label():
     assert 'aria-label="above the baseline"' in section(comparison_page(), "runs")
 
 
-def test_a_run_without_test_is_not_evaluated():
+def test_row_of_run_without_test():
     assert row_of(comparison_page(), "runs", "exp_007")[10] == "not evaluated"
 
 
-def test_a_stale_run_has_its_state_and_reason():
-    assert row_of(comparison_page(), "runs", "exp_006")[0] == "exp_006 stale exp_005 was trained anew since"
+def test_row_of_stale_run_has_state_and_reason():
+    assert row_of(comparison_page(), "runs", "exp_006")[0] == "exp_006 stale exp_005 was retrained"
 
 
-def test_both_stages_have_their_optimizers():
+def test_row_has_optimizers_of_both_stages():
     settings = make_settings() | {"unfrozen.optimizer": "sgd", "unfrozen.lr": 3e-5, "unfrozen.epochs": 5}
-    row = row_of(render_comparison(make_comparison([make_entry("run", settings=settings)])), "runs", "run")
+    row = row_of(render_comparison(make_comparison([make_run("run", settings=settings)])), "runs", "run")
     assert (row[3], row[6]) == ("adam 1e-4, then sgd 3e-5", "10 of 35")
 
 
-def test_a_run_that_diverged_has_no_sign():
-    assert row_of(render_comparison(odd_comparisons()["diverged"]), "runs", "diverged")[8:10] == ["nan", "50.0 %"]
+def test_diverged_run_has_no_sign():
+    assert row_of(render_comparison(edge_case_comparisons()["diverged"]), "runs", "diverged")[8:10] == ["nan", "50.0 %"]
 
 
 # Changes
 
 
-def test_changes_are_those_against_the_parent():
-    assert changes(entry("exp_006"), entry("exp_005")) == [("model.dropout", "0.2", "0.3"), ("lr", "3e-5", "5e-5")]
+def test_settings_diff_against_the_parent():
+    assert settings_diff(run_named("exp_006"), run_named("exp_005")) == [
+        ("model.dropout", "0.2", "0.3"),
+        ("lr", "3e-5", "5e-5"),
+    ]
 
 
-def test_the_stages_of_two_runs_are_compared_with_each_other():
-    found = changes(entry("exp_013"), entry("exp_012"))
-    assert ("stage", "frozen", "unfrozen") in found
-    assert ("lr", "1e-4", "1e-5") in found
+def test_single_stages_are_compared_with_each_other():
+    diff = settings_diff(run_named("exp_013"), run_named("exp_012"))
+    assert ("stage", "frozen", "unfrozen") in diff
+    assert ("lr", "1e-4", "1e-5") in diff
 
 
-def test_a_setting_that_only_one_run_has_gets_a_dash():
-    assert ("views", "2", "\u2013") in changes(entry("exp_013"), entry("exp_012"))
+def test_missing_setting_is_a_dash():
+    assert ("views", "2", "\u2013") in settings_diff(run_named("exp_013"), run_named("exp_012"))
 
 
-def test_runs_with_more_stages_are_compared_key_by_key():
-    parent = make_entry(settings=make_settings() | {"unfrozen.lr": 1e-3})
-    child = make_entry(settings=make_settings() | {"unfrozen.lr": 1e-4})
-    assert changes(child, parent) == [("unfrozen.lr", "1e-3", "1e-4")]
+def test_runs_with_two_stages_are_compared_by_key():
+    parent = make_run(settings=make_settings() | {"unfrozen.lr": 1e-3})
+    child = make_run(settings=make_settings() | {"unfrozen.lr": 1e-4})
+    assert settings_diff(child, parent) == [("unfrozen.lr", "1e-3", "1e-4")]
 
 
-def test_changes_are_on_the_page():
+def test_page_has_the_changes():
     row = row_of(comparison_page(), "changes", "exp_006")
     assert row == ["exp_006", "exp_005@69", "model.dropout 0.2 → 0.3 lr 3e-5 → 5e-5"]
 
 
-def test_a_run_that_changes_nothing_says_so():
-    entries = [make_entry("a"), make_entry("b", settings=make_settings(name="b"), parent="a@2", parent_name="a")]
-    assert row_of(render_comparison(make_comparison(entries)), "changes", "b")[2] == "no setting differs"
+def test_run_without_changes():
+    runs = [make_run("a"), make_run("b", settings=make_settings(name="b"), parent="a@2", parent_name="a")]
+    assert row_of(render_comparison(make_comparison(runs)), "changes", "b")[2] == "no setting differs"
 
 
-def test_runs_that_all_start_from_elsewhere_change_nothing():
-    assert "No run starts from another" in section_text(render_comparison(make_comparison([make_entry()])), "changes")
+def test_page_without_parents_has_no_changes():
+    assert "No run starts from another" in section_text(render_comparison(make_comparison([make_run()])), "changes")
 
 
-# Better than
+# Pairs with the best run
 
 
-def test_the_best_is_compared_with_the_second_and_with_other_treatments():
-    found = {pair.theirs.name: pair.reason for pair in rivals(sixteen())}
-    assert found == {"exp_016": "second on val, best of crop and mask", "exp_014": "best of whole photo"}
+def test_best_is_compared_with_second_and_other_treatments():
+    reasons = {pair.second.name: pair.reason for pair in pairs_with_best(sixteen())}
+    assert reasons == {"exp_016": "second best on val, best with crop and mask", "exp_014": "best with whole photo"}
 
 
-def test_the_best_is_compared_with_its_parent():
-    entries = [make_entry("a", 0.5), make_entry("b", 0.6), make_entry("c", 0.7, parent="a@2", parent_name="a")]
-    assert {pair.theirs.name: pair.reason for pair in rivals(make_comparison(entries))} == {
+def test_best_is_compared_with_its_parent():
+    runs = [make_run("a", 0.5), make_run("b", 0.6), make_run("c", 0.7, parent="a@2", parent_name="a")]
+    assert {pair.second.name: pair.reason for pair in pairs_with_best(make_comparison(runs))} == {
         "a": "its parent",
-        "b": "second on val",
+        "b": "second best on val",
     }
 
 
-def test_a_parent_that_is_second_is_compared_once():
-    entries = [make_entry("a", 0.5), make_entry("b", 0.6, parent="a@2", parent_name="a")]
-    assert [pair.reason for pair in rivals(make_comparison(entries))] == ["its parent, second on val"]
+def test_parent_that_is_second_is_compared_once():
+    runs = [make_run("a", 0.5), make_run("b", 0.6, parent="a@2", parent_name="a")]
+    assert [pair.reason for pair in pairs_with_best(make_comparison(runs))] == ["its parent, second best on val"]
 
 
-def test_the_difference_is_on_the_page_with_its_interval():
-    verdict = rivals(sixteen())[1].verdict
+def test_page_has_difference_with_interval():
+    result = pairs_with_best(sixteen())[1].result
     row = row_of(comparison_page(), "better", "exp_014")
-    interval = f"+{verdict.low * 100:.1f} to +{verdict.high * 100:.1f}"
+    interval = f"+{result.low * 100:.1f} to +{result.high * 100:.1f}"
     assert row[2:] == ["+3.6", interval, "below 0.001", "161", "89", "2,000", "better"]
 
 
-def test_photos_are_compared_by_their_keys():
-    ours, theirs = make_test(0.7), make_test(0.7)
+def test_photos_are_matched_by_key():
+    first, second = make_test_result(0.7), make_test_result(0.7)
     kept = np.arange(500, 2000)
-    theirs = replace(theirs, keys=theirs.keys[500:], correct=theirs.correct[kept])
-    pair = report.pair(make_entry(test=ours), make_entry(test=theirs), "", 1)
-    assert (pair.verdict.num_photos, pair.verdict.only_ours, pair.verdict.only_theirs) == (1500, 0, 0)
+    second = replace(second, keys=second.keys[500:], correct=second.correct[kept])
+    pair = compare_pair(make_run(test=first), make_run(test=second), "", 1)
+    assert (pair.result.num_photos, pair.result.only_first, pair.result.only_second) == (1500, 0, 0)
 
 
-def test_runs_without_a_photo_in_common_are_not_compared():
-    assert "no test photos in common" in section_text(render_comparison(odd_comparisons()["other photos"]), "better")
+def test_runs_without_common_photos_are_not_compared():
+    assert "no test photos in common" in section_text(
+        render_comparison(edge_case_comparisons()["other photos"]), "better"
+    )
 
 
-def test_a_rival_that_was_not_evaluated_is_named():
-    entries = [make_entry("a", 0.7, test=make_test(0.7)), make_entry("b", 0.6)]
-    assert row_of(render_comparison(make_comparison(entries)), "better", "a")[2] == "b not evaluated"
+def test_unevaluated_run_is_named():
+    runs = [make_run("a", 0.7, test=make_test_result(0.7)), make_run("b", 0.6)]
+    assert row_of(render_comparison(make_comparison(runs)), "better", "a")[2] == "b not evaluated"
 
 
-def test_a_single_run_is_compared_with_none():
-    assert "No other run has finished" in section_text(render_comparison(make_comparison([make_entry()])), "better")
+def test_single_run_is_compared_with_none():
+    assert "No other run has finished" in section_text(render_comparison(make_comparison([make_run()])), "better")
 
 
-# Cropping and masking
+# Recipe groups
 
 
-def test_runs_with_equal_settings_on_other_photos_are_grouped():
-    found = [[one.name for one in group.entries] for group in groups(sixteen())]
-    assert found == [["exp_002", "exp_012"], ["exp_014", "exp_015", "exp_016"]]
+def test_runs_of_one_recipe_are_grouped():
+    names = [[run.name for run in group.runs] for group in recipe_groups(sixteen())]
+    assert names == [["exp_002", "exp_012"], ["exp_014", "exp_015", "exp_016"]]
 
 
 def test_every_treatment_is_compared_with_every_other():
-    names = [(pair.ours.name, pair.theirs.name) for pair in groups(sixteen())[1].pairs]
+    names = [(pair.first.name, pair.second.name) for pair in recipe_groups(sixteen())[1].pairs]
     assert names == [("exp_015", "exp_014"), ("exp_016", "exp_014"), ("exp_016", "exp_015")]
 
 
 @pytest.mark.parametrize("changed", [{"seed": 9}, {"parent": "s3://x"}, {"keep_checkpoints": 5}, {"num_workers": 2}])
-def test_settings_that_are_not_of_the_recipe_leave_a_group_together(changed):
-    other = alike("crop", "b", settings=make_settings(name="b", dataset="crop", **changed))
-    assert len(groups(make_comparison([alike("none", "a"), other]))) == 1
+def test_settings_outside_of_the_recipe_keep_a_group(changed):
+    other = make_recipe_run("crop", "b", settings=make_settings(name="b", dataset="crop", **changed))
+    assert len(recipe_groups(make_comparison([make_recipe_run("none", "a"), other]))) == 1
 
 
 @pytest.mark.parametrize("changed", [{"stage.lr": 1.0}, {"model.dropout": 0.9}, {"stage.epochs": 3}])
-def test_other_settings_part_a_group(changed):
-    other = alike("crop", "b", settings=make_settings(name="b", dataset="crop", **changed))
-    assert groups(make_comparison([alike("none", "a"), other])) == []
+def test_other_settings_split_a_group(changed):
+    other = make_recipe_run("crop", "b", settings=make_settings(name="b", dataset="crop", **changed))
+    assert recipe_groups(make_comparison([make_recipe_run("none", "a"), other])) == []
 
 
-def test_of_several_runs_of_a_treatment_the_best_on_val_is_compared():
-    entries = [alike("none", "a"), alike("crop", "b", val_accuracy=0.7), alike("crop", "c", val_accuracy=0.8)]
-    [group] = groups(make_comparison(entries))
-    assert [(pair.ours.name, pair.theirs.name) for pair in group.pairs] == [("c", "a")]
+def test_best_run_of_a_treatment_is_compared():
+    runs = [
+        make_recipe_run("none", "a"),
+        make_recipe_run("crop", "b", val_accuracy=0.7),
+        make_recipe_run("crop", "c", val_accuracy=0.8),
+    ]
+    [group] = recipe_groups(make_comparison(runs))
+    assert [(pair.first.name, pair.second.name) for pair in group.pairs] == [("c", "a")]
 
 
-def test_an_unfinished_run_of_a_treatment_gives_way_to_a_finished_one():
-    entries = [alike("none", "a"), alike("crop", "b", state="stale", val_accuracy=0.9), alike("crop", "c")]
-    [group] = groups(make_comparison(entries))
-    assert group.pairs[0].ours.name == "c"
+def test_finished_run_of_a_treatment_is_preferred():
+    runs = [
+        make_recipe_run("none", "a"),
+        make_recipe_run("crop", "b", state="stale", val_accuracy=0.9),
+        make_recipe_run("crop", "c"),
+    ]
+    [group] = recipe_groups(make_comparison(runs))
+    assert group.pairs[0].first.name == "c"
 
 
-def test_without_a_group_the_page_says_that_nothing_can_be_told():
-    text = section_text(render_comparison(make_comparison([make_entry()])), "treatments")
-    assert "No two runs have the same settings on photos that were treated in different ways" in text
+def test_page_without_groups():
+    text = section_text(render_comparison(make_comparison([make_run()])), "treatments")
+    assert "No two runs have the same settings on differently treated photos" in text
 
 
 # Test of the best run
 
 
-def test_the_test_has_the_best_run_s_figures():
+def test_page_has_test_metrics_of_the_best_run():
     metrics = sixteen().best.test.metrics
     text = section_text(comparison_page(), "test")
     assert f"{metrics['macro_average']['f1']:.3f}" in text
     assert f"{metrics['expected_calibration_error']:.1%}".replace("%", " %") in text
 
 
-def test_the_weakest_classes_come_first_and_have_photos():
-    test = make_test(0.7)
+def test_worst_classes_are_sorted_and_have_photos():
+    test = make_test_result(0.7)
     test.metrics["per_class"][3] |= {"f1": 0.0, "support": 0}
     test.metrics["per_class"][4] |= {"f1": 0.1}
-    found = report.weakest_classes(make_entry(test=test))
-    assert found[0]["name"] == "Maker Model 04"
-    assert [row["f1"] for row in found] == sorted(row["f1"] for row in found)
+    rows = report.worst_classes(make_run(test=test))
+    assert rows[0]["name"] == "Maker Model 04"
+    assert [row["f1"] for row in rows] == sorted(row["f1"] for row in rows)
 
 
-def test_the_report_of_the_best_run_is_linked():
+def test_report_of_the_best_run_is_linked():
     assert 'href="exp_015/report/report.html"' in section(comparison_page(), "test")
 
 
-def test_a_best_run_without_test_says_so():
-    assert "exp_001 is not evaluated" in section_text(render_comparison(make_comparison([make_entry()])), "test")
+def test_page_of_best_run_without_test():
+    assert "exp_001 is not evaluated" in section_text(render_comparison(make_comparison([make_run()])), "test")
 
 
-# The page as a whole
+# Whole page
 
 
-def test_text_from_data_is_escaped_wherever_it_appears():
+def test_text_from_data_is_escaped():
     page = render_comparison(hostile())
     assert "<script>alert" not in page
     assert page.count("&lt;script&gt;alert(1)") > 20
 
 
-def test_nothing_is_fetched_from_outside():
+def test_page_has_no_external_links():
     page = comparison_page()
     sources = re.findall(r'(?:src|href|action|srcset|poster)="([^"]*)"|url\(([^)]*)\)|@import', page)
     assert {link for link, _ in sources if not link.startswith(("data:", "#"))} == {"exp_015/report/report.html"}
 
 
-def test_no_script_may_run():
+def test_page_allows_no_script():
     assert "script-src 'none'" in comparison_page()
 
 
-def test_the_same_comparison_renders_to_the_same_bytes():
+def test_page_is_deterministic():
     assert render_comparison(sixteen()) == comparison_page()
 
 
-@pytest.mark.parametrize("name", odd_comparisons())
-def test_an_odd_tree_has_a_page(name):
-    page = render_comparison(odd_comparisons()[name])
+@pytest.mark.parametrize("name", edge_case_comparisons())
+def test_edge_case_has_a_page(name):
+    page = render_comparison(edge_case_comparisons()[name])
     assert page.count("<section") == len(COMPARISON_SECTIONS)
     assert not re.search(r'="[^"]*\bnan\b', page)

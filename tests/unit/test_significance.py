@@ -1,4 +1,4 @@
-"""Whether one classifier is better than another: McNemar's test and the paired bootstrap."""
+"""Significance of differences in accuracy: McNemar's test and the paired bootstrap."""
 
 from functools import partial
 from itertools import product
@@ -10,101 +10,101 @@ import pytest
 from carclass.experiments.significance import compare, difference_interval, mcnemar
 
 
-def make_answers(only_ours: int, only_theirs: int, both: int = 0, neither: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Photos by who gets them right: (ours, theirs), bool (N,) each."""
-    counts = (only_ours, only_theirs, both, neither)
+def make_correct(only_first: int, only_second: int, both: int = 0, neither: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Return the correctness (first, second) of two classifiers, bool (N,) each, from counts of photos."""
+    counts = (only_first, only_second, both, neither)
     return np.repeat([True, False, True, False], counts), np.repeat([False, True, True, False], counts)
 
 
-def test_mcnemar_has_a_textbook_s_value():
-    """Siegel and Castellan 1988: of 5 + 1 that change, 2 (1 + 6) / 64."""
-    assert mcnemar(*make_answers(5, 1, 30, 4)) == pytest.approx(14 / 64)
+def test_mcnemar_textbook_value():
+    """Check an example of Siegel and Castellan (1988): 5 + 1 changes give 2 (1 + 6) / 64."""
+    assert mcnemar(*make_correct(5, 1, 30, 4)) == pytest.approx(14 / 64)
 
 
-@pytest.mark.parametrize(("only_ours", "only_theirs"), [*product(range(1, 6), repeat=2), (30, 12), (0, 10)])
-def test_mcnemar_adds_up_the_binomial_s_tails(only_ours, only_theirs):
-    total = only_ours + only_theirs
-    tail = sum(comb(total, k) for k in range(min(only_ours, only_theirs) + 1)) / 2**total
-    assert mcnemar(*make_answers(only_ours, only_theirs, 7, 3)) == pytest.approx(min(1.0, 2 * tail))
+@pytest.mark.parametrize(("only_first", "only_second"), [*product(range(1, 6), repeat=2), (30, 12), (0, 10)])
+def test_mcnemar_equals_binomial_tails(only_first, only_second):
+    total = only_first + only_second
+    tail = sum(comb(total, k) for k in range(min(only_first, only_second) + 1)) / 2**total
+    assert mcnemar(*make_correct(only_first, only_second, 7, 3)) == pytest.approx(min(1.0, 2 * tail))
 
 
-def test_mcnemar_of_classifiers_that_agree_everywhere_is_one():
-    assert mcnemar(*make_answers(0, 0, 5, 5)) == 1.0
+def test_mcnemar_without_disagreement_is_one():
+    assert mcnemar(*make_correct(0, 0, 5, 5)) == 1.0
 
 
-def test_mcnemar_is_the_same_in_both_directions():
-    ours, theirs = make_answers(9, 2, 20, 5)
-    assert mcnemar(ours, theirs) == mcnemar(theirs, ours)
+def test_mcnemar_is_symmetric():
+    first, second = make_correct(9, 2, 20, 5)
+    assert mcnemar(first, second) == mcnemar(second, first)
 
 
-def test_photos_on_which_both_agree_do_not_change_mcnemar():
-    assert mcnemar(*make_answers(9, 2)) == mcnemar(*make_answers(9, 2, 500, 300))
+def test_mcnemar_ignores_agreement():
+    assert mcnemar(*make_correct(9, 2)) == mcnemar(*make_correct(9, 2, 500, 300))
 
 
-def test_the_interval_is_that_of_resampled_photos():
-    """Against the bootstrap as Efron has it, photo by photo."""
-    ours, theirs = make_answers(60, 30, 200, 110)
+def test_interval_equals_bootstrap_over_photos():
+    """Compare with a bootstrap that resamples single photos."""
+    first, second = make_correct(60, 30, 200, 110)
     generator = np.random.default_rng(3)
-    gains = ours.astype(int) - theirs.astype(int)
+    gains = first.astype(int) - second.astype(int)
     resampled = [gains[generator.integers(0, 400, 400)].mean() for _ in range(10_000)]
     expected = np.percentile(resampled, (2.5, 97.5))
-    assert difference_interval(ours, theirs, seed=1) == pytest.approx(expected, abs=0.004)
+    assert difference_interval(first, second, seed=1) == pytest.approx(expected, abs=0.004)
 
 
-def test_the_interval_has_the_width_of_the_normal_approximation():
-    ours, theirs = make_answers(300, 200, 3000, 1500)
-    low, high = difference_interval(ours, theirs, seed=1)
-    deviation = np.std(ours.astype(int) - theirs.astype(int)) / np.sqrt(5000)
+def test_interval_width_matches_normal_approximation():
+    first, second = make_correct(300, 200, 3000, 1500)
+    low, high = difference_interval(first, second, seed=1)
+    deviation = np.std(first.astype(int) - second.astype(int)) / np.sqrt(5000)
     assert high - low == pytest.approx(2 * 1.96 * deviation, rel=0.05)
 
 
-def test_the_interval_holds_the_truth_about_19_times_in_20():
+def test_interval_coverage_is_95_percent():
     generator = np.random.default_rng(0)
     inside = 0
     for seed in range(400):
-        answers = make_answers(*generator.multinomial(500, (0.12, 0.08, 0.6, 0.2)))
-        low, high = difference_interval(*answers, seed=seed)
+        correct = make_correct(*generator.multinomial(500, (0.12, 0.08, 0.6, 0.2)))
+        low, high = difference_interval(*correct, seed=seed)
         inside += low <= 0.04 <= high
     assert 0.92 <= inside / 400 <= 0.98
 
 
-def test_the_interval_of_equals_is_a_point():
-    assert difference_interval(*make_answers(0, 0, 5, 5), seed=1) == (0.0, 0.0)
+def test_interval_without_disagreement_is_zero():
+    assert difference_interval(*make_correct(0, 0, 5, 5), seed=1) == (0.0, 0.0)
 
 
-def test_the_interval_hangs_on_its_seed_alone():
-    answers = make_answers(9, 2, 20, 5)
-    assert difference_interval(*answers, seed=1) == difference_interval(*answers, seed=1)
+def test_interval_is_deterministic():
+    correct = make_correct(9, 2, 20, 5)
+    assert difference_interval(*correct, seed=1) == difference_interval(*correct, seed=1)
 
 
-def test_a_verdict_counts_the_photos_that_only_one_gets_right():
-    verdict = compare(*make_answers(9, 2, 20, 5), seed=1)
-    assert (verdict.only_ours, verdict.only_theirs, verdict.num_photos) == (9, 2, 36)
+def test_result_counts_disagreements():
+    result = compare(*make_correct(9, 2, 20, 5), seed=1)
+    assert (result.only_first, result.only_second, result.num_photos) == (9, 2, 36)
 
 
-def test_a_verdict_s_difference_is_that_of_accuracies():
-    ours, theirs = make_answers(9, 2, 20, 5)
-    assert compare(ours, theirs, seed=1).difference == pytest.approx(ours.mean() - theirs.mean())
+def test_result_has_difference_of_accuracies():
+    first, second = make_correct(9, 2, 20, 5)
+    assert compare(first, second, seed=1).difference == pytest.approx(first.mean() - second.mean())
 
 
 @pytest.mark.parametrize(
-    ("only_ours", "only_theirs", "words"),
+    ("only_first", "only_second", "verdict"),
     [(90, 10, "better"), (10, 90, "worse"), (52, 48, "no clear difference"), (0, 0, "no clear difference")],
 )
-def test_a_verdict_says_whether_the_interval_leaves_out_zero(only_ours, only_theirs, words):
-    assert compare(*make_answers(only_ours, only_theirs, 50, 50), seed=1).words == words
+def test_verdict_depends_on_the_interval(only_first, only_second, verdict):
+    assert compare(*make_correct(only_first, only_second, 50, 50), seed=1).verdict == verdict
 
 
 @pytest.mark.parametrize("function", [mcnemar, partial(compare, seed=1), partial(difference_interval, seed=1)])
 @pytest.mark.parametrize(
-    ("ours", "theirs", "sentence"),
+    ("first", "second", "message"),
     [
-        (np.ones(3, bool), np.ones(4, bool), "ours holds 3 photos and theirs 4: pass the photos that both have"),
-        (np.ones(0, bool), np.ones(0, bool), "no photos: there is nothing to compare"),
-        (np.ones(3, int), np.ones(3, bool), r"ours must be bool of shape \(N,\), got int64"),
-        (np.ones(3, bool), np.ones((3, 1), bool), r"theirs must be bool of shape \(N,\), got bool of \(3, 1\)"),
+        (np.ones(3, bool), np.ones(4, bool), "first has 3 photos and second 4: pass only photos that both have"),
+        (np.ones(0, bool), np.ones(0, bool), "first and second are empty"),
+        (np.ones(3, int), np.ones(3, bool), r"first must be bool of shape \(N,\), got int64 of shape"),
+        (np.ones(3, bool), np.ones((3, 1), bool), r"second must be bool of shape \(N,\), got bool of shape \(3, 1\)"),
     ],
 )
-def test_what_can_t_be_compared_is_named(function, ours, theirs, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        function(ours, theirs)
+def test_invalid_input_is_refused(function, first, second, message):
+    with pytest.raises(ValueError, match=message):
+        function(first, second)

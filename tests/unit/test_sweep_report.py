@@ -1,4 +1,4 @@
-"""The analysis of a sweep: its words, its table and the page that holds them."""
+"""Report of a sweep: summary in sentences, importance, table of trials, and page."""
 
 import json
 import math
@@ -15,94 +15,96 @@ from carclass.tuning.results import SweepResult
 from carclass.tuning.search_space import Dimension
 from tests.helpers.pages import SWEEP_SECTIONS, section, visible_text
 from tests.helpers.sweeps import (
+    BASE_VALUES,
     DIMENSIONS,
     DROPOUT,
     FLIP,
     LR,
-    STANDS,
+    edge_case_sweeps,
     make_best,
     make_epochs,
-    make_outcome,
+    make_result,
     make_sweep,
-    odd_sweeps,
     with_repeats,
 )
 
 
 @pytest.fixture(autouse=True)
 def _few_resamples(monkeypatch):
-    """Importance from fewer resamples, which takes less time."""
+    """Estimate importance from fewer resamples, for speed."""
     monkeypatch.setattr(importance, "NUM_RESAMPLES", 5)
 
 
-def words(sweep: SweepResult) -> str:
+def summary_text(sweep: SweepResult) -> str:
+    """Return the summary of a sweep as one line, with plain spaces."""
     return " ".join(report.summarise(sweep)).replace("\u00a0", " ")
 
 
-# Words
+# Summary
 
 
-def test_the_best_setting_comes_first_with_its_accuracy():
+def test_first_sentence_names_the_best_trial():
     best = make_sweep().best
     first = report.summarise(make_sweep())[0]
-    assert first.startswith(f"The best setting is trial {best.trial.number}, {best.trial.title}: val accuracy 8")
+    assert first.startswith(f"The best trial is trial {best.trial.number}, {best.trial.title}: val accuracy 8")
 
 
-def test_the_experiment_itself_may_be_the_best():
+def test_unchanged_experiment_can_be_best():
     sweep = make_sweep(num_trials=1, repeats=False)
-    assert "No setting tried is better than the experiment as it stands" in words(sweep)
+    assert "No trial is better than the unchanged experiment" in summary_text(sweep)
 
 
-def test_the_best_is_compared_with_the_experiment_over_seeds():
-    found = re.search(
-        r"it reaches 8\d\.\d ± 0\.3 %; the experiment as it stands reaches 80\.0 ± 0\.3 %, (\S+) p", words(make_sweep())
+def test_best_is_compared_with_unchanged_experiment_over_seeds():
+    match = re.search(
+        r"it reaches 8\d\.\d ± 0\.3 %; the unchanged experiment reaches 80\.0 ± 0\.3 %, (\S+) p",
+        summary_text(make_sweep()),
     )
-    assert float(found[1]) > 5
+    assert float(match[1]) > 5
 
 
-def test_a_lead_beyond_what_seeds_explain_is_a_gain():
-    assert "That is a gain" in words(make_sweep())
+def test_lead_beyond_seed_variation_is_a_gain():
+    assert "This is a gain" in summary_text(make_sweep())
 
 
-def test_a_lead_within_what_seeds_explain_may_be_chance():
-    assert "That may be chance" in words(with_repeats(make_sweep(repeats=False), apart=0.08))
+def test_lead_within_seed_variation_may_be_chance():
+    assert "This may be chance" in summary_text(with_repeats(make_sweep(repeats=False), apart=0.08))
 
 
-def test_settings_within_what_seeds_explain_can_t_be_told_apart():
-    assert "can't be told apart from trials" in words(with_repeats(make_sweep(repeats=False), apart=0.08))
+def test_similar_trials_are_listed():
+    assert "Its lead over trials" in summary_text(with_repeats(make_sweep(repeats=False), apart=0.08))
 
 
-def test_settings_further_apart_than_seeds_explain_are_told_apart():
-    assert "ahead of the next best" in words(with_repeats(make_best({}), apart=0.001))
+def test_lead_over_next_best_trials():
+    assert "Its lead over the next best trials is larger" in summary_text(with_repeats(make_best({}), apart=0.001))
 
 
-def test_with_one_seed_nothing_is_said_of_gains():
-    assert "how much of it is chance isn't known" in words(make_sweep(repeats=False))
+def test_single_seed_allows_no_conclusion():
+    assert "trained with a single seed, so the difference may be chance" in summary_text(make_sweep(repeats=False))
 
 
-def test_the_words_say_that_the_search_flatters():
-    assert "flattered: the best of 20 was picked" in words(make_sweep())
+def test_selection_bias_is_mentioned():
+    assert "optimistic: the best of 20 trials was selected" in summary_text(make_sweep())
 
 
-def test_the_words_say_what_pruning_saved():
+def test_savings_of_pruning():
     assert re.search(
-        r"Pruning ended \d of 20 trials early, which saved \d+(\.\d)? GPU hours, \d+ % of", words(make_sweep())
+        r"Pruning ended \d of 20 trials early and saved \d+(\.\d)? GPU hours, \d+ % of", summary_text(make_sweep())
     )
 
 
-def test_a_sweep_without_pruning_says_so():
-    outcomes = [make_outcome(n, make_epochs(0.8)) for n in range(3)]
-    assert "no trial was pruned" in words(make_sweep(outcomes=outcomes, repeats=False))
+def test_sweep_without_pruning():
+    results = [make_result(n, make_epochs(0.8)) for n in range(3)]
+    assert "no trial was pruned" in summary_text(make_sweep(trials=results, repeats=False))
 
 
 def test_failed_trials_are_counted():
-    assert "1 trial failed" in words(make_sweep())
+    assert "1 trial failed" in summary_text(make_sweep())
 
 
-def test_trials_under_way_are_counted():
+def test_unfinished_trials_are_counted():
     sweep = make_sweep(repeats=False)
-    begun = make_outcome(20, [], state="begun")
-    assert "1 trial has not finished" in words(replace(sweep, outcomes=[*sweep.outcomes, begun]))
+    begun = make_result(20, [], state="begun")
+    assert "1 trial has not finished" in summary_text(replace(sweep, trials=[*sweep.trials, begun]))
 
 
 @pytest.mark.parametrize(
@@ -113,154 +115,159 @@ def test_trials_under_way_are_counted():
         (LR, 2e-2, "Search lr above 0.02 too"),
     ],
 )
-def test_a_best_value_at_an_end_of_its_range_asks_for_a_wider_one(key, value, sentence):
-    assert sentence in words(make_best({key: value}))
+def test_best_value_at_end_of_range_recommends_wider_range(key, value, sentence):
+    assert sentence in summary_text(make_best({key: value}))
 
 
-def test_a_range_is_not_widened_for_a_value_inside():
-    """Nearer to the end than a tenth of the range as it is, but not of its logarithm."""
-    assert "Search lr below" not in words(make_best({LR: 3e-4}))
+def test_best_value_inside_range_recommends_nothing():
+    """Use a value within a tenth of the range on a linear scale, but not on the logarithmic one."""
+    assert "Search lr below" not in summary_text(make_best({LR: 3e-4}))
 
 
-def test_a_range_that_ends_where_the_setting_ends_is_not_widened():
-    one = Dimension(key=DROPOUT, low=0.0, high=0.6)
-    assert "dropout below" not in words(replace(make_best({DROPOUT: 0.0}), dimensions=[one]))
+def test_range_up_to_schema_bound_is_not_widened():
+    dropout = Dimension(key=DROPOUT, low=0.0, high=0.6)
+    assert "dropout below" not in summary_text(replace(make_best({DROPOUT: 0.0}), dimensions=[dropout]))
 
 
-def test_a_best_trial_that_was_still_learning_asks_for_more_epochs():
+def test_still_learning_recommends_more_epochs():
     epochs = [{**row, "val_accuracy": 0.09 * row["epoch"]} for row in make_epochs(0.9)]
-    assert "Give trials more than 10 epochs: the best still gained 18.0 points in its last 2 epochs" in words(
-        make_best({}, epochs)
+    assert (
+        "Give trials more than 10 epochs: the best one still gained 18.0 points in its last 2 epochs"
+        in summary_text(make_best({}, epochs))
     )
 
 
-def test_a_best_trial_that_has_settled_needs_no_more_epochs():
-    assert "more than 10 epochs" not in words(make_sweep())
+def test_converged_best_trial_needs_no_more_epochs():
+    assert "more than 10 epochs" not in summary_text(make_sweep())
 
 
-def test_the_setting_that_decides_most_is_to_be_searched_more_finely():
-    assert "Search lr more finely: it decides most" in words(make_sweep(num_trials=40))
+def test_most_important_setting_is_searched_more_finely():
+    assert "Search lr more finely: it is the most important setting" in summary_text(make_sweep(num_trials=40))
 
 
-def test_a_setting_whose_best_values_are_all_over_is_to_have_more_trials():
+def test_scattered_best_values_recommend_more_trials():
     generator = random.Random(4)
-    values = [{**STANDS, LR: 10 ** generator.uniform(-4, -2)} for _ in range(24)]
-    outcomes = [make_outcome(n, make_epochs(generator.uniform(0.7, 0.8)), values=v) for n, v in enumerate(values)]
-    assert "Search lr with more trials" in words(make_sweep(outcomes=outcomes, repeats=False))
+    values = [{**BASE_VALUES, LR: 10 ** generator.uniform(-4, -2)} for _ in range(24)]
+    results = [make_result(n, make_epochs(generator.uniform(0.7, 0.8)), values=v) for n, v in enumerate(values)]
+    assert "Search lr with more trials" in summary_text(make_sweep(trials=results, repeats=False))
 
 
-def test_settings_that_hardly_matter_are_to_be_fixed():
-    assert re.search(r"Fix .*flip .* hardly matters? here", words(make_sweep(num_trials=40)))
+def test_unimportant_settings_are_to_be_fixed():
+    assert re.search(
+        r"Fix .*flip .* as in the best trial: .* hardly matters?\.", summary_text(make_sweep(num_trials=40))
+    )
 
 
-def test_without_any_sign_other_seeds_come_next():
-    assert report.summarise(make_sweep(num_trials=1, repeats=False))[-1].startswith("Nothing in these trials asks for")
+def test_default_recommendation():
+    assert report.summarise(make_sweep(num_trials=1, repeats=False))[-1].startswith(
+        "These results suggest neither other ranges"
+    )
 
 
 @pytest.mark.parametrize("function", [report.summarise, report.render_analysis])
-def test_without_a_complete_trial_the_user_is_told_how_to_go_on(function):
-    outcomes = [make_outcome(0, [], state="begun"), make_outcome(1, make_epochs(0.5, 2), state="pruned")]
-    with pytest.raises(UserError, match=r"no trial of sweep `lr-and-dropout` has finished.*The same command goes on"):
-        function(make_sweep(outcomes=outcomes, repeats=False))
+def test_no_complete_trial_is_an_error_with_a_remedy(function):
+    results = [make_result(0, [], state="begun"), make_result(1, make_epochs(0.5, 2), state="pruned")]
+    with pytest.raises(UserError, match=r"no trial of sweep `lr-and-dropout` has finished.*Run the same command again"):
+        function(make_sweep(trials=results, repeats=False))
 
 
 # Importance
 
 
-def test_importance_finds_the_setting_that_matters():
+def test_most_important_setting():
     first = importances(make_sweep(num_trials=40))[0]
     assert (first.key, first.mean > 0.6) == (LR, True)
 
 
-def test_importance_sees_that_a_setting_does_not_matter():
-    found = {one.key: one.mean for one in importances(make_sweep(num_trials=40))}
-    assert found[FLIP] < 0.1
+def test_unimportant_setting():
+    means = {each.key: each.mean for each in importances(make_sweep(num_trials=40))}
+    assert means[FLIP] < 0.1
 
 
 def test_importance_adds_up_to_one():
-    assert sum(one.mean for one in importances(make_sweep())) == pytest.approx(1)
+    assert sum(each.mean for each in importances(make_sweep())) == pytest.approx(1)
 
 
-def test_importance_is_the_same_each_time():
+def test_importance_is_deterministic():
     assert importances(make_sweep()) == importances(make_sweep())
 
 
-def test_a_range_by_its_logarithm_counts_alike_over_its_decades():
-    """All that happens does so in the lowest of three decades, a hundredth of the range as it is."""
-    one = Dimension(key=LR, low=1e-5, high=1e-2, log=True)
-    other = Dimension(key=DROPOUT, low=0.0, high=0.6)
-    generator, outcomes = random.Random(1), []
+def test_importance_uses_logarithmic_scale():
+    """Let accuracy change in the lowest of three decades only, a hundredth of the range on a linear scale."""
+    lr = Dimension(key=LR, low=1e-5, high=1e-2, log=True)
+    dropout = Dimension(key=DROPOUT, low=0.0, high=0.6)
+    generator, results = random.Random(1), []
     for number in range(40):
         values = {LR: 10 ** generator.uniform(-5, -2), DROPOUT: generator.uniform(0, 0.6)}
         accuracy = 0.5 + 0.3 * (values[LR] > 1e-4) + 0.2 * values[DROPOUT]
-        outcomes.append(make_outcome(number, make_epochs(accuracy), values=values))
-    assert importances(make_sweep(dimensions=[one, other], outcomes=outcomes, repeats=False))[0].key == LR
+        results.append(make_result(number, make_epochs(accuracy), values=values))
+    assert importances(make_sweep(dimensions=[lr, dropout], trials=results, repeats=False))[0].key == LR
 
 
-def test_resamples_in_which_no_setting_differs_say_nothing():
+def test_resamples_without_variance_are_skipped():
     values = [{FLIP: n == 0} for n in range(9)]
-    outcomes = [make_outcome(n, make_epochs(0.5 + n / 50), values=v) for n, v in enumerate(values)]
-    one = Dimension(key=FLIP, choices=(True, False))
-    assert [found.mean for found in importances(make_sweep(dimensions=[one], outcomes=outcomes, repeats=False))] == [1]
+    results = [make_result(n, make_epochs(0.5 + n / 50), values=v) for n, v in enumerate(values)]
+    flip = Dimension(key=FLIP, choices=(True, False))
+    assert [each.mean for each in importances(make_sweep(dimensions=[flip], trials=results, repeats=False))] == [1]
 
 
-def test_few_trials_say_nothing_of_importance():
+def test_too_few_trials_for_importance():
     assert importances(make_sweep(num_trials=MIN_TRIALS - 1)) == []
 
 
-def test_equal_trials_say_nothing_of_importance():
-    outcomes = [make_outcome(n, make_epochs(0.8)) for n in range(20)]
-    assert importances(make_sweep(outcomes=outcomes, repeats=False)) == []
+def test_equal_trials_have_no_importance():
+    results = [make_result(n, make_epochs(0.8)) for n in range(20)]
+    assert importances(make_sweep(trials=results, repeats=False)) == []
 
 
-def test_an_experiment_outside_of_the_space_is_left_out_of_importance():
+def test_experiment_outside_of_space_is_left_out_of_importance():
     sweep = make_sweep(repeats=False)
-    outside = make_outcome(0, make_epochs(0.1), values={**STANDS, LR: 1.0})
-    same = importances(replace(sweep, outcomes=sweep.outcomes[1:]))
-    assert importances(replace(sweep, outcomes=[outside, *sweep.outcomes[1:]])) == same
+    outside = make_result(0, make_epochs(0.1), values={**BASE_VALUES, LR: 1.0})
+    same = importances(replace(sweep, trials=sweep.trials[1:]))
+    assert importances(replace(sweep, trials=[outside, *sweep.trials[1:]])) == same
 
 
 # Table
 
 
-def test_the_table_has_a_row_for_every_trial_and_repetition():
+def test_table_has_a_row_per_trial_and_repeat():
     table = report.trials_table(make_sweep())
     assert table["repeats"].to_pylist()[18:22] == [None, None, *[make_sweep().complete[0].trial.number] * 2]
 
 
-def test_the_table_has_the_settings_in_their_own_types():
+def test_table_keeps_types_of_settings():
     table = report.trials_table(make_sweep())
-    types = [str(table.schema.field(one.key).type) for one in DIMENSIONS]
+    types = [str(table.schema.field(dimension.key).type) for dimension in DIMENSIONS]
     assert types == ["double", "int64", "bool", "double"]
 
 
-def test_a_setting_of_mixed_types_is_text():
-    outcomes = [make_outcome(n, make_epochs(0.8), values={LR: v}) for n, v in enumerate((True, 0.5, None, "x"))]
-    sweep = make_sweep(outcomes=outcomes, dimensions=[Dimension(key=LR, choices=(True, 0.5, None, "x"))], repeats=False)
+def test_mixed_types_become_text():
+    results = [make_result(n, make_epochs(0.8), values={LR: v}) for n, v in enumerate((True, 0.5, None, "x"))]
+    sweep = make_sweep(trials=results, dimensions=[Dimension(key=LR, choices=(True, 0.5, None, "x"))], repeats=False)
     assert report.trials_table(sweep)[LR].to_pylist() == ["true", "0.5", None, "x"]
 
 
-def test_whole_and_real_numbers_together_are_real_ones():
-    outcomes = [make_outcome(n, make_epochs(0.8), values={LR: v}) for n, v in enumerate((1, 0.5))]
-    sweep = make_sweep(outcomes=outcomes, dimensions=[Dimension(key=LR, low=0.0, high=1.0)], repeats=False)
+def test_integers_and_floats_become_floats():
+    results = [make_result(n, make_epochs(0.8), values={LR: v}) for n, v in enumerate((1, 0.5))]
+    sweep = make_sweep(trials=results, dimensions=[Dimension(key=LR, low=0.0, high=1.0)], repeats=False)
     assert report.trials_table(sweep)[LR].to_pylist() == [1.0, 0.5]
 
 
-def test_the_table_holds_every_epoch():
+def test_table_has_every_epoch():
     curves = report.trials_table(make_sweep())["val_accuracies"].to_pylist()
-    assert curves == [[row["val_accuracy"] for row in one.epochs] for one in make_sweep().outcomes]
+    assert curves == [[row["val_accuracy"] for row in result.epochs] for result in make_sweep().trials]
 
 
-def test_a_trial_without_epochs_has_no_accuracy():
+def test_trial_without_epochs_has_no_accuracy():
     row = report.trials_table(make_sweep()).to_pylist()[7]
     assert (row["state"], row["accuracy"], row["best_epoch"], row["finished"]) == ("failed", None, None, None)
 
 
-def test_the_best_epoch_is_the_earlier_of_equals_and_never_nan():
+def test_best_epoch_is_earliest_of_equals_and_ignores_nan():
     epochs = make_epochs(0.8, 4)
     for row, accuracy in zip(epochs, (0.3, 0.6, 0.6, math.nan), strict=True):
         row["val_accuracy"] = accuracy
-    sweep = make_sweep(outcomes=[make_outcome(0, epochs)], repeats=False)
+    sweep = make_sweep(trials=[make_result(0, epochs)], repeats=False)
     assert report.trials_table(sweep)["best_epoch"].to_pylist() == [2]
 
 
@@ -268,68 +275,65 @@ def test_the_best_epoch_is_the_earlier_of_equals_and_never_nan():
 
 
 @pytest.mark.parametrize("name", SWEEP_SECTIONS)
-def test_every_section_is_there_and_linked_from_the_top(name):
+def test_section_exists_and_is_linked(name):
     page = report.render_analysis(make_sweep())
     assert f'<section id="{name}"' in page
     assert f'href="#{name}"' in page
 
 
-def test_the_words_are_on_the_page():
+def test_page_has_the_sentences():
     text = visible_text(section(report.render_analysis(make_sweep()), "summary"))
-    assert "That is a gain" in text
+    assert "This is a gain" in text
 
 
-def test_the_trials_are_listed_with_their_state_in_words():
+def test_page_lists_trials_with_state():
     text = visible_text(section(report.render_analysis(make_sweep()), "trials"))
-    assert len(re.findall(r"\b(?:complete|pruned|failed)\b", text)) >= len(make_sweep().outcomes)
+    assert len(re.findall(r"\b(?:complete|pruned|failed)\b", text)) >= len(make_sweep().trials)
 
 
-def test_a_failed_trial_has_its_reason_in_the_table():
+def test_page_shows_reason_of_failure():
     assert "torch.OutOfMemoryError" in section(report.render_analysis(make_sweep()), "trials")
 
 
-def test_the_seeds_of_the_best_settings_are_side_by_side():
+def test_page_lists_accuracies_by_seed():
     sweep = make_sweep()
     text = visible_text(section(report.render_analysis(sweep), "seeds"))
-    seeds = sweep.seeds(0).accuracies
+    seeds = sweep.seed_repeats(0).accuracies
     figures = " ".join(f"{value * 100:.1f}\u00a0%" for value in seeds)
     assert figures in text
 
 
-def test_too_few_trials_for_importance_are_said_to_be():
+def test_page_reports_too_few_trials_for_importance():
     assert "Too few trials" in section(report.render_analysis(make_sweep(num_trials=3)), "importance")
 
 
-def test_text_from_data_is_escaped_wherever_it_appears():
+def test_text_from_data_is_escaped():
     evil = "<script>alert(1)</script>\"'&"
     choices = (evil, "plain")
     values = [{FLIP: evil}, *({FLIP: "plain"} for _ in range(9))]
-    outcomes = [make_outcome(n, make_epochs(0.5 + n / 50), values=v, reason=evil) for n, v in enumerate(values)]
+    results = [make_result(n, make_epochs(0.5 + n / 50), values=v, reason=evil) for n, v in enumerate(values)]
     page = report.render_analysis(
-        make_sweep(
-            name=evil, facts=[(evil, evil)], outcomes=outcomes, dimensions=[Dimension(key=FLIP, choices=choices)]
-        )
+        make_sweep(name=evil, facts=[(evil, evil)], trials=results, dimensions=[Dimension(key=FLIP, choices=choices)])
     )
     assert "<script>alert" not in page
     assert page.count("&lt;script&gt;alert(1)") > 20
 
 
-def test_nothing_is_fetched_from_outside():
+def test_page_has_no_external_links():
     page = report.render_analysis(make_sweep())
     sources = re.findall(r'(?:src|href|action|srcset|poster)="([^"]*)"|url\(([^)]*)\)|@import', page)
     assert sources
     assert all(link.startswith(("data:", "#")) for link, _ in sources)
 
 
-def test_the_same_sweep_renders_to_the_same_bytes():
+def test_page_is_deterministic():
     assert report.render_analysis(make_sweep()) == report.render_analysis(make_sweep())
 
 
-@pytest.mark.parametrize("name", odd_sweeps())
-def test_an_odd_sweep_has_a_page_and_words(name):
-    assert report.render_analysis(odd_sweeps()[name]).count("<section") == len(SWEEP_SECTIONS)
+@pytest.mark.parametrize("name", edge_case_sweeps())
+def test_edge_case_has_a_page(name):
+    assert report.render_analysis(edge_case_sweeps()[name]).count("<section") == len(SWEEP_SECTIONS)
 
 
-def test_the_table_s_rows_are_plain_values():
-    """So that a reader without Arrow gets them as JSON."""
+def test_table_rows_are_json_serializable():
     assert json.dumps(report.trials_table(make_sweep()).to_pylist())
