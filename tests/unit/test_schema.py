@@ -42,7 +42,7 @@ def test_an_unknown_key_in_an_optional_section_is_named_too():
         config_of(train={"name": "x", "unfrozen": {"epoch": 3}})
 
 
-def test_an_unknown_key_like_no_other_lists_the_settings_that_there_are():
+def test_an_unknown_key_without_a_close_match_lists_the_known_settings():
     with pytest.raises(UserError, match=r"`mask.cutout.zzz` is not a setting; known here: mode, fill, margin"):
         config_of(mask={"cutout": {"zzz": 1}})
 
@@ -120,14 +120,14 @@ def test_a_value_of_the_wrong_type_or_range_is_named_by_its_key(values: dict[str
         config_of(**values)
 
 
-def test_the_error_repeats_the_value_given():
+def test_the_error_repeats_the_value():
     with pytest.raises(UserError, match=r"`train.num_workers`: .*greater than or equal to 1 \(got 0\)"):
         config_of(train={"name": "x", "num_workers": 0})
 
 
-@pytest.mark.parametrize(("given", "workers"), [(4, (4, 4)), ([1, 4], (1, 4)), ([2, 2], (2, 2))])
-def test_workers_are_one_number_or_the_fewest_and_the_most(given: Any, workers: tuple[int, int]):
-    assert config_of(train={"name": "x", "num_workers": given}).train.workers == workers
+@pytest.mark.parametrize(("value", "workers"), [(4, (4, 4)), ([1, 4], (1, 4)), ([2, 2], (2, 2))])
+def test_workers_are_one_number_or_a_range(value: Any, workers: tuple[int, int]):
+    assert config_of(train={"name": "x", "num_workers": value}).train.workers == workers
 
 
 def test_a_range_of_workers_survives_the_runs_config_file():
@@ -144,20 +144,20 @@ def test_one_stage_may_be_left_out():
     assert config_of(train={"name": "x", "unfrozen": None}).train.unfrozen is None
 
 
-def test_settings_cannot_be_changed_after_they_were_checked():
+def test_settings_are_immutable():
     with pytest.raises(ValueError, match="frozen"):
         config_of().root = "elsewhere"
 
 
-# Places
+# Paths
 
 
 def test_a_relative_path_in_a_file_is_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir("/")
     path = write_config(tmp_path, "root: ../results\ningest: {photos: ./photos}")
-    loaded: Any = cli.load_config(path, {}, Config)
-    assert loaded.root == str(tmp_path.parent / "results")
-    assert loaded.ingest.photos == str(tmp_path / "photos")
+    config: Any = cli.load_config(path, {}, Config)
+    assert config.root == str(tmp_path.parent / "results")
+    assert config.ingest.photos == str(tmp_path / "photos")
 
 
 def test_a_relative_path_on_the_command_line_is_relative_to_the_working_directory(
@@ -175,27 +175,27 @@ def test_the_home_directory_is_resolved(monkeypatch: pytest.MonkeyPatch):
     assert config_of(root="~/results").root == "/home/someone/results"
 
 
-def test_uris_and_absolute_paths_stay_as_they_are():
-    loaded = config_of(root="s3://bucket/out", ingest={"photos": "/data/photos"})
-    assert (loaded.root, loaded.ingest.photos) == ("s3://bucket/out", "/data/photos")
+def test_uris_and_absolute_paths_are_unchanged():
+    config = config_of(root="s3://bucket/out", ingest={"photos": "/data/photos"})
+    assert (config.root, config.ingest.photos) == ("s3://bucket/out", "/data/photos")
 
 
-def test_named_weights_and_the_sample_are_no_paths():
-    loaded = config_of(ingest={"photos": "sample"}, train={"name": "x", "parent": "imagenet"})
-    assert (loaded.ingest.photos, loaded.train.parent) == ("sample", "imagenet")
+def test_names_of_weights_and_the_sample_are_not_paths():
+    config = config_of(ingest={"photos": "sample"}, train={"name": "x", "parent": "imagenet"})
+    assert (config.ingest.photos, config.train.parent) == ("sample", "imagenet")
 
 
-def test_a_root_is_always_a_path_even_if_it_is_called_sample():
+def test_a_root_called_sample_is_a_path():
     assert config_of(root="sample").root == "/base/sample"
 
 
 @pytest.mark.parametrize("root", ["s3:/bucket/out", "s3://", "s3:///out"])
-def test_a_mistyped_s3_place_is_no_local_folder(root: str):
+def test_a_mistyped_s3_uri_is_not_a_local_folder(root: str):
     with pytest.raises(UserError, match=r"`root`: an S3 URI is written s3://bucket/prefix"):
         config_of(root=root)
 
 
-def test_a_path_typed_by_the_user_is_plain_text_once_it_is_checked():
+def test_a_validated_command_line_path_is_a_plain_string():
     assert type(config_of(root=CommandLineText("x")).root) is str
 
 
@@ -208,24 +208,22 @@ def test_environment_variables_are_replaced(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("value", [None, ""])
-def test_an_unset_or_empty_variable_has_the_default_given(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str | None
-):
+def test_an_unset_or_empty_variable_has_its_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str | None):
     monkeypatch.delenv("PLACE", raising=False)
     if value is not None:
         monkeypatch.setenv("PLACE", value)
     assert yaml_file.read(write_config(tmp_path, "root: ${PLACE:-../out}/x")) == {"root": "../out/x"}
 
 
-def test_a_variable_that_is_set_wins_over_its_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_set_variable_takes_precedence_over_its_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PLACE", "here")
     assert yaml_file.read(write_config(tmp_path, "root: ${PLACE:-there}")) == {"root": "here"}
 
 
 def test_an_unset_variable_without_default_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("NOT_THERE", raising=False)
-    with pytest.raises(UserError, match=r"\$\{NOT_THERE\}, which is not set. Run `export NOT_THERE"):
-        yaml_file.read(write_config(tmp_path, "root: ${NOT_THERE}"))
+    monkeypatch.delenv("MISSING_VARIABLE", raising=False)
+    with pytest.raises(UserError, match=r"\$\{MISSING_VARIABLE\}, which is not set. Run `export MISSING_VARIABLE"):
+        yaml_file.read(write_config(tmp_path, "root: ${MISSING_VARIABLE}"))
 
 
 def test_a_missing_file_is_named(tmp_path: Path):
@@ -238,7 +236,7 @@ def test_a_file_that_is_no_yaml_is_refused(tmp_path: Path):
         yaml_file.read(write_config(tmp_path, "root: [unclosed"))
 
 
-def test_a_file_that_is_no_text_is_refused(tmp_path: Path):
+def test_a_binary_file_is_refused(tmp_path: Path):
     (tmp_path / "weights.yml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="is not UTF-8 text"):
         yaml_file.read(tmp_path / "weights.yml")
