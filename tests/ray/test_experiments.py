@@ -17,7 +17,7 @@ from carclass.config.schema import IngestSettings
 from carclass.errors import UserError
 from carclass.experiments import status, tree
 from carclass.experiments.compare import compare_runs
-from carclass.experiments.run import TreeProgress, take_ready, rerun_stale, run_experiments
+from carclass.experiments.run import TreeProgress, rerun_stale, run_experiments, take_ready
 from carclass.ingestion.ingest import ingest_photos
 from carclass.runs.metrics_log import MetricsLog
 from carclass.runs.run import Run, find_run

@@ -96,7 +96,7 @@ def test_a_click_on_a_header_sorts_the_trials(tmp_path):
     dom, _ = open_page(with_script(render_analysis(make_sweep()), script), tmp_path)
     table = re.search(r'<section id="trials".*?<tbody>(.*?)</tbody>', dom, re.S).group(1)
     numbers = [int(number) for number in re.findall(r'<th scope="row"[^>]*data-value="(\d+)"', table)]
-    assert numbers == list(range(len(make_sweep().outcomes)))
+    assert numbers == list(range(len(make_sweep().trials)))
 
 
 def test_a_comparison_opens_with_all_sections_and_a_silent_console(tmp_path):
