@@ -102,7 +102,7 @@ class PhotoSamples(SampleOrder):
 
     @property
     def size(self) -> int:
-        """Side of the photos in pixels."""
+        """Return the side of the photos in pixels."""
         pixels = self.blocks[0].pixels
         return pixels.size if isinstance(pixels, EncodedPhotos) else pixels.shape[1]
 

@@ -13,6 +13,6 @@ def sum_over_workers(tensor: Tensor) -> Tensor:
 
 
 def wait_for_workers() -> None:
-    """Return when all workers have called this."""
+    """Block until all workers have called this."""
     if distributed.is_initialized():
         distributed.barrier()

@@ -25,12 +25,12 @@ class Learner(NamedTuple):
 
     @property
     def eval_module(self) -> nn.Module:
-        """The module to validate and publish: the average, if there is one."""
+        """Return the module to validate and publish: the moving average, if there is one."""
         return self.module if self.ema is None else self.ema
 
     @property
     def micro_batch_size(self) -> int | None:
-        """Samples of a worker per forward pass; None: its whole share of a step."""
+        """Return the samples of a worker per forward pass; None: its whole share of a step."""
         return self.stage.micro_batch_size if isinstance(self.stage, UnfrozenSettings) else None
 
 

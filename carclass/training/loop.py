@@ -46,12 +46,12 @@ class TrainState:
 
     @property
     def samples(self) -> int:
-        """Number of samples of the current epoch that have been trained on."""
+        """Return the number of samples of the current epoch that have been trained on."""
         return int(sum(count for _, _, count in self.steps))
 
     @property
     def best_epoch(self) -> int:
-        """The first of the epochs with the highest val accuracy, from 1."""
+        """Return the first epoch, from 1, with the highest val accuracy."""
         return self.val_accuracies.index(max(self.val_accuracies)) + 1
 
 

@@ -73,5 +73,5 @@ class TorchConfig(ray.train.torch.TorchConfig):
 
     @property
     def backend_cls(self) -> type:
-        """The class that sets the workers up."""
+        """Return the class that sets the workers up."""
         return Backend

@@ -1,4 +1,4 @@
-"""A training job killed in the middle goes on where it was when it is run again."""
+"""A killed training job is resumed when it is run again."""
 
 import json
 import os
@@ -21,21 +21,21 @@ JOBS = Path(__file__).parents[2] / "jobs"
 
 def start(config_file: Path) -> subprocess.Popen:
     command = [sys.executable, str(JOBS / "train.py"), "--config", str(config_file)]
-    # A session of its own: killing its group takes Ray's processes along, as the loss of a machine does.
+    # In a new session: killing its group also kills Ray's processes, as the loss of a machine does.
     return subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
 
 
 def wait_for_epoch(metrics: Path, epoch: int, job: subprocess.Popen) -> None:
     deadline = time.monotonic() + 180
     while not metrics.exists() or len(metrics.read_text().splitlines()) < epoch:
-        assert time.monotonic() < deadline, "no epoch came in time"
+        assert time.monotonic() < deadline, "no epoch before the deadline"
         assert job.poll() is None, "the job ended before it was killed"
         time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
 def killed_and_resumed(ray_cluster, photos_folder: Path, tmp_path_factory) -> tuple[list[dict], list[dict]]:
-    """Metrics of the epochs before the newest checkpoint when the kill came, and at the end of the second run."""
+    """Return the metrics up to the newest checkpoint at the kill, and at the end of the second run."""
     root = tmp_path_factory.mktemp("resume")
     photos, labels = str(photos_folder / "photos"), str(photos_folder / "labels.csv")
     ingest_photos(str(root), IngestSettings(photos=photos, labels=labels))
@@ -61,16 +61,16 @@ def killed_and_resumed(ray_cluster, photos_folder: Path, tmp_path_factory) -> tu
     return before, [json.loads(line) for line in metrics.read_text().splitlines()]
 
 
-def test_the_kill_came_in_the_middle(killed_and_resumed):
+def test_the_job_is_killed_between_epochs(killed_and_resumed):
     before, _ = killed_and_resumed
     assert 3 <= len(before) < EPOCHS
 
 
-def test_every_epoch_is_there_once(killed_and_resumed):
+def test_every_epoch_has_one_row(killed_and_resumed):
     _, after = killed_and_resumed
     assert [row["epoch"] for row in after] == list(range(1, EPOCHS + 1))
 
 
-def test_checkpointed_epochs_are_not_trained_again(killed_and_resumed):
+def test_checkpointed_epochs_are_not_repeated(killed_and_resumed):
     before, after = killed_and_resumed
     assert after[: len(before)] == before

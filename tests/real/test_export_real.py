@@ -1,4 +1,4 @@
-"""Exports of ResNet50 with ImageNet's weights, compared on real photos; ../shared and build/weights where present."""
+"""Exports of ResNet50 with ImageNet's weights on real photos, where ../shared and build/weights exist."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def net() -> Any:
-    state, _ = weights.load(str(WEIGHTS), None, sample="", key="train.parent")
+    state, _ = weights.load_weights(str(WEIGHTS), None, sample="", key="train.parent")
     net = resnet.build(SETTINGS, 1000)
     net.load_state_dict({name.replace("fc.", "fc.1."): value.float() for name, value in state.items()}, strict=False)
     return net.eval()
@@ -43,7 +43,7 @@ def net() -> Any:
 
 @pytest.fixture(scope="module")
 def pixels() -> np.ndarray:
-    """uint8 (8,224,224,3), from all over the folder."""
+    """Return photos spread over the folder, uint8 (8,224,224,3)."""
     paths = sorted(PHOTOS.iterdir())[::900][:8]
     return decode_photos([path.read_bytes() for path in paths], SETTINGS.image_size)
 
@@ -60,18 +60,18 @@ def files(net: Any) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_real_photos_get_the_networks_logits(
+def test_every_file_returns_the_logits_of_the_network(
     files: dict[str, bytes], pixels: np.ndarray, expected: torch.Tensor, name: str
 ):
     photos = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
     with torch.inference_mode():
-        found = FORMATS[name].read(files[name])(photos)
-    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
+        logits = FORMATS[name].read(files[name])(photos)
+    torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
 
 
-def test_real_photos_get_the_networks_logits_from_onnxruntime(
+def test_onnxruntime_returns_the_logits_of_the_network(
     files: dict[str, bytes], pixels: np.ndarray, expected: torch.Tensor
 ):
     session = onnxruntime.InferenceSession(files["model.onnx"], providers=["CPUExecutionProvider"])
-    (found,) = session.run(["logits"], {"photos": np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))})
-    np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=0)
+    (logits,) = session.run(["logits"], {"photos": np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))})
+    np.testing.assert_allclose(logits, expected, atol=TOLERANCE, rtol=0)
