@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Fits an installed environment to the machines it is for.
+# Adapts an installed environment to a device.
 #   cluster/image/device.sh VENV cuda|cpu
-# The registry's torch is one build for GPUs and CPUs. cuda keeps all that came with it; cpu takes out what only GPU
-# code calls. The rest of CUDA stays in both: torch's libraries are linked against it and can't be loaded without.
+# The registry's torch is one build for GPUs and CPUs. cuda keeps all of its dependencies; cpu removes those that only
+# GPU code calls. The rest of CUDA stays in both, because torch's libraries are linked against it.
 set -euo pipefail
 
 venv=${1:?usage: device.sh VENV cuda|cpu}

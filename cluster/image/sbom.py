@@ -1,8 +1,8 @@
-"""Lists all that is installed beside this Python, distributions and Debian's packages, as a CycloneDX 1.6 document.
+"""Software bill of materials: Python distributions and Debian packages as a CycloneDX 1.6 document.
 
     python cluster/image/sbom.py FILE
 
-The format: https://cyclonedx.org/docs/1.6/json/. Two builds with the same contents give the same file.
+Format: https://cyclonedx.org/docs/1.6/json/. The file is reproducible: it depends on the installed packages only.
 """
 
 import importlib.metadata
@@ -19,28 +19,28 @@ Component = dict[str, Any]
 
 
 def python_components() -> list[Component]:
-    """This interpreter and the distributions that it can import, under their normalised names."""
+    """Return this interpreter and its importable distributions, by their normalised names."""
     python = _component("python", platform.python_version(), f"pkg:generic/python@{platform.python_version()}")
-    return [python, *(_distribution(found) for found in importlib.metadata.distributions())]
+    return [python, *map(_python_package, importlib.metadata.distributions())]
 
 
-def _distribution(found: importlib.metadata.Distribution) -> Component:
-    name = re.sub(r"[-_.]+", "-", found.metadata["Name"]).lower()
-    component = _component(name, found.version, f"pkg:pypi/{name}@{quote(found.version)}")
-    license_text = found.metadata["License-Expression"] or found.metadata["License"] or ""
-    if license_text and "\n" not in license_text:  # some packages give the whole text
+def _python_package(distribution: importlib.metadata.Distribution) -> Component:
+    name = re.sub(r"[-_.]+", "-", distribution.metadata["Name"]).lower()
+    component = _component(name, distribution.version, f"pkg:pypi/{name}@{quote(distribution.version)}")
+    license_text = distribution.metadata["License-Expression"] or distribution.metadata["License"] or ""
+    if license_text and "\n" not in license_text:  # some packages have the full license text here
         component["licenses"] = [{"license": {"name": license_text}}]
     return component
 
 
 def debian_components() -> list[Component]:
-    """The packages that dpkg has installed."""
-    show = ["dpkg-query", "--show", "--showformat=${db:Status-Status} ${Package} ${Version} ${Architecture}\n"]
-    lines = subprocess.run(show, check=True, capture_output=True, text=True).stdout.splitlines()  # noqa: S603 - no input
-    return [_package(*line.split(" ")[1:]) for line in lines if line.startswith("installed ")]
+    """Return the packages installed by dpkg."""
+    query = ["dpkg-query", "--show", "--showformat=${db:Status-Status} ${Package} ${Version} ${Architecture}\n"]
+    lines = subprocess.run(query, check=True, capture_output=True, text=True).stdout.splitlines()  # noqa: S603 - no input
+    return [_debian_package(*line.split(" ")[1:]) for line in lines if line.startswith("installed ")]
 
 
-def _package(name: str, version: str, architecture: str) -> Component:
+def _debian_package(name: str, version: str, architecture: str) -> Component:
     return _component(name, version, f"pkg:deb/debian/{quote(name)}@{quote(version)}?arch={architecture}")
 
 
@@ -49,8 +49,8 @@ def _component(name: str, version: str, purl: str) -> Component:
 
 
 def document() -> dict[str, Any]:
-    """The whole document; components are sorted by their package URL."""
-    components = {one["purl"]: one for one in [*python_components(), *debian_components()]}
+    """Return the document, components sorted by their package URL."""
+    components = {component["purl"]: component for component in [*python_components(), *debian_components()]}
     return {
         "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
         "bomFormat": "CycloneDX",

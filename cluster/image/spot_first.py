@@ -1,11 +1,11 @@
-"""Ray's node provider for AWS, which takes a node on demand where there is no spot one.
+"""Node provider for AWS with fallback from spot to on-demand nodes.
 
   python spot_first.py ~/ray_bootstrap_config.yaml
   PYTHONPATH=/opt/carclass/bin ray start --head --autoscaling-config=~/ray_bootstrap_config.yaml
 
-Ray 2.60 asks for a spot node that AWS refused again every few seconds, and for nothing else. The first line makes the
-autoscaler use this provider; it is for the head alone, as `ray up` and its like launch no workers. The node types that
-are worth their full price are those of `provider.on_demand_fallback`. Each node is asked for as spot first.
+Ray 2.60 retries a refused spot request every few seconds and has no fallback. The first command configures the head's
+autoscaler to use this provider; `ray up` itself launches no workers. Node types in `provider.on_demand_fallback` are
+requested on demand after a refused spot request.
 """
 
 import json
@@ -18,18 +18,18 @@ from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler.node_launch_exception import NodeLaunchException
 from ray.autoscaler.tags import TAG_RAY_USER_NODE_TYPE
 
-NO_SPOT = (
+NO_SPOT_CAPACITY = (
     "InsufficientInstanceCapacity",
     "MaxSpotInstanceCountExceeded",
     "SpotMaxPriceTooLow",
     "UnfulfillableCapacity",
 )
-"""EC2's error codes for: none now. Any other is a mistake, which has to be seen."""
+"""EC2's error codes for missing spot capacity. All others are raised: they are configuration errors."""
 logger = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Names this provider in the config that `ray up` brought to the head."""
+    """Set this provider in the config that `ray up` copied to the head."""
     file = Path(sys.argv[1])
     config = json.loads(file.read_text())
     config["provider"] |= {"type": "external", "module": f"{Path(__file__).stem}.{SpotFirst.__name__}"}
@@ -37,17 +37,17 @@ def main() -> None:
 
 
 class SpotFirst(AWSNodeProvider):
-    """Ray's, with a fallback."""
+    """Ray's AWS provider with an on-demand fallback."""
 
     def create_node(self, node_config: dict[str, Any], tags: dict[str, str], count: int) -> dict[str, Any]:
-        """Launches up to count nodes and returns them by id; NodeLaunchException when AWS gives none."""
+        """Launch up to `count` nodes and return them by id. Raise NodeLaunchException if AWS launches none."""
         try:
             return super().create_node(node_config, tags, count)
-        except NodeLaunchException as refused:
-            kind = tags[TAG_RAY_USER_NODE_TYPE]
-            if refused.category not in NO_SPOT or kind not in self.provider_config["on_demand_fallback"]:
+        except NodeLaunchException as error:
+            node_type = tags[TAG_RAY_USER_NODE_TYPE]
+            if error.category not in NO_SPOT_CAPACITY or node_type not in self.provider_config["on_demand_fallback"]:
                 raise
-            logger.warning("%s: %s of spot, so on demand", kind, refused.category)
+            logger.warning("%s: no spot capacity (%s), launching on demand", node_type, error.category)
         on_demand = {key: value for key, value in node_config.items() if key != "InstanceMarketOptions"}
         return super().create_node(on_demand, tags, count)
 

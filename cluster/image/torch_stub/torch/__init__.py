@@ -1,4 +1,4 @@
-"""Stands in for torch while Detectron2's wheel is built: answers what its setup.py asks, compiles nothing."""
+"""Stub of torch for building Detectron2's wheel without compiled extensions."""
 
 from torch import cuda, utils, version
 

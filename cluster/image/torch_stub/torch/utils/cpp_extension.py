@@ -6,7 +6,7 @@ CppExtension = CUDAExtension = Extension
 
 
 class BuildExtension(build_ext):
-    """Drops the compiled operators: ROIAlign and NMS come from torchvision."""
+    """Build command without the compiled operators: ROIAlign and NMS come from torchvision."""
 
     def run(self) -> None:
         self.extensions = []
