@@ -72,7 +72,7 @@ def calibration_chart(bins: list[dict[str, Any]]) -> Markup:
     width = (RIGHT - LEFT) / NUM_CALIBRATION_BINS
     column = Markup(
         '<rect class="column" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" fill-opacity="{:.2f}">'
-        "<title>confidence {:.0%} to {:.0%}: {} photos, {:.1%} correct</title></rect>"
+        "<title>confidence {} to {}: {} photos, {} correct</title></rect>"
     )
     parts = [svg.horizontal_grid([0, 0.25, 0.5, 0.75, 1], True)]
     for i, b in enumerate(bins):
@@ -80,7 +80,8 @@ def calibration_chart(bins: list[dict[str, Any]]) -> Markup:
             height = (BOTTOM - TOP) * b["accuracy"]
             strength = 0.25 + 0.75 * math.sqrt(b["count"] / largest)
             box = (LEFT + i * width + 1, BOTTOM - height, width - 2, height, strength)
-            parts.append(column.format(*box, b["lower"], b["upper"], b["count"], b["accuracy"]))
+            limits = percent_text(b["lower"], 0), percent_text(b["upper"], 0)
+            parts.append(column.format(*box, *limits, b["count"], percent_text(b["accuracy"])))
     parts.append(svg.line("ideal", LEFT, BOTTOM, RIGHT, TOP))
     for tick in (0, 0.25, 0.5, 0.75, 1):
         parts.append(svg.text("tick middle", LEFT + (RIGHT - LEFT) * tick, BOTTOM + 17, percent_text(tick, 0)))
