@@ -1,4 +1,4 @@
-"""cluster/aws.yaml: what Ray's launcher and autoscaler, given it, ask of AWS and do to their nodes."""
+"""cluster/aws.yaml: requests of Ray's launcher and autoscaler to AWS, and commands on the nodes."""
 
 import re
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from ray.autoscaler.v2.utils import ResourceRequestUtil
 from ray.core.generated.common_pb2 import LabelSelectorOperator
 from ray.core.generated.instance_manager_pb2 import Instance
 
-from tests.helpers.aws import IMAGE, Place, Request, account, on_head, provider_of
+from tests.helpers.aws import IMAGE, Account, Request, make_account, make_provider, write_head_config
 
 REPO = Path(__file__).parents[2]
 WORKERS = ("mask", "read", "train")
@@ -26,22 +26,22 @@ TYPES = ("head", *WORKERS)
 
 
 @pytest.fixture(scope="module")
-def place(s3: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    with account(tmp_path_factory.mktemp("home")) as place:
-        yield place
+def account(s3: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Account]:
+    with make_account(tmp_path_factory.mktemp("home")) as account:
+        yield account
 
 
 class Launched(NamedTuple):
-    """A cluster with a node of every type, and what was asked of AWS on the way: by the operator, then by the head."""
+    """A cluster with a node of every type, and the requests to AWS by operator and head."""
 
-    place: Place
+    account: Account
     autoscaling: AutoscalingConfig
     by_operator: list[Request]
     by_head: list[Request]
 
     @property
     def launches(self) -> dict[str, Request]:
-        """The request that launched a node, by type."""
+        """The requests that launched nodes, by node type."""
         launches = [each for each in self.by_operator + self.by_head if each["Action"] == "RunInstances"]
         return {tags(request)["ray-user-node-type"]: request for request in launches}
 
@@ -52,17 +52,17 @@ def tags(request: Request) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def launched(place: Place) -> Launched:
-    """`ray up`, then the autoscaler's work on the head: a node of every other type, set up; then all of it ended."""
-    assert place.prepare().returncode == 0
-    place.recorder.kept.clear()
-    config = sdk.create_or_update_cluster(place.file, no_config_cache=True)
-    by_operator = [*place.recorder.kept]
-    place.recorder.kept.clear()
+def launched(account: Account) -> Launched:
+    """Run `ray up`, launch and set up a node of every other type as the head's autoscaler does, then tear down."""
+    assert account.prepare().returncode == 0
+    account.recorder.requests.clear()
+    config = sdk.create_or_update_cluster(account.file, no_config_cache=True)
+    by_operator = [*account.recorder.requests]
+    account.recorder.requests.clear()
 
-    reader = on_head(place, config)
+    reader = write_head_config(account, config)
     autoscaling = reader.get_cached_autoscaling_config()
-    provider = provider_of(autoscaling)
+    provider = make_provider(autoscaling)
     adapter = NodeProviderAdapter(provider, reader)
     adapter.launch(dict.fromkeys(WORKERS, 1), "a request")
     adapter._main_executor.shutdown()
@@ -73,11 +73,11 @@ def launched(place: Place) -> Launched:
         instance = Instance(instance_type=node.node_type, cloud_instance_id=node.cloud_instance_id)
         RayInstaller(provider, autoscaling).install_ray(instance, "10.9.0.9")
     provider.terminate_nodes([node.cloud_instance_id for node in nodes if node.node_type == "read"])
-    by_head = [*place.recorder.kept]
-    place.recorder.kept.clear()
+    by_head = [*account.recorder.requests]
+    account.recorder.requests.clear()
 
-    sdk.teardown_cluster(place.file)
-    return Launched(place, autoscaling, [*by_operator, *place.recorder.kept], by_head)
+    sdk.teardown_cluster(account.file)
+    return Launched(account, autoscaling, [*by_operator, *account.recorder.requests], by_head)
 
 
 def test_the_file_passes_rays_schema():
@@ -95,19 +95,19 @@ def test_no_node_gets_a_public_address(launched: Launched, kind: str):
     interfaces = {key: value for key, value in request.items() if key.startswith("NetworkInterface.")}
     assert {key.split(".")[1] for key in interfaces} == {"1"}
     assert interfaces["NetworkInterface.1.AssociatePublicIpAddress"] == "false"
-    assert interfaces["NetworkInterface.1.SubnetId"] == launched.place.subnet
+    assert interfaces["NetworkInterface.1.SubnetId"] == launched.account.subnet
     assert "SubnetId" not in request
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_metadata_is_given_by_imdsv2_alone_and_no_further_than_the_host(launched: Launched, kind: str):
+def test_metadata_requires_imdsv2_and_is_limited_to_the_host(launched: Launched, kind: str):
     request = launched.launches[kind]
     assert request["MetadataOptions.HttpTokens"] == "required"
     assert request["MetadataOptions.HttpPutResponseHopLimit"] == "1"
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_disks_are_encrypted_and_go_with_the_node(launched: Launched, kind: str):
+def test_disks_are_encrypted_and_deleted_with_the_node(launched: Launched, kind: str):
     disks = {key: value for key, value in launched.launches[kind].items() if key.startswith("BlockDeviceMapping.")}
     assert {key.split(".")[1] for key in disks} == {"1"}
     assert disks["BlockDeviceMapping.1.Ebs.Encrypted"] == "true"
@@ -115,7 +115,7 @@ def test_disks_are_encrypted_and_go_with_the_node(launched: Launched, kind: str)
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_the_head_and_workers_have_roles_of_their_own(launched: Launched, kind: str):
+def test_head_and_workers_have_separate_roles(launched: Launched, kind: str):
     profile = "carclass-head" if kind == "head" else "carclass-worker"
     assert launched.launches[kind]["IamInstanceProfile.Name"] == profile
     (role,) = boto3.client("iam").get_instance_profile(InstanceProfileName=profile)["InstanceProfile"]["Roles"]
@@ -123,12 +123,12 @@ def test_the_head_and_workers_have_roles_of_their_own(launched: Launched, kind: 
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_all_but_the_head_are_spot(launched: Launched, kind: str):
+def test_all_nodes_but_the_head_are_spot(launched: Launched, kind: str):
     spot = launched.launches[kind].get("InstanceMarketOptions.MarketType") == "spot"
     assert spot == (kind != "head")
 
 
-def test_nobody_but_the_nodes_may_connect_to_them(launched: Launched):
+def test_only_nodes_may_connect_to_nodes(launched: Launched):
     named = {
         value for request in launched.launches.values() for key, value in request.items() if "SecurityGroup" in key
     }
@@ -138,7 +138,7 @@ def test_nobody_but_the_nodes_may_connect_to_them(launched: Launched):
     assert [rule["IpRanges"], rule["Ipv6Ranges"], rule["PrefixListIds"]] == [[], [], []]
 
 
-def test_ray_makes_no_group_role_or_key_of_its_own(launched: Launched):
+def test_ray_creates_no_group_role_or_key_itself(launched: Launched):
     ec2, iam = boto3.client("ec2"), boto3.client("iam")
     names = [group["GroupName"] for group in ec2.describe_security_groups()["SecurityGroups"]]
     names += [key["KeyName"] for key in ec2.describe_key_pairs()["KeyPairs"]]
@@ -147,21 +147,21 @@ def test_ray_makes_no_group_role_or_key_of_its_own(launched: Launched):
     assert [name for name in names if "ray-autoscaler" in name] == []
 
 
-@pytest.mark.parametrize(("who", "policy"), [("by_operator", "operator"), ("by_head", "head")])
-def test_the_policies_allow_what_ray_asks_of_ec2_and_nothing_else(launched: Launched, who: str, policy: str):
+@pytest.mark.parametrize(("side", "policy"), [("by_operator", "operator"), ("by_head", "head")])
+def test_the_policies_allow_exactly_the_requests_of_ray_to_ec2(launched: Launched, side: str, policy: str):
     iam = boto3.client("iam")
     document = iam.get_role_policy(RoleName=f"carclass-{policy}", PolicyName=policy)["PolicyDocument"]
     actions = [action for each in document["Statement"] for action in as_list(each["Action"])]
-    asked = {f"ec2:{request['Action']}" for request in getattr(launched, who)}
-    assert asked == {action for action in actions if action.startswith("ec2:")}
+    requested = {f"ec2:{request['Action']}" for request in getattr(launched, side)}
+    assert requested == {action for action in actions if action.startswith("ec2:")}
 
 
 def as_list(value: str | list[str]) -> list[str]:
     return [value] if isinstance(value, str) else value
 
 
-def test_people_reach_the_head_through_systems_manager_and_the_head_its_workers_directly(launched: Launched):
-    lines = launched.place.told("ubuntu@")
+def test_operators_reach_the_head_through_systems_manager_and_the_head_its_workers_directly(launched: Launched):
+    lines = launched.account.commands("ubuntu@")
     from_outside = [line for line in lines if "ubuntu@i-" in line]
     assert all("ProxyCommand=aws ssm start-session" in line for line in from_outside)
     inside = [line for line in lines if "ubuntu@10.9.0." in line]
@@ -169,64 +169,66 @@ def test_people_reach_the_head_through_systems_manager_and_the_head_its_workers_
     assert len(from_outside) > 0 < len(inside)
 
 
-def test_the_token_goes_to_every_node_readable_by_its_owner_alone(launched: Launched):
+def test_every_node_gets_the_token_readable_by_its_owner_only(launched: Launched):
     mounted = "/home/carclass/.ray/auth_token:/home/carclass/.ray/auth_token"
-    assert [line.split()[1] for line in launched.place.told("rsync") if line.endswith("/.ray/auth_token")] == [
+    assert [line.split()[1] for line in launched.account.commands("rsync") if line.endswith("/.ray/auth_token")] == [
         "600"
     ] * 3
-    assert all(mounted in line and "RAY_AUTH_MODE=token" in line for line in launched.place.told("docker run"))
-    assert all("chmod 600 /home/carclass/.ray/auth_token && " in line for line in launched.place.told("ray start"))
+    assert all(mounted in line and "RAY_AUTH_MODE=token" in line for line in launched.account.commands("docker run"))
+    assert all(
+        "chmod 600 /home/carclass/.ray/auth_token && " in line for line in launched.account.commands("ray start")
+    )
 
 
-def test_nodes_run_the_image_of_that_digest_and_install_nothing(launched: Launched):
-    assert len(pulls := launched.place.told("docker pull")) == 3
-    assert len(runs := launched.place.told("docker run")) == 3
+def test_nodes_run_the_image_by_digest_and_install_nothing(launched: Launched):
+    assert len(pulls := launched.account.commands("docker pull")) == 3
+    assert len(runs := launched.account.commands("docker run")) == 3
     assert all(IMAGE in line for line in pulls + runs)
-    assert [line for word in ("pip ", "wheel", "apt-get", "conda") for line in launched.place.told(word)] == []
+    assert [line for word in ("pip ", "wheel", "apt-get", "conda") for line in launched.account.commands(word)] == []
 
 
-def test_the_head_launches_workers_by_our_provider(launched: Launched):
-    (line,) = launched.place.told("ray start --head")
+def test_the_head_launches_workers_with_the_spot_first_provider(launched: Launched):
+    (line,) = launched.account.commands("ray start --head")
     named = "python /opt/carclass/bin/spot_first.py /home/carclass/ray_bootstrap_config.yaml"
     assert f"{named} && PYTHONPATH=/opt/carclass/bin ray start" in line
 
 
 def test_the_dashboard_listens_on_loopback(launched: Launched):
-    (line,) = launched.place.told("ray start --head")
+    (line,) = launched.account.commands("ray start --head")
     assert "--dashboard-host=127.0.0.1" in line
-    assert launched.place.told("0.0.0.0") == []
+    assert launched.account.commands("0.0.0.0") == []
 
 
-def test_nodes_have_labels_of_their_work_and_price(launched: Launched):
+def test_nodes_have_labels_with_work_and_price(launched: Launched):
     types = launched.autoscaling.get_node_type_configs()
     work = {name: each.labels["carclass-work"] for name, each in types.items()}
     assert work == {kind: kind for kind in TYPES}
     assert all(float(each.labels["usd-per-hour"]) > 0 for each in types.values())
     for name in ("head", "mask", "read"):
-        assert f'"carclass-work":"{name}","usd-per-hour":"' in "".join(launched.place.told("ray start"))
+        assert f'"carclass-work":"{name}","usd-per-hour":"' in "".join(launched.account.commands("ray start"))
 
 
-def test_gpu_nodes_alone_give_gpus_to_their_container(launched: Launched):
+def test_only_gpu_nodes_pass_gpus_to_their_container(launched: Launched):
     options = {kind: launched.autoscaling.get_docker_config(kind).get("worker_run_options", []) for kind in TYPES}
     assert [kind for kind in TYPES if "--gpus=all" in options[kind]] == ["mask", "train"]
-    assert len(launched.place.told("--gpus=all")) == 1  # of a head, a node for masking and one for reading
+    assert len(launched.account.commands("--gpus=all")) == 1  # of a head, a node for masking and one for reading
 
 
-def test_workers_watch_for_the_end_of_their_spot_instance(launched: Launched):
-    lines = launched.place.told("ray start --address=$RAY_HEAD_IP:6379")
+def test_workers_watch_for_spot_interruptions(launched: Launched):
+    lines = launched.account.commands("ray start --address=$RAY_HEAD_IP:6379")
     assert len(lines) == 2
     assert all("setsid --fork python /opt/carclass/bin/watch_spot.py $RAY_HEAD_IP:6379" in line for line in lines)
 
 
 @pytest.mark.parametrize(("work", "resources"), [("read", {"CPU": 16}), ("mask", {"GPU": 1}), ("train", {"GPU": 4})])
-def test_every_kind_of_work_has_nodes_of_its_own(launched: Launched, work: str, resources: dict[str, float]):
+def test_every_kind_of_work_has_its_own_nodes(launched: Launched, work: str, resources: dict[str, float]):
     selector = [[("carclass-work", LabelSelectorOperator.LABEL_OPERATOR_IN, [work])]]
-    asked = [ResourceRequestUtil.make(resources, label_selectors=selector) for _ in range(2)]
+    requests = [ResourceRequestUtil.make(resources, label_selectors=selector) for _ in range(2)]
     request = SchedulingRequest(
         disable_launch_config_check=True,
         node_type_configs=launched.autoscaling.get_node_type_configs(),
         max_num_nodes=launched.autoscaling.get_max_num_nodes(),
-        resource_requests=ResourceRequestUtil.group_by_count(asked),
+        resource_requests=ResourceRequestUtil.group_by_count(requests),
     )
     reply = ResourceDemandScheduler().schedule(request)
     assert {each.instance_type: each.count for each in reply.to_launch if each.instance_type != "head"} == {work: 2}

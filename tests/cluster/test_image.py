@@ -1,4 +1,4 @@
-"""The Dockerfile, line by line in a clean Debian: it makes a Ray node that runs a job chain as a user of its own."""
+"""The Dockerfile, executed in a clean Debian: a Ray node that runs a job chain as an unprivileged user."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def in_a_clean_root(test: Callable[..., None]) -> Callable[..., None]:
     return pytest.mark.slow(pytest.mark.skipif(not CAN_BUILD, reason=reason)(test))
 
 
-# A head with a worker beside it runs a chain and is stopped. What is found lies in files: `ray stop` ends the rest.
+# A head with a worker runs a chain and is stopped. Results are in files, because `ray stop` kills other processes.
 LIFE = """
 check() {{ name=$1; shift; "$@" >"health.$name" 2>&1; echo $? >"health.$name.code"; }}
 await() {{ for _ in $(seq 120); do check "$@"; [ "$(cat "health.$1.code")" = 0 ] && break; sleep 1; done; }}
@@ -56,6 +56,7 @@ check after {health}
 
 
 def tool(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a program of this machine."""
     return subprocess.run([shutil.which(name) or name, *arguments], capture_output=True, text=True, timeout=60)
 
 
@@ -65,18 +66,18 @@ def test_the_dockerfile_passes_hadolint():
 
 
 @pytest.mark.parametrize("script", sorted(IMAGE.glob("*.sh")), ids=lambda path: path.name)
-def test_a_script_is_well_formed_and_can_be_run(script: Path):
+def test_a_script_has_valid_syntax_and_is_executable(script: Path):
     assert tool("bash", "-n", script).returncode == 0
     assert os.access(script, os.X_OK)
 
 
-def test_every_step_is_one_script_of_the_folder():
+def test_every_step_is_one_script_of_cluster_image():
     steps = [re.sub(r"^--mount=\S+ ", "", value) for name, value in LINES if name == "RUN"]
     one_script = r"(python )?(/build/cluster/image|/image)/\w+\.(sh|py)( [^;&|<>]+)?"
     assert [step for step in steps if not re.fullmatch(one_script, step)] == []
 
 
-def test_the_build_context_holds_all_that_is_copied():
+def test_the_build_context_contains_all_copied_files():
     admitted = [line[1:] for line in (REPO / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     from_here = [value.split() for name, value in LINES if name == "COPY" and not value.startswith("--from=")]
     copied = [source for *sources, _ in from_here for source in sources]
@@ -84,13 +85,13 @@ def test_the_build_context_holds_all_that_is_copied():
     assert [path for path in copied if not any(f"{path}/".startswith(f"{folder}/") for folder in admitted)] == []
 
 
-def test_kubernetes_can_tell_that_the_user_is_not_root():
+def test_the_user_is_numeric_so_that_kubernetes_can_check_it():
     assert [value for name, value in LINES if name == "USER"] == ["1000:1000"]
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Stage]]:
-    """All stages, for CPU nodes: the environment that these tests run in has all that DEVICE=cuda keeps."""
+    """Build all stages for CPU nodes: the tests' own environment equals that of DEVICE=cuda."""
     folder = tmp_path_factory.mktemp("image")
     try:
         yield Build(REPO / "Dockerfile", folder, DEVICE="cpu").stages
@@ -100,23 +101,23 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Stage]
 
 @pytest.fixture(scope="module")
 def node(built: dict[str, Stage]) -> Stage:
-    """What `docker build` gives without a target."""
+    """Return the stage that `docker build` builds by default."""
     return built["last"]
 
 
 @in_a_clean_root
-def test_a_node_has_its_own_user_and_home(node: Stage):
+def test_a_node_has_an_unprivileged_user_with_a_home(node: Stage):
     assert node.run("id -un; id -u; echo ~; pwd").stdout.split() == ["carclass", "1000", *["/home/carclass"] * 2]
 
 
 @in_a_clean_root
-def test_what_takes_too_long_leaves_no_process(node: Stage):
+def test_a_timeout_leaves_no_process(node: Stage):
     with pytest.raises(subprocess.TimeoutExpired):
         node.run("sleep 47113", timeout=2)
     deadline = time.monotonic() + 60
-    while (left := tool("pgrep", "-f", "^sleep 47113$").stdout) and time.monotonic() < deadline:
+    while (remaining := tool("pgrep", "-f", "^sleep 47113$").stdout) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert left == ""
+    assert remaining == ""
 
 
 @in_a_clean_root
@@ -144,7 +145,7 @@ def test_ray_up_finds_ray_from_its_login_shells(node: Stage):
 
 @in_a_clean_root
 def test_the_autoscaler_of_kuberay_starts(node: Stage):
-    """In a sidecar with the image of the head."""
+    """KubeRay runs it in a sidecar with the head's image."""
     done = node.run("ray kuberay-autoscaler --help")
     assert done.returncode == 0, done.stderr
 
@@ -162,7 +163,7 @@ def test_a_node_has_what_aws_needs(node: Stage, script: str):
 
 
 @in_a_clean_root
-def test_a_device_that_is_neither_is_refused(built: dict[str, Stage]):
+def test_an_unknown_device_is_refused(built: dict[str, Stage]):
     done = built["build"].run("/build/cluster/image/device.sh /opt/carclass rocm")
     assert done.returncode == 1
     assert "DEVICE is rocm; give cuda or cpu." in done.stderr
@@ -170,40 +171,48 @@ def test_a_device_that_is_neither_is_refused(built: dict[str, Stage]):
 
 @pytest.fixture(scope="module")
 def inventory(built: dict[str, Stage]) -> dict:
-    """What `docker build --target sbom` leaves."""
+    """Return the document of `docker build --target sbom`."""
     (file,) = built["sbom"].root.iterdir()
     assert file.name == "carclass.cdx.json"
     return json.loads(file.read_text())
 
 
 @in_a_clean_root
-def test_the_inventory_has_the_shape_of_cyclonedx(inventory: dict):
+def test_the_inventory_has_the_structure_of_cyclonedx(inventory: dict):
     assert (inventory["bomFormat"], inventory["specVersion"], inventory["version"]) == ("CycloneDX", "1.6", 1)
     allowed = {"type", "bom-ref", "name", "version", "purl", "licenses"}
-    assert [one for one in inventory["components"] if not {"type", "name", "version"} <= set(one) <= allowed] == []
-    references = [one["bom-ref"] for one in inventory["components"]]
+    assert [
+        component
+        for component in inventory["components"]
+        if not {"type", "name", "version"} <= set(component) <= allowed
+    ] == []
+    references = [component["bom-ref"] for component in inventory["components"]]
     assert len(set(references)) == len(references)
 
 
 @in_a_clean_root
-def test_the_inventory_lists_the_lock_but_for_what_only_gpus_need(inventory: dict):
+def test_the_inventory_lists_the_lock_except_gpu_only_packages(inventory: dict):
     machine = {"python_version": "3.11", "python_full_version": "3.11.2"}
     lines = re.findall(r"^[\w.-]+==[^\\]+", (REPO / "requirements.lock").read_text(), re.MULTILINE)
-    locked = [one for one in map(Requirement, lines) if one.marker is None or one.marker.evaluate(machine)]
-    listed = {f"{one['name']}=={one['version']}" for one in inventory["components"]}
+    requirements = [Requirement(line) for line in lines]
+    locked = [each for each in requirements if each.marker is None or each.marker.evaluate(machine)]
+    listed = {f"{component['name']}=={component['version']}" for component in inventory["components"]}
     (gpu_only,) = re.findall(r"^gpu_only=\((.+)\)$", (IMAGE / "device.sh").read_text(), re.MULTILINE)
-    assert sorted(one.name for one in locked if f"{one.name}{one.specifier}" not in listed) == sorted(gpu_only.split())
+    missing_names = [each.name for each in locked if f"{each.name}{each.specifier}" not in listed]
+    assert sorted(missing_names) == sorted(gpu_only.split())
 
 
 @in_a_clean_root
 def test_the_inventory_lists_debians_packages(inventory: dict):
-    found = {one["name"] for one in inventory["components"] if one["purl"].startswith("pkg:deb/debian/")}
+    found = {
+        component["name"] for component in inventory["components"] if component["purl"].startswith("pkg:deb/debian/")
+    }
     assert {"bash", "libc6", "openssh-client"} <= found
 
 
 @pytest.fixture(scope="module")
 def life(node: Stage) -> Path:
-    """The home of a node that has been a head, run the chain as a job, and been stopped."""
+    """Start a head, run the chain as a job and stop the node; return the node's home."""
     home = node.root / "home" / "carclass"
     for name in ("carclass", "jobs"):
         shutil.copytree(REPO / name, home / "job" / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -226,12 +235,12 @@ def test_a_node_without_ray_is_unhealthy(life: Path, when: str):
 
 
 @in_a_clean_root
-def test_a_head_is_asked_for_its_raylet_and_its_gcs(life: Path):
+def test_a_heads_health_check_covers_raylet_and_gcs(life: Path):
     assert (life / "health.head").read_text().split("\n") == ["raylet: success", "gcs: success"]
 
 
 @in_a_clean_root
-def test_a_worker_is_asked_for_its_raylet(life: Path):
+def test_a_workers_health_check_covers_its_raylet(life: Path):
     assert (life / "health.worker").read_text().split("\n") == ["raylet: success", "gcs: success (no local gcs)"]
 
 

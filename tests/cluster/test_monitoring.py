@@ -1,4 +1,4 @@
-"""Prometheus scrapes jobs that run: every panel of the dashboard has data, and alarms go off when they should."""
+"""Prometheus scrapes running jobs: every panel of the dashboard has data, and alerts fire when they should."""
 
 import json
 import os
@@ -24,59 +24,64 @@ GRAFANA = Path(__file__).parents[2] / "cluster" / "grafana"
 DASHBOARD = json.loads((GRAFANA / "carclass.json").read_text())
 PANELS = {panel["title"]: panel for panel in DASHBOARD["panels"] if panel["type"] != "row"}
 ALERTS = yaml.safe_load((GRAFANA / "alerts.yml").read_text())["groups"][0]["rules"]
-QUIET = {"GPU use": "no GPU here", "GPU memory": "no GPU here", "Nodes to come": "nothing here starts nodes"}
-"""Panels that can have no data where the tests run."""
-SHOWN = [(title, target["expr"]) for title, one in PANELS.items() if title not in QUIET for target in one["targets"]]
+WITHOUT_DATA = {"GPU utilization": "no GPU", "GPU memory": "no GPU", "Pending nodes": "no autoscaler"}
+"""Panels without data in tests."""
+SHOWN = [
+    (title, target["expr"])
+    for title, panel in PANELS.items()
+    if title not in WITHOUT_DATA
+    for target in panel["targets"]
+]
 USD = 0.526
 DIVERGED = """
 import time, ray
-from carclass import telemetry
+from carclass.cluster import telemetry
 ray.init(log_to_driver=False)
 finite = dict.fromkeys(("val_loss", "train_accuracy", "val_accuracy"), 0.5)
-telemetry.epoch_finished("broken", "unfrozen", {"epoch": 3, "train_loss": float("nan"), **finite})
+telemetry.report_epoch("broken", "unfrozen", {"epoch": 3, "train_loss": float("nan"), **finite})
 """
 
 pytestmark = pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs Debian's package prometheus")
 
 
 class Prometheus(NamedTuple):
-    """A Prometheus that has watched jobs, and when that was."""
+    """A Prometheus that has scraped jobs, and the time range."""
 
     url: str
-    began: float
+    started: float
     ended: float
 
-    def ask(self, query: str) -> list[dict[str, Any]]:
-        """The series that a panel draws with this query."""
-        given = {"query": query, "start": self.began, "end": self.ended, "step": 1}
-        with urllib.request.urlopen(f"{self.url}/api/v1/query_range?{urllib.parse.urlencode(given)}") as answer:
-            return list(json.load(answer)["data"]["result"])
+    def query(self, query: str) -> list[dict[str, Any]]:
+        """Return the series of a query over the time range."""
+        parameters = {"query": query, "start": self.started, "end": self.ended, "step": 1}
+        with urllib.request.urlopen(f"{self.url}/api/v1/query_range?{urllib.parse.urlencode(parameters)}") as response:
+            return list(json.load(response)["data"]["result"])
 
     def values(self, query: str) -> list[float]:
-        """The only series of a query."""
-        (series,) = self.ask(query)
+        """Return the values of a query's only series."""
+        (series,) = self.query(query)
         return [float(value) for _, value in series["values"]]
 
 
 @pytest.fixture(scope="module")
 def environment() -> Iterator[dict[str, str]]:
-    """Of a head with a token whose node says what it costs, and of its jobs; all export every two seconds."""
+    """Start a head with a token, a price label and export every 2 s; yield the environment of its jobs."""
     gcs, dashboard, folder = free_port(), free_port(), tempfile.mkdtemp(prefix="ray-")
-    known = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_TMPDIR": folder}
-    given = {**known, **token, "RAY_metrics_report_interval_ms": "2000", "OMP_NUM_THREADS": "1"}
-    # Ray's ports for these are fixed, and may be another cluster's.
-    given |= {f"{part}_METRIC_PORT": str(free_port()) for part in ("AUTOSCALER", "DASHBOARD")}
-    given["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{dashboard}"
+    environment = {**environ, **token, "RAY_metrics_report_interval_ms": "2000", "OMP_NUM_THREADS": "1"}
+    # Ray's default ports for these may be in use by another cluster.
+    environment |= {f"{part}_METRIC_PORT": str(free_port()) for part in ("AUTOSCALER", "DASHBOARD")}
+    environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{dashboard}"
     command = [RAY, "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1", f"--port={gcs}"]
     command += [f"--labels=usd-per-hour={USD}", f"--dashboard-port={dashboard}", "--object-store-memory=300000000"]
     command += ["--min-worker-port=0", "--max-worker-port=0", f"--dashboard-agent-listen-port={free_port()}"]
     log = Path(folder) / "head.log"
     with log.open("w") as out:
-        head = subprocess.Popen(command, env=given, stdout=out, stderr=out)
+        head = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
     try:
         wait_for(lambda: "Ray runtime started" in log.read_text(), head, log)
-        yield {**given, "RAY_ADDRESS": f"127.0.0.1:{gcs}"}
+        yield {**environment, "RAY_ADDRESS": f"127.0.0.1:{gcs}"}
     finally:
         kill(head)
         shutil.rmtree(folder, ignore_errors=True)
@@ -84,10 +89,10 @@ def environment() -> Iterator[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def server(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a Prometheus with our configuration, but for where Ray's folder is and how often it looks."""
+    """Start a Prometheus with cluster/grafana's configuration, another Ray folder and a 2 s interval; yield its URL."""
     folder, url = tmp_path_factory.mktemp("prometheus"), f"127.0.0.1:{free_port()}"
-    found = (GRAFANA / "prometheus.yml").read_text().replace("/tmp/ray/", f"{environment['RAY_TMPDIR']}/ray/")
-    (folder / "prometheus.yml").write_text(re.sub(r"(interval): 10s", r"\1: 2s", found))
+    config = (GRAFANA / "prometheus.yml").read_text().replace("/tmp/ray/", f"{environment['RAY_TMPDIR']}/ray/")
+    (folder / "prometheus.yml").write_text(re.sub(r"(interval): 10s", r"\1: 2s", config))
     shutil.copy(GRAFANA / "alerts.yml", folder)
     command = ["prometheus", f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data"]
     log = folder / "server.log"
@@ -106,12 +111,12 @@ def run(environment: dict[str, str], *program: str | Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def watched(
+def scraped(
     environment: dict[str, str], server: str, photos_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Prometheus:
-    """What Prometheus saw of a pipeline, of a sweep and of a run whose loss is no number."""
-    folder, began = tmp_path_factory.mktemp("watched"), time.time()
-    train = {"name": "watched", "parent": "sample", "model": {"architecture": "resnet26-narrow", "image_size": 64}}
+    """Run a pipeline, a sweep and a diverged run while Prometheus scrapes them."""
+    folder, started = tmp_path_factory.mktemp("scraped"), time.time()
+    train = {"name": "scraped", "parent": "sample", "model": {"architecture": "resnet26-narrow", "image_size": 64}}
     settings = {
         "root": str(folder),
         "ingest": {"photos": f"{photos_folder}/photos", "labels": f"{photos_folder}/labels.csv", "part_rows": 20},
@@ -135,45 +140,52 @@ def watched(
     (folder / "search.yml").write_text(yaml.safe_dump(search))
     run(environment, JOBS / "tune.py", "--config", folder / "search.yml")
     run(environment, "-c", DIVERGED)
-    time.sleep(5)  # for a last look
-    return Prometheus(server, began, time.time())
+    time.sleep(5)  # for a last scrape
+    return Prometheus(server, started, time.time())
 
 
+@pytest.mark.slow  # 90 s with its fixture
 @pytest.mark.parametrize(("title", "query"), SHOWN)
-def test_every_panel_shows_data_of_running_jobs(watched: Prometheus, title: str, query: str):
-    assert watched.ask(query) != []
+def test_every_panel_shows_data_of_running_jobs(scraped: Prometheus, title: str, query: str):
+    assert scraped.query(query) != []
 
 
-@pytest.mark.parametrize("title", QUIET)
-def test_panels_without_data_ask_prometheus_something_it_understands(watched: Prometheus, title: str):
+@pytest.mark.slow  # 90 s with its fixture
+@pytest.mark.parametrize("title", WITHOUT_DATA)
+def test_panels_without_data_have_valid_queries(scraped: Prometheus, title: str):
     for target in PANELS[title]["targets"]:
-        watched.ask(target["expr"])
+        scraped.query(target["expr"])
 
 
-def test_the_queue_empties_while_photos_come_out(watched: Prometheus):
-    queue = watched.values('sum by (verb) (ray_carclass_queue{verb="mask"})')
+@pytest.mark.slow  # 90 s with its fixture
+def test_the_queue_empties_while_photos_are_processed(scraped: Prometheus):
+    queue = scraped.values('sum by (verb) (ray_carclass_queue{verb="mask"})')
     assert queue[0] == max(queue) > 0
     assert queue[-1] == 0
 
 
-def test_no_photos_per_second_are_told_when_a_job_has_gone_on_to_something_else(watched: Prometheus):
-    assert watched.values('sum by (verb) (ray_carclass_photos_per_second{verb="mask"})')[-1] == 0
+@pytest.mark.slow  # 90 s with its fixture
+def test_photos_per_second_are_zero_after_the_step(scraped: Prometheus):
+    assert scraped.values('sum by (verb) (ray_carclass_photos_per_second{verb="mask"})')[-1] == 0
 
 
-def test_cost_is_that_of_the_node_label_for_as_long_as_the_job_runs(watched: Prometheus):
-    for series in watched.ask("ray_carclass_cost_usd"):
+@pytest.mark.slow  # 90 s with its fixture
+def test_cost_is_the_price_label_times_the_jobs_duration(scraped: Prometheus):
+    for series in scraped.query("ray_carclass_cost_usd"):
         (first, least), (last, most) = series["values"][0], series["values"][-1]
         assert float(most) - float(least) == pytest.approx(USD * (last - first) / 3600, abs=USD * 25 / 3600)
         assert float(most) > 0
 
 
-def test_a_loss_that_is_no_number_is_told(watched: Prometheus):
-    assert set(watched.values('ray_carclass_diverged{run="broken"}')) == {1.0}
-    assert set(watched.values('ray_carclass_diverged{run="watched", stage="frozen"}')) == {0.0}
+@pytest.mark.slow  # 90 s with its fixture
+def test_a_non_finite_loss_is_exported(scraped: Prometheus):
+    assert set(scraped.values('ray_carclass_diverged{run="broken"}')) == {1.0}
+    assert set(scraped.values('ray_carclass_diverged{run="scraped", stage="frozen"}')) == {0.0}
 
 
-def test_the_alarm_of_such_a_loss_goes_off(watched: Prometheus):
-    assert watched.ask('ALERTS{alertname="CarclassLossDiverged", alertstate="firing", run="broken"}') != []
+@pytest.mark.slow  # 90 s with its fixture
+def test_a_non_finite_loss_fires_its_alert(scraped: Prometheus):
+    assert scraped.query('ALERTS{alertname="CarclassLossDiverged", alertstate="firing", run="broken"}') != []
 
 
 @pytest.mark.parametrize("title", PANELS)
@@ -185,7 +197,7 @@ def test_panels_have_a_unit_one_sentence_and_the_chosen_data_source(title: str):
     assert {source["uid"] for source in sources} == {"${datasource}"}
 
 
-def test_the_dashboard_asks_for_its_data_source():
+def test_the_dashboard_has_a_variable_for_its_data_source():
     (variable,) = DASHBOARD["templating"]["list"]
     assert (variable["name"], variable["type"], variable["query"]) == ("datasource", "datasource", "prometheus")
 
@@ -197,12 +209,12 @@ def test_the_configuration_is_valid():
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
-def test_alarms_go_off_when_they_should_and_else_not():
+def test_alerts_fire_when_they_should_only():
     command = ["promtool", "test", "rules", Path(__file__).with_name("alerts_test.yml")]
     tested = subprocess.run(command, capture_output=True, text=True)
     assert tested.returncode == 0, tested.stdout + tested.stderr
 
 
 @pytest.mark.parametrize("name", [rule["alert"] for rule in ALERTS])
-def test_the_runbook_says_what_to_do_about_each_alarm(name: str):
+def test_the_runbook_has_an_action_for_each_alert(name: str):
     assert f"`{name}`" in (GRAFANA.parents[1] / "docs" / "monitoring.md").read_text()

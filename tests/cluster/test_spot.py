@@ -1,4 +1,4 @@
-"""The spot watcher: a notice in the instance's metadata drains its Ray node, and nothing else does."""
+"""The spot watcher drains its Ray node on an interruption notice in the instance's metadata, and only then."""
 
 import http.server
 import json
@@ -23,7 +23,7 @@ NOTICE = "spot/instance-action"
 
 
 class Metadata(http.server.ThreadingHTTPServer):
-    """An instance's metadata service: IMDSv2, which answers nobody without a token of its own."""
+    """A simulated metadata service of an instance (IMDSv2), which requires a session token."""
 
     daemon_threads = True
 
@@ -31,23 +31,24 @@ class Metadata(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.items = {"instance-id": INSTANCE}
         self.broken = False
-        self.asked: list[tuple[str, int]] = []
+        self.requests: list[tuple[str, int]] = []
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
 
     def announce(self, seconds: float) -> None:
+        """Publish an interruption notice."""
         when = datetime.now(UTC) + timedelta(seconds=seconds)
         self.items[NOTICE] = json.dumps({"action": "terminate", "time": f"{when:%Y-%m-%dT%H:%M:%SZ}"})
 
     def count(self, status: int) -> int:
-        """How often the notice was asked for with this outcome."""
-        return sum(path.endswith(NOTICE) and outcome == status for path, outcome in self.asked)
+        """Count the requests for the notice with this status."""
+        return sum(path.endswith(NOTICE) and code == status for path, code in self.requests)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One request."""
+    """A request to the metadata service."""
 
     server: Metadata
 
@@ -64,7 +65,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def reply(self, status: int, text: str) -> None:
         status = 500 if self.server.broken else status
-        self.server.asked.append((self.path, status))
+        self.server.requests.append((self.path, status))
         self.send_response(status)
         self.end_headers()
         self.wfile.write(text.encode())
@@ -84,7 +85,7 @@ def metadata() -> Iterator[Metadata]:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Two nodes with a token; the second is on the instance, as the autoscaler tells it."""
+    """Start two nodes; the second one has the instance's id, as the autoscaler sets it."""
     cluster = Cluster(tmp_path_factory.mktemp("cluster"))
     cluster.environment["RAY_CLOUD_INSTANCE_ID"] = INSTANCE
     try:
@@ -101,20 +102,20 @@ nap = time.sleep
 time.sleep = lambda _: nap(0.1)
 runpy.run_path(sys.argv.pop(1), run_name="__main__")
 """
-"""Runs a script that waits a tenth of a second where it would wait longer."""
+"""Script that runs another one with all sleeps of a tenth of a second."""
 Watch = Callable[..., subprocess.Popen]
 
 
 @pytest.fixture
 def watch() -> Iterator[Watch]:
-    """Starts the watcher."""
+    """Return a function that starts the watcher."""
     started = []
 
     def watch(endpoint: str, cluster: Cluster | None = None) -> subprocess.Popen:
         environment = cluster.environment if cluster else dict(os.environ)
         address = environment["RAY_ADDRESS"] if cluster else "127.0.0.1:1"
-        known = {**environment, "AWS_EC2_METADATA_SERVICE_ENDPOINT": endpoint}
-        started.append(subprocess.Popen([sys.executable, "-c", QUICK, WATCHER, address], env=known))
+        environment = {**environment, "AWS_EC2_METADATA_SERVICE_ENDPOINT": endpoint}
+        started.append(subprocess.Popen([sys.executable, "-c", QUICK, WATCHER, address], env=environment))
         return started[-1]
 
     yield watch
@@ -123,9 +124,10 @@ def watch() -> Iterator[Watch]:
         process.wait()
 
 
-def until(reached: Callable[[], Any]) -> None:
+def wait_until(condition: Callable[[], Any]) -> None:
+    """Wait up to a minute wait_until a condition is met."""
     deadline = time.monotonic() + 60
-    while not reached():
+    while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -140,57 +142,57 @@ client = GcsClient(address=ray.get_runtime_context().gcs_address)
 spot, = (n.node_id.hex() for n in client.get_all_node_info().values() if n.instance_id)
 
 @ray.remote
-def where(end, at_most=60):
-    began = time.monotonic()
-    while not os.path.exists(end) and time.monotonic() < began + at_most:
+def node_id(end, timeout=60):
+    started = time.monotonic()
+    while not os.path.exists(end) and time.monotonic() < started + timeout:
         time.sleep(0.05)
     return ray.get_runtime_context().get_node_id()
 
-running = where.options(scheduling_strategy=On(spot, soft=False), max_retries=0).remote(sys.argv[1])
+running = node_id.options(scheduling_strategy=On(spot, soft=False), max_retries=0).remote(sys.argv[1])
 while not ray.available_resources().get("CPU") == 3:
     time.sleep(0.05)
 print("running", flush=True)
 sys.stdin.readline()
 draining = client.get_draining_nodes()
-others = ray.get([where.remote(sys.argv[1], 1) for _ in range(4)])  # the head has room for two at once
+others = ray.get([node_id.remote(sys.argv[1], 1) for _ in range(4)])  # two fit on the head at once
 open(sys.argv[1], "w").close()
 left = [deadline / 1000 - time.time() for deadline in draining.values()]
 print(json.dumps({"spot": spot, "draining": [*draining], "left": left, "others": others, "running": ray.get(running)}))
 """
 
 
-def test_without_a_notice_nothing_happens(metadata: Metadata, watch: Watch):
+def test_without_a_notice_the_watcher_keeps_polling(metadata: Metadata, watch: Watch):
     watcher = watch(metadata.url)
-    until(lambda: metadata.count(404) >= 5)
+    wait_until(lambda: metadata.count(404) >= 5)
     assert watcher.poll() is None
 
 
-def test_a_metadata_service_in_trouble_is_asked_again(metadata: Metadata, watch: Watch):
+def test_errors_of_the_metadata_service_are_retried(metadata: Metadata, watch: Watch):
     metadata.broken = True
     watcher = watch(metadata.url)
-    until(lambda: len(metadata.asked) >= 5)
+    wait_until(lambda: len(metadata.requests) >= 5)
     metadata.broken = False
-    until(lambda: metadata.count(404) >= 2)
+    wait_until(lambda: metadata.count(404) >= 2)
     assert watcher.poll() is None
 
 
-def test_where_there_is_no_metadata_service_the_watcher_waits(watch: Watch):
+def test_without_a_metadata_service_the_watcher_waits(watch: Watch):
     watcher = watch("http://127.0.0.1:1")
     with pytest.raises(subprocess.TimeoutExpired):
         watcher.wait(timeout=2)
 
 
 @pytest.mark.slow  # 15 s
-def test_a_notice_that_cannot_be_acted_upon_yet_is_tried_again(metadata: Metadata, cluster: Cluster, watch: Watch):
+def test_a_failed_drain_is_retried(metadata: Metadata, cluster: Cluster, watch: Watch):
     metadata.items["instance-id"] = "i-whose-node-is-not-up-yet"
     metadata.announce(120)
     watcher = watch(metadata.url, cluster)
-    until(lambda: sum(path.endswith("instance-id") for path, _ in metadata.asked) >= 3)
+    wait_until(lambda: sum(path.endswith("instance-id") for path, _ in metadata.requests) >= 3)
     assert watcher.poll() is None
 
 
 @pytest.mark.slow  # 15 s
-def test_a_notice_drains_the_node_whose_running_task_ends_while_new_ones_go_elsewhere(
+def test_a_notice_drains_the_node_whose_running_task_finishes_while_new_ones_run_elsewhere(
     metadata: Metadata, cluster: Cluster, watch: Watch, tmp_path: Path
 ):
     command, pipe = [sys.executable, "-c", WORK, tmp_path / "end"], subprocess.PIPE
@@ -202,9 +204,9 @@ def test_a_notice_drains_the_node_whose_running_task_ends_while_new_ones_go_else
     assert watcher.wait(timeout=60) == 0
     out, err = job.communicate("\n", timeout=60)
     assert job.returncode == 0, err
-    said = json.loads(out)
+    result = json.loads(out)
 
-    assert said["draining"] == [said["spot"]]
-    assert 60 < said["left"][0] <= 120
-    assert said["spot"] not in said["others"]
-    assert said["running"] == said["spot"]
+    assert result["draining"] == [result["spot"]]
+    assert 60 < result["left"][0] <= 120
+    assert result["spot"] not in result["others"]
+    assert result["running"] == result["spot"]

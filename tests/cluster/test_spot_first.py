@@ -1,4 +1,4 @@
-"""The node provider of the head: where AWS has no spot node, training gets one on demand, and nothing else does."""
+"""The head's node provider: without spot capacity, training nodes are launched on demand, and only those."""
 
 import subprocess
 import sys
@@ -14,105 +14,105 @@ from ray.autoscaler import sdk
 from ray.autoscaler.v2.instance_manager.config import FileConfigReader
 from ray.autoscaler.v2.instance_manager.node_provider import LaunchNodeError, NodeProviderAdapter
 
-from tests.helpers.aws import Place, Request, account, on_head, provider_of
+from tests.helpers.aws import Account, Request, make_account, make_provider, write_head_config
 from tests.helpers.clusters import Cluster
 
-NO_SPOT = (
+NO_SPOT_CAPACITY = (
     "InsufficientInstanceCapacity",
     "MaxSpotInstanceCountExceeded",
     "SpotMaxPriceTooLow",
     "UnfulfillableCapacity",
 )
 MISTAKES = ("UnauthorizedOperation", "InvalidParameterValue", "VcpuLimitExceeded")
-WANTED = {"resources": {"GPU": 4}, "label_selector": {"carclass-work": "train"}}
-WANT = f"""
+REQUESTED = {"resources": {"GPU": 4}, "label_selector": {"carclass-work": "train"}}
+REQUEST_NODE = f"""
 import os
 from ray.autoscaler.v2.sdk import request_cluster_resources
 
-request_cluster_resources(os.environ["RAY_ADDRESS"], [{WANTED}])
+request_cluster_resources(os.environ["RAY_ADDRESS"], [{REQUESTED}])
 """
 
 
 class Head(NamedTuple):
-    """The head's side of a cluster."""
+    """The head of a cluster with its node provider."""
 
-    place: Place
+    account: Account
     reader: FileConfigReader
     provider: Any
 
     def launch(self, kind: str) -> list[LaunchNodeError]:
-        """What goes wrong when the autoscaler launches a node."""
+        """Launch a node as the autoscaler does and return the errors."""
         adapter = NodeProviderAdapter(self.provider, self.reader)
-        self.place.recorder.kept.clear()
+        self.account.recorder.requests.clear()
         adapter.launch({kind: 1}, "a request")
         adapter._main_executor.shutdown()
         adapter._node_launcher_executors.shutdown()
         return adapter.poll_errors()
 
-    def asked(self) -> list[tuple[str, Request]]:
-        """The requests for nodes since the last launch began, each with the market that it names."""
-        launches = [each for each in self.place.recorder.kept if each["Action"] == "RunInstances"]
+    def launches(self) -> list[tuple[str, Request]]:
+        """Return the (market, request) pairs since the last launch."""
+        launches = [each for each in self.account.recorder.requests if each["Action"] == "RunInstances"]
         return [(each.get("InstanceMarketOptions.MarketType", "on demand"), each) for each in launches]
 
     def markets(self) -> list[str]:
-        """The markets that were asked, in order; where one was asked several times in a row, once."""
-        return [market for market, _ in groupby(market for market, _ in self.asked())]
+        """Return the requested markets in order, without repetitions."""
+        return [market for market, _ in groupby(market for market, _ in self.launches())]
 
 
 @pytest.fixture(scope="module")
 def up(s3: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    with account(tmp_path_factory.mktemp("home")) as place:
-        place.prepare().check_returncode()
-        reader = on_head(place, sdk.create_or_update_cluster(place.file, no_config_cache=True))
-        yield Head(place, reader, provider_of(reader.get_cached_autoscaling_config()))
-        sdk.teardown_cluster(place.file)
+    with make_account(tmp_path_factory.mktemp("home")) as account:
+        account.prepare().check_returncode()
+        reader = write_head_config(account, sdk.create_or_update_cluster(account.file, no_config_cache=True))
+        yield Head(account, reader, make_provider(reader.get_cached_autoscaling_config()))
+        sdk.teardown_cluster(account.file)
 
 
 @pytest.fixture
 def head(up: Head) -> Iterator[Head]:
-    """A head that has no workers yet; afterwards AWS has spot nodes again."""
+    """Yield a head without workers; then restore spot capacity."""
     yield up
-    up.place.recorder.no_spot = None
+    up.account.recorder.no_spot = None
     up.provider.terminate_nodes(up.provider.non_terminated_nodes({"ray-node-type": "worker"}))
 
 
-@pytest.mark.parametrize("code", NO_SPOT)
-def test_a_training_node_that_spot_has_not_is_launched_on_demand(head: Head, code: str):
-    head.place.recorder.no_spot = code
+@pytest.mark.parametrize("code", NO_SPOT_CAPACITY)
+def test_a_training_node_without_spot_capacity_is_launched_on_demand(head: Head, code: str):
+    head.account.recorder.no_spot = code
     assert head.launch("train") == []
     assert head.markets() == ["spot", "on demand"]
 
 
-def test_what_is_asked_for_on_demand_is_the_same_node(head: Head):
-    head.place.recorder.no_spot = NO_SPOT[0]
+def test_the_on_demand_node_has_the_same_configuration(head: Head):
+    head.account.recorder.no_spot = NO_SPOT_CAPACITY[0]
     head.launch("train")
-    (_, refused), *_, (_, given) = head.asked()
+    (_, refused), *_, (_, given) = head.launches()
     differs = ("InstanceMarketOptions", "ClientToken")
     same = [{key: request[key] for key in request if not key.startswith(differs)} for request in (refused, given)]
     assert same[0] == same[1]
 
 
 @pytest.mark.parametrize("kind", ["mask", "read"])
-def test_other_nodes_wait_for_spot(head: Head, kind: str):
-    head.place.recorder.no_spot = NO_SPOT[0]
+def test_other_nodes_wait_for_spot_capacity(head: Head, kind: str):
+    head.account.recorder.no_spot = NO_SPOT_CAPACITY[0]
     (error,) = head.launch(kind)
-    assert (head.markets(), error.__cause__.category) == (["spot"], NO_SPOT[0])
+    assert (head.markets(), error.__cause__.category) == (["spot"], NO_SPOT_CAPACITY[0])
 
 
 @pytest.mark.parametrize("code", MISTAKES)
-def test_a_mistake_is_not_repeated_on_demand(head: Head, code: str):
-    head.place.recorder.no_spot = code
+def test_other_errors_are_not_retried_on_demand(head: Head, code: str):
+    head.account.recorder.no_spot = code
     (error,) = head.launch("train")
     assert (head.markets(), error.__cause__.category) == (["spot"], code)
 
 
-def test_where_there_is_spot_nothing_is_asked_for_on_demand(head: Head):
+def test_with_spot_capacity_nothing_is_launched_on_demand(head: Head):
     assert head.launch("train") == []
-    assert [market for market, _ in head.asked()] == ["spot"]
+    assert [market for market, _ in head.launches()] == ["spot"]
 
 
 class RayHead(Cluster):
-    """A cluster whose head launches nodes as it's told; `ray up` sets these variables too."""
+    """A cluster whose head has an autoscaler; `ray up` sets these variables too."""
 
     def __init__(self, folder: Path, config: str, instance: str) -> None:
         self.config, self.instance = config, instance
@@ -128,23 +128,23 @@ class RayHead(Cluster):
 def test_rays_autoscaler_gets_one_node_on_demand_and_sets_it_up(
     head: Head, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(tempfile, "tempdir", None)  # Ray's sockets want a short path
+    monkeypatch.setattr(tempfile, "tempdir", None)  # Ray's sockets need a short path
     (instance,) = head.provider.non_terminated_nodes({"ray-node-type": "head"})
-    head.place.recorder.no_spot = NO_SPOT[0]
-    head.place.recorder.kept.clear()
-    cluster = RayHead(tmp_path, str(head.place.home / "ray_bootstrap_config.yaml"), instance)
+    head.account.recorder.no_spot = NO_SPOT_CAPACITY[0]
+    head.account.recorder.requests.clear()
+    cluster = RayHead(tmp_path, str(head.account.home / "ray_bootstrap_config.yaml"), instance)
     try:
-        subprocess.run([sys.executable, "-c", WANT], env=cluster.environment, check=True)
+        subprocess.run([sys.executable, "-c", REQUEST_NODE], env=cluster.environment, check=True)
         deadline = time.monotonic() + 120
-        while not head.place.told("ray start --address"):
+        while not head.account.commands("ray start --address"):
             assert time.monotonic() < deadline, logs(cluster)
             time.sleep(0.1)
     finally:
         cluster.stop()
-    markets = [market for market, _ in head.asked()]
+    markets = [market for market, _ in head.launches()]
     assert (head.markets(), markets.count("on demand")) == (["spot", "on demand"], 1)
 
 
 def logs(cluster: Cluster) -> str:
-    """What the autoscaler said."""
+    """Return the autoscaler's logs."""
     return "\n".join(file.read_text() for file in Path(cluster.environment["RAY_TMPDIR"]).rglob("monitor.*"))

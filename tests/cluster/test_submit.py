@@ -1,4 +1,4 @@
-"""A job submitted to a Ray cluster with token authentication, as on AWS, and followed to its end."""
+"""Jobs submitted to a Ray cluster with token authentication, and followed to their end."""
 
 import os
 import secrets
@@ -22,24 +22,24 @@ pytestmark = pytest.mark.slow  # 90 s
 
 
 class Head(NamedTuple):
-    """A running head node and how to talk to it."""
+    """URL and token of a running head node."""
 
     url: str
     token: str
 
 
 def environment(token: str | None, home: Path) -> dict[str, str]:
-    """Without the address of any other cluster, and without any token but this one."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    given = {} if token is None else {"RAY_AUTH_TOKEN": token}
-    # A job's `python` is the one on the head's PATH.
+    """Return an environment without other clusters' addresses and tokens."""
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    tokens = {} if token is None else {"RAY_AUTH_TOKEN": token}
+    # A job's `python` is taken from the head's PATH.
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return {**kept, "PATH": path, "HOME": str(home), "RAY_AUTH_MODE": "token", **given}
+    return {**environ, "PATH": path, "HOME": str(home), "RAY_AUTH_MODE": "token", **tokens}
 
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory) -> Iterator[Head]:
-    """`ray start --head` on loopback with a token, on ports of its own."""
+    """Start a head on loopback with a token, on free ports."""
     token, port, gcs = secrets.token_hex(32), free_port(), free_port()
     home = tmp_path_factory.mktemp("head")
     command = [RAY, "start", "--head", "--block", "--num-cpus=4", "--node-ip-address=127.0.0.1", f"--port={gcs}"]
@@ -61,6 +61,7 @@ def head(tmp_path_factory) -> Iterator[Head]:
 
 
 def wait_until_up(url: str, token: str, process: subprocess.Popen, log: Path) -> None:
+    """Wait until the job API answers."""
     deadline = time.monotonic() + 120
     while status(f"{url}/api/jobs/", token) != 200:
         assert process.poll() is None, log.read_text()
@@ -69,11 +70,11 @@ def wait_until_up(url: str, token: str, process: subprocess.Popen, log: Path) ->
 
 
 def status(url: str, token: str | None) -> int:
-    """The HTTP status of a request; 0 when nobody answers."""
+    """Return the HTTP status of a request, 0 without an answer."""
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=10) as answer:
-            return int(answer.status)
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=10) as response:
+            return int(response.status)
     except urllib.error.HTTPError as error:
         return error.code
     except OSError:
@@ -84,18 +85,18 @@ SUBMIT = REPO / "jobs" / "submit.py"
 
 
 def submit(url: str, token: str | None, home: Path, *job: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, SUBMIT, "--address", url, "--", *job]
-    known = environment(token, home)
-    return subprocess.run(command, env=known, cwd=REPO, capture_output=True, text=True, timeout=400, check=False)
+    """Run jobs/submit.py."""
+    command, env = [sys.executable, SUBMIT, "--address", url, "--", *job], environment(token, home)
+    return subprocess.run(command, env=env, cwd=REPO, capture_output=True, text=True, timeout=400, check=False)
 
 
 @pytest.fixture(scope="module")
 def submitted(head: Head, photos_folder: Path, tmp_path_factory) -> tuple[subprocess.CompletedProcess, Path]:
-    """An ingest job with the token, and its root."""
+    """Submit an ingest job with the token; return the process and the job's root."""
     root = tmp_path_factory.mktemp("submitted")
     config_file = "jobs/experiments/sample.yml"
-    places = ["--photos", f"{photos_folder}/photos", "--labels", f"{photos_folder}/labels.csv", "--root", str(root)]
-    job = ["python", "jobs/ingest.py", "--config", config_file, *places]
+    options = ["--photos", f"{photos_folder}/photos", "--labels", f"{photos_folder}/labels.csv", "--root", str(root)]
+    job = ["python", "jobs/ingest.py", "--config", config_file, *options]
     return submit(head.url, head.token, tmp_path_factory.mktemp("with-token"), *job), root
 
 
@@ -112,7 +113,7 @@ def test_a_submitted_job_publishes_its_dataset(submitted):
 
 @pytest.fixture(scope="module")
 def follow(head: Head, tmp_path_factory) -> Callable[..., subprocess.CompletedProcess]:
-    """Submits a few lines of Python with the token."""
+    """Return a function that submits Python code with the token."""
 
     def follow(code: str, url: str = head.url) -> subprocess.CompletedProcess:
         return submit(url, head.token, tmp_path_factory.mktemp("home"), "python", "-c", code)
@@ -130,7 +131,7 @@ def test_the_exit_status_is_the_jobs(follow):
     assert follow("raise SystemExit(7)").returncode == 7
 
 
-def test_only_code_and_the_files_that_are_named_travel(head: Head, tmp_path: Path):
+def test_only_code_and_named_files_are_uploaded(head: Head, tmp_path: Path):
     config_file = REPO / "build" / "named.yml"
     config_file.parent.mkdir(exist_ok=True)
     config_file.write_text("root: here")
@@ -144,7 +145,7 @@ def test_a_config_outside_the_checkout_is_refused(head: Head, tmp_path: Path):
     (tmp_path / "mine.yml").write_text("root: here")
     done = submit(head.url, head.token, tmp_path, "python", "jobs/train.py", "--config", str(tmp_path / "mine.yml"))
     assert done.returncode == 2
-    assert "does not travel. Put it in there" in done.stderr
+    assert "would not be uploaded. Move it there" in done.stderr
 
 
 COUNT = """
@@ -158,20 +159,21 @@ raise SystemExit(3)
 
 
 def cut_once_started(tunnel: Tunnel, started: Path) -> None:
+    """Close the tunnel's connections a second after a file appears."""
     while not started.exists():
         time.sleep(0.05)
     time.sleep(1)  # in the middle of the log
     tunnel.cut()
 
 
-def test_a_broken_connection_costs_no_line_and_no_exit_status(head: Head, follow, tmp_path: Path):
+def test_a_lost_connection_loses_no_line_and_no_exit_status(head: Head, follow, tmp_path: Path):
     host, port = head.url.removeprefix("http://").split(":")
-    with Tunnel(0, None, (host, int(port))) as way:
-        threading.Thread(target=way.serve_forever, daemon=True).start()
+    with Tunnel(0, None, (host, int(port))) as tunnel:
+        threading.Thread(target=tunnel.serve_forever, daemon=True).start()
         started = tmp_path / "started"
-        threading.Thread(target=cut_once_started, args=(way, started), daemon=True).start()
-        done = follow(COUNT.format(started=str(started)), way.url)
-        way.shutdown()
+        threading.Thread(target=cut_once_started, args=(tunnel, started), daemon=True).start()
+        done = follow(COUNT.format(started=str(started)), tunnel.url)
+        tunnel.shutdown()
     assert done.returncode == 3
     assert "lost the connection" in done.stderr
     assert [line for line in done.stdout.splitlines() if line[:4] == "line"] == [f"line {i}" for i in range(20)]
@@ -195,13 +197,13 @@ def start_submit(head: Head, home: Path, *job: str) -> Job:
     return Job(process, log)
 
 
-def test_the_same_command_follows_the_job_that_runs(head: Head, tmp_path: Path):
+def test_the_same_command_follows_the_running_job(head: Head, tmp_path: Path):
     marker = tmp_path / "started"
     job = ("python", "-c", WAIT.format(started=str(marker), end=str(tmp_path / "end")))
     first = start_submit(head, tmp_path / "first", *job)
     wait_for(marker.exists, *first)
     again = start_submit(head, tmp_path / "again", *job)
-    wait_for(lambda: "runs already" in again.log.read_text(), *again)
+    wait_for(lambda: "already running" in again.log.read_text(), *again)
     (tmp_path / "end").touch()
     first.end()
     again.end()
@@ -214,12 +216,12 @@ def test_a_submission_without_the_token_is_refused(head: Head, tmp_path: Path):
     assert "token" in done.stderr
 
 
-def test_a_cluster_that_is_not_there_is_said_so(tmp_path: Path):
+def test_a_missing_cluster_is_reported(tmp_path: Path):
     done = submit(f"http://127.0.0.1:{free_port()}", "0" * 64, tmp_path, "python", "-c", "print('hello')")
     assert done.returncode == 2
     assert "no cluster answers" in done.stderr
 
 
 @pytest.mark.parametrize("token", [None, "0" * 64], ids=["none", "wrong"])
-def test_the_job_api_answers_nobody_without_the_token(head: Head, token: str | None):
+def test_the_job_api_refuses_requests_without_the_token(head: Head, token: str | None):
     assert status(f"{head.url}/api/jobs/", token) in (401, 403)

@@ -1,4 +1,4 @@
-"""An AWS account on this machine, and a person who uses it; their SSH reaches hosts that agree to everything."""
+"""A simulated AWS account with an operator, whose SSH commands are recorded and always succeed."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig, FileCon
 
 from tests.helpers.busy_s3 import Handler, Proxy
 
-CLUSTER = Path(__file__).parents[1] / "cluster"
+CLUSTER = Path(__file__).parents[2] / "cluster"
 PREPARE, SPOT_FIRST = CLUSTER / "prepare_aws.py", CLUSTER / "image" / "spot_first.py"
 IMAGE = f"123456789012.dkr.ecr.us-east-1.amazonaws.com/carclass@sha256:{'ab' * 32}"
 AMI = "/aws/service/ami-amazon-linux-latest/al2023-ami-kernel-default-x86_64"
@@ -30,28 +30,28 @@ REFUSAL = "<Response><Errors><Error><Code>{}</Code><Message>refused</Message></E
 
 
 class Recorder(Proxy):
-    """Passes requests on to AWS' stand-in and keeps those that name an action; spot nodes may be refused, by a code."""
+    """Proxy of the simulated AWS that records requests with an action; `no_spot` is an error code for spot requests."""
 
     def __init__(self, endpoint: str) -> None:
         super().__init__(endpoint)
-        self.RequestHandlerClass = Keeping
-        self.kept: list[Request] = []
+        self.RequestHandlerClass = RecordingHandler
+        self.requests: list[Request] = []
         self.no_spot: str | None = None
 
 
 class RefusedError(Exception):
-    """The request is not passed on."""
+    """A request that is answered with an error code instead of being forwarded."""
 
 
-class Keeping(Handler):
-    """One connection."""
+class RecordingHandler(Handler):
+    """A connection to the recorder."""
 
     server: Recorder
 
     def chunks(self) -> Iterator[bytes]:
         body = b"".join(super().chunks())
         if b"Action=" in body:
-            self.server.kept.append(dict(parse_qsl(body.decode())))
+            self.server.requests.append(dict(parse_qsl(body.decode())))
         if self.server.no_spot and b"MarketType=spot" in body:
             raise RefusedError(self.server.no_spot)
         yield body
@@ -59,12 +59,12 @@ class Keeping(Handler):
     def do_POST(self) -> None:  # noqa: N802
         try:
             self.answer()
-        except RefusedError as refused:
-            self.reply(500, {"Content-Type": "text/xml"}, REFUSAL.format(refused).encode())
+        except RefusedError as code:
+            self.reply(500, {"Content-Type": "text/xml"}, REFUSAL.format(code).encode())
 
 
 SSH = r"""#!/bin/bash
-# A host that agrees to everything and has an image, but no container yet.
+# A host on which every command succeeds, with an image but no container yet.
 echo "ssh $*" >> "$HOME/commands"
 while [[ $1 != *@* ]]; do shift; done; shift
 bash -n <<< "$*" || exit 1
@@ -82,8 +82,8 @@ echo "rsync $(stat -c %a "$from") to ${to#*:}" >> "$HOME/commands"
 """
 
 
-class Place(NamedTuple):
-    """Where a person works: their home, what is asked of AWS from there, a private subnet and a public one."""
+class Account(NamedTuple):
+    """The operator's home, the recorder of requests to AWS, a private subnet and a public one."""
 
     home: Path
     recorder: Recorder
@@ -92,23 +92,24 @@ class Place(NamedTuple):
 
     @property
     def file(self) -> str:
-        """The cluster's file, for Ray."""
+        """Path of the cluster's file for Ray."""
         return str(self.home / "build" / "aws.yaml")
 
     def prepare(self, *options: str, image: str = IMAGE) -> subprocess.CompletedProcess:
+        """Run prepare_aws.py."""
         command = [sys.executable, PREPARE, "--region", "us-east-1", "--ami", AMI]
         command += ["--photos", "s3://my-bucket/photos", "--root", "s3://my-bucket/team/carclass", "--image", image]
         command += ["--subnet", self.subnet, *options]
         return subprocess.run(command, cwd=self.home, capture_output=True, text=True, check=False)
 
-    def told(self, what: str) -> list[str]:
-        """The commands, on their way to a node or in it, that have something in them."""
-        return [line for line in (self.home / "commands").read_text().splitlines() if what in line]
+    def commands(self, text: str) -> list[str]:
+        """Return the commands sent to nodes that contain a text."""
+        return [line for line in (self.home / "commands").read_text().splitlines() if text in line]
 
 
 @contextmanager
-def account(home: Path) -> Iterator[Place]:
-    """A VPC with a private subnet and a public one, in the account of the S3 server; nothing is left in the end."""
+def make_account(home: Path) -> Iterator[Account]:
+    """Create a VPC with a private and a public subnet in the account of the S3 server; clean up at the end."""
     for name, script in (("ssh", SSH), ("rsync", RSYNC)):
         (home / name).write_text(script)
         (home / name).chmod(0o755)
@@ -118,7 +119,7 @@ def account(home: Path) -> Iterator[Place]:
     vpc = ec2.create_vpc(CidrBlock="10.9.0.0/16")["Vpc"]["VpcId"]
     subnets = [ec2.create_subnet(VpcId=vpc, CidrBlock=f"10.9.{n}.0/24")["Subnet"]["SubnetId"] for n in range(2)]
     ec2.modify_subnet_attribute(SubnetId=subnets[1], MapPublicIpOnLaunch={"Value": True})
-    place = Place(home, recorder, *subnets)
+    account = Account(home, recorder, *subnets)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{recorder.server_port}")
         patch.setenv("HOME", str(home))
@@ -126,28 +127,28 @@ def account(home: Path) -> Iterator[Place]:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("PYTHONPATH", str(SPOT_FIRST.parent))
         patch.syspath_prepend(SPOT_FIRST.parent)
-        patch.setattr(tempfile, "tempdir", str(home))  # Ray keeps what it found there for the next command
+        patch.setattr(tempfile, "tempdir", str(home))  # Ray caches its configuration there between commands
         patch.setattr(node_provider, "TAG_BATCH_DELAY", 0)
         patch.setattr(commands, "POLL_INTERVAL", 0.1)
-        yield place
-        place.prepare("--remove").check_returncode()
+        yield account
+        account.prepare("--remove").check_returncode()
     for cache in (utils.resource_cache, utils.client_cache):
         cache.cache_clear()
     recorder.shutdown()
     recorder.server_close()
 
 
-def on_head(place: Place, config: dict[str, Any]) -> FileConfigReader:
-    """The config as `ray up` brings it to the head, with the files that it brought there, for the head's provider."""
+def write_head_config(account: Account, config: dict[str, Any]) -> FileConfigReader:
+    """Write the config and its files as `ray up` copies them to the head, for the head's provider."""
     provider = commands._get_node_provider(config["provider"], config["cluster_name"])
-    _, brought = commands._set_up_config_for_head_node(config, provider, no_restart=False)
-    file = place.home / "ray_bootstrap_config.yaml"
-    file.write_text(Path(brought.name).read_text().replace('": "/home/carclass/', f'": "{place.home}/'))
-    (place.home / "ray_bootstrap_key.pem").write_bytes((place.home / ".ssh" / "carclass.pem").read_bytes())
+    _, copied = commands._set_up_config_for_head_node(config, provider, no_restart=False)
+    file = account.home / "ray_bootstrap_config.yaml"
+    file.write_text(Path(copied.name).read_text().replace('": "/home/carclass/', f'": "{account.home}/'))
+    (account.home / "ray_bootstrap_key.pem").write_bytes((account.home / ".ssh" / "carclass.pem").read_bytes())
     subprocess.run([sys.executable, SPOT_FIRST, file], check=True)
     return FileConfigReader(str(file), skip_content_hash=True)
 
 
-def provider_of(config: AutoscalingConfig) -> Any:
-    """The node provider that Ray makes of a config."""
+def make_provider(config: AutoscalingConfig) -> Any:
+    """Return the node provider that Ray creates for a config."""
     return commands._get_node_provider(config.get_provider_config(), config.get_config("cluster_name"))

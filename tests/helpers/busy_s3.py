@@ -1,4 +1,4 @@
-"""An S3 that says SlowDown: a proxy before the real server."""
+"""A proxy of the S3 server that throttles with SlowDown errors."""
 
 import http.client
 import http.server
@@ -15,19 +15,20 @@ HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length"}
 
 
 class Proxy(http.server.ThreadingHTTPServer):
-    """Passes requests on, or refuses them: the first few of each, and a share at random."""
+    """Proxy that forwards requests or refuses them: the `first` of each kind, and a `share` at random."""
 
     daemon_threads = True
 
     def __init__(self, endpoint: str) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.behind = endpoint.split("://")[1]
+        self.upstream = endpoint.split("://")[1]
         self.first, self.share = 0, 0.0
         self.random, self.lock = random.Random(0), threading.Lock()
         self.times: dict[str, list[float]] = defaultdict(list)
         self.refused = 0
 
     def refuses(self, request: str) -> bool:
+        """Record a request and return True if it is to be refused."""
         with self.lock:
             self.times[request].append(time.monotonic())
             refused = len(self.times[request]) <= self.first or self.random.random() < self.share
@@ -36,28 +37,29 @@ class Proxy(http.server.ThreadingHTTPServer):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection."""
+    """A connection to the proxy."""
 
     protocol_version = "HTTP/1.1"
     server: Proxy
 
     def answer(self) -> None:
+        """Forward a request and its response, or refuse it."""
         body = b"".join(self.chunks())
         if self.server.refuses(f"{self.command} {self.path}"):
             self.reply(503, {"Content-Type": "application/xml"}, SLOW_DOWN)
             return
-        behind = http.client.HTTPConnection(self.server.behind, timeout=60)
-        kept = {name: value for name, value in self.headers.items() if name.lower() not in {*HOP_BY_HOP, "expect"}}
-        behind.request(self.command, self.path, body, {**kept, "Content-Length": str(len(body))})
-        answer = behind.getresponse()
-        given = {name: value for name, value in answer.getheaders() if name.lower() not in HOP_BY_HOP}
+        upstream = http.client.HTTPConnection(self.server.upstream, timeout=60)
+        headers = {name: value for name, value in self.headers.items() if name.lower() not in {*HOP_BY_HOP, "expect"}}
+        upstream.request(self.command, self.path, body, {**headers, "Content-Length": str(len(body))})
+        response = upstream.getresponse()
+        headers = {name: value for name, value in response.getheaders() if name.lower() not in HOP_BY_HOP}
         if self.command == "HEAD":
-            given["Content-Length"] = answer.headers.get("Content-Length", "0")
-        self.reply(answer.status, given, answer.read())
-        behind.close()
+            headers["Content-Length"] = response.headers.get("Content-Length", "0")
+        self.reply(response.status, headers, response.read())
+        upstream.close()
 
     def chunks(self) -> Iterator[bytes]:
-        """The body, whichever way it is framed."""
+        """Yield the body, chunked or not."""
         if self.headers.get("Transfer-Encoding") != "chunked":
             yield self.rfile.read(int(self.headers.get("Content-Length", 0)))
             return
@@ -69,6 +71,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer  # noqa: N815
 
     def reply(self, status: int, headers: dict[str, str], body: bytes) -> None:
+        """Send a response."""
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)

@@ -1,7 +1,7 @@
-"""Runs a Dockerfile where there is no Docker: each stage in a folder that is a Debian of its own, by chroot.
+"""Execution of a Dockerfile without Docker: each stage is a folder with a Debian, entered by chroot.
 
-Every command has its own mounts and processes (Linux namespaces), which end with it. A stage made of another one goes
-on in that one's folder. Needs root, chroot, unshare and debootstrap.
+Every command has its own mounts and processes (Linux namespaces), which end with it. A stage based on another one uses
+its folder. Needs root, chroot, unshare and debootstrap.
 """
 
 import json
@@ -17,7 +17,7 @@ from pathlib import Path
 
 TOOLS = ("chroot", "debootstrap", "ip", "unshare")
 
-# Mounts what a container has and what is given, ends the network but for loopback, enters the root as the user.
+# Mounts the container's file systems and the given paths, sets up loopback, and enters the root as the user.
 ENTER = r"""
 root=$1 user=$2 network=$3; shift 3
 mount -t proc proc "$root/proc"
@@ -30,17 +30,17 @@ while [ "$1" != -- ]; do
 done; shift
 [ "$network" = host ] || ip link set lo up
 chroot --userspec="$user" "$root" "$@"
-exit # no exec: unshare's --kill-child reaches the first process, and is forgotten when that takes another user
+exit # no exec: unshare's --kill-child kills the first process, unless that changes its user
 """
 
-# How the machine reaches its package registries, whatever they are: it is none of the image's.
+# Access of this machine to package registries, which is not part of the image.
 REGISTRY_FILES = ("/etc/ssl/certs", "/etc/pip.conf", "/etc/xdg/pip", "/etc/resolv.conf")
 REGISTRY_VARIABLES = r"(PIP|UV|SSL)_\w+|\w+_(proxy|PROXY)"
 
 
 @dataclass
 class Stage:
-    """What a Dockerfile's stage has become so far: its files, and how its commands run."""
+    """State of a Dockerfile's stage: its files, and how its commands run."""
 
     root: Path
     environment: dict[str, str] = field(
@@ -65,14 +65,14 @@ class Stage:
         network: bool = False,
         timeout: float = 120,
     ) -> subprocess.CompletedProcess[str]:
-        """Runs a shell script as the stage's user in its folder.
+        """Run a shell script as the stage's user in its working directory.
 
         Args:
             script: for `sh -c`.
-            variables: more of the environment.
-            mounts: paths of the machine, and where they can be read in the root.
-            network: the machine's; else there is only a loopback device of the command's own.
-            timeout: in seconds; then it is killed, with all that it started.
+            variables: additional environment variables.
+            mounts: paths of the machine → read-only paths in the root.
+            network: use the machine's network; otherwise there is only loopback.
+            timeout: seconds until all its processes are killed.
         """
         enter = ["unshare", "--mount", "--pid", "--fork", "--kill-child", *([] if network else ["--net"])]
         enter += ["bash", "-euc", ENTER, "enter", str(self.root), self.user, "host" if network else "none"]
@@ -83,7 +83,7 @@ class Stage:
 
 
 def instructions(dockerfile: str) -> Iterator[tuple[str, str]]:
-    """The instructions of a Dockerfile, each with all that follows it."""
+    """Yield the instructions of a Dockerfile with their arguments."""
     lines = [line for line in dockerfile.splitlines() if not line.lstrip().startswith("#")]
     for line in "\n".join(lines).replace("\\\n", " ").splitlines():
         if line.strip():
@@ -92,36 +92,36 @@ def instructions(dockerfile: str) -> Iterator[tuple[str, str]]:
 
 
 def debootstrap(image: str, root: Path) -> None:
-    """A Debian with its Python and nothing else, in the place of a python:*-slim-RELEASE image."""
-    found = re.search(r"/python:[\d.]+-slim-(\w+)", image)
-    assert found, f"{image} is no slim image of Python; what can stand in for it here?"
+    """Create a minimal Debian with its Python, in place of a python:*-slim-RELEASE image."""
+    match = re.search(r"/python:[\d.]+-slim-(\w+)", image)
+    assert match, f"{image} is not a slim image of Python and cannot be replaced by a Debian"
     include = "--include=python3,python3-venv,ca-certificates"
-    command = ["debootstrap", "--variant=minbase", include, found[1], str(root)]
+    command = ["debootstrap", "--variant=minbase", include, match[1], str(root)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 class Build:
-    """Builds all stages of a Dockerfile below a folder; `arguments` are those of --build-arg."""
+    """A build of all stages of a Dockerfile below a folder; `arguments` are those of --build-arg."""
 
     def __init__(self, dockerfile: Path, folder: Path, **arguments: str) -> None:
-        self.context, self.folder, self.given = dockerfile.parent, folder, arguments
+        self.context, self.folder, self.build_args = dockerfile.parent, folder, arguments
         uv = Path(sys.executable).with_name("uv")
         self.cache = Path(subprocess.check_output([uv, "cache", "dir"], text=True).strip())
         self.stages: dict[str, Stage] = {}
-        self.stage = self.before = Stage(folder)  # holds what ARG says before the first stage
+        self.stage = self.preamble = Stage(folder)  # arguments before the first stage
         for name, value in instructions(dockerfile.read_text(encoding="utf-8")):
             getattr(self, f"_{name.lower()}")(value)
 
     def _arg(self, value: str) -> None:
         name, _, default = value.partition("=")
-        self.stage.arguments[name] = self.given.get(name, default)
+        self.stage.arguments[name] = self.build_args.get(name, default)
 
     def _from(self, value: str) -> None:
-        source, _, name = string.Template(value).substitute(self.before.arguments).partition(" AS ")
+        source, _, name = string.Template(value).substitute(self.preamble.arguments).partition(" AS ")
         if source in self.stages:
-            made_of = self.stages[source]
-            self.stage = replace(made_of, environment=dict(made_of.environment), arguments={})
+            base = self.stages[source]
+            self.stage = replace(base, environment=dict(base.environment), arguments={})
         else:
             self.stage = Stage(self.folder / f"stage-{len(self.stages)}")
             if source == "scratch":
@@ -135,36 +135,36 @@ class Build:
         if not base.exists():
             debootstrap(image, base)
         subprocess.run(["cp", "-a", base, root], check=True)
-        # The machine's cache of wheels, linked file by file; where it lies on another disk, uv fetches them anew.
-        goal = root / self.cache.relative_to("/")
-        goal.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["cp", "-al", self.cache, goal], check=False, capture_output=True)
+        # Hard links to the machine's cache of wheels; if it is on another disk, uv downloads them again.
+        cache = root / self.cache.relative_to("/")
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["cp", "-al", self.cache, cache], check=False, capture_output=True)
 
     def _copy(self, value: str) -> None:
         *sources, target = value.split()
-        made = sources.pop(0).removeprefix("--from=") if value.startswith("--from=") else None
-        root = self.stages[made].root if made else self.context
-        # From a stage by hard links, as nobody writes into what a stage has left.
-        how = ["-al"] if made else ["-r", "--preserve=mode"]
+        stage = sources.pop(0).removeprefix("--from=") if value.startswith("--from=") else None
+        root = self.stages[stage].root if stage else self.context
+        # Hard links from a stage, because finished stages are not modified.
+        options = ["-al"] if stage else ["-r", "--preserve=mode"]
         for source in sources:
-            goal = self.stage.root / (target + Path(source).name if target.endswith("/") else target).lstrip("/")
-            goal.parent.mkdir(parents=True, exist_ok=True)
-            subprocess.run(["cp", *how, root / source.lstrip("/"), goal], check=True)
+            path = self.stage.root / (target + Path(source).name if target.endswith("/") else target).lstrip("/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            subprocess.run(["cp", *options, root / source.lstrip("/"), path], check=True)
 
     def _run(self, value: str) -> None:
         mounts = {name: name for name in REGISTRY_FILES if Path(name).exists()}
-        if found := re.match(r"--mount=type=bind,source=([^,]+),target=(\S+) ", value):
-            mounts[str(self.context / found[1])] = found[2]
-            value = value[found.end() :]
-        registries = {name: said for name, said in os.environ.items() if re.fullmatch(REGISTRY_VARIABLES, name)}
+        if match := re.match(r"--mount=type=bind,source=([^,]+),target=(\S+) ", value):
+            mounts[str(self.context / match[1])] = match[2]
+            value = value[match.end() :]
+        registries = {name: item for name, item in os.environ.items() if re.fullmatch(REGISTRY_VARIABLES, name)}
         variables = registries | {"UV_CACHE_DIR": str(self.cache)} | self.stage.arguments
         done = self.stage.run(value, variables=variables, mounts=mounts, network=True, timeout=500)
         assert done.returncode == 0, f"{value}\n{done.stdout}\n{done.stderr}"
 
     def _env(self, value: str) -> None:
         for word in shlex.split(value):
-            name, _, said = word.partition("=")
-            self.stage.environment[name] = re.sub(r"\$(\w+)", lambda found: self.stage.environment[found[1]], said)
+            name, _, text = word.partition("=")
+            self.stage.environment[name] = re.sub(r"\$(\w+)", lambda match: self.stage.environment[match[1]], text)
 
     def _user(self, value: str) -> None:
         self.stage.user = value

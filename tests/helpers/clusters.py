@@ -1,4 +1,4 @@
-"""Clusters and jobs in processes of their own, which pytest's know nothing of and which can be lost."""
+"""Ray clusters and jobs in separate processes, which tests can kill."""
 
 import json
 import os
@@ -23,54 +23,56 @@ SYSTEM = {
     "health_check_initial_delay_ms": 1000,
     "idle_worker_killing_time_threshold_ms": 600_000,
 }
-"""A lost node is noticed in two seconds, not in fifteen; idle workers stay, as starting one costs seconds."""
+"""Detect lost nodes within two seconds instead of fifteen; keep idle workers, because starting one takes seconds."""
 
 
 def free_port() -> int:
+    """Return a free port of loopback."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def below(pid: int) -> dict[int, str]:
-    """Every process that a process started, and those that these started, with their titles."""
+def descendants(pid: int) -> dict[int, str]:
+    """Return the titles of all descendants of a process, by pid."""
     parents, titles = {}, {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             parents[int(folder.name)] = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
             titles[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
-        except (FileNotFoundError, ProcessLookupError):  # ended in the meantime
+        except (FileNotFoundError, ProcessLookupError):  # exited meanwhile
             continue
-    found, generation = set(), {pid}
+    children, generation = set(), {pid}
     while generation := {child for child, parent in parents.items() if parent in generation}:
-        found |= generation
-    return {child: titles[child] for child in sorted(found) if child in titles}
+        children |= generation
+    return {child: titles[child] for child in sorted(children) if child in titles}
 
 
 def kill(process: subprocess.Popen) -> None:
-    """Ends a process and all below it; a node of Ray's, told to end, would wait half a minute for what runs on it."""
+    """Kill a process and its descendants; a terminated Ray node would wait half a minute for its tasks."""
     if process.poll() is None:
-        for pid in (process.pid, *below(process.pid)):
+        for pid in (process.pid, *descendants(process.pid)):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.wait(timeout=60)
 
 
-def titled(pids: dict[int, str], start: str) -> list[int]:
+def find_by_title(pids: dict[int, str], start: str) -> list[int]:
+    """Return the pids of the processes whose title starts with a text."""
     return [pid for pid, title in pids.items() if title.split(" ")[0].rsplit("/", 1)[-1].startswith(start)]
 
 
 class Cluster:
-    """A Ray cluster on this machine whose nodes can be lost."""
+    """A Ray cluster on this machine with nodes that can be killed."""
 
     def __init__(self, folder: Path, *, dashboard: bool = False) -> None:
         self.folder, self.port = folder, free_port()
-        known = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+        environ = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        self.environment = {**known, **token, "OMP_NUM_THREADS": "1", "RAY_ADDRESS": f"127.0.0.1:{self.port}"}
+        self.environment = {**environ, **token, "OMP_NUM_THREADS": "1", "RAY_ADDRESS": f"127.0.0.1:{self.port}"}
         self.environment["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-")
         dashboard_port = free_port()
-        if dashboard:  # or one of Ray Train's helpers, which asks there for its controller, finds another cluster's
+        if dashboard:  # otherwise a helper of Ray Train queries the controller of another cluster
             self.environment["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{dashboard_port}"
         options = [f"--port={self.port}", f"--system-config={json.dumps(SYSTEM)}"]
         options += [f"--include-dashboard={dashboard}", f"--dashboard-port={dashboard_port}"]
@@ -79,42 +81,44 @@ class Cluster:
         self.node: subprocess.Popen | None = None
 
     def add_node(self) -> None:
-        """A second node, which can be lost."""
+        """Start a second node."""
         self.node = self._start("node", f"--address=127.0.0.1:{self.port}")
 
     def lose_node(self) -> None:
-        """Kills the second node's raylet and waits for what the node leaves behind."""
+        """Kill the second node's raylet and wait for the node's other processes."""
         assert self.node is not None
-        (raylet,) = titled(below(self.node.pid), "raylet")
+        (raylet,) = find_by_title(descendants(self.node.pid), "raylet")
         os.kill(raylet, signal.SIGKILL)
         self.node.wait(timeout=60)
         self.node = None
 
     def detectors(self) -> list[int]:
-        """Processes of the actors that have a detector."""
-        return titled(below(self.head.pid) | (below(self.node.pid) if self.node else {}), "ray::MapWorker(")
+        """Return the pids of the actors with a detector."""
+        nodes = [node for node in (self.head, self.node) if node is not None]
+        return [pid for node in nodes for pid in find_by_title(descendants(node.pid), "ray::MapWorker(")]
 
     def stop(self) -> None:
+        """Kill all nodes."""
         for process in reversed(self.started):
             kill(process)
         shutil.rmtree(self.environment["RAY_TMPDIR"], ignore_errors=True)
 
     def _start(self, name: str, *options: str) -> subprocess.Popen:
-        more = ["--num-cpus=2", "--object-store-memory=200000000", f"--dashboard-agent-listen-port={free_port()}"]
-        more += ["--min-worker-port=0", "--max-worker-port=0", "--node-ip-address=127.0.0.1", "--block"]
+        common = ["--num-cpus=2", "--object-store-memory=200000000", f"--dashboard-agent-listen-port={free_port()}"]
+        common += ["--min-worker-port=0", "--max-worker-port=0", "--node-ip-address=127.0.0.1", "--block"]
         log = self.folder / f"{name}-{time.monotonic_ns()}.log"
         environment = {key: value for key, value in self.environment.items() if key != "RAY_ADDRESS"}
         with log.open("w") as out:
-            process = subprocess.Popen([RAY, "start", *options, *more], env=environment, stdout=out, stderr=out)
+            process = subprocess.Popen([RAY, "start", *options, *common], env=environment, stdout=out, stderr=out)
         self.started.append(process)
         wait_for(lambda: "Ray runtime started" in log.read_text(), process, log)
         return process
 
 
-def wait_for(reached: Callable[[], bool], process: subprocess.Popen, log: Path, seconds: float = 120) -> None:
-    """Waits while a process does its work; it may not end before."""
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen, log: Path, seconds: float = 120) -> None:
+    """Wait until a condition is met while a process runs."""
     deadline = time.monotonic() + seconds
-    while not reached():
+    while not condition():
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.02)
@@ -127,11 +131,12 @@ class Job(NamedTuple):
     log: Path
 
     def end(self) -> None:
-        """Waits until the job has ended well."""
+        """Wait for the job and assert that it succeeds."""
         assert self.process.wait(timeout=180) == 0, self.log.read_text()
 
 
 def start(name: str, config_file: Path, environment: dict[str, str], *options: str) -> Job:
+    """Start a job of jobs/ with a config file."""
     log = config_file.with_name(f"{name.removesuffix('.py')}-{time.monotonic_ns()}.log")
     command = [sys.executable, JOBS / name, "--config", config_file, *options]
     with log.open("w") as out:

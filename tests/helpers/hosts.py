@@ -1,7 +1,4 @@
-"""Hosts on this machine: each with an address, processes, shared memory and a name of its own, and a cable to pull.
-
-They are Linux namespaces, made with `ip netns` and `unshare`, and need root.
-"""
+"""Simulated hosts: Linux namespaces with their own network, processes, shared memory and host name. They need root."""
 
 import os
 import shutil
@@ -16,27 +13,27 @@ from tests.helpers.clusters import Job
 NETWORK, OUTSIDE = "10.77.0", "198.51.100"
 SWITCH = "carclass-switch"
 RAY_FOLDER = Path("/tmp/carclass-ray")
-"""Where every host has a folder of its own for Ray, at the same path, as on machines of their own."""
+"""Path of Ray's folder, the same on every host."""
 ENTER = """set -e
 mount --bind "$1" "$2"; mount --bind "$3" /etc/hosts; mount -t tmpfs -o size=4g tmpfs /dev/shm; hostname "$4"
 shift 4
 exec "$@"
 """
-"""What a process finds when it starts on a host: folder for Ray, its place, names of all hosts, own name, command."""
+"""Script that starts a command on a host: Ray's folder, its mount point, hosts file, host name, command."""
 
 
-def missing() -> str | None:
-    """Why there can be no hosts here, or None."""
+def missing_requirement() -> str | None:
+    """Return the reason for which hosts cannot be created, None if they can."""
     if os.geteuid() != 0:
         return "hosts in network namespaces need root"
     if absent := [tool for tool in ("ip", "unshare", "mount", "hostname") if shutil.which(tool) is None]:
         return f"{', '.join(absent)} not found"
-    trial = subprocess.run(["unshare", "--net", "--mount", "--uts", "--pid", "true"], capture_output=True, check=False)
-    return None if trial.returncode == 0 else "namespaces may not be made here"
+    done = subprocess.run(["unshare", "--net", "--mount", "--uts", "--pid", "true"], capture_output=True, check=False)
+    return None if done.returncode == 0 else "creating namespaces is not permitted"
 
 
 class Host:
-    """A machine on a network, by default the cluster's."""
+    """A host on a network, by default the cluster's."""
 
     def __init__(self, name: str, number: int, folder: Path, names: Path, network: str = NETWORK) -> None:
         self.name, self.space, self.address = name, f"carclass-{name}", f"{network}.{number}"
@@ -53,47 +50,47 @@ class Host:
         _sh(f"ip -n {self.space} route add default via {network}.254")
 
     def give_token(self, token: str) -> None:
-        """A cluster's token, where Ray looks for it."""
+        """Write the cluster's token to Ray's default path."""
         path = self.home / ".ray" / "auth_token"
         path.parent.mkdir(exist_ok=True)
         path.touch(0o600)
         path.write_text(token)
 
     def plug(self) -> None:
-        """Puts the cable in."""
+        """Connect the host to the network."""
         _sh(f"ip -n {self.space} link set eth0 up")
 
     def unplug(self) -> None:
-        """Pulls the cable: what runs goes on, but reaches nobody."""
+        """Disconnect the host; its processes keep running."""
         _sh(f"ip -n {self.space} link set eth0 down")
 
     def start(self, command: Sequence[str | Path], environment: dict[str, str]) -> Job:
-        """Runs a command in the background."""
+        """Start a command in the background."""
         log = self.home / f"{len(self.started)}.log"
-        # With processes of its own, all of which end with the first, as they do with a machine.
-        own = ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        # In a PID namespace, whose processes all end with the first one.
+        unshare = ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
         enter = ["sh", "-c", ENTER, "sh", self.ray, RAY_FOLDER, self.names, self.name]
-        given = {**environment, "HOME": str(self.home), "RAY_TMPDIR": str(RAY_FOLDER)}
+        environment = {**environment, "HOME": str(self.home), "RAY_TMPDIR": str(RAY_FOLDER)}
         with log.open("w") as out:
-            full = ["ip", "netns", "exec", self.space, *own, *enter, *command]
-            process = subprocess.Popen(full, env=given, stdout=out, stderr=subprocess.STDOUT)
+            full = ["ip", "netns", "exec", self.space, *unshare, *enter, *command]
+            process = subprocess.Popen(full, env=environment, stdout=out, stderr=subprocess.STDOUT)
         self.started.append(process)
         return Job(process, log)
 
     def run(self, command: Sequence[str | Path], environment: dict[str, str]) -> tuple[int, str]:
-        """A command's exit status and all that it said."""
+        """Run a command and return its exit status and output."""
         done = self.start(command, environment)
         return done.process.wait(timeout=300), done.log.read_text()
 
     def kill(self) -> None:
-        """Ends everything that runs here, at once."""
+        """Kill all processes of the host."""
         for process in self.started:
             process.kill()
             process.wait(timeout=60)
 
 
 class Network:
-    """Hosts on one switch, whose router lets nobody in from outside."""
+    """Hosts on one switch, with a router that blocks connections from outside."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.names = folder, folder / "hosts"
@@ -108,25 +105,25 @@ class Network:
         self.forward(False)
 
     def add(self, name: str) -> Host:
-        """Another host on the switch."""
+        """Add a host to the switch."""
         host = self.hosts[name] = Host(name, len(self.hosts) + 1, self.folder, self.names)
         _sh(f"ip -n {SWITCH} link set {host.cable} master bridge")
-        with self.names.open("a") as file:  # appended, as running hosts look at this very file
+        with self.names.open("a") as file:  # appended in place, because running hosts have mounted the file
             file.write(f"{host.address} {name}\n")
         return host
 
     def add_outside(self, name: str) -> Host:
-        """A host of another network, on the other side of the router."""
+        """Add a host in another network behind the router."""
         host = self.hosts[name] = Host(name, len(self.hosts) + 1, self.folder, self.names, OUTSIDE)
         _sh(f"ip -n {SWITCH} address add {OUTSIDE}.254/24 dev {host.cable}")
         return host
 
     def forward(self, on: bool) -> None:
-        """Opens or closes the router."""
+        """Let the router forward packets or not."""
         _sh(f"ip netns exec {SWITCH} sysctl -q -w net.ipv4.ip_forward={int(on)}")
 
     def close(self) -> None:
-        """Ends all hosts."""
+        """Kill and remove all hosts."""
         for host in self.hosts.values():
             host.kill()
             _sh(f"ip netns delete {host.space}")
@@ -136,10 +133,10 @@ class Network:
 
 
 def _make_space(name: str) -> None:
-    """A network namespace with loopback; one that a killed test left behind is removed, with what runs in it."""
+    """Create a network namespace with loopback; first remove one left by a killed test, with its processes."""
     if Path("/run/netns", name).exists():
-        left = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False)
-        for pid in left.stdout.split():
+        listed = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False)
+        for pid in listed.stdout.split():
             with suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
         _sh(f"ip netns delete {name}")
@@ -148,5 +145,6 @@ def _make_space(name: str) -> None:
 
 
 def _sh(command: str) -> None:
+    """Run a command and assert that it succeeds."""
     done = subprocess.run(command.split(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{command}: {done.stderr}"

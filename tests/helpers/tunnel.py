@@ -1,4 +1,4 @@
-"""A port forwarded from here into another host's network, as a session of AWS' Systems Manager does.
+"""A TCP port forwarded into another host's network namespace, like a session of AWS Systems Manager.
 
 python -m tests.helpers.tunnel LISTEN_PORT SPACE HOST PORT
 """
@@ -13,59 +13,59 @@ import threading
 from pathlib import Path
 
 LIBC = ctypes.CDLL(None, use_errno=True)
-NETWORK_SPACE = 0x40000000  # CLONE_NEWNET
+CLONE_NEWNET = 0x40000000
 
 
 class Tunnel(socketserver.ThreadingTCPServer):
-    """Listens on this host's loopback; what comes in goes on from within a network namespace, or from here."""
+    """Listener on loopback that forwards connections to a target, optionally from a network namespace."""
 
     daemon_threads = allow_reuse_address = True
 
     def __init__(self, port: int, space: str | None, target: tuple[str, int]) -> None:
         super().__init__(("127.0.0.1", port), Connection)
         self.space, self.target = space, target
-        self.open: set[socket.socket] = set()
+        self.connections: set[socket.socket] = set()
 
     def cut(self) -> None:
-        """Ends all connections; new ones are taken."""
-        for connection in [*self.open]:
+        """Close all connections; new ones are accepted."""
+        for connection in [*self.connections]:
             connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, *_: object) -> None:
-        """A peer that hung up is no news."""
+        """Ignore peers that hung up."""
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """URL of the listener."""
         return f"http://127.0.0.1:{self.server_address[1]}"
 
 
 class Connection(socketserver.BaseRequestHandler):
-    """One connection, in a thread that moves to the other host and stays there."""
+    """A forwarded connection, in a thread that enters the other namespace for good."""
 
     server: Tunnel
 
     def handle(self) -> None:
         if self.server.space is not None:
-            move_to(self.server.space)
-        with socket.create_connection(self.server.target) as there:
-            self.server.open.add(self.request)
-            back = threading.Thread(target=copy, args=(there, self.request), daemon=True)
-            back.start()
-            copy(self.request, there)
-            back.join()
-            self.server.open.discard(self.request)
+            enter_namespace(self.server.space)
+        with socket.create_connection(self.server.target) as target:
+            self.server.connections.add(self.request)
+            reverse = threading.Thread(target=copy, args=(target, self.request), daemon=True)
+            reverse.start()
+            copy(self.request, target)
+            reverse.join()
+            self.server.connections.discard(self.request)
 
 
-def move_to(space: str) -> None:
-    """Takes this thread to another network."""
-    with Path("/run/netns", space).open() as there:
-        if LIBC.setns(there.fileno(), NETWORK_SPACE):
+def enter_namespace(space: str) -> None:
+    """Move this thread to a network namespace."""
+    with Path("/run/netns", space).open() as namespace:
+        if LIBC.setns(namespace.fileno(), CLONE_NEWNET):
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def copy(source: socket.socket, sink: socket.socket) -> None:
-    """Everything from one end to the other, and then its end."""
+    """Copy all data from one socket to another, then shut the sink down."""
     try:
         with source.makefile("rb", buffering=0) as reading, sink.makefile("wb", buffering=0) as writing:
             shutil.copyfileobj(reading, writing)

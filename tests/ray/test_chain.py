@@ -1,4 +1,4 @@
-"""The chain on a small sample, with real Detectron2, real Ray Train and a report at its end."""
+"""The chain of jobs on a small sample: ingest, mask, train and evaluate."""
 
 import json
 from pathlib import Path
@@ -52,7 +52,7 @@ def train_settings(name: str, **changes: object) -> TrainSettings:
 
 @pytest.fixture(scope="module")
 def root(ray_cluster, photos_folder: Path, tmp_path_factory) -> str:
-    """A root with a masked dataset v2 and its source v1."""
+    """Return a root with a masked dataset v2 and its source v1."""
     root = str(tmp_path_factory.mktemp("root"))
     labels = str(photos_folder / "labels.csv")
     ingest_photos(root, IngestSettings(photos=str(photos_folder / "photos"), labels=labels, part_rows=20))
@@ -62,12 +62,12 @@ def root(ray_cluster, photos_folder: Path, tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def run(root: str) -> Run:
-    """A run of both stages on two workers."""
+    """Train a run of both stages on two workers."""
     return train_run(root, train_settings("two-workers", num_workers=2))
 
 
 @pytest.fixture(scope="module")
-def outcome(root: str, run: Run) -> Evaluation:
+def evaluation(root: str, run: Run) -> Evaluation:
     return evaluate_run(root, EvaluateSettings(run="two-workers"))
 
 
@@ -77,7 +77,7 @@ def test_every_photo_is_masked_once(root: str):
     assert masked.manifest["inputs"] == masked.manifest["rows"] == source.manifest["rows"]
 
 
-def test_masks_fit_the_drawn_truth(root: str, photos_folder: Path):
+def test_masks_match_the_drawn_truth(root: str, photos_folder: Path):
     assert quality.mean_iou(dataset.load_dataset(root, "v2"), str(photos_folder / "truth.json"), "test") >= 0.9
 
 
@@ -91,7 +91,7 @@ def test_masked_photos_are_crops_on_the_fill_colour(root: str):
         assert np.abs(pixels[0, 0].astype(int) - CutoutSettings().fill).max() <= 8
 
 
-def test_a_limit_masks_that_many(root: str):
+def test_limit_is_the_number_of_masked_photos(root: str):
     limited = mask_dataset(root, MaskSettings(**MASK, dataset="few", limit=7, num_actors=1))
     assert limited.manifest["rows"] == limited.manifest["inputs"] == 7
 
@@ -102,14 +102,14 @@ def test_a_second_masking_run_writes_nothing(root: str):
     assert {path: path.stat().st_mtime_ns for path in Path(root, "datasets").rglob("*")} == before
 
 
-def test_both_stages_leave_metrics_for_every_epoch(run: Run):
+def test_both_stages_log_metrics_for_every_epoch(run: Run):
     assert [(row["stage"], row["epoch"]) for row in run.metrics()] == [
         *(("frozen", epoch) for epoch in (1, 2, 3, 4)),
         *(("unfrozen", epoch) for epoch in (1, 2)),
     ]
 
 
-def test_a_run_leaves_what_its_contract_says(run: Run):
+def test_a_run_has_the_files_of_its_contract(run: Run):
     files = storage.list_files(run.uri)
     for expected in ("config.yml", "lineage.json", "metrics.jsonl", "frozen/best.safetensors", "unfrozen/best.json"):
         assert expected in files
@@ -122,34 +122,34 @@ def test_best_and_latest_checkpoints_are_kept(run: Run):
     assert "epoch-0002" in kept
 
 
-def test_the_frozen_stage_leaves_the_backbone_as_it_was(run: Run):
+def test_the_frozen_stage_does_not_change_the_backbone(run: Run):
     trained, _ = read_model(run.model_uri("frozen"))
     parent, _ = load_weights("sample", None, sample="backbone.safetensors", key="train.parent")
     assert (trained["layer4.0.conv1.weight"] == parent["layer4.0.conv1.weight"].float()).all()
 
 
-def test_the_unfrozen_stage_moves_the_backbone(run: Run):
+def test_the_unfrozen_stage_changes_the_backbone(run: Run):
     frozen, unfrozen = (read_model(run.model_uri(stage))[0] for stage in ("frozen", "unfrozen"))
     assert not (frozen["layer4.0.conv1.weight"] == unfrozen["layer4.0.conv1.weight"]).all()
 
 
-def test_a_finished_run_is_left_alone(root: str, run: Run):
+def test_a_finished_run_is_not_modified(root: str, run: Run):
     before = {path: path.stat().st_mtime_ns for path in Path(run.uri).rglob("*")}
     train_run(root, train_settings("two-workers", num_workers=2))
     assert {path: path.stat().st_mtime_ns for path in Path(run.uri).rglob("*")} == before
 
 
-def test_a_name_used_with_other_settings_is_refused(root: str, run: Run):
+def test_a_run_name_with_other_settings_is_refused(root: str, run: Run):
     with pytest.raises(UserError, match=r"begun with other settings \(seed\)"):
         train_run(root, train_settings("two-workers", num_workers=2, seed=7))
 
 
-def test_gpus_that_are_not_there_are_refused(root: str):
+def test_missing_gpus_are_a_user_error(root: str):
     with pytest.raises(UserError, match=r"`train.use_gpu` asks for 1 GPU"):
         train_run(root, train_settings("on-gpus", use_gpu=True))
 
 
-def test_more_workers_than_cpus_are_refused(root: str):
+def test_more_workers_than_cpus_are_a_user_error(root: str):
     with pytest.raises(UserError, match=r"`train.num_workers` needs 500 CPUs"):
         train_run(root, train_settings("many", num_workers=500))
 
@@ -160,32 +160,32 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_written(root: str):
     assert not Path(run_uri(root, "huge")).exists()
 
 
-def test_every_test_photo_is_classified_once(root: str, outcome: Evaluation):
-    predictions = pq.read_table(Path(outcome.report_uri).parent / "predictions.parquet")
+def test_every_test_photo_is_classified_once(root: str, evaluation: Evaluation):
+    predictions = pq.read_table(Path(evaluation.report_uri).parent / "predictions.parquet")
     tested = dataset.load_dataset(root, "v2").read(["key", "split"]).filter(pc.field("split") == "test")
     assert predictions["key"].to_pylist() == sorted(tested["key"].to_pylist())
 
 
-def test_the_stored_metrics_are_those_of_the_predictions(outcome: Evaluation):
-    folder = Path(outcome.report_uri).parent
+def test_the_stored_metrics_match_the_predictions(evaluation: Evaluation):
+    folder = Path(evaluation.report_uri).parent
     table = pq.read_table(folder / "predictions.parquet").to_pydict()
     hits = [label == predicted for label, predicted in zip(table["label"], table["predicted"], strict=True)]
     assert json.loads((folder / "metrics.json").read_text())["accuracy"] == pytest.approx(np.mean(hits))
 
 
-def test_validation_and_evaluation_agree(root: str, run: Run, outcome: Evaluation):
+def test_validation_and_evaluation_agree(root: str, run: Run, evaluation: Evaluation):
     on_val = evaluate_run(root, EvaluateSettings(run="two-workers", split="val"))
     val_photos = dataset.load_dataset(root, "v2").manifest["splits"]["val"]
-    # One photo may fall to the other side: batches of other sizes round differently in bf16.
+    # One prediction may differ: batches of other sizes round differently in bf16.
     assert on_val.accuracy == pytest.approx(run.best_val_accuracy("unfrozen"), abs=1.01 / val_photos)
 
 
-def test_the_report_shows_photos_before_and_after_masking(outcome: Evaluation):
-    page = Path(outcome.report_uri).read_text()
+def test_the_report_shows_photos_before_and_after_masking(evaluation: Evaluation):
+    page = Path(evaluation.report_uri).read_text()
     assert page.count("data:image/jpeg;base64,") >= 2 * NUM_MASKING_SAMPLES
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
-def test_the_report_opens_in_a_browser_with_a_silent_console(outcome: Evaluation, tmp_path: Path):
-    _, console = open_page(Path(outcome.report_uri).read_text(), tmp_path)
+def test_the_report_opens_in_a_browser_with_a_silent_console(evaluation: Evaluation, tmp_path: Path):
+    _, console = open_page(Path(evaluation.report_uri).read_text(), tmp_path)
     assert console == []

@@ -1,4 +1,4 @@
-"""The report page: what it says, that data cannot break it, and that it stands alone."""
+"""Evaluation report: contents, escaping and self-containment."""
 
 import re
 import xml.etree.ElementTree as ET
@@ -13,7 +13,7 @@ from tests.helpers.pages import EVALUATION_SECTIONS, make_epoch, make_photo, mak
 
 
 @pytest.mark.parametrize("name", EVALUATION_SECTIONS)
-def test_every_section_is_there_and_linked_from_the_top(name):
+def test_every_section_exists_and_is_linked_at_the_top(name):
     page = render(make_report())
     assert f'<section id="{name}"' in page
     assert f'href="#{name}"' in page
@@ -31,14 +31,14 @@ def test_facts_are_shown_in_their_order():
     assert re.search(r"Run exp_001 Seed 17", visible_text(render(make_report())))
 
 
-def test_nothing_is_fetched_from_outside():
+def test_nothing_is_loaded_from_outside():
     page = render(make_report(num_classes=30))
     sources = re.findall(r'(?:src|href|action|srcset|poster)="([^"]*)"|url\(([^)]*)\)|@import', page)
     assert sources
     assert all(link.startswith(("data:", "#")) for link, _ in sources)
 
 
-def test_text_from_data_is_escaped_wherever_it_appears():
+def test_text_from_data_is_escaped_everywhere():
     evil = "<img src=x onerror=alert(1)>\"/'&"
     report = make_report(num_classes=30)
     report.title = evil
@@ -55,7 +55,7 @@ def test_text_from_data_is_escaped_wherever_it_appears():
     assert page.count("&lt;img src=x onerror=alert(1)&gt;") > 12
 
 
-def test_content_policy_names_the_page_script_and_nothing_else():
+def test_content_policy_allows_the_page_script_only():
     page = render(make_report())
     assert re.search(r"default-src 'none'; img-src data:;.* script-src 'sha256-[A-Za-z0-9+/]{43}='", page)
 
@@ -70,25 +70,25 @@ def test_content_policy_names_the_page_script_and_nothing_else():
         ("data", "quarantined", {}, "No photo of the dataset was quarantined"),
     ],
 )
-def test_an_empty_section_says_so(name, field, empty, sentence):
+def test_an_empty_section_has_a_note(name, field, empty, sentence):
     report = make_report()
     setattr(report, field, empty)
     assert sentence in section(render(report), name)
 
 
-def test_few_classes_are_a_table_of_counts():
+def test_confusion_of_few_classes_is_a_table_of_counts():
     report = make_report(num_classes=4)
     cells = re.findall(r'<td class="(?:right|wrong)[^>]*>(\d+)</td>', section(render(report), "confusion"))
     assert [int(cell) for cell in cells] == [count for count in report.confusion.flatten() if count]
 
 
-def test_many_classes_are_a_picture():
+def test_confusion_of_many_classes_is_an_image():
     page = section(render(make_report(num_classes=25)), "confusion")
     assert "data:image/png;base64," in page
     assert "<td" not in page
 
 
-def test_every_class_is_listed_weakest_first_and_those_without_photos_last():
+def test_classes_are_sorted_by_f1_and_those_without_photos_come_last():
     report = make_report(num_classes=196, num_photos=120)
     names = re.findall(r'<th scope="row">(Maker [^<]*)</th>', section(render(report), "classes"))
     by_name = {row["name"]: row for row in report.metrics["per_class"]}
@@ -99,7 +99,7 @@ def test_every_class_is_listed_weakest_first_and_those_without_photos_last():
     assert all(row["support"] == 0 for row in listed[len(with_photos) :])
 
 
-def test_a_full_report_of_196_classes_stays_below_three_megabytes():
+def test_a_full_report_of_196_classes_is_below_three_megabytes():
     page = render(make_report(num_classes=196, num_photos=1059, num_mistakes=24, num_masked=12))
     photo_bytes = 48 * len(make_photo())
     assert photo_bytes > 48 * 15_000
@@ -110,12 +110,12 @@ def test_the_same_report_renders_to_the_same_bytes():
     assert render(make_report()) == render(make_report())
 
 
-def test_best_epoch_is_the_earliest_of_the_highest_validation_accuracies():
+def test_best_epoch_is_the_first_with_the_highest_validation_accuracy():
     history = {"frozen": [make_epoch(1, 0.7)], "unfrozen": [make_epoch(1, 0.9), make_epoch(2, 0.9)]}
     assert best_epoch(history) == (1, "unfrozen", make_epoch(1, 0.9))
 
 
-def test_a_diverged_run_is_drawn_with_gaps_and_named():
+def test_a_diverged_run_is_drawn_with_gaps_and_reported():
     report = make_report()
     report.history = {"frozen": [make_epoch(1, float("nan"), loss=float("nan"))]}
     page = section(render(report), "curves")
@@ -130,7 +130,7 @@ def test_a_gap_splits_a_curve_in_two():
     assert len(svg.findall("polyline[@class='curve val']")) == 2
 
 
-def test_a_chart_marks_the_boundary_between_stages_and_names_them():
+def test_a_chart_shows_the_boundary_and_the_names_of_stages():
     svg = ET.fromstring(curve_chart(make_report().history, "loss", percent=False))
     assert len(svg.findall("line[@class='boundary']")) == 1
     assert [text.text for text in svg.findall("text[@class='stage middle']")] == ["frozen", "unfrozen"]
@@ -141,7 +141,7 @@ def test_a_single_epoch_is_drawn_as_dots():
     assert len(svg.findall("circle")) == 3  # training, validation, best
 
 
-def test_heat_map_survives_a_class_without_photos():
+def test_heat_map_with_a_class_without_photos():
     confusion = np.zeros((30, 30), np.int64)
     confusion[0, 0] = 4
     assert ET.fromstring(heat_map(confusion, [str(i) for i in range(30)])).find("image") is not None
@@ -157,18 +157,18 @@ def test_heat_map_survives_a_class_without_photos():
         (0, [0, 1]),
     ],
 )
-def test_axis_ticks_are_round_and_reach_the_highest_value(highest, ticks):
+def test_axis_ticks_are_round_and_include_the_highest_value(highest, ticks):
     assert nice_ticks(highest) == pytest.approx(ticks)
 
 
-def test_a_photo_that_is_no_jpeg_is_our_mistake():
+def test_a_photo_that_is_not_a_jpeg_fails_an_assertion():
     report = make_report()
     report.mistakes[0].photo = b"\x89PNG\r\n"
     with pytest.raises(AssertionError, match="not a JPEG"):
         render(report)
 
 
-def test_class_names_that_do_not_fit_the_confusion_are_our_mistake():
+def test_class_names_that_do_not_match_the_confusion_matrix_fail_an_assertion():
     report = make_report()
     with pytest.raises(AssertionError):
         Report(**{name: getattr(report, name) for name in Report.__slots__} | {"class_names": ["one"]})

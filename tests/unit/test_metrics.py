@@ -1,4 +1,4 @@
-"""The figures of an evaluation, against hand-counted cases and scikit-learn."""
+"""Classification metrics against manually counted cases and scikit-learn."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def test_accuracy_counts_the_photos_whose_most_probable_class_is_the_label():
     assert result["accuracy"] == 0.75
 
 
-def test_a_result_survives_json_unchanged():
+def test_a_result_is_unchanged_by_a_json_round_trip():
     result = classification_metrics(*random_case(50, 4))
     assert json.loads(json.dumps(result, allow_nan=False)) == result
 
@@ -46,12 +46,12 @@ def test_top5_accuracy_agrees_with_sklearn():
     assert classification_metrics(labels, probabilities, names)["top5_accuracy"] == pytest.approx(expected)
 
 
-def test_top5_accuracy_of_three_classes_uses_all_three_and_says_so():
+def test_top5_accuracy_of_three_classes_reports_k_three():
     result = classification_metrics(*random_case(20, 3))
     assert (result["top5_k"], result["top5_accuracy"]) == (3, 1.0)
 
 
-def test_a_model_without_an_opinion_gains_nothing_from_ties():
+def test_constant_probabilities_gain_nothing_from_ties():
     labels = np.arange(10)
     result = classification_metrics(labels, np.full((10, 10), 0.1, np.float32), [str(i) for i in range(10)])
     assert (result["accuracy"], result["top5_accuracy"]) == (0.1, 0.5)
@@ -65,7 +65,7 @@ def test_log_loss_agrees_with_sklearn():
     assert classification_metrics(labels, probabilities, names)["log_loss"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_log_loss_stays_finite_when_the_label_has_probability_zero():
+def test_log_loss_is_finite_if_the_label_has_probability_zero():
     result = classification_metrics(np.array([0]), one_hot([1], 2), ["a", "b"])
     assert result["log_loss"] == pytest.approx(-math.log(np.finfo(np.float32).eps))
 
@@ -76,7 +76,7 @@ def test_macro_f1_agrees_with_sklearn():
     assert classification_metrics(labels, probabilities, names)["macro_average"]["f1"] == pytest.approx(expected)
 
 
-def test_per_class_figures_match_a_hand_count():
+def test_per_class_metrics_match_a_manual_count():
     labels, predicted = np.array([0, 0, 0, 1]), [0, 0, 1, 1]
     first = classification_metrics(labels, one_hot(predicted, 2), ["a", "b"])["per_class"][0]
     assert first == {"name": "a", "precision": 1.0, "recall": pytest.approx(2 / 3), "f1": 0.8, "support": 3}
@@ -87,7 +87,7 @@ def test_a_class_without_photos_is_listed_with_zero_support():
     assert result["per_class"][2] == {"name": "unseen", "precision": 0, "recall": 0, "f1": 0, "support": 0}
 
 
-def test_a_class_may_carry_the_name_of_a_figure():
+def test_a_class_may_have_the_name_of_a_metric():
     result = classification_metrics(np.array([0, 1]), one_hot([0, 1], 2), ["accuracy", "macro avg"])
     assert [row["name"] for row in result["per_class"]] == ["accuracy", "macro avg"]
 
@@ -97,7 +97,7 @@ def test_wilson_interval_of_a_published_example():
     assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
 
 
-def test_wilson_interval_of_all_correct_ends_at_one_and_has_width():
+def test_wilson_interval_of_all_correct_ends_at_one_with_positive_width():
     low, high = wilson_interval(10, 10)
     assert high == pytest.approx(1)
     assert 0.6 < low < 0.8
@@ -108,7 +108,7 @@ def test_calibration_error_is_the_gap_between_confidence_and_accuracy():
     assert expected_calibration_error(calibration_bins(confidence, correct)) == pytest.approx(0.3)
 
 
-def test_calibration_error_weighs_bins_by_their_photos():
+def test_calibration_error_weights_bins_by_photos():
     confidence = np.array([0.5, 0.5, 0.5, 0.95])
     correct = np.array([False, False, False, True])
     error = expected_calibration_error(calibration_bins(confidence, correct))
@@ -128,7 +128,7 @@ def test_confusion_matrix_has_labels_in_rows_and_predictions_in_columns():
     assert matrix.dtype == np.int64
 
 
-def test_confused_pairs_come_with_most_photos_first_then_largest_share():
+def test_confused_pairs_are_sorted_by_count_then_share():
     confusion = np.array([[8, 2, 0], [0, 0, 2], [3, 0, 1]])
     pairs = [
         (p["label"], p["predicted"], p["count"], p["share"]) for p in most_confused_pairs(confusion, ["a", "b", "c"])
@@ -136,7 +136,7 @@ def test_confused_pairs_come_with_most_photos_first_then_largest_share():
     assert pairs == [("c", "a", 3, 0.75), ("b", "c", 2, 1.0), ("a", "b", 2, 0.2)]
 
 
-def test_confused_pairs_stop_at_twenty():
+def test_confused_pairs_are_limited_to_twenty():
     confusion = np.ones((10, 10), np.int64)
     assert len(most_confused_pairs(confusion, [str(i) for i in range(10)])) == 20
 
@@ -160,16 +160,16 @@ def test_a_perfect_model_has_no_confused_pairs():
         (np.array([0]), np.array([[4.0, -2.0]]), "pass softmax outputs, not logits"),
     ],
 )
-def test_arrays_that_do_not_fit_are_refused(labels, probabilities, message):
+def test_invalid_arrays_are_rejected(labels, probabilities, message):
     with pytest.raises(ValueError, match=message):
         classification_metrics(labels, probabilities, ["a", "b"])
 
 
-def test_class_names_that_occur_twice_are_refused():
+def test_repeated_class_names_are_rejected():
     with pytest.raises(ValueError, match=r"more than once: \['a'\]"):
         classification_metrics(np.array([0]), one_hot([0], 2), ["a", "a"])
 
 
-def test_predictions_out_of_range_are_refused():
+def test_predictions_out_of_range_are_rejected():
     with pytest.raises(ValueError, match="predicted: row 1 holds class 5"):
         confusion_matrix(np.array([0, 1]), np.array([0, 5]), 2)

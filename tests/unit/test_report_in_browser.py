@@ -1,4 +1,4 @@
-"""The reports in a real browser: they load without a complaint and their small script does what it says."""
+"""Reports in a browser: they load without console messages, and their scripts sort and filter."""
 
 import re
 
@@ -23,12 +23,13 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installe
 
 
 def with_script(page: str, script: str) -> str:
-    """The page without its content policy and with one more script at its end, acting as a reader would."""
+    """Return the page without its content policy and with another script that simulates a reader."""
     page = re.sub(r'<meta http-equiv="Content-Security-Policy".*?>', "", page, flags=re.S)
     return page.replace("</body>", f"<script>{script}</script></body>")
 
 
 def class_rows(dom: str) -> list[str]:
+    """Return the rows of the table of classes."""
     table = re.search(r'<section id="classes".*?<tbody>(.*?)</tbody>', dom, re.S).group(1)
     return re.findall(r"<tr.*?</tr>", table, re.S)
 
@@ -53,7 +54,7 @@ def test_no_script_runs_in_a_masking_report(tmp_path):
     assert any("Content Security Policy" in line for line in console)
 
 
-def test_an_error_in_a_script_would_be_noticed(tmp_path):
+def test_errors_of_scripts_are_detected(tmp_path):
     _, console = open_page(with_script(render(make_report()), "undefinedFunction()"), tmp_path)
     assert any("Uncaught ReferenceError" in line for line in console)
 
@@ -73,7 +74,7 @@ def test_a_click_on_a_header_sorts_the_classes(tmp_path):
     assert photos == sorted(photos)
 
 
-def test_the_filter_leaves_the_classes_with_all_its_words(tmp_path):
+def test_the_filter_shows_the_classes_with_all_its_words(tmp_path):
     script = """
         const input = document.querySelector("#filter");
         input.value = "011 MAKER";

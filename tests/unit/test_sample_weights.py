@@ -1,4 +1,4 @@
-"""The weights in the package: whole, small, and good enough for the demonstration to mean something."""
+"""The sample's weights: hashes, sizes and accuracy."""
 
 import hashlib
 from pathlib import Path
@@ -19,18 +19,18 @@ from carclass.training import pretrained
 
 FOLDER = Path(sample.__file__).parent
 SEED = 5
-"""Neither the sample's nor the training's: nothing has seen these photos."""
+"""Different from the sample's and the training's seed: these photos are in neither."""
 
 
 @pytest.fixture(scope="module")
 def drawn() -> list[tuple[np.ndarray, list[Vehicle]]]:
-    """Two photos of each of the sample's models, in two scenes."""
+    """Draw two photos of each of the sample's models, in two scenes."""
     scenes = list(SCENES)
     return [draw_photo((SEED, i), MODELS[i % 10], scenes[(i + i // 10) % 10]) for i in range(20)]
 
 
 @pytest.fixture(scope="module")
-def found(drawn: list[tuple[np.ndarray, list[Vehicle]]]) -> list[Detection | None]:
+def detections(drawn: list[tuple[np.ndarray, list[Vehicle]]]) -> list[Detection | None]:
     detect = Detector(DetectorSettings(model="sample", weights="sample", short_side=160))
     return detect([pixels for pixels, _ in drawn])
 
@@ -42,7 +42,7 @@ def expected_sha256(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", ["detector.safetensors", "backbone.safetensors"])
-def test_weights_are_what_their_hash_says(name: str) -> None:
+def test_weights_match_their_hash(name: str) -> None:
     assert hashlib.sha256((FOLDER / name).read_bytes()).hexdigest() == expected_sha256(name)
 
 
@@ -51,21 +51,29 @@ def test_weights_are_small_enough_for_a_repository(name: str, megabytes: float) 
     assert (FOLDER / name).stat().st_size < megabytes * 1e6
 
 
-def test_detector_finds_a_vehicle_in_every_photo(found: list[Detection | None]) -> None:
-    assert None not in [each and each.score for each in found]
+def test_detector_finds_a_vehicle_in_every_photo(detections: list[Detection | None]) -> None:
+    assert None not in [detection and detection.score for detection in detections]
 
 
-def test_detector_outlines_the_photographed_car(drawn, found) -> None:
-    ious = [mask_iou(each.mask, vehicles[0].mask) for each, (_, vehicles) in zip(found, drawn, strict=True) if each]
+def test_detector_outlines_the_photographed_car(drawn, detections) -> None:
+    ious = [
+        mask_iou(detection.mask, vehicles[0].mask)
+        for detection, (_, vehicles) in zip(detections, drawn, strict=True)
+        if detection
+    ]
     assert np.mean(ious) >= 0.9
 
 
-def test_detector_mostly_knows_a_car_from_a_bus_or_a_truck(drawn, found) -> None:
-    right = [each.category == vehicles[0].category_id for each, (_, vehicles) in zip(found, drawn, strict=True) if each]
-    assert np.mean(right) >= 0.75
+def test_detector_mostly_distinguishes_cars_buses_and_trucks(drawn, detections) -> None:
+    correct = [
+        detection.category == vehicles[0].category_id
+        for detection, (_, vehicles) in zip(detections, drawn, strict=True)
+        if detection
+    ]
+    assert np.mean(correct) >= 0.75
 
 
-def test_backbone_fills_all_of_the_narrow_resnet_but_its_classifier() -> None:
+def test_backbone_has_all_weights_of_the_narrow_resnet_except_the_classifier() -> None:
     settings = TrainSettings(name="probe", parent="sample", model=ModelSettings(architecture="resnet26-narrow"))
     net = resnet.build(settings.model, num_classes=len(MODELS))
     untrained = {name: value.clone() for name, value in net.state_dict().items()}
