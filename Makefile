@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 INSTALLED := .venv/installed
 LOCKS := requirements.lock requirements-dev.lock
-TEST = $(PY) -m pytest --numprocesses 2 --dist loadgroup
+TEST = $(PY) -m pytest --numprocesses 2
 COMPILE = .venv/bin/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --custom-compile-command "make lock"
 
 .PHONY: help install demo test test-all lint format bench docs sample lock clean

@@ -26,15 +26,20 @@ from tests.helpers.busy_s3 import Proxy
 from tests.helpers.clusters import free_port
 
 Rows = list[dict[str, Any]]
+INDEPENDENT = ("tests/unit/", "tests/golden/", "tests/s3/test_listing_s3.py", "tests/cluster/test_image.py")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Assign unit tests to pytest-xdist's groups by module, and tests without a group, which share clusters, to one."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            is_unit = item.path.parent.name == "unit"
-            item.add_marker(pytest.mark.xdist_group(item.path.stem if is_unit else "clusters"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Return pytest-xdist's scheduler: independent modules on any worker, all tests that share clusters on one."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            module = nodeid.split("::")[0]
+            return module if module.startswith(INDEPENDENT) else "clusters"
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ from tests.helpers.clean_root import TOOLS, Build, Stage, instructions
 REPO = Path(__file__).parents[2]
 IMAGE = REPO / "cluster" / "image"
 LINES = list(instructions((REPO / "Dockerfile").read_text(encoding="utf-8")))
-pytestmark = [pytest.mark.xdist_group("image"), pytest.mark.timeout(900)]  # the image and the chain, on two busy cores
+pytestmark = pytest.mark.timeout(900)  # the image and the chain, on two busy cores
 COMPILERS = ("as", "c++", "cc", "clang", "cpp", "g++", "gcc", "ld", "make", "nvcc", "rustc")
 
 missing = [tool for tool in TOOLS if shutil.which(tool) is None]

@@ -14,7 +14,6 @@ from carclass.ingestion import listing
 from carclass.tools.benchmarks import scale
 from tests.helpers.busy_s3 import Proxy
 
-pytestmark = pytest.mark.xdist_group("listing")
 LAYOUTS = {
     "flat": [f"{i:02d}.jpg" for i in range(30)],
     "a folder per class": [f"class {i % 3}/{i}.jpg" for i in range(30)],
