@@ -1,1 +1,1 @@
-"""Trees of experiments: run, follow and compare them."""
+"""Trees of experiments: training, status and comparison."""

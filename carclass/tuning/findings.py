@@ -131,7 +131,7 @@ def _compare_with_base(best: SeedRepeats, base: SeedRepeats, margin: float | Non
     if margin is None:
         return means
     conclusion = "This is a gain" if gap > margin else "This may be chance"
-    return f"{means} {conclusion}: other seeds alone change it by up to {_points(margin)} (95\u00a0% interval)."
+    return f"{means} {conclusion}: different seeds alone explain up to {_points(margin)} (95\u00a0% interval)."
 
 
 def _compare_with_others(best: SeedRepeats, groups: Sequence[SeedRepeats]) -> Iterator[str]:

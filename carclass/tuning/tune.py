@@ -154,13 +154,29 @@ def _run_trials(
     context: SweepContext, records: TrialRecords, numbers: Sequence[int], scheduler: schedulers.TrialScheduler
 ) -> None:
     """Run the trials of these numbers with Ray Tune. Raise SystemExit if the user interrupts them."""
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # `verbose` silences the old output only
+    grid = _make_tuner(context, records, numbers, scheduler).fit()
+    records.reload()  # Ray Tune wrote through a copy of the searcher
+    for result in (grid[i] for i in range(len(grid))):
+        if result.error is not None and result.config is not None:
+            reason = str(result.error).strip().splitlines()[-1][:300]
+            number = result.config["record"]["number"]
+            records.put(replace(records.trials[number], state="failed", reason=reason))
+    if records.unfinished(numbers):
+        raise SystemExit("tune: interrupted; the same command resumes the sweep")
+
+
+def _make_tuner(
+    context: SweepContext, records: TrialRecords, numbers: Sequence[int], scheduler: schedulers.TrialScheduler
+) -> ray.tune.Tuner:
+    """Return Ray Tune's tuner of the trials of these numbers."""
     space, use_gpu = context.space, context.resources.use_gpu
     devices = {placement.device_name(use_gpu): space.search.devices_per_worker}
     if not context.resources.in_process:  # Ray Train's workers reserve the devices; Ray Tune refuses an empty request
         devices = {"memory": 1}
     is_short = space.stage == "frozen"
     filesystem, path = storage.locate(trial_records.sweep_uri(space.root, space.search.name))
-    tuner = ray.tune.Tuner(
+    return ray.tune.Tuner(
         ray.tune.with_resources(_make_trainable(context, is_short), {"CPU": 0, **devices}),
         tune_config=ray.tune.TuneConfig(
             metric="val_accuracy",
@@ -181,16 +197,6 @@ def _run_trials(
             verbose=0,
         ),
     )
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # `verbose` silences the old output only
-    grid = tuner.fit()
-    records.reload()  # Ray Tune wrote through a copy of the searcher
-    for result in (grid[i] for i in range(len(grid))):
-        if result.error is not None and result.config is not None:
-            reason = str(result.error).strip().splitlines()[-1][:300]
-            number = result.config["record"]["number"]
-            records.put(replace(records.trials[number], state="failed", reason=reason))
-    if records.unfinished(numbers):
-        raise SystemExit("tune: interrupted; the same command resumes the sweep")
 
 
 def _make_trainable(context: SweepContext, share_processes: bool) -> type:
