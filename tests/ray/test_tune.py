@@ -41,9 +41,9 @@ def load(root: str, folder: Path, name: str, varied: dict[str, Any], train: dict
 
 
 def run(*args: Any, **more: Any) -> results.SweepResult:
-    sweep = load(*args, **more)
-    run_sweep(sweep)
-    return collect_sweep(sweep.root, sweep.search.name)
+    space = load(*args, **more)
+    run_sweep(space)
+    return collect_sweep(space.root, space.search.name)
 
 
 @pytest.fixture(scope="module")
@@ -138,9 +138,9 @@ def test_trials_with_several_workers(root: str, tmp_path: Path):
 def test_photos_are_decoded_at_the_size_of_each_trial(root: str, tmp_path: Path):
     """Check photos that trial 0 was trained on at another size."""
     train = {**TRAIN, "frozen": {"epochs": 1, "views": 1}}
-    sweep = load(root, tmp_path, "sizes", {"train.model.image_size": {"choices": [64, 32]}}, train, num_trials=1)
-    shared = prepare_sweep(sweep, trial_records.find_records(sweep, resume=False))
-    block = ray.get(shared.photos["v1"]["train"][0])
+    space = load(root, tmp_path, "sizes", {"train.model.image_size": {"choices": [64, 32]}}, train, num_trials=1)
+    context = prepare_sweep(space, trial_records.find_records(space, resume=False))
+    block = ray.get(context.photos["v1"]["train"][0])
     assert [open_block(block, size).pixels[0].shape for size in (64, 32)] == [(64, 64, 3), (32, 32, 3)]
 
 
