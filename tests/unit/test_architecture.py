@@ -42,11 +42,12 @@ RAY_MODULES = {
     "experiments.run",
     "ingestion.ingest",
     "masking.mask",
-    "prediction.predict",
+    "prediction.classify",
     "training.photo_store",
     "training.preemption",
     "training.train",
     "training.worker",
+    "tuning.searcher",
     "tuning.trial",
     "tuning.tune",
 }
