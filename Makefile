@@ -32,7 +32,7 @@ lint: $(INSTALLED) ## ruff, its formatter and mypy
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
 
-format: $(INSTALLED) ## let ruff mend what it can
+format: $(INSTALLED) ## apply the fixes of ruff
 	$(PY) -m ruff check --fix
 	$(PY) -m ruff format
 

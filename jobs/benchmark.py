@@ -13,7 +13,7 @@
   python jobs/benchmark.py predict --photos DIR --weights DIR
   python jobs/benchmark.py scale
 
-ingest   photos into a published dataset through Ray Data, against a PIL loop on one core
+ingest   photos into a published dataset, against a PIL loop on one core
 masking  the pool of detectors, exact and fast, against DefaultPredictor in a plain loop and in map_batches
 memory   peak memory of a masking job over 1,000, 4,000 and 16,000 photos of the drawn sample
 frozen   the frozen stage on cached features, against a loop that runs the backbone in every epoch

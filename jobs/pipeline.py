@@ -2,7 +2,7 @@
 
   python jobs/pipeline.py                                      the embedded sample: drawn cars, a few minutes
   python jobs/pipeline.py --config jobs/experiments/cars196.yml --root s3://bucket/carclass
-  ray job submit --working-dir . -- python jobs/pipeline.py --config FILE     on a cluster
+  python jobs/submit.py -- python jobs/pipeline.py --config FILE               on a cluster
 
 Idempotent and resumable. The last lines name the report and the summary (JSON).
 """

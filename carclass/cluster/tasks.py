@@ -1,12 +1,11 @@
 """Ray tasks over a stream of items, with bounded memory."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
-from carclass.cluster.connection import T
-
+T = TypeVar("T")
 TASKS_PER_CPU = 2
 """One runs, one is queued: the autoscaler sees pending demand."""
 

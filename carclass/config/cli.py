@@ -26,7 +26,7 @@ from carclass.errors import UserError, suggest_names
 from carclass.formatting import value_text
 
 Flags = Mapping[str, dict[str, Any]]
-"""Options of a job that are no settings: name → keyword arguments of `add_argument`."""
+"""Options of a job that are not settings: name → keyword arguments of `add_argument`."""
 
 
 class JobParser(argparse.ArgumentParser):

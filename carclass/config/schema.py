@@ -51,7 +51,7 @@ class IngestSettings(Section):
     val_fraction: Share = 0.2
     """Share of the train subset held out for validation, decided per photo by its content."""
     max_side: int | None = Field(800, ge=16)
-    """Longest side of a stored photo in pixels; larger photos are shrunk. 800 is the scale of the detectors."""
+    """Longest side of a stored photo in pixels; larger photos are shrunk."""
     quality: int = Field(92, ge=50, le=100)
     """JPEG quality of re-encoded photos; upright RGB JPEGs that are not shrunk keep their bytes."""
     min_side: int = Field(16, ge=1)

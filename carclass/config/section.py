@@ -1,4 +1,4 @@
-"""Base class of all settings: typed, strict about keys, with paths relative to the file they stand in."""
+"""Base class of all settings: typed, strict about keys, with paths relative to the file that contains them."""
 
 import os
 import re

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import ray
 
-from carclass.data.photo import PhotoError, Reason
+from carclass.data.quarantine import PhotoError, Reason
 
 MAX_SINGLE_ATTEMPTS = 2
 """With the attempt in its batch, a photo gets three; more would exceed the three retries of a Ray task."""

@@ -20,13 +20,6 @@ _ROW_GROUP_ROWS = 16
 """Rows that are read together: one or two megabytes of photos."""
 
 
-def quarantine_row(
-    key: str, reason: str, detail: str, image_id: str | None = None, attempts: int = 0
-) -> dict[str, Any]:
-    """Return a row of QUARANTINE."""
-    return {"key": key, "image_id": image_id, "reason": str(reason), "detail": detail, "attempts": attempts}
-
-
 def write_part(uri: str, folder: str, rows: pa.Table, settings: dict[str, Any]) -> str:
     """Write rows as one Parquet file, unless it exists, and return its path below the dataset's URI.
 

@@ -44,8 +44,8 @@ def evaluate_run(root: str, settings: EvaluateSettings) -> Evaluation:
     source = dataset.load_dataset(root, settings.dataset or run.settings.dataset)
     if source.classes != model_facts["classes"]:
         raise UserError(
-            f"run `{settings.run}` has {len(model_facts['classes'])} classes, dataset `{source.name}` has "
-            f"{len(source.classes)} or other ones. Evaluate on the run's training dataset, or on one masked from it."
+            f"run `{settings.run}` and dataset `{source.name}` have different classes ({len(model_facts['classes'])} "
+            f"and {len(source.classes)}). Evaluate on the run's training dataset, or on one masked from it."
         )
     if not source.manifest["splits"][settings.split]:
         raise UserError(f"dataset `{source.name}` has no {settings.split} photos. Choose another `evaluate.split`.")

@@ -78,7 +78,8 @@ def rerun_stale(tree: Tree) -> TreeProgress:
     """Retrain stale runs, with their unfinished parents. The records of the old runs are kept, see set_aside_run."""
     stale = {name: status for name, status in tree_status(tree).items() if status.state == "stale"}
     for name, status in stale.items():
-        log.info("lineage: %s is stale (%s), moved to %s", name, status.reason, set_aside_run(status.run))
+        records = set_aside_run(status.run)
+        log.info("lineage: %s is stale (%s): weights deleted, records moved to %s", name, status.reason, records)
     return run_experiments(tree, tree.with_parents(list(stale)))
 
 

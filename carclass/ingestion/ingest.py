@@ -20,9 +20,9 @@ from carclass.cluster import connection
 from carclass.cluster.tasks import run_tasks
 from carclass.cluster.telemetry import PhotoMeter
 from carclass.config.schema import IngestSettings
-from carclass.data import dataset, publishing
+from carclass.data import dataset, publishing, quarantine
 from carclass.data.inventory import WRITTEN, Inventory, chunks
-from carclass.data.photo import PhotoError
+from carclass.data.quarantine import PhotoError
 from carclass.errors import UserError
 from carclass.ingestion import archive, label_matching
 from carclass.ingestion.label_matching import label_photos
@@ -103,7 +103,7 @@ def _write_part(
 def _write_inputs(uri: str, inventory: Inventory, settings: IngestSettings, identity: dict[str, Any]) -> None:
     """Write all inputs that are not written yet, as rows or in quarantine."""
     _write_pending_photos(uri, inventory, settings, identity)
-    rejected = (publishing.quarantine_row(*row) for row in inventory.rejected_inputs())
+    rejected = (quarantine.quarantine_row(*row) for row in inventory.rejected_inputs())
     for rows in chunks(rejected, QUARANTINE_ROWS):
         inventory.add_part(*_write_part(uri, "quarantine", rows, dataset.QUARANTINE, identity))
 

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from carclass.config.schema import IngestSettings
-from carclass.data import publishing
+from carclass.data import quarantine
 from carclass.data.inventory import Inventory
-from carclass.data.photo import Reason
+from carclass.data.quarantine import Reason
 from carclass.errors import UserError
 from carclass.ingestion import labels
 
@@ -109,9 +109,9 @@ def find_leaks(inventory: Inventory) -> Iterator[tuple[str, dict[str, Any]]]:
     inventory.execute("CREATE INDEX IF NOT EXISTS written_image ON written (image, key)")
     for image, key, test_key, num_copies, copies in inventory.query(LEAKS):
         if test_key is not None:
-            yield image, publishing.quarantine_row(key, Reason.LEAKAGE, f"same bytes as the test photo {test_key}")
+            yield image, quarantine.quarantine_row(key, Reason.LEAKAGE, f"same bytes as the test photo {test_key}")
         else:
             num_unlisted = num_copies - MAX_LISTED_COPIES
             more = f" and {num_unlisted:,} more" if num_unlisted > 0 else ""
             detail = f"same bytes as {copies}{more}, other label"
-            yield image, publishing.quarantine_row(key, Reason.LABEL_CONFLICT, detail)
+            yield image, quarantine.quarantine_row(key, Reason.LABEL_CONFLICT, detail)

@@ -7,8 +7,9 @@ import pyarrow as pa
 from carclass import storage
 from carclass.config.schema import IngestSettings
 from carclass.data import photo
-from carclass.data.photo import PhotoError, Reason
+from carclass.data.quarantine import PhotoError, Reason
 from carclass.ingestion.archive import LOADED
+from carclass.ingestion.split import is_held_out
 
 
 def load_photos(batch: pa.Table, photos: str) -> pa.Table:
@@ -46,12 +47,3 @@ def failed_row(source: dict[str, Any], error: PhotoError) -> dict[str, Any]:
     """Convert a row of LOADED whose photo is unusable to a row of dataset.QUARANTINE."""
     image_id = None if source["data"] is None else storage.sha256(source["data"])
     return {"key": source["key"], "image_id": image_id, **error.columns()}
-
-
-def is_held_out(image_id: str, seed: int, fraction: float) -> bool:
-    """Return True if a train photo belongs to the val split.
-
-    This depends on seed and content only: copies share a split, and adding photos moves none. The expected fraction is
-    the same for every class.
-    """
-    return int(storage.sha256(f"{seed}:{image_id}".encode())[:12], 16) / 16**12 < fraction

@@ -10,7 +10,7 @@ import torch
 from carclass.config.schema import MaskSettings
 from carclass.data import dataset, photo
 from carclass.data.crash_guard import CrashGuard
-from carclass.data.photo import PhotoError
+from carclass.data.quarantine import PhotoError
 from carclass.masking.detector import Detection, Detector
 
 FAILURE = pa.schema([("reason", pa.string()), ("detail", pa.string()), ("attempts", pa.int32())])

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from carclass.config.schema import ExcludeSettings, MaskSettings
 from carclass.data import dataset, photo, publishing
-from carclass.data.photo import Reason
+from carclass.data.quarantine import Reason
 from carclass.masking.cutout import cut
 from carclass.masking.rle import encode_mask
 

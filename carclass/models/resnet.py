@@ -105,17 +105,22 @@ class SampleDropout(nn.Dropout):
         return inputs * self.keep * (1 / (1 - self.p) if self.p < 1 else 0)
 
 
+ARCHITECTURES: dict[str, tuple[type[FoldedResNet], list[int], int]] = {
+    "resnet50": (FoldedResNet, [3, 4, 6, 3], 2048),
+    "resnet26-narrow": (NarrowResNet, [2, 2, 2, 2], 512),
+}
+"""Name → type, blocks per layer, width of the features."""
+
+
 def build(settings: ModelSettings, num_classes: int) -> FoldedResNet:
     """Build the untrained network: float normalised RGB (N,3,S,S) → logits (N,num_classes)."""
-    if settings.architecture == "resnet50":
-        net, num_features = FoldedResNet([3, 4, 6, 3]), 2048
-    else:
-        net, num_features = NarrowResNet([2, 2, 2, 2]), 512
+    network_type, num_blocks, width = ARCHITECTURES[settings.architecture]
+    net = network_type(num_blocks)
     if settings.stride_in_1x1:
         for module in net.modules():
             if isinstance(module, Bottleneck):
                 module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
-    net.fc = nn.Sequential(SampleDropout(settings.dropout, num_features), nn.Linear(num_features, num_classes))
+    net.fc = nn.Sequential(SampleDropout(settings.dropout, width), nn.Linear(width, num_classes))
     nn.init.zeros_(net.fc[1].bias)
     return net.to(memory_format=torch.channels_last)
 

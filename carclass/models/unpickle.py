@@ -37,7 +37,7 @@ class ArrayUnpickler(pickle.Unpickler):
         try:
             return ALLOWED_GLOBALS[module][name]
         except KeyError:
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is no part of an array") from None
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is not part of an array") from None
 
 
 def drop_privileges() -> None:

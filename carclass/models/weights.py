@@ -150,7 +150,7 @@ def _parse(uri: str, data: bytes, key: str) -> dict[str, torch.Tensor]:
         if state and all(isinstance(value, torch.Tensor) for value in state.values()):
             return dict(state)
         raise TypeError("not a dict of tensors")
-    raise UserError(f"`{key}`: {uri} is none of .safetensors, .pth, .pt or .pkl.")
+    raise UserError(f"`{key}`: {uri} must end in .safetensors, .pth, .pt or .pkl.")
 
 
 def _unpickle(uri: str, data: bytes, key: str) -> bytes:

@@ -21,7 +21,7 @@ from carclass.config.schema import IngestSettings, MaskSettings, PredictSettings
 from carclass.data import dataset, streaming
 from carclass.data.crash_guard import CrashGuard
 from carclass.data.inventory import Inventory
-from carclass.data.photo import PhotoError
+from carclass.data.quarantine import PhotoError
 from carclass.ingestion import archive
 from carclass.ingestion.reading import failed_row, load_photos, to_row
 from carclass.masking import detect

@@ -109,7 +109,7 @@ def _fit_stage(job: StageJob, get_photos: Callable[[], BlockRefs], train_resourc
             error = failure
         newest = checkpoint.newest_valid(uri)
         failures = failures + 1 if newest == previous else 0
-        if error is not None and failures == MAX_RESTARTS_WITHOUT_PROGRESS:
+        if error is not None and failures >= MAX_RESTARTS_WITHOUT_PROGRESS:
             raise error
         reason = "workers were preempted"
         if error is not None:

@@ -19,10 +19,11 @@ import pytest
 from carclass import storage
 from carclass.config.schema import IngestSettings
 from carclass.data import dataset, photo, publishing
+from carclass.data.quarantine import Reason
 from carclass.errors import UserError
 from carclass.ingestion import ingest
 from carclass.ingestion.ingest import ingest_photos
-from carclass.ingestion.reading import is_held_out
+from carclass.ingestion.split import is_held_out
 from carclass.sample.generate import FIRST_ODDITY, ODDITIES, file_name
 from carclass.sample.models import MODELS
 from carclass.tools.benchmarks import scale
@@ -74,7 +75,7 @@ def test_oddities_of_the_sample_are_quarantined_with_the_right_reason(ingested: 
 
 def test_every_reason_is_in_the_vocabulary_and_has_a_detail(ingested: dataset.Dataset, contents: Contents):
     _, quarantine = contents(ingested)
-    assert {row["reason"] for row in quarantine} <= set(photo.Reason)
+    assert {row["reason"] for row in quarantine} <= set(Reason)
     assert all(row["detail"] for row in quarantine)
 
 

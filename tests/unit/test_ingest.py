@@ -14,13 +14,14 @@ from carclass import storage
 from carclass.config.schema import IngestSettings
 from carclass.data import photo, publishing
 from carclass.data.inventory import INPUT, Inventory
-from carclass.data.photo import PhotoError, Reason
+from carclass.data.quarantine import PhotoError, Reason
 from carclass.errors import UserError
 from carclass.ingestion import labels, listing
 from carclass.ingestion.archive import LOADED, read_photos
 from carclass.ingestion.ingest import write_loaded
 from carclass.ingestion.labels import Label
-from carclass.ingestion.reading import is_held_out, to_row
+from carclass.ingestion.reading import to_row
+from carclass.ingestion.split import is_held_out
 
 
 def settings(**overrides: Any) -> IngestSettings:

@@ -13,7 +13,7 @@ import simplejpeg
 from PIL import Image, ImageOps
 
 from carclass.data import photo
-from carclass.data.photo import PhotoError, Reason
+from carclass.data.quarantine import PhotoError, Reason
 from tests.helpers.photos import noisy_jpeg, overwritten, psnr, saved, scene
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from carclass.data import photo
-from carclass.data.photo import PhotoError
+from carclass.data.quarantine import PhotoError
 from tests.helpers.photos import noisy_jpeg, overwritten, psnr, saved, scene
 
 # Shrinking, resizing, encoding

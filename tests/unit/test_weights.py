@@ -179,7 +179,7 @@ def test_a_missing_file_is_named_in_the_error(tmp_path: Path):
 
 
 def test_an_unsupported_format_is_rejected_with_the_supported_ones(write: Any):
-    with pytest.raises(UserError, match=r"w.h5 is none of .safetensors, .pth, .pt or .pkl"):
+    with pytest.raises(UserError, match=r"w.h5 must end in .safetensors, .pth, .pt or .pkl"):
         load(write("w.h5", b"hdf"))
 
 

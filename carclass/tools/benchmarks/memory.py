@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from carclass import storage
-from carclass.data import dataset, photo, publishing
+from carclass.data import dataset, photo, publishing, quarantine
 from carclass.data.inventory import Inventory
 from carclass.errors import UserError
 from carclass.progress import print_line
@@ -53,7 +53,7 @@ def _reencode(data: bytes) -> tuple[bytes, int, int] | None:
     """Return (JPEG file, width, height) as after ingest, None for an unreadable photo."""
     try:
         return photo.reencode(data, min_side=16, max_pixels=10**8, max_side=800, quality=92)
-    except photo.PhotoError:
+    except quarantine.PhotoError:
         return None
 
 

@@ -1,0 +1,47 @@
+"""Quarantine: reasons, errors and rows of photos that cannot be used."""
+
+from enum import StrEnum
+from typing import Any
+
+
+class Reason(StrEnum):
+    """Reasons for quarantine, a closed vocabulary."""
+
+    EMPTY = "empty"  # no bytes
+    NOT_AN_IMAGE = "not_an_image"  # the first bytes match no known image format
+    UNSUPPORTED_FORMAT = "unsupported_format"  # a known image format that is not read
+    TOO_SMALL = "too_small"  # a side below the minimum
+    TOO_LARGE = "too_large"  # more pixels than the maximum, or a side longer than MAX_JPEG_SIDE
+    TRUNCATED = "truncated"  # the end is missing
+    CORRUPT = "corrupt"  # complete, but damaged
+    MISSING_FILE = "missing_file"  # a label without a photo
+    UNREADABLE = "unreadable"  # storage returned an error
+    NO_LABEL = "no_label"  # a photo without a label
+    LABEL_CONFLICT = "label_conflict"  # the same bytes under two labels
+    LEAKAGE = "leakage"  # a train photo whose bytes are also in test
+    CRASHED = "crashed"  # crashed every worker that processed it
+    DOUBTFUL_MASK = "doubtful_mask"  # excluded by `mask.exclude`
+
+
+class PhotoError(ValueError):
+    """Error of an unusable photo, with a `reason` from the vocabulary and a one-line `detail` for the user."""
+
+    def __init__(self, reason: Reason, detail: str, attempts: int = 1):
+        super().__init__(reason, detail, attempts)
+        self.reason = reason
+        self.detail = detail
+        self.attempts = attempts
+
+    def columns(self) -> dict[str, str | int]:
+        """Return the columns `reason`, `detail` and `attempts` of a quarantine row."""
+        return {"reason": str(self.reason), "detail": self.detail, "attempts": self.attempts}
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
+
+
+def quarantine_row(
+    key: str, reason: str, detail: str, image_id: str | None = None, attempts: int = 0
+) -> dict[str, Any]:
+    """Return a row of QUARANTINE."""
+    return {"key": key, "image_id": image_id, "reason": str(reason), "detail": detail, "attempts": attempts}
