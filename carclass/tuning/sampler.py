@@ -51,7 +51,7 @@ def suggest_values(
 ) -> dict[str, Value]:
     """Return the settings of trial `number` of `num_trials`, by dotted key.
 
-    Each trial has its own random generator, so an interrupted sweep suggests the same settings as an undisturbed one.
+    Each trial has its own random generator, so an interrupted sweep suggests the same settings as an uninterrupted one.
     observed: earlier trials; those outside of the dimensions, as trial 0 may be, are ignored.
     """
     distributions = {dimension.key: distribution(dimension) for dimension in dimensions}

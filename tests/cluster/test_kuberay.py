@@ -234,4 +234,4 @@ def submitted(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
 def test_code_is_downloaded_as_a_zip_from_s3(submitted: subprocess.CompletedProcess[str]):
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
-    assert "The whole chain from one file" in submitted.stdout
+    assert "The whole chain from one config file" in submitted.stdout

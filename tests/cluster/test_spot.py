@@ -125,7 +125,7 @@ def watch() -> Iterator[Watch]:
 
 
 def wait_until(condition: Callable[[], Any]) -> None:
-    """Wait up to a minute wait_until a condition is met."""
+    """Wait up to a minute until a condition is met."""
     deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
@@ -144,12 +144,13 @@ spot, = (n.node_id.hex() for n in client.get_all_node_info().values() if n.insta
 @ray.remote
 def node_id(end, timeout=60):
     started = time.monotonic()
+    open(f"{end}.started", "w").close()
     while not os.path.exists(end) and time.monotonic() < started + timeout:
         time.sleep(0.05)
     return ray.get_runtime_context().get_node_id()
 
 running = node_id.options(scheduling_strategy=On(spot, soft=False), max_retries=0).remote(sys.argv[1])
-while not ray.available_resources().get("CPU") == 3:
+while not os.path.exists(f"{sys.argv[1]}.started"):  # its CPU is taken before its process runs
     time.sleep(0.05)
 print("running", flush=True)
 sys.stdin.readline()

@@ -1,6 +1,6 @@
 """Fault tolerance of training: lost workers, controller, nodes and storage, and preemption.
 
-The result equals that of an undisturbed run: to the bit with as many workers, up to rounding with others.
+The result equals that of an uninterrupted run: to the bit with as many workers, up to rounding with others.
 """
 
 import os
@@ -84,8 +84,8 @@ def root(ingested: dataset.Dataset) -> str:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(root: str) -> Run:
-    return train(root, "undisturbed", num_workers=2)
+def uninterrupted(root: str) -> Run:
+    return train(root, "uninterrupted", num_workers=2)
 
 
 def assert_same(one: Run, other: Run) -> None:
@@ -93,32 +93,32 @@ def assert_same(one: Run, other: Run) -> None:
     assert weights_sha256(one) == weights_sha256(other)
 
 
-def test_a_killed_worker_does_not_change_the_result(root: str, undisturbed: Run, caplog: pytest.LogCaptureFixture):
+def test_a_killed_worker_does_not_change_the_result(root: str, uninterrupted: Run, caplog: pytest.LogCaptureFixture):
     name = f"killed-{uuid4().hex[:8]}"
     process_id = signal_at_checkpoint(root, name, "epoch-0002-00000008", "ray::RayTrainWorker", signal.SIGKILL)
-    run = train(root, name, num_workers=undisturbed.settings.num_workers)
+    run = train(root, name, num_workers=uninterrupted.settings.num_workers)
     assert process_id()
     assert "workers were lost" in caplog.text
-    assert_same(run, undisturbed)
+    assert_same(run, uninterrupted)
 
 
-def test_a_killed_controller_does_not_change_the_result(root: str, undisturbed: Run, caplog: pytest.LogCaptureFixture):
+def test_a_killed_controller_does_not_change_the_result(root: str, uninterrupted: Run, caplog: pytest.LogCaptureFixture):
     name = f"controller-{uuid4().hex[:8]}"
     process_id = signal_at_checkpoint(root, name, "epoch-0002-00000008", "ray::TrainController", signal.SIGKILL)
-    run = train(root, name, num_workers=undisturbed.settings.num_workers)
+    run = train(root, name, num_workers=uninterrupted.settings.num_workers)
     assert process_id()
     assert "workers were lost" in caplog.text
-    assert_same(run, undisturbed)
+    assert_same(run, uninterrupted)
 
 
-def test_a_worker_checkpoints_on_sigterm(root: str, undisturbed: Run, caplog: pytest.LogCaptureFixture):
+def test_a_worker_checkpoints_on_sigterm(root: str, uninterrupted: Run, caplog: pytest.LogCaptureFixture):
     """The only checkpoint to resume from is the one on preemption."""
     name = f"sigterm-{uuid4().hex[:8]}"
     process_id = signal_at_checkpoint(root, name, "epoch-0002", "ray::RayTrainWorker", signal.SIGTERM)
-    run = train(root, name, num_workers=undisturbed.settings.num_workers, checkpoint_steps=1000)
+    run = train(root, name, num_workers=uninterrupted.settings.num_workers, checkpoint_steps=1000)
     assert process_id()
     assert "workers were preempted; resuming from epoch-000" in caplog.text
-    assert_same(run, undisturbed)
+    assert_same(run, uninterrupted)
 
 
 # Other numbers of workers
@@ -143,15 +143,15 @@ def assert_close(root: str, name: str, other: Run) -> None:
     np.testing.assert_allclose(rows[20:, 2], expected[20:, 2], rtol=2e-2)
 
 
-def test_the_number_of_workers_may_change_between_resumes(root: str, undisturbed: Run):
-    """With micro-batches, unlike the undisturbed run."""
+def test_the_number_of_workers_may_change_between_resumes(root: str, uninterrupted: Run):
+    """With micro-batches, unlike the uninterrupted run."""
     name, unfrozen = f"changed-{uuid4().hex[:8]}", {**TRAIN["unfrozen"], "micro_batch_size": 3}
     for num_workers, until in ((1, "epoch-0002-00000008"), (2, "epoch-0005-00000008")):
         interrupt(root, name, until)
         with pytest.raises(SystemExit):  # how Ray Train ends an interrupted job
             train(root, name, num_workers=num_workers, unfrozen=unfrozen)
     train(root, name, num_workers=1, unfrozen=unfrozen)
-    assert_close(root, name, undisturbed)
+    assert_close(root, name, uninterrupted)
 
 
 # Lost nodes
@@ -176,7 +176,7 @@ def start_training(
 
 
 def test_training_continues_with_fewer_workers_after_the_loss_of_a_node(
-    cluster: Cluster, root: str, undisturbed: Run, tmp_path: Path
+    cluster: Cluster, root: str, uninterrupted: Run, tmp_path: Path
 ):
     name = f"elastic-{uuid4().hex[:8]}"
     job = start_training(cluster, tmp_path, root, name, "[1, 2]")
@@ -184,7 +184,7 @@ def test_training_continues_with_fewer_workers_after_the_loss_of_a_node(
     cluster.lose_node()
     job.end()
     assert "workers were lost" in job.log.read_text()
-    assert_close(root, name, undisturbed)
+    assert_close(root, name, uninterrupted)
 
 
 def test_workers_checkpoint_when_their_node_is_drained(cluster: Cluster, root: str, tmp_path: Path):

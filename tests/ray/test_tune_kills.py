@@ -1,4 +1,4 @@
-"""A sweep that is killed three times has the trials and results of an undisturbed one."""
+"""A sweep that is killed three times has the trials and results of an uninterrupted one."""
 
 import os
 import random
@@ -54,7 +54,7 @@ def root(ingested: dataset.Dataset) -> str:
 def folder(root: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sweeps")
     (folder / "experiment.yml").write_text(yaml.safe_dump({"root": root, "train": TRAIN}))
-    for name in ("undisturbed", "killed"):
+    for name in ("uninterrupted", "killed"):
         (folder / f"{name}.yml").write_text(yaml.safe_dump({"name": name, **SEARCH}))
     return folder
 
@@ -67,9 +67,9 @@ def cluster(folder: Path) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(root: str, folder: Path, cluster: Cluster) -> results.SweepResult:
-    start("tune.py", folder / "undisturbed.yml", cluster.environment).end()
-    return collect_sweep(root, "undisturbed")
+def uninterrupted(root: str, folder: Path, cluster: Cluster) -> results.SweepResult:
+    start("tune.py", folder / "uninterrupted.yml", cluster.environment).end()
+    return collect_sweep(root, "uninterrupted")
 
 
 def num_epochs(root: str) -> int:
@@ -103,9 +103,9 @@ def kill_a_trial(cluster: Cluster) -> bool:
 
 
 @pytest.fixture(scope="module")
-def killed(root: str, folder: Path, cluster: Cluster, undisturbed: results.SweepResult) -> Killed:
+def killed(root: str, folder: Path, cluster: Cluster, uninterrupted: results.SweepResult) -> Killed:
     """Kill a sweep at three random moments: the driver twice, then the whole node; finally kill a trial's process."""
-    total = sum(len(result.epochs) for result in undisturbed.trials)
+    total = sum(len(result.epochs) for result in uninterrupted.trials)
     moments = sorted(random.Random(SEED).sample(range(1, total * 2 // 3), 3))
     finished = {}
     for turn, min_epochs in enumerate(moments):
@@ -139,12 +139,12 @@ def trial_states(sweep: results.SweepResult) -> list[tuple]:
     ]
 
 
-def test_trials_end_in_the_same_states(undisturbed: results.SweepResult, killed: Killed):
-    assert trial_states(killed.sweep) == trial_states(undisturbed)
+def test_trials_end_in_the_same_states(uninterrupted: results.SweepResult, killed: Killed):
+    assert trial_states(killed.sweep) == trial_states(uninterrupted)
 
 
-def test_some_trials_are_pruned(undisturbed: results.SweepResult):
-    assert {"complete", "pruned"} == {result.trial.state for result in undisturbed.trials}
+def test_some_trials_are_pruned(uninterrupted: results.SweepResult):
+    assert {"complete", "pruned"} == {result.trial.state for result in uninterrupted.trials}
 
 
 def test_no_trial_has_two_runs(root: str, killed: Killed):
@@ -152,13 +152,13 @@ def test_no_trial_has_two_runs(root: str, killed: Killed):
     assert sorted(folders) == sorted(result.trial.name for result in killed.sweep.trials)
 
 
-def test_epochs_equal_those_of_the_undisturbed_sweep(undisturbed: results.SweepResult, killed: Killed):
-    assert epochs(killed.sweep) == epochs(undisturbed)
+def test_epochs_equal_those_of_the_uninterrupted_sweep(uninterrupted: results.SweepResult, killed: Killed):
+    assert epochs(killed.sweep) == epochs(uninterrupted)
 
 
-def test_best_trial_is_the_same(undisturbed: results.SweepResult, killed: Killed):
-    assert killed.sweep.best.trial == undisturbed.best.trial
-    assert killed.sweep.best.accuracy == undisturbed.best.accuracy
+def test_best_trial_is_the_same(uninterrupted: results.SweepResult, killed: Killed):
+    assert killed.sweep.best.trial == uninterrupted.best.trial
+    assert killed.sweep.best.accuracy == uninterrupted.best.accuracy
 
 
 def test_finished_trials_are_not_trained_again(killed: Killed):
