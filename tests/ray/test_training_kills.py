@@ -102,7 +102,9 @@ def test_a_killed_worker_does_not_change_the_result(root: str, uninterrupted: Ru
     assert_same(run, uninterrupted)
 
 
-def test_a_killed_controller_does_not_change_the_result(root: str, uninterrupted: Run, caplog: pytest.LogCaptureFixture):
+def test_a_killed_controller_does_not_change_the_result(
+    root: str, uninterrupted: Run, caplog: pytest.LogCaptureFixture
+):
     name = f"controller-{uuid4().hex[:8]}"
     process_id = signal_at_checkpoint(root, name, "epoch-0002-00000008", "ray::TrainController", signal.SIGKILL)
     run = train(root, name, num_workers=uninterrupted.settings.num_workers)
