@@ -61,7 +61,7 @@ class IngestSettings(Section):
     part_rows: int = Field(256, ge=1)
     """Photos per Parquet file: about 25 MB, a few seconds of work."""
     seed: int = 123
-    """Decides, together with the content, which photos are held out for validation. 123 is the original's."""
+    """Decides, together with the content, which photos are held out for validation. 123 is the value of the Keras project that carclass rebuilds."""
 
     @model_validator(mode="after")
     def _check_labels(self) -> "IngestSettings":
@@ -83,7 +83,7 @@ class DetectorSettings(Section):
     classes: dict[int, str] = Field({2: "car", 5: "bus", 7: "truck"}, min_length=1)
     """COCO classes, counted from 0, that are vehicles, and their names in the dataset."""
     score_threshold: Share = 0.5
-    """Detections with a lower score are ignored; 0.5 is the original's."""
+    """Detections with a lower score are ignored; 0.5 is the Keras project's value."""
     profile: Literal["exact", "fast"] = "fast"
     """Preset of the three settings below: `exact` as the model zoo (800 px, 1000 proposals, 100 detections), or
     `fast`. Each of them can be set on its own."""

@@ -155,7 +155,7 @@ def conv_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
 def prepare_stage(net: ResNet, stage: StageName) -> None:
     """Set the trainable parameters of a stage, and train mode.
 
-    frozen: the head only. unfrozen: all parameters. BatchNorm statistics stay frozen in both, as in the original.
+    frozen: the head only. unfrozen: all parameters. BatchNorm statistics stay frozen in both, as in the Keras project.
     """
     net.requires_grad_(stage == "unfrozen")
     net.fc.requires_grad_(True)
