@@ -61,7 +61,7 @@ class IngestSettings(Section):
     part_rows: int = Field(256, ge=1)
     """Photos per Parquet file: about 25 MB, a few seconds of work."""
     seed: int = 123
-    """Decides, together with the content, which photos are held out for validation. 123 is the value of the Keras project that carclass rebuilds."""
+    """Decides, together with the content, which photos are held out for validation; 123 as in the Keras project."""
 
     @model_validator(mode="after")
     def _check_labels(self) -> "IngestSettings":
