@@ -6,7 +6,7 @@ LOCKS := requirements.lock requirements-dev.lock
 TEST = $(PY) -m pytest --numprocesses 2
 COMPILE = .venv/bin/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --custom-compile-command "make lock"
 
-.PHONY: help install demo test test-all lint format bench docs sample lock clean
+.PHONY: help install demo test test-all lint format bench docs lock clean
 
 help: ## list what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12

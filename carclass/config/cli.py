@@ -116,6 +116,8 @@ def _parse(
             f"--{setting.key}", metavar=metavar, help=f"{setting.explanation}{shown}".replace("%", "%%")
         )
     args = parser.parse(argv)
+    if args.config == "":
+        raise UserError("`--config` is empty; give a YAML file")
     path = Path(args.config) if default is None or args.config else default
     values = {setting.key: getattr(args, setting.key) for setting in settings}
     return path, {key: text for key, text in values.items() if text is not None}, args
@@ -148,7 +150,7 @@ def _parse_value(text: str) -> Any:
 
 
 def main(job: Callable[[], None]) -> None:
-    """Run a job; report a UserError as one paragraph on stderr and exit with status 2."""
+    """Run a job; report a UserError as one paragraph on stderr and exit with status 2, on Ctrl-C with 130."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("carclass")
@@ -160,3 +162,6 @@ def main(job: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command resumes", file=sys.stderr)
+        sys.exit(130)

@@ -25,6 +25,8 @@ class CommandLineText(str):
 
 def _resolve(value: Any, info: ValidationInfo) -> Any:
     """Return a local path as absolute, so that no worker depends on its working directory."""
+    if isinstance(value, str) and not value.strip():
+        raise ValueError("is empty; give a path or URI")
     if isinstance(value, str) and value.startswith("s3:") and not re.match("s3://[^/]", value):
         raise ValueError("an S3 URI is written s3://bucket/prefix")
     is_name = value in NAMED_PARENTS and info.field_name != "root"
@@ -43,11 +45,23 @@ def _resolve_parent(value: Any, info: ValidationInfo) -> Any:
     return _resolve(value, info)
 
 
+NAME_PATTERN, SHA256_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._=-]*$", r"^[0-9a-f]{64}$"
+MESSAGES = {
+    "model_type": "must be a section of settings (key: value)",
+    "dict_type": "must be a mapping (key: value)",
+    "tuple_type": "must be a list, such as [1, 2]",
+    "invalid_key": "is not the name of a setting",
+}
+"""Texts for those of pydantic's error types whose own texts speak of Python."""
+PATTERN_MESSAGES = {
+    NAME_PATTERN: "a name has letters, digits and . _ = - and begins with a letter or digit",
+    SHA256_PATTERN: "a sha256 has 64 digits 0-9 or a-f",
+}
 Uri = Annotated[str, BeforeValidator(_resolve)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=-]*$")]
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Parent = Annotated[str, BeforeValidator(_resolve_parent)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Sha256 = Annotated[str, Field(pattern=SHA256_PATTERN)]
 
 
 class Section(BaseModel):
@@ -75,14 +89,30 @@ def validate(values: dict[str, Any], kind: type[S], *, source: str | Path, base:
 
 def _explain(item: Any, kind: type[Section]) -> str:
     path = ".".join(str(step) for step in item["loc"])
+    if item["type"] == "missing":
+        return f"`{path}` is missing"
     if item["type"] != "extra_forbidden":
-        return f"`{path}`: {item['msg'].removeprefix('Value error, ')} (got {item['input']!r})"
+        message = MESSAGES.get(item["type"], item["msg"]).removeprefix("Value error, ")
+        if item["type"] == "string_pattern_mismatch":
+            message = PATTERN_MESSAGES[item["ctx"]["pattern"]]
+        return f"`{path}`: {message}{_given_text(item['input'])}"
     section, name = _section_at(kind, item["loc"][:-1]), str(item["loc"][-1])
     if name in section.removed:
         return f"`{path}` {section.removed[name]}"
     known = [*section.model_fields, *(setting.key for setting in list_settings(section))]
     hint = suggest_names(name, dict.fromkeys(known)) or f"known here: {', '.join(section.model_fields)}"
     return f"`{path}` is not a setting; {hint}"
+
+
+def _given_text(value: Any) -> str:
+    """Return a rejected value in parentheses, as it is written in YAML; nothing for a whole section."""
+    if isinstance(value, dict | Section):
+        return ""
+    if isinstance(value, CommandLineText):
+        return f" (got {str(value)!r} on the command line)"
+    literals: dict[Any, str] = {None: "null", True: "true", False: "false"}
+    is_literal = value is None or isinstance(value, bool)
+    return f" (got {literals[value] if is_literal else repr(value)})"
 
 
 def _section_at(section: type[Section], path: tuple[int | str, ...]) -> type[Section]:

@@ -89,7 +89,7 @@ def test_a_path_may_contain_yaml_syntax(config_file: str, root: str):
 
 
 def test_a_wrong_command_line_value_is_named_by_its_key(config_file: str):
-    with pytest.raises(UserError, match=r"`train.num_workers`: .* \(got 'many'\)"):
+    with pytest.raises(UserError, match=r"`train.num_workers`: .* \(got 'many' on the command line\)"):
         parse("train", "--config", config_file, "--num_workers", "many")
 
 
@@ -155,6 +155,16 @@ def test_a_user_error_is_one_paragraph_with_status_2(capsys: pytest.CaptureFixtu
         cli.main(job)
     assert caught.value.code == 2
     assert capsys.readouterr().err == "error: `root`: cannot be written to. Choose another.\n"
+
+
+def test_an_interrupted_job_says_that_it_can_be_resumed(capsys: pytest.CaptureFixture[str]):
+    def job() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as caught:
+        cli.main(job)
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "interrupted; the same command resumes\n"
 
 
 def test_a_programming_error_keeps_its_traceback():

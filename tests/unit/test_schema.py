@@ -81,7 +81,7 @@ def test_an_unknown_key_in_a_list_of_sections_is_named(masks: dict[str, Any]):
 
 
 def test_a_missing_required_setting_is_named():
-    with pytest.raises(UserError, match=r"`train.name`: Field required"):
+    with pytest.raises(UserError, match=r"`train.name` is missing"):
         config_of(train={})
 
 
@@ -100,7 +100,7 @@ def test_a_missing_required_setting_is_named():
         ({"ingest": {"photos": "p", "part_rows": 2.5}}, "ingest.part_rows"),
         ({"ingest": {"photos": "p", "dataset": "a/b"}}, "ingest.dataset"),
         ({"mask": {"cutout": {"mode": "blur"}}}, "mask.cutout.mode"),
-        ({"mask": {"cutout": {"fill": [1, 2]}}}, "mask.cutout.fill.2"),
+        ({"mask": {"cutout": {"fill": [1, 2, "x"]}}}, "mask.cutout.fill.2"),
         ({"mask": {"detector": {"weights_sha256": "abc"}}}, "mask.detector.weights_sha256"),
         ({"train": {"name": ".."}}, "train.name"),
         ({"train": {"name": "x", "seed": -1}}, "train.seed"),
@@ -315,3 +315,32 @@ def settings_of(name: str) -> list[Setting]:
     prefix = f"{name}."
     settings = [setting for setting in list_settings(Config) if setting.key.startswith(prefix)]
     return [setting._replace(key=setting.key.removeprefix(prefix)) for setting in settings]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"train": {"name": "x"}}, "`root` is missing"),
+        ({"root": "r", "train": {}}, "`train.name` is missing"),
+        ({"root": ""}, "`root`: is empty; give a path or URI"),
+        (
+            {"root": "r", "mask": {"detector": None}},
+            "`mask.detector`: must be a section of settings (key: value) (got null)",
+        ),
+        ({"root": "r", "train": {"name": "my run"}}, "`train.name`: a name has letters, digits and . _ = - and begins"),
+        (
+            {"root": "r", "mask": {"cutout": {"fill": "1,2"}}},
+            "`mask.cutout.fill`: must be a list, such as [1, 2] (got '1,2')",
+        ),
+    ],
+)
+def test_errors_speak_of_yaml_not_of_python(tmp_path: Path, values: dict[str, Any], message: str):
+    with pytest.raises(UserError) as caught:
+        validate(values, Config, source="my.yml", base=tmp_path)
+    assert message in str(caught.value)
+
+
+def test_an_error_says_that_a_value_is_from_the_command_line(tmp_path: Path):
+    values = {"root": "r", "ingest": {"photos": "p", "num_classes": CommandLineText("abc")}}
+    with pytest.raises(UserError, match=r"`ingest\.num_classes`: .* \(got 'abc' on the command line\)"):
+        validate(values, Config, source="my.yml", base=tmp_path)

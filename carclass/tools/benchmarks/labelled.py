@@ -32,7 +32,8 @@ def choose_photos(folder: Path | None, counts: dict[str, int]) -> Splits:
     folder: photos/ and labels.csv (img_name,class,subset). Raise UserError if it has another layout or too few photos.
     """
     if folder is None or not (folder / "labels.csv").exists():
-        raise UserError(f"--photos: {folder} holds no labels.csv. Give a folder with photos/ and labels.csv.")
+        problem = "is missing" if folder is None else f"{folder} holds no labels.csv"
+        raise UserError(f"--photos {problem}; give a folder with photos/ and labels.csv.")
     with (folder / "labels.csv").open("rb") as stream:
         labelled = [row for _, row in labels.parse_csv(stream, source=str(folder / "labels.csv"))]
     rows = [row for row in labelled if row.subset == "train" and (folder / "photos" / row.key).exists()]

@@ -55,7 +55,9 @@ def run_loop(masker: PlainMasker, files: list[Path], out: Path) -> float:
 
 def choose_photos(photos: Path | None) -> list[Path]:
     """Return NUM_PHOTOS of a folder, evenly spread over its names. Raise UserError if there are fewer."""
-    files = sorted(photos.glob("*.jpg")) if photos else []
+    if photos is None:
+        raise UserError(f"--photos is missing; give a folder with at least {NUM_PHOTOS} .jpg files.")
+    files = sorted(photos.glob("*.jpg"))
     if len(files) < NUM_PHOTOS:
         raise UserError(f"--photos: {photos} holds {len(files)} .jpg files; give a folder with at least {NUM_PHOTOS}.")
     return files[:: len(files) // NUM_PHOTOS][:NUM_PHOTOS]
