@@ -17,9 +17,7 @@ def count_slots(num_workers: int, devices_per_worker: float, *, use_gpu: bool) -
     """
     device = device_name(use_gpu)
     if not use_gpu and not float(devices_per_worker).is_integer():
-        raise UserError(
-            f"`devices_per_worker` is {devices_per_worker:g}: only GPUs can be shared; use a whole number of CPUs."
-        )
+        raise UserError(f"`devices_per_worker` is {devices_per_worker:g}: only GPUs can be shared; use whole CPUs.")
     slots = resources.count_slots(device, devices_per_worker)
     if slots < num_workers:
         raise UserError(

@@ -33,6 +33,9 @@ def wait_for_epoch(metrics: Path, epoch: int, job: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
+pytestmark = pytest.mark.slow  # 90 s: a job is started twice, each time with a cluster of its own
+
+
 @pytest.fixture(scope="module")
 def killed_and_resumed(ray_cluster, photos_folder: Path, tmp_path_factory) -> tuple[list[dict], list[dict]]:
     """Return the metrics up to the newest checkpoint at the kill, and at the end of the second run."""

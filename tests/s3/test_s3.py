@@ -58,6 +58,7 @@ def test_only_objects_exist_and_not_prefixes(bucket: str, put: Callable[..., Non
     assert [storage.exists(f"s3://{bucket}/{key}") for key in ("a/b", "a", "c")] == [True, False, False]
 
 
+@pytest.mark.slow  # 11 s: the pauses between attempts
 def test_read_many_returns_the_error_of_a_failed_read(bucket: str, put: Callable[..., None]):
     put("a")
     put("frozen", StorageClass="GLACIER")  # listed, but unreadable until it is restored
