@@ -122,7 +122,7 @@ class CostMeter:
     def __init__(self) -> None:
         self.usd, self.price, self.polled = 0.0, 0.0, 0.0
         self.is_known = False
-        """Whether any node has had a price."""
+        """True once a node has had a price."""
 
     def update(self, nodes: Iterable[Mapping[str, Any]], now: float) -> None:
         """Add the cost since the last poll. nodes: from ray.nodes(). now: in seconds."""
