@@ -30,6 +30,7 @@ def main() -> None:
     if settings.ingest is None or settings.train is None:
         raise UserError("a pipeline needs the sections `ingest:` and `train:`; see jobs/experiments/sample.yml.")
     started = time.monotonic()
+    import_verbs()
     summary = make_datasets(settings)
     run, evaluation = train_and_evaluate(settings, settings.train)
     summary |= {f"{stage}_val_accuracy": run.best_val_accuracy(stage) for stage in run.stages}
@@ -40,6 +41,16 @@ def main() -> None:
         summary["test_accuracy_unmasked"] = unmasked.accuracy
     summary["seconds"] = time.monotonic() - started
     print_summary(run, evaluation, summary)
+
+
+def import_verbs() -> None:
+    """Import every verb before work begins: a broken installation shows at once, and PyTorch is loaded before Ray.
+
+    In an environment without the packages that only GPU code calls, MKL cannot load PyTorch's library after Ray.
+    """
+    import carclass.evaluation.evaluate
+    import carclass.masking.mask
+    import carclass.training.train  # noqa: F401
 
 
 def make_datasets(settings: Config) -> dict[str, int | float]:
