@@ -12,14 +12,22 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import pyarrow as pa
 
 from carclass.errors import UserError
 
 T = TypeVar("T")
-INPUT = pa.schema([("key", pa.string()), ("label", pa.string()), ("subset", pa.string())])
+INPUT = pa.schema(
+    [
+        ("key", pa.string()),
+        ("label", pa.string()),
+        ("subset", pa.string()),
+        ("size", pa.int64()),  # bytes
+        ("version", pa.string()),  # see `Listed`
+    ]
+)
 WRITTEN = ("key", "image_id", "label", "split", "reason")
 """Columns of a written row that the inventory records, as far as its file has them."""
 CACHE_KB = 16_000
@@ -31,7 +39,8 @@ PRAGMAS = ("journal_mode = OFF", "synchronous = OFF", "temp_store = FILE", f"cac
 """The database is deleted with the job, so it needs no protection against crashes."""
 TABLES = """
 CREATE TABLE input (
-id INTEGER PRIMARY KEY, key TEXT, reversed_path TEXT, label TEXT, subset TEXT, reason TEXT, detail TEXT);
+id INTEGER PRIMARY KEY, key TEXT, reversed_path TEXT, label TEXT, subset TEXT, size INTEGER, version TEXT, reason TEXT,
+detail TEXT);
 CREATE TABLE labels (id INTEGER PRIMARY KEY, name TEXT, reversed_path TEXT, label TEXT, subset TEXT);
 CREATE TABLE part (id INTEGER PRIMARY KEY, path TEXT UNIQUE, removed INTEGER);
 CREATE TABLE written (key TEXT, image TEXT, label TEXT, split TEXT, reason TEXT, quarantined INTEGER, part INTEGER);
@@ -46,6 +55,16 @@ CREATE INDEX IF NOT EXISTS written_key ON written (key);
 """Created on the first query: building an index once is much faster than updating it at every insert."""
 PENDING = "FROM input WHERE reason IS NULL AND NOT EXISTS (SELECT 1 FROM written WHERE written.key = input.key)"
 UNKNOWN = "NOT EXISTS (SELECT 1 FROM input WHERE input.key = written.key)"
+
+
+class Listed(NamedTuple):
+    """A file found at the source."""
+
+    key: str
+    size: int = 0  # bytes
+    version: str = ""  # changes with the content: the ETag of an object, the time of modification of a file
+    reason: str | None = None  # quarantine.Reason of a file that is not read at all
+    detail: str | None = None
 
 
 class Inventory:
@@ -103,10 +122,11 @@ class Inventory:
 
     # Inputs
 
-    def add_inputs(self, keys: Iterable[str]) -> None:
-        """Add keys in the order of their source."""
-        rows = ((key, reverse_path(key)) for key in keys)
-        self._insert("INSERT INTO input (key, reversed_path) VALUES (?, ?)", rows)
+    def add_inputs(self, files: Iterable[Listed]) -> None:
+        """Add files in the order of their source."""
+        rows = ((*file, reverse_path(file.key)) for file in files)
+        columns = "key, size, version, reason, detail, reversed_path"
+        self._insert(f"INSERT INTO input ({columns}) VALUES (?, ?, ?, ?, ?, ?)", rows)  # noqa: S608 - constant
 
     def add_numbered_keys(self, rows: Iterable[tuple[int, str]]) -> None:
         """Add keys with unique numbers chosen by the caller, as (number, key)."""
@@ -155,8 +175,10 @@ class Inventory:
         the request rate of a prefix. With hash_order=False they come in the order of their source.
         """
         order = "hash_order(key), key" if hash_order else "id"
-        for rows in chunks(self.query(f"SELECT key, label, subset {PENDING} ORDER BY {order}"), batch_rows):
-            columns = [pa.array(column, pa.string()) for column in zip(*rows, strict=True)]
+        for rows in chunks(self.query(f"SELECT {', '.join(INPUT.names)} {PENDING} ORDER BY {order}"), batch_rows):
+            columns = [
+                pa.array(column, type_) for column, type_ in zip(zip(*rows, strict=True), INPUT.types, strict=True)
+            ]
             yield pa.Table.from_arrays(columns, schema=INPUT)
 
     def pending_numbers(self) -> Iterator[int]:

@@ -7,7 +7,7 @@ from typing import BinaryIO, NamedTuple
 import pyarrow as pa
 
 from carclass import storage
-from carclass.data.inventory import INPUT
+from carclass.data.inventory import INPUT, Listed
 from carclass.errors import UserError
 
 SUFFIXES = (".tgz", ".tar.gz", ".tar")
@@ -29,11 +29,11 @@ class Member(NamedTuple):
         return file.read()
 
 
-def list_names(uri: str, setting: str) -> Iterator[str]:
-    """Yield the names of an archive's files in their order. Raise UserError, naming the setting, if it is damaged."""
+def list_members(uri: str, setting: str) -> Iterator[Listed]:
+    """Yield an archive's files in their order. Raise UserError, naming the setting, if it is damaged."""
     with storage.open_stream(uri) as stream:
         for member in _members(stream, uri, setting):
-            yield member.name
+            yield Listed(member.name, member.info.size, str(member.info.mtime))
 
 
 def read_photos(uri: str, requested: pa.Table, batch_rows: int, setting: str) -> Iterator[pa.Table]:

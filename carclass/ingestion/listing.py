@@ -16,7 +16,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from carclass import storage
-from carclass.data.inventory import Inventory, chunks
+from carclass.data.inventory import Inventory, Listed, chunks
 from carclass.errors import UserError
 from carclass.ingestion import archive
 from carclass.progress import Progress
@@ -46,7 +46,7 @@ def list_photos(photos: str, inventory: Inventory, setting: str = "ingest.photos
     if in_archive := photos.endswith(archive.SUFFIXES):
         if not storage.exists(photos):
             raise UserError(f"`{setting}`: no archive {photos}. Set it to an existing folder, s3:// prefix or .tgz.")
-        pages = chunks(archive.list_names(photos, setting), PAGE_KEYS)
+        pages = chunks(archive.list_members(photos, setting), PAGE_KEYS)
     else:
         pages = list_pages(photos)
     progress = Progress("list", "keys")
@@ -61,8 +61,8 @@ def list_photos(photos: str, inventory: Inventory, setting: str = "ingest.photos
         raise UserError(f"`{setting}`: {photos} contains {key} more than once. Create it again.")
 
 
-def list_pages(uri: str) -> Iterator[list[str]]:
-    """Yield the paths of all files below a URI, relative to it, in pages of PAGE_KEYS in no order.
+def list_pages(uri: str) -> Iterator[list[Listed]]:
+    """Yield all files below a URI, their keys relative to it, in pages of PAGE_KEYS in no order.
 
     Yield nothing if the URI does not exist. Raise UserError if it cannot be listed.
     """
@@ -72,22 +72,22 @@ def list_pages(uri: str) -> Iterator[list[str]]:
             yield from _Bucket(bucket, f"{prefix}/" if prefix else "").pages()
         else:
             _, folder = storage.locate(uri)
-            prefix_length = len(folder.rstrip("/")) + 1
-            yield from chunks((path[prefix_length:] for path in _scan(folder)), PAGE_KEYS)
+            yield from chunks(_scan(folder, len(folder.rstrip("/")) + 1), PAGE_KEYS)
     except FileNotFoundError:
         return
     except (OSError, ClientError, BotoCoreError) as error:
         raise UserError(f"{uri}: cannot be listed ({error}). Check the bucket and your credentials.") from error
 
 
-def _scan(folder: str) -> Iterator[str]:
-    """Yield the paths of all files below a local folder."""
+def _scan(folder: str, prefix_length: int) -> Iterator[Listed]:
+    """Yield all files below a local folder, their keys without the prefix."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir():
-                yield from _scan(entry.path)
+                yield from _scan(entry.path, prefix_length)
             elif entry.is_file():
-                yield entry.path
+                status = entry.stat()
+                yield Listed(entry.path[prefix_length:], status.st_size, str(status.st_mtime_ns))
 
 
 class _Bucket:
@@ -103,53 +103,53 @@ class _Bucket:
         )
         self.client = boto3.Session().client("s3", config=config)
 
-    def pages(self) -> Iterator[list[str]]:
-        """Yield the keys of all files, relative to the prefix."""
+    def pages(self) -> Iterator[list[Listed]]:
+        """Yield all files, their keys relative to the prefix."""
         with ThreadPoolExecutor(THREADS) as pool:
-            prefixes, keys = self._expand_folders(pool)
-            if keys:
-                yield keys
+            prefixes, files = self._expand_folders(pool)
+            if files:
+                yield files
             queue, running = deque(map(_PageRequest, prefixes)), set[Future[Any]]()
             while queue or running:
                 while queue and len(running) < THREADS:
                     running.add(pool.submit(self._list_page, queue.popleft()))
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
-                    keys, next_requests = future.result()
+                    files, next_requests = future.result()
                     queue.extendleft(next_requests)
-                    if keys:
-                        yield keys
+                    if files:
+                        yield files
 
-    def _expand_folders(self, pool: ThreadPoolExecutor) -> tuple[list[str], list[str]]:
-        """Return (prefixes, keys) which together cover the bucket's prefix."""
+    def _expand_folders(self, pool: ThreadPoolExecutor) -> tuple[list[str], list[Listed]]:
+        """Return (prefixes, files) which together cover the bucket's prefix."""
         crowded: list[str] = []
-        keys: list[str] = []
+        files: list[Listed] = []
         level = [self.prefix]
         while level and len(crowded) + len(level) < MIN_PREFIXES:
             listings = list(pool.map(self._list_folder, level))
             crowded += [prefix for prefix, listing in zip(level, listings, strict=True) if listing is None]
-            keys += [key for listing in listings if listing is not None for key in listing[1]]
+            files += [file for listing in listings if listing is not None for file in listing[1]]
             level = [folder for listing in listings if listing is not None for folder in listing[0]]
-        return crowded + level, keys
+        return crowded + level, files
 
-    def _list_folder(self, prefix: str) -> tuple[list[str], list[str]] | None:
-        """Return the (folders, keys) directly below a prefix, or None if there are more than MAX_PREFIXES."""
+    def _list_folder(self, prefix: str) -> tuple[list[str], list[Listed]] | None:
+        """Return the (folders, files) directly below a prefix, or None if there are more than MAX_PREFIXES."""
         folders: list[str] = []
-        keys: list[str] = []
+        files: list[Listed] = []
         token = None
-        while len(folders) + len(keys) <= MAX_PREFIXES:
+        while len(folders) + len(files) <= MAX_PREFIXES:
             response = self._request(_PageRequest(prefix, token), Delimiter="/")
             folders += [entry["Prefix"] for entry in response.get("CommonPrefixes", [])]
-            keys += self._file_keys(response)
+            files += self._files(response)
             if (token := response.get("NextContinuationToken")) is None:
-                return folders, keys
+                return folders, files
         return None
 
-    def _list_page(self, request: _PageRequest) -> tuple[list[str], list[_PageRequest]]:
-        """Return the keys of a page, and the request for the next page, if any."""
+    def _list_page(self, request: _PageRequest) -> tuple[list[Listed], list[_PageRequest]]:
+        """Return the files of a page, and the request for the next page, if any."""
         response = self._request(request)
         token = response.get("NextContinuationToken")
-        return self._file_keys(response), [] if token is None else [request._replace(token=token)]
+        return self._files(response), [] if token is None else [request._replace(token=token)]
 
     def _request(self, request: _PageRequest, **options: str) -> dict[str, Any]:
         """Send a request. Raise FileNotFoundError if the bucket does not exist."""
@@ -161,7 +161,7 @@ class _Bucket:
             raise FileNotFoundError(self.bucket) from error
         return response
 
-    def _file_keys(self, response: dict[str, Any]) -> list[str]:
-        """Return the keys of files, relative to the prefix; a key that ends with a slash is a folder."""
-        keys = (entry["Key"] for entry in response.get("Contents", []))
-        return [key[len(self.prefix) :] for key in keys if not key.endswith("/")]
+    def _files(self, response: dict[str, Any]) -> list[Listed]:
+        """Return the files, their keys relative to the prefix; a key that ends with a slash is a folder."""
+        files = (entry for entry in response.get("Contents", []) if not entry["Key"].endswith("/"))
+        return [Listed(file["Key"][len(self.prefix) :], file["Size"], file["ETag"].strip('"')) for file in files]

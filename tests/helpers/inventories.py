@@ -4,7 +4,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from carclass.data import dataset, publishing
-from carclass.data.inventory import Inventory
+from carclass.data.inventory import Inventory, Listed
+
+
+def add_keys(inventory: Inventory, keys: Iterable[str]) -> None:
+    """Add files of these keys."""
+    inventory.add_inputs(map(Listed, keys))
 
 
 def complete_dataset(
@@ -12,5 +17,5 @@ def complete_dataset(
 ) -> dataset.Dataset:
     """Return the complete dataset of these inputs, whose parts exist already."""
     with Inventory() as inventory:
-        inventory.add_inputs(inputs)
+        add_keys(inventory, inputs)
         return publishing.complete_dataset(uri, inventory, settings=settings, classes=classes, facts=facts)

@@ -33,6 +33,7 @@ from carclass.sample.background import paint_scene
 from carclass.sample.car import Pen, Pose, draw_car
 from carclass.sample.draw import draw_photo
 from carclass.sample.models import MODELS
+from tests.helpers.inventories import add_keys
 
 Rows = list[dict[str, Any]]
 SETTINGS = MaskSettings(
@@ -139,7 +140,7 @@ def publish(root: str, rows: Rows) -> dataset.Dataset:
     publishing.write_part(uri, "parts", pa.Table.from_pylist(rows, dataset.ROW), settings)
     keys, classes = [row["key"] for row in rows], sorted({row["label"] for row in rows})
     with Inventory() as inventory:
-        inventory.add_inputs(keys)
+        add_keys(inventory, keys)
         complete = publishing.complete_dataset(
             uri, inventory, settings=settings, classes=classes, facts={"kind": "photos"}
         )

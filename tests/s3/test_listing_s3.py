@@ -25,7 +25,7 @@ LAYOUTS = {
 
 
 def listed(uri: str) -> list[str]:
-    return sorted(itertools.chain.from_iterable(listing.list_pages(uri)))
+    return sorted(file.key for file in itertools.chain.from_iterable(listing.list_pages(uri)))
 
 
 def put(s3: Any, bucket: str, keys: Iterable[str]) -> None:

@@ -14,6 +14,7 @@ from carclass.data import dataset, publishing
 from carclass.data.inventory import Inventory
 from carclass.errors import UserError
 from tests.helpers import inventories
+from tests.helpers.inventories import add_keys
 
 SETTINGS = {"photos": "s3://bucket/photos", "seed": 1}
 
@@ -274,7 +275,7 @@ def write_missing(uri: str, inputs: str, *passes: str) -> int:
     """Write the keys of each pass until no input is missing, and return the number of passes."""
     pending = iter(passes)
     with Inventory() as inventory:
-        inventory.add_inputs(inputs)
+        add_keys(inventory, inputs)
         publishing.write_missing(uri, inventory, SETTINGS, write=lambda: write_rows(uri, next(pending)))
     return len(passes) - len(list(pending))
 
@@ -296,7 +297,7 @@ def test_files_with_duplicate_keys_are_deleted_and_their_other_keys_written_agai
     for keys in ("ab", "bc"):
         write_rows(uri, keys)
     with Inventory() as inventory:
-        inventory.add_inputs("abc")
+        add_keys(inventory, "abc")
 
         def write_pending() -> None:
             write_rows(uri, [key for table in inventory.pending(10) for key in table["key"].to_pylist()])

@@ -22,6 +22,7 @@ from carclass.ingestion.ingest import write_loaded
 from carclass.ingestion.labels import Label
 from carclass.ingestion.reading import to_row
 from carclass.ingestion.split import is_held_out
+from tests.helpers.inventories import add_keys
 
 
 def settings(**overrides: Any) -> IngestSettings:
@@ -213,7 +214,7 @@ def test_only_requested_photos_of_an_archive_are_read(tmp_path: Path):
 
 def labels_of(ingest_settings: IngestSettings, keys: list[str]) -> list[Label]:
     with Inventory() as inventory:
-        inventory.add_inputs(keys)
+        add_keys(inventory, keys)
         return [label for _, label in labels.read_labels(ingest_settings, inventory)]
 
 

@@ -9,6 +9,7 @@ import pytest
 from carclass.data.inventory import INPUT, Inventory, chunks
 from carclass.errors import UserError
 from carclass.ingestion import label_matching
+from tests.helpers.inventories import add_keys
 
 
 @pytest.fixture
@@ -28,33 +29,33 @@ def pending_keys(inventory: Inventory, batch_rows: int = 10) -> list[str]:
 
 
 def test_inputs_that_are_not_written_are_pending(inventory: Inventory):
-    inventory.add_inputs("abcd")
+    add_keys(inventory, "abcd")
     add_part(inventory, "parts/1.parquet", "b")
     add_part(inventory, "quarantine/2.parquet", "d", reason="empty")
     assert (inventory.count_pending(), pending_keys(inventory)) == (2, ["a", "c"])
 
 
 def test_pending_tables_have_the_requested_number_of_rows(inventory: Inventory):
-    inventory.add_inputs(f"{i:03d}" for i in range(25))
+    add_keys(inventory, (f"{i:03d}" for i in range(25)))
     tables = list(inventory.pending(10))
     assert [len(table) for table in tables] == [10, 10, 5]
     assert {table.schema for table in tables} == {INPUT}
 
 
 def test_a_batch_is_spread_over_all_folders(inventory: Inventory):
-    inventory.add_inputs(f"folder {i // 1000}/{i:05d}.jpg" for i in range(10_000))
+    add_keys(inventory, (f"folder {i // 1000}/{i:05d}.jpg" for i in range(10_000)))
     for table in inventory.pending(500):
         folders = [key.split("/")[0] for key in table["key"].to_pylist()]
         assert max(folders.count(folder) for folder in set(folders)) < 100  # 50, and seven standard deviations
 
 
 def test_pending_inputs_can_keep_the_order_of_their_source(inventory: Inventory):
-    inventory.add_inputs(["z", "a", "m"])
+    add_keys(inventory, ["z", "a", "m"])
     assert pending_keys(inventory, batch_rows=2) == ["z", "a", "m"]
 
 
 def test_parts_can_be_added_while_pending_inputs_are_read(inventory: Inventory):
-    inventory.add_inputs(f"{i:05d}" for i in range(5000))
+    add_keys(inventory, (f"{i:05d}" for i in range(5000)))
     for number, table in enumerate(inventory.pending(100)):
         inventory.add_part(f"parts/{number}.parquet", table.select(["key"]))
     assert inventory.count_pending() == 5000
@@ -63,7 +64,7 @@ def test_parts_can_be_added_while_pending_inputs_are_read(inventory: Inventory):
 
 
 def test_rows_of_a_removed_file_are_pending_again(inventory: Inventory):
-    inventory.add_inputs("ab")
+    add_keys(inventory, "ab")
     add_part(inventory, "parts/1.parquet", "a")
     add_part(inventory, "parts/2.parquet", "b")
     inventory.commit_parts(removed=["parts/1.parquet"])
@@ -95,7 +96,7 @@ def test_the_first_name_with_contradicting_labels_is_returned(inventory: Invento
 def test_the_temporary_folder_is_removed():
     with Inventory() as inventory:
         folder = Path(inventory._folder.name)
-        inventory.add_inputs("a")
+        add_keys(inventory, "a")
         assert list(folder.iterdir())
     assert not folder.exists()
 
@@ -103,7 +104,7 @@ def test_the_temporary_folder_is_removed():
 def test_a_full_disk_is_reported_with_a_remedy(inventory: Inventory):
     inventory.execute("PRAGMA max_page_count = 20")  # causes the same error as a full disk
     with pytest.raises(UserError, match=r"no space left in .*TMPDIR"):
-        inventory.add_inputs(f"{i:06d}.jpg" for i in range(10_000))
+        add_keys(inventory, (f"{i:06d}.jpg" for i in range(10_000)))
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(0, []), (3, [3]), (4, [3, 1])])

@@ -9,6 +9,7 @@ from carclass.data.inventory import Inventory
 from carclass.errors import UserError
 from carclass.ingestion import label_matching
 from carclass.ingestion.labels import Label
+from tests.helpers.inventories import add_keys
 
 SCHEMA = pa.schema([(name, pa.string()) for name in ("key", "image_id", "label", "split")])
 
@@ -22,10 +23,14 @@ class MatchResult(NamedTuple):
 
 def match(keys: list[str], labels: list[Label]) -> MatchResult:
     with Inventory() as inventory:
-        inventory.add_inputs(keys)
+        add_keys(inventory, keys)
         inventory.add_labels(labels)
         label_matching.match_labels(inventory)
-        photos = [Label(**row) for table in inventory.pending(100) for row in table.to_pylist()]
+        photos = [
+            Label(*(row[name] for name in Label._fields))
+            for table in inventory.pending(100)
+            for row in table.to_pylist()
+        ]
         rejected = [dict(zip(("key", "reason", "detail"), row, strict=True)) for row in inventory.rejected_inputs()]
     return MatchResult(sorted(photos), rejected)
 

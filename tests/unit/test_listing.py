@@ -14,7 +14,7 @@ from carclass.ingestion import label_matching, listing
 
 
 def listed(uri: str) -> list[str]:
-    return sorted(key for page in listing.list_pages(uri) for key in page)
+    return sorted(file.key for page in listing.list_pages(uri) for file in page)
 
 
 def fill(folder: Path, count: int) -> str:
@@ -32,7 +32,7 @@ def test_pages_contain_every_file_once(tmp_path: Path):
     photos = fill(tmp_path, 2500)
     pages = list(listing.list_pages(photos))
     assert max(map(len, pages)) <= listing.PAGE_KEYS
-    assert sorted(key for page in pages for key in page) == storage.list_files(photos)
+    assert sorted(file.key for page in pages for file in page) == storage.list_files(photos)
 
 
 @pytest.mark.parametrize("form", ["{}", "{}/", "file://{}", "file://{}/"])

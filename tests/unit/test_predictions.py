@@ -15,6 +15,7 @@ from carclass.data import publishing
 from carclass.data.inventory import Inventory
 from carclass.errors import UserError
 from carclass.prediction import predictions
+from tests.helpers.inventories import add_keys
 
 CLASSES = ["a", "b", "c", "d", "e", "f", "ü"]
 SETTINGS = {"photos": "s3://bucket/new", "threshold": 0.5}
@@ -43,7 +44,7 @@ def write(folder: Path, *parts: list[dict[str, Any]]) -> None:
 
 def publish(uri: Path | str, keys: Sequence[str]) -> None:
     with Inventory() as inventory:
-        inventory.add_inputs(keys)
+        add_keys(inventory, keys)
         publishing.sync_inventory(str(uri), inventory, SETTINGS)
         predictions.publish_predictions(str(uri), inventory)
 

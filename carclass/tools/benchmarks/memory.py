@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from carclass import storage
 from carclass.data import dataset, photo, publishing, quarantine
-from carclass.data.inventory import Inventory
+from carclass.data.inventory import Inventory, Listed
 from carclass.errors import UserError
 from carclass.progress import print_line
 from carclass.sample.generate import write_sample
@@ -65,7 +65,7 @@ def _publish_repeated(images: list[tuple[bytes, int, int]], count: int, root: Pa
         rows = [_row(key, *images[(start + i) % len(images)]) for i, key in enumerate(keys[start : start + PART_ROWS])]
         publishing.write_part(uri, "parts", pa.Table.from_pylist(rows, dataset.ROW), {})
     with Inventory() as inventory:
-        inventory.add_inputs(keys)
+        inventory.add_inputs(map(Listed, keys))
         publishing.publish_manifest(
             publishing.complete_dataset(uri, inventory, settings={}, classes=["a", "b"], facts={"kind": "photos"})
         )
