@@ -26,6 +26,7 @@ FLOORS = (
     {"data", "cluster"},
     {"sample"},
     {"storage", "config"},
+    {"s3"},
     {"reporting", "progress"},
     {"formatting", "errors"},
 )
