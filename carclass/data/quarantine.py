@@ -17,10 +17,16 @@ class Reason(StrEnum):
     MISSING_FILE = "missing_file"  # a label without a photo
     UNREADABLE = "unreadable"  # storage returned an error
     NO_LABEL = "no_label"  # a photo without a label
+    JUNK = "junk"  # not a photo by its name, and no label names it
+    BAD_NAME = "bad_name"  # the name is not UTF-8
     LABEL_CONFLICT = "label_conflict"  # the same bytes under two labels
     LEAKAGE = "leakage"  # a train photo whose bytes are also in test
     CRASHED = "crashed"  # crashed every worker that processed it
     DOUBTFUL_MASK = "doubtful_mask"  # excluded by `mask.exclude`
+
+
+LISTING_REASONS = (Reason.MISSING_FILE, Reason.NO_LABEL)
+"""Reasons that are known from the listing and the labels, without reading the photo."""
 
 
 class PhotoError(ValueError):
