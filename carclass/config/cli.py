@@ -49,12 +49,15 @@ class JobParser(argparse.ArgumentParser):
         arguments = list(sys.argv[1:] if argv is None else argv)
         known = {option[2:] for action in self._actions for option in action.option_strings if option[:2] == "--"}
         options = arguments[: arguments.index("--")] if "--" in arguments else arguments
-        for name in (argument[2:].split("=")[0] for argument in options if argument.startswith("--")):
+        names = [argument[2:].split("=")[0] for argument in options if argument.startswith("--")]
+        for name in names:
             if name not in known:
                 if name in self.removed:
                     raise UserError(f"`--{name}` {self.removed[name]}")
                 hint = suggest_names(name, sorted(known), "--") or f"see `{self.prog} --help`"
                 raise UserError(f"`--{name}` is not an option of {self.prog}; {hint}")
+            if names.count(name) > 1:
+                raise UserError(f"`--{name}` is given {names.count(name)} times. Give it once.")
         return self.parse_args(arguments)
 
     def error(self, message: str) -> NoReturn:
@@ -144,8 +147,8 @@ def _parse_value(text: str) -> Any:
     if text != "null" and text[:1] not in ("[", "{"):
         return CommandLineText(text)
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return yaml_file.parse(text, "command line")
+    except yaml_file.MalformedError:
         return CommandLineText(text)
 
 

@@ -1,8 +1,12 @@
 """All settings of the jobs: type, unit, default and reason.
 
-A config file is YAML with the sections below; each job reads its own section. Unknown keys are errors.
-`${NAME}` and `${NAME:-default}` are replaced from the environment. Relative paths in a file are relative
-to that file; relative paths on the command line are relative to the working directory.
+A config file is YAML with the sections below; each job reads its own section. Unknown keys, keys given twice and keys
+without a value are errors. The type of a setting decides how its value is read: `no`, `012`, `1e3` and `2024-01-01` are
+names where a name is expected, and `1e-3` is a number where a number is expected.
+
+`${NAME}` and `${NAME:-default}` are replaced from the environment, within a value and after the file is parsed: the
+value of a variable may contain any characters. `$${NAME}` stands for the text `${NAME}`. Relative paths in a file are
+relative to that file; relative paths on the command line are relative to the working directory.
 """
 
 from pathlib import Path
@@ -53,9 +57,12 @@ class IngestSettings(Section):
     max_side: int | None = Field(800, ge=16)
     """Longest side of a stored photo in pixels; larger photos are shrunk."""
     quality: int = Field(92, ge=50, le=100)
-    """JPEG quality of re-encoded photos; upright RGB JPEGs that are not shrunk keep their bytes."""
+    """JPEG quality of re-encoded photos; upright RGB JPEGs that are not shrunk keep their coded pixels."""
+    keep_metadata: bool = False
+    """Store the bytes of upright RGB JPEGs that are not shrunk as they are; by default EXIF with GPS, thumbnails, colour
+    profiles and bytes after the image are removed."""
     min_side: int = Field(16, ge=1)
-    """Photos with a shorter side in pixels are quarantined."""
+    """Photos with a shorter side in pixels, before or after shrinking, are quarantined."""
     max_pixels: int = Field(100_000_000, ge=1)
     """Photos with more pixels are quarantined without decoding (decompression bombs)."""
     part_rows: int = Field(256, ge=1)

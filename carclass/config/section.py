@@ -51,6 +51,11 @@ MESSAGES = {
     "dict_type": "must be a mapping (key: value)",
     "tuple_type": "must be a list, such as [1, 2]",
     "invalid_key": "is not the name of a setting",
+    "string_type": "must be text",
+    "int_parsing": "must be an integer",
+    "int_from_float": "must be an integer",
+    "float_parsing": "must be a number",
+    "bool_parsing": "must be true or false",
 }
 """Texts for those of pydantic's error types whose own texts speak of Python."""
 PATTERN_MESSAGES = {

@@ -1,30 +1,81 @@
-"""Reader of config files: YAML with `${NAME}` and `${NAME:-default}` from the environment."""
+"""Reader of config files: YAML with `${NAME}` and `${NAME:-default}` from the environment.
+
+Values stay text, but for `null`: the type of the setting decides, so that `no`, `012`, `1e3` and dates are names where
+a name is expected. A key given twice, a key without a value and a tag are errors with their lines.
+"""
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
 from carclass.errors import UserError
 
+NULLS = ("", "~", "null", "Null", "NULL")
+"""Plain values that stand for null; a key without a value is an error, but a variable may be empty."""
+MAX_VALUES = 100_000
+"""Limit of the values of a file after its aliases are expanded."""
+PLAIN, TEXT = "plain", "tag:yaml.org,2002:str"
+"""Tags of unquoted values and of quoted ones."""
+VARIABLE = re.compile(r"\$?\$\{([^}\n]*)\}")
+REFERENCE = re.compile(r"(\w+)(?::-(.*))?", re.ASCII)
+PLACEHOLDER = re.compile("\ue000([0-9]+)\ue001")
+"""Stand-in for a variable while the text is parsed, which no other character of YAML can be confused with."""
+
+
+class MalformedError(UserError):
+    """Text that is not YAML."""
+
 
 def read(path: str | Path) -> dict[str, Any]:
     """Return the file's keys and values, with `${NAME}` replaced. Raise UserError if it is not a YAML mapping."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(f"config file {path}: {error.strerror or error}. Give an existing file.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"config file {path} is not UTF-8 text ({error}). Check that it is the right file.") from error
-    try:
-        values = yaml.safe_load(re.sub(r"\$\{(\w+)(?::-([^}]*))?\}", lambda m: _environment(m, path), text))
-    except yaml.YAMLError as error:
-        raise UserError(f"config file {path} is not valid YAML: {error}") from error
+    values = parse(text, f"config file {path}")
     if not isinstance(values, dict):
         raise UserError(f"config file {path} holds no settings. See docs/configuration.md.")
     return values
+
+
+def null_or_text(text: str) -> str | None:
+    """Return None for an unquoted value that stands for null, and any other as it is."""
+    return None if text in NULLS else text
+
+
+def parse(text: str, source: str, plain: Callable[[str], Any] = null_or_text) -> Any:
+    """Return the value of a YAML text; None if there is none.
+
+    source: file or origin, for messages. plain: type of unquoted values. Raise MalformedError if the text is not YAML,
+    and UserError for ambiguous YAML and unset variables.
+    """
+    variables: list[str] = []
+
+    def hide(match: re.Match[str]) -> str:
+        variables.append(match[0])
+        return f"\ue000{len(variables) - 1}\ue001"
+
+    try:
+        node = yaml.compose(VARIABLE.sub(hide, PLACEHOLDER.sub("", text)), _Loader)
+        return None if node is None else _Builder(source, variables, plain).build(node, "")
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f"line {mark.line + 1}: " if mark else ""
+        hint = " Indent with spaces, not with tabs." if "'\\t'" in str(error.problem) else ""
+        raise MalformedError(f"{source} is not valid YAML: {line}{error.problem or error.context}.{hint}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        cause = (
+            "it is nested too deeply, or an alias contains itself"
+            if isinstance(error, RecursionError)
+            else " ".join(str(error).split())
+        )
+        raise MalformedError(f"{source} is not valid YAML: {cause}") from error
 
 
 def set_key(values: dict[str, Any], key: str, value: Any) -> None:
@@ -37,11 +88,97 @@ def set_key(values: dict[str, Any], key: str, value: Any) -> None:
     values[last] = value
 
 
-def _environment(match: re.Match[str], path: str | Path) -> str:
-    name, default = match.groups()
-    value = os.environ.get(name)
-    if default is not None and not value:  # as in the shell, `:-` replaces an empty value too
-        value = default
-    if value is None:
-        raise UserError(f"config file {path} uses ${{{name}}}, which is not set. Run `export {name}=…` first.")
-    return value
+def dump(values: dict[str, Any]) -> bytes:
+    """Return values as YAML that `parse` reads again: `${` is written as `$${`."""
+    return yaml.safe_dump(values, sort_keys=False).replace("${", "$${").encode()
+
+
+class _Loader(yaml.SafeLoader):
+    """Parser that gives unquoted values the tag PLAIN, as their type is decided after variables are replaced."""
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> str:
+        if kind is yaml.ScalarNode:
+            return PLAIN if implicit[0] else TEXT
+        return str(super().resolve(kind, value, implicit))
+
+
+class _Builder:
+    """Conversion of parsed YAML to Python values, with checks of keys, tags and aliases."""
+
+    def __init__(self, source: str, variables: list[str], plain: Callable[[str], Any]) -> None:
+        self.source, self.variables, self.plain = source, variables, plain
+        self.num_values = 0
+
+    def build(self, node: yaml.Node, path: str) -> Any:
+        """Return the value of a node. path: its dotted key."""
+        self.num_values += 1
+        if self.num_values > MAX_VALUES:
+            self._refuse(node, path, f"has an alias that expands to more than {MAX_VALUES} values. Write them out")
+        if isinstance(node, yaml.MappingNode) and node.tag == "tag:yaml.org,2002:map":
+            return self._build_mapping(node, path)
+        if isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq":
+            return [self.build(item, f"{path}.{i}" if path else str(i)) for i, item in enumerate(node.value)]
+        if not isinstance(node, yaml.ScalarNode) or node.tag not in (PLAIN, TEXT):
+            self._refuse(node, path, f"has the tag `{node.tag}`, which is not supported. Leave the tag out")
+        if node.tag == TEXT:
+            return self._replace_variables(node, path)
+        if node.value == "":
+            self._refuse(node, path, "has no value. Write one, `null` for none, or `{}` for the defaults of a section")
+        text = self._replace_variables(node, path)
+        # Text around a variable makes a text; alone, it has the type of its value.
+        return self.plain(text) if text == node.value or PLACEHOLDER.fullmatch(node.value) else text
+
+    def _build_mapping(self, node: yaml.MappingNode, path: str) -> dict[str, Any]:
+        merged, values, lines = {}, {}, dict[str, int]()
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag not in (PLAIN, TEXT) or not key_node.value:
+                self._refuse(key_node, path, "has a key that is not text. Write it as `key: value`")
+            key = self._replace_variables(key_node, path)
+            place = f"{path}.{key}" if path else key
+            if key in lines:
+                both = f"lines {lines[key]} and {_line(key_node)}"
+                raise UserError(f"{self.source}: `{place}` is given twice, in {both}. Join the two, or delete one.")
+            lines[key] = _line(key_node)
+            if key == "<<" and key_node.tag == PLAIN:
+                merged = self._merge(value_node, place)
+            else:
+                values[key] = self.build(value_node, place)
+        return {**merged, **values}
+
+    def _merge(self, node: yaml.Node, path: str) -> dict[str, Any]:
+        """Return the values of a merge key: one mapping, or a list of mappings of which the first takes precedence."""
+        value, merged = self.build(node, path), dict[str, Any]()
+        for item in reversed(value if isinstance(value, list) else [value]):
+            if not isinstance(item, dict):
+                self._refuse(node, path, "merges a value that is not a mapping. Give the alias of a mapping")
+            merged |= item
+        return merged
+
+    def _replace_variables(self, node: yaml.ScalarNode, path: str) -> str:
+        def value(match: re.Match[str]) -> str:
+            text = self.variables[int(match[1])]
+            return text[1:] if text.startswith("$$") else self._environment(text, node, path)
+
+        if "${" in node.value:
+            self._refuse(node, path, "has `${` without `}`. Close it, or write `$${…}` for the text itself")
+        return PLACEHOLDER.sub(value, node.value)
+
+    def _environment(self, text: str, node: yaml.Node, path: str) -> str:
+        match = REFERENCE.fullmatch(text[2:-1])
+        if match is None:
+            self._refuse(node, path, f"has `{text}`. Write `${{NAME}}`, `${{NAME:-default}}`, or `$${{…}}` for text")
+        name, default = match.groups()
+        value = os.environ.get(name)
+        if default is not None and not value:  # as in the shell, `:-` replaces an empty value too
+            value = default
+        if value is None:
+            raise UserError(f"{self.source} uses ${{{name}}}, which is not set. Run `export {name}=…` first.")
+        return value
+
+    def _refuse(self, node: yaml.Node, path: str, problem: str) -> NoReturn:
+        place = f"`{path}`" if path else "the file"
+        raise UserError(f"{self.source}: line {_line(node)}: {place} {problem}.")
+
+
+def _line(node: yaml.Node) -> int:
+    return node.start_mark.line + 1

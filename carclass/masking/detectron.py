@@ -14,6 +14,7 @@ import yaml
 from torch import Tensor, nn
 
 from carclass import storage
+from carclass.config import yaml_file
 from carclass.config.schema import DetectorSettings
 from carclass.errors import UserError
 
@@ -168,11 +169,12 @@ def _read_yaml(uri: str, depth: int = 0) -> dict[str, Any]:
     if depth > MAX_BASES:
         raise UserError(f"`{KEY}`: {uri}: `_BASE_` chains more than {MAX_BASES} files. Check it for a circle.")
     try:
-        values = yaml.safe_load(storage.read_bytes(uri))
+        text = storage.read_bytes(uri).decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"`{KEY}`: {uri} cannot be read ({error}). Give the URI of a Detectron2 .yaml.") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"`{KEY}`: {uri} is not plain YAML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"`{KEY}`: {uri} is not UTF-8 text. Give the URI of a Detectron2 .yaml.") from error
+    values = yaml_file.parse(text, f"`{KEY}`: {uri}", plain=yaml.safe_load)
     if not isinstance(values, dict):
         raise UserError(f"`{KEY}`: {uri} is not a mapping of Detectron2's settings.")
     bases = values.pop("_BASE_", [])
