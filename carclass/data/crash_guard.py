@@ -1,12 +1,12 @@
-"""Quarantine of photos that crash the worker that processes them.
+"""Quarantine of photos that crash the worker that processes them, as by a segmentation fault or for lack of memory.
 
-Ray retries the batch of a crashed worker without limit. Therefore every batch is recorded in a ledger while it is
+The batch of a crashed worker is repeated. Therefore every batch is recorded in a ledger while it is
 processed. A batch that is in the ledger already has crashed a worker, so its photos are retried one by one; after
 MAX_SINGLE_ATTEMPTS crashes of its own, a photo gets a PhotoError instead of another attempt.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import ray
@@ -26,6 +26,7 @@ class AttemptLedger:
     def __init__(self) -> None:
         self.unfinished: set[str] = set()
         self.single_attempts: Counter[str] = Counter()
+        self.crashes = 0
 
     def begin_batch(self, names: Sequence[str]) -> bool:
         """Record a batch, and return True if an earlier attempt on any of it did not finish."""
@@ -35,6 +36,7 @@ class AttemptLedger:
 
     def begin_single(self, name: str) -> int:
         """Record an attempt on a single photo, and return the number of earlier ones."""
+        self.crashes += self.single_attempts[name] > 0
         self.single_attempts[name] += 1
         return self.single_attempts[name] - 1
 
@@ -44,6 +46,10 @@ class AttemptLedger:
         for name in names:
             del self.single_attempts[name]
 
+    def count_crashes(self) -> int:
+        """Return the number of crashes in attempts on a single photo."""
+        return self.crashes
+
 
 class CrashGuard:
     """Ledger of one job, shared by its workers through a Ray actor; it starts empty if the actor's node is lost."""
@@ -52,25 +58,31 @@ class CrashGuard:
         actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(AttemptLedger)
         self.ledger: Any = actor.remote()
 
-    def run(self, stage: str, keys: Sequence[str], work: Callable[[list[int]], list[T]]) -> list[T | PhotoError]:
-        """Process a batch, and return one result per key: a PhotoError for photos that are not tried again.
+    def run(
+        self, stage: str, keys: Sequence[str], work: Callable[[list[int]], Iterable[T]]
+    ) -> Iterator[T | PhotoError]:
+        """Process a batch, and yield one result per key: a PhotoError for photos that are not tried again.
 
         stage: an infinitive, such as "decode", that separates attempts on the same photos; work: indices into keys →
-        results.
+        results, which may be computed one by one as they are consumed.
         """
         names = [f"{stage} {key}" for key in keys]
-        results: list[T | PhotoError] = []
         if not ray.get(self.ledger.begin_batch.remote(names)):
-            results += work(list(range(len(keys))))
+            yield from work(list(range(len(keys))))
         else:
             for i, name in enumerate(names):
                 if ray.get(self.ledger.begin_single.remote(name)) < MAX_SINGLE_ATTEMPTS:
-                    results += work([i])
+                    results = list(work([i]))
                     self.ledger.end.remote([name])
+                    yield from results
                 else:  # keep its count until the batch has ended: a later photo may crash this worker too
-                    results.append(_crash_error(stage))
+                    yield _crash_error(stage)
         self.ledger.end.remote(names)
-        return results
+
+    def count_crashes(self) -> int:
+        """Return the number of crashes in attempts on a single photo, each of which brings its batch forward."""
+        count: int = ray.get(self.ledger.count_crashes.remote())
+        return count
 
 
 def _crash_error(stage: str) -> PhotoError:

@@ -42,7 +42,7 @@ def fetch_and_decode(positions: pa.Table, crash_guard: CrashGuard) -> pa.Table:
 def decode_rows(batch: pa.Table, crash_guard: CrashGuard) -> pa.Table:
     """Decode rows of dataset.ROW: rows of DECODED, with pixels or with the columns of FAILURE."""
     images = batch["image"].to_pylist()
-    decoded = crash_guard.run("decode", batch["key"].to_pylist(), lambda indices: [_decode(images[i]) for i in indices])
+    decoded = crash_guard.run("decode", batch["key"].to_pylist(), lambda indices: (_decode(images[i]) for i in indices))
     columns = [item.columns() if isinstance(item, PhotoError) else _pixel_columns(item) for item in decoded]
     return _add_columns(batch, columns, DECODED)
 

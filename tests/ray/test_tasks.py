@@ -1,0 +1,49 @@
+"""Tasks that crash, or report a user's mistake. Their functions are nested, so that Ray sends them by value."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from carclass.cluster.tasks import MAX_CRASHES, run_tasks
+from carclass.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def test_results_come_from_all_items():
+    assert sorted(run_tasks(abs, range(-20, 0))) == list(range(1, 21))
+
+
+@pytest.mark.slow  # 10 s: five workers start
+def test_a_task_that_crashes_again_and_again_stops_the_job_with_a_remedy():
+    def crash(_: int) -> None:
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+    with pytest.raises(UserError, match=rf"crashed {MAX_CRASHES} times in a row without progress .* more memory"):
+        list(run_tasks(crash, [1]))
+
+
+@pytest.mark.slow  # 15 s: ten workers start
+def test_a_task_that_makes_progress_may_crash_more_often(tmp_path: Path):
+    file = tmp_path / "crashes"
+
+    def crash_at_first(allowed: int) -> int:
+        with file.open("a") as log:
+            log.write(".")
+        if file.stat().st_size <= allowed:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return file.stat().st_size
+
+    assert list(run_tasks(crash_at_first, [MAX_CRASHES + 1], lambda: file.stat().st_size)) == [MAX_CRASHES + 2]
+
+
+def test_a_users_mistake_found_by_a_task_is_reported_without_the_tasks_traceback():
+    def refuse(number: int) -> int:
+        if number == 3:
+            raise UserError("3 is refused. Use 4.")
+        return number
+
+    with pytest.raises(UserError, match=r"^3 is refused. Use 4.$"):
+        list(run_tasks(refuse, range(5)))
