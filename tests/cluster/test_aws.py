@@ -56,7 +56,7 @@ def launched(account: Account) -> Launched:
     """Run `ray up`, launch and set up a node of every other type as the head's autoscaler does, then tear down."""
     assert account.prepare().returncode == 0
     account.recorder.requests.clear()
-    config = sdk.create_or_update_cluster(account.file, no_config_cache=True)
+    config = sdk.create_or_update_cluster(account.file)
     by_operator = [*account.recorder.requests]
     account.recorder.requests.clear()
 

@@ -63,7 +63,7 @@ class Head(NamedTuple):
 def up(s3: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     with make_account(tmp_path_factory.mktemp("home")) as account:
         account.prepare().check_returncode()
-        reader = write_head_config(account, sdk.create_or_update_cluster(account.file, no_config_cache=True))
+        reader = write_head_config(account, sdk.create_or_update_cluster(account.file))
         yield Head(account, reader, make_provider(reader.get_cached_autoscaling_config()))
         sdk.teardown_cluster(account.file)
 
