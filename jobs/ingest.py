@@ -3,19 +3,20 @@
   python jobs/ingest.py --config FILE
   python jobs/ingest.py --config FILE --photos s3://bucket/cars/ --labels s3://bucket/labels.csv --root s3://bucket/out
 
-Unusable photos are quarantined with the reason. A second run with the same settings writes nothing.
+Unusable photos are quarantined with the reason. A second run writes nothing. If photos or labels have changed since, it
+says what changed; with --update it publishes a new version and reads only the photos that are new.
 """
 
 from carclass.config import cli
 
 
 def main() -> None:
-    settings = cli.parse_job(__doc__, "ingest")
+    settings, args = cli.parse_job_with_flags(__doc__, "ingest", cli.UPDATE)
     from carclass.data import dataset
     from carclass.ingestion.ingest import ingest_photos
 
     assert settings.ingest is not None
-    published = ingest_photos(settings.root, settings.ingest)
+    published = ingest_photos(settings.root, settings.ingest, update=args.update)
     print(dataset.dataset_table(published))
 
 

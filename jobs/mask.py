@@ -21,7 +21,7 @@ PREVIEW = {
 
 
 def main() -> None:
-    settings, args = cli.parse_job_with_flags(__doc__, "mask", {"preview": PREVIEW})
+    settings, args = cli.parse_job_with_flags(__doc__, "mask", {"preview": PREVIEW, **cli.UPDATE})
     if args.preview is not None and not 1 <= args.preview <= MAX_PREVIEW:
         raise UserError(f"`--preview` is {args.preview}. Give a number of photos from 1 to {MAX_PREVIEW}.")
     from carclass import storage
@@ -35,7 +35,7 @@ def main() -> None:
         rows = [(name, storage.join(uri, name)) for name in ("contact_sheet.jpg", "report.html")]
         print(progress.table(rows, title="preview, nothing published"))
         return
-    published = mask_dataset(settings.root, settings.mask)
+    published = mask_dataset(settings.root, settings.mask, update=args.update)
     iou = quality.mean_test_iou(settings.root, published, settings.mask)
     quality_row = {} if iou is None else {"mean mask IoU (test)": f"{iou:.3f}"}
     print(dataset.dataset_table(published, **quality_row, report=storage.join(published.uri, "report.html")))

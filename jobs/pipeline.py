@@ -7,7 +7,6 @@
 Idempotent and resumable. The last lines name the report and the summary (JSON).
 """
 
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,12 +25,12 @@ SAMPLE = Path(__file__).parent / "experiments" / "sample.yml"
 
 
 def main() -> None:
-    settings = cli.parse_job(__doc__, None, default=SAMPLE)
+    settings, args = cli.parse_job_with_flags(__doc__, None, cli.UPDATE, default=SAMPLE)
     if settings.ingest is None or settings.train is None:
         raise UserError("a pipeline needs the sections `ingest:` and `train:`; see jobs/experiments/sample.yml.")
     started = time.monotonic()
     import_verbs()
-    summary = make_datasets(settings)
+    summary = make_datasets(settings, update=args.update)
     run, evaluation = train_and_evaluate(settings, settings.train)
     summary |= {f"{stage}_val_accuracy": run.best_val_accuracy(stage) for stage in run.stages}
     summary["test_accuracy"] = evaluation.accuracy
@@ -53,19 +52,19 @@ def import_verbs() -> None:
     import carclass.training.train  # noqa: F401
 
 
-def make_datasets(settings: Config) -> dict[str, int | float]:
+def make_datasets(settings: Config, *, update: bool) -> dict[str, int | float]:
     """Publish the dataset and the masked dataset; return their counts and the masks' IoU, where it is known."""
     from carclass.ingestion.ingest import ingest_photos
 
     assert settings.ingest is not None
-    counts = ingest_photos(settings.root, settings.ingest).manifest
+    counts = ingest_photos(settings.root, settings.ingest, update=update).manifest
     summary: dict[str, int | float] = {"photos_in": counts["inputs"]}
     summary |= {name: counts[name] for name in ("rows", "quarantined")}
     if settings.mask is not None:
         from carclass.masking import quality
         from carclass.masking.mask import mask_dataset
 
-        masked = mask_dataset(settings.root, settings.mask)
+        masked = mask_dataset(settings.root, settings.mask, update=update)
         if (iou := quality.mean_test_iou(settings.root, masked, settings.mask)) is not None:
             summary["mask_iou"] = iou
     return summary
@@ -83,9 +82,10 @@ def train_and_evaluate(settings: Config, train: TrainSettings) -> "tuple[Run, Ev
 def print_summary(run: "Run", evaluation: "Evaluation", summary: dict[str, int | float]) -> None:
     """Write summary.json below the run, and print it."""
     from carclass import storage
+    from carclass.data import formats
 
     uri = storage.join(run.uri, "summary.json")
-    storage.write_bytes(uri, json.dumps(summary, indent=1).encode())
+    formats.write(uri, "summary", summary)
     rows = [(name.replace("_", " "), number_text(value)) for name, value in summary.items()]
     print(progress.table(rows, title=f"carclass: {run.settings.name}"))
     print(f"report: {evaluation.report_uri}\nsummary: {uri}")

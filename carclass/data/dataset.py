@@ -2,7 +2,7 @@
 
 <root>/datasets/<name>/parts/*.parquet       one row per photo
 <root>/datasets/<name>/quarantine/*.parquet  one row per input that could not become a photo, with the reason
-<root>/datasets/<name>/manifest.json         settings, counts, parts; a dataset without it is not published
+<root>/datasets/<name>/manifest.json         settings, counts, hash of every part; written last, to publish it
 
 No input is lost: inputs = rows + quarantined, each key once, checked before the manifest is written. A resumed job
 recognizes its finished parts by their settings and writes the missing ones.
@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from carclass import storage
+from carclass.data import formats
 from carclass.errors import UserError, unknown_name
 from carclass.formatting import number_text
 from carclass.progress import table
@@ -86,10 +87,28 @@ class Dataset:
         """Return the URIs of the Parquet parts, in the order of the manifest."""
         return [storage.join(self.uri, part) for part in self.manifest["parts"]]
 
+    @property
+    def quarantine(self) -> list[str]:
+        """Return the paths of the quarantine's files; none in a manifest of format 1, which does not list them."""
+        return list(self.manifest.get("quarantine", []))
+
     @cached_property
     def digest(self) -> str:
-        """Return the sha256 of the manifest, by which runs identify their dataset."""
-        return storage.sha256(to_json(self.manifest))
+        """Return the sha256 of the classes and the content of all rows, by which runs identify their dataset.
+
+        It depends neither on the order of rows nor on the files that hold them. A manifest of format 1 has no hashes of
+        parts: its digest is, as it was, the sha256 of the manifest.
+        """
+        if "format" not in self.manifest:
+            return storage.sha256(to_json(self.manifest))
+        content = sum(int(part, 16) for part in self.manifest["parts"].values()) % 2**256
+        return storage.sha256(to_json([self.classes, f"{content:064x}"]))
+
+    @property
+    def source_digest(self) -> str:
+        """Return the digest of the dataset that a masked dataset was made from."""
+        digest: str = self.manifest.get("source_digest") or self.manifest["settings"]["source_digest"]
+        return digest
 
     def read(self, columns: Sequence[str]) -> pa.Table:
         """Read columns of all rows, in the order of the parts."""
@@ -137,7 +156,7 @@ def find_dataset(root: str, name: str) -> Dataset | None:
     """Return a published dataset, or None. Raise UserError if its URI cannot be read."""
     uri = dataset_uri(root, name)
     try:
-        return Dataset(uri, json.loads(storage.read_bytes(storage.join(uri, "manifest.json"))))
+        return Dataset(uri, formats.read(storage.join(uri, "manifest.json"), "manifest"))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -155,10 +174,14 @@ def load_dataset(root: str, name: str) -> Dataset:
 def find_same_dataset(root: str, name: str, settings: dict[str, Any]) -> Dataset | None:
     """Return the published dataset, or None. Raise UserError if it was made with other settings."""
     published, new = find_dataset(root, name), json.loads(to_json(settings))
-    if published is None or published.manifest["settings"] == new:
-        return published
+    if published is None:
+        return None
     old = published.manifest["settings"]
-    changed = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+    # The settings of format 1 included those that only select inputs.
+    keys = {*old, *new} if "format" in published.manifest else old.keys() & new.keys()
+    changed = sorted(key for key in keys if old.get(key) != new.get(key))
+    if not changed:
+        return published
     raise UserError(
         f"dataset `{name}` in {root} was made with other settings ({', '.join(changed)}). "
         f"A dataset never changes: choose another name, or delete {published.uri}."
@@ -167,7 +190,7 @@ def find_same_dataset(root: str, name: str, settings: dict[str, Any]) -> Dataset
 
 def to_json(value: Any) -> bytes:
     """Return a value as canonical JSON: sorted keys, UTF-8."""
-    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False).encode()
+    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
 
 
 def dataset_table(published: Dataset, **extra_rows: str) -> str:

@@ -5,10 +5,11 @@ temporary files too.
 """
 
 import hashlib
+import json
 import sqlite3
 import tempfile
 import zlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import groupby, islice
 from pathlib import Path
@@ -25,29 +26,34 @@ INPUT = pa.schema(
         ("label", pa.string()),
         ("subset", pa.string()),
         ("size", pa.int64()),  # bytes
-        ("version", pa.string()),  # see `Listed`
+        ("fingerprint", pa.string()),  # see `Listed`
+        ("position", pa.int64()),  # see `Listed`
     ]
 )
-WRITTEN = ("key", "image_id", "label", "split", "reason")
+WRITTEN = ("key", "image_id", "label", "split", "reason", "fingerprint")
 """Columns of a written row that the inventory records, as far as its file has them."""
 CACHE_KB = 16_000
 """SQLite's page cache in memory."""
 HASH_DIGITS = 32
 """Hex digits recorded of an image_id: 128 bits distinguish photos as well as 256 do, in half the space."""
+FINGERPRINT_DIGITS = 16
+"""Hex digits of a fingerprint: compared only with those of the same key."""
 FETCH_ROWS = 1000
 PRAGMAS = ("journal_mode = OFF", "synchronous = OFF", "temp_store = FILE", f"cache_size = -{CACHE_KB}")
 """The database is deleted with the job, so it needs no protection against crashes."""
 TABLES = """
 CREATE TABLE input (
-id INTEGER PRIMARY KEY, key TEXT, reversed_path TEXT, label TEXT, subset TEXT, size INTEGER, version TEXT, reason TEXT,
-detail TEXT);
-CREATE TABLE labels (id INTEGER PRIMARY KEY, name TEXT, reversed_path TEXT, label TEXT, subset TEXT);
-CREATE TABLE part (id INTEGER PRIMARY KEY, path TEXT UNIQUE, removed INTEGER);
-CREATE TABLE written (key TEXT, image TEXT, label TEXT, split TEXT, reason TEXT, quarantined INTEGER, part INTEGER);
-CREATE TABLE staged (key TEXT, image TEXT, label TEXT, split TEXT, reason TEXT, quarantined INTEGER, part INTEGER);
+id INTEGER PRIMARY KEY, key TEXT, label TEXT, subset TEXT, size INTEGER, fingerprint TEXT, reason TEXT, detail TEXT,
+position INTEGER);
+CREATE TABLE labels (id INTEGER PRIMARY KEY, name TEXT, label TEXT, subset TEXT);
+CREATE TABLE part (id INTEGER PRIMARY KEY, path TEXT UNIQUE, content TEXT, removed INTEGER);
+CREATE TABLE written (key TEXT, image TEXT, label TEXT, split TEXT, reason TEXT, fingerprint TEXT, quarantined INTEGER,
+part INTEGER);
+CREATE TABLE staged AS SELECT * FROM written;
 """
-"""input: all keys, with a reason for those that cannot become a row. labels: labels as read. reversed_path: see
-`reverse_path`. written: rows of the files in `part`. staged: rows that are not in `written` and its index yet."""
+"""input: all keys, with a reason for those that cannot become a row. labels: labels as read. part: files with the
+hash of their content. written: rows of these files. staged: rows that are not in `written` and its index yet.
+fingerprint: see `Listed`."""
 INDICES = """
 CREATE INDEX IF NOT EXISTS input_key ON input (key);
 CREATE INDEX IF NOT EXISTS written_key ON written (key);
@@ -65,6 +71,12 @@ class Listed(NamedTuple):
     version: str = ""  # changes with the content: the ETag of an object, the time of modification of a file
     reason: str | None = None  # quarantine.Reason of a file that is not read at all
     detail: str | None = None
+    position: int | None = None  # index in its archive of the member that holds the bytes
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a short hash of size and version, by which a replaced file is recognized."""
+        return hashlib.sha256(f"{self.size}:{self.version}".encode()).hexdigest()[:FINGERPRINT_DIGITS]
 
 
 class Inventory:
@@ -82,6 +94,10 @@ class Inventory:
     def __exit__(self, *_: object) -> None:
         self._db.close()
         self._folder.cleanup()
+
+    def add_function(self, name: str, function: Callable[[str], str | bool]) -> None:
+        """Make a function of one string available to statements."""
+        self._db.create_function(name, 1, function, deterministic=True)
 
     def execute(self, *statements: str) -> None:
         """Execute statements that return no rows."""
@@ -124,18 +140,17 @@ class Inventory:
 
     def add_inputs(self, files: Iterable[Listed]) -> None:
         """Add files in the order of their source."""
-        rows = ((*file, reverse_path(file.key)) for file in files)
-        columns = "key, size, version, reason, detail, reversed_path"
+        rows = ((f.key, f.size, f.fingerprint, f.reason, f.detail, f.position) for f in files)
+        columns = "key, size, fingerprint, reason, detail, position"
         self._insert(f"INSERT INTO input ({columns}) VALUES (?, ?, ?, ?, ?, ?)", rows)  # noqa: S608 - constant
 
-    def add_numbered_keys(self, rows: Iterable[tuple[int, str]]) -> None:
-        """Add keys with unique numbers chosen by the caller, as (number, key)."""
-        self._insert("INSERT INTO input (id, key) VALUES (?, ?)", rows)
+    def add_numbered_inputs(self, rows: Iterable[tuple[int, str, str, str, str]]) -> None:
+        """Add inputs with unique numbers chosen by the caller, as (number, key, fingerprint, label, subset)."""
+        self._insert("INSERT INTO input (id, key, fingerprint, label, subset) VALUES (?, ?, ?, ?, ?)", rows)
 
     def add_labels(self, labels: Iterable[tuple[str, str, str]]) -> None:
         """Add labels in the order of their source, as (name of the photo, class, subset)."""
-        rows = ((name, reverse_path(name), label, subset) for name, label, subset in labels)
-        self._insert("INSERT INTO labels (name, reversed_path, label, subset) VALUES (?, ?, ?, ?)", rows)
+        self._insert("INSERT INTO labels (name, label, subset) VALUES (?, ?, ?)", labels)
 
     def duplicate_input(self) -> str | None:
         """Return a key that was added more than once, or None."""
@@ -143,14 +158,14 @@ class Inventory:
         return key
 
     def keys(self) -> Iterator[str]:
-        """Yield all input keys, sorted."""
-        return (key for (key,) in self.query("SELECT key FROM input ORDER BY key"))
+        """Yield the keys of all inputs without a reason for quarantine, sorted."""
+        return (key for (key,) in self.query("SELECT key FROM input WHERE reason IS NULL ORDER BY key"))
 
     def digest(self) -> str:
-        """Return the sha256 of the sorted keys, joined by newlines."""
+        """Return the sha256 of all inputs: their keys, fingerprints, labels, subsets and reasons, sorted by key."""
         digest = hashlib.sha256()
-        for i, key in enumerate(self.keys()):
-            digest.update((f"\n{key}" if i else key).encode())
+        for row in self.query("SELECT key, fingerprint, label, subset, reason FROM input ORDER BY key"):
+            digest.update(f"{json.dumps(row)}\n".encode())
         return digest.hexdigest()
 
     def classes(self) -> list[str]:
@@ -185,26 +200,29 @@ class Inventory:
         """Yield the numbers of photos that are not written yet, sorted."""
         return (number for (number,) in self.query(f"SELECT id {PENDING} ORDER BY id"))
 
-    def rejected_inputs(self) -> Iterator[tuple[str, str, str]]:
-        """Yield (key, reason, detail) of inputs that cannot become a row and are not in quarantine yet."""
+    def rejected_inputs(self) -> Iterator[tuple[str, str, str, str | None]]:
+        """Yield (key, reason, detail, fingerprint) of inputs that cannot become a row and are not in quarantine yet."""
         written = "SELECT 1 FROM written WHERE written.key = input.key"
         rejected = f"FROM input WHERE reason NOT NULL AND NOT EXISTS ({written})"
-        return self.query(f"SELECT key, reason, detail {rejected} ORDER BY reason, id")
+        return self.query(f"SELECT key, reason, detail, fingerprint {rejected} ORDER BY reason, id")
 
     # Written rows
 
-    def part_paths(self) -> list[str]:
-        """Return the paths of all recorded files, sorted."""
-        return [path for (path,) in self.query("SELECT path FROM part ORDER BY path")]
+    def contents(self) -> dict[str, str]:
+        """Return the recorded files, sorted by path, with the hash of their content."""
+        return dict(self.query("SELECT path, content FROM part ORDER BY path"))
 
-    def add_part(self, path: str, rows: pa.Table) -> None:
-        """Record a file and stage its rows, columns of WRITTEN; they count after the next `commit_parts`."""
-        self._insert("INSERT INTO part (path) VALUES (?)", [(path,)])
+    def add_part(self, path: str, rows: pa.Table, content: str) -> None:
+        """Record a file, the hash of its content and its rows, columns of WRITTEN.
+
+        The rows are staged: they count after the next `commit_parts`.
+        """
+        self._insert("INSERT INTO part (path, content) VALUES (?, ?)", [(path, content)])
         available = {name: rows[name].to_pylist() for name in rows.column_names}
         columns = [available.get(name, [None] * len(rows)) for name in WRITTEN]
         columns[1] = [image_id and image_id[:HASH_DIGITS] for image_id in columns[1]]
         quarantined = [path.startswith("quarantine/")] * len(rows)
-        statement = "INSERT INTO staged VALUES (?, ?, ?, ?, ?, ?, (SELECT max(id) FROM part))"
+        statement = "INSERT INTO staged VALUES (?, ?, ?, ?, ?, ?, ?, (SELECT max(id) FROM part))"
         self._insert(statement, zip(*columns, quarantined, strict=True))
 
     def commit_parts(self, removed: Collection[str]) -> None:
@@ -272,11 +290,6 @@ class Inventory:
         """Return written keys that are not inputs or are written more than once."""
         query = f"SELECT key FROM written GROUP BY key HAVING count(*) > 1 OR {UNKNOWN} LIMIT 5"  # noqa: S608 - constant
         return [key for (key,) in self.query(query)]
-
-
-def reverse_path(path: str) -> str:
-    """Return a path's characters reversed, with a slash appended: paths with a common end share a prefix."""
-    return path[::-1] + "/"
 
 
 def chunks(items: Iterator[T], size: int) -> Iterator[list[T]]:

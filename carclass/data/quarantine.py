@@ -25,7 +25,7 @@ class Reason(StrEnum):
     DOUBTFUL_MASK = "doubtful_mask"  # excluded by `mask.exclude`
 
 
-LISTING_REASONS = (Reason.MISSING_FILE, Reason.NO_LABEL)
+LISTING_REASONS = (Reason.MISSING_FILE, Reason.NO_LABEL, Reason.JUNK, Reason.BAD_NAME)
 """Reasons that are known from the listing and the labels, without reading the photo."""
 
 
@@ -46,8 +46,7 @@ class PhotoError(ValueError):
         return f"{self.reason}: {self.detail}"
 
 
-def quarantine_row(
-    key: str, reason: str, detail: str, image_id: str | None = None, attempts: int = 0
-) -> dict[str, Any]:
-    """Return a row of QUARANTINE."""
-    return {"key": key, "image_id": image_id, "reason": str(reason), "detail": detail, "attempts": attempts}
+def quarantine_row(key: str, reason: str, detail: str, fingerprint: str | None = None) -> dict[str, Any]:
+    """Return a row of QUARANTINE, and its fingerprint, for an input that is not read."""
+    row = {"key": key, "image_id": None, "reason": str(reason), "detail": detail, "attempts": 0}
+    return {**row, "fingerprint": fingerprint}

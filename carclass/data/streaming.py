@@ -30,15 +30,17 @@ class RowNumber(NamedTuple):
     image_id: str
     key: str
     number: int  # index of the part * PART_STRIDE + position in the part
+    label: str
+    split: str
 
 
 def number_rows(source: dataset.Dataset) -> Iterator[RowNumber]:
     """Yield the numbers of all rows, in ascending order."""
-    read = partial(dataset.read_part, columns=["image_id", "key"])
+    read = partial(dataset.read_part, columns=["image_id", "key", "label", "split"])
     for part, table in enumerate(storage.in_parallel(read, source.part_uris)):
-        ids, keys = (table[name].to_pylist() for name in ("image_id", "key"))
-        for position, (image_id, key) in enumerate(zip(ids, keys, strict=True)):
-            yield RowNumber(image_id, key, part * PART_STRIDE + position)
+        columns = (column.to_pylist() for column in table.columns)
+        for position, (image_id, key, label, split) in enumerate(zip(*columns, strict=True)):
+            yield RowNumber(image_id, key, part * PART_STRIDE + position, label, split)
 
 
 def select_rows(source: dataset.Dataset, limit: int | None) -> Iterable[RowNumber]:

@@ -21,32 +21,34 @@ from carclass.cluster.tasks import run_tasks
 from carclass.cluster.telemetry import PhotoMeter
 from carclass.config.schema import IngestSettings
 from carclass.data import dataset, publishing, quarantine
-from carclass.data.inventory import WRITTEN, Inventory, chunks
+from carclass.data.draft import Draft
+from carclass.data.inventory import Inventory, chunks
+from carclass.data.publishing import WrittenPart
 from carclass.data.quarantine import PhotoError
 from carclass.errors import UserError
-from carclass.ingestion import archive, label_matching
+from carclass.ingestion import archive, leakage
 from carclass.ingestion.label_matching import label_photos
 from carclass.ingestion.listing import list_photos
 from carclass.ingestion.reading import failed_row, load_photos, to_row
+from carclass.ingestion.split import split_of
 from carclass.sample import source as sample
 
 log = logging.getLogger(__name__)
 QUARANTINE_ROWS = 10_000
 """Rows per file of quarantine, for rows that need no photo to be read."""
 ARCHIVE_PREFETCH_PARTS = 4
-WrittenParts = list[tuple[str, pa.Table]]
-"""Paths of the files written by a task, with the columns of WRITTEN of their rows."""
+IRRELEVANT = {"dataset", "labels", "num_classes", "part_rows"}
+"""Settings that change no row by themselves: labels are compared photo by photo."""
 
 
-def ingest_photos(root: str, settings: IngestSettings) -> dataset.Dataset:
-    """Publish the dataset `<root>/datasets/<dataset>`, or return it if it is published already.
+def ingest_photos(root: str, settings: IngestSettings, *, update: bool = False) -> dataset.Dataset:
+    """Publish the dataset `<root>/datasets/<dataset>`, or return it if photos and labels are those it was made from.
 
-    Raise UserError if photos, labels or settings are unusable.
+    update: publish a new version if they have changed, reading only photos that are new. Raise UserError if photos,
+    labels or settings are unusable, or have changed.
     """
-    identity = settings.model_dump(mode="json", exclude={"dataset", "part_rows"})
-    if (published := dataset.find_same_dataset(root, settings.dataset, identity)) is not None:
-        log.info("ingest: dataset %s is published, nothing to do", settings.dataset)
-        return published
+    identity = {**settings.model_dump(mode="json", exclude=IRRELEVANT), "photos": _spelled_once(settings.photos)}
+    published = dataset.find_same_dataset(root, settings.dataset, identity)
     storage.check_root(root)
     if settings.photos == "sample":
         sample_uris = sample.ensure_sample(root)
@@ -54,32 +56,39 @@ def ingest_photos(root: str, settings: IngestSettings) -> dataset.Dataset:
     with Inventory() as inventory:
         list_photos(settings.photos, inventory)
         label_photos(settings, inventory)
-        classes = inventory.classes()
-        _check_classes(classes, settings)
+        _check_classes(inventory.classes(), settings)
+        draft = Draft(dataset.dataset_uri(root, settings.dataset), identity, inventory, published, run_tasks)
+        if draft.is_current(update=update):
+            assert published is not None
+            log.info("ingest: dataset %s is published, nothing to do", settings.dataset)
+            return published
         connection.connect()
-        uri = dataset.dataset_uri(root, settings.dataset)
-        publishing.write_missing(
-            uri,
-            inventory,
-            identity,
-            write=lambda: _write_inputs(uri, inventory, settings, identity),
-            finish_withdrawals=lambda: _finish_withdrawals(uri, inventory, identity),
-        )
-        _quarantine_leaks(uri, inventory, identity)
-        complete = publishing.complete_dataset(
-            uri, inventory, settings=identity, classes=classes, facts={"kind": "photos"}
-        )
-        published = publishing.publish_manifest(complete)
-        _warn_about_missing_val(inventory, classes)
+        return _write_dataset(draft, settings)
+
+
+def _write_dataset(draft: Draft, settings: IngestSettings) -> dataset.Dataset:
+    """Write what is missing in the draft and publish it."""
+    inventory, classes = draft.inventory, draft.inventory.classes()
+    draft.begin()
+    draft.reconcile(partial(split_of, seed=settings.seed, val_fraction=settings.val_fraction))
+    draft.write_missing(lambda: _write_inputs(draft, settings))
+    _quarantine_leaks(draft)
+    published = draft.publish(draft.complete(classes, {"kind": "photos"}))
+    _warn_about_missing_val(inventory, classes)
     return published
 
 
-def write_photos(sources: pa.Table, uri: str, settings: IngestSettings, identity: dict[str, Any]) -> WrittenParts:
+def _spelled_once(photos: str) -> str:
+    """Return the URI without a trailing slash or file://, so that each place has one spelling."""
+    return photos.removeprefix("file://").rstrip("/") or photos
+
+
+def write_photos(sources: pa.Table, uri: str, settings: IngestSettings, identity: dict[str, Any]) -> list[WrittenPart]:
     """Read photos, rows of INPUT, and write them as a part."""
     return write_loaded(load_photos(sources, settings.photos), uri, settings, identity)
 
 
-def write_loaded(batch: pa.Table, uri: str, settings: IngestSettings, identity: dict[str, Any]) -> WrittenParts:
+def write_loaded(batch: pa.Table, uri: str, settings: IngestSettings, identity: dict[str, Any]) -> list[WrittenPart]:
     """Write rows of LOADED as a part, and unusable photos as a part of quarantine."""
     rows, rejected = [], []
     for source in batch.to_pylist():
@@ -87,49 +96,41 @@ def write_loaded(batch: pa.Table, uri: str, settings: IngestSettings, identity: 
             rows.append(to_row(source, settings))
         except PhotoError as error:
             rejected.append(failed_row(source, error))
-    folders = [("parts", rows, dataset.ROW), ("quarantine", rejected, dataset.QUARANTINE)]
-    return [_write_part(uri, folder, rows, schema, identity) for folder, rows, schema in folders if rows]
+    folders = {"parts": rows, "quarantine": rejected}
+    return [publishing.write_rows(uri, folder, rows, identity) for folder, rows in folders.items() if rows]
 
 
-def _write_part(
-    uri: str, folder: str, rows: Sequence[dict[str, Any]], schema: pa.Schema, identity: dict[str, Any]
-) -> tuple[str, pa.Table]:
-    """Write rows as one file, and return its path and the columns that the inventory records."""
-    table = pa.Table.from_pylist(rows, schema)
-    path = publishing.write_part(uri, folder, table, identity)
-    return path, table.select([name for name in WRITTEN if name in schema.names])
-
-
-def _write_inputs(uri: str, inventory: Inventory, settings: IngestSettings, identity: dict[str, Any]) -> None:
+def _write_inputs(draft: Draft, settings: IngestSettings) -> None:
     """Write all inputs that are not written yet, as rows or in quarantine."""
-    _write_pending_photos(uri, inventory, settings, identity)
-    rejected = (quarantine.quarantine_row(*row) for row in inventory.rejected_inputs())
+    _write_pending_photos(draft, settings)
+    rejected = (quarantine.quarantine_row(*row) for row in draft.inventory.rejected_inputs())
     for rows in chunks(rejected, QUARANTINE_ROWS):
-        inventory.add_part(*_write_part(uri, "quarantine", rows, dataset.QUARANTINE, identity))
+        draft.inventory.add_part(*publishing.write_rows(draft.uri, "quarantine", rows, draft.settings))
 
 
-def _write_pending_photos(uri: str, inventory: Inventory, settings: IngestSettings, identity: dict[str, Any]) -> None:
+def _write_pending_photos(draft: Draft, settings: IngestSettings) -> None:
     """Stream the photos through the cluster into parts."""
+    inventory = draft.inventory
     if not (total := inventory.count_pending()):
         return
     write: Any = write_photos
     batches: Iterator[Any] = inventory.pending(settings.part_rows)
-    if settings.photos.endswith(archive.SUFFIXES):
+    if archive.is_archive(settings.photos):
         write, batches = write_loaded, _read_archive(settings, inventory)
     rejected = 0
     with PhotoMeter("ingest", total) as meter:
-        for written in run_tasks(partial(write, uri=uri, settings=settings, identity=identity), batches):
-            for path, rows in written:
-                inventory.add_part(path, rows)
+        for written in run_tasks(partial(write, uri=draft.uri, settings=settings, identity=draft.settings), batches):
+            for part in written:
+                inventory.add_part(*part)
             reasons = _column(written, "reason")
             meter.add(_column(written, "split"), reasons)
             rejected += len(reasons)
     log.info("ingest: %s photos written, %s quarantined", f"{total - rejected:,}", f"{rejected:,}")
 
 
-def _column(written: WrittenParts, name: str) -> list[str]:
+def _column(written: Sequence[WrittenPart], name: str) -> list[str]:
     """Return the values of a column in the files that have it."""
-    return [value for _, rows in written if name in rows.column_names for value in rows[name].to_pylist()]
+    return [value for part in written if name in part.rows.column_names for value in part.rows[name].to_pylist()]
 
 
 def _read_archive(settings: IngestSettings, inventory: Inventory) -> Iterator[ray.ObjectRef]:
@@ -144,29 +145,22 @@ def _read_archive(settings: IngestSettings, inventory: Inventory) -> Iterator[ra
     yield from read.remote(settings.photos, requested, settings.part_rows, "ingest.photos")
 
 
-def _quarantine_leaks(uri: str, inventory: Inventory, identity: dict[str, Any]) -> None:
+def _quarantine_leaks(draft: Draft) -> None:
     """Move photos with leakage or label conflicts to quarantine.
 
     Copies are written to the same file: if a job were killed between two of them, the resumed job would not detect
     the second one.
     """
     rows: list[dict[str, Any]] = []
-    for _, copies in groupby(label_matching.find_leaks(inventory), key=lambda leak: leak[0]):
+    for _, copies in groupby(leakage.find_leaks(draft.inventory), key=lambda leak: leak[0]):
         if len(rows) >= QUARANTINE_ROWS:
-            _write_part(uri, "quarantine", rows, dataset.QUARANTINE, identity)
+            publishing.write_rows(draft.uri, "quarantine", rows, draft.settings)
             rows = []
         rows += [row for _, row in copies]
     if rows:
-        _write_part(uri, "quarantine", rows, dataset.QUARANTINE, identity)
-    publishing.sync_inventory(uri, inventory, identity)
-    _finish_withdrawals(uri, inventory, identity)
-
-
-def _finish_withdrawals(uri: str, inventory: Inventory, identity: dict[str, Any]) -> None:
-    """Remove rows that are in quarantine from their parts."""
-    withdraw = partial(publishing.withdraw_rows, uri=uri, settings=identity)
-    if list(run_tasks(withdraw, inventory.withdrawn_rows())):
-        publishing.sync_inventory(uri, inventory, identity)
+        publishing.write_rows(draft.uri, "quarantine", rows, draft.settings)
+    draft.sync()
+    draft.finish_withdrawals()
 
 
 def _check_classes(classes: Sequence[str], settings: IngestSettings) -> None:

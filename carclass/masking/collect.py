@@ -99,7 +99,7 @@ def _report(
     return MaskingReport(
         title=f"Masking of {settings['source']}: {masked.name}",
         facts=[
-            ("Source", f"{settings['source']} (sha256 {settings['source_digest'][:12]}…)"),
+            ("Source", f"{settings['source']} (sha256 {masked.source_digest[:12]}…)"),
             ("Detector", f"{detector['model'].rsplit('/', 1)[-1]}, weights sha256 {detector['weights'][:12]}…"),
             ("Input", f"{detector['short_side']} px, {detector['num_proposals']} proposals ({detector['profile']})"),
             ("Selection", f"{settings['choice'].replace('_', ' ')} {' or '.join(detector['classes'].values())}"),

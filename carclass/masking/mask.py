@@ -16,10 +16,12 @@ import ray
 
 from carclass import storage
 from carclass.cluster import connection, resources
+from carclass.cluster.tasks import run_tasks
 from carclass.cluster.telemetry import PhotoMeter
 from carclass.config.schema import MaskSettings
 from carclass.data import dataset, publishing, streaming
 from carclass.data.crash_guard import CrashGuard
+from carclass.data.draft import Draft
 from carclass.data.inventory import Inventory
 from carclass.errors import UserError
 from carclass.masking import collect, networks, quality
@@ -28,22 +30,30 @@ from carclass.masking.detector import Detector
 from carclass.masking.writer import write_batch
 
 log = logging.getLogger(__name__)
+READING = ("min_side", "max_side", "max_pixels", "quality")
+"""Settings of the source that determine its photos."""
 
 
-def mask_dataset(root: str, settings: MaskSettings) -> dataset.Dataset:
-    """Publish `<root>/datasets/<dataset>` with its report, and return it; do nothing if it is published.
+def mask_dataset(root: str, settings: MaskSettings, *, update: bool = False) -> dataset.Dataset:
+    """Publish `<root>/datasets/<dataset>` with its report, or return it if its source is the one it was made from.
 
-    Raise UserError for wrong settings or weights, or if the name is used by a dataset with other settings.
+    update: publish a new version if the source has changed, masking only photos that are new. Raise UserError for wrong
+    settings or weights, if the name is used by a dataset with other settings, or if the source has changed.
     """
     source = dataset.load_dataset(root, settings.source)
     settings = _pin_detector(root, settings)
     identity = _identity(settings, source)
-    if (published := dataset.find_same_dataset(root, settings.dataset, identity)) is not None:
-        log.info("mask: dataset %s is published, nothing to do", settings.dataset)
-        return published
-    draft = _write_draft(dataset.dataset_uri(root, settings.dataset), source, settings, identity, settings.limit)
-    collect.write_report(draft, source, quality.resolve_truth(root, settings))
-    return publishing.publish_manifest(draft)
+    published = dataset.find_same_dataset(root, settings.dataset, identity)
+    with Inventory() as inventory:
+        draft = Draft(dataset.dataset_uri(root, settings.dataset), identity, inventory, published, run_tasks)
+        _add_inputs(inventory, source, settings.limit)
+        if draft.is_current(update=update):
+            assert published is not None
+            log.info("mask: dataset %s is published, nothing to do", settings.dataset)
+            return published
+        complete = _write_dataset(draft, source, settings)
+        collect.write_report(complete, source, quality.resolve_truth(root, settings))
+        return draft.publish(complete)
 
 
 def preview_masks(root: str, settings: MaskSettings, num_photos: int) -> str:
@@ -53,9 +63,11 @@ def preview_masks(root: str, settings: MaskSettings, num_photos: int) -> str:
     uri = storage.join(root, "previews", settings.dataset)
     for path in storage.list_files(uri):
         storage.delete(storage.join(uri, path))
-    draft = _write_draft(uri, source, settings, _identity(settings, source), num_photos)
-    collect.write_report(draft, source, quality.resolve_truth(root, settings), num_sheet=draft.manifest["rows"])
-    for part in draft.part_uris:
+    with Inventory() as inventory:
+        _add_inputs(inventory, source, num_photos)
+        complete = _write_dataset(Draft(uri, _identity(settings, source), inventory), source, settings)
+    collect.write_report(complete, source, quality.resolve_truth(root, settings), num_sheet=complete.manifest["rows"])
+    for part in complete.part_uris:
         storage.delete(part)
     return uri
 
@@ -72,38 +84,49 @@ def _pin_detector(root: str, settings: MaskSettings) -> MaskSettings:
 
 
 def _identity(settings: MaskSettings, source: dataset.Dataset) -> dict[str, Any]:
-    """Return all settings that determine the rows, with hashes of weights, network and source."""
+    """Return all settings that determine the rows, with hashes of weights and network, and the source's settings.
+
+    Labels and the list of photos are no part of it: a masked photo depends on its own bytes.
+    """
     irrelevant = {"dataset", "truth", "num_actors", "use_gpu", "batch_size", "part_rows"}
     identity = settings.model_dump(mode="json", exclude=irrelevant)
     identity["detector"]["weights"] = identity["detector"].pop("weights_sha256")
     identity["detector"]["architecture"] = networks.architecture_digest(settings.detector)
-    return {**identity, "source_digest": source.digest}
+    reading = {name: source.manifest["settings"].get(name) for name in READING}
+    return {**identity, "source_settings": reading}
 
 
-def _write_draft(
-    uri: str, source: dataset.Dataset, settings: MaskSettings, identity: dict[str, Any], limit: int | None
-) -> dataset.Dataset:
-    """Write all parts at uri and return the complete dataset, which is not published yet."""
+def _add_inputs(inventory: Inventory, source: dataset.Dataset, limit: int | None) -> None:
+    """Add the source's rows to the inventory, all or the first `limit` in the order of their content's hash."""
+    rows = streaming.select_rows(source, limit)
+    inventory.add_numbered_inputs((row.number, row.key, row.image_id, row.label, row.split) for row in rows)
+
+
+def _write_dataset(draft: Draft, source: dataset.Dataset, settings: MaskSettings) -> dataset.Dataset:
+    """Write what is missing in the draft and return the complete dataset, which is not published yet."""
     connection.connect()
-    with Inventory() as inventory:
-        inventory.add_numbered_keys((row.number, row.key) for row in streaming.select_rows(source, limit))
-        publishing.write_missing(
-            uri, inventory, identity, lambda: _write_pending(uri, source, inventory, settings, identity)
-        )
-        outcomes = Counter(publishing.read_written(uri, "parts", ["outcome"])["outcome"].to_pylist())
-        facts = {
-            "kind": "masked",
-            "outcomes": dict(sorted(outcomes.items())),
-            # For predictions: the identity holds only their hash.
-            "detector_weights": settings.detector.weights,
-        }
-        return publishing.complete_dataset(uri, inventory, settings=identity, classes=source.classes, facts=facts)
+    draft.begin()
+    draft.reconcile(_keep_split)
+    draft.write_missing(lambda: _write_pending(draft, source, settings))
+    parts = [path for path in draft.inventory.contents() if path.startswith("parts/")]
+    outcomes = Counter(publishing.read_written(draft.uri, "parts", ["outcome"], parts)["outcome"].to_pylist())
+    facts = {
+        "kind": "masked",
+        "outcomes": dict(sorted(outcomes.items())),
+        "source_digest": source.digest,
+        # For predictions: the identity holds only their hash.
+        "detector_weights": settings.detector.weights,
+    }
+    return draft.complete(source.classes, facts)
 
 
-def _write_pending(
-    uri: str, source: dataset.Dataset, inventory: Inventory, settings: MaskSettings, identity: dict[str, Any]
-) -> None:
+def _keep_split(split: str, _image_id: str) -> str:
+    return split
+
+
+def _write_pending(draft: Draft, source: dataset.Dataset, settings: MaskSettings) -> None:
     """Stream the pending rows through the detectors into parts."""
+    inventory = draft.inventory
     use_gpu = resources.decide_gpus(
         settings.use_gpu, settings.num_actors or 1, "mask.use_gpu", resources.MASK, all_at_once=False
     )
@@ -131,7 +154,7 @@ def _write_pending(
         label_selector=node_selector,
     )
     written = detected.map_batches(
-        partial(write_batch, uri=uri, settings=settings, identity=identity),
+        partial(write_batch, uri=draft.uri, settings=settings, identity=draft.settings),
         batch_size=settings.part_rows,
         batch_format="pyarrow",
         num_cpus=streaming.TASK_CPUS,

@@ -21,10 +21,14 @@ SUMMARY = pa.schema([("outcome", pa.string()), ("reason", pa.string())])
 def write_batch(batch: pa.Table, uri: str, settings: MaskSettings, identity: dict[str, Any]) -> pa.Table:
     """Write rows of detect.DETECTED as a part and a part of quarantine, and return rows of SUMMARY."""
     rows, quarantined = cut_batch(batch, settings)
-    if rows:
-        publishing.write_part(uri, "parts", pa.Table.from_pylist(rows, dataset.MASKED_ROW), identity)
-    if quarantined:
-        publishing.write_part(uri, "quarantine", pa.Table.from_pylist(quarantined, dataset.QUARANTINE), identity)
+    for folder, schema, written in (
+        ("parts", dataset.MASKED_ROW, rows),
+        ("quarantine", dataset.QUARANTINE, quarantined),
+    ):
+        if written:
+            table = pa.Table.from_pylist(written, schema)
+            # A masked photo is masked again if its source photo is replaced.
+            publishing.write_part(uri, folder, table.append_column("fingerprint", table["image_id"]), identity)
     summary = [{"outcome": row["outcome"]} for row in rows] + [{"reason": row["reason"]} for row in quarantined]
     return pa.Table.from_pylist(summary, SUMMARY)
 

@@ -10,7 +10,8 @@ from carclass import storage
 from carclass.cluster import connection
 from carclass.cluster.telemetry import PhotoMeter
 from carclass.config.schema import EvaluateSettings, PredictSettings
-from carclass.data import publishing, streaming
+from carclass.data import streaming
+from carclass.data.draft import Draft
 from carclass.data.inventory import Inventory
 from carclass.errors import UserError
 from carclass.evaluation.evaluate import predict_split, to_arrays
@@ -51,7 +52,7 @@ def predict_photos(root: str, settings: PredictSettings) -> PredictionResult:
         calibrated = calibrate_run(run, facts, settings.batch_size)
         uri = predictions.predictions_uri(run.uri, settings.name)
         identity = _identity(settings, inventory, facts, preprocessing, calibrated)
-        if predictions.begin_predictions(uri, identity):
+        if predictions.begin_predictions(uri, identity) and not predictions.read_counts(uri).reasons.get("unreadable"):
             log.info("predict: %s is finished, nothing to do", uri)
         else:
             reading = preprocessing.ingest_settings(settings.photos)
@@ -103,7 +104,9 @@ def _identity(
 def _write_predictions(uri: str, inventory: Inventory, job: PredictionJob, identity: dict[str, Any]) -> None:
     """Write parts with the pending photos, then the tables of all photos."""
     connection.connect()
-    publishing.sync_inventory(uri, inventory, identity)
+    draft = Draft(uri, identity, inventory)
+    draft.sync()
+    draft.retry_unreadable()
     if num_pending := inventory.count_pending():
         written = stream_predictions(inventory, job).map_batches(
             partial(predictions.write_batch, uri=uri, settings=identity),
@@ -117,5 +120,5 @@ def _write_predictions(uri: str, inventory: Inventory, job: PredictionJob, ident
                 rejected = summary["rejected"].drop_null().to_pylist()
                 outcomes = ["rejected" if is_rejected else "accepted" for is_rejected in rejected]
                 meter.add(outcomes, summary["reason"].drop_null().to_pylist())
-        publishing.sync_inventory(uri, inventory, identity)
+        draft.sync()
     predictions.publish_predictions(uri, inventory)

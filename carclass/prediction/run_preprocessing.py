@@ -4,13 +4,12 @@ It is read from the run's dataset at the first prediction and stored with the ru
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from carclass import storage
 from carclass.config.schema import RENAMED_CHOICES, DetectorSettings, IngestSettings, MaskSettings
-from carclass.data import dataset
+from carclass.data import dataset, formats
 from carclass.errors import UserError
 from carclass.masking import networks
 from carclass.models import weights
@@ -74,10 +73,10 @@ def load_preprocessing(run: Run) -> Preprocessing:
     """Return the preprocessing stored with the run, or store that of its dataset; raise UserError if both are gone."""
     uri = storage.join(run.uri, FILE)
     try:
-        return Preprocessing(**json.loads(storage.read_bytes(uri)))
+        return formats.build(Preprocessing, formats.read(uri, "preprocessing"), "preprocessing", uri)
     except FileNotFoundError:
         preprocessing = dataset_preprocessing(run.root, training_dataset(run))
-    storage.write_bytes(uri, json.dumps(dataclasses.asdict(preprocessing), indent=1).encode())
+    formats.write(uri, "preprocessing", dataclasses.asdict(preprocessing))
     return preprocessing
 
 
@@ -88,9 +87,13 @@ def dataset_preprocessing(root: str, source: dataset.Dataset) -> Preprocessing:
     """
     mask, weights_uri = None, None
     if source.manifest["kind"] == "masked":
-        mask, weights_uri = source.manifest["settings"], source.manifest.get("detector_weights")
+        mask, weights_uri, source_digest = (
+            source.manifest["settings"],
+            source.manifest.get("detector_weights"),
+            source.source_digest,
+        )
         source = dataset.load_dataset(root, mask["source"])
-        if source.digest != mask["source_digest"]:
+        if source.digest != source_digest:
             raise UserError(
                 f"dataset `{source.name}` in {root} is not the one that the run's photos were masked from. "
                 "Restore that dataset."

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from carclass.data import dataset, publishing
+from carclass.data import dataset
+from carclass.data.draft import Draft
 from carclass.data.inventory import Inventory, Listed
 
 
@@ -18,4 +19,4 @@ def complete_dataset(
     """Return the complete dataset of these inputs, whose parts exist already."""
     with Inventory() as inventory:
         add_keys(inventory, inputs)
-        return publishing.complete_dataset(uri, inventory, settings=settings, classes=classes, facts=facts)
+        return Draft(uri, settings, inventory).complete(classes, facts)

@@ -22,6 +22,7 @@ from carclass import storage
 from carclass.config.schema import DetectorSettings, IngestSettings, MaskSettings
 from carclass.data import dataset, photo, publishing
 from carclass.data.crash_guard import MAX_SINGLE_ATTEMPTS, AttemptLedger
+from carclass.data.draft import Draft
 from carclass.data.inventory import Inventory
 from carclass.ingestion.ingest import ingest_photos
 from carclass.masking import mask
@@ -141,10 +142,8 @@ def publish(root: str, rows: Rows) -> dataset.Dataset:
     keys, classes = [row["key"] for row in rows], sorted({row["label"] for row in rows})
     with Inventory() as inventory:
         add_keys(inventory, keys)
-        complete = publishing.complete_dataset(
-            uri, inventory, settings=settings, classes=classes, facts={"kind": "photos"}
-        )
-    return publishing.publish_manifest(complete)
+        draft = Draft(uri, settings, inventory)
+        return draft.publish(draft.complete(classes, {"kind": "photos"}))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from carclass import storage
-from carclass.data import dataset, publishing
+from carclass.data import dataset, draft, publishing
+from carclass.data.draft import Draft
 from carclass.data.inventory import Inventory
 from carclass.errors import UserError
 from tests.helpers import inventories
@@ -55,7 +56,7 @@ def keys_in(uri: str, folder: str) -> list[str]:
 def finished_keys(uri: str) -> set[str]:
     """Return the keys that a job with SETTINGS has written."""
     with Inventory() as inventory:
-        publishing.sync_inventory(uri, inventory, SETTINGS)
+        Draft(uri, SETTINGS, inventory).sync()
         return {key for (key,) in inventory.query("SELECT key FROM written")}
 
 
@@ -64,15 +65,16 @@ def withdraw(uri: str, keys: Sequence[str]) -> None:
     if keys:
         write_quarantine(uri, keys)
     with Inventory() as inventory:
-        publishing.sync_inventory(uri, inventory, SETTINGS)
-        for part in inventory.withdrawn_rows():
-            publishing.withdraw_rows(part, uri, SETTINGS)
+        writing = Draft(uri, SETTINGS, inventory)
+        writing.sync()
+        writing.finish_withdrawals()
 
 
 def drop_duplicates(uri: str) -> None:
     with Inventory() as inventory:
-        publishing.sync_inventory(uri, inventory, SETTINGS)
-        publishing.drop_duplicate_parts(uri, inventory, SETTINGS)
+        writing = Draft(uri, SETTINGS, inventory)
+        writing.sync()
+        writing.drop_duplicates()
 
 
 def manifest_path(uri: str) -> Path:
@@ -276,13 +278,13 @@ def write_missing(uri: str, inputs: str, *passes: str) -> int:
     pending = iter(passes)
     with Inventory() as inventory:
         add_keys(inventory, inputs)
-        publishing.write_missing(uri, inventory, SETTINGS, write=lambda: write_rows(uri, next(pending)))
+        Draft(uri, SETTINGS, inventory).write_missing(lambda: write_rows(uri, next(pending)))
     return len(passes) - len(list(pending))
 
 
 @pytest.mark.parametrize(
     ("passes", "num_passes"),
-    [(["ab"], 1), (["ab", "c"], 1), (["a", "b"], 2), (["a", "a", "a", "b"], publishing.MAX_PASSES)],
+    [(["ab"], 1), (["ab", "c"], 1), (["a", "b"], 2), (["a", "a", "a", "b"], draft.MAX_PASSES)],
 )
 def test_inputs_are_written_in_as_many_passes_as_needed_up_to_a_limit(uri: str, passes: list[str], num_passes: int):
     assert write_missing(uri, "ab", *passes) == num_passes
@@ -302,7 +304,7 @@ def test_files_with_duplicate_keys_are_deleted_and_their_other_keys_written_agai
         def write_pending() -> None:
             write_rows(uri, [key for table in inventory.pending(10) for key in table["key"].to_pylist()])
 
-        publishing.write_missing(uri, inventory, SETTINGS, write_pending)
+        Draft(uri, SETTINGS, inventory).write_missing(write_pending)
     assert publish(uri, "abc").manifest["rows"] == 3
 
 

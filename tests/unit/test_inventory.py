@@ -20,7 +20,7 @@ def inventory() -> Iterator[Inventory]:
 
 def add_part(inventory: Inventory, path: str, keys: Sequence[str], **constants: str) -> None:
     columns = {"key": list(keys), **{name: [value] * len(keys) for name, value in constants.items()}}
-    inventory.add_part(path, pa.table(columns))
+    inventory.add_part(path, pa.table(columns), content="")
     inventory.commit_parts(removed=[])
 
 
@@ -57,7 +57,7 @@ def test_pending_inputs_can_keep_the_order_of_their_source(inventory: Inventory)
 def test_parts_can_be_added_while_pending_inputs_are_read(inventory: Inventory):
     add_keys(inventory, (f"{i:05d}" for i in range(5000)))
     for number, table in enumerate(inventory.pending(100)):
-        inventory.add_part(f"parts/{number}.parquet", table.select(["key"]))
+        inventory.add_part(f"parts/{number}.parquet", table.select(["key"]), content="")
     assert inventory.count_pending() == 5000
     inventory.commit_parts(removed=[])
     assert (inventory.count_pending(), inventory.missing_keys(), inventory.unexpected_keys()) == (0, [], [])
@@ -68,7 +68,7 @@ def test_rows_of_a_removed_file_are_pending_again(inventory: Inventory):
     add_part(inventory, "parts/1.parquet", "a")
     add_part(inventory, "parts/2.parquet", "b")
     inventory.commit_parts(removed=["parts/1.parquet"])
-    assert (pending_keys(inventory), inventory.part_paths()) == (["a"], ["parts/2.parquet"])
+    assert (pending_keys(inventory), list(inventory.contents())) == (["a"], ["parts/2.parquet"])
 
 
 def test_files_that_repeat_keys_of_kept_files_are_duplicates(inventory: Inventory):

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from carclass.data import publishing
+from carclass.data.draft import Draft
 from carclass.data.inventory import Inventory
 from carclass.errors import UserError
 from carclass.prediction import predictions
@@ -45,7 +45,7 @@ def write(folder: Path, *parts: list[dict[str, Any]]) -> None:
 def publish(uri: Path | str, keys: Sequence[str]) -> None:
     with Inventory() as inventory:
         add_keys(inventory, keys)
-        publishing.sync_inventory(str(uri), inventory, SETTINGS)
+        Draft(str(uri), SETTINGS, inventory).sync()
         predictions.publish_predictions(str(uri), inventory)
 
 

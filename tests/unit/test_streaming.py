@@ -41,8 +41,9 @@ def test_a_limit_selects_the_first_rows_by_content_hash(source: dataset.Dataset)
 
 def test_written_rows_are_not_pending(source: dataset.Dataset):
     with Inventory() as inventory:
-        inventory.add_numbered_keys((row.number, row.key) for row in streaming.select_rows(source, None))
-        inventory.add_part("parts/1.parquet", pa.table({"key": ["a", "f", "c", "e"]}))
+        rows = streaming.select_rows(source, None)
+        inventory.add_numbered_inputs((row.number, row.key, row.image_id, row.label, row.split) for row in rows)
+        inventory.add_part("parts/1.parquet", pa.table({"key": ["a", "f", "c", "e"]}), content="")
         inventory.commit_parts(removed=[])
         assert sorted(keys_at(source, list(inventory.pending_numbers()))) == ["b", "d"]
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from carclass import storage
 from carclass.data import dataset, photo, publishing, quarantine
+from carclass.data.draft import Draft
 from carclass.data.inventory import Inventory, Listed
 from carclass.errors import UserError
 from carclass.progress import print_line
@@ -66,9 +67,8 @@ def _publish_repeated(images: list[tuple[bytes, int, int]], count: int, root: Pa
         publishing.write_part(uri, "parts", pa.Table.from_pylist(rows, dataset.ROW), {})
     with Inventory() as inventory:
         inventory.add_inputs(map(Listed, keys))
-        publishing.publish_manifest(
-            publishing.complete_dataset(uri, inventory, settings={}, classes=["a", "b"], facts={"kind": "photos"})
-        )
+        draft = Draft(uri, {}, inventory)
+        draft.publish(draft.complete(["a", "b"], {"kind": "photos"}))
 
 
 def _row(key: str, image: bytes, width: int, height: int) -> dict[str, str | int | bytes]:

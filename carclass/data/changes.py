@@ -1,0 +1,83 @@
+"""Differences between a job's inputs and the rows that are written already, in SQL on the inventory."""
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import NamedTuple
+
+from carclass.data.inventory import Inventory
+from carclass.data.quarantine import LISTING_REASONS, Reason
+
+MAX_EXAMPLES = 3
+_LISTING = ", ".join(f"'{reason}'" for reason in LISTING_REASONS)
+ROWS = "FROM written LEFT JOIN input ON input.key = written.key"
+REPLACED = "(input.id NOT NULL AND coalesce(input.fingerprint, '') != coalesce(written.fingerprint, ''))"
+OTHER_LABEL = "input.reason IS NULL AND NOT written.quarantined AND input.label != written.label"
+OTHER_SPLIT = """input.reason IS NULL AND NOT written.quarantined
+AND CASE input.subset WHEN 'train' THEN written.split = 'test' ELSE input.subset != written.split END"""
+"""Train photos may be in train or, held out, in val; other subsets are splits."""
+RELABELLED = f"({OTHER_LABEL} OR {OTHER_SPLIT})"
+OTHER_REASON = f"""(input.reason NOT NULL AND coalesce(written.reason, '') != input.reason
+OR input.reason IS NULL AND written.reason IN ({_LISTING}))"""
+"""Rows of photos that have lost their label, and quarantined inputs that have got one."""
+KINDS = {
+    "added": "FROM input AS written WHERE NOT EXISTS (SELECT 1 FROM written AS row WHERE row.key = written.key)",
+    "removed": f"{ROWS} WHERE input.id IS NULL",
+    "replaced": f"{ROWS} WHERE {REPLACED}",
+    "relabelled": f"{ROWS} WHERE NOT {REPLACED} AND ({RELABELLED} OR {OTHER_REASON})",
+}
+STALE = f"input.id IS NULL OR {REPLACED} OR {OTHER_REASON} OR coalesce(written.reason, '') = '{Reason.UNREADABLE}'"
+CORRECTIONS = f"""SELECT part.path, written.key, {STALE}, input.label, input.subset {ROWS}
+JOIN part ON part.id = written.part WHERE {STALE} OR {RELABELLED} ORDER BY part.path"""
+
+
+class Change(NamedTuple):
+    """Inputs that have changed in one way."""
+
+    kind: str  # added, removed, replaced or relabelled
+    number: int
+    examples: list[str]  # keys
+
+
+class Correction(NamedTuple):
+    """Rows of one file that differ from their inputs."""
+
+    path: str
+    stale: frozenset[str]  # keys of rows to remove
+    labels: dict[str, tuple[str, str]]  # key → new (label, subset) of a row
+
+
+def find_changes(inventory: Inventory) -> list[Change]:
+    """Return how the inputs differ from the written rows, without kinds that did not occur."""
+    changes = []
+    for kind, rows in KINDS.items():
+        number = inventory.scalar(f"SELECT count(DISTINCT written.key) {rows}")
+        query = f"SELECT DISTINCT written.key {rows} ORDER BY written.key LIMIT {MAX_EXAMPLES}"
+        changes.append(Change(kind, number, [key for (key,) in inventory.query(query)] if number else []))
+    return [change for change in changes if change.number]
+
+
+def changes_text(changes: list[Change]) -> str:
+    """Return the changes as a phrase: "2 added (a.jpg, b.jpg), 1 relabelled (c.jpg)"."""
+    return ", ".join(f"{number:,} {kind} ({_examples_text(number, keys)})" for kind, number, keys in changes)
+
+
+def _examples_text(number: int, keys: list[str]) -> str:
+    return ", ".join([*keys, "…"] if number > len(keys) else keys)
+
+
+def find_corrections(inventory: Inventory) -> Iterator[Correction]:
+    """Yield the files with rows that differ from their inputs, or of photos that storage could not deliver."""
+    rows = inventory.query(CORRECTIONS)
+    for path, group in groupby(rows, key=lambda row: row[0]):
+        wrong = list(group)
+        stale = frozenset(key for _, key, is_stale, _, _ in wrong if is_stale)
+        yield Correction(path, stale, {row[1]: (row[3], row[4]) for row in wrong if not row[2]})
+
+
+def rows_with_reason(inventory: Inventory, *reasons: Reason) -> Iterator[Correction]:
+    """Yield the files with rows of these reasons, to remove them, so that their photos are read again."""
+    marks = ", ".join("?" * len(reasons))
+    rows = f"FROM written JOIN part ON part.id = part WHERE reason IN ({marks})"
+    query = f"SELECT path, key {rows} ORDER BY path"
+    for path, group in groupby(inventory.query(query, *reasons), key=lambda row: row[0]):
+        yield Correction(path, frozenset(key for _, key in group), {})

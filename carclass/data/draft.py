@@ -1,0 +1,261 @@
+"""A dataset being written: which inputs are written, which files are outdated, and what is still missing.
+
+The files of a published version stay until the manifest of the next one is written.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+
+from carclass import storage
+from carclass.data import changes, formats, publishing
+from carclass.data.changes import Correction
+from carclass.data.dataset import SPLITS, Dataset, read_part, to_json
+from carclass.data.inventory import Inventory
+from carclass.data.quarantine import Reason
+from carclass.errors import UserError
+from carclass.progress import Progress
+
+log = logging.getLogger(__name__)
+MAX_PASSES = 3
+"""A second pass is needed only if a lost node caused photos to be written twice."""
+NOTES = "draft.json"
+"""Settings of an unfinished dataset."""
+RunTasks = Callable[[Callable[[Correction], str], Iterable[Correction]], Iterator[str]]
+AssignSplit = Callable[[str, str], str]
+"""(subset of an input, image_id) → split."""
+
+
+def run_here(function: Callable[[Correction], str], items: Iterable[Correction]) -> Iterator[str]:
+    """Yield function(item) for each item, computed in this process."""
+    return map(function, items)
+
+
+@dataclass
+class Draft:
+    """A dataset being written by one job."""
+
+    uri: str
+    settings: dict[str, Any]  # that determine the rows
+    inventory: Inventory
+    published: Dataset | None = None  # the version to be replaced
+    run_tasks: RunTasks = run_here
+    discarded: set[str] = field(default_factory=set)  # outdated files of the published version
+
+    @property
+    def published_paths(self) -> set[str]:
+        """Return the paths of the published version's files."""
+        return set() if self.published is None else {*self.published.manifest["parts"], *self.published.quarantine}
+
+    def begin(self) -> None:
+        """Record the settings. Raise UserError if the draft was begun with other settings."""
+        uri = storage.join(self.uri, NOTES)
+        new = json.loads(to_json(self.settings))
+        try:
+            old = formats.read(uri, "draft")["settings"]
+        except (FileNotFoundError, formats.DamagedFileError):
+            formats.write(uri, "draft", {"settings": self.settings})
+            return
+        if changed := sorted(key for key in {*old, *new} if old.get(key) != new.get(key)):
+            raise UserError(
+                f"{self.uri} is unfinished and was begun with other settings ({', '.join(changed)}). Choose another "
+                "name, run again with those settings, or delete the folder."
+            )
+
+    def is_current(self, *, update: bool) -> bool:
+        """Return True if the published version needs no work. update: whether a new version may be published.
+
+        Raise UserError if its inputs have changed and it must not be updated.
+        """
+        if self.published is None:
+            return False
+        manifest = self.published.manifest
+        if "listing" not in manifest and not update:
+            log.warning("%s recorded no inputs (format 1), so it is taken as it is; --update makes it anew", self.uri)
+            return True
+        if manifest.get("listing") == self.inventory.digest():
+            num_unreadable = manifest["reasons"].get(Reason.UNREADABLE, 0)
+            if num_unreadable and not update:
+                log.warning("%s: %d photos were unreadable; --update tries them again", self.uri, num_unreadable)
+            if num_unreadable and update:
+                return False
+            if storage.exists(storage.join(self.uri, NOTES)):  # the job was killed after it had published
+                self._delete_outdated(self.published)
+            return True
+        if not update:
+            self.sync()
+            found = changes.changes_text(changes.find_changes(self.inventory))
+            raise UserError(
+                f"{self.uri} was published from other photos or labels. Since then: {found}. Run again with --update "
+                "to publish a new version, in which only new photos are read, or choose another name."
+            )
+        return False
+
+    def sync(self) -> None:
+        """Record new files in the inventory, and forget deleted ones.
+
+        Damaged files, and those of an unfinished job with other settings, are deleted. Files without our metadata are
+        left alone.
+        """
+        recorded = set(self.inventory.contents())
+        existing = set(publishing.list_parts(self.uri)) - self.discarded
+        new = sorted(existing - recorded)
+        progress = Progress("inventory", "parts", len(new))
+        read = partial(publishing.read_written_columns, self.uri)
+        for path, rows in zip(new, storage.in_parallel(read, new), strict=True):
+            if not self._record(path, rows):
+                existing.discard(path)
+            progress.add(1)
+        self.inventory.commit_parts(removed=recorded - existing)
+
+    def _record(self, path: str, rows: pa.Table | None) -> bool:
+        """Record a file's rows, and return True; delete it if it is damaged or outdated."""
+        metadata = {} if rows is None else rows.schema.metadata or {}
+        if rows is None:
+            log.warning("%s: %s is damaged and is made again", self.uri, path)
+        elif publishing.SETTINGS_KEY not in metadata:
+            return False
+        elif metadata[publishing.SETTINGS_KEY] == storage.sha256(to_json(self.settings)).encode():
+            self.inventory.add_part(path, rows, metadata[publishing.CONTENT_KEY].decode())
+            return True
+        else:
+            self.discard(path)
+            return False
+        storage.delete(storage.join(self.uri, path))
+        return False
+
+    def discard(self, path: str) -> None:
+        """Delete a file, or set it aside if it is published."""
+        if path in self.published_paths:
+            self.discarded.add(path)
+        else:
+            storage.delete(storage.join(self.uri, path))
+
+    def reconcile(self, assign_split: AssignSplit) -> None:
+        """Correct the rows whose inputs were removed, replaced or relabelled since they were written.
+
+        Photos that storage could not deliver become pending again.
+        """
+        self.sync()
+        found = [change for change in changes.find_changes(self.inventory) if change.kind != "added" or self.published]
+        if found:
+            log.info("%s: since it was written: %s", self.uri, changes.changes_text(found))
+        if found or self.inventory.count_pending():  # conflicts depend on other photos too
+            self._correct(changes.rows_with_reason(self.inventory, Reason.LABEL_CONFLICT, Reason.LEAKAGE))
+        self._correct(changes.find_corrections(self.inventory), assign_split)
+
+    def retry_unreadable(self) -> None:
+        """Remove the rows of photos that storage could not deliver, so that they are read again."""
+        self._correct(changes.rows_with_reason(self.inventory, Reason.UNREADABLE))
+
+    def finish_withdrawals(self) -> None:
+        """Remove rows that are in quarantine from their parts."""
+        self._correct(Correction(path, frozenset(keys), {}) for path, keys in self.inventory.withdrawn_rows())
+
+    def _correct(self, corrections: Iterable[Correction], assign_split: AssignSplit | None = None) -> None:
+        correct = partial(correct_part, uri=self.uri, settings=self.settings, assign_split=assign_split)
+        paths = list(self.run_tasks(correct, corrections))
+        for path in paths:
+            self.discard(path)
+        if paths:
+            self.sync()
+
+    def write_missing(self, write: Callable[[], None]) -> None:
+        """Call `write` until every input is written once, at most MAX_PASSES times."""
+        for _ in range(MAX_PASSES):
+            self.sync()
+            self.finish_withdrawals()  # a withdrawn row has two files until then
+            self.drop_duplicates()
+            if not self.inventory.missing_keys():
+                return
+            write()
+
+    def drop_duplicates(self) -> None:
+        """Delete files that repeat a key of an earlier file; their other photos become pending again.
+
+        Two processes may write the same photos in different batches, for example if one was wrongly considered dead.
+        """
+        for path in (duplicates := self.inventory.duplicate_parts()):
+            self.discard(path)
+        if duplicates:
+            self.sync()
+
+    def complete(self, classes: Sequence[str], facts: dict[str, Any]) -> Dataset:
+        """Check that no input is lost, and return the complete dataset with its manifest, which is not written yet.
+
+        facts: further fields of the manifest. Raise AssertionError, as it is a bug, if a key is missing, duplicate or
+        unknown.
+        """
+        self.sync()
+        inventory = self.inventory
+        assert inventory.duplicate_input() is None, f"{self.uri}: duplicate input {inventory.duplicate_input()}"
+        num_inputs, counts = inventory.count_inputs(), inventory.written_counts()
+        missing, unexpected = inventory.missing_keys(), inventory.unexpected_keys()
+        assert not missing + unexpected, f"{self.uri}: {num_inputs} inputs, missing {missing}, unexpected {unexpected}"
+        contents = inventory.contents()
+        manifest = {
+            "format": formats.KINDS["manifest"].format,
+            "settings": self.settings,
+            "listing": inventory.digest(),
+            "inputs": num_inputs,
+            **counts,
+            "splits": {split: counts["splits"].get(split, 0) for split in SPLITS},
+            "classes": list(classes),
+            **{
+                folder: {path: content for path, content in contents.items() if path.startswith(f"{folder}/")}
+                for folder in ("parts", "quarantine")
+            },
+            **facts,
+        }
+        return Dataset(self.uri, json.loads(to_json(manifest)))
+
+    def publish(self, complete: Dataset) -> Dataset:
+        """Write the manifest, then delete the files of the replaced version."""
+        published = publishing.publish_manifest(complete)
+        self._delete_outdated(published)
+        return published
+
+    def _delete_outdated(self, published: Dataset) -> None:
+        """Delete our files that are not in the manifest, and the notes that tell that there may be such files."""
+        for path in sorted(
+            set(publishing.list_parts(self.uri)) - {*published.manifest["parts"], *published.quarantine}
+        ):
+            rows = publishing.read_written_columns(self.uri, path)
+            if rows is None or publishing.SETTINGS_KEY in (rows.schema.metadata or {}):
+                storage.delete(storage.join(self.uri, path))
+        storage.delete(storage.join(self.uri, NOTES))
+
+
+def correct_part(correction: Correction, uri: str, settings: dict[str, Any], assign_split: AssignSplit | None) -> str:
+    """Write a file again without its stale rows and with new labels, and return the path of the old file.
+
+    A row that quarantine has already is removed from its part afterwards: a job that is killed in between finishes the
+    withdrawal when it is resumed.
+    """
+    path = correction.path
+    rows = read_part(storage.join(uri, path))
+    rows = publishing.add_fingerprints(rows).replace_schema_metadata()
+    kept = rows.filter(pa.array([key not in correction.stale for key in rows["key"].to_pylist()], pa.bool_()))
+    if correction.labels:
+        kept = _relabel(kept, correction, assign_split)
+    if len(kept):
+        publishing.write_part(uri, path.split("/")[0], kept, settings)
+    return path
+
+
+def _relabel(rows: pa.Table, correction: Correction, assign_split: AssignSplit | None) -> pa.Table:
+    """Return the rows with new labels and the splits that follow from them."""
+    assert assign_split is not None
+    labels, splits = rows["label"].to_pylist(), rows["split"].to_pylist()
+    for i, (key, image_id) in enumerate(zip(rows["key"].to_pylist(), rows["image_id"].to_pylist(), strict=True)):
+        if key in correction.labels:
+            labels[i], subset = correction.labels[key]
+            splits[i] = assign_split(subset, image_id)
+    for name, values in (("label", labels), ("split", splits)):
+        rows = rows.set_column(rows.schema.get_field_index(name), name, pa.array(values, pa.string()))
+    return rows

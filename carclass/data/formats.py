@@ -1,0 +1,173 @@
+"""Formats of the stored JSON and YAML files: a number in each file, migrations of older ones, refusal of newer ones.
+
+A file without a `format` has format 1: the number was added later. Whoever changes the keys of a kind of file raises
+its number in KINDS and adds a migration from the former one. Unknown keys are ignored.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from carclass import storage
+from carclass.config import yaml_file
+from carclass.errors import UserError
+
+T = TypeVar("T")
+Row = dict[str, Any]
+NUMBER = (int, float)
+
+
+class DamagedFileError(UserError):
+    """A stored file that is empty, cut, or lacks a key."""
+
+
+class Kind(NamedTuple):
+    """A kind of stored file."""
+
+    keys: dict[str, type | tuple[type, ...]]
+    """Required keys, with dots below other keys, and their types."""
+    remedy: str
+    """Way out if the file is damaged."""
+    format: int = 1
+    """Number of the format that is written."""
+    migrations: Mapping[int, Callable[[Any], Row]] = {}
+    """By format: the content of the file → that of the next format. Without one, the format is read as it is."""
+
+
+RUN_REMEDY = "Restore it from a backup, or delete the run's folder and run jobs/train.py again."
+SWEEP_REMEDY = "Restore it from a backup, or delete the sweep's folder and run jobs/tune.py again."
+PREDICT_REMEDY = "Delete the file and run jobs/predict.py again, which writes it anew."
+KINDS = {
+    "manifest": Kind(
+        {"settings": dict, "classes": list, "kind": str, "splits": dict, "parts": (list, dict)},
+        "Delete the file and run the same job again: the dataset's finished parts are kept.",
+        format=2,  # has the hash of every file and the digest of the inputs
+    ),
+    "draft": Kind({"settings": dict}, "Delete the file and run the same job again."),
+    "run_config": Kind({"name": str, "dataset": str, "parent": str, "seed": str}, RUN_REMEDY),
+    "lineage": Kind({"parent_sha256": str, "dataset_digest": str}, RUN_REMEDY),
+    "metrics": Kind({"stage": str, "epoch": int, "val_accuracy": NUMBER}, RUN_REMEDY),
+    "steps": Kind({"step": int, "loss": NUMBER}, RUN_REMEDY),
+    "model": Kind(
+        {"classes": list, "model": dict, "val_accuracy": NUMBER, "sha256": str},
+        "Delete the file and run jobs/train.py again: finished epochs are kept.",
+    ),
+    "checkpoint": Kind({"epoch": int, "val_accuracies": list, "sha256": dict}, RUN_REMEDY),
+    "evaluation": Kind({"accuracy": NUMBER, "num_photos": int}, "Run jobs/evaluate.py again."),
+    "export": Kind({"model_sha256": str, "files": dict}, "Delete the file and run jobs/export.py again."),
+    "summary": Kind({"seconds": NUMBER}, "Run jobs/pipeline.py again."),
+    "calibration": Kind({"temperature": NUMBER, "model_sha256": str}, PREDICT_REMEDY),
+    "preprocessing": Kind({"reading": dict}, PREDICT_REMEDY),
+    "predictions": Kind({}, "Delete the folder, or choose another `predict.name`."),
+    "search": Kind({"search": dict, "train.seed": str}, SWEEP_REMEDY),
+    "trials": Kind({"trials": list}, SWEEP_REMEDY, format=2, migrations={1: lambda rows: {"trials": rows}}),
+}
+"""All kinds of stored files."""
+
+
+def read(uri: str, kind: str) -> Row:
+    """Return the content of a file. Raise FileNotFoundError if it is missing, and UserError as `decode` does."""
+    return decode(storage.read_bytes(uri), kind, uri)
+
+
+def write(uri: str, kind: str, values: Row) -> None:
+    """Write a file with its format; as YAML if its name ends with .yml, else as JSON."""
+    content = {"format": KINDS[kind].format, **values}
+    storage.write_bytes(uri, yaml_file.dump(content) if uri.endswith(".yml") else to_json(content))
+
+
+def to_json(values: Any) -> bytes:
+    """Return a value as strict JSON. Raise ValueError for numbers that are not finite."""
+    return json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False).encode()
+
+
+def decode(data: bytes, kind: str, uri: str) -> Row:
+    """Return the content of a file in the format that is written today, or a former one that is read as it is.
+
+    Raise DamagedFileError if it is no JSON or YAML or lacks a key, and UserError if it has a newer format.
+    """
+    try:
+        content = yaml_file.parse(data.decode(), uri) if uri.endswith(".yml") else json.loads(data)
+    except (ValueError, RecursionError) as error:
+        cause = str(error).removeprefix(f"{uri} is ") if data.strip() else "it is empty"
+        raise _damaged(kind, uri, cause) from error
+    return _upgrade(content, kind, uri)
+
+
+def encode_lines(kind: str, rows: Sequence[Row]) -> bytes:
+    """Return rows as lines of strict JSON, each with its format; numbers that are not finite as null."""
+    lines = ({"format": KINDS[kind].format, **replace_not_finite(row)} for row in rows)
+    return "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode()
+
+
+def decode_lines(data: bytes, kind: str, uri: str) -> list[Row]:
+    """Return the rows of a file of lines, null as NaN. A last line that was cut, as by a power loss, is left out."""
+    *lines, last = data.split(b"\n")
+    rows = []
+    for number, line in enumerate([*lines, *([last] if last else [])], 1):
+        try:
+            content = json.loads(line)
+        except ValueError as error:
+            if number > len(lines):
+                break
+            raise _damaged(kind, uri, f"line {number}: {error}") from error
+        row = {key: math.nan if value is None else value for key, value in _as_mapping(content, kind, uri).items()}
+        rows.append(_upgrade(row, kind, uri))
+        rows[-1].pop("format", None)
+    return rows
+
+
+def build(cls: type[T], values: Row, kind: str, uri: str) -> T:
+    """Return a dataclass of those values that are its fields. Raise DamagedFileError if a required one is missing."""
+    names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    try:
+        return cls(**{name: value for name, value in _as_mapping(values, kind, uri).items() if name in names})
+    except TypeError as error:
+        raise _damaged(kind, uri, str(error)) from error
+
+
+def replace_not_finite(value: Any) -> Any:
+    """Return a value of lists and mappings with None in place of NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: replace_not_finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [replace_not_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _upgrade(content: Any, kind: str, uri: str) -> Row:
+    """Check the format and the keys of a file's content, and migrate an older one."""
+    known = KINDS[kind]
+    number = content.get("format", 1) if isinstance(content, dict) else 1
+    if isinstance(number, str) and number.isdecimal():  # YAML's values are text
+        number = int(number)
+    if not isinstance(number, int) or number < 1:
+        raise _damaged(kind, uri, f"`format` is {number!r}")
+    if number > known.format:
+        raise UserError(
+            f"{uri} has format {number} and was written by a newer version of carclass; this version reads formats up "
+            f"to {known.format}. Update carclass, or use the version that wrote it."
+        )
+    for step in range(number, known.format):
+        if step in known.migrations:
+            content = {**known.migrations[step](content), "format": step + 1}
+    values = _as_mapping(content, kind, uri)
+    for key, types in known.keys.items():
+        value: Any = values
+        for name in key.split("."):
+            value = value.get(name) if isinstance(value, dict) else None
+        if not isinstance(value, types):
+            raise _damaged(kind, uri, f"`{key}` is {'missing' if value is None else 'of another type'}")
+    return values
+
+
+def _as_mapping(content: Any, kind: str, uri: str) -> Row:
+    if not isinstance(content, dict):
+        raise _damaged(kind, uri, "it holds no keys and values")
+    return content
+
+
+def _damaged(kind: str, uri: str, cause: str) -> DamagedFileError:
+    return DamagedFileError(f"{uri} is damaged: {' '.join(cause.split())}. {KINDS[kind].remedy}")

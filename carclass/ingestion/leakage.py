@@ -1,0 +1,50 @@
+"""Detection of leakage and of label conflicts among photos with the same bytes, in SQL on the inventory."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from carclass.data import quarantine
+from carclass.data.inventory import Inventory
+from carclass.data.quarantine import Reason
+
+MAX_LISTED_COPIES = 10
+"""Copies named in the detail of a label conflict: a placeholder image may have thousands."""
+LEAKS = f"""
+WITH conflicts AS (
+    SELECT image, min(CASE split WHEN 'test' THEN key END) AS test_key,
+    count(DISTINCT CASE WHEN split != 'test' THEN label END) AS labels, count(*) AS copies
+    FROM written WHERE NOT quarantined GROUP BY image HAVING copies > 1 AND (test_key NOT NULL OR labels > 1)
+)
+SELECT image, key, row.fingerprint, test_key, copies - 1, (
+    SELECT group_concat(key, ', ') FROM (
+        SELECT key FROM written AS other WHERE other.image = row.image AND other.key != row.key AND NOT quarantined
+        ORDER BY key LIMIT {MAX_LISTED_COPIES}
+    )
+) FROM conflicts JOIN written AS row USING (image) WHERE split != 'test' AND NOT quarantined ORDER BY image, key
+"""  # noqa: S608 - constant
+TEST_CONFLICTS = """
+SELECT min(key), max(key), count(*) FROM written WHERE split = 'test' AND NOT quarantined
+GROUP BY image HAVING count(DISTINCT label) > 1 ORDER BY 1
+"""
+
+
+def find_leaks(inventory: Inventory) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (hash of the content, row of quarantine) of train and val photos that bias evaluation, copies adjacent.
+
+    These are photos with the bytes of a test photo, or with the same bytes under two labels. Test photos stay.
+    """
+    inventory.execute("CREATE INDEX IF NOT EXISTS written_image ON written (image, key)")
+    for image, key, fingerprint, test_key, num_copies, copies in inventory.query(LEAKS):
+        if test_key is not None:
+            reason, detail = Reason.LEAKAGE, f"same bytes as the test photo {test_key}"
+        else:
+            num_unlisted = num_copies - MAX_LISTED_COPIES
+            more = f" and {num_unlisted:,} more" if num_unlisted > 0 else ""
+            reason, detail = Reason.LABEL_CONFLICT, f"same bytes as {copies}{more}, other label"
+        yield image, quarantine.quarantine_row(key, reason, detail, fingerprint)
+
+
+def find_test_conflicts(inventory: Inventory) -> Iterator[tuple[str, str, int]]:
+    """Yield (first key, last key, number of copies) of test photos with the same bytes under two labels."""
+    inventory.execute("CREATE INDEX IF NOT EXISTS written_image ON written (image, key)")
+    return inventory.query(TEST_CONFLICTS)
