@@ -100,13 +100,19 @@ class Lease:
         return self
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
+        self.release()
+        if self.is_lost and isinstance(error, KeyboardInterrupt | SystemExit):
+            raise self._lost_error() from error
+
+    def release(self) -> None:
+        """End the lease, if it is held."""
+        if self._released.is_set() or not self._thread.is_alive():
+            return
         self._released.set()
         self._thread.join()
         with suppress(UserError, OSError):  # if storage is out of reach, the lease expires by itself
             if read_holder(self.file).owner == self.holder.owner:
                 storage.delete(self.file)
-        if self.is_lost and isinstance(error, KeyboardInterrupt | SystemExit):
-            raise self._lost_error() from error
 
     def check(self) -> None:
         """Renew the lease, before anything is published or deleted. Raise LeaseLostError if another job has it."""
@@ -210,7 +216,8 @@ def remove_temporary_files(uri: str) -> None:
     if (folder := storage.local_path(uri)) is not None:
         for path in Path(folder).rglob(".*.tmp"):
             if TEMPORARY.fullmatch(path.name):
-                path.unlink(missing_ok=True)
+                with suppress(OSError):  # without permission, it stays
+                    path.unlink()
 
 
 def process_start(pid: int) -> str | None:

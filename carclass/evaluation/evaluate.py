@@ -1,6 +1,5 @@
 """Evaluation job: classify every photo of a split once, with the preprocessing of training, and write a report."""
 
-import json
 import logging
 import math
 from typing import Any, NamedTuple
@@ -14,7 +13,8 @@ import ray
 from carclass import storage
 from carclass.cluster import connection, resources
 from carclass.config.schema import EvaluateSettings
-from carclass.data import dataset, streaming
+from carclass.data import dataset, formats, streaming
+from carclass.data.lease import hold_lease
 from carclass.errors import UserError
 from carclass.evaluation.collect import collect_report, report_uri, to_arrays
 from carclass.evaluation.metrics import classification_metrics
@@ -50,16 +50,18 @@ def evaluate_run(root: str, settings: EvaluateSettings) -> Evaluation:
     if not source.manifest["splits"][settings.split]:
         raise UserError(f"dataset `{source.name}` has no {settings.split} photos. Choose another `evaluate.split`.")
     connection.connect()
-    predictions = predict_split(source, settings, model_uri)
-    labels, probabilities = to_arrays(predictions, source.classes)
-    metrics = classification_metrics(labels, probabilities, source.classes)
     uri = report_uri(run, source, settings)
-    html = render(collect_report(run, source, settings, model_facts, metrics, predictions))
-    sink = pa.BufferOutputStream()
-    pq.write_table(predictions, sink)
-    storage.write_bytes(storage.join(uri, "predictions.parquet"), sink.getvalue().to_pybytes())
-    storage.write_bytes(storage.join(uri, "metrics.json"), json.dumps(metrics, indent=1, ensure_ascii=False).encode())
-    storage.write_bytes(storage.join(uri, "report.html"), html.encode())
+    with hold_lease(uri, "evaluate") as lease:
+        predictions = predict_split(source, settings, model_uri)
+        labels, probabilities = to_arrays(predictions, source.classes)
+        metrics = classification_metrics(labels, probabilities, source.classes)
+        html = render(collect_report(run, source, settings, model_facts, metrics, predictions))
+        sink = pa.BufferOutputStream()
+        pq.write_table(predictions, sink)
+        lease.check()
+        storage.write_bytes(storage.join(uri, "predictions.parquet"), sink.getvalue().to_pybytes())
+        formats.write(storage.join(uri, "metrics.json"), "evaluation", metrics)
+        storage.write_bytes(storage.join(uri, "report.html"), html.encode())
     return Evaluation(metrics["accuracy"], metrics, storage.join(uri, "report.html"))
 
 

@@ -6,6 +6,7 @@ runs are left alone, interrupted ones are resumed, and a failed branch does not 
 
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ import ray
 from carclass.cluster import connection
 from carclass.config.schema import TrainSettings
 from carclass.data import dataset
+from carclass.data.lease import Lease, hold_lease
 from carclass.errors import UserError
 from carclass.experiments.status import set_aside_run, tree_status
 from carclass.experiments.tree import Experiment, Tree
@@ -78,7 +80,8 @@ def rerun_stale(tree: Tree) -> TreeProgress:
     """Retrain stale runs, with their unfinished parents. The records of the old runs are kept, see set_aside_run."""
     stale = {name: status for name, status in tree_status(tree).items() if status.state == "stale"}
     for name, status in stale.items():
-        records = set_aside_run(status.run)
+        with hold_lease(status.run.uri, "lineage"):
+            records = set_aside_run(status.run)
         log.info("lineage: %s is stale (%s): weights deleted, records moved to %s", name, status.reason, records)
     return run_experiments(tree, tree.with_parents(list(stale)))
 
@@ -126,19 +129,26 @@ def _run_tasks(tree: Tree, progress: TreeProgress) -> None:
     """Run the waiting experiments until all are finished or failed."""
     connection.connect()
     stores: dict[tuple[str, int], PhotoStore] = {}
+    leases: dict[str, Lease] = {}
     throttle = Throttle(REPORT_EVERY_S)
-    while not progress.is_over:
-        for experiment in take_ready(tree, progress):
-            try:
-                task = _start_task(tree, experiment, stores)
-            except UserError as error:
-                progress.fail(experiment, str(error))
-            else:
-                progress.running[task] = experiment
-        for task in ray.wait(list(progress.running), timeout=1.0)[0] if progress.running else []:
-            _end_task(tree, progress.running.pop(task), task, progress)
-        if progress.running and throttle.is_ready():
-            _log_progress(tree, progress)
+    with ExitStack() as held:
+        while not progress.is_over:
+            for experiment in take_ready(tree, progress):
+                lease = leases[experiment.name] = hold_lease(_run(tree, experiment).uri, "lineage")
+                try:
+                    held.enter_context(lease)
+                    task = _start_task(tree, experiment, stores)
+                except UserError as error:
+                    lease.release()
+                    progress.fail(experiment, str(error))
+                else:
+                    progress.running[task] = experiment
+            for task in ray.wait(list(progress.running), timeout=1.0)[0] if progress.running else []:
+                experiment = progress.running.pop(task)
+                leases[experiment.name].release()
+                _end_task(tree, experiment, task, progress)
+            if progress.running and throttle.is_ready():
+                _log_progress(tree, progress)
 
 
 def take_ready(tree: Tree, progress: TreeProgress) -> list[Experiment]:
@@ -174,7 +184,11 @@ def _features_key(experiment: Experiment) -> Any:
 
 
 def _metrics(tree: Tree, experiment: Experiment) -> list[MetricsRow]:
-    return Run(tree.budget.root, experiment.settings).metrics()
+    return _run(tree, experiment).metrics()
+
+
+def _run(tree: Tree, experiment: Experiment) -> Run:
+    return Run(tree.budget.root, experiment.settings)
 
 
 def _start_task(tree: Tree, experiment: Experiment, stores: dict[tuple[str, int], PhotoStore]) -> Any:
@@ -231,7 +245,7 @@ def _end_task(tree: Tree, experiment: Experiment, task: Any, progress: TreeProgr
         progress.fail(experiment, reason)
         return
     progress.finished.append(experiment.name)
-    run = Run(tree.budget.root, experiment.settings)
+    run = _run(tree, experiment)
     log.info("lineage: %s finished, val accuracy %.3f", experiment.name, run.best_val_accuracy(run.stages[-1]))
 
 

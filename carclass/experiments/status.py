@@ -1,16 +1,20 @@
 """Status of each experiment's run: its progress, and agreement with its experiment file, parent and dataset."""
 
-import json
 from typing import Any, Literal, NamedTuple
 
 from carclass import storage
-from carclass.data import dataset
+from carclass.data import dataset, formats
 from carclass.errors import UserError
 from carclass.experiments.tree import Experiment, Tree
-from carclass.runs.run import Run, changed_inputs, changed_settings, find_run, parse_parent, parse_run_settings
+from carclass.runs.run import STAGES, Run, changed_inputs, changed_settings, find_run, parse_parent, read_run_settings
 from carclass.training import checkpoint
 
 State = Literal["missing", "begun", "finished", "stale"]
+OF_A_RUN = (
+    *(f"{folder}/" for folder in (*STAGES, "steps", "tensorboard", "export", "predictions")), "report", "config.yml",
+    "lineage.json", "metrics.jsonl", "preprocessing.json", "calibration.json", "summary.json",
+)  # fmt: skip
+"""Beginnings of the paths of a run's files; any other file in its folder is the user's."""
 MAX_LISTED = 3
 """Largest number of settings listed in a reason."""
 
@@ -26,7 +30,7 @@ class RunStatus(NamedTuple):
     def best(self) -> dict[str, Any] | None:
         """Return the facts of the last stage's best model; None if it is not published."""
         uri = f"{self.run.model_uri(self.run.stages[-1])}.json"
-        return json.loads(storage.read_bytes(uri)) if storage.exists(uri) else None
+        return formats.read(uri, "model") if storage.exists(uri) else None
 
 
 def tree_status(tree: Tree) -> dict[str, RunStatus]:
@@ -50,7 +54,7 @@ def _run_status(
     config_uri = storage.join(planned.uri, "config.yml")
     if not storage.exists(config_uri):
         return RunStatus(planned, "missing")
-    run = Run(root, parse_run_settings(storage.read_bytes(config_uri)))
+    run = Run(root, read_run_settings(planned.uri))
     reasons = []
     if changed := changed_settings(run.settings, experiment.settings):
         reasons.append(f"other settings: {', '.join(changed[:MAX_LISTED])}{' …' if len(changed) > MAX_LISTED else ''}")
@@ -96,10 +100,9 @@ def set_aside_run(run: Run) -> str:
         if path in ("config.yml", "lineage.json", "metrics.jsonl") or path.startswith("report"):
             storage.write_bytes(storage.join(target, path), storage.read_bytes(storage.join(run.uri, path)))
     # config.yml is deleted after the models: without it, a new run would take old models for its own.
-    for folder in sorted({path.split("/")[0] for path in paths if "/" in path}):
-        storage.delete_folder(storage.join(run.uri, folder))
+    others = [storage.join(run.uri, path) for path in paths if path.startswith(OF_A_RUN) and path != "config.yml"]
+    list(storage.in_parallel(storage.delete, others))
     storage.delete(storage.join(run.uri, "config.yml"))
-    storage.delete_folder(run.uri)
     return target
 
 

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from carclass import storage
 from carclass.config.schema import ModelSettings
-from carclass.data import dataset
+from carclass.data import dataset, formats
+from carclass.data.lease import hold_lease
 from carclass.formatting import bytes_text
 from carclass.models import preprocessing, resnet
 from carclass.models.preprocessing import decode_photos
@@ -65,23 +66,28 @@ def export_run(root: str, name: str) -> str:
         log.info("export: %s is finished, nothing to do", uri)
         return uri
     photos = _sample_photos(dataset.load_dataset(root, run.settings.dataset), facts["model"]["image_size"])
-    files = {file: kind.write(PhotoClassifier(net), facts) for file, kind in FORMATS.items()}
-    index: dict[str, Any] = {"model_sha256": facts["sha256"], "tolerance": TOLERANCE, "files": {}}
-    for file, data in files.items():
-        error = largest_difference(FORMATS[file].read(data), lambda batch: net(preprocessing.normalise(batch)), photos)
-        assert error <= TOLERANCE, f"{file} of run {name} differs by {error:.2g} from the network: nothing is published"
-        log.info("export: %s, %s, logits differ by %.1g at most", file, bytes_text(len(data)), error)
-        index["files"][file] = {"sha256": storage.sha256(data), "largest_difference": error}
-    for file, data in files.items():
-        storage.write_bytes(storage.join(uri, file), data)
-    storage.write_bytes(storage.join(uri, "export.json"), json.dumps(index, indent=1).encode())
+    with hold_lease(uri, "export") as lease:
+        files = {file: kind.write(PhotoClassifier(net), facts) for file, kind in FORMATS.items()}
+        index: dict[str, Any] = {"model_sha256": facts["sha256"], "tolerance": TOLERANCE, "files": {}}
+        for file, data in files.items():
+            read = FORMATS[file].read(data)
+            error = largest_difference(read, lambda batch: net(preprocessing.normalise(batch)), photos)
+            assert error <= TOLERANCE, (
+                f"{file} of run {name} differs by {error:.2g} from the network, nothing is published"
+            )
+            log.info("export: %s, %s, logits differ by %.1g at most", file, bytes_text(len(data)), error)
+            index["files"][file] = {"sha256": storage.sha256(data), "largest_difference": error}
+        lease.check()
+        for file, data in files.items():
+            storage.write_bytes(storage.join(uri, file), data)
+        formats.write(storage.join(uri, "export.json"), "export", index)
     return uri
 
 
 def _exported_model_sha256(uri: str) -> str | None:
     """Return the sha256 of the model that a finished export was made from; None if there is no export."""
     try:
-        return str(json.loads(storage.read_bytes(storage.join(uri, "export.json")))["model_sha256"])
+        return str(formats.read(storage.join(uri, "export.json"), "export")["model_sha256"])
     except FileNotFoundError:
         return None
 

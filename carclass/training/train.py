@@ -10,9 +10,11 @@ import ray.train.torch
 
 from carclass import storage
 from carclass.cluster import connection, resources
+from carclass.cluster.ray_storage import ray_filesystem
 from carclass.config.schema import TrainSettings
-from carclass.data import dataset
-from carclass.errors import UserError
+from carclass.data import dataset, formats
+from carclass.data.lease import hold_lease
+from carclass.errors import UserError, find_user_error
 from carclass.models import resnet
 from carclass.runs.run import Run, begin_run
 from carclass.runs.saved_model import publish_model
@@ -48,13 +50,14 @@ def train_run(root: str, settings: TrainSettings) -> Run:
     """
     source, parent_sha256 = load_run_inputs(root, settings)
     run = Run(root, settings)
-    stages = run.unfinished_stages
-    use_gpu = check_resources(root, settings, source) if stages else False
-    begin_run(run, source, parent_sha256)
-    if stages:
-        train_stages(run, source, PhotoStore(settings, source).get, TrainResources(use_gpu), stages)
-    else:
+    if not run.unfinished_stages:
+        begin_run(run, source, parent_sha256)
         log.info("train: run %s is finished, nothing to do", settings.name)
+        return run
+    use_gpu = check_resources(root, settings, source)
+    with hold_lease(run.uri, "train"):
+        begin_run(run, source, parent_sha256)
+        train_stages(run, source, PhotoStore(settings, source).get, TrainResources(use_gpu), run.unfinished_stages)
     return run
 
 
@@ -106,6 +109,8 @@ def _fit_stage(job: StageJob, get_photos: Callable[[], BlockRefs], train_resourc
             if _run_workers(job, train_resources):
                 return
         except (ray.train.TrainingFailedError, ray.exceptions.RayActorError) as failure:
+            if (cause := find_user_error(failure)) is not None:  # a restart would not help
+                raise cause from failure
             error = failure
         newest = checkpoint.newest_valid(uri)
         failures = failures + 1 if newest == previous else 0
@@ -133,7 +138,7 @@ def _run_workers(job: StageJob, train_resources: TrainResources) -> bool:
     use_gpu = train_resources.use_gpu
     if train_resources.in_process:
         return train_stage_in_process(job, use_gpu=use_gpu)
-    filesystem, path = storage.locate(job.run.uri)
+    filesystem, path = ray_filesystem(job.run.uri)
     min_workers, max_workers = job.run.settings.workers
     devices = {"GPU": train_resources.devices_per_worker or 1} if use_gpu else {"CPU": job.num_threads}
     trainer = ray.train.torch.TorchTrainer(
@@ -163,7 +168,8 @@ def _publish(job: StageJob) -> None:
     """Publish the whole network with the weights of the stage's best epoch."""
     settings, uri = job.run.settings, storage.join(job.run.uri, job.stage)
     net = pretrained.initial_network(job.run, job.stage, job.classes)
-    state = TrainState(**checkpoint.restore_best(uri, checkpoint.trained_module(net, job.stage)))
+    best = checkpoint.restore_best(uri, checkpoint.trained_module(net, job.stage))
+    state = formats.build(TrainState, best, "checkpoint", uri)
     facts = {
         "run": settings.name,
         "stage": job.stage,

@@ -16,8 +16,9 @@ import ray.tune
 from ray.tune import schedulers
 from ray.tune.trainable.function_trainable import wrap_function
 
-from carclass import storage
+from carclass.cluster.ray_storage import ray_filesystem
 from carclass.data import dataset
+from carclass.data.lease import hold_lease
 from carclass.errors import UserError
 from carclass.runs.run import begin_run
 from carclass.training import feature_cache, placement
@@ -41,7 +42,17 @@ def run_sweep(space: SearchSpace, *, resume: bool = False) -> None:
     Raise UserError for wrong settings, data or weights. resume: the sweep must exist.
     """
     scheduler = make_scheduler(space)
-    records = trial_records.find_records(space, resume=resume)
+    trial_records.find_records(space, resume=resume)
+    with hold_lease(trial_records.sweep_uri(space.root, space.search.name), "tune") as lease:
+        records = trial_records.find_records(space, resume=resume)  # another job may have begun or advanced it
+        _run_search(space, records, scheduler)
+        lease.check()
+        for trial in records.trials.values():
+            remove_checkpoints(space, trial)
+
+
+def _run_search(space: SearchSpace, records: TrialRecords, scheduler: schedulers.TrialScheduler) -> None:
+    """Run the unfinished trials, then the repeats of the best settings."""
     for trial in [*records.trials.values()]:
         if trial.state == "failed":
             records.put(replace(trial, state="begun", reason=None))
@@ -56,8 +67,6 @@ def run_sweep(space: SearchSpace, *, resume: bool = False) -> None:
         context = context or prepare_sweep(space, records)
         log.info("tune: the best settings with other seeds, %d runs", len(repeats))
         _run_trials(context, records, repeats, schedulers.FIFOScheduler())
-    for trial in records.trials.values():
-        remove_checkpoints(space, trial)
 
 
 def prepare_sweep(space: SearchSpace, records: TrialRecords) -> SweepContext:
@@ -175,7 +184,7 @@ def _make_tuner(
     if not context.resources.in_process:  # Ray Train's workers reserve the devices; Ray Tune refuses an empty request
         devices = {"memory": 1}
     is_short = space.stage == "frozen"
-    filesystem, path = storage.locate(trial_records.sweep_uri(space.root, space.search.name))
+    filesystem, path = ray_filesystem(trial_records.sweep_uri(space.root, space.search.name))
     return ray.tune.Tuner(
         ray.tune.with_resources(_make_trainable(context, is_short), {"CPU": 0, **devices}),
         tune_config=ray.tune.TuneConfig(

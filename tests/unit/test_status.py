@@ -82,13 +82,21 @@ def test_run_that_is_set_aside_keeps_its_records(root: Path):
     assert not Path(run.uri, "config.yml").exists()
 
 
+def test_a_file_of_the_user_stays_in_the_folder_of_a_run_set_aside(root: Path):
+    run = status.tree_status(make_tree(root, FIRST))["first"].run
+    notes = Path(run.uri, "notes.txt")
+    notes.write_text("lr 3e-4 was too high")
+    status.set_aside_run(run)
+    assert [path for path in Path(run.uri).rglob("*") if path.is_file()] == [notes]
+
+
 def test_interrupted_removal_leaves_no_model_to_a_new_run(root: Path, monkeypatch: pytest.MonkeyPatch):
     run = status.tree_status(make_tree(root, FIRST))["first"].run
 
     def fail(uri: str) -> None:
         raise OSError("storage is away")
 
-    monkeypatch.setattr(storage, "delete_folder", fail)
+    monkeypatch.setattr(storage, "delete", fail)
     with pytest.raises(OSError, match="storage is away"):
         status.set_aside_run(run)
     assert Path(run.uri, "config.yml").exists() or run.unfinished_stages
