@@ -47,7 +47,7 @@ class IngestSettings(Section):
     dataset: Name = "v1"
     """Name of the dataset to publish."""
     photos: Uri
-    """Folder, s3:// prefix or .tgz/.tar archive of photos; `sample`: drawn cars with their labels."""
+    """Folder, s3:// prefix, tar or zip archive of photos; `sample`: drawn cars with their labels."""
     labels: Uri | None = None
     """CSV (img_name,class,subset) or folder of Stanford's devkit; by default the folder of a photo is its class."""
     num_classes: int | None = Field(None, ge=2)
@@ -59,8 +59,8 @@ class IngestSettings(Section):
     quality: int = Field(92, ge=50, le=100)
     """JPEG quality of re-encoded photos; upright RGB JPEGs that are not shrunk keep their coded pixels."""
     keep_metadata: bool = False
-    """Store the bytes of upright RGB JPEGs that are not shrunk as they are; by default EXIF with GPS, thumbnails, colour
-    profiles and bytes after the image are removed."""
+    """Store the bytes of upright RGB JPEGs that are not shrunk as they are; by default EXIF with GPS, thumbnails,
+    colour profiles and bytes after the image are removed."""
     min_side: int = Field(16, ge=1)
     """Photos with a shorter side in pixels, before or after shrinking, are quarantined."""
     max_pixels: int = Field(100_000_000, ge=1)
@@ -71,9 +71,11 @@ class IngestSettings(Section):
     """Decides, together with the content, which photos are held out for validation; 123 as in the Keras project."""
 
     @model_validator(mode="after")
-    def _check_labels(self) -> "IngestSettings":
+    def _check_settings(self) -> "IngestSettings":
         if self.photos == "sample" and self.labels is not None:
             raise ValueError("`photos: sample` includes its labels: leave `labels` out")
+        if self.max_side is not None and self.max_side < self.min_side:
+            raise ValueError("`max_side` is below `min_side`: every photo would be quarantined as too small")
         return self
 
 
@@ -325,7 +327,7 @@ class PredictSettings(Section):
     run: Name | None = None
     """Run whose network classifies the photos."""
     photos: Uri
-    """Folder, s3:// prefix or .tgz/.tar archive of photos."""
+    """Folder, s3:// prefix, tar or zip archive of photos."""
     name: Name = "predictions"
     """Name of the result, below the run's folder; the same name resumes it."""
     threshold: Share = 0.0

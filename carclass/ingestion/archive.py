@@ -1,67 +1,123 @@
-"""Photos in a .tgz or .tar archive, which can only be read sequentially and so by one process."""
+"""Photos in a tar or zip archive, which are read sequentially and so by one process."""
 
+import lzma
+import sqlite3
+import struct
 import tarfile
+import tempfile
+import zipfile
+import zlib
 from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple
+from contextlib import contextmanager
+from typing import Any
 
 import pyarrow as pa
 
 from carclass import storage
 from carclass.data.inventory import INPUT, Listed
 from carclass.errors import UserError
+from carclass.ingestion.members import ArchiveError, Catalogue, Member, UnreadableMemberError
+from carclass.ingestion.tar_archive import read_tar
+from carclass.ingestion.zip_archive import read_zip
+from carclass.progress import Progress
 
-SUFFIXES = (".tgz", ".tar.gz", ".tar")
+TAR_SUFFIXES = (
+    ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz", ".tar.zst", ".tzst",
+)  # fmt: skip
+ZIP_SUFFIX = ".zip"
 LOADED = pa.schema([*INPUT, ("data", pa.large_binary()), ("error", pa.string())])
 """A photo's bytes, or the storage error that replaces them."""
+BATCH_BYTES = 64 * 2**20
+"""Bytes of photos after which a batch ends, so that large photos do not fill the memory."""
+DAMAGED = (
+    tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, OSError, EOFError, ValueError,
+    NotImplementedError,
+)  # fmt: skip
+"""Errors of the readers of archives."""
 
 
-class Member(NamedTuple):
-    """A regular file in an archive."""
-
-    name: str
-    archive: tarfile.TarFile
-    info: tarfile.TarInfo
-
-    def read(self) -> bytes:
-        """Return the content, before the archive advances to the next member."""
-        file = self.archive.extractfile(self.info)
-        assert file is not None
-        return file.read()
+def is_archive(uri: str) -> bool:
+    """Return True if the name is that of an archive."""
+    return uri.lower().endswith((*TAR_SUFFIXES, ZIP_SUFFIX))
 
 
 def list_members(uri: str, setting: str) -> Iterator[Listed]:
-    """Yield an archive's files in their order. Raise UserError, naming the setting, if it is damaged."""
-    with storage.open_stream(uri) as stream:
-        for member in _members(stream, uri, setting):
-            yield Listed(member.name, member.info.size, str(member.info.mtime))
+    """Yield an archive's files, with links resolved. Raise UserError, naming the setting, if it is damaged."""
+    progress = Progress("list", "members of the archive")
+    with Catalogue() as catalogue, _archive_errors(uri, setting):
+        for position, member in enumerate(_members(uri)):
+            catalogue.add(position, member)
+            progress.add(1)
+        yield from catalogue.files()
 
 
 def read_photos(uri: str, requested: pa.Table, batch_rows: int, setting: str) -> Iterator[pa.Table]:
-    """Yield requested photos as tables of LOADED with batch_rows rows each.
+    """Yield requested photos as tables of LOADED with at most batch_rows rows each.
 
-    requested: rows of INPUT in the archive's order. Raise UserError, naming the setting, if the archive is damaged.
+    requested: rows of INPUT. Raise UserError, naming the setting, if the archive is damaged or not the one listed.
     """
+    requested = requested.sort_by("position")
     inputs = (row for batch in requested.to_batches(max_chunksize=batch_rows) for row in batch.to_pylist())
-    next_input, loaded = next(inputs, None), []
-    with storage.open_stream(uri) as stream:
-        for member in _members(stream, uri, setting):
+    loaded: list[dict[str, Any]] = []
+    next_input, num_bytes = next(inputs, None), 0
+    with _archive_errors(uri, setting):
+        for position, member in enumerate(_members(uri)):
             if next_input is None:
                 break
-            if member.name == next_input["key"]:
-                loaded.append({**next_input, "data": member.read(), "error": None})
+            if position != next_input["position"]:
+                continue
+            content = _read(member, next_input)
+            while next_input is not None and position == next_input["position"]:  # a file and the links to it
+                loaded.append({**next_input, **content})
+                num_bytes += len(content["data"] or b"")
                 next_input = next(inputs, None)
-            if len(loaded) == batch_rows:
-                yield pa.Table.from_pylist(loaded, LOADED)
-                loaded = []
+                if len(loaded) == batch_rows or num_bytes >= BATCH_BYTES:
+                    yield pa.Table.from_pylist(loaded, LOADED)
+                    loaded, num_bytes = [], 0
+        if next_input is not None:
+            raise _changed(next_input["key"])
     if loaded:
         yield pa.Table.from_pylist(loaded, LOADED)
 
 
-def _members(stream: BinaryIO, uri: str, setting: str) -> Iterator[Member]:
+def _read(member: Member, requested: dict[str, Any]) -> dict[str, bytes | str | None]:
+    """Return the columns `data` and `error`. Raise ArchiveError if the member is not the one that was listed."""
+    if Listed("", member.size, member.version).fingerprint != requested["fingerprint"]:
+        raise _changed(requested["key"])
     try:
-        with tarfile.open(fileobj=stream, mode="r|*") as archive:
-            for info in archive:
-                if info.isfile():
-                    yield Member(info.name.removeprefix("./"), archive, info)
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise UserError(f"`{setting}`: {uri} is not a readable tar archive ({error}). Copy it again.") from error
+        return {"data": member.read(), "error": None}
+    except UnreadableMemberError as error:
+        return {"data": None, "error": str(error)}
+
+
+def _changed(key: str) -> ArchiveError:
+    return ArchiveError(f"it has changed since it was listed: {key} is another file", "Run the job again.")
+
+
+def _members(uri: str) -> Iterator[Member]:
+    read = read_zip if uri.lower().endswith(ZIP_SUFFIX) else read_tar
+    with storage.open_stream(uri) as stream:
+        yield from read(stream)
+
+
+@contextmanager
+def _archive_errors(uri: str, setting: str) -> Iterator[None]:
+    """Report an archive that cannot be read with a remedy."""
+    kind = "zip" if uri.lower().endswith(ZIP_SUFFIX) else "tar"
+    try:
+        yield
+    except UserError:
+        raise
+    except (FileNotFoundError, storage.ArchivedObjectError) as error:
+        raise UserError(f"`{setting}`: {uri} cannot be read ({error}). Restore it, and run the job again.") from error
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorname != "SQLITE_FULL":
+            raise
+        raise UserError(
+            f"no space left in {tempfile.gettempdir()} for the names of the files in {uri}. Free space, or set TMPDIR "
+            "to a folder on a larger disk."
+        ) from error
+    except ArchiveError as error:
+        raise UserError(f"`{setting}`: {uri} cannot be read: {error.problem}. {error.remedy}") from error
+    except DAMAGED as error:
+        raise UserError(f"`{setting}`: {uri} is not a readable {kind} archive ({error}). Copy it again.") from error

@@ -11,12 +11,9 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
-import boto3
-from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
-
-from carclass import storage
+from carclass import s3, storage
 from carclass.data.inventory import Inventory, Listed, chunks
+from carclass.data.quarantine import Reason
 from carclass.errors import UserError
 from carclass.ingestion import archive
 from carclass.progress import Progress
@@ -29,6 +26,8 @@ MIN_PREFIXES = 4 * THREADS
 """Folders are expanded level by level until there are enough of them to keep all threads busy."""
 MAX_PREFIXES = 10_000
 """A folder with more entries holds photos, or one folder per photo, and is listed as a whole."""
+MAX_PHOTO_BYTES = 512 * 2**20
+"""Limit of a file, which is read into memory: more than an uncompressed photo of `ingest.max_pixels` has."""
 
 
 class _PageRequest(NamedTuple):
@@ -43,40 +42,51 @@ def list_photos(photos: str, inventory: Inventory, setting: str = "ingest.photos
 
     Raise UserError, naming the setting, if there are none.
     """
-    if in_archive := photos.endswith(archive.SUFFIXES):
+    if archive.is_archive(photos):
         if not storage.exists(photos):
-            raise UserError(f"`{setting}`: no archive {photos}. Set it to an existing folder, s3:// prefix or .tgz.")
+            raise UserError(
+                f"`{setting}`: no archive {photos}. Set it to an existing folder, s3:// prefix or archive; the name of "
+                "a folder that ends like that of an archive needs a slash at its end."
+            )
         pages = chunks(archive.list_members(photos, setting), PAGE_KEYS)
+    elif (path := storage.local_path(photos)) is not None and os.path.isfile(path):
+        suffixes = ", ".join([*archive.TAR_SUFFIXES, archive.ZIP_SUFFIX])
+        raise UserError(
+            f"`{setting}`: {photos} is a file. Set it to a folder, an s3:// prefix or an archive ({suffixes})."
+        )
     else:
         pages = list_pages(photos)
     progress = Progress("list", "keys")
     for page in pages:
-        inventory.add_inputs(page)
+        inventory.add_inputs(map(_reject_large, page))
         progress.add(len(page))
     if not progress.done:
         raise UserError(
             f"`{setting}`: no files in {photos}. Check the path or prefix; an s3:// prefix needs list permission."
         )
-    if in_archive and (key := inventory.duplicate_input()) is not None:
-        raise UserError(f"`{setting}`: {photos} contains {key} more than once. Create it again.")
+
+
+def _reject_large(file: Listed) -> Listed:
+    """Return the file, with a reason if it is too large to be read into memory."""
+    if file.reason is None and file.size > MAX_PHOTO_BYTES:
+        return file._replace(reason=Reason.TOO_LARGE, detail=f"a file of {file.size / 2**20:,.0f} MiB")
+    return file
 
 
 def list_pages(uri: str) -> Iterator[list[Listed]]:
     """Yield all files below a URI, their keys relative to it, in pages of PAGE_KEYS in no order.
 
-    Yield nothing if the URI does not exist. Raise UserError if it cannot be listed.
+    Yield nothing if the URI does not exist. Raise StorageError if it cannot be listed.
     """
     try:
-        if uri.startswith("s3://"):
-            bucket, _, prefix = uri.removeprefix("s3://").rstrip("/").partition("/")
-            yield from _Bucket(bucket, f"{prefix}/" if prefix else "").pages()
-        else:
-            _, folder = storage.locate(uri)
-            yield from chunks(_scan(folder, len(folder.rstrip("/")) + 1), PAGE_KEYS)
+        with storage.translate_errors(uri, "listed"):
+            if (folder := storage.local_path(uri)) is None:
+                bucket, _, prefix = uri.removeprefix("s3://").rstrip("/").partition("/")
+                yield from _Bucket(bucket, f"{prefix}/" if prefix else "").pages()
+            else:
+                yield from chunks(_scan(folder, len(folder.rstrip("/")) + 1), PAGE_KEYS)
     except FileNotFoundError:
         return
-    except (OSError, ClientError, BotoCoreError) as error:
-        raise UserError(f"{uri}: cannot be listed ({error}). Check the bucket and your credentials.") from error
 
 
 def _scan(folder: str, prefix_length: int) -> Iterator[Listed]:
@@ -95,13 +105,6 @@ class _Bucket:
 
     def __init__(self, bucket: str, prefix: str) -> None:
         self.bucket, self.prefix = bucket, prefix
-        config = Config(
-            retries={"mode": "standard", "total_max_attempts": storage.NUM_ATTEMPTS},
-            max_pool_connections=THREADS,
-            # Only AWS has a host name per bucket.
-            s3={"addressing_style": "path" if storage.s3_endpoint() else "auto"},
-        )
-        self.client = boto3.Session().client("s3", config=config)
 
     def pages(self) -> Iterator[list[Listed]]:
         """Yield all files, their keys relative to the prefix."""
@@ -152,13 +155,9 @@ class _Bucket:
         return self._files(response), [] if token is None else [request._replace(token=token)]
 
     def _request(self, request: _PageRequest, **options: str) -> dict[str, Any]:
-        """Send a request. Raise FileNotFoundError if the bucket does not exist."""
         if request.token is not None:
             options["ContinuationToken"] = request.token
-        try:
-            response: dict[str, Any] = self.client.list_objects_v2(Bucket=self.bucket, Prefix=request.prefix, **options)
-        except self.client.exceptions.NoSuchBucket as error:
-            raise FileNotFoundError(self.bucket) from error
+        response: dict[str, Any] = s3.client().list_objects_v2(Bucket=self.bucket, Prefix=request.prefix, **options)
         return response
 
     def _files(self, response: dict[str, Any]) -> list[Listed]:

@@ -99,7 +99,7 @@ def _plan_actor_pools(job: PredictionJob) -> ActorPools:
 
 def stream_photos(photos: str, inventory: Inventory, block_rows: int) -> ray.data.Dataset:
     """Stream the pending photos as rows of archive.LOADED, with null labels, in blocks of block_rows."""
-    if photos.endswith(archive.SUFFIXES):
+    if archive.is_archive(photos):
         listing = pa.concat_tables(inventory.pending(KEY_ROWS, hash_order=False))
         read = partial(read_archive, requested=ray.put(listing), block_rows=block_rows)
         # num_cpus=0: it mostly waits for storage and must not hold the CPU that repartitioning needs.

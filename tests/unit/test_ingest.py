@@ -1,7 +1,5 @@
-"""Ingestion without a cluster: splits, rows, archives and labels."""
+"""Ingestion without a cluster: splits, rows and labels."""
 
-import io
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +11,11 @@ from scipy.io import savemat
 from carclass import storage
 from carclass.config.schema import IngestSettings
 from carclass.data import photo, publishing
-from carclass.data.inventory import INPUT, Inventory
+from carclass.data.inventory import Inventory
 from carclass.data.quarantine import PhotoError, Reason
 from carclass.errors import UserError
 from carclass.ingestion import labels, listing
-from carclass.ingestion.archive import LOADED, read_photos
+from carclass.ingestion.archive import LOADED
 from carclass.ingestion.ingest import write_loaded
 from carclass.ingestion.labels import Label
 from carclass.ingestion.reading import to_row
@@ -133,25 +131,10 @@ def test_a_batch_is_written_as_a_part_and_a_part_of_quarantine(tmp_path: Path):
 # Listing photos
 
 
-def tar(names: list[str], *, mode: str = "w:gz") -> bytes:
-    buffer, rng = io.BytesIO(), np.random.default_rng(0)
-    with tarfile.open(fileobj=buffer, mode=mode) as archive:  # type: ignore[call-overload]
-        for name in names:
-            info, data = tarfile.TarInfo(name), rng.bytes(20_000)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return buffer.getvalue()
-
-
 def listed(photos: str) -> list[str]:
     with Inventory() as inventory:
         listing.list_photos(photos, inventory)
         return list(inventory.keys())
-
-
-def test_files_of_an_archive_are_listed_like_those_of_a_folder(tmp_path: Path):
-    (tmp_path / "photos.tgz").write_bytes(tar(["./a/x.jpg", "b/y.jpg"]))
-    assert listed(str(tmp_path / "photos.tgz")) == ["a/x.jpg", "b/y.jpg"]
 
 
 @pytest.mark.parametrize("name", ["missing", "missing.tgz", "s.tar"])
@@ -163,50 +146,6 @@ def test_missing_photos_are_reported(tmp_path: Path, name: str):
 def test_an_empty_folder_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match=r"`ingest.photos`: no files in"):
         listed(str(tmp_path))
-
-
-def test_an_archive_without_files_is_refused(tmp_path: Path):
-    (tmp_path / "photos.tar").write_bytes(tar([], mode="w"))
-    with pytest.raises(UserError, match=r"`ingest.photos`: no files in"):
-        listed(str(tmp_path / "photos.tar"))
-
-
-@pytest.mark.parametrize("mode", ["w", "w:gz"])
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9])
-def test_a_truncated_archive_is_refused(tmp_path: Path, mode: str, share: float):
-    whole = tar([f"{i}.jpg" for i in range(10)], mode=mode)
-    (tmp_path / "photos.tar").write_bytes(whole[: int(len(whole) * share)])
-    with pytest.raises(UserError, match=r"not a readable tar archive .* Copy it again"):
-        listed(str(tmp_path / "photos.tar"))
-
-
-def test_another_file_with_an_archives_suffix_is_refused(tmp_path: Path):
-    (tmp_path / "photos.tgz").write_bytes(b"<html>not found</html>" * 100)
-    with pytest.raises(UserError, match="not a readable tar archive"):
-        listed(str(tmp_path / "photos.tgz"))
-
-
-@pytest.mark.parametrize("setting", ["ingest.photos", "predict.photos"])
-def test_a_damaged_archive_is_reported_with_its_setting(tmp_path: Path, setting: str):
-    (tmp_path / "photos.tar").write_bytes(tar(["a.jpg"], mode="w")[:1000])
-    with Inventory() as inventory, pytest.raises(UserError, match=rf"`{setting}`: .* not a readable tar archive"):
-        listing.list_photos(str(tmp_path / "photos.tar"), inventory, setting)
-
-
-def test_an_archive_with_duplicate_names_is_refused(tmp_path: Path):
-    (tmp_path / "photos.tar").write_bytes(tar(["a.jpg", "b.jpg", "./a.jpg"], mode="w"))
-    with pytest.raises(UserError, match=r"contains a\.jpg more than once"):
-        listed(str(tmp_path / "photos.tar"))
-
-
-def test_only_requested_photos_of_an_archive_are_read(tmp_path: Path):
-    (tmp_path / "photos.tgz").write_bytes(tar(["./d.jpg", "a.jpg", "c.jpg", "b.jpg", "e.jpg"]))
-    requested = pa.Table.from_pylist(
-        [{"key": f"{name}.jpg", "label": name, "subset": "train"} for name in "dcb"], INPUT
-    )
-    tables = list(read_photos(str(tmp_path / "photos.tgz"), requested, 2, "ingest.photos"))
-    assert [table["key"].to_pylist() for table in tables] == [["d.jpg", "c.jpg"], ["b.jpg"]]
-    assert all(len(data) == 20_000 for table in tables for data in table["data"].to_pylist())
 
 
 # Reading labels

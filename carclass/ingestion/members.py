@@ -1,0 +1,184 @@
+"""Members of an archive: their names, and the files that they stand for after links and repetitions."""
+
+import logging
+import posixpath
+import sqlite3
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Self
+
+from carclass.data.inventory import Listed
+from carclass.data.quarantine import Reason
+
+log = logging.getLogger(__name__)
+MAX_HOPS = 40
+"""Links followed on the way to one file, as on Linux."""
+MAX_LINKED_FILES = 1_000_000
+"""Limit of files that are listed below links to folders: nested links multiply them."""
+COLUMNS = "name, position, size, version, target, reason, detail"
+
+
+class ArchiveError(ValueError):
+    """Error of an archive that cannot be read, with a remedy."""
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__(problem, remedy)
+        self.problem, self.remedy = problem, remedy
+
+
+class UnreadableMemberError(ValueError):
+    """Error of a damaged member in an archive whose other members can be read."""
+
+
+class Member(NamedTuple):
+    """An entry of an archive, except folders."""
+
+    name: str  # as in the archive; bytes that are not UTF-8 as surrogates
+    size: int  # bytes
+    version: str  # see `Listed`
+    read: Callable[[], bytes]  # returns the content, before the archive advances to the next member
+    target: str | None = None  # of a link: path from the archive's top folder
+    rejected: str | None = None  # the kind of a member that is no file and no link
+
+
+class _Entry(NamedTuple):
+    """A row of the catalogue: a file, a link if there is a target, or a rejected member if there is a reason."""
+
+    name: str
+    position: int
+    size: int
+    version: str
+    target: str | None
+    reason: str | None
+    detail: str | None
+
+    def listed(self, key: str) -> Listed:
+        """Return the entry as a file of that name."""
+        return Listed(key, self.size, self.version, position=self.position)
+
+
+def clean_name(name: str) -> str:
+    """Return a member's path as it would be after unpacking: relative, without `.`, `..` and empty parts."""
+    return posixpath.normpath("/" + name).lstrip("/")
+
+
+def link_target(name: str, link: str) -> str:
+    """Return the path to which a symbolic link leads, from the archive's top folder.
+
+    name: member that is the link. A path out of the archive begins with `../`.
+    """
+    path = posixpath.normpath(posixpath.join(posixpath.dirname(name), link))
+    leaves = path.startswith("/") != name.startswith("/") or path.split("/")[0] == ".."
+    return f"../{link}" if leaves else clean_name(path)
+
+
+class Catalogue:
+    """Members of one archive in a temporary database on disk, so that memory does not grow with their number."""
+
+    def __init__(self) -> None:
+        self._db = sqlite3.connect("", isolation_level=None)  # an empty name: a temporary file
+        self._db.execute(
+            "CREATE TABLE member (name TEXT PRIMARY KEY, position INTEGER, size INTEGER, version TEXT, target TEXT, "
+            "reason TEXT, detail TEXT) WITHOUT ROWID"
+        )
+        self._db.execute("BEGIN")
+        self._num_linked = self._num_replaced = 0
+        self._last_replaced = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._db.close()
+
+    def add(self, position: int, member: Member) -> None:
+        """Add a member. As in unpacking, it replaces an earlier one of the same name.
+
+        position: index of the member in the archive.
+        """
+        name, target = clean_name(member.name), member.target
+        reason = detail = None
+        if member.rejected is not None:
+            reason, detail = Reason.NOT_AN_IMAGE, f"{member.rejected}, not a file"
+        elif not name or not is_utf8(name):
+            reason, detail, target = Reason.BAD_NAME, "the name is not UTF-8" if name else "the name is empty", None
+        name = printable(name)
+        if self._find(name) is not None:
+            if target == name:  # a file that is archived again is stored as a hard link to itself
+                return
+            self._num_replaced, self._last_replaced = self._num_replaced + 1, name
+        row = _Entry(name, position, member.size, member.version, target and printable(target), reason, detail)
+        self._db.execute("INSERT OR REPLACE INTO member VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+
+    def files(self) -> Iterator[Listed]:
+        """Yield all files, those of links with the position of their target, and rejected members with a reason."""
+        if self._num_replaced:
+            log.warning(
+                "list: %s member(s) are replaced by later ones of the same name, as in unpacking, such as %s",
+                f"{self._num_replaced:,}",
+                self._last_replaced,
+            )
+        for entry in self._entries(""):
+            yield from self._resolve(entry.name, entry, ())
+
+    def _find(self, name: str) -> _Entry | None:
+        row = self._db.execute(f"SELECT {COLUMNS} FROM member WHERE name = ?", (name,)).fetchone()  # noqa: S608
+        return None if row is None else _Entry(*row)
+
+    def _entries(self, folder: str) -> Iterator[_Entry]:
+        """Yield the entries below a folder, "" for all: a range of names, as `0` follows `/`."""
+        bounds = (f"{folder}/", f"{folder}0") if folder else ("", "\U0010ffff")
+        query = f"SELECT {COLUMNS} FROM member WHERE name >= ? AND name < ?"  # noqa: S608 - constant
+        return (_Entry(*row) for row in self._db.execute(query, bounds))
+
+    def _resolve(self, key: str, entry: _Entry, folders: tuple[str, ...]) -> Iterator[Listed]:
+        """Yield the file that an entry stands for, or the files below the folder that a link leads to.
+
+        key: name of the entry, in the folders that links have led to.
+        """
+        if entry.target is None:
+            yield Listed(key, entry.size, entry.version, entry.reason, entry.detail, entry.position)
+            return
+        path = self._follow(entry.target)
+        target = None if path is None else self._find(path)
+        if target is not None:
+            yield Listed(key, target.size, target.version, position=target.position)
+        elif path is None or next(self._entries(path), None) is None:
+            yield _rejected_link(key, entry, "is not in the archive")
+        elif path in folders or f"{entry.name}/".startswith(f"{path}/" if path else ""):
+            yield _rejected_link(key, entry, "is a folder that contains the link")
+        else:
+            for below in self._entries(path):
+                self._num_linked += 1
+                if self._num_linked > MAX_LINKED_FILES:
+                    problem = f"its links to folders lead to more than {MAX_LINKED_FILES:,} files, such as {key}"
+                    raise ArchiveError(problem, "Create it again without such links.")
+                yield from self._resolve(f"{key}{below.name[len(path) :]}", below, (*folders, path))
+
+    def _follow(self, path: str) -> str | None:
+        """Return the path that is left when all links on the way are replaced by their targets; None for a loop."""
+        for _ in range(MAX_HOPS):
+            parts = path.split("/")
+            for end in range(len(parts), 0, -1):
+                entry = self._find("/".join(parts[:end]))
+                if entry is not None and entry.target is not None:
+                    path = posixpath.join(entry.target, *parts[end:])
+                    break
+            else:
+                return path
+        return None
+
+
+def _rejected_link(key: str, entry: _Entry, problem: str) -> Listed:
+    target = (entry.target or "").removeprefix("../") or "."
+    detail = f"a link to {target}, which {problem}"
+    return Listed(key, entry.size, entry.version, Reason.MISSING_FILE, detail, entry.position)
+
+
+def is_utf8(name: str) -> bool:
+    """Return False if a name has bytes that are not UTF-8, as surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
+def printable(name: str) -> str:
+    """Return a name with bytes that are not UTF-8 as escapes."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
