@@ -3,18 +3,19 @@
 Supported formats: JPEG (8 bits: RGB, grey, CMYK; baseline and progressive), PNG, WebP, BMP and GIF, detected by their
 first bytes, not by the file name. Everything else is `unsupported_format` or `not_an_image`.
 - The size is checked in the header, before any pixel is decoded or allocated.
-- EXIF and PNG/WebP orientation is applied. Colour profiles are ignored: pixels are interpreted as sRGB.
+- EXIF's orientation is applied, or else XMP's. Colour profiles are ignored: pixels are interpreted as sRGB.
 - An animation is reduced to its first frame, as in TensorFlow's `decode_image`.
 - Transparent images are composited over white. 16-bit samples keep their high byte.
-- Integrity is checked as far as the format allows: JPEG's entropy coding, PNG's checksums, lengths and end marks of
-  all formats. Damage that decodes to valid pixels (in a BMP, a WebP, or a few bytes of a JPEG whose entropy coding
-  resynchronizes) cannot be detected.
+- Integrity is checked as far as the format allows: JPEG's entropy coding and scans, PNG's checksums, lengths and end
+  marks of all formats. Damage that decodes to valid pixels (in a BMP, a WebP, or a few bytes of a JPEG whose entropy
+  coding resynchronizes) cannot be detected.
+- Faults that leave all pixels intact are ignored: bytes after the end or between segments, damaged metadata.
 """
 
 import io
+import math
 import struct
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -22,6 +23,9 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from carclass.data.containers import check_gif, check_png_pixels, plain_png, plain_webp
+from carclass.data.jpeg import decode_jpeg, parse_jpeg, plain_jpeg
+from carclass.data.orientation import make_upright
 from carclass.data.quarantine import PhotoError, Reason
 
 # Disables PIL's limit: `_check_size` enforces ours before PIL decodes anything.
@@ -29,6 +33,9 @@ Image.MAX_IMAGE_PIXELS = None
 
 MAX_JPEG_SIDE = 65_500
 """libjpeg's limit: larger photos can be read from a PNG, but not encoded as a JPEG."""
+
+STRIP_ROWS = 256
+"""Rows converted at a time, so that temporary copies of large photos stay small."""
 
 _MAGIC = {
     b"\xff\xd8\xff": "JPEG",
@@ -47,6 +54,24 @@ _UNSUPPORTED = {
 _PIL_ERRORS = (AssertionError, EOFError, LookupError, OSError, SyntaxError, TypeError, ValueError, struct.error)
 
 
+class _Limits(NamedTuple):
+    """Sizes of photos in pixels."""
+
+    min_side: int = 16  # of the photo, and of its shrunk form
+    max_pixels: int = 100_000_000
+    max_side: int | None = None  # larger photos are shrunk
+
+
+class _Decoded(NamedTuple):
+    """Pixels of a file before they are shrunk to their final size and turned upright."""
+
+    pixels: np.ndarray
+    height: int  # of the file
+    width: int
+    orientation: int
+    plain: bytes | None = None  # an RGB JPEG without metadata
+
+
 def decode(
     data: bytes, *, min_side: int = 16, max_pixels: int = 100_000_000, max_side: int | None = None
 ) -> np.ndarray:
@@ -54,20 +79,10 @@ def decode(
 
     With `max_side`, shrink it in the same pass: a JPEG at least twice as large is decoded at 1/2, 1/4 or 1/8 of its
     size in the DCT domain, which still reads and checks every coded bit. Raise PhotoError if the bytes are not a
-    complete, undamaged photo of a permitted size.
+    complete, undamaged photo of a permitted size, `min_side` before and after shrinking.
     """
-    kind = _detect_format(data)
-    if kind == "JPEG":
-        header = _jpeg_header(data)
-        _check_size(header.height, header.width, min_side, max_pixels)
-        pixels = _decode_jpeg(data, header, max_side)
-        height, width, orientation = header.height, header.width, header.orientation
-    else:
-        pixels, orientation = _decode_with_pil(data, kind, min_side, max_pixels)
-        height, width = pixels.shape[:2]
-    if max_side is not None:
-        pixels = _interpolate(pixels, *_fit(height, width, max_side), mode="bicubic")
-    return _upright(pixels, orientation)
+    limits = _Limits(min_side, max_pixels, max_side)
+    return _finish(_decode_file(data, limits), limits)
 
 
 def encode(pixels: np.ndarray, *, quality: int = 92) -> bytes:
@@ -82,18 +97,21 @@ def encode(pixels: np.ndarray, *, quality: int = 92) -> bytes:
 
 
 def reencode(
-    data: bytes, *, min_side: int, max_pixels: int, max_side: int | None, quality: int
+    data: bytes, *, min_side: int, max_pixels: int, max_side: int | None, quality: int, keep_metadata: bool = False
 ) -> tuple[bytes, int, int]:
     """Convert a source photo to the form datasets store, and return (JPEG bytes, width, height).
 
-    This is an upright RGB JPEG within `max_side`. A photo in this form is decoded as a check, but keeps its bytes.
-    Raise PhotoError as `decode` does.
+    This is an upright RGB JPEG within `max_side`. A photo in this form is decoded as a check, but keeps its coded
+    pixels; `keep_metadata` keeps the file as it is, else metadata, thumbnails, colour profile and trailing bytes are
+    removed. Raise PhotoError as `decode` does.
     """
-    pixels = decode(data, min_side=min_side, max_pixels=max_pixels, max_side=max_side)
+    limits = _Limits(min_side, max_pixels, max_side)
+    decoded = _decode_file(data, limits)
+    pixels = _finish(decoded, limits)
     height, width = pixels.shape[:2]
-    if not _is_upright_rgb_jpeg(data, height, width):
-        data = encode(pixels, quality=quality)
-    return data, width, height
+    if decoded.plain is None or decoded.orientation != 1 or (height, width) != (decoded.height, decoded.width):
+        return encode(pixels, quality=quality), width, height
+    return data if keep_metadata else decoded.plain, width, height
 
 
 def shrink(pixels: np.ndarray, max_side: int) -> np.ndarray:
@@ -102,8 +120,8 @@ def shrink(pixels: np.ndarray, max_side: int) -> np.ndarray:
     The filter is antialiased bicubic, as stored photos are resampled again for the classifier and two bilinear passes
     would blur them. A photo that fits is returned without a copy.
     """
-    height, width = pixels.shape[:2]
-    return _interpolate(pixels, *_fit(height, width, max_side), mode="bicubic")
+    _assert_rgb(pixels)
+    return _resample(pixels, *_fit(*pixels.shape[:2], max_side))
 
 
 def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -111,16 +129,7 @@ def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 
     Training, evaluation and prediction all use it for the classifier's input.
     """
-    return _interpolate(pixels, height, width, mode="bilinear")
-
-
-def _fit(height: int, width: int, max_side: int) -> tuple[int, int]:
-    scale = min(1.0, max_side / max(height, width))
-    return max(1, round(height * scale)), max(1, round(width * scale))
-
-
-def _interpolate(pixels: np.ndarray, height: int, width: int, *, mode: str) -> np.ndarray:
-    import torch  # takes seconds, and most processes never resize
+    import torch  # takes seconds and much memory, and most processes never resize
 
     _assert_rgb(pixels)
     if pixels.shape[:2] == (height, width):
@@ -129,8 +138,46 @@ def _interpolate(pixels: np.ndarray, height: int, width: int, *, mode: str) -> n
     rows = np.require(pixels, requirements=["C", "W"])
     # HWC memory viewed as a channels-last NCHW batch selects the vectorized uint8 kernel and needs no copy.
     batch = torch.from_numpy(rows)[None].permute(0, 3, 1, 2)
-    resized = torch.nn.functional.interpolate(batch, (height, width), mode=mode, antialias=True)
+    resized = torch.nn.functional.interpolate(batch, (height, width), mode="bilinear", antialias=True)
     return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
+
+
+def _fit(height: int, width: int, max_side: int) -> tuple[int, int]:
+    scale = min(1.0, max_side / max(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def _resample(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize (H, W, 3) uint8, antialiased bicubic; without a copy if it has the size."""
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    return _read_strips(lambda top, bottom: Image.fromarray(pixels[top:bottom]), pixels.shape[:2], (height, width))
+
+
+def _read_strips(
+    read: Callable[[int, int], Image.Image], source: tuple[int, int], target: tuple[int, int]
+) -> np.ndarray:
+    """Return an image as (H, W, 3) uint8 of the target's size, resized antialiased bicubic.
+
+    read: (first row, last row + 1) → these rows in RGB. Only a strip is in memory beside source and result; PIL, unlike
+    torch, adds nothing else. Sizes are (height, width).
+    """
+    pixels = np.empty((*target, 3), np.uint8)
+    scale = source[0] / target[0]
+    strip, margin = max(1, int(STRIP_ROWS / scale)), math.ceil(2 * scale) + 1  # the filter spans four pixels
+    for top in range(0, target[0], strip):
+        bottom = min(top + strip, target[0])
+        first = max(0, int(top * scale) - margin)
+        rows = read(first, min(source[0], math.ceil(bottom * scale) + margin))
+        if source == target:
+            rows = rows.crop((0, top - first, source[1], bottom - first))
+        else:
+            # Rows before columns, as PIL chooses the order by the size of the strip, which changes the rounding.
+            box = (0, top * scale - first, target[1], bottom * scale - first)
+            rows = rows.resize((target[1], rows.height), Image.Resampling.BICUBIC)
+            rows = rows.resize((target[1], bottom - top), Image.Resampling.BICUBIC, box)
+        pixels[top:bottom] = np.asarray(rows)
+    return pixels
 
 
 def _assert_rgb(pixels: np.ndarray) -> None:
@@ -160,129 +207,87 @@ def _detect_format(data: bytes) -> str:
     raise PhotoError(Reason.NOT_AN_IMAGE, f"{len(data)} bytes that start with {data[:16]!r}")
 
 
-def _check_size(height: int, width: int, min_side: int, max_pixels: int) -> None:
-    if min(height, width) < min_side:
-        raise PhotoError(Reason.TOO_SMALL, f"{width}x{height} pixels; a side needs at least {min_side}")
-    if height * width > max_pixels:
-        raise PhotoError(Reason.TOO_LARGE, f"{width}x{height} pixels; at most {max_pixels} in all are read")
+def _check_size(height: int, width: int, limits: _Limits) -> None:
+    size = f"{width}x{height} pixels"
+    if height * width > limits.max_pixels:
+        raise PhotoError(Reason.TOO_LARGE, f"{size}; at most {limits.max_pixels} in all are read")
     if max(height, width) > MAX_JPEG_SIDE:
-        raise PhotoError(Reason.TOO_LARGE, f"{width}x{height} pixels; a side may have {MAX_JPEG_SIDE}")
+        raise PhotoError(Reason.TOO_LARGE, f"{size}; a side may have {MAX_JPEG_SIDE}")
+    if min(height, width) >= limits.min_side and limits.max_side is not None:
+        height, width = _fit(height, width, limits.max_side)
+        size += f", {width}x{height} when shrunk"
+    if min(height, width) < limits.min_side:
+        raise PhotoError(Reason.TOO_SMALL, f"{size}; a side needs at least {limits.min_side}")
 
 
-# JPEG: always decoded by simplejpeg (libjpeg-turbo), whose strict mode turns libjpeg's warnings into errors. PIL
-# ignores these warnings and returns an image for most damaged files.
-
-_START_OF_SCAN = 0xDA
-
-
-class _JpegHeader(NamedTuple):
-    height: int
-    width: int
-    num_channels: int
-    sequential: bool
-    orientation: int
-    scan: int  # offset of the first scan's data
+def _decode_file(data: bytes, limits: _Limits) -> _Decoded:
+    kind = _detect_format(data)
+    return _decode_jpeg(data, limits) if kind == "JPEG" else _decode_with_pil(data, kind, limits)
 
 
-def _decode_jpeg(data: bytes, header: _JpegHeader, max_side: int | None) -> np.ndarray:
-    if header.sequential and data[header.scan - 3 : header.scan] != b"\0\x3f\0":
-        # Some phones leave the spectral range of a sequential scan unset. It can only be 0-63 and decoders ignore it,
-        # but libjpeg's warning about it would hide other warnings.
-        data = data[: header.scan - 3] + b"\0\x3f\0" + data[header.scan :]
-    factor = _dct_factor(header, max_side)
-    try:
-        pixels = simplejpeg.decode_jpeg(
-            data,
-            colorspace="CMYK" if header.num_channels == 4 else "RGB",
-            min_height=-(-header.height // factor),
-            min_width=-(-header.width // factor),
-        )
-    except ValueError as error:
-        if "subsampling" in str(error):
-            raise PhotoError(Reason.UNSUPPORTED_FORMAT, "JPEG with an unusual chroma subsampling") from error
-        reason = Reason.TRUNCATED if str(error).startswith("Premature end") else Reason.CORRUPT
-        raise PhotoError(reason, f"JPEG: {error}") from error
-    return _cmyk_to_rgb(pixels) if header.num_channels == 4 else pixels
+def _finish(decoded: _Decoded, limits: _Limits) -> np.ndarray:
+    """Shrink pixels and turn them upright."""
+    pixels = decoded.pixels
+    if limits.max_side is not None:
+        pixels = _resample(pixels, *_fit(decoded.height, decoded.width, limits.max_side))
+    return make_upright(pixels, decoded.orientation)
 
 
-def _dct_factor(header: _JpegHeader, max_side: int | None) -> int:
+# JPEG: always decoded by simplejpeg (libjpeg-turbo), as PIL returns an image for most damaged files.
+
+
+def _decode_jpeg(data: bytes, limits: _Limits) -> _Decoded:
+    jpeg = parse_jpeg(data)
+    _check_size(jpeg.height, jpeg.width, limits)
+    pixels, plain = decode_jpeg(plain_jpeg(jpeg), _dct_factor(jpeg.height, jpeg.width, limits.max_side))
+    if jpeg.num_channels == 4:
+        pixels = _cmyk_to_rgb(pixels)
+    return _Decoded(pixels, jpeg.height, jpeg.width, jpeg.orientation(), plain if jpeg.num_channels == 3 else None)
+
+
+def _dct_factor(height: int, width: int, max_side: int | None) -> int:
     """Return the largest of 8, 4, 2 that keeps the longer side at `max_side` or above, else 1.
 
     Other ratios have no vector code in libjpeg-turbo and are slower than a full decode.
     """
     if max_side is None:
         return 1
-    longest = max(header.height, header.width)
+    longest = max(height, width)
     return next((factor for factor in (8, 4, 2) if -(-longest // factor) >= max_side), 1)
-
-
-def _jpeg_header(data: bytes) -> _JpegHeader:
-    """Read size, channels and orientation from the segments before the first scan."""
-    frame: tuple[int, bytes] | None = None
-    orientation, scan = 1, 0
-    for marker, payload, end in _jpeg_segments(data):
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame
-            frame = marker, payload
-        elif marker == 0xE1 and payload.startswith(b"Exif\0"):
-            orientation = _orientation(payload[6:])
-        elif marker == _START_OF_SCAN:
-            scan = end
-    if frame is None or len(frame[1]) < 6:
-        raise PhotoError(Reason.CORRUPT, "JPEG: no frame header before the first scan")
-    marker, payload = frame
-    precision, height, width, num_channels = struct.unpack_from(">BHHB", payload)
-    if marker > 0xC2 or precision != 8 or num_channels not in (1, 3, 4):
-        encoding = f"{precision} bits, {num_channels} channels, process {marker - 0xC0}"
-        raise PhotoError(Reason.UNSUPPORTED_FORMAT, f"JPEG with {encoding}: save it as an 8-bit RGB JPEG")
-    return _JpegHeader(height, width, num_channels, marker != 0xC2, orientation, scan)
-
-
-def _jpeg_segments(data: bytes) -> Iterator[tuple[int, bytes, int]]:
-    """Yield (marker, payload, end offset) of each segment up to and including the first start of scan."""
-    at, marker = 2, 0
-    while marker != _START_OF_SCAN:
-        while data[at : at + 2] == b"\xff\xff":  # fill bytes are allowed before a marker
-            at += 1
-        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        if at + 4 > len(data) or end > len(data):
-            raise PhotoError(Reason.TRUNCATED, f"JPEG: {len(data)} bytes end within the header")
-        if data[at] != 0xFF or end < at + 4:
-            raise PhotoError(Reason.CORRUPT, f"JPEG: no header segment at byte {at}")
-        marker = data[at + 1]
-        yield marker, data[at + 4 : end], end
-        at = end
-
-
-def _is_upright_rgb_jpeg(data: bytes, height: int, width: int) -> bool:
-    """Return True if a decodable photo is an upright RGB JPEG of this size."""
-    if _detect_format(data) != "JPEG":
-        return False
-    header = _jpeg_header(data)
-    return (header.height, header.width, header.num_channels, header.orientation) == (height, width, 3, 1)
 
 
 def _cmyk_to_rgb(cmyk: np.ndarray) -> np.ndarray:
     """Convert (H, W, 4) uint8 CMYK to (H, W, 3) RGB. JPEG stores it inverted (255 is no ink), so channels multiply."""
-    product = cmyk[..., :3].astype(np.uint16) * cmyk[..., 3:]
-    return ((product + 127) // 255).astype(np.uint8)
+    rgb = np.empty((*cmyk.shape[:2], 3), np.uint8)
+    for top in range(0, len(cmyk), STRIP_ROWS):
+        strip = cmyk[top : top + STRIP_ROWS]
+        rgb[top : top + STRIP_ROWS] = (strip[..., :3].astype(np.uint16) * strip[..., 3:] + 127) // 255
+    return rgb
 
 
 # Other formats: decoded by PIL, with the checks that PIL omits.
 
 
-def _decode_with_pil(data: bytes, kind: str, min_side: int, max_pixels: int) -> tuple[np.ndarray, int]:
-    if kind == "WEBP":
-        _check_webp(data, min_side, max_pixels)
-    elif kind == "PNG":
-        _check_png(data)
-    elif kind == "GIF" and not data.rstrip(b"\0").endswith(b";"):
-        raise PhotoError(Reason.TRUNCATED, "GIF: the end mark is missing")
+def _decode_with_pil(data: bytes, kind: str, limits: _Limits) -> _Decoded:
+    orientation = 1
+    if kind in ("PNG", "WEBP"):
+        plain = plain_png(data) if kind == "PNG" else plain_webp(data)
+        _check_size(plain.height, plain.width, limits)  # PIL allocates a WebP's canvas when it opens the file
+        data, orientation = plain.data, plain.orientation
+    elif kind == "GIF":
+        check_gif(data)
     with _pil_errors(kind):
         image = Image.open(io.BytesIO(data), formats=[kind])
-    _check_size(image.height, image.width, min_side, max_pixels)
+    _check_size(image.height, image.width, limits)
+    height, width = image.height, image.width
+    target = (height, width) if limits.max_side is None else _fit(height, width, limits.max_side)
     with _pil_errors(kind):
         image.load()
-        return _pil_to_rgb(image), _orientation(image.info.get("exif", b"").removeprefix(b"Exif\0\0"))
+        to_rgb = _rgb_converter(image)
+        pixels = _read_strips(lambda top, bottom: to_rgb(image.crop((0, top, width, bottom))), (height, width), target)
+    if kind == "PNG":
+        check_png_pixels(plain)
+    return _Decoded(pixels, height, width, orientation)
 
 
 @contextmanager
@@ -295,69 +300,13 @@ def _pil_errors(kind: str) -> Iterator[None]:
         raise PhotoError(reason, f"{kind}: {error}") from error
 
 
-def _pil_to_rgb(image: Image.Image) -> np.ndarray:
+def _rgb_converter(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
+    """Return the conversion of an image's strips to RGB."""
     if image.mode.startswith("I;16"):  # 16-bit grey, which PIL's conversion saturates
-        return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
-    if image.has_transparency_data:
-        background = Image.new("RGBA", image.size, "white")
-        background.alpha_composite(image.convert("RGBA"))
-        image = background
-    return np.array(image.convert("RGB"))
-
-
-def _check_png(data: bytes) -> None:
-    """Check length and checksum of every chunk up to the end chunk; PIL skips both for pixel data."""
-    at, kind = 8, b""
-    while kind != b"IEND":
-        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
-        if end > len(data):
-            raise PhotoError(Reason.TRUNCATED, f"PNG: {len(data)} bytes end before the end chunk")
-        kind = data[at + 4 : at + 8]
-        if zlib.crc32(data[at + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
-            raise PhotoError(Reason.CORRUPT, f"PNG: the checksum of the {kind!r} chunk at byte {at} is wrong")
-        at = end
-
-
-def _check_webp(data: bytes, min_side: int, max_pixels: int) -> None:
-    """Check length and size before PIL opens the file, which allocates the canvas."""
-    if len(data) < max(30, 8 + int.from_bytes(data[4:8], "little")):
-        raise PhotoError(Reason.TRUNCATED, f"WEBP: {len(data)} bytes are fewer than the header states")
-    kind = data[12:16]
-    if kind == b"VP8X":
-        width, height = (1 + int.from_bytes(data[at : at + 3], "little") for at in (24, 27))
-    elif kind == b"VP8L":
-        bits = int.from_bytes(data[21:25], "little")
-        width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
-    else:
-        width, height = (int.from_bytes(data[at : at + 2], "little") & 0x3FFF for at in (26, 28))
-    _check_size(height, width, min_side, max_pixels)
-
-
-# Orientation, common to all formats.
-
-
-def _orientation(tiff: bytes) -> int:
-    """Return the EXIF orientation, 1 to 8; 1 (upright) if the tag is missing or the block is unreadable."""
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
-    if order is None:
-        return 1
-    try:
-        (directory,) = struct.unpack_from(f"{order}I", tiff, 4)
-        (num_entries,) = struct.unpack_from(f"{order}H", tiff, directory)
-        for entry in range(num_entries):
-            tag, value = struct.unpack_from(f"{order}H6xH", tiff, directory + 2 + 12 * entry)
-            if tag == 0x0112:
-                return value if 1 <= value <= 8 else 1
-    except struct.error:  # the block ends early
-        pass
-    return 1
-
-
-def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    if orientation >= 5:
-        pixels = pixels.swapaxes(0, 1)
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    return np.ascontiguousarray(pixels)
+        return lambda strip: Image.fromarray((np.asarray(strip) >> 8).astype(np.uint8)).convert("RGB")
+    unused_alpha = image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0)
+    if image.has_transparency_data and not unused_alpha:
+        return lambda strip: Image.alpha_composite(
+            Image.new("RGBA", strip.size, "white"), strip.convert("RGBA")
+        ).convert("RGB")
+    return lambda strip: strip.convert("RGB")

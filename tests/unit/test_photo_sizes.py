@@ -117,3 +117,42 @@ def test_a_damaged_jpeg_that_fits_is_not_stored():
     data = noisy_jpeg()
     with pytest.raises(PhotoError):
         photo.reencode(overwritten(data, len(data) // 2), max_side=None, **LIMITS)
+
+
+def phone_jpeg() -> bytes:
+    """Return an upright JPEG with all that a phone adds: EXIF with a thumbnail, colour profile, comment and a film."""
+    exif = Image.Exif()
+    exif[0x8825] = {1: "N", 2: (48.0, 12.0, 30.0)}
+    data = saved(scene(), "JPEG", exif=exif, icc_profile=b"a colour profile", comment=b"a comment")
+    return data + b"a film" * 1000
+
+
+def test_metadata_and_trailing_bytes_are_not_stored():
+    stored, _, _ = photo.reencode(phone_jpeg(), max_side=None, **LIMITS)
+    assert stored == saved(scene(), "JPEG")
+
+
+def test_metadata_are_stored_on_request():
+    assert photo.reencode(phone_jpeg(), max_side=None, keep_metadata=True, **LIMITS)[0] == phone_jpeg()
+
+
+def test_a_stored_rgb_jpeg_keeps_the_segment_that_says_so():
+    data = saved(scene(), "JPEG", keep_rgb=True)
+    assert photo.reencode(data, max_side=None, **LIMITS)[0] == data
+
+
+def test_an_embedded_thumbnail_is_not_stored():
+    data = saved(scene(), "JPEG")
+    thumbnail = data[:2] + b"\xff\xe0\0\x1c" + data[6:18] + b"\2\2" + bytes(12) + data[20:]
+    assert photo.reencode(thumbnail, max_side=None, **LIMITS)[0] == data
+
+
+def test_the_minimum_side_holds_after_shrinking():
+    with pytest.raises(PhotoError, match=r"too_small: 4000x40 pixels, 800x8 when shrunk"):
+        photo.reencode(saved(scene(40, 4000), "JPEG"), max_side=800, **LIMITS)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP", "GIF"])
+def test_the_minimum_side_holds_after_shrinking_other_formats(kind):
+    with pytest.raises(PhotoError, match=r"too_small"):
+        photo.decode(saved(scene(20, 1000), kind), max_side=500)

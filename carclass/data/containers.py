@@ -1,0 +1,166 @@
+"""PNG, WebP and GIF files: integrity checks, and files without the parts that pixels don't need.
+
+PIL stops at damaged metadata, and doesn't check the pixel data's lengths and checksums.
+"""
+
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from carclass.data.orientation import read_orientation
+from carclass.data.quarantine import PhotoError, Reason
+
+_PNG_PIXELS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT"})
+_PNG_END = b"\0\0\0\0IEND\xae\x42\x60\x82"
+_PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+_PNG_PASSES = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
+"""First row and column, and steps, of each pass of an interlaced PNG."""
+_WEBP_PIXELS = frozenset({b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM", b"ANMF"})
+_WEBP_CHUNKS = _WEBP_PIXELS | {b"ICCP", b"EXIF", b"XMP "}
+_XMP_KEYWORD = b"XML:com.adobe.xmp\0"
+MAX_METADATA = 1_000_000
+"""Bytes of compressed metadata that are read."""
+
+
+class Plain(NamedTuple):
+    """A file without damaged or unneeded parts, and the orientation that it stated."""
+
+    data: bytes
+    height: int
+    width: int
+    orientation: int
+
+
+def plain_png(data: bytes) -> Plain:
+    """Return the PNG with the chunks that determine its pixels, those of the first frame.
+
+    Raise PhotoError if one of them has a wrong checksum, or the end chunk is missing. Other damage is ignored.
+    """
+    parts, exif, xmp = [data[:8]], [], []
+    at, kind = 8, b""
+    while kind != b"IEND":
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if end > len(data):
+            raise PhotoError(Reason.TRUNCATED, f"PNG: {len(data)} bytes end before the end chunk")
+        kind, body = data[at + 4 : at + 8], data[at + 8 : end - 4]
+        sound = zlib.crc32(body, zlib.crc32(kind)) == int.from_bytes(data[end - 4 : end], "big")
+        if not sound and kind != b"IEND" and (kind in _PNG_PIXELS or not _is_ancillary(kind)):
+            raise PhotoError(Reason.CORRUPT, f"PNG: the checksum of the {kind!r} chunk at byte {at} is wrong")
+        if kind in _PNG_PIXELS:
+            parts.append(data[at:end])
+        elif kind == b"eXIf":
+            exif.append(body.removeprefix(b"Exif\0\0"))
+        elif kind == b"iTXt" and body.startswith(_XMP_KEYWORD):
+            xmp.append(_international_text(body.removeprefix(_XMP_KEYWORD)))
+        at = end
+    if data[12:16] != b"IHDR" or data[8:12] != b"\0\0\0\x0d":
+        raise PhotoError(Reason.CORRUPT, "PNG: the first chunk is no header")
+    width, height = struct.unpack_from(">II", data, 16)
+    return Plain(b"".join([*parts, _PNG_END]), height, width, read_orientation(exif, xmp))
+
+
+def check_png_pixels(plain: Plain) -> None:
+    """Raise PhotoError if a PNG has fewer rows than its header states; PIL leaves those black."""
+    depth, colour, _, _, interlaced = plain.data[24:29]
+    bits = depth * _PNG_CHANNELS.get(colour, 0)
+    passes = _PNG_PASSES if interlaced else ((0, 0, 1, 1),)
+    sizes = [
+        (-(-max(0, plain.height - row) // row_step), -(-max(0, plain.width - column) // column_step))
+        for row, column, row_step, column_step in passes
+    ]
+    missing = sum(height * (1 + -(-width * bits // 8)) for height, width in sizes if width)
+    inflater = zlib.decompressobj()
+    try:
+        for body in _png_bodies(plain.data, b"IDAT"):
+            while body and missing > 0:
+                missing -= len(inflater.decompress(body, 1 << 20))
+                body = inflater.unconsumed_tail
+    except zlib.error as error:
+        raise PhotoError(Reason.CORRUPT, f"PNG: {error}") from error
+    if missing > 0:
+        raise PhotoError(Reason.TRUNCATED, f"PNG: {missing} bytes of pixels are missing")
+
+
+def _png_bodies(data: bytes, wanted: bytes) -> Iterator[bytes]:
+    at = 8
+    while at < len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] == wanted:
+            yield data[at + 8 : end - 4]
+        at = end
+
+
+def _is_ancillary(kind: bytes) -> bool:
+    """Return True for chunks that decoders may ignore: their names have a lower-case initial."""
+    return kind.isalpha() and kind[:1].islower()
+
+
+def _international_text(body: bytes) -> bytes:
+    """Return the text of an iTXt chunk's body after its keyword, with the names before it; empty if it is damaged."""
+    if body[:1] != b"\1":
+        return body
+    try:
+        return zlib.decompressobj().decompress(body[2:].split(b"\0", 2)[2], MAX_METADATA)
+    except (zlib.error, IndexError):
+        return b""
+
+
+def plain_webp(data: bytes) -> Plain:
+    """Return the WebP with the true length of its chunks. Raise PhotoError if one of pixels is cut off."""
+    chunks = list(_webp_chunks(data))
+    kind, header = next(((kind, body) for kind, body in chunks if kind in _WEBP_PIXELS), (b"", b""))
+    if kind == b"VP8X" and len(header) >= 10:
+        width, height = (1 + int.from_bytes(header[at : at + 3], "little") for at in (4, 7))
+    elif kind == b"VP8L" and len(header) >= 5:
+        bits = int.from_bytes(header[1:5], "little")
+        width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    elif kind == b"VP8 " and len(header) >= 10:
+        width, height = (int.from_bytes(header[at : at + 2], "little") & 0x3FFF for at in (6, 8))
+    else:
+        raise PhotoError(Reason.CORRUPT, "WEBP: no chunk of pixels")
+    exif = [body.removeprefix(b"Exif\0\0") for kind, body in chunks if kind == b"EXIF"]
+    orientation = read_orientation(exif, [body for kind, body in chunks if kind == b"XMP "])
+    body = b"".join(kind + struct.pack("<I", len(body)) + body + bytes(len(body) % 2) for kind, body in chunks)
+    return Plain(b"RIFF" + struct.pack("<I", len(body) + 4) + b"WEBP" + body, height, width, orientation)
+
+
+def _webp_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Yield name and body of each chunk; the file's stated length may be too small or too large."""
+    at, stated_end = 12, 8 + int.from_bytes(data[4:8], "little")
+    needed = True  # until the first frame of an animation is complete
+    while at < len(data) and (data[at : at + 4] in _WEBP_CHUNKS or at + 8 <= stated_end):
+        kind = data[at : at + 4]
+        end = at + 8 + int.from_bytes(data[at + 4 : at + 8], "little")
+        if end > len(data):
+            break
+        if kind in _WEBP_CHUNKS:
+            yield kind, data[at + 8 : end]
+        at, needed = end + end % 2, needed and kind not in (b"VP8 ", b"VP8L", b"ANMF")
+    if needed:
+        raise PhotoError(Reason.TRUNCATED, f"WEBP: {len(data)} bytes are fewer than the header states")
+
+
+def check_gif(data: bytes) -> None:
+    """Raise PhotoError if the first frame's data have no end, or nothing follows them."""
+    at = 13 + _gif_colours(data[10:11])
+    has_frame = False
+    while at < len(data):
+        block = data[at : at + 1]
+        if has_frame or block == b";":
+            return
+        if block == b",":
+            at, has_frame = at + 11 + _gif_colours(data[at + 9 : at + 10]), True
+        elif block == b"!":
+            at += 2
+        else:
+            raise PhotoError(Reason.CORRUPT, f"GIF: no block at byte {at}")
+        while (size := data[at : at + 1]) not in (b"\0", b""):
+            at += 1 + size[0]
+        at += 1
+    raise PhotoError(Reason.TRUNCATED, "GIF: the end mark is missing")
+
+
+def _gif_colours(flags: bytes) -> int:
+    """Return the bytes of the colour table that a descriptor announces."""
+    return 6 << (flags[0] & 7) if flags and flags[0] & 0x80 else 0
