@@ -5,9 +5,10 @@ The files of a published version stay until the manifest of the next one is writ
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import compress
 from typing import Any
 
 import pyarrow as pa
@@ -16,7 +17,8 @@ from carclass import storage
 from carclass.data import changes, formats, publishing
 from carclass.data.changes import Correction
 from carclass.data.dataset import SPLITS, Dataset, read_part, to_json
-from carclass.data.inventory import Inventory
+from carclass.data.inventory import Inventory, chunks
+from carclass.data.lease import Lease
 from carclass.data.quarantine import Reason
 from carclass.errors import UserError
 from carclass.progress import Progress
@@ -24,6 +26,8 @@ from carclass.progress import Progress
 log = logging.getLogger(__name__)
 MAX_PASSES = 3
 """A second pass is needed only if a lost node caused photos to be written twice."""
+DELETIONS_PER_CHECK = 64
+"""Files deleted after each check of the lease: they take a fraction of a second."""
 NOTES = "draft.json"
 """Settings of an unfinished dataset."""
 RunTasks = Callable[[Callable[[Correction], str], Iterable[Correction]], Iterator[str]]
@@ -44,6 +48,7 @@ class Draft:
     settings: dict[str, Any]  # that determine the rows
     inventory: Inventory
     published: Dataset | None = None  # the version to be replaced
+    lease: Lease | None = None  # of the uri; None if no other job can write there
     run_tasks: RunTasks = run_here
     discarded: set[str] = field(default_factory=set)  # outdated files of the published version
 
@@ -124,17 +129,29 @@ class Draft:
             self.inventory.add_part(path, rows, metadata[publishing.CONTENT_KEY].decode())
             return True
         else:
-            self.discard(path)
+            self.discard([path])
             return False
-        storage.delete(storage.join(self.uri, path))
+        self._delete([path])
         return False
 
-    def discard(self, path: str) -> None:
-        """Delete a file, or set it aside if it is published."""
-        if path in self.published_paths:
-            self.discarded.add(path)
-        else:
-            storage.delete(storage.join(self.uri, path))
+    def discard(self, paths: Collection[str]) -> None:
+        """Delete files, or set them aside if they are published."""
+        outdated = self.published_paths.intersection(paths)
+        self.discarded |= outdated
+        self._delete(path for path in paths if path not in outdated)
+
+    def _delete(self, paths: Iterable[str]) -> None:
+        """Delete files. Raise UserError if the draft is no longer this job's."""
+        uris = (storage.join(self.uri, path) for path in paths)
+        for chunk in chunks(uris, DELETIONS_PER_CHECK):
+            self.check_lease()
+            list(storage.in_parallel(storage.delete, chunk))
+
+    def check_lease(self) -> None:
+        """Raise UserError if another job has taken the draft over, or has published one here."""
+        if self.lease is not None:
+            self.lease.check()
+        publishing.check_manifest(self.uri, self.published)
 
     def reconcile(self, assign_split: AssignSplit) -> None:
         """Correct the rows whose inputs were removed, replaced or relabelled since they were written.
@@ -160,9 +177,8 @@ class Draft:
     def _correct(self, corrections: Iterable[Correction], assign_split: AssignSplit | None = None) -> None:
         correct = partial(correct_part, uri=self.uri, settings=self.settings, assign_split=assign_split)
         paths = list(self.run_tasks(correct, corrections))
-        for path in paths:
-            self.discard(path)
         if paths:
+            self.discard(paths)
             self.sync()
 
     def write_missing(self, write: Callable[[], None]) -> None:
@@ -180,9 +196,8 @@ class Draft:
 
         Two processes may write the same photos in different batches, for example if one was wrongly considered dead.
         """
-        for path in (duplicates := self.inventory.duplicate_parts()):
-            self.discard(path)
-        if duplicates:
+        if duplicates := self.inventory.duplicate_parts():
+            self.discard(duplicates)
             self.sync()
 
     def complete(self, classes: Sequence[str], facts: dict[str, Any]) -> Dataset:
@@ -216,18 +231,18 @@ class Draft:
 
     def publish(self, complete: Dataset) -> Dataset:
         """Write the manifest, then delete the files of the replaced version."""
-        published = publishing.publish_manifest(complete)
-        self._delete_outdated(published)
-        return published
+        self.check_lease()
+        self.published = publishing.publish_manifest(complete, self.published)
+        self._delete_outdated(self.published)
+        return self.published
 
     def _delete_outdated(self, published: Dataset) -> None:
         """Delete our files that are not in the manifest, and the notes that tell that there may be such files."""
-        for path in sorted(
-            set(publishing.list_parts(self.uri)) - {*published.manifest["parts"], *published.quarantine}
-        ):
-            rows = publishing.read_written_columns(self.uri, path)
-            if rows is None or publishing.SETTINGS_KEY in (rows.schema.metadata or {}):
-                storage.delete(storage.join(self.uri, path))
+        current = {*published.manifest["parts"], *published.quarantine}
+        others = sorted(set(publishing.list_parts(self.uri)) - current)
+        tables = storage.in_parallel(partial(publishing.read_written_columns, self.uri), others)
+        is_ours = [rows is None or publishing.SETTINGS_KEY in (rows.schema.metadata or {}) for rows in tables]
+        self._delete(compress(others, is_ours))
         storage.delete(storage.join(self.uri, NOTES))
 
 

@@ -135,7 +135,7 @@ def test_the_digest_of_a_manifest_of_format_1_is_the_hash_of_the_manifest():
 
 def test_a_manifest_of_a_newer_format_is_refused(tmp_path: Path, job: Job):
     storage.write_bytes(storage.join(job.uri, "manifest.json"), b'{"format": 99}')
-    with pytest.raises(UserError, match="newer carclass"):
+    with pytest.raises(UserError, match="a newer version of carclass"):
         dataset.find_dataset(str(tmp_path), "v1")
 
 
