@@ -11,6 +11,15 @@ class UserError(ValueError):
     """
 
 
+def find_user_error(error: BaseException) -> UserError | None:
+    """Return the UserError that caused an error of a remote task or of a group of workers, or None."""
+    failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
+    for cause in (getattr(error, "cause", None), *failures, error.__cause__):
+        if cause is not None and (found := find_user_error(cause)) is not None:
+            return found
+    return error if isinstance(error, UserError) else None
+
+
 def suggest_names(name: str, known: Iterable[str], prefix: str = "") -> str:
     """Return "did you mean `a`?" for the known names closest to an unknown one, or "" if none is close.
 

@@ -5,16 +5,20 @@ endpoints), container and instance roles. `AWS_NO_SIGN_REQUEST=true` reads publi
 `AWS_REQUEST_PAYER=requester` accepts the costs of a requester-pays bucket.
 """
 
+import io
 import os
 import random
 import threading
 import time
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import boto3
 import botocore.session
+from boto3.s3.transfer import TransferConfig
 from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.exceptions import (
@@ -26,8 +30,11 @@ from botocore.exceptions import (
     IncompleteReadError,
     MetadataRetrievalError,
 )
+from botocore.exceptions import ConnectionError as EndpointError
 from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
+
+from carclass.errors import UserError
 
 NUM_ATTEMPTS = 8
 FIRST_PAUSE = 0.3
@@ -43,18 +50,45 @@ TRANSIENT_CODES = {
     "OperationAborted", "RequestLimitExceeded", "RequestThrottled", "RequestTimeout", "ServiceUnavailable", "SlowDown",
     "Throttling", "ThrottlingException", "TooManyRequests", "TooManyRequestsException",
 }  # fmt: skip
-BODY_ERRORS = (IncompleteReadError, HTTPClientError, FlexibleChecksumError, HTTPError, ConnectionError, TimeoutError)
+BODY_ERRORS = (
+    IncompleteReadError, EndpointError, HTTPClientError, FlexibleChecksumError, HTTPError, ConnectionError,
+    TimeoutError,
+)  # fmt: skip
 """Errors of a response whose body ends early, stalls or is damaged."""
 ERRORS = (ClientError, BotoCoreError, ResponseParserError, *BODY_ERRORS)
 """Errors of a request that failed for good."""
 TRANSIENT_ERRORS = (*BODY_ERRORS, CredentialRetrievalError, MetadataRetrievalError, ResponseParserError)
+UPLOAD = TransferConfig(multipart_threshold=64 * 2**20, multipart_chunksize=32 * 2**20)
+"""Multipart uploads are for checkpoints and tables; a part of a dataset is one request."""
+REMEDIES = (
+    (("NoSuchBucket", "InvalidBucketName", "ParamValidationError"), "Correct the bucket's name, or create the bucket."),
+    (
+        ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"),
+        "Set AWS_PROFILE, give the machine a role, or set AWS_NO_SIGN_REQUEST=true for a public bucket.",
+    ),
+    (
+        ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired", "InvalidToken", "400",
+         "UnauthorizedSSOTokenError", "SSOTokenLoadError", "TokenRetrievalError"),
+        "Renew the credentials (such as `aws sso login`), and run the same command again: finished work is kept.",
+    ),
+    (("InvalidAccessKeyId", "SignatureDoesNotMatch", "401"), "Correct the access key and its secret."),
+    (("RequestTimeTooSkewed",), "Set the clock of this machine."),
+    (("PreconditionFailed", "412"), "It was replaced while it was read: run the same command again."),
+)  # fmt: skip
+"""Remedies by S3's code or the name of botocore's error; see `remedy` for the others."""
 _LOCK = threading.Lock()
 
 
 def client() -> Any:
-    """Return the client of this process, which all threads share and which repeats requests that fail transiently."""
-    with _LOCK:  # boto3's sessions are not thread-safe, its clients are
-        return _create_client()
+    """Return the client of this process, which all threads share and which repeats requests that fail transiently.
+
+    Raise UserError if the endpoint is no URL.
+    """
+    try:
+        with _LOCK:  # boto3's sessions are not thread-safe, its clients are
+            return _create_client()
+    except ValueError as error:
+        raise UserError(f"no S3 client: {error}. Set AWS_ENDPOINT_URL to a URL such as http://host:9000.") from error
 
 
 def reset() -> None:
@@ -83,6 +117,7 @@ def _create_client() -> Any:
         options["request_checksum_calculation"] = "when_required"  # many servers reject the newer checksums
         created = session.client("s3", config=Config(**options))
     created.meta.events.register("needs-retry.s3", retry_delay)
+    created.meta.events.register("before-call.s3.HeadBucket", _do_not_redirect)
     if os.environ.get("AWS_REQUEST_PAYER"):
         created.meta.events.register("before-call.s3", _accept_costs)
     return created
@@ -95,6 +130,11 @@ def _is_set(name: str) -> bool:
 def _is_aws(endpoint: str) -> bool:
     host = endpoint.split("://")[-1].split("/")[0].split(":")[0]
     return host.endswith((".amazonaws.com", ".amazonaws.com.cn"))
+
+
+def _do_not_redirect(context: dict[str, Any], **_: Any) -> None:
+    """Mark botocore's own look-up of a bucket's region as redirected: refused too, it would look it up for ever."""
+    context["s3_redirect"]["redirected"] = True
 
 
 def _accept_costs(params: dict[str, Any], **_: Any) -> None:
@@ -134,3 +174,83 @@ def error_code(error: Exception) -> tuple[int | None, str]:
     if not isinstance(error, ClientError):
         return None, type(error).__name__
     return error.response.get("ResponseMetadata", {}).get("HTTPStatusCode"), error.response["Error"].get("Code", "")
+
+
+def describe(error: Exception) -> str:
+    """Return an error in a line: S3's code and message, or the type and text of another error."""
+    status, code = error_code(error)
+    message = error.response["Error"].get("Message", "") if isinstance(error, ClientError) else str(error)
+    number = "" if status is None or code == str(status) else f" {status}"
+    return " ".join(f"{code}{number}: {message}".split()).rstrip(": .")[:400]
+
+
+def remedy(error: Exception) -> str:
+    """Return the advice for an error that stops a job."""
+    status, code = error_code(error)
+    for codes, text in REMEDIES:
+        if code in codes:
+            return text
+    if status in (301, 307) or code in ("AuthorizationHeaderMalformed", "IllegalLocationConstraintException"):
+        headers = error.response["ResponseMetadata"].get("HTTPHeaders", {}) if isinstance(error, ClientError) else {}
+        region = headers.get("x-amz-bucket-region")
+        place = f"region {region}: set AWS_REGION={region}" if region else "another region: set AWS_REGION to it"
+        return f"The bucket is in {place}."
+    if status == 403:
+        return (
+            "The credentials lack a permission (s3:GetObject, s3:ListBucket, s3:PutObject or s3:DeleteObject, and "
+            "kms:Decrypt of an encrypted object), or the requester pays: then set AWS_REQUEST_PAYER=requester."
+        )
+    if status in TRANSIENT_STATUS or code in TRANSIENT_CODES or isinstance(error, TRANSIENT_ERRORS):
+        return (
+            f"It failed {NUM_ATTEMPTS} times: check the network and AWS_ENDPOINT_URL, and run the same command again "
+            "once the storage responds: finished work is kept."
+        )
+    return "Correct it, and run the same command again: finished work is kept."
+
+
+def list_keys(uri: str) -> Iterator[str]:
+    """Yield the keys below an s3:// URI, relative to it."""
+    bucket, _, prefix = uri.removeprefix("s3://").rstrip("/").partition("/")
+    prefix = prefix and f"{prefix}/"
+    for page in client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+        for entry in page.get("Contents", []):
+            if not entry["Key"].endswith("/"):  # the marker of a folder
+                yield entry["Key"][len(prefix) :]
+
+
+def upload(address: dict[str, str], pieces: Sequence[bytes | memoryview]) -> None:
+    """Write an object from one or several pieces. address: Bucket and Key."""
+    if sum(map(len, pieces)) < UPLOAD.multipart_threshold:
+        client().put_object(**address, Body=b"".join(pieces))
+    else:
+        client().upload_fileobj(io.BufferedReader(_Pieces(pieces)), *address.values(), Config=UPLOAD)
+
+
+class _Pieces(io.RawIOBase):
+    """Pieces of bytes as one seekable file, without a copy."""
+
+    def __init__(self, pieces: Sequence[bytes | memoryview]) -> None:
+        self.pieces = [memoryview(piece).cast("B") for piece in pieces if len(piece)]
+        self.ends = [*accumulate(map(len, self.pieces))]
+        self.position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.ends[-1]}[whence]
+        self.position = start + offset
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        i = bisect_right(self.ends, self.position)
+        if i == len(self.pieces):
+            return 0
+        left = self.ends[i] - self.position
+        data = self.pieces[i][len(self.pieces[i]) - left :][: len(buffer)]
+        buffer[: len(data)] = data
+        self.position += len(data)
+        return len(data)

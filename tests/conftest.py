@@ -18,12 +18,13 @@ from uuid import uuid4
 import boto3
 import pytest
 
+from carclass import s3 as s3_client
 from carclass import storage
 from carclass.config.schema import IngestSettings
 from carclass.data import dataset, publishing
 from carclass.sample.generate import write_sample
-from tests.helpers.busy_s3 import Proxy
 from tests.helpers.clusters import free_port
+from tests.helpers.faulty_s3 import Proxy
 
 Rows = list[dict[str, Any]]
 INDEPENDENT = ("tests/unit/", "tests/golden/", "tests/s3/test_listing_s3.py", "tests/cluster/test_image.py")
@@ -68,7 +69,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
             environment.setenv("AWS_SECRET_ACCESS_KEY", "test")
             environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
             environment.setenv("AWS_EC2_METADATA_DISABLED", "true")
-            storage._s3.cache_clear()  # an earlier client would connect to AWS
+            s3_client.reset()  # an earlier client would connect to AWS
             yield boto3.client("s3")
     finally:
         server.kill()
@@ -102,9 +103,9 @@ def proxy(s3: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     server = Proxy(os.environ["AWS_ENDPOINT_URL"])
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-    storage._s3.cache_clear()
+    s3_client.reset()
     yield server
-    storage._s3.cache_clear()
+    s3_client.reset()
     server.shutdown()
     server.server_close()
 

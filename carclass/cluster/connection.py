@@ -22,6 +22,9 @@ DASHBOARD_PORT = 8265
 
 def connect() -> None:
     """Join the cluster at RAY_ADDRESS, which is set for submitted jobs, or start a local one."""
+    # Otherwise Ray Data drops the error that a batch failed with, and with it the remedy.
+    ray.data.DataContext.get_current().raise_original_map_exception = True
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it logs the error that it raises
     if ray.is_initialized():
         return
     address, port = os.environ.get("RAY_ADDRESS", "local"), None
@@ -38,7 +41,6 @@ def connect() -> None:
     quiet = ray.LoggingConfig(log_level="WARNING")
     context = ray.init(address=address, dashboard_port=port, logging_level=logging.WARNING, logging_config=quiet)
     telemetry.watch_nodes()
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     available = ray.cluster_resources()
     size = (available.get("CPU", 0), available.get("GPU", 0), len(ray.nodes()))

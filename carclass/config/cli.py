@@ -22,7 +22,7 @@ from carclass.config.section import (
     section_type,
     validate,
 )
-from carclass.errors import UserError, suggest_names
+from carclass.errors import UserError, find_user_error, suggest_names
 from carclass.formatting import value_text
 
 Flags = Mapping[str, dict[str, Any]]
@@ -63,6 +63,14 @@ class JobParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise UserError, which cli.main reports with exit status 2."""
         raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+UPDATE: Flags = {
+    "update": {
+        "action": "store_true",
+        "help": "publish a new version of a dataset whose photos or labels have changed; only new photos are processed",
+    }
+}
 
 
 def parse_job(doc: str, section: str | None, argv: list[str] | None = None, *, default: Path | None = None) -> Config:
@@ -163,7 +171,7 @@ def main(job: Callable[[], None]) -> None:
     try:
         job()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {find_user_error(error)}", file=sys.stderr)  # the text of a task's error has its traceback
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; the same command resumes", file=sys.stderr)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from pyarrow import fs
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
@@ -115,8 +114,7 @@ def _num_photos(source: dataset.Dataset) -> int:
 
 def check_disk(root: str, settings: TrainSettings, source: dataset.Dataset, net: ResNet) -> None:
     """Raise UserError if a local root has less space than the run's checkpoints and cached features need."""
-    filesystem, path = storage.locate(root)
-    if not isinstance(filesystem, fs.LocalFileSystem):
+    if (path := storage.local_path(root)) is None:
         return
     run = Path(run_uri(path, settings.name))
     written = sum(file.stat().st_size for file in run.rglob("*") if file.is_file())  # before the run was interrupted

@@ -19,6 +19,7 @@ import pytest
 import yaml
 from safetensors.numpy import load
 
+from carclass import s3 as s3_client
 from carclass import storage
 from carclass.data import dataset
 from carclass.sample.generate import write_sample
@@ -131,13 +132,13 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
                 if name.startswith("AWS_"):
                     environment.setenv(name, value)
             environment.setenv("AWS_ENDPOINT_URL", tunnel.url)
-            storage._s3.cache_clear()
+            s3_client.reset()
             put_photos(site.folder / "sample")
             site.start_cluster()
             yield site
         finally:
             site.network.close()
-    storage._s3.cache_clear()
+    s3_client.reset()
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from ray.autoscaler._private import commands
 from ray.autoscaler._private.aws import node_provider, utils
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig, FileConfigReader
 
-from tests.helpers.busy_s3 import Handler, Proxy
+from tests.helpers.faulty_s3 import Handler, Proxy
 
 CLUSTER = Path(__file__).parents[2] / "cluster"
 PREPARE, SPOT_FIRST = CLUSTER / "prepare_aws.py", CLUSTER / "image" / "spot_first.py"

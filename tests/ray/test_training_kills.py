@@ -20,13 +20,12 @@ import yaml
 
 from carclass import storage
 from carclass.config.schema import IngestSettings, TrainSettings
-from carclass.data import dataset
 from carclass.ingestion.ingest import ingest_photos
 from carclass.runs.run import Run, find_run, run_uri
 from carclass.training import checkpoint
 from carclass.training.train import train_run
-from tests.helpers.busy_s3 import Proxy
 from tests.helpers.clusters import Cluster, Job, descendants, find_by_title, start, wait_for
+from tests.helpers.faulty_s3 import Proxy
 
 EPOCHS = 8
 TRAIN: dict[str, Any] = {
@@ -76,11 +75,6 @@ def signal_at_checkpoint(root: str, name: str, expected: str, title: str, number
     thread = threading.Thread(target=wait, daemon=True)
     thread.start()
     return lambda: (thread.join(timeout=1), signalled[0])[1]
-
-
-@pytest.fixture(scope="module")
-def root(ingested: dataset.Dataset) -> str:
-    return ingested.uri.rsplit("/", 2)[0]
 
 
 @pytest.fixture(scope="module")

@@ -58,17 +58,6 @@ def test_only_objects_exist_and_not_prefixes(bucket: str, put: Callable[..., Non
     assert [storage.exists(f"s3://{bucket}/{key}") for key in ("a/b", "a", "c")] == [True, False, False]
 
 
-@pytest.mark.slow  # 11 s: the pauses between attempts
-def test_read_many_returns_the_error_of_a_failed_read(bucket: str, put: Callable[..., None]):
-    put("a")
-    put("frozen", StorageClass="GLACIER")  # listed, but unreadable until it is restored
-    put("b//c")  # a valid key that pyarrow does not accept as a path
-    uris = [f"s3://{bucket}/{key}" for key in ("a", "missing", "frozen", "b//c", "a")]
-    contents = list(storage.read_many(uris))
-    assert [type(content) is bytes for content in contents] == [True, False, False, False, True]
-    assert all(isinstance(content, OSError) for content in contents[1:4])
-
-
 def test_checking_a_root_leaves_no_object_behind(s3: Any, bucket: str):
     storage.check_root(f"s3://{bucket}/out")
     assert [key for key in keys_in(s3, bucket) if not key.endswith("/")] == []

@@ -19,7 +19,7 @@ from carclass.config.schema import DetectorSettings, IngestSettings, MaskSetting
 from carclass.data import dataset
 from carclass.ingestion.ingest import ingest_photos
 from carclass.masking.mask import mask_dataset
-from tests.helpers.busy_s3 import Proxy
+from tests.helpers.faulty_s3 import Proxy
 
 Rows = list[dict[str, Any]]
 MASK = MaskSettings(
