@@ -46,7 +46,7 @@ DETECTION = pa.schema(
         ("touches_border", pa.bool_()),
         ("area_fraction", pa.float32()),  # share of the photo covered by the mask, or by the box without a mask
         ("stability", pa.float32()),  # of the mask under changes of its threshold, 0 to 1
-        ("box", pa.list_(pa.float32(), 4)),  # x1, y1, x2, y2 in the source dataset's pixels
+        ("box", pa.list_(pa.float32())),  # x1, y1, x2, y2 in the source dataset's pixels
         ("mask", pa.string()),  # compressed COCO RLE over the source dataset's photo
         ("source_width", pa.int32()),
         ("source_height", pa.int32()),
@@ -132,7 +132,18 @@ def read_part(uri: str, columns: Sequence[str] | None = None, filters: pc.Expres
     names = None if columns is None else list(columns)
     with storage.open_file(uri) as file:
         table = pq.read_table(file, columns=names, filters=filters)
-    return table if names is None else table.select(names)
+    return with_plain_lists(table if names is None else table.select(names))
+
+
+def with_plain_lists(table: pa.Table) -> pa.Table:
+    """Return the table with lists of any length in place of those of a fixed length, as in files of earlier versions.
+
+    Readers before pyarrow 26 fail at a null among the latter.
+    """
+    for index, field in enumerate(table.schema):
+        if pa.types.is_fixed_size_list(field.type):
+            table = table.set_column(index, field.name, table[field.name].cast(pa.list_(field.type.value_type)))
+    return table
 
 
 def take_rows(part_uri: str, positions: Sequence[int], columns: Sequence[str]) -> pa.Table:
@@ -144,7 +155,7 @@ def take_rows(part_uri: str, positions: Sequence[int], columns: Sequence[str]) -
     rows = pa.concat_tables(
         tables[group].slice(position - starts[group], 1) for group, position in zip(groups, positions, strict=True)
     )
-    return rows.select(columns).replace_schema_metadata()
+    return with_plain_lists(rows.select(columns).replace_schema_metadata())
 
 
 def dataset_uri(root: str, name: str) -> str:

@@ -22,7 +22,8 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from carclass import storage
-from carclass.data import publishing
+from carclass.data import formats, publishing
+from carclass.data.dataset import with_plain_lists
 from carclass.data.inventory import Inventory, chunks
 from carclass.errors import UserError
 
@@ -38,10 +39,7 @@ PREDICTION = pa.schema(
         ("outcome", pa.string()),  # vehicle or no_vehicle; null, like the next three, for unmasked photos
         ("vehicle_class", pa.string()),
         ("score", pa.float32()),  # of the detection
-        (
-            "box",
-            pa.list_(pa.float32(), 4),
-        ),  # x1, y1, x2, y2 in pixels of the photo as ingested: upright, within max_side
+        ("box", pa.list_(pa.float32())),  # x1, y1, x2, y2 in pixels of the photo as ingested: upright, within max_side
         ("reason", pa.string()),  # reason of failure, a photo.Reason; null for classified photos
         ("detail", pa.string()),
     ]
@@ -53,6 +51,8 @@ CHUNK_ROWS = 50_000
 READ_PARTS = 256
 """Parts fetched concurrently."""
 CORNERS = ("x1", "y1", "x2", "y2")
+FORMULA_START = r"\A([=+\-@\t\r])"
+"""Beginnings of text that spreadsheets evaluate when they open a CSV file; an apostrophe before them prevents it."""
 
 
 class Counts(NamedTuple):
@@ -75,11 +75,12 @@ def begin_predictions(uri: str, settings: dict[str, Any]) -> bool:
     Raise UserError if they were begun with other settings.
     """
     try:
-        old = json.loads(storage.read_bytes(storage.join(uri, SETTINGS)))
+        old = formats.read(storage.join(uri, SETTINGS), "predictions")
     except FileNotFoundError:
-        storage.write_bytes(storage.join(uri, SETTINGS), json.dumps(settings, indent=1).encode())
+        formats.write(storage.join(uri, SETTINGS), "predictions", settings)
         return False
-    new = json.loads(json.dumps(settings))
+    old.pop("format", None)
+    new = json.loads(formats.to_json(settings))
     if changed := sorted(key for key in {*old, *new} if old.get(key) != new.get(key)):
         raise UserError(
             f"{uri} was begun with other settings ({', '.join(changed)}). Choose another `predict.name`, or delete it."
@@ -136,7 +137,7 @@ def publish_predictions(uri: str, inventory: Inventory) -> None:
 
 
 def to_csv(rows: pa.Table) -> pa.Table:
-    """Convert rows of PREDICTION to columns for CSV: the box as four columns, lists as JSON."""
+    """Convert rows of PREDICTION to columns for CSV: the box as four columns, lists as JSON, text without formulas."""
     columns: dict[str, pa.Array | pa.ChunkedArray] = {}
     for name in rows.schema.names:
         if name == "box":
@@ -144,6 +145,8 @@ def to_csv(rows: pa.Table) -> pa.Table:
             columns |= {corner: pa.array([box[i] for box in corners], pa.float32()) for i, corner in enumerate(CORNERS)}
         elif pa.types.is_list(rows.schema.field(name).type):
             columns[name] = pa.array([_to_json(value) for value in rows[name].to_pylist()], pa.string())
+        elif pa.types.is_string(rows.schema.field(name).type):
+            columns[name] = pc.replace_substring_regex(rows[name], FORMULA_START, r"'\1")
         else:
             columns[name] = rows[name]
     return pa.table(columns)
@@ -182,4 +185,5 @@ def _read_parts(uri: str, parts: Sequence[str], columns: list[str]) -> Iterator[
         for data in storage.read_many(storage.join(uri, part) for part in group):
             if isinstance(data, OSError):
                 raise data
-            yield pq.read_table(pa.BufferReader(data), columns=columns).select(columns).replace_schema_metadata()
+            table = pq.read_table(pa.BufferReader(data), columns=columns).select(columns).replace_schema_metadata()
+            yield with_plain_lists(table)

@@ -121,6 +121,16 @@ def test_the_csv_file_has_the_same_rows(tmp_path: Path):
     assert (unmasked["outcome"], unmasked["x1"], unmasked["score"]) == ("no_vehicle", "", "")
 
 
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r"])
+def test_text_that_a_spreadsheet_would_evaluate_is_escaped_in_the_csv_file(tmp_path: Path, start: str):
+    key = f"{start}cmd|' /C calc'!A0.jpg"
+    write(tmp_path, [predicted(key, label=f"{start}1", score=-0.5)])
+    publish(tmp_path, [key])
+    with (tmp_path / predictions.CSV).open(encoding="utf-8", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["key"], row["label"], row["score"]) == (f"'{key}", f"'{start}1", "-0.5")
+
+
 def test_photos_are_counted_by_result(tmp_path: Path):
     write(tmp_path, [failed("a"), predicted("b"), predicted("c", rejected=True), failed("d")])
     publish(tmp_path, ["a", "b", "c", "d"])
