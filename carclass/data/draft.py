@@ -48,8 +48,8 @@ class Draft:
     settings: dict[str, Any]  # that determine the rows
     inventory: Inventory
     published: Dataset | None = None  # the version to be replaced
-    lease: Lease | None = None  # of the uri; None if no other job can write there
     run_tasks: RunTasks = run_here
+    lease: Lease | None = None  # of the uri; None if no other job writes there
     discarded: set[str] = field(default_factory=set)  # outdated files of the published version
 
     @property
@@ -90,7 +90,7 @@ class Draft:
             if num_unreadable and update:
                 return False
             if storage.exists(storage.join(self.uri, NOTES)):  # the job was killed after it had published
-                self._delete_outdated(self.published)
+                self.delete_outdated(self.published_paths)
             return True
         if not update:
             self.sync()
@@ -220,7 +220,7 @@ class Draft:
             "inputs": num_inputs,
             **counts,
             "splits": {split: counts["splits"].get(split, 0) for split in SPLITS},
-            "classes": list(classes),
+            "classes": self._written_classes(classes),
             **{
                 folder: {path: content for path, content in contents.items() if path.startswith(f"{folder}/")}
                 for folder in ("parts", "quarantine")
@@ -229,17 +229,24 @@ class Draft:
         }
         return Dataset(self.uri, json.loads(to_json(manifest)))
 
+    def _written_classes(self, classes: Sequence[str]) -> list[str]:
+        """Return the classes that have photos, and name the others, whose photos are all in quarantine."""
+        written = {label for split in SPLITS for label in self.inventory.classes_in_split(split)}
+        if empty := [name for name in classes if name not in written]:
+            names = ", ".join(map(repr, empty[:10])) + (" …" if len(empty) > 10 else "")
+            log.warning("%s: classes left out, as all their photos are in quarantine: %s", self.uri, names)
+        return [name for name in classes if name in written]
+
     def publish(self, complete: Dataset) -> Dataset:
         """Write the manifest, then delete the files of the replaced version."""
         self.check_lease()
         self.published = publishing.publish_manifest(complete, self.published)
-        self._delete_outdated(self.published)
+        self.delete_outdated(self.published_paths)
         return self.published
 
-    def _delete_outdated(self, published: Dataset) -> None:
-        """Delete our files that are not in the manifest, and the notes that tell that there may be such files."""
-        current = {*published.manifest["parts"], *published.quarantine}
-        others = sorted(set(publishing.list_parts(self.uri)) - current)
+    def delete_outdated(self, current: Collection[str]) -> None:
+        """Delete our files except the current ones, and the notes that tell that there may be such files."""
+        others = sorted({*publishing.list_parts(self.uri)}.difference(current))
         tables = storage.in_parallel(partial(publishing.read_written_columns, self.uri), others)
         is_ours = [rows is None or publishing.SETTINGS_KEY in (rows.schema.metadata or {}) for rows in tables]
         self._delete(compress(others, is_ours))

@@ -10,9 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from carclass import storage
+from carclass.data import formats
 from carclass.data.dataset import MASKED_ROW, QUARANTINE, ROW, Dataset, read_part, to_json
 from carclass.data.inventory import WRITTEN
+from carclass.errors import UserError
 
+MANIFEST = "manifest.json"
 PART_PATH = re.compile(r"(parts|quarantine)/[0-9a-f]{24}\.parquet")
 SETTINGS_KEY, CONTENT_KEY, FINGERPRINTS_KEY = b"carclass.settings", b"carclass.content", b"carclass.fingerprints"
 FINGERPRINT = pa.field("fingerprint", pa.string())
@@ -55,14 +58,14 @@ def write_part(uri: str, folder: str, rows: pa.Table, settings: dict[str, Any]) 
     sink = pa.BufferOutputStream()
     table = rows.cast(rows.schema.with_metadata(metadata))
     pq.write_table(table, sink, compression="zstd", compression_level=1, row_group_size=_ROW_GROUP_ROWS)
-    storage.write_bytes(storage.join(uri, part.path), sink.getvalue().to_pybytes())
+    storage.write_bytes(storage.join(uri, part.path), memoryview(sink.getvalue()))
     return part
 
 
 def content_digest(rows: pa.Table) -> str:
     """Return the sum of the sha256 of all rows, in hex, which depends neither on their order nor on their files."""
     columns = rows.drop(["fingerprint"]) if "fingerprint" in rows.schema.names else rows
-    total = sum(_row_hash(row) for batch in columns.to_batches() for row in batch.to_pylist())
+    total = sum(_row_hash(row) for batch in columns.to_batches(_ROW_GROUP_ROWS) for row in batch.to_pylist())
     return f"{total % 2**256:064x}"
 
 
@@ -104,7 +107,36 @@ def read_written(uri: str, folder: str, columns: Sequence[str], paths: Sequence[
     return pa.concat_tables([table.replace_schema_metadata() for table in tables])
 
 
-def publish_manifest(complete: Dataset) -> Dataset:
-    """Publish a complete dataset by writing its manifest."""
-    storage.write_bytes(storage.join(complete.uri, "manifest.json"), to_json(complete.manifest))
+def publish_manifest(complete: Dataset, replaced: Dataset | None = None) -> Dataset:
+    """Publish a complete dataset by writing its manifest, on condition that the published version is `replaced`.
+
+    Raise UserError if it is not: a job that was paused beyond its lease publishes nothing.
+    """
+    uri, content = storage.join(complete.uri, MANIFEST), to_json(complete.manifest)
+    if replaced is None:
+        written = storage.create(uri, content)
+    else:
+        check_manifest(complete.uri, replaced)
+        version = storage.stat(uri).version
+        check_manifest(complete.uri, replaced)  # again, as the first one may have read another version
+        written = storage.replace(uri, content, version)
+    if not written:
+        raise _published_meanwhile(complete.uri)
     return complete
+
+
+def check_manifest(uri: str, expected: Dataset | None) -> None:
+    """Raise UserError if the published version of a dataset is not the expected one."""
+    try:
+        published = formats.read(storage.join(uri, MANIFEST), "manifest")
+    except FileNotFoundError:
+        published = None
+    if published != (None if expected is None else expected.manifest):
+        raise _published_meanwhile(uri)
+
+
+def _published_meanwhile(uri: str) -> UserError:
+    return UserError(
+        f"{uri} was published or deleted by another job while this one was writing it. This one publishes and deletes "
+        "nothing more: run the same command again to see what has changed, or choose another name."
+    )

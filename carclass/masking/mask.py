@@ -19,10 +19,11 @@ from carclass.cluster import connection, resources
 from carclass.cluster.tasks import run_tasks
 from carclass.cluster.telemetry import PhotoMeter
 from carclass.config.schema import MaskSettings
-from carclass.data import dataset, publishing, streaming
+from carclass.data import dataset, publishing, quarantine, streaming
 from carclass.data.crash_guard import CrashGuard
 from carclass.data.draft import Draft
 from carclass.data.inventory import Inventory
+from carclass.data.lease import hold_lease
 from carclass.errors import UserError
 from carclass.masking import collect, networks, quality
 from carclass.masking.detect import DetectPhotos, detector_batch_size, fetch_and_decode
@@ -43,15 +44,18 @@ def mask_dataset(root: str, settings: MaskSettings, *, update: bool = False) -> 
     source = dataset.load_dataset(root, settings.source)
     settings = _pin_detector(root, settings)
     identity = _identity(settings, source)
-    published = dataset.find_same_dataset(root, settings.dataset, identity)
-    with Inventory() as inventory:
-        draft = Draft(dataset.dataset_uri(root, settings.dataset), identity, inventory, published, run_tasks)
+    dataset.find_same_dataset(root, settings.dataset, identity)
+    uri = dataset.dataset_uri(root, settings.dataset)
+    with hold_lease(uri, "mask") as lease, Inventory() as inventory:
+        published = dataset.find_same_dataset(root, settings.dataset, identity)
+        draft = Draft(uri, identity, inventory, published, run_tasks, lease)
         _add_inputs(inventory, source, settings.limit)
         if draft.is_current(update=update):
             assert published is not None
             log.info("mask: dataset %s is published, nothing to do", settings.dataset)
             return published
         complete = _write_dataset(draft, source, settings)
+        quarantine.check_quarantined(complete.manifest, settings.max_quarantined, "mask.max_quarantined")
         collect.write_report(complete, source, quality.resolve_truth(root, settings))
         return draft.publish(complete)
 
@@ -61,14 +65,15 @@ def preview_masks(root: str, settings: MaskSettings, num_photos: int) -> str:
     source = dataset.load_dataset(root, settings.source)
     settings = _pin_detector(root, settings)
     uri = storage.join(root, "previews", settings.dataset)
-    for path in storage.list_files(uri):
-        storage.delete(storage.join(uri, path))
-    with Inventory() as inventory:
+    with hold_lease(uri, "mask") as lease, Inventory() as inventory:
+        draft = Draft(uri, _identity(settings, source), inventory, lease=lease)
+        draft.delete_outdated([])
         _add_inputs(inventory, source, num_photos)
-        complete = _write_dataset(Draft(uri, _identity(settings, source), inventory), source, settings)
-    collect.write_report(complete, source, quality.resolve_truth(root, settings), num_sheet=complete.manifest["rows"])
-    for part in complete.part_uris:
-        storage.delete(part)
+        complete = _write_dataset(draft, source, settings)
+        collect.write_report(
+            complete, source, quality.resolve_truth(root, settings), num_sheet=complete.manifest["rows"]
+        )
+        draft.delete_outdated([])
     return uri
 
 
@@ -88,7 +93,7 @@ def _identity(settings: MaskSettings, source: dataset.Dataset) -> dict[str, Any]
 
     Labels and the list of photos are no part of it: a masked photo depends on its own bytes.
     """
-    irrelevant = {"dataset", "truth", "num_actors", "use_gpu", "batch_size", "part_rows"}
+    irrelevant = {"dataset", "truth", "num_actors", "use_gpu", "batch_size", "max_quarantined", "part_rows"}
     identity = settings.model_dump(mode="json", exclude=irrelevant)
     identity["detector"]["weights"] = identity["detector"].pop("weights_sha256")
     identity["detector"]["architecture"] = networks.architecture_digest(settings.detector)

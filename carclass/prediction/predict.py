@@ -10,9 +10,10 @@ from carclass import storage
 from carclass.cluster import connection
 from carclass.cluster.telemetry import PhotoMeter
 from carclass.config.schema import EvaluateSettings, PredictSettings
-from carclass.data import streaming
+from carclass.data import quarantine, streaming
 from carclass.data.draft import Draft
 from carclass.data.inventory import Inventory
+from carclass.data.lease import hold_lease
 from carclass.errors import UserError
 from carclass.evaluation.evaluate import predict_split, to_arrays
 from carclass.ingestion.listing import list_photos
@@ -45,12 +46,12 @@ def predict_photos(root: str, settings: PredictSettings) -> PredictionResult:
     run = find_run(root, settings.run)
     model_uri = run.model_uri(run.stages[-1])
     _, facts = read_model(model_uri)
-    with Inventory() as inventory:
+    storage.check_root(root)
+    uri = predictions.predictions_uri(run.uri, settings.name)
+    with hold_lease(uri, "predict") as lease, Inventory() as inventory:
         list_photos(settings.photos, inventory, "predict.photos")
-        storage.check_root(root)
         preprocessing = load_preprocessing(run)
         calibrated = calibrate_run(run, facts, settings.batch_size)
-        uri = predictions.predictions_uri(run.uri, settings.name)
         identity = _identity(settings, inventory, facts, preprocessing, calibrated)
         if predictions.begin_predictions(uri, identity) and not predictions.read_counts(uri).reasons.get("unreadable"):
             log.info("predict: %s is finished, nothing to do", uri)
@@ -58,7 +59,7 @@ def predict_photos(root: str, settings: PredictSettings) -> PredictionResult:
             reading = preprocessing.ingest_settings(settings.photos)
             mask = preprocessing.mask_settings(root, settings.detector_weights)
             job = PredictionJob(settings, reading, mask, model_uri, facts["classes"], calibrated.temperature)
-            _write_predictions(uri, inventory, job, identity)
+            _write_predictions(Draft(uri, identity, inventory, lease=lease), job)
     return PredictionResult(uri, predictions.read_counts(uri), calibrated)
 
 
@@ -101,15 +102,15 @@ def _identity(
     }
 
 
-def _write_predictions(uri: str, inventory: Inventory, job: PredictionJob, identity: dict[str, Any]) -> None:
+def _write_predictions(draft: Draft, job: PredictionJob) -> None:
     """Write parts with the pending photos, then the tables of all photos."""
     connection.connect()
-    draft = Draft(uri, identity, inventory)
+    uri, inventory = draft.uri, draft.inventory
     draft.sync()
     draft.retry_unreadable()
     if num_pending := inventory.count_pending():
         written = stream_predictions(inventory, job).map_batches(
-            partial(predictions.write_batch, uri=uri, settings=identity),
+            partial(predictions.write_batch, uri=uri, settings=draft.settings),
             batch_size=job.settings.part_rows,
             batch_format="pyarrow",
             num_cpus=streaming.TASK_CPUS,
@@ -121,4 +122,7 @@ def _write_predictions(uri: str, inventory: Inventory, job: PredictionJob, ident
                 outcomes = ["rejected" if is_rejected else "accepted" for is_rejected in rejected]
                 meter.add(outcomes, summary["reason"].drop_null().to_pylist())
         draft.sync()
+    draft.check_lease()
+    facts = {"inputs": inventory.count_inputs(), "reasons": inventory.reasons()}
+    quarantine.check_quarantined(facts, job.settings.max_quarantined, "predict.max_quarantined")
     predictions.publish_predictions(uri, inventory)

@@ -226,19 +226,19 @@ def test_an_update_killed_after_any_write_ends_as_an_undisturbed_one(
     change: Any = ({**RELABELLED, "d": ("y", "train")}, {"a": "2", "b": "1", "d": "1"})
     count = 0
 
-    def fail_after(function: Callable[..., None]) -> Callable[..., None]:
-        def wrapped(*args: Any) -> None:
+    def fail_after(function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any) -> Any:
             nonlocal count
             count += 1
             if count > step:
                 raise KeyboardInterrupt
-            function(*args)
+            return function(*args)
 
         return wrapped
 
     with monkeypatch.context() as patch:
-        patch.setattr(storage, "write_bytes", fail_after(storage.write_bytes))
-        patch.setattr(storage, "delete", fail_after(storage.delete))
+        for name in ("write_bytes", "create", "replace", "delete"):
+            patch.setattr(storage, name, fail_after(getattr(storage, name)))
         try:
             job(*change, update=True)
         except KeyboardInterrupt:
@@ -255,7 +255,7 @@ def test_an_update_killed_after_any_write_ends_as_an_undisturbed_one(
 def interrupt(job: Job, monkeypatch: pytest.MonkeyPatch, *args: Any, **options: Any) -> None:
     """Run the job until its manifest is to be written."""
     with monkeypatch.context() as patch:
-        patch.setattr(publishing, "publish_manifest", lambda complete: 1 / 0)
+        patch.setattr(publishing, "publish_manifest", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             job(*args, **options)
 
@@ -310,10 +310,10 @@ def test_files_of_others_are_left_alone(job: Job):
 
 
 def test_conflicts_are_decided_again_when_any_input_changes(job: Job):
-    job()
+    published = job()
     publishing.write_rows(job.uri, "quarantine", [conflict("a")], SETTINGS)
     with Inventory() as inventory:
-        draft = Draft(job.uri, SETTINGS, inventory)
+        draft = Draft(job.uri, SETTINGS, inventory, published)
         inventory.add_inputs([Listed("b", 1, "1"), Listed("c", 1, "2"), Listed("a", 1, "1")])
         draft.reconcile(keep_split)
         assert list(inventory.query("SELECT key FROM written WHERE reason = 'label_conflict'")) == []
