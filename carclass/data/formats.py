@@ -48,10 +48,10 @@ KINDS = {
     "draft": Kind({"settings": dict}, "Delete the file and run the same job again."),
     "run_config": Kind({"name": str, "dataset": str, "parent": str, "seed": str}, RUN_REMEDY),
     "lineage": Kind({"parent_sha256": str, "dataset_digest": str}, RUN_REMEDY),
-    "metrics": Kind({"stage": str, "epoch": int, "val_accuracy": NUMBER}, RUN_REMEDY),
+    "metrics": Kind({"stage": str, "epoch": int}, RUN_REMEDY),
     "steps": Kind({"step": int, "loss": NUMBER}, RUN_REMEDY),
     "model": Kind(
-        {"classes": list, "model": dict, "val_accuracy": NUMBER, "sha256": str},
+        {"classes": list, "model": dict, "sha256": str},
         "Delete the file and run jobs/train.py again: finished epochs are kept.",
     ),
     "checkpoint": Kind({"epoch": int, "val_accuracies": list, "sha256": dict}, RUN_REMEDY),

@@ -1,14 +1,11 @@
 """Results of a tree of experiments, read from storage."""
 
-import json
-from typing import Any
-
 import numpy as np
 import pyarrow.parquet as pq
 
 from carclass import storage
 from carclass.config.budget import Baseline, Figures
-from carclass.data import dataset
+from carclass.data import dataset, formats
 from carclass.experiments.results import ComparedRun, Comparison, TestResult
 from carclass.experiments.status import RunStatus
 from carclass.experiments.tree import Experiment, Tree, load_baseline
@@ -80,7 +77,7 @@ def evaluation_uri(status: RunStatus) -> str:
 def _read_test(status: RunStatus) -> TestResult | None:
     if not storage.exists(evaluation_uri(status)):
         return None
-    metrics: dict[str, Any] = json.loads(storage.read_bytes(evaluation_uri(status)))
+    metrics = formats.read(evaluation_uri(status), "evaluation")
     with storage.open_file(storage.join(status.run.uri, "report", "predictions.parquet")) as file:
         rows = pq.read_table(file, columns=["key", "label", "predicted"]).sort_by("key").to_pydict()
     return TestResult(

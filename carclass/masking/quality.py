@@ -1,6 +1,7 @@
 """Mask quality against true masks."""
 
 import json
+from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -41,9 +42,7 @@ def ious(masked: dataset.Dataset, truth_uri: str, split: str | None = None) -> d
     truth_uri: a COCO file whose annotations with `main` are the true masks, matched by file name. Photos that it does
     not list are omitted.
     """
-    coco = json.loads(storage.read_bytes(truth_uri))
-    names = {image["id"]: image["file_name"] for image in coco["images"]}
-    truth = {names[item["image_id"]]: item["segmentation"] for item in coco["annotations"] if item["main"]}
+    truth = _read_truth(truth_uri)
     rows = masked.read(["key", "split", "mask", "source_height", "source_width"])
     result = {}
     for row in rows.to_pylist():
@@ -52,3 +51,20 @@ def ious(masked: dataset.Dataset, truth_uri: str, split: str | None = None) -> d
             mask = decode_mask(row["mask"], row["source_height"], row["source_width"]) if row["mask"] else None
             result[row["key"]] = 0.0 if mask is None else mask_iou(mask, coco_mask.decode(segmentation).astype(bool))
     return result
+
+
+def _read_truth(uri: str) -> dict[str, dict[str, Any]]:
+    """Return the true mask of each photo, as COCO RLE by file name. Raise UserError if it is no such file."""
+    try:
+        data = storage.read_bytes(uri)
+    except FileNotFoundError as error:
+        raise UserError(f"`mask.truth`: there is no file {uri}. Give a COCO file, or leave `truth` out.") from error
+    try:
+        coco = json.loads(data)
+        names = {image["id"]: image["file_name"] for image in coco["images"]}
+        return {names[item["image_id"]]: item["segmentation"] for item in coco["annotations"] if item["main"]}
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"`mask.truth`: {uri} is not a COCO file with `images`, and `annotations` with `main` and `segmentation` "
+            f"({type(error).__name__}: {error}). Correct it, or leave `truth` out."
+        ) from error

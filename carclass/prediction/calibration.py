@@ -5,14 +5,13 @@ divided by one scalar, the temperature. This does not change the order of the cl
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize_scalar
 
 from carclass import storage
+from carclass.data import formats
 from carclass.evaluation import metrics
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
@@ -81,16 +80,18 @@ def calibration_error(labels: np.ndarray, probabilities: np.ndarray) -> float:
 
 def read_calibration(run_uri: str, model_sha256: str) -> Calibration | None:
     """Read the calibration of a run; return None if there is none, or it belongs to another network."""
+    uri = storage.join(run_uri, FILE)
     try:
-        values: dict[str, Any] = json.loads(storage.read_bytes(storage.join(run_uri, FILE)))
+        values = formats.read(uri, "calibration")
     except FileNotFoundError:
         return None
-    return Calibration(**values) if values["model_sha256"] == model_sha256 else None
+    calibration = formats.build(Calibration, values, "calibration", uri)
+    return calibration if calibration.model_sha256 == model_sha256 else None
 
 
 def write_calibration(run_uri: str, calibration: Calibration) -> None:
     """Write the calibration of a run."""
-    storage.write_bytes(storage.join(run_uri, FILE), json.dumps(dataclasses.asdict(calibration), indent=1).encode())
+    formats.write(storage.join(run_uri, FILE), "calibration", dataclasses.asdict(calibration))
 
 
 def _scaled_log_softmax(probabilities: np.ndarray, temperature: float) -> np.ndarray:

@@ -12,7 +12,7 @@ from carclass import storage
 from carclass.config.schema import TrainSettings
 from carclass.errors import UserError
 from carclass.runs.predictor import PhotoClassifier
-from carclass.runs.run import Run, parse_run_settings
+from carclass.runs.run import Run, read_run_settings
 from carclass.runs.saved_model import load_network
 
 
@@ -35,12 +35,11 @@ def load_run(uri: str | os.PathLike[str]) -> LoadedRun:
     """
     run_uri = os.fspath(uri).rstrip("/")
     try:
-        text = storage.read_bytes(storage.join(run_uri, "config.yml"))
+        settings = read_run_settings(run_uri)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{run_uri} is not a run: it has no config.yml. Give the folder <root>/experiments/<name>."
         ) from error
-    settings = parse_run_settings(text)
     # A copied run may have another folder name than the one in its settings.
     root, folder, name = (run_uri if "://" in run_uri else os.path.abspath(run_uri)).rsplit("/", 2)
     run = Run(root, settings.model_copy(update={"name": name}), folder)

@@ -4,7 +4,8 @@ import tempfile
 from pathlib import Path
 
 from carclass import storage
-from carclass.runs.run import MetricsRow, Run, to_json_lines
+from carclass.data import formats
+from carclass.runs.run import MetricsRow, Run
 
 
 class MetricsLog:
@@ -21,11 +22,11 @@ class MetricsLog:
         """Write an epoch: steps, TensorBoard events, then metrics (with `epoch` and `time`, seconds since 1970)."""
         self.rows.append({"stage": self.stage, **metrics})
         epoch = f"{metrics['epoch']:04d}"
-        self._write(f"steps/{self.stage}/{epoch}.jsonl", to_json_lines(steps))
+        self._write(f"steps/{self.stage}/{epoch}.jsonl", formats.encode_lines("steps", steps))
         self._write(
             f"tensorboard/{self.stage}/events.out.tfevents.{epoch}.carclass", tensorboard_events(metrics, steps)
         )
-        self._write("metrics.jsonl", to_json_lines(self.rows))
+        self._write("metrics.jsonl", formats.encode_lines("metrics", self.rows))
 
     def _write(self, path: str, data: bytes) -> None:
         storage.write_bytes(storage.join(self.run.uri, path), data)

@@ -9,7 +9,6 @@
 <root>/experiments/<name>/report/         report of the evaluation
 """
 
-import json
 import math
 import subprocess
 from collections.abc import Sequence
@@ -18,12 +17,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from carclass import storage
 from carclass.config.schema import TrainSettings
-from carclass.config.section import EPOCH_OF_RUN
-from carclass.data import dataset
+from carclass.config.section import EPOCH_OF_RUN, validate
+from carclass.data import dataset, formats
 from carclass.errors import UserError, unknown_name
 from carclass.models.resnet import StageName
 
@@ -74,29 +71,24 @@ class Run:
 
     def best_val_accuracy(self, stage: str) -> float:
         """Return the val accuracy of a finished stage's best epoch."""
-        return float(json.loads(storage.read_bytes(f"{self.model_uri(stage)}.json"))["val_accuracy"])
+        return float(formats.read(f"{self.model_uri(stage)}.json", "model")["val_accuracy"])
 
     def lineage(self) -> dict[str, Any]:
         """Return the run's parent, dataset, seed and code version, with their hashes."""
-        return dict(json.loads(storage.read_bytes(storage.join(self.uri, "lineage.json"))))
+        return formats.read(storage.join(self.uri, "lineage.json"), "lineage")
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return one row per epoch of all stages, oldest first; empty before the first epoch."""
+        uri = storage.join(self.uri, "metrics.jsonl")
         try:
-            text = storage.read_bytes(storage.join(self.uri, "metrics.jsonl")).decode()
+            return formats.decode_lines(storage.read_bytes(uri), "metrics", uri)
         except FileNotFoundError:
             return []
-        return [json.loads(line) for line in text.splitlines()]
 
     def steps(self, stage: str, epoch: int) -> list[MetricsRow]:
         """Return one row per step of a finished epoch: `step` (from 1), `loss`, `accuracy`, `lr`."""
-        text = storage.read_bytes(storage.join(self.uri, "steps", stage, f"{epoch:04d}.jsonl")).decode()
-        return [json.loads(line) for line in text.splitlines()]
-
-
-def to_json_lines(rows: list[MetricsRow]) -> bytes:
-    """Return rows as JSON lines."""
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+        uri = storage.join(self.uri, "steps", stage, f"{epoch:04d}.jsonl")
+        return formats.decode_lines(storage.read_bytes(uri), "steps", uri)
 
 
 def best_epoch_row(rows: Sequence[MetricsRow]) -> MetricsRow | None:
@@ -129,18 +121,17 @@ def begin_run(run: Run, source: dataset.Dataset, parent_sha256: str) -> Run:
     }
     config_uri = storage.join(run.uri, "config.yml")
     if storage.exists(config_uri):
-        _check_same(run, parse_run_settings(storage.read_bytes(config_uri)), lineage)
+        _check_same(run, read_run_settings(run.uri), lineage)
         return run
-    text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
-    storage.write_bytes(storage.join(run.uri, "lineage.json"), json.dumps(lineage, indent=1).encode())
-    storage.write_bytes(config_uri, text.encode())
+    formats.write(storage.join(run.uri, "lineage.json"), "lineage", lineage)
+    formats.write(config_uri, "run_config", settings.model_dump(mode="json"))
     return run
 
 
 def copy_stage(run: Run, other: Run, stage: str) -> None:
     """Copy a finished stage of another run, trained with the same settings on the same photos."""
     rows = [row for row in other.metrics() if row["stage"] == stage]
-    storage.write_bytes(storage.join(run.uri, "metrics.jsonl"), to_json_lines(rows))
+    storage.write_bytes(storage.join(run.uri, "metrics.jsonl"), formats.encode_lines("metrics", rows))
     for suffix in (".safetensors", ".json"):  # the .json last: it marks the stage as finished
         storage.write_bytes(f"{run.model_uri(stage)}{suffix}", storage.read_bytes(f"{other.model_uri(stage)}{suffix}"))
 
@@ -148,16 +139,18 @@ def copy_stage(run: Run, other: Run, stage: str) -> None:
 def find_run(root: str, name: str) -> Run:
     """Return a run by its name. Raise UserError, which lists the existing runs, if there is none."""
     try:
-        text = storage.read_bytes(storage.join(run_uri(root, name), "config.yml"))
+        return Run(root, read_run_settings(run_uri(root, name)))
     except FileNotFoundError as error:
         existing = storage.list_folders(storage.join(root, "experiments"), "config.yml")
         raise unknown_name("run", name, existing, root, "" if existing else "Run jobs/train.py first.") from error
-    return Run(root, parse_run_settings(text))
 
 
-def parse_run_settings(text: bytes) -> TrainSettings:
-    """Parse the content of a run's config.yml."""
-    return TrainSettings.model_validate(yaml.safe_load(text))
+def read_run_settings(uri: str) -> TrainSettings:
+    """Return the settings in a run's config.yml. Raise FileNotFoundError if there is none. uri: of the run."""
+    config_uri = storage.join(uri, "config.yml")
+    values = formats.read(config_uri, "run_config")
+    values.pop("format", None)
+    return validate(values, TrainSettings, source=config_uri, base=Path("/"))
 
 
 def changed_settings(old: TrainSettings, new: TrainSettings) -> list[str]:

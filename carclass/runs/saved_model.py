@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from carclass import storage
 from carclass.config.schema import ModelSettings
+from carclass.data import formats
 from carclass.errors import UserError
 from carclass.models import resnet
 
@@ -43,14 +44,13 @@ def publish_model(uri: str, net: nn.Module, facts: dict[str, Any]) -> None:
     """
     pieces = serialise(copy_to_host(net.state_dict()))
     storage.write_bytes(f"{uri}.safetensors", *pieces)
-    description = json.dumps({**facts, "sha256": storage.sha256(*pieces)}, indent=1, ensure_ascii=False)
-    storage.write_bytes(f"{uri}.json", description.encode())
+    formats.write(f"{uri}.json", "model", {**facts, "sha256": storage.sha256(*pieces)})
 
 
 def read_model(uri: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return (state dict, facts) of a published network. Raise UserError if it is missing or damaged."""
     try:
-        facts = json.loads(storage.read_bytes(f"{uri}.json"))
+        facts = formats.read(f"{uri}.json", "model")
         data = storage.read_bytes(f"{uri}.safetensors")
     except FileNotFoundError as error:
         raise UserError(

@@ -8,6 +8,7 @@
 """
 
 import json
+import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import ResNet
 
 from carclass import storage
+from carclass.data import formats
 from carclass.errors import UserError
 from carclass.progress import print_line
 from carclass.runs.saved_model import copy_to_host, serialise
@@ -68,14 +70,13 @@ def take_snapshot(name: str, learner: Learner, state: dict[str, Any]) -> Snapsho
 
 def write_checkpoint(uri: str, snapshot: Snapshot) -> None:
     """Write a checkpoint to a stage's folder."""
-    folder, hashes = storage.join(uri, snapshot.name), {"state": _state_hash(snapshot.state)}
+    folder, state = storage.join(uri, snapshot.name), formats.replace_not_finite(snapshot.state)
+    hashes = {"state": _state_hash(state)}
     for name, tensors in snapshot.tensors.items():
         pieces = serialise(tensors)
         hashes[name] = storage.sha256(*pieces)
         storage.write_bytes(storage.join(folder, name), *pieces)
-    storage.write_bytes(
-        storage.join(folder, INDEX), json.dumps({**snapshot.state, "sha256": hashes}, indent=1).encode()
-    )
+    formats.write(storage.join(folder, INDEX), "checkpoint", {**state, "sha256": hashes})
 
 
 def names(uri: str) -> list[str]:
@@ -94,12 +95,11 @@ def verify(uri: str) -> dict[str, bytes]:
     tensors = (WEIGHTS, OPTIMIZER) if is_resumable(uri.rsplit("/", 1)[-1]) else (WEIGHTS,)
     try:
         files = {name: storage.read_bytes(storage.join(uri, name)) for name in (INDEX, *tensors)}
-        state = json.loads(files[INDEX])
-        expected = state.pop("sha256")
+        state, expected = _read_index(uri, files[INDEX])
         hashes = {"state": _state_hash(state), **{name: storage.sha256(files[name]) for name in tensors}}
     except FileNotFoundError as error:
         raise DamagedError(f"checkpoint {uri} is damaged: a file is missing ({error})") from error
-    except (KeyError, ValueError) as error:
+    except formats.DamagedFileError as error:
         raise DamagedError(f"checkpoint {uri} is damaged: {INDEX} cannot be read ({error})") from error
     damaged = [name for name in hashes if hashes[name] != expected.get(name)]
     if damaged:
@@ -115,7 +115,7 @@ def restore_checkpoint(uri: str, learner: Learner) -> dict[str, Any]:
     trained = {name.removeprefix(AVERAGED): tensors.pop(name) for name in [*tensors] if name.startswith(AVERAGED)}
     learner.module.load_state_dict(weights | trained)
     _load_optimizer(learner.optimizer, tensors)
-    return _state(files)
+    return _state(uri, files)
 
 
 def newest_valid(uri: str) -> str | None:
@@ -146,7 +146,12 @@ def restore_best(uri: str, module: nn.Module) -> dict[str, Any]:
     scores = {}
     for name in names(uri):
         if not is_resumable(name):
-            scores[name] = json.loads(storage.read_bytes(storage.join(uri, name, INDEX)))["val_accuracies"][-1]
+            try:
+                index = formats.read(storage.join(uri, name, INDEX), "checkpoint")
+            except formats.DamagedFileError as error:
+                print_line(f"warning: {error}; using another epoch")
+            else:
+                scores[name] = index["val_accuracies"][-1]
     for name in sorted(scores, key=lambda name: (-scores[name], name)):
         try:
             files = verify(storage.join(uri, name))
@@ -154,7 +159,7 @@ def restore_best(uri: str, module: nn.Module) -> dict[str, Any]:
             print_line(f"warning: {error}; using the next best epoch")
             continue
         module.load_state_dict(load(files[WEIGHTS]))
-        return _state(files)
+        return _state(storage.join(uri, name), files)
     raise _all_damaged(uri)
 
 
@@ -167,9 +172,10 @@ def read_weights(uri: str) -> tuple[dict[str, Tensor], str]:
 def recorded_sha256(uri: str) -> str | None:
     """Return the sha256 that a checkpoint records of its weights, without reading them; None if it doesn't exist."""
     try:
-        return str(json.loads(storage.read_bytes(storage.join(uri, INDEX)))["sha256"][WEIGHTS])
+        sha256: str | None = formats.read(storage.join(uri, INDEX), "checkpoint")["sha256"].get(WEIGHTS)
     except FileNotFoundError:
         return None
+    return sha256
 
 
 def prune(uri: str, kept: Iterable[str]) -> None:
@@ -187,10 +193,17 @@ def remove(uri: str, removed: Iterable[str]) -> None:
         storage.delete_folder(folder)
 
 
-def _state(files: dict[str, bytes]) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads(files[INDEX])
-    del state["sha256"]
-    return state
+def _read_index(uri: str, data: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the state and the hashes in a checkpoint's index."""
+    index = formats.decode(data, "checkpoint", storage.join(uri, INDEX))
+    return {key: value for key, value in index.items() if key not in ("format", "sha256")}, index["sha256"]
+
+
+def _state(uri: str, files: dict[str, bytes]) -> dict[str, Any]:
+    """Return the state of a checkpoint; a loss that was not finite is NaN."""
+    state, _ = _read_index(uri, files[INDEX])
+    steps = [[math.nan if value is None else value for value in step] for step in state.get("steps", [])]
+    return {**state, "steps": steps} if steps else state
 
 
 def _state_hash(state: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from torchvision.models.resnet import ResNet
 
 from carclass import storage
 from carclass.cluster import telemetry
+from carclass.data import formats
 from carclass.models import resnet
 from carclass.runs.run import Run
 from carclass.training import checkpoint, cuda_graphs, feature_cache, loop, pretrained
@@ -100,7 +101,9 @@ def _restore(job: StageJob, learner: Learner) -> loop.TrainState:
     names = checkpoint.resumable_names(uri)
     if not names:
         return loop.TrainState()
-    return loop.TrainState(**checkpoint.restore_checkpoint(storage.join(uri, names[-1]), learner))
+    newest = storage.join(uri, names[-1])
+    state = checkpoint.restore_checkpoint(newest, learner)
+    return formats.build(loop.TrainState, state, "checkpoint", newest)
 
 
 def _train(job: StageJob, worker: WorkerContext, learner: Learner, loader: loop.Loader, state: loop.TrainState) -> bool:

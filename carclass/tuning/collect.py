@@ -3,9 +3,9 @@
 import io
 
 import pyarrow.parquet as pq
-import yaml
 
 from carclass import storage
+from carclass.config import yaml_file
 from carclass.runs.run import code_version
 from carclass.tuning import report, trial_records
 from carclass.tuning.results import SweepResult, TrialResult
@@ -72,7 +72,7 @@ def _best_config(root: str, sweep: SweepResult) -> bytes:
     space, _ = trial_records.load_records(root, sweep.name)
     best = sweep.best
     settings = trial_records.trial_run(space, best.trial).settings.model_copy(update={"name": f"{sweep.name}-best"})
-    text = yaml.safe_dump({"root": root, "train": settings.model_dump(mode="json")}, sort_keys=False)
+    config = yaml_file.dump({"root": root, "train": settings.model_dump(mode="json")})
     comments = f"# Trial {best.trial.number} of sweep {sweep.name}: {best.trial.title}\n"
     comments += f"# val accuracy {best.accuracy:.4f} in the search\n"
-    return (comments + text).encode()
+    return comments.encode() + config

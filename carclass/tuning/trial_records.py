@@ -9,19 +9,17 @@
 <root>/sweeps/<name>/best.yml          experiment file with the best settings
 """
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import yaml
+from typing import Literal
 
 from carclass import storage
 from carclass.config.schema import TrainSettings
 from carclass.config.search import Search
-from carclass.config.section import Section
+from carclass.config.section import Section, validate
+from carclass.data import formats
 from carclass.errors import UserError, unknown_name
 from carclass.formatting import Value
 from carclass.runs.run import MAY_CHANGE_ON_RESUME, Run
@@ -83,10 +81,11 @@ class TrialRecords:
     def reload(self) -> "TrialRecords":
         """Read the records from storage."""
         try:
-            rows: list[dict[str, Any]] = json.loads(storage.read_bytes(self.uri))
+            rows = formats.read(self.uri, "trials")["trials"]
         except FileNotFoundError:
             rows = []
-        self.trials = {row["number"]: Trial(**row) for row in rows}
+        trials = [formats.build(Trial, row, "trials", self.uri) for row in rows]
+        self.trials = {trial.number: trial for trial in trials}
         return self
 
     def unfinished(self, numbers: Iterable[int]) -> list[int]:
@@ -97,7 +96,7 @@ class TrialRecords:
         """Write a trial's record."""
         self.trials[trial.number] = trial
         rows = [asdict(self.trials[number]) for number in sorted(self.trials)]
-        storage.write_bytes(self.uri, json.dumps(rows, indent=1).encode())
+        formats.write(self.uri, "trials", {"trials": rows})
 
 
 def sweep_uri(root: str, name: str) -> str:
@@ -143,18 +142,20 @@ def begin_records(space: SearchSpace) -> None:
     # Defaults are left out: Search refuses a setting that has no effect if it is given explicitly.
     search = space.search.model_dump(mode="json", exclude_unset=True)
     train = space.base_settings.model_dump(mode="json")
-    text = yaml.safe_dump({"search": search, "train": train}, sort_keys=False)
-    storage.write_bytes(storage.join(sweep_uri(space.root, space.search.name), "search.yml"), text.encode())
+    uri = storage.join(sweep_uri(space.root, space.search.name), "search.yml")
+    formats.write(uri, "search", {"search": search, "train": train})
 
 
 def load_records(root: str, name: str) -> tuple[SearchSpace, TrialRecords]:
     """Return a sweep by its name. Raise UserError, which lists the existing sweeps, if there is none."""
     uri = sweep_uri(root, name)
+    file = storage.join(uri, "search.yml")
     try:
-        values = yaml.safe_load(storage.read_bytes(storage.join(uri, "search.yml")))
+        values = formats.read(file, "search")
     except FileNotFoundError as error:
         raise _unknown_sweep(root, name) from error
-    search, base_settings = Search.model_validate(values["search"]), TrainSettings.model_validate(values["train"])
+    search = validate(values["search"], Search, source=f"{file}: `search`", base=Path("/"))
+    base_settings = validate(values["train"], TrainSettings, source=f"{file}: `train`", base=Path("/"))
     return make_space(search, base_settings, root, uri, Path.cwd()), TrialRecords(uri)
 
 

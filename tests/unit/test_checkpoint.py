@@ -54,7 +54,9 @@ def test_a_checkpoint_is_restored_exactly(tmp_path: Path):
 
 def test_the_moving_average_is_restored_besides_the_weights(tmp_path: Path):
     written, restored = (learner(value)._replace(ema=learner(value + 1).module) for value in (2, 7))
-    checkpoint.write_checkpoint(str(tmp_path), checkpoint.take_snapshot("epoch-0001-00000064", written, {}))
+    checkpoint.write_checkpoint(
+        str(tmp_path), checkpoint.take_snapshot("epoch-0001-00000064", written, {"epoch": 1, "val_accuracies": []})
+    )
     checkpoint.restore_checkpoint(str(tmp_path / "epoch-0001-00000064"), restored)
     assert restored.ema is not None
     assert torch.equal(restored.module.weight, written.module.weight)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from carclass.config.schema import AugmentationSettings, FrozenSettings, ModelSettings, TrainSettings, UnfrozenSettings
+from carclass.data import formats
 from carclass.models import resnet
 from carclass.models.preprocessing import decode_photos
 from carclass.runs.run import Run
@@ -75,7 +76,7 @@ def uri_of(root: Path, views: int, **changes: object) -> str:
 def root(tmp_path: Path) -> Path:
     folder = tmp_path / "experiments" / "x"
     folder.mkdir(parents=True)
-    (folder / "lineage.json").write_text('{"parent_sha256": "0"}')
+    formats.write(f"{folder}/lineage.json", "lineage", {"parent_sha256": "0", "dataset_digest": "1"})
     return tmp_path
 
 

@@ -1,0 +1,249 @@
+"""Stored files: former formats are read, newer ones and damaged files are refused with a way out.
+
+format_1/ holds files of a small run and sweep as they were written before files had a format.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from carclass.data import dataset, formats
+from carclass.errors import UserError
+from carclass.experiments.collect import evaluation_uri
+from carclass.experiments.status import RunStatus
+from carclass.masking import quality
+from carclass.prediction import calibration, predictions, run_preprocessing
+from carclass.runs import export
+from carclass.runs.metrics_log import MetricsLog
+from carclass.runs.run import Run, find_run
+from carclass.runs.saved_model import read_model
+from carclass.training import checkpoint
+from carclass.tuning import trial_records
+from carclass.tuning.trial_records import load_records
+
+FORMAT_1 = Path(__file__).with_name("format_1")
+RUN = "experiments/run"
+SHA256 = "81e08061c1c9ef2a3a0e7232a0f853754e7d9e3f1c3b2d32dbe5d6241056d6fb"
+READERS: dict[str, Callable[[str], Any]] = {
+    "datasets/v2/manifest.json": lambda root: dataset.load_dataset(root, "v2"),
+    f"{RUN}/config.yml": lambda root: find_run(root, "run"),
+    f"{RUN}/lineage.json": lambda root: find_run(root, "run").lineage(),
+    f"{RUN}/unfrozen/best.json": lambda root: find_run(root, "run").best_val_accuracy("unfrozen"),
+    f"{RUN}/frozen/epoch-0001/checkpoint.json": lambda root: checkpoint.read_weights(f"{root}/{RUN}/frozen/epoch-0001"),
+    f"{RUN}/report/metrics.json": lambda root: formats.read(
+        evaluation_uri(RunStatus(find_run(root, "run"), "finished")), "evaluation"
+    ),
+    f"{RUN}/export/export.json": lambda root: export._exported_model_sha256(f"{root}/{RUN}/export"),
+    f"{RUN}/calibration.json": lambda root: calibration.read_calibration(f"{root}/{RUN}", SHA256),
+    f"{RUN}/preprocessing.json": lambda root: run_preprocessing.load_preprocessing(find_run(root, "run")),
+    f"{RUN}/predictions/predictions/settings.json": lambda root: predictions.begin_predictions(
+        f"{root}/{RUN}/predictions/predictions",
+        json.loads((FORMAT_1 / RUN / "predictions/predictions/settings.json").read_text()),
+    ),
+    "sweeps/head/search.yml": lambda root: load_records(root, "head"),
+    "sweeps/head/trials.json": lambda root: load_records(root, "head"),
+}
+"""Every stored file of keys and values, and a function that reads it below a root."""
+every_file = pytest.mark.parametrize("file", READERS)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return shutil.copytree(FORMAT_1, tmp_path / "root")
+
+
+def metrics_of(root: Path) -> list[dict[str, Any]]:
+    return find_run(str(root), "run").metrics()
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Change the content of a JSON file; of a YAML file, append the same keys."""
+    if path.suffix == ".json":
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps(change(content if isinstance(content, dict) else {"format": 2, "trials": content})))
+    else:
+        path.write_text(path.read_text() + "".join(f"{key}: {value}\n" for key, value in change({}).items()))
+
+
+# Former formats
+
+
+@every_file
+def test_a_file_without_a_format_is_read(root: Path, file: str):
+    assert READERS[file](str(root)) is not None
+
+
+def test_the_content_of_a_former_run_is_read():
+    run = find_run(str(FORMAT_1), "run")
+    assert (run.settings.name, run.settings.frozen and run.settings.frozen.lr) == ("run", 2e-3)
+    assert [(row["stage"], row["epoch"]) for row in run.metrics()] == [("frozen", 1), ("frozen", 2), ("unfrozen", 1)]
+    assert run.steps("frozen", 2)[0]["step"] == 1
+    assert run.best_val_accuracy("unfrozen") == pytest.approx(2 / 11)
+    assert checkpoint.recorded_sha256(f"{FORMAT_1}/{RUN}/frozen/epoch-0001") is not None
+
+
+def test_a_former_run_is_still_on_its_dataset():
+    lineage = find_run(str(FORMAT_1), "run").lineage()
+    assert dataset.load_dataset(str(FORMAT_1), "v2").digest == lineage["dataset_digest"]
+
+
+def test_the_trials_of_a_former_sweep_are_read():
+    space, records = load_records(str(FORMAT_1), "head")
+    assert [(number, trial.state) for number, trial in records.trials.items()] == [(0, "complete"), (1, "complete")]
+    assert len(trial_records.recorded_accuracies(space, records.trials[1])) == 3
+
+
+@pytest.mark.parametrize("kind", formats.KINDS)
+def test_a_written_file_has_its_format_first(tmp_path: Path, kind: str):
+    uri = f"{tmp_path}/file.json"
+    formats.write(uri, kind, {"a": 1})
+    assert next(iter(json.loads(Path(uri).read_bytes()).items())) == ("format", formats.KINDS[kind].format)
+
+
+def test_what_is_written_is_read(tmp_path: Path):
+    for file in ("x.json", "x.yml"):
+        formats.write(f"{tmp_path}/{file}", "preprocessing", {"reading": {"é": "1e3"}, "mask": None})
+        assert formats.read(f"{tmp_path}/{file}", "preprocessing")["reading"] == {"é": "1e3"}
+
+
+# Newer formats
+
+
+@every_file
+def test_a_newer_format_is_refused(root: Path, file: str):
+    rewrite(root / file, lambda content: {**content, "format": 99})
+    with pytest.raises(UserError, match=r"has format 99 and was written by a newer version of carclass.*Update"):
+        READERS[file](str(root))
+
+
+def test_a_checkpoint_of_a_newer_format_is_not_removed_as_damaged(root: Path):
+    stage = root / RUN / "frozen"
+    newer = (stage / "epoch-0001").rename(stage / "epoch-0001-00000016")
+    shutil.copy(newer / "weights.safetensors", newer / "optimizer.safetensors")
+    rewrite(newer / "checkpoint.json", lambda content: {**content, "format": 99})
+    with pytest.raises(UserError, match="newer version"):
+        checkpoint.newest_valid(str(stage))
+    assert (newer / "checkpoint.json").exists()
+
+
+@pytest.mark.parametrize("number", ["x", 0, -1, None, 1.5])
+def test_a_format_that_is_no_number_is_damage(root: Path, number: Any):
+    rewrite(root / RUN / "lineage.json", lambda content: {**content, "format": number})
+    with pytest.raises(UserError, match=r"lineage.json is damaged: `format` is"):
+        find_run(str(root), "run").lineage()
+
+
+# Damage
+
+
+@every_file
+@pytest.mark.parametrize("damage", ["empty", "cut", "other", "lists", "zeros"])
+def test_a_damaged_file_is_named_with_a_way_out(root: Path, file: str, damage: str):
+    data = (root / file).read_bytes()
+    damaged = {
+        "empty": b"",
+        "cut": data[: len(data) // 2],
+        "other": b'{"a": 1}',
+        "lists": b"[[1]]",
+        "zeros": bytes(len(data)),
+    }[damage]
+    (root / file).write_bytes(damaged)
+    if file.endswith("settings.json") and damage == "other":
+        pytest.skip("settings of other predictions")
+    with pytest.raises(UserError) as caught:
+        READERS[file](str(root))
+    assert file.split("/")[-1] in str(caught.value)
+    assert "damaged" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@every_file
+def test_an_unknown_key_ends_in_no_traceback(root: Path, file: str):
+    rewrite(root / file, lambda content: {**content, "surprise": 1})
+    if file.endswith(("config.yml", "settings.json", "checkpoint.json")):  # part of their identity
+        with pytest.raises(UserError, match=r"surprise|sha256 of state"):
+            READERS[file](str(root))
+    else:
+        assert READERS[file](str(root)) is not None
+
+
+def test_a_run_without_readable_model_facts_is_refused(root: Path):
+    (root / RUN / "frozen" / "best.json").write_bytes(b"")
+    with pytest.raises(UserError, match=r"best.json is damaged: it is empty. Delete the file"):
+        read_model(find_run(str(root), "run").model_uri("frozen"))
+
+
+def test_the_best_epoch_is_found_beside_a_damaged_one(root: Path):
+    stage = root / RUN / "frozen"
+    shutil.copytree(stage / "epoch-0001", stage / "epoch-0002")
+    (stage / "epoch-0002" / "checkpoint.json").write_bytes(b"")
+    loaded: dict[str, Any] = {}
+
+    class Module:
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            loaded.update(state)
+
+    assert checkpoint.restore_best(str(stage), Module())["epoch"] == 1  # type: ignore[arg-type]
+    assert loaded
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"images": [], "annotations": [{}]}'])
+def test_a_truth_file_that_is_no_coco_file_is_named(tmp_path: Path, content: str):
+    (tmp_path / "truth.json").write_text(content)
+    with pytest.raises(UserError, match=r"`mask.truth`: .*truth.json is not a COCO file"):
+        quality.ious(dataset.load_dataset(str(FORMAT_1), "v2"), f"{tmp_path}/truth.json")
+
+
+# Lines
+
+
+@pytest.mark.parametrize("cut", [1, 10, 150])
+def test_a_cut_last_line_is_left_out(root: Path, cut: int):
+    path = root / RUN / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-cut])
+    assert [row["epoch"] for row in metrics_of(root)] == ([1, 2, 1] if cut == 1 else [1, 2])
+
+
+def test_a_damaged_line_is_named(root: Path):
+    path = root / RUN / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], lines[1][:20], lines[2], ""]))
+    with pytest.raises(UserError, match=r"metrics.jsonl is damaged: line 2: .* Restore it"):
+        metrics_of(root)
+
+
+def test_lines_of_a_newer_format_are_refused(root: Path):
+    path = root / RUN / "metrics.jsonl"
+    path.write_text(path.read_text().replace('{"stage"', '{"format": 2, "stage"'))
+    with pytest.raises(UserError, match="newer version"):
+        metrics_of(root)
+
+
+def test_a_loss_that_is_not_finite_is_null_on_storage_and_nan_in_memory(root: Path):
+    run: Run = find_run(str(root), "run")
+    log = MetricsLog(run, "unfrozen", 1)
+    rows = [{**log.rows[-1], "epoch": 2, "val_loss": value} for value in (math.nan, math.inf)]
+    path = root / RUN / "metrics.jsonl"
+    path.write_bytes(formats.encode_lines("metrics", rows))
+    for line in path.read_text().splitlines():
+        assert json.loads(line, parse_constant=pytest.fail)["val_loss"] is None
+    assert all(math.isnan(row["val_loss"]) for row in run.metrics())
+
+
+def test_numbers_that_are_not_finite_are_not_written_as_json():
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        formats.to_json({"a": math.nan})
+
+
+def test_a_checkpoint_in_an_epoch_that_diverged_is_restored(tmp_path: Path):
+    state = {"epoch": 0, "val_accuracies": [], "steps": [[math.nan, 1.0, 16.0]], "seconds": 1.0}
+    checkpoint.write_checkpoint(str(tmp_path), checkpoint.Snapshot("epoch-0001", {checkpoint.WEIGHTS: {}}, state))
+    text = (tmp_path / "epoch-0001" / "checkpoint.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["steps"] == [[None, 1.0, 16.0]]
+    restored = checkpoint._state("", checkpoint.verify(f"{tmp_path}/epoch-0001"))
+    assert math.isnan(restored["steps"][0][0])
