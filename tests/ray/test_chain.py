@@ -1,7 +1,9 @@
 """The chain of jobs on a small sample: ingest, mask, train and evaluate."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -11,10 +13,9 @@ import pytest
 from carclass import storage
 from carclass.config.schema import (
     CutoutSettings,
-    DetectorSettings,
     EvaluateSettings,
+    ExcludeSettings,
     FrozenSettings,
-    IngestSettings,
     MaskSettings,
     ModelSettings,
     TrainSettings,
@@ -25,7 +26,6 @@ from carclass.data.photo import decode
 from carclass.errors import UserError
 from carclass.evaluation.collect import NUM_MASKING_SAMPLES
 from carclass.evaluation.evaluate import Evaluation, evaluate_run
-from carclass.ingestion.ingest import ingest_photos
 from carclass.masking import quality
 from carclass.masking.mask import mask_dataset
 from carclass.models.weights import load_weights
@@ -34,7 +34,7 @@ from carclass.runs.saved_model import read_model
 from carclass.training.train import train_run
 from tests.helpers.browser import BROWSER, open_page
 
-MASK = {"detector": DetectorSettings(model="sample", weights="sample", short_side=160)}
+Rows = list[dict[str, Any]]
 MODEL = ModelSettings(architecture="resnet26-narrow", image_size=64)
 
 
@@ -51,17 +51,7 @@ def train_settings(name: str, **changes: object) -> TrainSettings:
 
 
 @pytest.fixture(scope="module")
-def root(ray_cluster, photos_folder: Path, tmp_path_factory) -> str:
-    """Return a root with a masked dataset v2 and its source v1."""
-    root = str(tmp_path_factory.mktemp("root"))
-    labels = str(photos_folder / "labels.csv")
-    ingest_photos(root, IngestSettings(photos=str(photos_folder / "photos"), labels=labels, part_rows=20))
-    mask_dataset(root, MaskSettings(**MASK, part_rows=20, num_actors=2))
-    return root
-
-
-@pytest.fixture(scope="module")
-def run(root: str) -> Run:
+def run(root: str, masked: dataset.Dataset) -> Run:
     """Train a run of both stages on two workers."""
     return train_run(root, train_settings("two-workers", num_workers=2))
 
@@ -71,18 +61,21 @@ def evaluation(root: str, run: Run) -> Evaluation:
     return evaluate_run(root, EvaluateSettings(run="two-workers"))
 
 
-def test_every_photo_is_masked_once(root: str):
-    source, masked = dataset.load_dataset(root, "v1"), dataset.load_dataset(root, "v2")
-    assert sorted(masked.read(["key"])["key"].to_pylist()) == sorted(source.read(["key"])["key"].to_pylist())
-    assert masked.manifest["inputs"] == masked.manifest["rows"] == source.manifest["rows"]
+def test_every_photo_is_masked_or_excluded_once(
+    ingested: dataset.Dataset, masked: dataset.Dataset, contents: Callable[[dataset.Dataset], tuple[Rows, Rows]]
+):
+    rows, quarantine = contents(masked)
+    assert rows
+    assert quarantine
+    assert sorted(row["key"] for row in rows + quarantine) == sorted(ingested.read(["key"])["key"].to_pylist())
+    assert masked.manifest["inputs"] == masked.manifest["rows"] + len(quarantine) == ingested.manifest["rows"]
 
 
-def test_masks_match_the_drawn_truth(root: str, photos_folder: Path):
-    assert quality.mean_iou(dataset.load_dataset(root, "v2"), str(photos_folder / "truth.json"), "test") >= 0.9
+def test_masks_match_the_drawn_truth(masked: dataset.Dataset, photos_folder: Path):
+    assert quality.mean_iou(masked, str(photos_folder / "truth.json"), "test") >= 0.9
 
 
-def test_masked_photos_are_crops_on_the_fill_colour(root: str):
-    masked = dataset.load_dataset(root, "v2")
+def test_masked_photos_are_crops_on_the_fill_colour(masked: dataset.Dataset):
     keys = masked.read(["key", "outcome"]).filter(pc.field("outcome") == "vehicle")["key"].to_pylist()[:5]
     for row in masked.rows(keys, ["image", "width", "height", "source_width"]):
         pixels = decode(row["image"])
@@ -91,14 +84,16 @@ def test_masked_photos_are_crops_on_the_fill_colour(root: str):
         assert np.abs(pixels[0, 0].astype(int) - CutoutSettings().fill).max() <= 8
 
 
-def test_limit_is_the_number_of_masked_photos(root: str):
-    limited = mask_dataset(root, MaskSettings(**MASK, dataset="few", limit=7, num_actors=1))
+@pytest.mark.slow  # 10 s
+def test_limit_is_the_number_of_masked_photos(root: str, mask_settings: MaskSettings):
+    changes = {"dataset": "few", "limit": 7, "num_actors": 1, "exclude": ExcludeSettings(), "truth": None}
+    limited = mask_dataset(root, mask_settings.model_copy(update=changes))
     assert limited.manifest["rows"] == limited.manifest["inputs"] == 7
 
 
-def test_a_second_masking_run_writes_nothing(root: str):
+def test_a_second_masking_run_writes_nothing(root: str, masked: dataset.Dataset, mask_settings: MaskSettings):
     before = {path: path.stat().st_mtime_ns for path in Path(root, "datasets").rglob("*")}
-    mask_dataset(root, MaskSettings(**MASK, part_rows=20, num_actors=2))
+    mask_dataset(root, mask_settings)
     assert {path: path.stat().st_mtime_ns for path in Path(root, "datasets").rglob("*")} == before
 
 
@@ -144,25 +139,25 @@ def test_a_run_name_with_other_settings_is_refused(root: str, run: Run):
         train_run(root, train_settings("two-workers", num_workers=2, seed=7))
 
 
-def test_missing_gpus_are_a_user_error(root: str):
+def test_missing_gpus_are_a_user_error(root: str, masked: dataset.Dataset):
     with pytest.raises(UserError, match=r"`train.use_gpu` asks for 1 GPU"):
         train_run(root, train_settings("on-gpus", use_gpu=True))
 
 
-def test_more_workers_than_cpus_are_a_user_error(root: str):
+def test_more_workers_than_cpus_are_a_user_error(root: str, masked: dataset.Dataset):
     with pytest.raises(UserError, match=r"`train.num_workers` needs 500 CPUs"):
         train_run(root, train_settings("many", num_workers=500))
 
 
-def test_a_run_that_cannot_fit_is_refused_before_anything_is_written(root: str):
+def test_a_run_that_cannot_fit_is_refused_before_anything_is_written(root: str, masked: dataset.Dataset):
     with pytest.raises(UserError, match=r"`train.unfrozen.batch_size`: 1000000 photos of 64 pixels .* Up to \d+ fit"):
         train_run(root, train_settings("huge", unfrozen=UnfrozenSettings(batch_size=10**6)))
     assert not Path(run_uri(root, "huge")).exists()
 
 
-def test_every_test_photo_is_classified_once(root: str, evaluation: Evaluation):
+def test_every_test_photo_is_classified_once(masked: dataset.Dataset, evaluation: Evaluation):
     predictions = pq.read_table(Path(evaluation.report_uri).parent / "predictions.parquet")
-    tested = dataset.load_dataset(root, "v2").read(["key", "split"]).filter(pc.field("split") == "test")
+    tested = masked.read(["key", "split"]).filter(pc.field("split") == "test")
     assert predictions["key"].to_pylist() == sorted(tested["key"].to_pylist())
 
 
@@ -173,9 +168,9 @@ def test_the_stored_metrics_match_the_predictions(evaluation: Evaluation):
     assert json.loads((folder / "metrics.json").read_text())["accuracy"] == pytest.approx(np.mean(hits))
 
 
-def test_validation_and_evaluation_agree(root: str, run: Run, evaluation: Evaluation):
+def test_validation_and_evaluation_agree(root: str, run: Run, masked: dataset.Dataset):
     on_val = evaluate_run(root, EvaluateSettings(run="two-workers", split="val"))
-    val_photos = dataset.load_dataset(root, "v2").manifest["splits"]["val"]
+    val_photos = masked.manifest["splits"]["val"]
     # One prediction may differ: batches of other sizes round differently in bf16.
     assert on_val.accuracy == pytest.approx(run.best_val_accuracy("unfrozen"), abs=1.01 / val_photos)
 

@@ -52,6 +52,7 @@ def write(folder: Path, photos: Path, experiments: dict[str, dict[str, Any]]) ->
         "experiments": "exp_*.yml",
         "ingest": {"photos": str(photos / "photos"), "labels": str(photos / "labels.csv")},
         "imagenet": "sample",
+        "devices_per_worker": 2,  # two runs at a time: every process takes seconds to start
         "fixed": {"train.model.architecture": "resnet26-narrow", "train.model.image_size": 32},
     }
     file.write_text(yaml.safe_dump(budget))

@@ -23,17 +23,6 @@ from carclass.masking.mask import mask_dataset, preview_masks
 SAMPLE = DetectorSettings(model="sample", weights="sample", short_side=160, num_proposals=30)
 
 
-@pytest.fixture(scope="module")
-def root(ingested: dataset.Dataset) -> str:
-    return ingested.uri.rsplit("/", 2)[0]
-
-
-@pytest.fixture(scope="module")
-def masked(root: str, photos_folder: Path) -> dataset.Dataset:
-    truth = str(photos_folder / "truth.json")
-    return mask_dataset(root, MaskSettings(detector=SAMPLE, num_actors=2, part_rows=20, truth=truth))
-
-
 def test_every_row_has_mask_measures(masked: dataset.Dataset):
     rows = masked.read(dataset.DETECTION.names).filter(pc.field("outcome") == "vehicle").to_pylist()
     assert rows
@@ -71,13 +60,15 @@ def test_a_second_preview_may_have_other_settings(root: str):
 
 
 @pytest.mark.slow  # 10 s
-def test_excluded_photos_are_quarantined_with_the_reasons(root: str, masked: dataset.Dataset):
+def test_excluded_photos_are_quarantined_with_the_reasons(
+    root: str, ingested: dataset.Dataset, masked: dataset.Dataset
+):
     exclude = ExcludeSettings(no_vehicle=True, min_area_fraction=0.25)
     large = mask_dataset(root, MaskSettings(detector=SAMPLE, num_actors=1, dataset="large", exclude=exclude))
     rows = masked.read(["key", "outcome", "area_fraction"]).to_pylist()
     kept = {row["key"] for row in rows if row["outcome"] == "vehicle" and row["area_fraction"] >= 0.25}
     assert set(large.read(["key"])["key"].to_pylist()) == kept
-    assert large.manifest["reasons"] == {"doubtful_mask": len(rows) - len(kept)}
+    assert large.manifest["reasons"] == {"doubtful_mask": ingested.manifest["rows"] - len(kept)}
     details = publishing.read_written(large.uri, "quarantine", ["detail"])["detail"].to_pylist()
     assert all("of the photo" in detail or detail == "no vehicle" for detail in details)
 

@@ -15,17 +15,9 @@ import torch
 import yaml
 
 from carclass import storage
-from carclass.config.schema import (
-    DetectorSettings,
-    ExcludeSettings,
-    MaskSettings,
-    ModelSettings,
-    PredictSettings,
-    TrainSettings,
-)
+from carclass.config.schema import ModelSettings, PredictSettings, TrainSettings
 from carclass.data import dataset, publishing
 from carclass.errors import UserError
-from carclass.masking.mask import mask_dataset
 from carclass.models import resnet, weights
 from carclass.models.preprocessing import decode_photos, to_network_input
 from carclass.prediction import calibration, predictions, run_preprocessing
@@ -37,8 +29,8 @@ from carclass.sample.generate import BROKEN_KINDS, ODDITIES
 from tests.helpers.clusters import start, wait_for
 
 Rows = list[dict[str, Any]]
-MASKED = "v2-to-predict"
-RUNS = {"masked": MASKED, "unmasked": "v1"}
+RUNS = {"masked": "v2", "unmasked": "v1"}
+both_runs = pytest.mark.parametrize("name", ["masked", pytest.param("unmasked", marks=pytest.mark.slow)])  # 15 s
 MODEL = ModelSettings(architecture="resnet26-narrow", image_size=64)
 THRESHOLD = 0.3
 
@@ -76,15 +68,11 @@ def publish_run(root: str, name: str, source: dataset.Dataset) -> None:
     publish_model(run.model_uri("frozen"), net, facts)
 
 
-@pytest.fixture(scope="module")
-def root(ingested: dataset.Dataset) -> str:
-    """A root with a run on masked photos and one on unmasked photos."""
-    root = ingested.uri.rsplit("/", 2)[0]
-    detector = DetectorSettings(model="sample", weights="sample", short_side=160, num_proposals=30)
-    mask_dataset(root, MaskSettings(dataset=MASKED, detector=detector, exclude=ExcludeSettings(min_area_fraction=0.2)))
-    for name, source in RUNS.items():
-        publish_run(root, name, dataset.load_dataset(root, source))
-    return root
+@pytest.fixture(scope="module", autouse=True)
+def runs(root: str, ingested: dataset.Dataset, masked: dataset.Dataset) -> None:
+    """Publish a run on masked photos and one on unmasked photos."""
+    publish_run(root, "masked", masked)
+    publish_run(root, "unmasked", ingested)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +86,8 @@ def settings(photos: str) -> PredictSettings:
 
 
 @pytest.fixture(scope="module")
-def masked(root: str, settings: PredictSettings) -> PredictionResult:
+def predicted(root: str, settings: PredictSettings) -> PredictionResult:
+    """Predictions of the run on masked photos."""
     return predict_photos(root, settings)
 
 
@@ -106,6 +95,13 @@ def masked(root: str, settings: PredictSettings) -> PredictionResult:
 def unmasked(root: str, photos: str) -> PredictionResult:
     """Predictions of the run on unmasked photos."""
     return predict_photos(root, PredictSettings(run="unmasked", photos=photos))
+
+
+@pytest.fixture
+def result(name: str, request: pytest.FixtureRequest) -> PredictionResult:
+    """Predictions of the run of a parametrized name."""
+    fixture: PredictionResult = request.getfixturevalue("predicted" if name == "masked" else name)
+    return fixture
 
 
 def rows_of(result: PredictionResult) -> Rows:
@@ -139,18 +135,18 @@ def assert_equal_rows(actual: Rows, expected: Rows) -> None:
             assert row[name] == (other[name] if other[name] is None else pytest.approx(other[name], abs=1e-5))
 
 
-def test_every_photo_is_listed_once(masked: PredictionResult, unmasked: PredictionResult, photos: str):
-    for result in (masked, unmasked):
-        assert [row["key"] for row in rows_of(result)] == sorted(storage.list_files(photos))
-        assert result.counts.predicted + sum(result.counts.reasons.values()) == result.counts.photos
-        assert all((row["label"] is None) == (row["reason"] is not None) for row in rows_of(result))
+@both_runs
+def test_every_photo_is_listed_once(result: PredictionResult, photos: str):
+    assert [row["key"] for row in rows_of(result)] == sorted(storage.list_files(photos))
+    assert result.counts.predicted + sum(result.counts.reasons.values()) == result.counts.photos
+    assert all((row["label"] is None) == (row["reason"] is not None) for row in rows_of(result))
 
 
-def test_broken_photos_have_the_same_reason_as_in_ingestion(root: str, masked: PredictionResult):
+def test_broken_photos_have_the_same_reason_as_in_ingestion(root: str, predicted: PredictionResult):
     quarantine = publishing.read_written(
         dataset.dataset_uri(root, "v1"), "quarantine", ["key", "reason", "detail"]
     ).to_pylist()
-    actual = {row["key"]: (row["reason"], row["detail"]) for row in rows_of(masked) if row["reason"]}
+    actual = {row["key"]: (row["reason"], row["detail"]) for row in rows_of(predicted) if row["reason"]}
     expected = {
         row["key"]: (row["reason"], row["detail"])
         for row in quarantine
@@ -161,25 +157,25 @@ def test_broken_photos_have_the_same_reason_as_in_ingestion(root: str, masked: P
     assert len(ODDITIES) > len(expected)
 
 
-def test_doubtful_masks_are_excluded_as_in_the_runs_dataset(root: str, masked: PredictionResult):
-    quarantine = publishing.read_written(dataset.dataset_uri(root, MASKED), "quarantine", ["key", "detail"]).to_pylist()
-    excluded = {row["key"]: row["detail"] for row in rows_of(masked) if row["reason"] == "doubtful_mask"}
+def test_doubtful_masks_are_excluded_as_in_the_runs_dataset(masked: dataset.Dataset, predicted: PredictionResult):
+    quarantine = publishing.read_written(masked.uri, "quarantine", ["key", "detail"]).to_pylist()
+    excluded = {row["key"]: row["detail"] for row in rows_of(predicted) if row["reason"] == "doubtful_mask"}
     assert quarantine
     assert {row["key"]: excluded[row["key"]] for row in quarantine} == {row["key"]: row["detail"] for row in quarantine}
 
 
-def test_detections_equal_those_in_the_runs_dataset(root: str, masked: PredictionResult):
+def test_detections_equal_those_in_the_runs_dataset(masked: dataset.Dataset, predicted: PredictionResult):
     columns = ["outcome", "vehicle_class", "score", "box"]
-    predicted = {row["key"]: row for row in rows_of(masked)}
-    keys = [key for key in dataset.load_dataset(root, MASKED).read(["key"])["key"].to_pylist() if key in predicted]
-    assert any(predicted[key]["box"] for key in keys)
-    for row in dataset.load_dataset(root, MASKED).rows(keys, columns):
-        assert {name: predicted[row["key"]][name] for name in columns} == {name: row[name] for name in columns}
+    rows = {row["key"]: row for row in rows_of(predicted)}
+    keys = [key for key in masked.read(["key"])["key"].to_pylist() if key in rows]
+    assert any(rows[key]["box"] for key in keys)
+    for row in masked.rows(keys, columns):
+        assert {name: rows[row["key"]][name] for name in columns} == {name: row[name] for name in columns}
 
 
-@pytest.mark.parametrize("name", [*RUNS])
-def test_predictions_equal_the_evaluation(root: str, name: str, masked: PredictionResult, unmasked: PredictionResult):
-    predicted = {row["key"]: row for row in rows_of(masked if name == "masked" else unmasked)}
+@both_runs
+def test_predictions_equal_the_evaluation(root: str, name: str, result: PredictionResult):
+    predicted = {row["key"]: row for row in rows_of(result)}
     classes = dataset.load_dataset(root, RUNS[name]).classes
     for key, probabilities in evaluated_probabilities(root, name).items():
         order = np.argsort(-probabilities)[:5]
@@ -189,34 +185,37 @@ def test_predictions_equal_the_evaluation(root: str, name: str, masked: Predicti
         )
 
 
-def test_predictions_below_the_threshold_are_rejected(masked: PredictionResult):
-    rows = [row for row in rows_of(masked) if row["label"]]
+def test_predictions_below_the_threshold_are_rejected(predicted: PredictionResult):
+    rows = [row for row in rows_of(predicted) if row["label"]]
     assert [row["rejected"] for row in rows] == [row["probability"] < THRESHOLD for row in rows]
-    assert 0 < masked.counts.rejected < masked.counts.predicted
+    assert 0 < predicted.counts.rejected < predicted.counts.predicted
 
 
-def test_the_temperature_is_fitted_on_all_val_photos_and_stored(root: str, masked: PredictionResult):
+def test_the_temperature_is_fitted_on_all_val_photos_and_stored(
+    root: str, masked: dataset.Dataset, predicted: PredictionResult
+):
     run = find_run(root, "masked")
     fitted = calibration.read_calibration(run.uri, read_model(run.model_uri("frozen"))[1]["sha256"])
-    assert fitted == masked.calibration
-    assert fitted.num_photos == dataset.load_dataset(root, MASKED).manifest["splits"]["val"]
+    assert fitted == predicted.calibration
+    assert fitted.num_photos == masked.manifest["splits"]["val"]
     assert fitted.log_loss_after <= fitted.log_loss_before
 
 
+@pytest.mark.slow  # 15 s with its fixture
 def test_unmasked_photos_have_no_box(unmasked: PredictionResult):
     assert {(row["outcome"], row["box"]) for row in rows_of(unmasked)} == {(None, None)}
 
 
 def test_a_repeated_job_writes_nothing(
-    root: str, settings: PredictSettings, masked: PredictionResult, files_below: Callable[[str], Any]
+    root: str, settings: PredictSettings, predicted: PredictionResult, files_below: Callable[[str], Any]
 ):
     before = files_below(root)
-    assert predict_photos(root, settings) == masked
+    assert predict_photos(root, settings) == predicted
     assert files_below(root) == before
 
 
 def test_other_settings_under_the_same_name_are_rejected(
-    root: str, settings: PredictSettings, masked: PredictionResult, tmp_path: Path
+    root: str, settings: PredictSettings, predicted: PredictionResult, tmp_path: Path
 ):
     shutil.copy(Path(settings.photos, sorted(os.listdir(settings.photos))[0]), tmp_path)
     with pytest.raises(UserError, match=r"other settings \(threshold\)\. Choose another `predict.name`"):
@@ -227,14 +226,14 @@ def test_other_settings_under_the_same_name_are_rejected(
 
 @pytest.mark.slow  # 25 s
 def test_a_killed_job_resumes_with_the_same_result(
-    root: str, settings: PredictSettings, masked: PredictionResult, ray_cluster: str, tmp_path: Path,
+    root: str, settings: PredictSettings, predicted: PredictionResult, ray_cluster: str, tmp_path: Path,
     files_below: Callable[[str], Any],
 ):  # fmt: skip
     killed = settings.model_copy(update={"name": "killed", "part_rows": 4})
     file = tmp_path / "config.yml"
     file.write_text(yaml.safe_dump({"root": root, "predict": killed.model_dump(mode="json")}))
     environment = {**os.environ, "RAY_ADDRESS": ray_cluster}
-    parts = Path(masked.uri).with_name("killed") / "parts"
+    parts = Path(predicted.uri).with_name("killed") / "parts"
     job = start("predict.py", file, environment)
     wait_for(lambda: len(list(parts.glob("*.parquet"))) >= 2, job.process, job.log)
     job.process.kill()
@@ -244,7 +243,7 @@ def test_a_killed_job_resumes_with_the_same_result(
     result = predict_photos(root, killed)
     after = files_below(str(parts))
     assert {path: after.get(path) for path in before} == before
-    assert_equal_rows(rows_of(result), rows_of(masked))
+    assert_equal_rows(rows_of(result), rows_of(predicted))
 
 
 @pytest.mark.slow  # 10 s
@@ -258,16 +257,16 @@ def test_an_archive_gives_the_predictions_of_its_folder(
 
 @pytest.mark.slow  # 15 s
 def test_a_run_predicts_without_its_datasets(
-    root: str, masked: PredictionResult, settings: PredictSettings, tmp_path: Path
+    root: str, predicted: PredictionResult, settings: PredictSettings, tmp_path: Path
 ):
     """Predict from the stored calibration and preprocessing; without either, name the missing dataset."""
     shutil.copytree(run_uri(root, "masked"), run_uri(str(tmp_path), "masked"))
-    assert predict_photos(str(tmp_path), settings)._replace(uri=masked.uri) == masked
+    assert predict_photos(str(tmp_path), settings)._replace(uri=predicted.uri) == predicted
     copy, original = (find_run(folder, "masked") for folder in (str(tmp_path), root))
     assert run_preprocessing.load_preprocessing(copy) == run_preprocessing.load_preprocessing(original)
     for file in (calibration.FILE, run_preprocessing.FILE):
         Path(run_uri(str(tmp_path), "masked"), file).unlink()
-        with pytest.raises(UserError, match=f"dataset `{MASKED}`, which run `masked` was trained on, is no longer in"):
+        with pytest.raises(UserError, match="dataset `v2`, which run `masked` was trained on, is no longer in"):
             predict_photos(str(tmp_path), settings)
 
 

@@ -13,7 +13,6 @@ from ray.tune import schedulers
 from carclass import storage
 from carclass.config import cli
 from carclass.config.schema import Config
-from carclass.data import dataset
 from carclass.errors import UserError
 from carclass.training.photo_store import open_block
 from carclass.training.train import train_run
@@ -44,11 +43,6 @@ def run(*args: Any, **more: Any) -> results.SweepResult:
     space = load(*args, **more)
     run_sweep(space)
     return collect_sweep(space.root, space.search.name)
-
-
-@pytest.fixture(scope="module")
-def root(ingested: dataset.Dataset) -> str:
-    return ingested.uri.rsplit("/", 2)[0]
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +141,7 @@ def test_photos_are_decoded_at_the_size_of_each_trial(root: str, tmp_path: Path)
 # Frozen stage only
 
 HEAD = {**TRAIN, "frozen": {"epochs": 5, "views": 3}, "unfrozen": None}
+HEADS = {"num_trials": 2, "num_seeds": 2, "max_concurrent_trials": 1}  # in one process, which takes seconds to start
 HEAD_LR = {"train.frozen.lr": {"min": 1e-4, "max": 1e-2, "log": True}}
 
 
@@ -154,7 +149,7 @@ HEAD_LR = {"train.frozen.lr": {"min": 1e-4, "max": 1e-2, "log": True}}
 def heads(root: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[results.SweepResult, int]:
     """Run a sweep; return it and the number of feature files it added."""
     before = storage.list_files(f"{root}/features")
-    sweep = run(root, tmp_path_factory.mktemp("heads"), "heads", HEAD_LR, HEAD, num_trials=3, num_seeds=2)
+    sweep = run(root, tmp_path_factory.mktemp("heads"), "heads", HEAD_LR, HEAD, **HEADS)
     return sweep, len(storage.list_files(f"{root}/features")) - len(before)
 
 
@@ -179,7 +174,7 @@ def test_finished_sweep_trains_nothing_when_run_again(
     files_below: Callable[[str], dict[str, tuple[int, int]]],
 ):
     before = files_below(f"{root}/sweeps/heads/trials")
-    run(root, tmp_path, "heads", HEAD_LR, HEAD, num_trials=3, num_seeds=2)
+    run(root, tmp_path, "heads", HEAD_LR, HEAD, **HEADS)
     assert files_below(f"{root}/sweeps/heads/trials") == before
 
 

@@ -13,7 +13,6 @@ import pytest
 import yaml
 
 from carclass import storage
-from carclass.data import dataset
 from carclass.tuning import results, trial_records
 from carclass.tuning.collect import collect_sweep
 from tests.helpers.clusters import Cluster, Job, descendants, find_by_title, kill, start, wait_for
@@ -43,11 +42,6 @@ SEED = 5
 pytestmark = pytest.mark.slow  # 110 s
 TRIAL = "ray::TrialProcess"
 """Prefix of the title of a trial's process."""
-
-
-@pytest.fixture(scope="module")
-def root(ingested: dataset.Dataset) -> str:
-    return ingested.uri.rsplit("/", 2)[0]
 
 
 @pytest.fixture(scope="module")
