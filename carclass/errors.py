@@ -13,11 +13,12 @@ class UserError(ValueError):
 
 def find_user_error(error: BaseException) -> UserError | None:
     """Return the UserError that caused an error of a remote task or of a group of workers, or None."""
-    failures = [*getattr(error, "worker_failures", {}).values(), getattr(error, "controller_failure", None)]
-    for cause in (getattr(error, "cause", None), *failures, error.__cause__):
-        if cause is not None and (found := find_user_error(cause)) is not None:
-            return found
-    return error if isinstance(error, UserError) else None
+    remote = [getattr(error, name, None) for name in ("cause", "controller_failure")]  # a task's, Ray Train's
+    causes = [cause for cause in (*remote, *getattr(error, "worker_failures", {}).values()) if cause is not None]
+    if not causes and isinstance(error, UserError):
+        return error
+    found = (find_user_error(cause) for cause in (*causes, error.__cause__) if cause is not None)
+    return next((user_error for user_error in found if user_error is not None), None)
 
 
 def suggest_names(name: str, known: Iterable[str], prefix: str = "") -> str:

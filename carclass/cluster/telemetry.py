@@ -17,7 +17,9 @@ from typing import Any
 import ray
 from ray.util.metrics import Counter, Gauge
 
+from carclass.errors import find_user_error
 from carclass.progress import Progress
+from carclass.storage import StorageError
 
 POLL_S = 10.0
 """Seconds between polls of the nodes; Ray exports metrics at the same interval."""
@@ -47,9 +49,15 @@ class PhotoMeter:
     def __enter__(self) -> "PhotoMeter":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         self.rate.set(0, self.tags)
         self.queue.set(0, self.tags)
+        cause = None if error is None else find_user_error(error)  # of a task, without its traceback
+        if isinstance(cause, StorageError):
+            counts = f"{self.progress.done:,} of {self.total:,} photos were finished before, and are kept."
+            raise StorageError(f"{cause} {counts}") from error
+        if cause is not None:
+            raise cause from error
 
     def add(self, outcomes: Sequence[str], reasons: Sequence[str]) -> None:
         """Count photos: the outcome of each row, the reason of each quarantined photo."""

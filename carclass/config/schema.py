@@ -65,6 +65,9 @@ class IngestSettings(Section):
     """Photos with a shorter side in pixels, before or after shrinking, are quarantined."""
     max_pixels: int = Field(100_000_000, ge=1)
     """Photos with more pixels are quarantined without decoding (decompression bombs)."""
+    max_quarantined: Share = 0.05
+    """Largest share of photos in quarantine because they could not be read from storage or crashed their workers; with
+    more, nothing is published."""
     part_rows: int = Field(256, ge=1)
     """Photos per Parquet file: about 25 MB, a few seconds of work."""
     seed: int = 123
@@ -166,6 +169,8 @@ class MaskSettings(Section):
     """Photos of one shape per forward pass on a GPU; on a CPU photos are processed one by one."""
     quality: int = Field(92, ge=50, le=100)
     """JPEG quality of the result."""
+    max_quarantined: Share = 0.05
+    """Largest share of photos in quarantine because they crashed their workers; with more, nothing is published."""
     part_rows: int = Field(64, ge=1)
     """Photos per Parquet file, and between two progress lines: half a minute of work on a CPU."""
 
@@ -336,6 +341,9 @@ class PredictSettings(Section):
     """URI of the weights with which the run's dataset was masked; by default the one recorded then."""
     batch_size: int = Field(64, ge=1)
     """Photos per forward pass of the classifier."""
+    max_quarantined: Share = 0.05
+    """Largest share of photos in quarantine because they could not be read from storage or crashed their workers; with
+    more, nothing is published."""
     part_rows: int = Field(64, ge=1)
     """Photos per Parquet file, and between two progress lines."""
 

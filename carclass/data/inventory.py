@@ -257,11 +257,15 @@ class Inventory:
                 duplicates.append(path)
         return duplicates
 
+    def reasons(self) -> dict[str, int]:
+        """Return the number of unusable photos by reason."""
+        query = "SELECT reason, count(*) FROM written WHERE reason NOT NULL GROUP BY reason ORDER BY reason"
+        return dict(self.query(query))
+
     def written_counts(self) -> dict[str, Any]:
         """Return the numbers of `rows` and `quarantined`, and those by split (`splits`) and reason (`reasons`)."""
         splits = self.query("SELECT split, count(*) FROM written WHERE NOT quarantined GROUP BY split ORDER BY split")
-        reasons = self.query("SELECT reason, count(*) FROM written WHERE quarantined GROUP BY reason ORDER BY reason")
-        by_split, by_reason = dict(splits), dict(reasons)
+        by_split, by_reason = dict(splits), self.reasons()
         rows, quarantined = sum(by_split.values()), sum(by_reason.values())
         return {"rows": rows, "quarantined": quarantined, "splits": by_split, "reasons": by_reason}
 

@@ -1,7 +1,11 @@
 """Quarantine: reasons, errors and rows of photos that cannot be used."""
 
+import math
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
+
+from carclass.errors import UserError
 
 
 class Reason(StrEnum):
@@ -27,6 +31,31 @@ class Reason(StrEnum):
 
 LISTING_REASONS = (Reason.MISSING_FILE, Reason.NO_LABEL, Reason.JUNK, Reason.BAD_NAME)
 """Reasons that are known from the listing and the labels, without reading the photo."""
+
+
+MACHINE_REASONS = (Reason.UNREADABLE, Reason.CRASHED)
+"""Reasons that lie in storage or in the workers rather than in the photo, or that may."""
+
+
+def check_quarantined(facts: Mapping[str, Any], limit: float, setting: str) -> None:
+    """Raise UserError if more than a share of the inputs is in quarantine for MACHINE_REASONS.
+
+    facts: `inputs` and `reasons`, as in a manifest. limit: value of the setting.
+    """
+    num_inputs, reasons = facts["inputs"], facts["reasons"]
+    counts = {reason: reasons[reason] for reason in MACHINE_REASONS if reasons.get(reason)}
+    if (failed := sum(counts.values())) > limit * num_inputs:
+        found = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
+        raise UserError(
+            f"{failed:,} of {num_inputs:,} photos are in quarantine for reasons that may lie in storage or workers "
+            f"({found}), more than `{setting}` ({limit:g}) allows, so nothing is published. Restore the photos and run "
+            f"the same command again, which keeps finished work, or publish without them: set `{setting}` to "
+            f"{_round_up(failed / num_inputs)} or more."
+        )
+
+
+def _round_up(share: float) -> float:
+    return min(1.0, math.ceil(share * 100) / 100)
 
 
 class PhotoError(ValueError):

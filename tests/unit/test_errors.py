@@ -1,8 +1,8 @@
-"""Hints for misspelled names."""
+"""Hints for misspelled names, and the errors behind those of remote tasks."""
 
 import pytest
 
-from carclass.errors import suggest_names, unknown_name
+from carclass.errors import UserError, find_user_error, suggest_names, unknown_name
 
 KEYS = ["name", "frozen.lr", "frozen.views", "unfrozen.lr"]
 
@@ -29,3 +29,33 @@ def test_an_unknown_name_is_reported_with_the_available_ones():
 
 def test_an_empty_place_has_no_available_names():
     assert str(unknown_name("sweep", "t", [], "/root")) == "no sweep `t` in /root. Available: none."
+
+
+class RemoteError(UserError):
+    """An error of a task: an instance of its cause's class, with the traceback as text."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__("Traceback (most recent call last): ...")
+        self.cause = cause
+
+
+class WorkerError(Exception):
+    """An error of a group of workers."""
+
+    def __init__(self, *failures: Exception) -> None:
+        super().__init__("workers failed")
+        self.worker_failures = dict(enumerate(failures))
+
+
+def test_the_user_error_behind_a_remote_error_is_found():
+    mistake = UserError("mistake")
+    assert find_user_error(mistake) is mistake
+    assert find_user_error(RemoteError(mistake)) is mistake
+    assert find_user_error(WorkerError(KeyError("a"), RemoteError(mistake))) is mistake
+    assert find_user_error(WorkerError(KeyError("a"))) is None
+
+
+def test_an_explained_user_error_replaces_its_cause():
+    explained = UserError("more")
+    explained.__cause__ = UserError("less")
+    assert find_user_error(explained) is explained
