@@ -22,7 +22,7 @@ from typing import Any
 import boto3
 import yaml
 
-from carclass.config import cli
+from carclass.config import cli, yaml_file
 from carclass.errors import UserError
 
 FOLDER = Path(__file__).parent
@@ -42,7 +42,7 @@ def main() -> None:
     session = boto3.Session(region_name=options.region)
     ec2, iam = session.client("ec2"), session.client("iam")
     template = (FOLDER / "aws.yaml").read_text()
-    cluster = yaml.safe_load(template)["cluster_name"]
+    cluster = read_template()["cluster_name"]
     vpc, key = find_private_vpc(ec2, options.subnet), Path(f"~/.ssh/{cluster}.pem").expanduser()
     if options.remove:
         remove(ec2, iam, cluster, vpc, key)
@@ -80,7 +80,7 @@ def cluster_values(session: boto3.Session, options: argparse.Namespace, cluster:
     if not ami.startswith("ami-"):
         ami = session.client("ssm").get_parameter(Name=ami)["Parameter"]["Value"]
     registry, _, repository = options.image.partition("@")[0].partition("/")
-    types = yaml.safe_load((FOLDER / "aws.yaml").read_text())["available_node_types"]
+    types = read_template()["available_node_types"]
     instances = {name: each["node_config"]["InstanceType"] for name, each in types.items()}
     resources = [
         f"security-group/{group}",
@@ -181,6 +181,13 @@ def create_roles(iam: Any, values: Values) -> None:
     # An account needs this service-linked role once to request spot instances.
     if not iam.list_roles(PathPrefix="/aws-service-role/spot.amazonaws.com/")["Roles"]:
         iam.create_service_linked_role(AWSServiceName="spot.amazonaws.com")
+
+
+def read_template() -> Values:
+    """Return the content of aws.yaml, with its placeholders. Raise UserError for a key that is given twice."""
+    file = FOLDER / "aws.yaml"
+    values: Values = yaml_file.parse(file.read_text().replace("${", "$${"), str(file), plain=yaml.safe_load)
+    return values
 
 
 def read_policy(name: str, values: Values) -> Values:

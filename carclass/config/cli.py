@@ -18,6 +18,7 @@ from carclass.config.section import (
     Section,
     Setting,
     list_settings,
+    optional_sections,
     removed_settings,
     section_type,
     validate,
@@ -126,12 +127,17 @@ def _parse(
         parser.add_argument(
             f"--{setting.key}", metavar=metavar, help=f"{setting.explanation}{shown}".replace("%", "%%")
         )
+    for key, explanation in (sections := optional_sections(kind)).items():
+        parser.add_argument(f"--{key}", choices=["null"], help=explanation)
     args = parser.parse(argv)
     if args.config == "":
         raise UserError("`--config` is empty; give a YAML file")
     path = Path(args.config) if default is None or args.config else default
-    values = {setting.key: getattr(args, setting.key) for setting in settings}
-    return path, {key: text for key, text in values.items() if text is not None}, args
+    values = {key: getattr(args, key) for key in (*sections, *(setting.key for setting in settings))}
+    given = {key: text for key, text in values.items() if text is not None}
+    if both := [key for key in given if any(key.startswith(f"{name}.") for name in sections if name in given)]:
+        raise UserError(f"`--{both[0]}` has no effect, as its section is null on the command line too. Leave one out.")
+    return path, given, args
 
 
 def default_text(value: Any) -> str:

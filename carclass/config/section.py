@@ -163,6 +163,17 @@ def list_settings(section: type[Section], prefix: str = "") -> Iterator[Setting]
             yield Setting(f"{prefix}{name}", default, _type_name(field.annotation), _bounds(field), explanation)
 
 
+def optional_sections(section: type[Section], prefix: str = "") -> dict[str, str]:
+    """Return the explained sections that may be null, of all levels: dotted key → explanation."""
+    found: dict[str, str] = {}
+    for name, field in section.model_fields.items():
+        if (inner := section_type(field.annotation)) is not None:
+            if field.description and type(None) in getattr(field.annotation, "__args__", ()):
+                found[f"{prefix}{name}"] = " ".join(field.description.split())
+            found |= optional_sections(inner, f"{prefix}{name}.")
+    return found
+
+
 def removed_settings(section: type[Section], prefix: str = "") -> dict[str, str]:
     """Return the former settings of a section and of those below it: dotted key → explanation."""
     removed = {f"{prefix}{name}": text for name, text in section.removed.items()}

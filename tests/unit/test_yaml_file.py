@@ -8,6 +8,7 @@ import pytest
 from carclass.config import cli, yaml_file
 from carclass.config.schema import Config
 from carclass.errors import UserError
+from cluster import prepare_aws
 
 
 def read(folder: Path, text: str) -> dict[str, Any]:
@@ -58,6 +59,13 @@ def test_a_key_is_the_text_that_is_written(tmp_path: Path, key: str):
 
 def test_a_section_without_values_is_refused(tmp_path: Path):
     refuse(tmp_path, "train:\n  frozen:\n  #  epochs: 3\n", "line 2: `train.frozen` has no value")
+
+
+def test_a_key_given_twice_in_the_file_of_the_cluster_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "aws.yaml").write_text("cluster_name: a\nmax_workers: ${N}\nmax_workers: 2\n")
+    monkeypatch.setattr(prepare_aws, "FOLDER", tmp_path)
+    with pytest.raises(UserError, match=r"aws.yaml: `max_workers` is given twice, in lines 2 and 3"):
+        prepare_aws.read_template()
 
 
 # Values
@@ -178,6 +186,21 @@ def test_an_option_given_twice_is_refused(tmp_path: Path):
     path = str(write(tmp_path, "root: r\ntrain: {name: x}"))
     with pytest.raises(UserError, match="`--seed` is given 2 times"):
         cli.parse_job("A job.", "train", ["--config", path, "--seed", "1", "--seed=2"])
+
+
+def test_a_stage_is_skipped_on_the_command_line(tmp_path: Path):
+    path = str(write(tmp_path, "root: r\ntrain: {name: x, unfrozen: {lr: 1}}"))
+    config: Any = cli.parse_job("A job.", "train", ["--config", path, "--unfrozen", "null"])
+    assert config.train.unfrozen is None
+    config = cli.parse_job("A job.", None, ["--config", path, "--train.frozen", "null"])
+    assert (config.train.frozen, config.train.unfrozen.lr) == (None, 1)
+
+
+@pytest.mark.parametrize("argv", [("--unfrozen", "null", "--unfrozen.lr", "1"), ("--unfrozen", "{lr: 1}")])
+def test_a_skipped_stage_has_no_settings(tmp_path: Path, argv: tuple[str, ...]):
+    path = str(write(tmp_path, "root: r\ntrain: {name: x}"))
+    with pytest.raises(UserError, match=r"`--unfrozen.lr` has no effect|--unfrozen: invalid choice"):
+        cli.parse_job("A job.", "train", ["--config", path, *argv])
 
 
 def test_a_key_given_twice_on_the_command_line_is_refused(tmp_path: Path):
