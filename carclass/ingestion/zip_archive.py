@@ -1,6 +1,8 @@
 """Members of zip archives, from their directory."""
 
+import io
 import stat
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -14,6 +16,11 @@ HEADER_BYTES = 30
 """Size of the header before a member's name and content."""
 MARK_BYTES = 4
 """Size of the mark before an archive that could have had several parts."""
+END, END_SIGNATURE = struct.Struct("<4s4H2LH"), b"PK\5\6"
+"""Record at the end: signature, three numbers of disks, number of members, size and place of the directory, and the
+size of a comment."""
+ZIP64 = 0xFFFF
+"""Number that refers to a record of larger numbers."""
 MAX_LINK_BYTES = 4096
 ENCRYPTED, UTF8 = 0x1, 0x800
 """Flags of a member."""
@@ -28,11 +35,23 @@ def read_zip(source: BinaryIO) -> Iterator[Member]:
     """
     with zipfile.ZipFile(source) as archive:
         infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
+        _check_end(source, archive, len(infos))
         _check_layout(infos, archive.start_dir)
         for info in infos:
-            if not info.is_dir():
+            if info.file_size or not info.filename.endswith("/"):
                 _check_method(info)
                 yield _member(archive, info)
+
+
+def _check_end(source: BinaryIO, archive: zipfile.ZipFile, num_members: int) -> None:
+    """Check that the file ends with the archive, and that the directory has as many members as are noted there."""
+    start = source.seek(0, io.SEEK_END) - END.size - len(archive.comment)
+    source.seek(max(0, start))
+    signature, _, _, _, noted, _, _, _ = END.unpack(source.read(END.size))
+    if signature != END_SIGNATURE:
+        raise zipfile.BadZipFile("data after its end")
+    if noted not in (num_members, ZIP64):
+        raise zipfile.BadZipFile(f"{num_members:,} members in its directory, not {noted:,} as noted at its end")
 
 
 def _check_layout(infos: Sequence[zipfile.ZipInfo], directory_offset: int) -> None:

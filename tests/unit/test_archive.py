@@ -276,6 +276,19 @@ def test_a_truncated_zip_archive_is_refused(tmp_path: Path, share: float):
     refused(tmp_path / "photos.zip", whole[: int(len(whole) * share)], "not a zip file")
 
 
+def test_other_data_after_a_zip_archive_is_an_error(tmp_path: Path):
+    whole = zipped(PHOTOS, tmp_path / "photos.zip").read_bytes()
+    refused(tmp_path / "photos.zip", whole + NOISE, "data after its end")
+
+
+def test_members_that_a_damaged_directory_hides_are_noticed(tmp_path: Path):
+    """A byte that makes the comment of a member longer swallows the next members."""
+    data = bytearray(zipped(PHOTOS, tmp_path / "photos.zip").read_bytes())
+    entry = data.index(b"PK\1\2")
+    data[entry + 32] = 46 + len("b/1.jpg")
+    refused(tmp_path / "photos.zip", bytes(data), "9 members in its directory, not 10")
+
+
 def test_joined_zip_archives_are_refused(tmp_path: Path):
     whole = zipped(PHOTOS, tmp_path / "photos.zip").read_bytes()
     refused(tmp_path / "photos.zip", whole + whole, "not in its directory")
