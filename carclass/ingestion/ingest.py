@@ -21,15 +21,16 @@ from carclass.cluster.tasks import run_tasks
 from carclass.cluster.telemetry import PhotoMeter
 from carclass.config.schema import IngestSettings
 from carclass.data import dataset, publishing, quarantine
+from carclass.data.crash_guard import CrashGuard
 from carclass.data.draft import Draft
 from carclass.data.inventory import Inventory, chunks
+from carclass.data.lease import hold_lease
 from carclass.data.publishing import WrittenPart
-from carclass.data.quarantine import PhotoError
 from carclass.errors import UserError
 from carclass.ingestion import archive, leakage
-from carclass.ingestion.label_matching import label_photos
+from carclass.ingestion.labelling import label_photos, read_labels
 from carclass.ingestion.listing import list_photos
-from carclass.ingestion.reading import failed_row, load_photos, to_row
+from carclass.ingestion.reading import GuardedRun, read_groups
 from carclass.ingestion.split import split_of
 from carclass.sample import source as sample
 
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 QUARANTINE_ROWS = 10_000
 """Rows per file of quarantine, for rows that need no photo to be read."""
 ARCHIVE_PREFETCH_PARTS = 4
-IRRELEVANT = {"dataset", "labels", "num_classes", "part_rows"}
+IRRELEVANT = {"dataset", "labels", "max_quarantined", "num_classes", "part_rows"}
 """Settings that change no row by themselves: labels are compared photo by photo."""
 
 
@@ -48,16 +49,19 @@ def ingest_photos(root: str, settings: IngestSettings, *, update: bool = False) 
     labels or settings are unusable, or have changed.
     """
     identity = {**settings.model_dump(mode="json", exclude=IRRELEVANT), "photos": _spelled_once(settings.photos)}
-    published = dataset.find_same_dataset(root, settings.dataset, identity)
+    dataset.find_same_dataset(root, settings.dataset, identity)
     storage.check_root(root)
     if settings.photos == "sample":
         sample_uris = sample.ensure_sample(root)
         settings = settings.model_copy(update={"photos": sample_uris.photos, "labels": sample_uris.labels})
-    with Inventory() as inventory:
+    uri = dataset.dataset_uri(root, settings.dataset)
+    with hold_lease(uri, "ingest") as lease, Inventory() as inventory:
+        published = dataset.find_same_dataset(root, settings.dataset, identity)
+        read_labels(settings, inventory)  # its errors come before the listing of millions
         list_photos(settings.photos, inventory)
         label_photos(settings, inventory)
         _check_classes(inventory.classes(), settings)
-        draft = Draft(dataset.dataset_uri(root, settings.dataset), identity, inventory, published, run_tasks)
+        draft = Draft(uri, identity, inventory, published, run_tasks, lease)
         if draft.is_current(update=update):
             assert published is not None
             log.info("ingest: dataset %s is published, nothing to do", settings.dataset)
@@ -73,8 +77,12 @@ def _write_dataset(draft: Draft, settings: IngestSettings) -> dataset.Dataset:
     draft.reconcile(partial(split_of, seed=settings.seed, val_fraction=settings.val_fraction))
     draft.write_missing(lambda: _write_inputs(draft, settings))
     _quarantine_leaks(draft)
-    published = draft.publish(draft.complete(classes, {"kind": "photos"}))
-    _warn_about_missing_val(inventory, classes)
+    complete = draft.complete(classes, {"kind": "photos"})
+    quarantine.check_quarantined(complete.manifest, settings.max_quarantined, "ingest.max_quarantined")
+    _check_classes(complete.classes, settings)
+    published = draft.publish(complete)
+    _warn_about_missing_val(inventory, complete.classes)
+    _warn_about_test_conflicts(inventory)
     return published
 
 
@@ -83,21 +91,20 @@ def _spelled_once(photos: str) -> str:
     return photos.removeprefix("file://").rstrip("/") or photos
 
 
-def write_photos(sources: pa.Table, uri: str, settings: IngestSettings, identity: dict[str, Any]) -> list[WrittenPart]:
-    """Read photos, rows of INPUT, and write them as a part."""
-    return write_loaded(load_photos(sources, settings.photos), uri, settings, identity)
+def write_photos(
+    sources: pa.Table, uri: str, settings: IngestSettings, identity: dict[str, Any], run: GuardedRun
+) -> list[WrittenPart]:
+    """Read photos, rows of INPUT or LOADED, and write them as a part, unusable ones as a part of quarantine.
 
-
-def write_loaded(batch: pa.Table, uri: str, settings: IngestSettings, identity: dict[str, Any]) -> list[WrittenPart]:
-    """Write rows of LOADED as a part, and unusable photos as a part of quarantine."""
-    rows, rejected = [], []
-    for source in batch.to_pylist():
-        try:
-            rows.append(to_row(source, settings))
-        except PhotoError as error:
-            rejected.append(failed_row(source, error))
-    folders = {"parts": rows, "quarantine": rejected}
-    return [publishing.write_rows(uri, folder, rows, identity) for folder, rows in folders.items() if rows]
+    run: CrashGuard.run. There are several parts if photos are large.
+    """
+    written = []
+    for group in read_groups(sources, settings, run):
+        photos = [row for row in group if "reason" not in row]
+        rejected = [row for row in group if "reason" in row]
+        folders = {"parts": photos, "quarantine": rejected}
+        written += [publishing.write_rows(uri, folder, rows, identity) for folder, rows in folders.items() if rows]
+    return written
 
 
 def _write_inputs(draft: Draft, settings: IngestSettings) -> None:
@@ -113,13 +120,13 @@ def _write_pending_photos(draft: Draft, settings: IngestSettings) -> None:
     inventory = draft.inventory
     if not (total := inventory.count_pending()):
         return
-    write: Any = write_photos
     batches: Iterator[Any] = inventory.pending(settings.part_rows)
     if archive.is_archive(settings.photos):
-        write, batches = write_loaded, _read_archive(settings, inventory)
-    rejected = 0
+        batches = _read_archive(settings, inventory)
+    crash_guard, rejected = CrashGuard(), 0
+    write = partial(write_photos, uri=draft.uri, settings=settings, identity=draft.settings, run=crash_guard.run)
     with PhotoMeter("ingest", total) as meter:
-        for written in run_tasks(partial(write, uri=draft.uri, settings=settings, identity=draft.settings), batches):
+        for written in run_tasks(write, batches, crash_guard.count_crashes):
             for part in written:
                 inventory.add_part(*part)
             reasons = _column(written, "reason")
@@ -179,3 +186,10 @@ def _warn_about_missing_val(inventory: Inventory, classes: Sequence[str]) -> Non
     missing = [name for name in classes if name not in in_val]
     if missing:
         log.warning("ingest: %d classes have no val photo: %s", len(missing), ", ".join(missing[:10]))
+
+
+def _warn_about_test_conflicts(inventory: Inventory) -> None:
+    """Warn about test photos under two labels, which stay: at most one of the two can be predicted."""
+    if conflicts := list(leakage.find_test_conflicts(inventory)):
+        number, (first, last) = f"{len(conflicts):,}", conflicts[0]
+        log.warning("ingest: %s photos are in test under two labels, such as %r and %r", number, first, last)

@@ -1,117 +1,211 @@
-"""Assignment of labels to photos, and detection of label conflicts and leakage, in SQL on the inventory."""
+"""Assignment of labels to photos, in SQL on the inventory.
 
-from collections.abc import Iterator
-from typing import Any
+A label names a photo by its key. Labels that name none are compared by the rules in RULES, from strict to loose; each
+assigns a label only if a single photo fits.
+"""
 
-from carclass.config.schema import IngestSettings
-from carclass.data import quarantine
+import logging
+from typing import NamedTuple
+
 from carclass.data.inventory import Inventory
 from carclass.data.quarantine import Reason
 from carclass.errors import UserError
-from carclass.ingestion import labels
+from carclass.ingestion import names
 
-MAX_LISTED_COPIES = 10
-"""Copies named in the detail of a label conflict: a placeholder image may have thousands."""
+log = logging.getLogger(__name__)
+MAX_LISTED = 5
 
-INDEX_LABELS = "CREATE INDEX IF NOT EXISTS labels_reversed_path ON labels (reversed_path)"
-CONTRADICTED_NAME = """
-WITH first AS (SELECT reversed_path, min(id) AS id FROM labels GROUP BY reversed_path HAVING count(*) > 1)
-SELECT labels.name FROM first JOIN labels AS earlier ON earlier.id = first.id
-JOIN labels ON labels.reversed_path = first.reversed_path
-WHERE labels.label != earlier.label OR labels.subset != earlier.subset ORDER BY labels.id LIMIT 1
+
+class Rule(NamedTuple):
+    """Comparison of the names of labels with the keys of photos.
+
+    form: function that is applied to both; see `names`. join: condition on their reversed forms. is_loose: considers
+    only photos that have no label yet, and assigns none for which two labels differ.
+    """
+
+    text: str
+    form: str
+    join: str
+    is_loose: bool = True
+
+
+SAME, LOCATED = "photo.path = label.path", "photo.path = label.located"
+TAIL = "photo.path >= label.path AND photo.path < substr(label.path, 1, length(label.path) - 1) || '0'"
+WITHIN = "label.path >= photo.path AND label.path < substr(photo.path, 1, length(photo.path) - 1) || '0'"
+"""A path is the end of another one if that, reversed, lies in a range of reversed paths, as '0' follows '/'."""
+RULES = (
+    Rule("the path, normalised", "normalise_path", SAME, is_loose=False),
+    Rule("the path below `ingest.photos`", "normalise_path", LOCATED, is_loose=False),
+    Rule("the end of the photo's path", "normalise_path", TAIL, is_loose=False),
+    Rule("the end of the label's path", "normalise_path", WITHIN),
+    *(
+        Rule(f"{end}, ignoring {ignored}", form, join)
+        for form, ignored in (
+            ("fold_case", "upper and lower case"),
+            ("remove_suffix", "case and the ending"),
+            ("remove_zeros", "the ending and leading zeros"),
+        )
+        for end, join in (("the end of the photo's path", TAIL), ("the end of the label's path", WITHIN))
+    ),
+)
+OPEN_LABELS = """
+CREATE TABLE open_label AS SELECT min(id) AS id, name, 0 AS photos FROM labels GROUP BY name ORDER BY 1;
+CREATE UNIQUE INDEX open_label_id ON open_label (id);
+CREATE TABLE matches (photo INTEGER, label_id INTEGER);
+CREATE INDEX matches_photo ON matches (photo);
+INSERT INTO matches SELECT input.id, open_label.id FROM open_label CROSS JOIN input ON input.key = open_label.name;
+DELETE FROM open_label WHERE id IN (SELECT label_id FROM matches)
+"""
+"""open_label: labels without a photo, with the number of photos that fit. matches: photos of labels."""
+FORMS = """
+DROP TABLE IF EXISTS label_path;
+DROP TABLE IF EXISTS photo_path;
+CREATE TABLE label_path (id INTEGER PRIMARY KEY, path TEXT, located TEXT);
+CREATE TABLE photo_path (id INTEGER PRIMARY KEY, path TEXT, junk INTEGER);
+INSERT INTO label_path
+SELECT id, reverse_path({form}(name)) AS path, reverse_path(remove_source(name)) AS located FROM open_label ORDER BY id;
+INSERT INTO photo_path
+SELECT id, reverse_path({form}(key)) AS path, is_junk(key) AS junk FROM input AS photo WHERE {photos} ORDER BY id;
+CREATE INDEX label_path_path ON label_path (path);
+CREATE INDEX photo_path_path ON photo_path (path)
 """
 CANDIDATES = """
-CREATE TABLE candidates AS SELECT min(labels.id) AS label_id, count(DISTINCT input.id) AS photos,
-min(input.id) AS first_photo, max(CASE WHEN input.reversed_path = labels.reversed_path THEN input.id END) AS exact_photo
-FROM labels LEFT JOIN input ON input.reversed_path >= labels.reversed_path
-AND input.reversed_path < substr(labels.reversed_path, 1, length(labels.reversed_path) - 1) || '0'
-GROUP BY labels.reversed_path
+DROP TABLE IF EXISTS candidate;
+CREATE TABLE candidate AS
+WITH pair AS (
+    SELECT label.id AS label_id, photo.id AS photo, junk,
+    rank() OVER (PARTITION BY label.id ORDER BY junk, length(photo.path) * {longest} DESC) AS place
+    FROM {tables} ON {join} WHERE {photos}
+)
+SELECT label_id, min(photo) AS photo, count(*) AS photos FROM pair WHERE place = 1 GROUP BY label_id
 """
-"""Photos whose path ends with the name of a label: a range of reversed paths, as '0' follows '/'."""
-MATCHES = """
-CREATE TABLE matches AS SELECT coalesce(exact_photo, first_photo) AS photo, label_id FROM candidates
-WHERE exact_photo NOT NULL OR photos = 1
+"""The photo that fits a label, and the number of those that fit equally well: junk fits less than other files."""
+UNLABELLED = "NOT EXISTS (SELECT 1 FROM matches WHERE matches.photo = photo.id)"
+DISPUTED = """
+DELETE FROM candidate WHERE photos = 1 AND photo IN (
+    SELECT photo FROM candidate JOIN labels ON labels.id = label_id WHERE photos = 1
+    GROUP BY photo HAVING count(DISTINCT label) > 1 OR count(DISTINCT subset) > 1
+)
+"""
+MISPLACED = """
+CREATE TABLE placed AS
+SELECT label_id, folder(name) AS folder, length(label_path.path) - length(photo_path.path) AS removed
+FROM candidate CROSS JOIN labels ON labels.id = label_id CROSS JOIN label_path ON label_path.id = label_id
+CROSS JOIN photo_path ON photo_path.id = photo;
+CREATE TABLE least AS SELECT folder, min(removed) AS removed FROM placed GROUP BY folder;
+CREATE INDEX least_folder ON least (folder);
+DELETE FROM candidate WHERE label_id IN (
+    SELECT label_id FROM placed CROSS JOIN least ON least.folder = placed.folder WHERE placed.removed > least.removed
+    OR placed.folder IN (SELECT folder(name) FROM matches JOIN labels ON labels.id = label_id)
+);
+DROP TABLE placed;
+DROP TABLE least
+"""
+"""A folder of labels is a folder of photos: if others in it name photos there, its labels name no photos above it."""
+MATCHED = """
+SELECT count(*) OVER (), name, key FROM candidate JOIN labels ON labels.id = label_id JOIN input ON input.id = photo
+WHERE photos = 1 ORDER BY label_id LIMIT 1
+"""
+ASSIGN = """
+INSERT INTO matches SELECT photo, label_id FROM candidate WHERE photos = 1;
+UPDATE open_label SET photos = candidate.photos FROM candidate WHERE candidate.label_id = id AND candidate.photos > 1;
+DELETE FROM label_path WHERE id IN (SELECT label_id FROM candidate);
+DELETE FROM open_label WHERE id IN (SELECT label_id FROM candidate WHERE photos = 1)
 """
 CONTRADICTIONS = """
 WITH first AS (SELECT photo, min(label_id) AS label_id FROM matches GROUP BY photo HAVING count(*) > 1)
-SELECT labels.name, labels.label, labels.subset, input.key, earlier.label, earlier.subset FROM first
+SELECT labels.name, labels.label, labels.subset, earlier.name, earlier.label, earlier.subset, input.key FROM first
 JOIN labels AS earlier ON earlier.id = first.label_id JOIN matches ON matches.photo = first.photo
 JOIN labels ON labels.id = matches.label_id JOIN input ON input.id = first.photo
-WHERE labels.label != earlier.label OR labels.subset != earlier.subset ORDER BY labels.id LIMIT 1
+WHERE labels.label != earlier.label OR labels.subset != earlier.subset ORDER BY labels.id
 """
-ASSIGN_LABELS = """
+ASSIGN_LABELS = f"""
 UPDATE input SET label = labels.label, subset = labels.subset
-FROM matches JOIN labels ON labels.id = matches.label_id WHERE input.id = matches.photo
-"""
-REJECT_LABELS = f"""
-INSERT INTO input (key, reversed_path, reason, detail) SELECT name, reversed_path, '{Reason.MISSING_FILE}',
+FROM matches JOIN labels ON labels.id = matches.label_id WHERE input.id = matches.photo;
+INSERT INTO input (key, reason, detail) SELECT name, '{Reason.MISSING_FILE}',
 CASE photos WHEN 0 THEN 'labelled ' || label || ', no such photo' ELSE photos || ' photos have this name' END
-FROM candidates JOIN labels ON labels.id = candidates.label_id
-WHERE exact_photo IS NULL AND photos != 1 ORDER BY labels.id
-"""  # noqa: S608 - constant
-REJECT_UNLABELLED = f"""
+FROM open_label JOIN labels USING (id, name) ORDER BY id;
+UPDATE input SET reason = '{Reason.JUNK}', detail = 'not a photo by its name'
+WHERE label IS NULL AND reason IS NULL AND is_junk(key);
 UPDATE input SET reason = '{Reason.NO_LABEL}', detail = 'no label names this photo'
 WHERE label IS NULL AND reason IS NULL
 """  # noqa: S608 - constant
-LEAKS = f"""
-WITH conflicts AS (
-    SELECT image, min(CASE split WHEN 'test' THEN key END) AS test_key,
-    count(DISTINCT CASE WHEN split != 'test' THEN label END) AS labels, count(*) AS copies
-    FROM written WHERE NOT quarantined GROUP BY image HAVING copies > 1 AND (test_key NOT NULL OR labels > 1)
-)
-SELECT image, key, test_key, copies - 1, (
-    SELECT group_concat(key, ', ') FROM (
-        SELECT key FROM written AS other WHERE other.image = row.image AND other.key != row.key AND NOT quarantined
-        ORDER BY key LIMIT {MAX_LISTED_COPIES}
+TABLES = ("matches", "candidate", "label_path", "photo_path", "open_label", "labels")
+
+
+def match_labels(inventory: Inventory, source: str) -> None:
+    """Assign labels to photos by RULES, and log the rules that assigned any.
+
+    Photos without a label and labels without a photo become rejected inputs. source: URI of the photos. Raise UserError
+    if labels with different classes or subsets name the same photo.
+    """
+    for function in (names.normalise_path, names.fold_case, names.remove_suffix, names.remove_zeros, names.is_junk):
+        inventory.add_function(function.__name__, function)
+    inventory.add_function("reverse_path", reverse_path)
+    inventory.add_function("folder", lambda path: names.normalise_path(path).rpartition("/")[0])
+    prefixes = names.source_prefixes(source)
+    inventory.add_function("remove_source", lambda path: names.remove_prefix(path, prefixes))
+    inventory.add_function("is_plain_number", names.is_plain_number)
+    num_labels = inventory.scalar("SELECT count(*) FROM labels")
+    _run(inventory, OPEN_LABELS)
+    form = None
+    for rule in RULES:
+        if inventory.scalar("SELECT 1 FROM open_label WHERE photos = 0") is None:
+            break
+        if rule.form != form:
+            form = rule.form
+            _run(inventory, FORMS.format(form=form, photos=UNLABELLED if rule.is_loose else "TRUE"))
+        if (matched := _apply_rule(inventory, rule)) is not None:
+            count, name, key = matched
+            example = f"{name!r} is the photo {key!r}"
+            log.info("ingest: %s of %s labels matched by %s: %s", f"{count:,}", f"{num_labels:,}", rule.text, example)
+    _check_contradictions(inventory)
+    _run(inventory, ASSIGN_LABELS)
+    _run(inventory, ";".join(f"DROP TABLE IF EXISTS {table}" for table in TABLES))
+
+
+def _apply_rule(inventory: Inventory, rule: Rule) -> tuple[int, str, str] | None:
+    """Assign the labels that name a single photo by the rule, and return their number and the first with its photo."""
+    if rule.form == "remove_zeros" and inventory.scalar("SELECT 1 FROM labels WHERE NOT is_plain_number(name)"):
+        return None
+    is_within = rule.join == WITHIN
+    tables = ("photo_path AS photo", "label_path AS label")[:: 1 if is_within else -1]
+    photos = UNLABELLED if rule.is_loose else "TRUE"
+    _run(
+        inventory,
+        CANDIDATES.format(tables=" CROSS JOIN ".join(tables), join=rule.join, photos=photos, longest=int(is_within)),
     )
-) FROM conflicts JOIN written AS row USING (image) WHERE split != 'test' AND NOT quarantined ORDER BY image, key
-"""  # noqa: S608 - constant
+    if rule.is_loose:
+        inventory.execute(DISPUTED)
+    if is_within:
+        _run(inventory, MISPLACED)
+    if rule.form == "remove_zeros" and inventory.scalar("SELECT 1 FROM candidate WHERE photos > 1"):
+        inventory.execute("DELETE FROM candidate")
+    matched = next(inventory.query(MATCHED), None)
+    _run(inventory, ASSIGN)
+    return matched
 
 
-def label_photos(settings: IngestSettings, inventory: Inventory) -> None:
-    """Read labels and assign them to the inventory's photos. Raise UserError if two labels contradict each other."""
-    inventory.add_labels(label for _, label in labels.read_labels(settings, inventory))
-    if (name := find_contradicted_name(inventory)) is not None:
-        labels.raise_contradiction(labels.read_labels(settings, inventory), name)
-    match_labels(inventory)
+def _check_contradictions(inventory: Inventory) -> None:
+    """Raise UserError if labels with different classes or subsets name the same photo."""
+    problems, count = [], 0
+    for count, row in enumerate(inventory.query(CONTRADICTIONS), start=1):
+        name, label, subset, other_name, other_label, other_subset, key = row
+        if count <= MAX_LISTED:
+            problems.append(
+                f"{name} is {label} ({subset}), but the label {other_name} of the photo {key} is {other_label} "
+                f"({other_subset})"
+            )
+    if problems:
+        more = f"; and {count - MAX_LISTED:,} more" if count > MAX_LISTED else ""
+        raise UserError(f"`ingest.labels`: {'; '.join(problems)}{more}. Keep the correct one of each.")
 
 
-def find_contradicted_name(inventory: Inventory) -> str | None:
-    """Return the first name that has labels with different classes or subsets, or None."""
-    inventory.execute(INDEX_LABELS)
-    name: str | None = inventory.scalar(CONTRADICTED_NAME)
-    return name
+def reverse_path(path: str) -> str:
+    """Return a path's characters reversed, with a slash appended: paths with a common end share a prefix."""
+    return path[::-1] + "/"
 
 
-def match_labels(inventory: Inventory) -> None:
-    """Assign labels to photos. A label's name is a photo's key, or the end of exactly one key's path.
-
-    Photos without a label and labels without a photo become rejected inputs. Raise UserError if labels with different
-    classes or subsets match the same photo.
-    """
-    inventory.execute(INDEX_LABELS, "CREATE INDEX input_reversed_path ON input (reversed_path)", CANDIDATES, MATCHES)
-    inventory.execute("CREATE INDEX matches_photo ON matches (photo)")
-    for name, label, subset, key, other_label, other_subset in inventory.query(CONTRADICTIONS):
-        raise UserError(
-            f"`ingest.labels`: {name} is {label} ({subset}), but another label for the photo {key} is "
-            f"{other_label} ({other_subset}). Keep the correct one."
-        )
-    inventory.execute(ASSIGN_LABELS, REJECT_LABELS, REJECT_UNLABELLED)
-    inventory.execute("DROP TABLE candidates", "DROP TABLE matches", "DROP TABLE labels")
-    inventory.execute("DROP INDEX input_reversed_path")
-
-
-def find_leaks(inventory: Inventory) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (hash of the content, row of quarantine) of train and val photos that bias evaluation, copies adjacent.
-
-    These are photos with the bytes of a test photo, or with the same bytes under two labels. Test photos stay.
-    """
-    inventory.execute("CREATE INDEX IF NOT EXISTS written_image ON written (image, key)")
-    for image, key, test_key, num_copies, copies in inventory.query(LEAKS):
-        if test_key is not None:
-            yield image, quarantine.quarantine_row(key, Reason.LEAKAGE, f"same bytes as the test photo {test_key}")
-        else:
-            num_unlisted = num_copies - MAX_LISTED_COPIES
-            more = f" and {num_unlisted:,} more" if num_unlisted > 0 else ""
-            detail = f"same bytes as {copies}{more}, other label"
-            yield image, quarantine.quarantine_row(key, Reason.LABEL_CONFLICT, detail)
+def _run(inventory: Inventory, statements: str) -> None:
+    """Run statements separated by semicolons."""
+    inventory.execute(*statements.split(";"))

@@ -1,24 +1,25 @@
-"""Parsers of labels: a CSV file, Stanford's devkit, or one folder per class."""
+"""Parsers of labels: a CSV file or Stanford's devkit; see `folder_labels` for photos in one folder per class."""
 
 import csv
 import io
+import unicodedata
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from typing import BinaryIO, Literal, NamedTuple, NoReturn, cast
+from collections.abc import Iterable, Iterator, Sequence
+from typing import BinaryIO, Literal, NamedTuple, NoReturn
 
 import numpy as np
 from scipy.io import loadmat
 from scipy.io.matlab import MatReadError
 
 from carclass import storage
-from carclass.config.schema import IngestSettings
-from carclass.data.inventory import Inventory
 from carclass.errors import UserError
 
 Subset = Literal["train", "test"]
 
 _COLUMNS = ("img_name", "class", "subset")
-_VALIDATION_NAMES = ("val", "valid", "validation", "dev")
+SUBSETS: dict[str, Subset] = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+"""Names of subsets, in lower case."""
+VALIDATION_NAMES = ("val", "valid", "validation", "dev")
 _VALIDATION_ADVICE = "use train: ingest holds out validation photos from train by itself"
 
 
@@ -38,15 +39,9 @@ LocatedLabel = tuple[str, Label]
 """A label with its location for error messages, such as "labels.csv, line 2"."""
 
 
-def read_labels(settings: IngestSettings, inventory: Inventory) -> Iterator[LocatedLabel]:
-    """Yield the labels of `ingest.labels`, or those given by the photos' folders without it.
-
-    Raise UserError if the labels cannot be read or parsed.
-    """
-    source = settings.labels
-    if source is None:
-        yield from parse_folders(inventory.keys, source=settings.photos)
-    elif source.endswith(".csv"):
+def read_labels(source: str) -> Iterator[LocatedLabel]:
+    """Yield the labels of a CSV file or of the devkit's folder. Raise UserError if they cannot be read or parsed."""
+    if source.lower().endswith(".csv"):
         try:
             with storage.open_stream(source) as stream:
                 yield from parse_csv(stream, source=source)
@@ -56,28 +51,34 @@ def read_labels(settings: IngestSettings, inventory: Inventory) -> Iterator[Loca
         yield from _read_devkit(source)
 
 
-def raise_contradiction(labels: Iterable[LocatedLabel], name: str) -> NoReturn:
-    """Raise the LabelsError for the first two labels with the given key that differ."""
-    same_key = ((location, label) for location, label in labels if label.key == name)
-    earlier_location, earlier = next(same_key)
-    location, label = next((location, label) for location, label in same_key if label != earlier)
-    raise LabelsError(
-        f"{location}: {name} is {label.label} ({label.subset}), but {earlier.label} "
-        f"({earlier.subset}) at {earlier_location}. Keep the correct one."
-    )
+def raise_contradictions(labels: Iterable[LocatedLabel], names: Sequence[str], total: int) -> NoReturn:
+    """Raise the LabelsError for keys whose labels differ. names: the first of them; total: number of all."""
+    first: dict[str, LocatedLabel] = {}
+    problems: dict[str, str] = {}
+    for location, label in labels:
+        if label.key not in names or label.key in problems:
+            continue
+        earlier_location, earlier = first.setdefault(label.key, (location, label))
+        if label != earlier:
+            problems[label.key] = (
+                f"{location}: {label.key} is {label.label} ({label.subset}), but {earlier.label} "
+                f"({earlier.subset}) at {earlier_location}"
+            )
+    more = f"; and {total - len(names):,} more" if total > len(names) else ""
+    raise LabelsError(f"{'; '.join(problems.values())}{more}. Keep the correct one of each.")
 
 
 def parse_csv(stream: BinaryIO, *, source: str) -> Iterator[LocatedLabel]:
     """Parse a CSV file with the columns `img_name,class,subset` in any order; other columns are ignored.
 
     The file is UTF-8, with or without a BOM, with any line ends; names with commas need quotes. The key is `img_name`
-    unchanged; spaces around class and subset are stripped. source: name of the file in errors. Raise LabelsError with
-    the existing columns or the line number.
+    unchanged; spaces around class, subset and the names of columns are stripped. source: name of the file in errors.
+    Raise LabelsError with the existing columns or the line number.
     """
     reader = csv.reader(_decode_lines(stream, source), strict=True)
     has_labels = False
     try:
-        columns = next(reader, [])
+        columns = [name.strip() for name in next(reader, [])]
         missing = [name for name in _COLUMNS if name not in columns]
         if missing:
             raise LabelsError(
@@ -93,7 +94,7 @@ def parse_csv(stream: BinaryIO, *, source: str) -> Iterator[LocatedLabel]:
                     "names with a comma need quotes."
                 )
             key, label, subset = (fields[index] for index in indices)
-            yield location, _make_label(key, label, subset, location)
+            yield location, make_label(key, label, subset, location)
             has_labels = True
     except csv.Error as error:
         raise LabelsError(f"{source}, line {reader.line_num}: not valid CSV ({error}).") from error
@@ -122,56 +123,20 @@ def parse_devkit(annos: bytes, meta: bytes, *, subset: Subset, source: str) -> I
         location = f"{source}, annotation {number} ({key})"
         if not (isinstance(class_id, int | np.integer) and 1 <= class_id <= len(names)):
             raise LabelsError(f"{location}: class {class_id} is not in the meta file's range of 1 to {len(names)}.")
-        yield location, _make_label(str(key), str(names[class_id - 1]), subset, location)
+        yield location, make_label(str(key), str(names[class_id - 1]), subset, location)
 
 
-def parse_folders(keys: Callable[[], Iterable[str]], *, source: str) -> Iterator[LocatedLabel]:
-    """Derive labels from a tree with one folder per class.
-
-    The tree is either `<class>/<file>`, all train, or `<subset>/<class>/<file>` with subset train or test. Hidden files
-    and files outside the folders get no label. keys: called twice; source: name of the tree in errors. Raise
-    LabelsError for any other tree.
-    """
-    example_by_depth: dict[int, str] = {}
-    for key in filter(_is_in_folder, keys()):
-        example_by_depth.setdefault(key.count("/"), key)
-    if not example_by_depth:
-        raise LabelsError(f"{source}: no class folders; expected <class>/<file> or <subset>/<class>/<file>.")
-    if len(example_by_depth) > 1 or max(example_by_depth) > 2:
-        raise LabelsError(
-            f"{source}: expected <class>/<file> or <subset>/<class>/<file> throughout, "
-            f"but found {' and '.join(example_by_depth[depth] for depth in sorted(example_by_depth))}. "
-            "A class name with a slash makes two folders: rename them to one."
-        )
-    for key in filter(_is_in_folder, keys()):
-        location = f"{source}, {key}"
-        yield location, _folder_label(key, location)
-
-
-def _is_in_folder(key: str) -> bool:
-    return "/" in key and not any(part[:1] == "." for part in key.split("/"))
-
-
-def _folder_label(key: str, location: str) -> Label:
-    *folders, _ = key.split("/")
-    if len(folders) == 2:
-        return _make_label(key, folders[1], folders[0], location)
-    if folders[0] in ("train", "test", *_VALIDATION_NAMES):
-        raise LabelsError(f"{location}: is outside of a class folder; expected {folders[0]}/<class>/<file>.")
-    return _make_label(key, folders[0], "train", location)
-
-
-def _make_label(key: str, label: str, subset: str, location: str) -> Label:
-    """Return a validated Label. Raise LabelsError if a field is empty or the subset unknown."""
-    label, subset = label.strip(), subset.strip()
+def make_label(key: str, label: str, subset: str, location: str) -> Label:
+    """Return a validated Label, its class in NFC. Raise LabelsError if a field is empty or the subset unknown."""
+    label, subset = unicodedata.normalize("NFC", label.strip()), subset.strip()
     if not key.strip():
         raise LabelsError(f"{location}: the photo's name is empty.")
     if not label:
         raise LabelsError(f"{location}: the class of {key} is empty.")
-    if subset not in ("train", "test"):
-        advice = _VALIDATION_ADVICE if subset.lower() in _VALIDATION_NAMES else "expected train or test"
+    if subset.lower() not in SUBSETS:
+        advice = _VALIDATION_ADVICE if subset.lower() in VALIDATION_NAMES else "expected train or test"
         raise LabelsError(f"{location}: the subset is {subset!r}; {advice}.")
-    return Label(key, label, cast(Subset, subset))
+    return Label(key, label, SUBSETS[subset.lower()])
 
 
 def _decode_lines(stream: BinaryIO, source: str) -> Iterator[str]:

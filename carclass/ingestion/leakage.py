@@ -23,7 +23,7 @@ SELECT image, key, row.fingerprint, test_key, copies - 1, (
 ) FROM conflicts JOIN written AS row USING (image) WHERE split != 'test' AND NOT quarantined ORDER BY image, key
 """  # noqa: S608 - constant
 TEST_CONFLICTS = """
-SELECT min(key), max(key), count(*) FROM written WHERE split = 'test' AND NOT quarantined
+SELECT min(key), max(key) FROM written WHERE split = 'test' AND NOT quarantined
 GROUP BY image HAVING count(DISTINCT label) > 1 ORDER BY 1
 """
 
@@ -44,7 +44,7 @@ def find_leaks(inventory: Inventory) -> Iterator[tuple[str, dict[str, Any]]]:
         yield image, quarantine.quarantine_row(key, reason, detail, fingerprint)
 
 
-def find_test_conflicts(inventory: Inventory) -> Iterator[tuple[str, str, int]]:
-    """Yield (first key, last key, number of copies) of test photos with the same bytes under two labels."""
+def find_test_conflicts(inventory: Inventory) -> Iterator[tuple[str, str]]:
+    """Yield the first and last key of each group of test photos with the same bytes under two labels."""
     inventory.execute("CREATE INDEX IF NOT EXISTS written_image ON written (image, key)")
     return inventory.query(TEST_CONFLICTS)

@@ -16,6 +16,7 @@ from carclass.data.inventory import Inventory, Listed, chunks
 from carclass.data.quarantine import Reason
 from carclass.errors import UserError
 from carclass.ingestion import archive
+from carclass.ingestion.folder_listing import scan_folder
 from carclass.progress import Progress
 
 PAGE_KEYS = 1000
@@ -84,20 +85,9 @@ def list_pages(uri: str) -> Iterator[list[Listed]]:
                 bucket, _, prefix = uri.removeprefix("s3://").rstrip("/").partition("/")
                 yield from _Bucket(bucket, f"{prefix}/" if prefix else "").pages()
             else:
-                yield from chunks(_scan(folder, len(folder.rstrip("/")) + 1), PAGE_KEYS)
+                yield from chunks(scan_folder(folder), PAGE_KEYS)
     except FileNotFoundError:
         return
-
-
-def _scan(folder: str, prefix_length: int) -> Iterator[Listed]:
-    """Yield all files below a local folder, their keys without the prefix."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                yield from _scan(entry.path, prefix_length)
-            elif entry.is_file():
-                status = entry.stat()
-                yield Listed(entry.path[prefix_length:], status.st_size, str(status.st_mtime_ns))
 
 
 class _Bucket:

@@ -11,16 +11,16 @@ from scipy.io import savemat
 from carclass import storage
 from carclass.config.schema import IngestSettings
 from carclass.data import photo, publishing
-from carclass.data.inventory import Inventory
+from carclass.data.inventory import INPUT, Inventory
 from carclass.data.quarantine import PhotoError, Reason
 from carclass.errors import UserError
-from carclass.ingestion import labels, listing
+from carclass.ingestion import labelling, listing, reading
 from carclass.ingestion.archive import LOADED
-from carclass.ingestion.ingest import write_loaded
+from carclass.ingestion.ingest import write_photos
 from carclass.ingestion.labels import Label
 from carclass.ingestion.reading import to_row
 from carclass.ingestion.split import is_held_out
-from tests.helpers.inventories import add_keys
+from tests.helpers.inventories import add_keys, run_all
 
 
 def settings(**overrides: Any) -> IngestSettings:
@@ -115,17 +115,36 @@ def test_a_storage_error_makes_a_photo_unreadable():
 def test_a_batch_is_written_as_a_part_and_a_part_of_quarantine(tmp_path: Path):
     sources = [loaded(jpeg()), {**loaded(b"text"), "key": "y.jpg"}, {**loaded(None), "key": "z.jpg"}]
     batch = pa.Table.from_pylist(sources, LOADED)
-    (part, rows), (quarantine, _) = write_loaded(batch, str(tmp_path), settings(val_fraction=0), {})
+    part, quarantine = write_photos(batch, str(tmp_path), settings(val_fraction=0), {}, run_all)
     rejected = publishing.read_written(str(tmp_path), "quarantine", ["key", "image_id", "reason", "attempts"]).drop(
         ["part"]
     )
-    assert (part.split("/")[0], quarantine.split("/")[0]) == ("parts", "quarantine")
-    assert rows.select(["key", "label", "split"]).to_pylist() == [{"key": "x.jpg", "label": "A", "split": "train"}]
+    assert (part.path.split("/")[0], quarantine.path.split("/")[0]) == ("parts", "quarantine")
+    assert part.rows.select(["key", "label", "split"]).to_pylist() == [{"key": "x.jpg", "label": "A", "split": "train"}]
     assert publishing.read_written(str(tmp_path), "parts", ["key"])["key"].to_pylist() == ["x.jpg"]
     assert rejected.to_pylist() == [
         {"key": "y.jpg", "image_id": storage.sha256(b"text"), "reason": Reason.NOT_AN_IMAGE, "attempts": 1},
         {"key": "z.jpg", "image_id": None, "reason": Reason.UNREADABLE, "attempts": 1},
     ]
+
+
+def test_large_photos_are_written_in_several_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(reading, "PART_BYTES", 2 * len(jpeg()))
+    batch = pa.Table.from_pylist([{**loaded(jpeg(seed=i)), "key": f"{i}.jpg"} for i in range(5)], LOADED)
+    written = write_photos(batch, str(tmp_path), settings(), {}, run_all)
+    assert [len(part.rows) for part in written] == [2, 2, 1]
+
+
+def test_photos_are_read_while_earlier_ones_are_converted(tmp_path: Path):
+    for i in range(100):
+        (tmp_path / f"{i}.jpg").write_bytes(jpeg(seed=i))
+    rows = [
+        {"key": f"{i}.jpg", "label": "A", "subset": "test", "size": storage.PREFETCH_BYTES // 4} for i in range(100)
+    ]
+    photos = reading.load_photos(pa.Table.from_pylist(rows, INPUT), str(tmp_path), range(100))
+    assert next(photos)["data"] == jpeg(seed=0)
+    (tmp_path / "50.jpg").unlink()  # not read yet
+    assert [row["key"] for row in photos if row["data"] is None] == ["50.jpg"]
 
 
 # Listing photos
@@ -152,14 +171,23 @@ def test_an_empty_folder_is_refused(tmp_path: Path):
 
 
 def labels_of(ingest_settings: IngestSettings, keys: list[str]) -> list[Label]:
+    """Return the labels of these photos; without any, those read before the listing."""
     with Inventory() as inventory:
+        labelling.read_labels(ingest_settings, inventory)
+        if not keys:
+            return [Label(*row) for row in inventory.query("SELECT name, label, subset FROM labels ORDER BY id")]
         add_keys(inventory, keys)
-        return [label for _, label in labels.read_labels(ingest_settings, inventory)]
+        labelling.label_photos(ingest_settings, inventory)
+        rows = inventory.query("SELECT key, label, subset FROM input WHERE label NOT NULL ORDER BY key")
+        return [Label(*row) for row in rows]
 
 
 def test_a_csv_is_read(tmp_path: Path):
-    (tmp_path / "labels.csv").write_text("img_name,class,subset\nx.jpg,A,train\n")
-    assert labels_of(settings(labels=str(tmp_path / "labels.csv")), []) == [Label("x.jpg", "A", "train")]
+    (tmp_path / "labels.csv").write_text("img_name,class,subset\nx.jpg,A,train\ny.jpg,B,test\n")
+    assert labels_of(settings(labels=str(tmp_path / "labels.csv")), []) == [
+        Label("x.jpg", "A", "train"),
+        Label("y.jpg", "B", "test"),
+    ]
 
 
 def test_a_csv_without_the_columns_is_refused_with_its_columns(tmp_path: Path):
@@ -186,6 +214,55 @@ def test_without_labels_the_class_is_the_photos_folder():
 def test_without_labels_photos_outside_class_folders_are_refused():
     with pytest.raises(UserError, match="/photos: no class folders"):
         labels_of(settings(), ["x.jpg"])
+
+
+def write_labels(folder: Path, *rows: str) -> str:
+    (folder / "labels.csv").write_text("\n".join(["img_name,class,subset", *rows]))
+    return str(folder / "labels.csv")
+
+
+def test_contradictions_are_reported_together_before_the_listing(tmp_path: Path):
+    rows = [f"{i}.jpg,{label},train" for i in range(7) for label in "AB"]
+    with pytest.raises(UserError, match=r"line 3: 0.jpg is B .*line 11: 4.jpg is B .*; and 2 more"):
+        labels_of(settings(labels=write_labels(tmp_path, *rows)), [])
+
+
+def test_too_few_classes_are_reported_before_the_listing(tmp_path: Path):
+    with pytest.raises(UserError, match=r"labels.csv has 1 class\(es\), but training needs at least 2"):
+        labels_of(settings(labels=write_labels(tmp_path, "x.jpg,A,train")), [])
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("new/x.jpg", r"'old/x.jpg' and the file 'new/x.jpg' are in different folders \(old, new\)"),
+        ("old/z.jpg", "'old/x.jpg' and the file 'old/z.jpg' have different names"),
+        ("Thumbs.db", "all files are junk"),
+    ],
+)
+def test_labels_that_name_no_photo_are_reported_with_an_example(tmp_path: Path, key: str, message: str):
+    labels = write_labels(tmp_path, "old/x.jpg,A,train", "old/y.jpg,B,train")
+    with pytest.raises(UserError, match=message):
+        labels_of(settings(labels=labels), [key, *(f"other/{i}.jpg" for i in range(9) if key != "Thumbs.db")])
+
+
+def test_labels_without_a_photo_and_photos_without_a_label_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    labels = write_labels(tmp_path, "x.jpg,A,train", "y.jpg,B,train", "z.jpg,B,train")
+    labels_of(settings(labels=labels), ["x.jpg", "other.jpg"])
+    assert caplog.messages == [
+        "ingest: 2 labels name no photo, or several, such as 'y.jpg' (labelled B, no such photo); they are quarantined",
+        "ingest: 1 files have no label, such as 'other.jpg' (no label names this photo); they are quarantined",
+    ]
+
+
+def test_classes_that_differ_only_in_spelling_are_named(caplog: pytest.LogCaptureFixture):
+    labels_of(settings(), ["Audi A4/1.jpg", "audi_a4/2.jpg", "BMW/3.jpg", "Audi  A-4/4.jpg", "BMW X5/5.jpg"])
+    assert caplog.messages == [
+        "ingest: classes that differ only in case, blanks, underscores or hyphens, which may be one: 'Audi  A-4', "
+        "'Audi A4', 'audi_a4'"
+    ]
 
 
 def annotations(names: list[str]) -> np.ndarray:

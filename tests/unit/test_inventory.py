@@ -8,7 +8,6 @@ import pytest
 
 from carclass.data.inventory import INPUT, Inventory, chunks
 from carclass.errors import UserError
-from carclass.ingestion import label_matching
 from tests.helpers.inventories import add_keys
 
 
@@ -85,12 +84,6 @@ def test_rows_that_are_also_in_quarantine_are_grouped_by_part(inventory: Invento
         ("parts/1", ["a", "c"]),
         ("parts/2", ["d"]),
     ]
-
-
-def test_the_first_name_with_contradicting_labels_is_returned(inventory: Inventory):
-    rows = [("b", "A", "train"), ("a", "A", "train"), ("a", "A", "train"), ("a", "A", "test"), ("b", "B", "train")]
-    inventory.add_labels(rows)
-    assert label_matching.find_contradicted_name(inventory) == "a"
 
 
 def test_the_temporary_folder_is_removed():

@@ -1,8 +1,7 @@
-"""Matching of labels to photos, label conflicts and leakage."""
+"""Matching of labels to photos."""
 
 from typing import Any, NamedTuple
 
-import pyarrow as pa
 import pytest
 
 from carclass.data.inventory import Inventory
@@ -10,8 +9,6 @@ from carclass.errors import UserError
 from carclass.ingestion import label_matching
 from carclass.ingestion.labels import Label
 from tests.helpers.inventories import add_keys
-
-SCHEMA = pa.schema([(name, pa.string()) for name in ("key", "image_id", "label", "split")])
 
 
 class MatchResult(NamedTuple):
@@ -21,17 +18,17 @@ class MatchResult(NamedTuple):
     rejected: list[dict[str, Any]]
 
 
-def match(keys: list[str], labels: list[Label]) -> MatchResult:
+def match(keys: list[str], labels: list[Label], source: str = "/data/cars") -> MatchResult:
     with Inventory() as inventory:
         add_keys(inventory, keys)
         inventory.add_labels(labels)
-        label_matching.match_labels(inventory)
+        label_matching.match_labels(inventory, source)
         photos = [
             Label(*(row[name] for name in Label._fields))
             for table in inventory.pending(100)
             for row in table.to_pylist()
         ]
-        rejected = [dict(zip(("key", "reason", "detail"), row, strict=True)) for row in inventory.rejected_inputs()]
+        rejected = [dict(zip(("key", "reason", "detail"), row[:3], strict=True)) for row in inventory.rejected_inputs()]
     return MatchResult(sorted(photos), rejected)
 
 
@@ -95,63 +92,106 @@ def test_every_photo_and_every_unmatched_label_appears_once():
     assert sorted(everywhere) == sorted([*keys, "12.jpg", "99.jpg"])
 
 
-# Leakage
+# Spellings
 
 
-def leak_rows(*rows: tuple[str, str, str, str]) -> list[dict[str, Any]]:
-    """Return the quarantine rows of leaks. rows: (key, image_id, label, split) of written rows."""
-    with Inventory() as inventory:
-        inventory.add_part(
-            "parts/a.parquet", pa.Table.from_pylist([dict(zip(SCHEMA.names, row, strict=True)) for row in rows], SCHEMA)
-        )
-        inventory.commit_parts(removed=[])
-        return [row for _, row in label_matching.find_leaks(inventory)]
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("x.jpg", "./x.jpg"),
+        ("a/x.jpg", "a//x.jpg"),
+        ("a//x.jpg", "a/x.jpg"),
+        ("train/x.jpg", "train\\x.jpg"),
+        ("train\\x.jpg", "train/x.jpg"),
+        ("x.jpg", " x.jpg "),
+        ("x.jpg", "x.jpg\t"),
+        ("Citro\u00ebn.jpg", "Citroe\u0308n.jpg"),
+        ("Citroe\u0308n.jpg", "Citro\u00ebn.jpg"),
+        ("x.jpg", "/data/cars/x.jpg"),
+        ("a/x.jpg", "cars/a/x.jpg"),
+        ("a/x.jpg", "file:///data/cars/a/x.jpg"),
+        ("a/x.jpg", "/home/other/place/a/x.jpg"),
+        ("a/x.jpg", "C:\\Users\\other\\a\\x.jpg"),
+        ("a/x.jpg", "s3://bucket/prefix/a/x.jpg"),
+        ("x.JPG", "x.jpg"),
+        ("a/X.jpg", "x.jpg"),
+        ("a/x.jpg", "x"),
+        ("x.jpeg", "x.jpg"),
+        ("v1.2.png", "v1.2"),
+        ("a/00007.jpg", "7"),
+        ("00012.jpg", "12.0"),
+    ],
+)
+def test_a_spelling_of_a_key_names_the_photo(key: str, name: str):
+    assert match([key, "other.jpg"], [Label(name, "A", "train")]).photos == [Label(key, "A", "train")]
 
 
-def leak_reasons(*rows: tuple[str, str, str, str]) -> dict[str, str]:
-    return {row["key"]: row["reason"] for row in leak_rows(*rows)}
+def test_s3_uris_of_labels_are_relative_to_the_source():
+    labels = [Label("s3://b/cars_train/1.jpg", "A", "train"), Label("s3://b/cars_test/1.jpg", "B", "test")]
+    result = match(["1.jpg"], labels, "s3://b/cars_test/")
+    assert result.photos == [Label("1.jpg", "B", "test")]
 
 
-def test_a_train_photo_with_the_bytes_of_a_test_photo_leaks_and_the_test_photo_stays():
-    assert leak_reasons(("a", "1", "A", "train"), ("b", "1", "A", "test")) == {"a": "leakage"}
+@pytest.mark.parametrize(
+    ("keys", "names"),
+    [
+        pytest.param(["a/x.JPG", "b/x.JPG"], ["x.jpg"], id="case"),
+        pytest.param(["x.jpg", "x.png"], ["x"], id="ending"),
+        pytest.param(["007.jpg", "07.jpg"], ["7"], id="zeros"),
+        pytest.param(["007.jpg", "07.jpg", "0012.jpg"], ["7", "12"], id="zeros of another label"),
+        pytest.param(["007.jpg"], ["7", "car 8"], id="zeros of a name that is no number"),
+        pytest.param(["1.jpg", "train/2.jpg"], ["train/1.jpg"], id="a missing photo of a folder that exists"),
+    ],
+)
+def test_a_photo_is_never_guessed(keys: list[str], names: list[str]):
+    labels = [Label(name, "A", "train") for name in [*names, "train/2.jpg"]]
+    assert {photo.key for photo in match(keys, labels).photos} <= {"train/2.jpg"}
 
 
-def test_a_val_photo_with_the_bytes_of_a_test_photo_leaks():
-    assert leak_reasons(("a", "1", "A", "val"), ("b", "1", "A", "test")) == {"a": "leakage"}
+def test_two_labels_of_one_spelling_that_differ_name_no_photo():
+    result = match(["x.jpg"], [Label("a/x.jpg", "A", "train"), Label("b/x.jpg", "B", "train")])
+    assert result.photos == []
+    assert [row["reason"] for row in result.rejected] == ["missing_file", "missing_file", "no_label"]
 
 
-def test_all_copies_of_a_photo_with_two_labels_are_in_conflict():
-    rows = [("a", "1", "A", "train"), ("b", "1", "B", "train"), ("c", "1", "A", "train")]
-    assert leak_reasons(*rows) == dict.fromkeys("abc", "label_conflict")
+def test_an_exact_key_takes_precedence_over_other_spellings():
+    keys = ["X.jpg", "x.jpg", "a//x.jpg"]
+    labels = [Label(key, key, "train") for key in keys]
+    assert match(keys, labels).photos == sorted(labels)
 
 
-def test_copies_with_one_label_stay():
-    assert leak_reasons(("a", "1", "A", "train"), ("b", "1", "A", "train"), ("c", "2", "B", "train")) == {}
+def test_only_rules_that_matched_labels_are_logged(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level("INFO"):
+        match(["a.jpg", "b.jpg", "c.jpg"], [Label(name, "A", "train") for name in ("a.jpg", "./b.jpg", "./c.jpg")])
+    assert caplog.messages == [
+        "ingest: 2 of 3 labels matched by the path, normalised: './b.jpg' is the photo 'b.jpg'",
+    ]
 
 
-def test_test_photos_are_never_quarantined():
-    assert leak_reasons(("a", "1", "A", "test"), ("b", "1", "B", "test")) == {}
+def test_contradictions_are_listed_together():
+    keys = [f"p/a/{i}.jpg" for i in range(7)]
+    labels = [Label(f"{folder}{i}.jpg", label, "train") for i in range(7) for folder, label in (("a/", "A"), ("", "B"))]
+    with pytest.raises(UserError, match=r"p/a/0.jpg.*p/a/4.jpg.*and 2 more"):
+        match(keys, labels)
 
 
-def test_the_detail_of_a_leak_names_the_test_photo():
-    (row,) = leak_rows(("a.jpg", "1", "A", "train"), ("b.jpg", "1", "A", "test"))
-    assert row["detail"] == "same bytes as the test photo b.jpg"
+# Junk
 
 
-def test_the_detail_of_a_conflict_names_the_copies():
-    row = leak_rows(("a.jpg", "1", "A", "train"), ("c.jpg", "1", "A", "train"), ("b.jpg", "1", "B", "val"))[0]
-    assert (row["key"], row["detail"]) == ("a.jpg", "same bytes as b.jpg, c.jpg, other label")
+@pytest.mark.parametrize(
+    "key",
+    ["Thumbs.db", "a/desktop.ini", ".DS_Store", "a/._x.jpg", "__MACOSX/y.jpg", "a/__pycache__/b.pyc", ".git/HEAD",
+     "metadata.csv", "README.MD", "a/notes.txt", "Icon\r"],
+)  # fmt: skip
+def test_a_file_that_is_no_photo_by_its_name_is_junk(key: str):
+    assert [row["reason"] for row in match([key, "x.jpg"], [Label("x.jpg", "A", "train")]).rejected] == ["junk"]
 
 
-def test_the_detail_of_a_conflict_names_a_few_of_many_copies():
-    row = leak_rows(*((f"{i:04}", "1", f"class {i}", "train") for i in range(1011)))[-1]
-    assert row["detail"].endswith("0008, 0009 and 1,000 more, other label")
+@pytest.mark.parametrize("key", ["photo.txt", ".hidden/x.jpg"])
+def test_a_file_that_a_label_names_is_not_junk(key: str):
+    assert match([key], [Label(key, "A", "train")]).photos == [Label(key, "A", "train")]
 
 
-def test_quarantined_photos_cause_no_leaks():
-    with Inventory() as inventory:
-        rows = {"key": ["a"], "image_id": ["1"], "label": ["A"], "split": ["train"]}
-        inventory.add_part("parts/a.parquet", pa.table(rows))
-        inventory.add_part("quarantine/a.parquet", pa.table({"key": ["b"], "image_id": ["1"], "reason": ["corrupt"]}))
-        inventory.commit_parts(removed=[])
-        assert list(label_matching.find_leaks(inventory)) == []
+def test_junk_makes_no_label_ambiguous():
+    result = match(["a/x.jpg", "__MACOSX/a/x.jpg"], [Label("x.jpg", "A", "train")])
+    assert [photo.key for photo in result.photos] == ["a/x.jpg"]

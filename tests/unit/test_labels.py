@@ -1,4 +1,4 @@
-"""Parsers of labels and their errors: CSV, Stanford's devkit and folders."""
+"""Parsers of labels and their errors: CSV and Stanford's devkit."""
 
 import io
 
@@ -7,7 +7,7 @@ import pytest
 from scipy.io import savemat
 
 from carclass.errors import UserError
-from carclass.ingestion.labels import Label, LabelsError, parse_csv, parse_devkit, parse_folders, raise_contradiction
+from carclass.ingestion.labels import Label, LabelsError, parse_csv, parse_devkit, raise_contradictions
 
 HEADER = b"img_name,class,subset\n"
 SEDAN = Label("1.jpg", "Audi Sedan", "train")
@@ -37,11 +37,22 @@ def test_csv_rows_become_labels_in_order():
         pytest.param(HEADER + b"\n1.jpg,Audi Sedan,train\n\n", id="empty lines"),
         pytest.param(HEADER + b"1.jpg, Audi Sedan ,train \n", id="spaces"),
         pytest.param(b"year,subset,class,img_name\n2012,train,Audi Sedan,1.jpg\n", id="other order, more columns"),
+        pytest.param(b"img_name, class , subset\n1.jpg,Audi Sedan,train\n", id="spaces around columns"),
         pytest.param(b"img_name,class,subset\r1.jpg,Audi Sedan,train\r", id="CR"),
     ],
 )
 def test_csv_dialects_are_supported(data):
     assert parsed(data) == [SEDAN]
+
+
+@pytest.mark.parametrize("subset", ["Train", "TRAIN", "training", "Training"])
+def test_subsets_have_several_spellings(subset: str):
+    assert csv_labels(f"1.jpg,Audi Sedan,{subset}\n".encode()) == [SEDAN]
+
+
+def test_classes_are_in_unicode_normal_form():
+    rows = "1.jpg,Citro\u00ebn,train\n2.jpg,Citroe\u0308n,train\n".encode()
+    assert {label.label for label in csv_labels(rows)} == {"Citro\u00ebn"}
 
 
 def test_csv_names_may_contain_commas_slashes_and_accents():
@@ -89,7 +100,13 @@ def test_an_empty_csv_is_an_error(data, message):
 def test_a_contradiction_is_reported_with_both_lines(row: bytes, message: str):
     data = io.BytesIO(HEADER + b"1.jpg,Audi Sedan,train\n1.jpg,Audi Sedan,train\n" + row)
     with pytest.raises(LabelsError, match=message):
-        raise_contradiction(parse_csv(data, source="labels.csv"), "1.jpg")
+        raise_contradictions(parse_csv(data, source="labels.csv"), ["1.jpg"], 1)
+
+
+def test_contradictions_are_reported_together():
+    rows = b"".join(b"%d.jpg,%s,train\n" % (i, label) for i in range(3) for label in (b"Audi", b"BMW"))
+    with pytest.raises(LabelsError, match=r"line 3: 0.jpg is BMW.*line 7: 2.jpg is BMW.*; and 4 more\. Keep"):
+        raise_contradictions(parse_csv(io.BytesIO(HEADER + rows), source="labels.csv"), ["0.jpg", "2.jpg"], 6)
 
 
 def test_a_labels_error_is_a_user_error():
@@ -157,46 +174,3 @@ def test_a_broken_meta_file_is_reported():
 def test_a_file_that_is_not_a_mat_file_is_refused(data):
     with pytest.raises(LabelsError, match=r"annos\.mat: not a readable \.mat file"):
         devkit_labels(data)
-
-
-# Folders
-
-
-def folder_labels(*keys: str) -> list[Label]:
-    return [label for _, label in parse_folders(lambda: keys, source="s3://cars")]
-
-
-def test_photos_in_class_folders_are_train():
-    assert folder_labels("Audi/1.jpg", "BMW/1.jpg") == [
-        Label("Audi/1.jpg", "Audi", "train"),
-        Label("BMW/1.jpg", "BMW", "train"),
-    ]
-
-
-def test_subset_folders_contain_class_folders():
-    assert folder_labels("train/Audi/1.jpg", "test/Audi/2.jpg") == [
-        Label("train/Audi/1.jpg", "Audi", "train"),
-        Label("test/Audi/2.jpg", "Audi", "test"),
-    ]
-
-
-def test_hidden_files_and_files_outside_folders_get_no_label():
-    keys = ["README.txt", ".DS_Store", "Audi/.DS_Store", ".cache/Audi/1.jpg", "Audi/1.jpg"]
-    assert folder_labels(*keys) == [Label("Audi/1.jpg", "Audi", "train")]
-
-
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        ([], "no class folders"),
-        (["1.jpg", "2.jpg"], "s3://cars: no class folders"),
-        (["val/Audi/1.jpg"], "val/Audi/1.jpg: the subset is 'val'; use train"),
-        (["cars/Audi/1.jpg"], "the subset is 'cars'; expected train or test"),
-        (["train/1.jpg"], "train/1.jpg: is outside of a class folder; expected train/<class>/<file>"),
-        (["Audi/1.jpg", "Ram C/V Van/2.jpg"], "found Audi/1.jpg and Ram C/V Van/2.jpg.*class name with a slash"),
-        (["train/Ram C/V Van/2.jpg"], "found train/Ram C/V Van/2.jpg"),
-    ],
-)
-def test_other_trees_are_refused_with_the_location(keys, message):
-    with pytest.raises(LabelsError, match=message):
-        folder_labels(*keys)

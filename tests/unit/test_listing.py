@@ -1,6 +1,8 @@
 """Listing of local folders, and memory of an ingestion up to its first task."""
 
 import logging
+import os
+import socket
 import tracemalloc
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from carclass import storage
 from carclass.config.schema import IngestSettings
 from carclass.data.inventory import Inventory
 from carclass.errors import UserError
-from carclass.ingestion import label_matching, listing
+from carclass.ingestion import labelling, listing
 
 
 def listed(uri: str) -> list[str]:
@@ -47,7 +49,71 @@ def test_links_to_folders_and_files_are_followed(tmp_path: Path):
     (tmp_path / "photos/folder").symlink_to(tmp_path / "target")
     (tmp_path / "photos/b.jpg").symlink_to(tmp_path / "target/a.jpg")
     (tmp_path / "photos/broken.jpg").symlink_to(tmp_path / "gone.jpg")
-    assert listed(str(tmp_path / "photos")) == ["b.jpg", "folder/a.jpg"]
+    assert listed(str(tmp_path / "photos")) == ["b.jpg", "broken.jpg", "folder/a.jpg"]
+
+
+def reasons(folder: Path) -> dict[str, tuple[str | None, str | None]]:
+    """Return (reason, detail) of each listed file."""
+    return {file.key: (file.reason, file.detail) for page in listing.list_pages(str(folder)) for file in page}
+
+
+def test_a_broken_link_is_a_missing_file(tmp_path: Path):
+    (tmp_path / "a.jpg").symlink_to("gone.jpg")
+    (tmp_path / "b.jpg").symlink_to("b.jpg")
+    assert reasons(tmp_path) == {
+        "a.jpg": ("missing_file", "a broken link (No such file or directory)"),
+        "b.jpg": ("missing_file", "a broken link (Too many levels of symbolic links)"),
+    }
+
+
+def test_entries_that_are_no_files_are_listed_with_their_kind(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket.jpg"))
+    assert reasons(tmp_path) == {
+        "pipe.jpg": ("missing_file", "a named pipe, not a file"),
+        "socket.jpg": ("missing_file", "a socket, not a file"),
+    }
+
+
+def test_a_link_to_a_folder_above_ends(tmp_path: Path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/x.jpg").touch()
+    (tmp_path / "a/up").symlink_to(tmp_path)
+    (tmp_path / "a/here").symlink_to(".")
+    assert listed(str(tmp_path)) == ["a/x.jpg"]
+
+
+def test_names_that_are_not_utf_8_are_listed_in_a_printable_form(tmp_path: Path):
+    folder = os.fsencode(tmp_path) + b"/Citro\xebn"
+    os.mkdir(folder)
+    open(folder + b"/x.jpg", "wb").close()
+    open(os.fsencode(tmp_path) + b"/\xff.jpg", "wb").close()
+    detail = "the name is not UTF-8; rename the file or its folder"
+    assert reasons(tmp_path) == {"Citro\\xebn/x.jpg": ("bad_name", detail), "\\xff.jpg": ("bad_name", detail)}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
+def test_a_folder_without_permission_is_named(tmp_path: Path):
+    (tmp_path / "closed").mkdir(mode=0)
+    with pytest.raises(UserError, match="closed"):
+        listed(str(tmp_path))
+
+
+def test_a_folder_that_is_deleted_while_it_is_listed_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.jpg").touch()
+    scan = os.scandir
+
+    def delete_first(folder: bytes):
+        if folder.endswith(b"/b"):
+            os.unlink(folder + b"/x.jpg")
+            os.rmdir(folder)
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", delete_first)
+    assert listed(str(tmp_path)) == ["a/x.jpg", "c/x.jpg"]
 
 
 def test_a_missing_folder_has_no_pages(tmp_path: Path):
@@ -70,8 +136,9 @@ def plan(folder: Path) -> int:
     settings = IngestSettings(photos=str(folder / "photos"), labels=str(folder / "labels.csv"))
     tracemalloc.start()
     with Inventory() as inventory:
+        labelling.read_labels(settings, inventory)
         listing.list_photos(settings.photos, inventory)
-        label_matching.label_photos(settings, inventory)
+        labelling.label_photos(settings, inventory)
         assert sum(map(len, inventory.pending(256))) == inventory.count_inputs()
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()

@@ -1,0 +1,61 @@
+"""Listing of a local folder: every entry that is not a folder is an input, readable or not."""
+
+import os
+import stat
+from collections.abc import Iterator
+
+from carclass.data.inventory import Listed
+from carclass.data.quarantine import Reason
+
+KINDS = ((stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"))
+
+
+def scan_folder(folder: str) -> Iterator[Listed]:
+    """Yield all files below a folder, links followed. Raise OSError if it or a folder below it cannot be listed."""
+    yield from _scan(os.fsencode(folder), b"", frozenset())
+
+
+def _scan(folder: bytes, prefix: bytes, parents: frozenset[tuple[int, int]]) -> Iterator[Listed]:
+    """Yield all files of a folder. prefix: of their keys; parents: device and inode of the folders above."""
+    status = os.stat(folder)
+    if (identity := (status.st_dev, status.st_ino)) in parents:
+        return  # a link to a folder above, whose files are listed there
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            key = prefix + entry.name
+            if not _is_folder(entry):
+                yield _to_input(entry, key)
+                continue
+            try:
+                yield from _scan(entry.path, key + b"/", parents | {identity})
+            except FileNotFoundError:  # deleted since its parent was listed
+                continue
+
+
+def _is_folder(entry: os.DirEntry[bytes]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a circle, or to a place without permission
+        return False
+
+
+def _to_input(entry: os.DirEntry[bytes], key: bytes) -> Listed:
+    """Return an entry that is not a folder, with a reason if it is not a file or its name is not UTF-8."""
+    try:
+        status = entry.stat()
+    except OSError as error:
+        problem = f"a broken link ({error.strerror})" if entry.is_symlink() else f"not accessible ({error.strerror})"
+        return _name(Listed("", reason=Reason.MISSING_FILE, detail=problem), key)
+    if not stat.S_ISREG(status.st_mode):
+        kind = next((text for is_kind, text in KINDS if is_kind(status.st_mode)), "a special file")
+        return _name(Listed("", reason=Reason.MISSING_FILE, detail=f"{kind}, not a file"), key)
+    return _name(Listed("", status.st_size, str(status.st_mtime_ns)), key)
+
+
+def _name(file: Listed, key: bytes) -> Listed:
+    """Return the file with its key, which is escaped, and a reason, if it is not UTF-8."""
+    try:
+        return file._replace(key=key.decode())
+    except UnicodeDecodeError:
+        detail = "the name is not UTF-8; rename the file or its folder"
+        return file._replace(key=key.decode(errors="backslashreplace"), reason=Reason.BAD_NAME, detail=detail)

@@ -1,0 +1,78 @@
+"""Labels of an ingestion: read and checked before the photos are listed, then assigned to them."""
+
+import logging
+
+from carclass.config.schema import IngestSettings
+from carclass.data.inventory import Inventory
+from carclass.data.quarantine import Reason
+from carclass.errors import UserError
+from carclass.ingestion import label_matching, labels, names
+from carclass.ingestion.folder_labels import parse_folders
+
+log = logging.getLogger(__name__)
+MAX_LISTED = 5
+"""Contradictions, classes or groups of classes named in a message."""
+CONTRADICTED = """
+SELECT name, count(*) OVER () FROM labels GROUP BY name
+HAVING count(DISTINCT label) > 1 OR count(DISTINCT subset) > 1 ORDER BY min(id) LIMIT 5
+"""
+
+
+def read_labels(settings: IngestSettings, inventory: Inventory) -> None:
+    """Add the labels of `ingest.labels`, if it is set, to the inventory.
+
+    Raise UserError if they cannot be read or parsed, contradict each other, or have too few classes.
+    """
+    if settings.labels is None:
+        return
+    inventory.add_labels(label for _, label in labels.read_labels(settings.labels))
+    inventory.execute("CREATE INDEX labels_name ON labels (name)")
+    if contradicted := list(inventory.query(CONTRADICTED)):
+        located = labels.read_labels(settings.labels)
+        labels.raise_contradictions(located, [name for name, _ in contradicted], contradicted[0][1])
+    num_classes = inventory.scalar("SELECT count(DISTINCT label) FROM labels")
+    if num_classes < (expected := settings.num_classes or 2):
+        raise UserError(
+            f"`ingest.labels`: {settings.labels} has {num_classes} class(es), but "
+            f"{'training needs at least' if settings.num_classes is None else '`ingest.num_classes` is'} {expected}. "
+            "Check the column of classes."
+        )
+
+
+def label_photos(settings: IngestSettings, inventory: Inventory) -> None:
+    """Assign labels to the inventory's photos: those read before, or those given by the photos' folders.
+
+    Raise UserError if they contradict each other or name no photo.
+    """
+    if settings.labels is None:
+        inventory.add_labels(label for _, label in parse_folders(inventory.keys, source=settings.photos))
+    label_matching.match_labels(inventory, settings.photos)
+    if settings.labels is not None:
+        _check_matches(settings, inventory)
+    _warn(inventory, f"reason = '{Reason.NO_LABEL}'", "files have no label")
+    for group in list(names.similar_names(inventory.classes()))[:MAX_LISTED]:
+        log.warning(
+            "ingest: classes that differ only in case, blanks, underscores or hyphens, which may be one: %s",
+            ", ".join(map(repr, group)),
+        )
+
+
+def _check_matches(settings: IngestSettings, inventory: Inventory) -> None:
+    """Warn about labels that name no photo. Raise UserError if none does."""
+    missing = f"reason = '{Reason.MISSING_FILE}' AND size IS NULL"  # files have a size, if only 0
+    if inventory.scalar("SELECT 1 FROM input WHERE label NOT NULL") is None:
+        name = inventory.scalar(f"SELECT key FROM input WHERE {missing} ORDER BY id")  # noqa: S608 - constant
+        photos = f"FROM input WHERE reason = '{Reason.NO_LABEL}'"
+        keys = [key for (key,) in inventory.query(f"SELECT key {photos} ORDER BY id LIMIT 1000")]
+        raise UserError(
+            f"no label of `ingest.labels` ({settings.labels}) names a file of `ingest.photos` ({settings.photos}): "
+            f"{names.difference_text(name, keys)} Correct the names in the labels, or `ingest.photos`."
+        )
+    _warn(inventory, missing, "labels name no photo, or several")
+
+
+def _warn(inventory: Inventory, condition: str, problem: str) -> None:
+    """Warn about inputs, if any, with the first of them."""
+    query = f"SELECT count(*) OVER (), key, detail FROM input WHERE {condition} ORDER BY id LIMIT 1"  # noqa: S608 - constants
+    for count, key, detail in inventory.query(query):
+        log.warning("ingest: %s %s, such as %r (%s); they are quarantined", f"{count:,}", problem, key, detail)

@@ -1,0 +1,97 @@
+"""Names of photos and classes: normal forms for comparison, and names that are not those of photos."""
+
+import difflib
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import PurePosixPath
+
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif",
+)  # fmt: skip
+"""Endings that a label may omit or spell differently."""
+JUNK_SUFFIXES = frozenset((
+    ".txt", ".csv", ".tsv", ".json", ".jsonl", ".yml", ".yaml", ".toml", ".ini", ".cfg", ".xml", ".html", ".htm",
+    ".css", ".js", ".md", ".rst", ".log", ".pdf", ".doc", ".docx", ".xls", ".xlsx", ".py", ".pyc", ".ipynb", ".sh",
+    ".bat", ".db", ".sqlite", ".mat", ".npy", ".npz", ".pkl", ".pt", ".pth", ".h5", ".parquet", ".zip", ".tar", ".gz",
+    ".tgz", ".7z", ".rar", ".mp4", ".mov", ".avi", ".mkv", ".mp3", ".wav", ".lnk", ".url",
+))  # fmt: skip
+"""Endings of text, tables, programs, archives, video and sound."""
+JUNK_FOLDERS = frozenset(("__macosx", "__pycache__", "@eadir", "$recycle.bin", "system volume information"))
+"""Folders of operating systems and programs, in lower case."""
+_UNUSUAL = re.compile(r"\\|//|:|^[/.\s]|/[.\s]|\s$|\s/|[^\x00-\x7f]")
+"""Parts of a path that `normalise_path` may change."""
+_SEPARATORS = re.compile(r"[\s_\-\u200b\u200c\u200d\ufeff]+")
+_LEADING_ZEROS = re.compile(r"^0+(?=\d)")
+
+
+def normalise_path(path: str) -> str:
+    """Return a path in NFC with single slashes, without scheme, leading slash, `./` and blanks around its parts."""
+    if not _UNUSUAL.search(path):
+        return path
+    path = unicodedata.normalize("NFC", path.strip().lstrip("\ufeff")).replace("\\", "/")
+    path = re.sub(r"^[A-Za-z][A-Za-z0-9+.\-]+://", "", path)
+    return "/".join(part for part in map(str.strip, path.split("/")) if part not in ("", "."))
+
+
+def fold_case(path: str) -> str:
+    """Return the normalised path without distinction of upper and lower case."""
+    return unicodedata.normalize("NFC", normalise_path(path).casefold())
+
+
+def remove_suffix(path: str) -> str:
+    """Return `fold_case` of the path without the ending of an image."""
+    path = fold_case(path)
+    return next((path[: -len(suffix)] for suffix in IMAGE_SUFFIXES if path.endswith(suffix)), path)
+
+
+def remove_zeros(path: str) -> str:
+    """Return `remove_suffix` of the path without leading zeros and a trailing `.0` if the name is a number."""
+    folder, slash, name = remove_suffix(path).rpartition("/")
+    number = name.removesuffix(".0")
+    return folder + slash + (_LEADING_ZEROS.sub("", number) if number.isdecimal() else name)
+
+
+def is_plain_number(path: str) -> bool:
+    """Return True if the name, apart from its ending, is a number as a spreadsheet writes it: no leading zeros."""
+    name = remove_suffix(path).rpartition("/")[2].removesuffix(".0")
+    return name.isdecimal() and (name == "0" or name[0] != "0")
+
+
+def source_prefixes(source: str) -> tuple[str, ...]:
+    """Return the path of a source and all ends of it, longest first, each with a slash appended."""
+    folders = normalise_path(source).split("/")
+    return tuple("/".join(folders[start:]) + "/" for start in range(len(folders)))
+
+
+def remove_prefix(path: str, prefixes: tuple[str, ...]) -> str:
+    """Return the normalised path without the first of the prefixes that it begins with."""
+    path = normalise_path(path)
+    return next((path.removeprefix(prefix) for prefix in prefixes if path.startswith(prefix)), path)
+
+
+def is_junk(path: str) -> bool:
+    """Return True if the name is not that of a photo: hidden, of an operating system, or of another kind of file."""
+    *folders, name = parts = [part for part in path.split("/") if part not in ("", ".", "..")] or [""]
+    if any(part.startswith(".") for part in parts) or not JUNK_FOLDERS.isdisjoint(map(str.lower, folders)):
+        return True
+    return PurePosixPath(name).suffix.lower() in JUNK_SUFFIXES or name == "Icon\r"
+
+
+def similar_names(names: Iterable[str]) -> Iterator[list[str]]:
+    """Yield groups of names that differ only in case, blanks, underscores or hyphens."""
+    groups = defaultdict(list)
+    for name in names:
+        groups[_SEPARATORS.sub("", unicodedata.normalize("NFKC", name).casefold())].append(name)
+    return (group for group in groups.values() if len(group) > 1)
+
+
+def difference_text(name: str, keys: Sequence[str]) -> str:
+    """Return the difference between a label's name and the most similar of some keys as a sentence."""
+    stems = {remove_suffix(key).rpartition("/")[2]: key for key in reversed(keys)}
+    if (key := stems.get(remove_suffix(name).rpartition("/")[2])) is not None:
+        folders = [normalise_path(path).rpartition("/")[0] or "none" for path in (name, key)]
+        return f"the label {name!r} and the file {key!r} are in different folders ({folders[0]}, {folders[1]})."
+    close = difflib.get_close_matches(name, keys, n=1, cutoff=0)
+    return f"the label {name!r} and the file {close[0]!r} have different names." if close else "all files are junk."
