@@ -108,6 +108,8 @@ def _write_predictions(draft: Draft, job: PredictionJob) -> None:
     uri, inventory = draft.uri, draft.inventory
     draft.sync()
     draft.retry_unreadable()
+    predictions.write_unread(uri, inventory, draft.settings)
+    draft.sync()
     if num_pending := inventory.count_pending():
         written = stream_predictions(inventory, job).map_batches(
             partial(predictions.write_batch, uri=uri, settings=draft.settings),

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from carclass import storage
 from carclass.data import formats, publishing
-from carclass.data.dataset import with_plain_lists
+from carclass.data.dataset import read_part, with_plain_lists
 from carclass.data.inventory import Inventory, chunks
 from carclass.errors import UserError
 
@@ -113,6 +113,13 @@ def write_batch(batch: pa.Table, uri: str, settings: dict[str, Any]) -> pa.Table
     return batch.select(["rejected", "reason"])
 
 
+def write_unread(uri: str, inventory: Inventory, settings: dict[str, Any]) -> None:
+    """Write the inputs that are not read at all, such as those with names that are not UTF-8, with their reasons."""
+    for rows in chunks(inventory.rejected_inputs(), CHUNK_ROWS):
+        unread = [{"key": key, "reason": reason, "detail": detail} for key, reason, detail, _ in rows]
+        write_batch(pa.Table.from_pylist(unread, PREDICTION), uri, settings)
+
+
 def publish_predictions(uri: str, inventory: Inventory) -> None:
     """Write the table of all parts as CSV and Parquet.
 
@@ -159,8 +166,7 @@ def _to_json(value: list[Any] | None) -> str | None:
 
 def read_counts(uri: str) -> Counts:
     """Count the photos of finished predictions by result."""
-    with storage.open_file(storage.join(uri, TABLE)) as file:
-        table = pq.read_table(file, columns=["rejected", "reason"])
+    table = read_part(storage.join(uri, TABLE), ["rejected", "reason"])
     rejected = table["rejected"].drop_null()
     reasons = Counter(table["reason"].drop_null().to_pylist())
     return Counts(len(table), len(rejected), pc.sum(rejected).as_py() or 0, dict(sorted(reasons.items())))

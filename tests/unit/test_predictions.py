@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from carclass.data.draft import Draft
-from carclass.data.inventory import Inventory
+from carclass.data.inventory import Inventory, Listed
 from carclass.errors import UserError
 from carclass.prediction import predictions
 from tests.helpers.inventories import add_keys
@@ -129,6 +129,26 @@ def test_text_that_a_spreadsheet_would_evaluate_is_escaped_in_the_csv_file(tmp_p
     with (tmp_path / predictions.CSV).open(encoding="utf-8", newline="") as file:
         (row,) = csv.DictReader(file)
     assert (row["key"], row["label"], row["score"]) == (f"'{key}", f"'{start}1", "-0.5")
+
+
+def test_names_with_control_characters_are_unchanged_in_the_csv_file(tmp_path: Path):
+    keys = sorted(
+        ["new\nline.jpg", "carriage\rreturn.jpg", 'a"quote.jpg', "a,comma.jpg", "bell\x07.jpg", "\x1b[31mred.jpg"]
+    )
+    write(tmp_path, [failed(key) for key in keys])
+    publish(tmp_path, keys)
+    with (tmp_path / predictions.CSV).open(newline="") as file:
+        assert [row["key"] for row in csv.DictReader(file)] == keys
+
+
+def test_inputs_that_are_not_read_are_listed_with_their_reason(tmp_path: Path):
+    with Inventory() as inventory:
+        inventory.add_inputs([Listed("a.jpg"), Listed("\\xff.jpg", reason="bad_name", detail="not UTF-8")])
+        write(tmp_path, [predicted("a.jpg")])
+        predictions.write_unread(str(tmp_path), inventory, SETTINGS)
+        Draft(str(tmp_path), SETTINGS, inventory).sync()
+        predictions.publish_predictions(str(tmp_path), inventory)
+    assert [(row["key"], row["reason"]) for row in read(tmp_path)] == [("\\xff.jpg", "bad_name"), ("a.jpg", None)]
 
 
 def test_photos_are_counted_by_result(tmp_path: Path):
