@@ -9,7 +9,8 @@ recognizes its finished parts by their settings and writes the missing ones.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pyarrow import NativeFile
 
 from carclass import storage
 from carclass.data import formats
@@ -127,10 +129,23 @@ class Dataset:
         return [rows[key] for key in keys]
 
 
+@contextmanager
+def open_parquet(uri: str) -> Iterator[NativeFile]:
+    """Open a Parquet file. Raise UserError, in the `with` statement too, if it is missing or damaged."""
+    try:
+        with storage.open_file(uri) as file:
+            yield file
+    except (OSError, pa.ArrowInvalid) as error:
+        cause = str(error).splitlines()[0]
+        raise UserError(
+            f"{uri} is missing or damaged ({cause}). Restore it, or delete what it belongs to and run that job again."
+        ) from error
+
+
 def read_part(uri: str, columns: Sequence[str] | None = None, filters: pc.Expression | None = None) -> pa.Table:
     """Read columns (default: all) of the rows of one Parquet file that pass the filters (default: all)."""
     names = None if columns is None else list(columns)
-    with storage.open_file(uri) as file:
+    with open_parquet(uri) as file:
         table = pq.read_table(file, columns=names, filters=filters)
     return with_plain_lists(table if names is None else table.select(names))
 
@@ -148,7 +163,7 @@ def with_plain_lists(table: pa.Table) -> pa.Table:
 
 def take_rows(part_uri: str, positions: Sequence[int], columns: Sequence[str]) -> pa.Table:
     """Read the rows at given positions of a part, in that order; only their row groups are fetched."""
-    with storage.open_file(part_uri) as opened, pq.ParquetFile(opened, pre_buffer=True) as file:
+    with open_parquet(part_uri) as opened, pq.ParquetFile(opened, pre_buffer=True) as file:
         starts = np.cumsum([0, *(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))])
         groups = (np.searchsorted(starts, positions, side="right") - 1).tolist()
         tables = {group: file.read_row_group(group, columns=list(columns)) for group in set(groups)}

@@ -1,7 +1,6 @@
 """Results of a tree of experiments, read from storage."""
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from carclass import storage
 from carclass.config.budget import Baseline, Figures
@@ -78,8 +77,10 @@ def _read_test(status: RunStatus) -> TestResult | None:
     if not storage.exists(evaluation_uri(status)):
         return None
     metrics = formats.read(evaluation_uri(status), "evaluation")
-    with storage.open_file(storage.join(status.run.uri, "report", "predictions.parquet")) as file:
-        rows = pq.read_table(file, columns=["key", "label", "predicted"]).sort_by("key").to_pydict()
+    table = dataset.read_part(
+        storage.join(status.run.uri, "report", "predictions.parquet"), ["key", "label", "predicted"]
+    )
+    rows = table.sort_by("key").to_pydict()
     return TestResult(
         keys=rows["key"],
         correct=np.array(rows["label"]) == np.array(rows["predicted"]),

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from torch import nn
 
 from carclass import storage
 from carclass.config.schema import TrainSettings
+from carclass.data import dataset
 from carclass.errors import UserError
 from carclass.runs.predictor import PhotoClassifier
 from carclass.runs.run import Run, read_run_settings
@@ -55,7 +55,4 @@ def load_run(uri: str | os.PathLike[str]) -> LoadedRun:
 
 
 def _predictions(uri: str) -> pa.Table | None:
-    if not storage.exists(uri):
-        return None
-    with storage.open_file(uri) as file:
-        return pq.read_table(file)
+    return dataset.read_part(uri) if storage.exists(uri) else None

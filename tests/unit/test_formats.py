@@ -199,6 +199,14 @@ def test_a_truth_file_that_is_no_coco_file_is_named(tmp_path: Path, content: str
         quality.ious(dataset.load_dataset(str(FORMAT_1), "v2"), f"{tmp_path}/truth.json")
 
 
+@pytest.mark.parametrize("data", [None, b"", b"PAR1", b"PAR1" + bytes(100) + b"PAR1"])
+def test_a_damaged_table_is_named_with_a_way_out(tmp_path: Path, data: bytes | None):
+    if data is not None:
+        (tmp_path / "predictions.parquet").write_bytes(data)
+    with pytest.raises(UserError, match=r"predictions.parquet is missing or damaged .* run that job again"):
+        predictions.read_counts(str(tmp_path))
+
+
 # Lines
 
 
