@@ -121,7 +121,8 @@ def shrink(pixels: np.ndarray, max_side: int) -> np.ndarray:
     would blur them. A photo that fits is returned without a copy.
     """
     _assert_rgb(pixels)
-    return _resample(pixels, *_fit(*pixels.shape[:2], max_side))
+    height, width = pixels.shape[:2]
+    return _resample(pixels, *_fit(height, width, max_side))
 
 
 def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -1,5 +1,7 @@
 """Photos loaded from storage and converted to rows of a dataset, for ingestion and prediction."""
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -8,20 +10,58 @@ from carclass import storage
 from carclass.config.schema import IngestSettings
 from carclass.data import photo
 from carclass.data.quarantine import PhotoError, Reason
-from carclass.ingestion.archive import LOADED
 from carclass.ingestion.split import split_of
 
-
-def load_photos(batch: pa.Table, photos: str) -> pa.Table:
-    """Read the photos of rows of INPUT below the URI `photos`, and return rows of LOADED."""
-    contents = list(storage.read_many(storage.join(photos, key) for key in batch["key"].to_pylist()))
-    data = [None if isinstance(content, OSError) else content for content in contents]
-    errors = [str(content) if isinstance(content, OSError) else None for content in contents]
-    columns = [*batch.columns, pa.array(data, pa.large_binary()), pa.array(errors, pa.string())]
-    return pa.Table.from_arrays(columns, schema=LOADED)
+Row = dict[str, Any]
+GuardedRun = Callable[[str, Sequence[str], Callable[[list[int]], Iterable[Row]]], Iterator[Row | PhotoError]]
+PART_BYTES = 64 * 2**20
+"""Bytes of stored photos after which a part ends: photos that are not shrunk would fill the memory."""
 
 
-def to_row(source: dict[str, Any], settings: IngestSettings) -> dict[str, Any]:
+def read_groups(sources: pa.Table, settings: IngestSettings, run: GuardedRun) -> Iterator[list[Row]]:
+    """Yield a row of a dataset, or of its quarantine, for each row of INPUT or LOADED, with its fingerprint.
+
+    Rows come in lists that end after PART_BYTES of images. Photos of INPUT are read below the URI `settings.photos`,
+    the next ones while earlier ones are decoded: memory depends on the largest photo, not on their number. run:
+    CrashGuard.run.
+    """
+    inputs = sources.select(["key", "fingerprint"]).to_pylist()
+    keys = [row["key"] for row in inputs]
+    convert = partial(_convert, settings=settings)
+    results = run("read", keys, lambda indices: map(convert, load_photos(sources, settings.photos, indices)))
+    group: list[Row] = []
+    size = 0
+    for row, result in zip(inputs, results, strict=True):
+        group.append(failed_row({**row, "data": None}, result) if isinstance(result, PhotoError) else result)
+        size += len(group[-1].get("image", b""))
+        if size >= PART_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _convert(source: Row, settings: IngestSettings) -> Row:
+    try:
+        return to_row(source, settings)
+    except PhotoError as error:
+        return failed_row(source, error)
+
+
+def load_photos(sources: pa.Table, photos: str, indices: Sequence[int]) -> Iterator[Row]:
+    """Yield rows of LOADED for some rows of INPUT, whose photos are below the URI `photos`, or of LOADED itself."""
+    if "data" in sources.schema.names:
+        for i in indices:
+            yield from sources.slice(i, 1).to_pylist()
+        return
+    rows = [sources.slice(i, 1).to_pylist()[0] for i in indices]
+    uris, sizes = [storage.join(photos, row["key"]) for row in rows], [row["size"] or 0 for row in rows]
+    for row, content in zip(rows, storage.read_many(uris, sizes), strict=True):
+        failed = isinstance(content, OSError)
+        yield row | {"data": None if failed else content, "error": str(content) if failed else None}
+
+
+def to_row(source: Row, settings: IngestSettings) -> Row:
     """Convert a row of LOADED to a row of a dataset and its fingerprint. Raise PhotoError if the photo is unusable."""
     data = source["data"]
     if data is None:
@@ -43,7 +83,7 @@ def to_row(source: dict[str, Any], settings: IngestSettings) -> dict[str, Any]:
     }
 
 
-def failed_row(source: dict[str, Any], error: PhotoError) -> dict[str, Any]:
+def failed_row(source: Row, error: PhotoError) -> Row:
     """Convert a row of LOADED whose photo is unusable to a row of dataset.QUARANTINE and its fingerprint."""
     image_id = None if source["data"] is None else storage.sha256(source["data"])
     return {"key": source["key"], "image_id": image_id, **error.columns(), "fingerprint": source["fingerprint"]}

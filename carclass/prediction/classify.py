@@ -21,9 +21,8 @@ from carclass.config.schema import IngestSettings, MaskSettings, PredictSettings
 from carclass.data import dataset, streaming
 from carclass.data.crash_guard import CrashGuard
 from carclass.data.inventory import Inventory
-from carclass.data.quarantine import PhotoError
 from carclass.ingestion import archive
-from carclass.ingestion.reading import failed_row, load_photos, to_row
+from carclass.ingestion.reading import read_groups
 from carclass.masking import detect
 from carclass.masking.writer import cut_batch
 from carclass.prediction import calibration
@@ -98,7 +97,7 @@ def _plan_actor_pools(job: PredictionJob) -> ActorPools:
 
 
 def stream_photos(photos: str, inventory: Inventory, block_rows: int) -> ray.data.Dataset:
-    """Stream the pending photos as rows of archive.LOADED, with null labels, in blocks of block_rows."""
+    """Stream the pending photos in blocks of block_rows, with null labels: rows of INPUT, or LOADED from an archive."""
     if archive.is_archive(photos):
         listing = pa.concat_tables(inventory.pending(KEY_ROWS, hash_order=False))
         read = partial(read_archive, requested=ray.put(listing), block_rows=block_rows)
@@ -108,16 +107,8 @@ def stream_photos(photos: str, inventory: Inventory, block_rows: int) -> ray.dat
             .map_batches(read, batch_size=1, batch_format="pyarrow", num_cpus=0)
             .repartition(target_num_rows_per_block=block_rows)
         )
-    return (
-        ray.data.from_arrow(list(inventory.pending(KEY_ROWS)))
-        .repartition(target_num_rows_per_block=block_rows)
-        .map_batches(
-            partial(load_photos, photos=photos),
-            batch_size=block_rows,
-            batch_format="pyarrow",
-            num_cpus=streaming.TASK_CPUS,
-        )
-    )
+    keys = ray.data.from_arrow(list(inventory.pending(KEY_ROWS)))
+    return keys.repartition(target_num_rows_per_block=block_rows)
 
 
 def read_archive(batch: pa.Table, requested: ray.ObjectRef, block_rows: int) -> Iterator[pa.Table]:
@@ -125,24 +116,10 @@ def read_archive(batch: pa.Table, requested: ray.ObjectRef, block_rows: int) -> 
     return archive.read_photos(batch["uri"][0].as_py(), ray.get(requested), block_rows, "predict.photos")
 
 
-def read_batch(batch: pa.Table, crash_guard: CrashGuard, settings: IngestSettings) -> pa.Table:
-    """Convert rows of archive.LOADED to rows of READ, as ingestion would store them, or with the reason of failure."""
-    sources = batch.to_pylist()
-    results = crash_guard.run(
-        "read", batch["key"].to_pylist(), lambda indices: [_read_photo(sources[i], settings) for i in indices]
-    )
-    rows = [
-        failed_row(source, result) if isinstance(result, PhotoError) else result
-        for source, result in zip(sources, results, strict=True)
-    ]
-    return pa.Table.from_pylist(rows, READ)
-
-
-def _read_photo(source: dict[str, Any], settings: IngestSettings) -> dict[str, Any] | PhotoError:
-    try:
-        return to_row(source, settings)
-    except PhotoError as error:
-        return error
+def read_batch(batch: pa.Table, crash_guard: CrashGuard, settings: IngestSettings) -> Iterator[pa.Table]:
+    """Convert rows of INPUT or LOADED to rows of READ, as ingestion would store them, or with the reason of failure."""
+    for rows in read_groups(batch, settings, crash_guard.run):
+        yield pa.Table.from_pylist(rows, READ)
 
 
 def _mask(read: ray.data.Dataset, settings: MaskSettings, pools: ActorPools) -> ray.data.Dataset:

@@ -1,11 +1,13 @@
 """Datasets from a few keys, for tests."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from carclass.data import dataset
 from carclass.data.draft import Draft
 from carclass.data.inventory import Inventory, Listed
+
+T = TypeVar("T")
 
 
 def add_keys(inventory: Inventory, keys: Iterable[str]) -> None:
@@ -20,3 +22,8 @@ def complete_dataset(
     with Inventory() as inventory:
         add_keys(inventory, inputs)
         return Draft(uri, settings, inventory).complete(classes, facts)
+
+
+def run_all(_: str, keys: Sequence[str], work: Callable[[list[int]], Iterable[T]]) -> Iterator[T]:
+    """Process a batch as CrashGuard.run does, without Ray."""
+    yield from work(list(range(len(keys))))

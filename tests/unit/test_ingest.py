@@ -69,7 +69,8 @@ def test_fractions_zero_and_one_hold_out_none_and_all(fraction: float, count: in
 
 
 def loaded(data: bytes | None, subset: str = "train") -> dict[str, Any]:
-    return {"key": "x.jpg", "label": "A", "subset": subset, "data": data, "error": None if data else "timed out"}
+    error = None if data else "timed out"
+    return {"key": "x.jpg", "label": "A", "subset": subset, "fingerprint": "f", "data": data, "error": error}
 
 
 def jpeg(height: int = 40, width: int = 60, seed: int = 0) -> bytes:
@@ -87,6 +88,7 @@ def test_a_row_contains_the_photo_its_size_and_the_hash_of_its_source():
         "width": 60,
         "height": 40,
         "image": data,
+        "fingerprint": "f",
     }
 
 
