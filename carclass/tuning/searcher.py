@@ -12,7 +12,7 @@ from carclass.cluster.telemetry import report_trial_accuracy
 from carclass.training import checkpoint
 from carclass.tuning import sampler, trial_records
 from carclass.tuning.search_space import SearchSpace
-from carclass.tuning.trial import COMPLETE, FAILURE
+from carclass.tuning.trial import COMPLETE, FAILURE, STORAGE_FAILURE
 from carclass.tuning.trial_records import Trial, TrialRecords
 
 log = logging.getLogger(__name__)
@@ -62,19 +62,19 @@ class RecordedSearch(search.Searcher):
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Keep the val accuracy of an epoch."""
-        if FAILURE in result:
+        if not {FAILURE, STORAGE_FAILURE}.isdisjoint(result):
             return
         number = self.number_of[trial_id]
         self.accuracies.setdefault(number, {})[result["epoch"]] = result["val_accuracy"]
         report_trial_accuracy(self.space.search.name, self.records.trials[number].title, result["val_accuracy"])
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Record the state in which a trial ended; the state of a trial that was already over stays."""
+        """Record the state in which a trial ended, unless it was over already, or is to be resumed."""
         trial = self.records.trials[self.number_of[trial_id]]
         last = {} if result is None else result
         if "epoch" in last:
             self.on_trial_result(trial_id, last)
-        if trial.is_over:
+        if trial.is_over or STORAGE_FAILURE in last:
             return
         is_failed, is_complete = error or FAILURE in last, last.get(COMPLETE)
         state: trial_records.State = "failed" if is_failed else "complete" if is_complete else "pruned"

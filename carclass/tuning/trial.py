@@ -14,6 +14,7 @@ from carclass.config.schema import TrainSettings
 from carclass.errors import UserError
 from carclass.models import resnet
 from carclass.runs.run import Run, begin_run, copy_stage
+from carclass.storage import StorageError
 from carclass.training import feature_cache, preflight
 from carclass.training.photo_store import BlockRefs
 from carclass.training.train import TrainResources, load_run_inputs, train_stages
@@ -21,8 +22,9 @@ from carclass.tuning import trial_records
 from carclass.tuning.search_space import SearchSpace
 from carclass.tuning.trial_records import Trial
 
-COMPLETE, FAILURE = "complete", "failure"
-"""Keys of a trial's reports to Ray Tune: True once its model is published; the cause of a failure."""
+COMPLETE, FAILURE, STORAGE_FAILURE = "complete", "failure", "storage_failure"
+"""Keys of a trial's reports to Ray Tune: True once its model is published; the cause of a failure, the trial's own or
+one of the storage."""
 
 
 class SweepContext(NamedTuple):
@@ -40,6 +42,8 @@ def train_trial(config: dict[str, Any], context: SweepContext) -> None:
     """Train one trial, or resume it. config: as returned by RecordedSearch.suggest."""
     try:
         _train(Trial(**config["record"]), context)
+    except StorageError as error:
+        ray.tune.report({"epoch": 0, "val_accuracy": 0.0, STORAGE_FAILURE: str(error)})
     except UserError as error:  # reported instead of raised, as Ray Tune would retry the trial
         ray.tune.report({"epoch": 0, "val_accuracy": 0.0, FAILURE: str(error)})
 

@@ -16,6 +16,7 @@ import ray.tune
 from ray.tune import schedulers
 from ray.tune.trainable.function_trainable import wrap_function
 
+from carclass import storage
 from carclass.cluster.ray_storage import ray_filesystem
 from carclass.data import dataset
 from carclass.data.lease import hold_lease
@@ -28,7 +29,7 @@ from carclass.tuning import trial_records
 from carclass.tuning.collect import collect_sweep
 from carclass.tuning.search_space import SearchSpace
 from carclass.tuning.searcher import RecordedSearch, remove_checkpoints
-from carclass.tuning.trial import SweepContext, train_trial
+from carclass.tuning.trial import STORAGE_FAILURE, SweepContext, train_trial
 from carclass.tuning.trial_records import Trial, TrialRecords
 
 log = logging.getLogger(__name__)
@@ -162,7 +163,10 @@ def _spare_first_trial(scheduler: schedulers.TrialScheduler) -> schedulers.Trial
 def _run_trials(
     context: SweepContext, records: TrialRecords, numbers: Sequence[int], scheduler: schedulers.TrialScheduler
 ) -> None:
-    """Run the trials of these numbers with Ray Tune. Raise SystemExit if the user interrupts them."""
+    """Run the trials of these numbers with Ray Tune.
+
+    Raise StorageError if storage failed in any, and SystemExit if the user interrupts them.
+    """
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # `verbose` silences the old output only
     grid = _make_tuner(context, records, numbers, scheduler).fit()
     records.reload()  # Ray Tune wrote through a copy of the searcher
@@ -171,6 +175,9 @@ def _run_trials(
             reason = str(result.error).strip().splitlines()[-1][:300]
             number = result.config["record"]["number"]
             records.put(replace(records.trials[number], state="failed", reason=reason))
+    failures = [grid[i].metrics.get(STORAGE_FAILURE) for i in range(len(grid)) if grid[i].metrics]
+    if failed := list(filter(None, failures)):
+        raise storage.StorageError(f"{failed[0]} {len(failed)} of {len(numbers)} trials are unfinished.")
     if records.unfinished(numbers):
         raise SystemExit("tune: interrupted; the same command resumes the sweep")
 
