@@ -16,8 +16,8 @@ INTRODUCTION = f"""\
 {schema.__doc__}
 On the command line, `--key VALUE` replaces a setting of the job's section, with dotted keys below it, such as
 `--unfrozen.lr 3e-4`; `null`, `[lists]` and `{{mappings}}` are written as in YAML, and each key is given once.
-`--unfrozen null` skips a stage. `jobs/pipeline.py` reads all sections, with keys such as `--train.unfrozen.lr`. `--help`
-of a job lists its settings.
+`--unfrozen null` skips a stage. `jobs/pipeline.py` reads all sections, with keys such as `--train.unfrozen.lr`.
+`--help` of a job lists its settings.
 """
 PARTS: tuple[tuple[str, str, type[Section]], ...] = (
     ("## Search files", "A sweep of jobs/tune.py, such as jobs/experiments/searches/both.yml.", Search),

@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from carclass.config import yaml_file
 from carclass.config.section import Name, Parent, Section, Sha256, Share, Uri, validate
+from carclass.errors import UserError
 
 Byte = Annotated[int, Field(ge=0, le=255)]
 PROFILES = {
@@ -369,6 +370,8 @@ def with_changes(settings: TrainSettings, changes: dict[str, Any], *, source: st
     """
     values: dict[str, Any] = {"root": ".", "train": settings.model_dump(mode="json")}
     for key, value in changes.items():
+        if part := next((other for other in changes if other.startswith(f"{key}.")), None):
+            raise UserError(f"{source}: `{part}` is given twice, as it is a part of `{key}`. Join the two.")
         yaml_file.set_key(values, key, value)
     changed = validate(values, Config, source=source, base=base).train
     assert changed is not None

@@ -98,6 +98,8 @@ def load_space(path: Path, search: Search) -> SearchSpace:
     root, source = search.root or experiment.root, str(path)
     for key in (*search.fixed, *search.space):
         _check_key(key, source)
+    if both := sorted(search.fixed.keys() & search.space.keys()):
+        raise UserError(f"{source}: `{both[0]}` is given twice, in `fixed` and in `space`. Delete one.")
     folder = Path(os.path.abspath(path)).parent
     base_settings = with_changes(experiment.train, search.fixed, source=f"{source}: `fixed`", base=folder)
     return make_space(search, base_settings, root, source, folder)

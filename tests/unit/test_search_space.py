@@ -180,3 +180,11 @@ def test_ambiguous_names_include_the_section():
 @pytest.mark.parametrize("path", SEARCHES, ids=lambda path: path.stem)
 def test_shipped_searches_are_valid(path: Path):
     assert search_space.load_space(path, cli.load_config(path, {}, search_space.Search)).dimensions
+
+
+def test_a_setting_given_twice_is_refused(tmp_path: Path):
+    lr = {"train.unfrozen.lr": {"min": 1e-4, "max": 1e-2}}
+    message = r"`train.unfrozen.lr` is given twice, in `fixed` and in `space`"
+    refuse(tmp_path, message, lr, fixed={"train.unfrozen.lr": 1e-3})
+    message = r"`fixed`: `train.unfrozen.epochs` is given twice, as it is a part of `train.unfrozen`"
+    refuse(tmp_path, message, lr, fixed={"train.unfrozen.epochs": 3, "train.unfrozen": {"epochs": 4}})
