@@ -1,6 +1,14 @@
-"""Numbers as text: counts, percentages, durations, sizes and settings."""
+"""Numbers as text: counts, percentages, durations, sizes and settings; text for a terminal."""
 
 import math
+import re
+
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def terminal_text(text: str) -> str:
+    """Return text whose control characters, as in the names of photos, are escaped; line ends and tabs stay."""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def number_text(value: int | float) -> str:

@@ -24,7 +24,7 @@ from carclass.config.section import (
     validate,
 )
 from carclass.errors import UserError, find_user_error, suggest_names
-from carclass.formatting import value_text
+from carclass.formatting import terminal_text, value_text
 
 Flags = Mapping[str, dict[str, Any]]
 """Options of a job that are not settings: name → keyword arguments of `add_argument`."""
@@ -166,10 +166,18 @@ def _parse_value(text: str) -> Any:
         return CommandLineText(text)
 
 
+class LineFormatter(logging.Formatter):
+    """Formatter of log lines for a terminal: names of photos may contain its control characters."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line with control characters escaped."""
+        return terminal_text(super().format(record))
+
+
 def main(job: Callable[[], None]) -> None:
     """Run a job; report a UserError as one paragraph on stderr and exit with status 2, on Ctrl-C with 130."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.setFormatter(LineFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("carclass")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -177,7 +185,8 @@ def main(job: Callable[[], None]) -> None:
     try:
         job()
     except UserError as error:
-        print(f"error: {find_user_error(error)}", file=sys.stderr)  # the text of a task's error has its traceback
+        cause = find_user_error(error)  # the text of a task's error has its traceback
+        print(f"error: {terminal_text(str(cause))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; the same command resumes", file=sys.stderr)

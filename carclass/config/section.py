@@ -27,6 +27,8 @@ def _resolve(value: Any, info: ValidationInfo) -> Any:
     """Return a local path as absolute, so that no worker depends on its working directory."""
     if isinstance(value, str) and not value.strip():
         raise ValueError("is empty; give a path or URI")
+    if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError("is not UTF-8; rename the file or folder")
     if isinstance(value, str) and value.startswith("s3:") and not re.match("s3://[^/]", value):
         raise ValueError("an S3 URI is written s3://bucket/prefix")
     is_name = value in NAMED_PARENTS and info.field_name != "root"

@@ -157,6 +157,15 @@ def test_a_user_error_is_one_paragraph_with_status_2(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err == "error: `root`: cannot be written to. Choose another.\n"
 
 
+def test_names_in_an_error_do_not_control_the_terminal(capsys: pytest.CaptureFixture[str]):
+    def job() -> None:
+        raise UserError("Citro\udceb\x1b[2Jn.jpg: bad")
+
+    with pytest.raises(SystemExit):
+        cli.main(job)
+    assert capsys.readouterr().err == "error: Citro\\udceb\\x1b[2Jn.jpg: bad\n"
+
+
 def test_an_interrupted_job_says_that_it_can_be_resumed(capsys: pytest.CaptureFixture[str]):
     def job() -> None:
         raise KeyboardInterrupt

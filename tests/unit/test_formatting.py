@@ -1,8 +1,20 @@
-"""Numbers as text."""
+"""Numbers as text, and text for a terminal."""
 
 import pytest
 
 from carclass import formatting
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\x1b[31m\rb", r"a\x1b[31m\rb"),
+        ("\udce9\u202egpj", r"\udce9\u202egpj"),
+        ("one\ntwo\t8\u00a0% \u00fc", "one\ntwo\t8\u00a0% \u00fc"),
+    ],
+)
+def test_control_characters_are_escaped_for_a_terminal(text: str, shown: str):
+    assert formatting.terminal_text(text) == shown
 
 
 @pytest.mark.parametrize(("value", "text"), [(1067, "1,067"), (0.93449, "0.934"), (1234.5, "1,234.500")])

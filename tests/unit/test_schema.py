@@ -8,7 +8,7 @@ import pytest
 from carclass.config import cli, yaml_file
 from carclass.config.budget import Baseline, Budget
 from carclass.config.reference import render_reference
-from carclass.config.schema import Config, FrozenSettings, MaskSettings, TrainSettings
+from carclass.config.schema import Config, FrozenSettings, IngestSettings, MaskSettings, TrainSettings
 from carclass.config.search import Range, Search
 from carclass.config.section import CommandLineText, Section, Setting, list_settings, validate
 from carclass.data.dataset import to_json
@@ -150,6 +150,11 @@ def test_settings_are_immutable():
 
 
 # Paths
+
+
+def test_a_path_that_is_not_utf_8_is_refused():
+    with pytest.raises(UserError, match="`photos`: is not UTF-8; rename"):
+        validate({"photos": "/data/caf\udce9"}, IngestSettings, source="here", base=Path("/"))
 
 
 def test_a_relative_path_in_a_file_is_relative_to_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
