@@ -323,6 +323,11 @@ def conflict(key: str) -> dict[str, Any]:
     return quarantine_row(key, Reason.LABEL_CONFLICT, "same bytes", Listed(key, 1, "1").fingerprint)
 
 
+def test_a_class_whose_photos_are_all_in_quarantine_is_named_and_left_out(job: Job, caplog: pytest.LogCaptureFixture):
+    assert job(fail="b").classes == ["x"]
+    assert "classes left out, as all their photos are in quarantine: 'y'" in caplog.text
+
+
 def test_changes_are_written_in_words():
     found = [changes.Change("added", 2, ["a", "b"]), changes.Change("removed", 1200, ["c"])]
     assert changes.changes_text(found) == "2 added (a, b), 1,200 removed (c, …)"

@@ -192,6 +192,11 @@ def test_a_csv_is_read(tmp_path: Path):
     ]
 
 
+def test_the_ending_of_a_csv_may_be_in_upper_case(tmp_path: Path):
+    (tmp_path / "LABELS.CSV").write_text("img_name,class,subset\nx.jpg,A,train\ny.jpg,B,test\n")
+    assert [item.key for item in labels_of(settings(labels=str(tmp_path / "LABELS.CSV")), [])] == ["x.jpg", "y.jpg"]
+
+
 def test_a_csv_without_the_columns_is_refused_with_its_columns(tmp_path: Path):
     (tmp_path / "labels.csv").write_text("file,class\nx.jpg,A\n")
     with pytest.raises(
