@@ -101,7 +101,8 @@ class Lease:
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
         self.release()
-        if self.is_lost and isinstance(error, KeyboardInterrupt | SystemExit):
+        # An interrupt by the thread, or a file that the next holder has removed.
+        if self.is_lost and error is not None and not isinstance(error, UserError):
             raise self._lost_error() from error
 
     def release(self) -> None:
@@ -111,7 +112,8 @@ class Lease:
         self._released.set()
         self._thread.join()
         with suppress(UserError, OSError):  # if storage is out of reach, the lease expires by itself
-            if read_holder(self.file).owner == self.holder.owner:
+            self.is_lost = read_holder(self.file).owner != self.holder.owner
+            if not self.is_lost:
                 storage.delete(self.file)
 
     def check(self) -> None:

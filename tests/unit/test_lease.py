@@ -238,6 +238,15 @@ def test_a_loss_ends_the_work_with_its_reason(uri: str):
         work()
 
 
+def test_a_file_removed_by_the_next_holder_is_explained(uri: str):
+    def work() -> None:
+        change_holder(uri, owner="other")
+        Path(uri, "part").read_bytes()
+
+    with pytest.raises(LeaseLostError, match="no longer leased"), hold_lease(uri, "ingest"):
+        work()
+
+
 def test_an_interrupt_by_the_user_stays_one(uri: str):
     with pytest.raises(KeyboardInterrupt), hold_lease(uri, "ingest"):
         raise KeyboardInterrupt
