@@ -58,15 +58,15 @@ def ingest_photos(root: str, settings: IngestSettings, *, update: bool = False) 
     with hold_lease(uri, "ingest") as lease, Inventory() as inventory:
         published = dataset.find_same_dataset(root, settings.dataset, identity)
         read_labels(settings, inventory)  # its errors come before the listing of millions
-        list_photos(settings.photos, inventory)
+        list_photos(settings.photos, inventory, root=root)
         label_photos(settings, inventory)
-        _check_classes(inventory.classes(), settings)
+        _check_classes(inventory.classes(), settings, "labelled photos")
         draft = Draft(uri, identity, inventory, published, run_tasks, lease)
         if draft.is_current(update=update):
             assert published is not None
             log.info("ingest: dataset %s is published, nothing to do", settings.dataset)
             return published
-        connection.connect()
+        connection.connect({"root": root, "ingest.photos": settings.photos})
         return _write_dataset(draft, settings)
 
 
@@ -79,7 +79,8 @@ def _write_dataset(draft: Draft, settings: IngestSettings) -> dataset.Dataset:
     _quarantine_leaks(draft)
     complete = draft.complete(classes, {"kind": "photos"})
     quarantine.check_quarantined(complete.manifest, settings.max_quarantined, "ingest.max_quarantined")
-    _check_classes(complete.classes, settings)
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in complete.manifest["reasons"].items())
+    _check_classes(complete.classes, settings, f"photos that are not in quarantine ({reasons})")
     published = draft.publish(complete)
     _warn_about_missing_val(inventory, complete.classes)
     _warn_about_test_conflicts(inventory)
@@ -170,15 +171,16 @@ def _quarantine_leaks(draft: Draft) -> None:
     draft.finish_withdrawals()
 
 
-def _check_classes(classes: Sequence[str], settings: IngestSettings) -> None:
+def _check_classes(classes: Sequence[str], settings: IngestSettings, photos: str) -> None:
+    """Raise UserError if the number of classes is not as set, or less than two. photos: in words."""
     source = settings.labels or settings.photos
     if settings.num_classes not in (None, len(classes)):
         raise UserError(
-            f"`ingest.num_classes` is {settings.num_classes}, but the labelled photos of {source} have {len(classes)} "
+            f"`ingest.num_classes` is {settings.num_classes}, but the {photos} of {source} have {len(classes)} "
             "classes. Correct the number, or check the labels for misspelt or missing classes."
         )
     if len(classes) < 2:
-        raise UserError(f"{source}: the photos have {len(classes)} class(es); training needs at least two.")
+        raise UserError(f"{source}: the {photos} have {len(classes)} class(es); training needs at least two.")
 
 
 def _warn_about_missing_val(inventory: Inventory, classes: Sequence[str]) -> None:

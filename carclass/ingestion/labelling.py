@@ -35,7 +35,7 @@ def read_labels(settings: IngestSettings, inventory: Inventory) -> None:
         raise UserError(
             f"`ingest.labels`: {settings.labels} has {num_classes} class(es), but "
             f"{'training needs at least' if settings.num_classes is None else '`ingest.num_classes` is'} {expected}. "
-            "Check the column of classes."
+            "Check the labels for missing or misspelt classes."
         )
 
 

@@ -269,14 +269,15 @@ def test_a_folder_per_class_needs_no_labels(ingested: dataset.Dataset, photos_fo
     published = ingest_photos(str(tmp_path), IngestSettings(photos=str(tmp_path / "photos"), val_fraction=0))
     rows = published.read(["key", "label", "split"]).to_pylist()
     assert {row["key"]: (row["label"], row["split"]) for row in rows} == expected
-    assert published.manifest["reasons"] == {"no_label": 1}
+    assert published.manifest["reasons"] == {"junk": 1}
 
 
-def test_unusable_photos_are_all_quarantined(tmp_path: Path):
+def test_a_dataset_without_usable_photos_is_refused_with_the_reasons(tmp_path: Path):
     for name in ("A/x.jpg", "B/y.jpg"):
         storage.write_bytes(str(tmp_path / "photos" / name), b"no photo")
-    published = ingest_photos(str(tmp_path), IngestSettings(photos=str(tmp_path / "photos")))
-    assert (published.manifest["rows"], published.manifest["reasons"]) == (0, {"not_an_image": 2})
+    message = r"photos that are not in quarantine \(2 not_an_image\) have 0 class\(es\); training needs at least two"
+    with pytest.raises(UserError, match=message):
+        ingest_photos(str(tmp_path), IngestSettings(photos=str(tmp_path / "photos")))
 
 
 # Mistakes
@@ -289,9 +290,9 @@ def test_unusable_photos_are_all_quarantined(tmp_path: Path):
         ({"photos": "{tmp}/nowhere.tgz"}, r"`ingest.photos`: no archive .*/nowhere.tgz"),
         ({"labels": "{tmp}/nowhere.csv"}, r"`ingest.labels`: .*/nowhere.csv cannot be read"),
         ({"labels": "{tmp}/columns.csv"}, r"columns.csv: no column class, subset"),
-        ({"labels": "{tmp}/one_class.csv"}, r"the photos have 1 class\(es\); training needs at least two"),
-        ({"labels": "{tmp}/others.csv"}, r"the photos have 0 class\(es\)"),
-        ({"num_classes": 11}, r"`ingest.num_classes` is 11, .* have 10 classes"),
+        ({"labels": "{tmp}/one_class.csv"}, r"one_class.csv has 1 class\(es\), but training needs at least 2"),
+        ({"labels": "{tmp}/others.csv"}, r"no label of `ingest.labels` .* names a file of .*have different names"),
+        ({"num_classes": 11}, r"labels.csv has 10 class\(es\), but `ingest.num_classes` is 11"),
         ({"labels": None}, r"no class folders; expected <class>/<file>"),
     ],
 )
@@ -300,7 +301,7 @@ def test_a_mistake_is_reported_and_nothing_is_written(
 ):
     (tmp_path / "columns.csv").write_text("img_name,klass\n000000.jpg,A\n")
     (tmp_path / "one_class.csv").write_text("img_name,class,subset\n000000.jpg,A,train\n")
-    (tmp_path / "others.csv").write_text("img_name,class,subset\nz.jpg,A,train\n")
+    (tmp_path / "others.csv").write_text("img_name,class,subset\nz.jpg,A,train\ny.jpg,B,train\n")
     formatted = {k: v.format(tmp=tmp_path) if isinstance(v, str) else v for k, v in overrides.items()}
     root = tmp_path / "root"
     with pytest.raises(UserError, match=message):
