@@ -241,7 +241,7 @@ def test_nothing_is_published_if_a_file_differs_from_the_network(
     monkeypatch.setitem(FORMATS, "model.safetensors", FORMATS["model.safetensors"]._replace(write=lambda *_: wrong))
     with pytest.raises(AssertionError, match=r"model.safetensors of run first differs by .* nothing is published"):
         export_run(str(tmp_path), "first")
-    assert not Path(run.uri, "export").exists()
+    assert storage.list_files(f"{run.uri}/export") == []
 
 
 # Errors

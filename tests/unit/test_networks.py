@@ -12,8 +12,6 @@ from torch import nn
 from torchvision.models.detection import maskrcnn_resnet50_fpn_v2
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES  # isort: skip - after detectron
-from detectron2.layers import FrozenBatchNorm2d  # isort: skip
 from carclass import storage
 from carclass.config.schema import DetectorSettings
 from carclass.errors import UserError
@@ -21,6 +19,10 @@ from carclass.masking import detectron, networks
 from carclass.masking.torchvision_rcnn import COCO_IDS
 from carclass.models import weights
 
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES  # isort: skip - after detectron
+from detectron2.layers import FrozenBatchNorm2d  # isort: skip
+
+Build = Callable[[DetectorSettings], networks.Network]
 PERSON, CAR, BUS = 0, 2, 5
 REQUESTED = {CAR: "car", BUS: "bus"}
 SAMPLE = Path(detectron.__file__).parents[1] / "sample" / "detector.yaml"
@@ -61,6 +63,20 @@ def make_settings(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Det
         return DetectorSettings.model_validate({**defaults, **files[name], **changes})
 
     return make_settings
+
+
+@pytest.fixture(scope="module")
+def build() -> Build:
+    """Return networks.build_network with a cache: tests share networks, as random weights take seconds."""
+    built: dict[str, networks.Network] = {}
+
+    def build(settings: DetectorSettings) -> networks.Network:
+        key = settings.model_dump_json()
+        if key not in built:
+            built[key] = networks.build_network(settings)
+        return built[key]
+
+    return build
 
 
 def _model_and_weights(name: str, folder: Path) -> dict[str, Any]:
@@ -151,11 +167,11 @@ WITH_MASKS = ("sample", "cascade", "panoptic", networks.TORCHVISION)
 
 @pytest.mark.parametrize("name", ALL)
 def test_detections_of_the_requested_classes_equal_the_originals(
-    make_settings: Callable[..., DetectorSettings], photo: torch.Tensor, name: str
+    make_settings: Callable[..., DetectorSettings], build: Build, photo: torch.Tensor, name: str
 ):
     settings = make_settings(name)
     expected = run_original(settings, photo)
-    (instances,) = run(networks.build_network(settings), photo)
+    (instances,) = run(build(settings), photo)
     assert len(instances) > 20
     assert instances.image_size == (128, 160)
     torch.testing.assert_close(
@@ -168,10 +184,10 @@ def test_detections_of_the_requested_classes_equal_the_originals(
 
 @pytest.mark.parametrize("name", WITH_MASKS)
 def test_masks_pasted_equal_the_originals(
-    make_settings: Callable[..., DetectorSettings], photo: torch.Tensor, name: str
+    make_settings: Callable[..., DetectorSettings], build: Build, photo: torch.Tensor, name: str
 ):
     settings = make_settings(name)
-    (instances,) = run(networks.build_network(settings), photo)
+    (instances,) = run(build(settings), photo)
     boxes, soft = instances.pred_boxes.tensor, instances.pred_masks
     assert soft.shape[:2] == (len(instances), 1)
     assert soft.shape[2] == soft.shape[3]
@@ -185,10 +201,10 @@ def test_masks_pasted_equal_the_originals(
 
 @pytest.mark.parametrize("name", ALL)
 def test_other_classes_do_not_count_towards_the_limit_on_detections(
-    make_settings: Callable[..., DetectorSettings], photo: torch.Tensor, name: str
+    make_settings: Callable[..., DetectorSettings], build: Build, photo: torch.Tensor, name: str
 ):
-    (persons,) = run(networks.build_network(make_settings(name, classes={PERSON: "person"}, num_detections=5)), photo)
-    (cars,) = run(networks.build_network(make_settings(name, classes={CAR: "car"}, num_detections=5)), photo)
+    (persons,) = run(build(make_settings(name, classes={PERSON: "person"}, num_detections=5)), photo)
+    (cars,) = run(build(make_settings(name, classes={CAR: "car"}, num_detections=5)), photo)
     assert len(persons) == len(cars) == 5
     assert persons.scores.min() > cars.scores.max()
     assert set(cars.pred_classes.tolist()) == {CAR}
@@ -196,20 +212,22 @@ def test_other_classes_do_not_count_towards_the_limit_on_detections(
 
 @pytest.mark.parametrize("name", WITH_MASKS)
 def test_the_mask_head_runs_on_boxes_of_requested_classes_only(
-    make_settings: Callable[..., DetectorSettings], photo: torch.Tensor, name: str
+    make_settings: Callable[..., DetectorSettings], build: Build, photo: torch.Tensor, name: str
 ):
-    net = networks.build_network(make_settings(name))
+    net = build(make_settings(name))
     num_boxes = []
-    net.model.roi_heads.mask_head.register_forward_pre_hook(lambda _, inputs: num_boxes.append(len(inputs[0])))
+    mask_head = net.model.roi_heads.mask_head
+    hook = mask_head.register_forward_pre_hook(lambda _, inputs: num_boxes.append(len(inputs[0])))
     (instances,) = run(net, photo)
+    hook.remove()
     assert num_boxes == [len(instances)]
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_photo_without_vehicles_has_no_instances(
-    make_settings: Callable[..., DetectorSettings], photo: torch.Tensor, name: str
+    make_settings: Callable[..., DetectorSettings], build: Build, photo: torch.Tensor, name: str
 ):
-    net = networks.build_network(make_settings(name, score_threshold=1.0))
+    net = build(make_settings(name, score_threshold=1.0))
     (instances,) = run(net, photo)
     assert len(instances) == 0
     assert not net.finds_masks or instances.pred_masks.shape[:2] == (0, 1)
@@ -217,9 +235,9 @@ def test_a_photo_without_vehicles_has_no_instances(
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_network_declares_masks_and_channel_order(
-    make_settings: Callable[..., DetectorSettings], photo: torch.Tensor, name: str
+    make_settings: Callable[..., DetectorSettings], build: Build, photo: torch.Tensor, name: str
 ):
-    net = networks.build_network(make_settings(name))
+    net = build(make_settings(name))
     (instances,) = run(net, photo)
     assert net.finds_masks == instances.has("pred_masks") == (name in WITH_MASKS)
     assert net.input_format == ("RGB" if name == networks.TORCHVISION else "BGR")
@@ -227,17 +245,19 @@ def test_a_network_declares_masks_and_channel_order(
 
 @pytest.mark.parametrize("name", ["sample", networks.TORCHVISION])
 def test_in_bf16_boxes_and_scores_keep_their_precision(
-    make_settings: Callable[..., DetectorSettings], photo: torch.Tensor, name: str
+    make_settings: Callable[..., DetectorSettings], build: Build, photo: torch.Tensor, name: str
 ):
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        (instances,) = run(networks.build_network(make_settings(name)), photo)
+        (instances,) = run(build(make_settings(name)), photo)
     for values in (instances.pred_boxes.tensor, instances.scores):
         assert values.dtype == torch.float32
         assert (values != values.bfloat16().float()).float().mean() > 0.5
 
 
-def test_a_batch_may_hold_photos_of_several_sizes(make_settings: Callable[..., DetectorSettings], photo: torch.Tensor):
-    net = networks.build_network(make_settings(networks.TORCHVISION))
+def test_a_batch_may_hold_photos_of_several_sizes(
+    make_settings: Callable[..., DetectorSettings], build: Build, photo: torch.Tensor
+):
+    net = build(make_settings(networks.TORCHVISION))
     assert [instances.image_size for instances in run(net, photo, photo[:, :96])] == [(128, 160), (96, 160)]
 
 

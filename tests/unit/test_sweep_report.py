@@ -31,8 +31,9 @@ from tests.helpers.sweeps import (
 
 @pytest.fixture(autouse=True)
 def _few_resamples(monkeypatch):
-    """Estimate importance from fewer resamples, for speed."""
+    """Estimate importance from fewer resamples and smaller forests, for speed."""
     monkeypatch.setattr(importance, "NUM_RESAMPLES", 5)
+    monkeypatch.setattr(importance, "NUM_TREES", 8)
 
 
 def summary_text(sweep: SweepResult) -> str:
