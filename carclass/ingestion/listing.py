@@ -17,6 +17,7 @@ from carclass.data.quarantine import Reason
 from carclass.errors import UserError
 from carclass.ingestion import archive
 from carclass.ingestion.folder_listing import scan_folder
+from carclass.ingestion.own_files import without_own_files
 from carclass.progress import Progress
 
 PAGE_KEYS = 1000
@@ -38,8 +39,8 @@ class _PageRequest(NamedTuple):
     token: str | None = None
 
 
-def list_photos(photos: str, inventory: Inventory, setting: str = "ingest.photos") -> None:
-    """Add the keys of all files of a folder, prefix or archive to the inventory.
+def list_photos(photos: str, inventory: Inventory, setting: str = "ingest.photos", *, root: str | None = None) -> None:
+    """Add the keys of all files of a folder, prefix or archive to the inventory, without those that jobs wrote to root.
 
     Raise UserError, naming the setting, if there are none.
     """
@@ -57,6 +58,8 @@ def list_photos(photos: str, inventory: Inventory, setting: str = "ingest.photos
         )
     else:
         pages = list_pages(photos)
+        if root is not None:
+            pages = without_own_files(pages, photos, root)
     progress = Progress("list", "keys")
     for page in pages:
         inventory.add_inputs(map(_reject_large, page))

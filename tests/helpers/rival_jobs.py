@@ -109,8 +109,8 @@ def _stop_before_operation(number: int) -> None:
         setattr(storage, name, stop_once(getattr(storage, name)))
 
 
-def publish(root: str, settings: dict[str, Any]) -> dataset.Dataset:
-    """Publish the dataset v1 with a row per key, as ingest does it."""
+def publish(root: str, settings: dict[str, Any], image: bytes = b"x") -> dataset.Dataset:
+    """Publish the dataset v1 with a row per key, each with this image, as ingest does it."""
     uri = dataset.dataset_uri(root, "v1")
     dataset.find_same_dataset(root, "v1", settings)
     with lease.hold_lease(uri, "ingest") as held, Inventory() as inventory:
@@ -123,13 +123,13 @@ def publish(root: str, settings: dict[str, Any]) -> dataset.Dataset:
             return published
         draft.begin()
         draft.reconcile(lambda split, _: split)
-        draft.write_missing(lambda: _write_pending(draft))
+        draft.write_missing(lambda: _write_pending(draft, image))
         return draft.publish(draft.complete(["a"], {"kind": "photos"}))
 
 
-def _write_pending(draft: Draft) -> None:
+def _write_pending(draft: Draft, image: bytes) -> None:
     size = random.Random(os.getpid()).randint(1, 4)  # another batch size than that of a rival
     for table in draft.inventory.pending(size):
-        photo = {"split": "train", "width": 1, "height": 1, "image": b"x"}
+        photo = {"split": "train", "width": 1, "height": 1, "image": image}
         rows = [{**row, **photo, "image_id": storage.sha256(row["key"].encode())} for row in table.to_pylist()]
         publishing.write_rows(draft.uri, "parts", rows, draft.settings)

@@ -1,0 +1,44 @@
+"""Files that jobs write, where `root` lies within the folder of photos: they are no inputs."""
+
+import logging
+import os
+from collections.abc import Iterator
+
+from carclass import storage
+from carclass.data.inventory import Listed
+
+log = logging.getLogger(__name__)
+FOLDERS = ("datasets", "experiments", "features", "previews", "replaced", "sample/photos", "sweeps", "weights")
+"""Folders below a root."""
+
+
+def own_prefixes(photos: str, root: str) -> tuple[str, ...]:
+    """Return the beginnings of the keys of own files; none if root does not lie within the photos."""
+    folder, own = _place(photos), _place(root)
+    inner = os.path.relpath(own, folder) if _is_same_store(photos, root) else ".."
+    if inner.split("/")[0] == "..":
+        return ()
+    return tuple(f"{name}/" if inner == "." else f"{inner}/{name}/" for name in FOLDERS)
+
+
+def without_own_files(pages: Iterator[list[Listed]], photos: str, root: str) -> Iterator[list[Listed]]:
+    """Yield the pages without own files, which are counted in a log line."""
+    prefixes, count = own_prefixes(photos, root), 0
+    for page in pages:
+        others = [file for file in page if not file.key.startswith(prefixes)] if prefixes else page
+        count += len(page) - len(others)
+        if others:
+            yield others
+    if count:
+        text = "list: `root` %s lies in the folder of photos; %s files written by jobs are left out"
+        log.info(text, root, f"{count:,}")
+
+
+def _is_same_store(photos: str, root: str) -> bool:
+    return (storage.local_path(photos) is None) == (storage.local_path(root) is None)
+
+
+def _place(uri: str) -> str:
+    """Return a path that tells which place lies within which: links are resolved."""
+    path = storage.local_path(uri)
+    return "/" + uri.removeprefix("s3://").rstrip("/") if path is None else os.path.realpath(path)
