@@ -1,7 +1,9 @@
 """Errors that a user can cause and fix, and hints for misspelled names."""
 
 import difflib
+import errno
 from collections.abc import Iterable, Sequence
+from types import TracebackType
 
 
 class UserError(ValueError):
@@ -13,12 +15,41 @@ class UserError(ValueError):
 
 def find_user_error(error: BaseException) -> UserError | None:
     """Return the UserError that caused an error of a remote task or of a group of workers, or None."""
-    remote = [getattr(error, name, None) for name in ("cause", "controller_failure")]  # a task's, Ray Train's
-    causes = [cause for cause in (*remote, *getattr(error, "worker_failures", {}).values()) if cause is not None]
+    causes = _remote_causes(error)
     if not causes and isinstance(error, UserError):
         return error
     found = (find_user_error(cause) for cause in (*causes, error.__cause__) if cause is not None)
     return next((user_error for user_error in found if user_error is not None), None)
+
+
+def _remote_causes(error: BaseException) -> list[BaseException]:
+    """Return the errors of the remote tasks or workers that an error reports."""
+    remote = [getattr(error, name, None) for name in ("cause", "controller_failure")]  # a task's, Ray Train's
+    return [cause for cause in (*remote, *getattr(error, "worker_failures", {}).values()) if cause is not None]
+
+
+class FullDiskReport:
+    """Context that raises UserError for a full disk, on this machine or in a task: a cache, TMPDIR, Ray's spilling."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
+        if error is None or isinstance(error, UserError) or (full := _find_full_disk(error)) is None:
+            return
+        raise UserError(
+            f"no space left on a disk ({full}). Free some space there, or set TMPDIR, XDG_CACHE_HOME or RAY_TMPDIR to "
+            "a folder on a larger disk. The same command resumes."
+        ) from error
+
+
+def _find_full_disk(error: BaseException) -> str | None:
+    """Return the first line of the error of a full disk that caused an error, or None."""
+    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if is_full or type(error).__name__ == "OutOfDiskError":  # Ray's, which this module must not import
+        return next(iter(str(error).splitlines()), type(error).__name__)
+    found = (_find_full_disk(cause) for cause in (*_remote_causes(error), error.__cause__) if cause is not None)
+    return next((text for text in found if text is not None), None)
 
 
 def suggest_names(name: str, known: Iterable[str], prefix: str = "") -> str:

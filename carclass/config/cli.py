@@ -23,7 +23,7 @@ from carclass.config.section import (
     section_type,
     validate,
 )
-from carclass.errors import UserError, find_user_error, suggest_names
+from carclass.errors import FullDiskReport, UserError, find_user_error, suggest_names
 from carclass.formatting import terminal_text, value_text
 
 Flags = Mapping[str, dict[str, Any]]
@@ -183,7 +183,8 @@ def main(job: Callable[[], None]) -> None:
     logger.setLevel(logging.INFO)
     logger.propagate = False  # Ray adds a handler to the root logger: lines would appear twice
     try:
-        job()
+        with FullDiskReport():
+            job()
     except UserError as error:
         cause = find_user_error(error)  # the text of a task's error has its traceback
         print(f"error: {terminal_text(str(cause))}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """Full disks and power losses: one paragraph, no leftovers, and the same command goes on once there is space."""
 
+import errno
 import os
 import subprocess
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from carclass import storage
+from carclass.config import cli
 from carclass.data import dataset
 from carclass.errors import UserError
 from tests.helpers import rival_jobs
@@ -49,6 +51,43 @@ def test_a_job_goes_on_once_there_is_space(disk: Path):
     subprocess.run(["mount", "-o", "remount,size=2m", str(disk)], check=True)
     published = rival_jobs.publish(str(disk), SETTINGS, IMAGE)
     assert len(published.read(["key"])) == len(rival_jobs.KEYS)
+
+
+class OutOfDiskError(Exception):
+    """Error of Ray's object store, by its name."""
+
+
+class TaskError(Exception):
+    """Error of a remote task."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__("a traceback")
+        self.cause = cause
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device", "/tmp/x")
+
+
+@pytest.mark.parametrize(
+    "error", [FULL, TaskError(FULL), OutOfDiskError("spilled\nand so on"), TaskError(TaskError(FULL))]
+)
+def test_a_full_disk_elsewhere_is_reported_by_every_job(error: Exception, capsys: pytest.CaptureFixture[str]):
+    def job() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        cli.main(job)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2
+    assert line.startswith("error: no space left on a disk (")
+
+
+def test_another_error_keeps_its_traceback():
+    def job() -> None:
+        raise OSError(errno.EBADF, "a bug")
+
+    with pytest.raises(OSError, match="a bug"):
+        cli.main(job)
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "zeroed"])
