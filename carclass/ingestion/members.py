@@ -51,10 +51,6 @@ class _Entry(NamedTuple):
     reason: str | None
     detail: str | None
 
-    def listed(self, key: str) -> Listed:
-        """Return the entry as a file of that name."""
-        return Listed(key, self.size, self.version, position=self.position)
-
 
 def clean_name(name: str) -> str:
     """Return a member's path as it would be after unpacking: relative, without `.`, `..` and empty parts."""
@@ -97,10 +93,10 @@ class Catalogue:
         """
         name, target = clean_name(member.name), member.target
         reason = detail = None
-        if member.rejected is not None:
-            reason, detail = Reason.NOT_AN_IMAGE, f"{member.rejected}, not a file"
-        elif not name or not is_utf8(name):
+        if not name or not is_utf8(name):
             reason, detail, target = Reason.BAD_NAME, "the name is not UTF-8" if name else "the name is empty", None
+        elif member.rejected is not None:
+            reason, detail = Reason.MISSING_FILE, f"{member.rejected}, not a file"
         name = printable(name)
         if self._find(name) is not None:
             if target == name:  # a file that is archived again is stored as a hard link to itself
@@ -118,7 +114,7 @@ class Catalogue:
                 self._last_replaced,
             )
         for entry in self._entries(""):
-            yield from self._resolve(entry.name, entry, ())
+            yield from self._resolve(entry.name, entry, frozenset(_folders(entry.name)))
 
     def _find(self, name: str) -> _Entry | None:
         row = self._db.execute(f"SELECT {COLUMNS} FROM member WHERE name = ?", (name,)).fetchone()  # noqa: S608
@@ -130,10 +126,10 @@ class Catalogue:
         query = f"SELECT {COLUMNS} FROM member WHERE name >= ? AND name < ?"  # noqa: S608 - constant
         return (_Entry(*row) for row in self._db.execute(query, bounds))
 
-    def _resolve(self, key: str, entry: _Entry, folders: tuple[str, ...]) -> Iterator[Listed]:
+    def _resolve(self, key: str, entry: _Entry, folders: frozenset[str]) -> Iterator[Listed]:
         """Yield the file that an entry stands for, or the files below the folder that a link leads to.
 
-        key: name of the entry, in the folders that links have led to.
+        key: name of the entry, in the folders that links have led to. folders: all of them, by their own names.
         """
         if entry.target is None:
             yield Listed(key, entry.size, entry.version, entry.reason, entry.detail, entry.position)
@@ -141,18 +137,23 @@ class Catalogue:
         path = self._follow(entry.target)
         target = None if path is None else self._find(path)
         if target is not None:
-            yield Listed(key, target.size, target.version, position=target.position)
+            reason, detail = (None, None) if target.reason == Reason.BAD_NAME else (target.reason, target.detail)
+            yield Listed(key, target.size, target.version, reason, detail, target.position)
         elif path is None or next(self._entries(path), None) is None:
-            yield _rejected_link(key, entry, "is not in the archive")
-        elif path in folders or f"{entry.name}/".startswith(f"{path}/" if path else ""):
-            yield _rejected_link(key, entry, "is a folder that contains the link")
+            detail = f"a link to {entry.target.removeprefix('../')}, which is not in the archive"
+            yield Listed(key, entry.size, entry.version, Reason.MISSING_FILE, detail, entry.position)
         else:
             for below in self._entries(path):
-                self._num_linked += 1
-                if self._num_linked > MAX_LINKED_FILES:
-                    problem = f"its links to folders lead to more than {MAX_LINKED_FILES:,} files, such as {key}"
-                    raise ArchiveError(problem, "Create it again without such links.")
-                yield from self._resolve(f"{key}{below.name[len(path) :]}", below, (*folders, path))
+                inner = frozenset(_folders(below.name, path))
+                if inner.isdisjoint(folders):  # as in a folder, those above are listed only once
+                    self._count_linked(key)
+                    yield from self._resolve(f"{key}{below.name[len(path) :]}", below, folders | inner)
+
+    def _count_linked(self, key: str) -> None:
+        self._num_linked += 1
+        if self._num_linked > MAX_LINKED_FILES:
+            problem = f"its links to folders lead to more than {MAX_LINKED_FILES:,} files, such as {key}"
+            raise ArchiveError(problem, "Create it again without such links.")
 
     def _follow(self, path: str) -> str | None:
         """Return the path that is left when all links on the way are replaced by their targets; None for a loop."""
@@ -168,10 +169,11 @@ class Catalogue:
         return None
 
 
-def _rejected_link(key: str, entry: _Entry, problem: str) -> Listed:
-    target = (entry.target or "").removeprefix("../") or "."
-    detail = f"a link to {target}, which {problem}"
-    return Listed(key, entry.size, entry.version, Reason.MISSING_FILE, detail, entry.position)
+def _folders(name: str, top: str = "") -> Iterator[str]:
+    """Yield the folders of a file, from the top folder down; "" is that of the archive."""
+    parts = name.split("/")[:-1]
+    start = top.count("/") + 1 if top else 0
+    return ("/".join(parts[:end]) for end in range(start, len(parts) + 1))
 
 
 def is_utf8(name: str) -> bool:

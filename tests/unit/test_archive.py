@@ -391,10 +391,20 @@ def test_links_to_folders_are_followed(tmp_path: Path, suffix: str):
 def test_links_that_lead_nowhere_are_quarantined_under_their_names(tmp_path: Path, suffix: str):
     folder = write(tmp_path / "photos", {"a/x.jpg": NOISE})
     links = {"gone.jpg": "a/gone.jpg", "outside.jpg": "../a/x.jpg", "absolute.jpg": "/a/x.jpg", "loop.jpg": "loop.jpg"}
-    links |= {"one.jpg": "two.jpg", "two.jpg": "one.jpg", "a/parent": "..", "top": "."}
+    links |= {"one.jpg": "two.jpg", "two.jpg": "one.jpg"}
     for name, target in links.items():
         (folder / name).symlink_to(target)
     assert read(pack(folder, suffix)) == ({"a/x.jpg": NOISE}, dict.fromkeys(links, Reason.MISSING_FILE))
+
+
+@packed
+def test_links_to_folders_above_add_no_files(tmp_path: Path, suffix: str):
+    folder = write(tmp_path / "photos", {"a/x.jpg": NOISE, "b/c/y.jpg": NOISE})
+    for name, target in {"a/parent": "..", "top": ".", "a/to_b": "../b", "b/c/to_a": "../../a", "cc": "b/c"}.items():
+        (folder / name).symlink_to(target)
+    contents, rejected = read(pack(folder, suffix))
+    assert sorted(contents) == sorted(files_of(folder))
+    assert rejected == {}
 
 
 def test_links_to_files_of_absolute_names_are_followed(tmp_path: Path):
@@ -472,13 +482,14 @@ def test_devices_are_quarantined_by_name(tmp_path: Path):
         add(file, "a.jpg", NOISE)
         add(file, "pipe", type=tarfile.FIFOTYPE)
         add(file, "disk", type=tarfile.BLKTYPE)
+        add(file, "link", type=tarfile.SYMTYPE, linkname="pipe")
     special = zipfile.ZipInfo("pipe")
     special.external_attr = stat.S_IFIFO << 16
     with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive_file:
         archive_file.writestr("a.jpg", NOISE)
         archive_file.writestr(special, b"")
-    assert read(str(tmp_path / "photos.tar"))[1] == dict.fromkeys(["pipe", "disk"], Reason.NOT_AN_IMAGE)
-    assert read(str(tmp_path / "photos.zip"))[1] == {"pipe": Reason.NOT_AN_IMAGE}
+    assert read(str(tmp_path / "photos.tar"))[1] == dict.fromkeys(["pipe", "disk", "link"], Reason.MISSING_FILE)
+    assert read(str(tmp_path / "photos.zip"))[1] == {"pipe": Reason.MISSING_FILE}
 
 
 # Bombs
