@@ -3,7 +3,8 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 INSTALLED := .venv/installed
 LOCKS := requirements.lock requirements-dev.lock
-TEST = $(PY) -m pytest --numprocesses 2
+# The longest first, so that both processes end at about the same time.
+TEST = $(PY) -m pytest --numprocesses 2 --no-loadscope-reorder $(addprefix tests/,ray cluster golden s3 unit real gpu)
 COMPILE = .venv/bin/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --custom-compile-command "make lock"
 
 .PHONY: help install demo test test-all lint format bench docs lock clean

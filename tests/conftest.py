@@ -27,18 +27,20 @@ from tests.helpers.clusters import free_port
 from tests.helpers.faulty_s3 import Proxy
 
 Rows = list[dict[str, Any]]
-INDEPENDENT = ("tests/unit/", "tests/golden/", "tests/s3/test_listing_s3.py", "tests/cluster/test_image.py")
+SHARE_A_CLUSTER = ("tests/ray/", "tests/s3/test_s3.py", "tests/s3/test_throttling.py")
+OWN_CLUSTERS = ("tests/ray/test_autoscaling.py", "tests/ray/test_masking_kills.py")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Return pytest-xdist's scheduler: independent modules on any worker, all tests that share clusters on one."""
+    """Return pytest-xdist's scheduler: modules that share a Ray cluster on one worker, all others on any."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             module = nodeid.split("::")[0]
-            return module if module.startswith(INDEPENDENT) else "clusters"
+            shares = module.startswith(SHARE_A_CLUSTER) and module not in OWN_CLUSTERS
+            return "shared cluster" if shares else module
 
     return Scheduling(config, log)
 
