@@ -12,6 +12,13 @@ class UserError(ValueError):
     Jobs print it as one paragraph and exit with status 2; any other exception keeps its traceback.
     """
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message  # Ray Data appends advice of its own to `args`
+
 
 def find_user_error(error: BaseException) -> UserError | None:
     """Return the UserError that caused an error of a remote task or of a group of workers, or None."""

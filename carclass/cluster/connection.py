@@ -4,6 +4,7 @@ import logging
 import os
 import secrets
 import socket
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -12,6 +13,7 @@ import ray
 import ray.data
 
 from carclass.cluster import telemetry
+from carclass.cluster.shared_paths import check_shared
 from carclass.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -20,8 +22,16 @@ DASHBOARD_PORT = 8265
 """Ray's default port."""
 
 
-def connect() -> None:
-    """Join the cluster at RAY_ADDRESS, which is set for submitted jobs, or start a local one."""
+def connect(folders: Mapping[str, str] | None = None) -> None:
+    """Join the cluster at RAY_ADDRESS, which is set for submitted jobs, or start a local one.
+
+    folders: setting → URI of what all nodes must see. Raise UserError if they do not.
+    """
+    _join()
+    check_shared(folders or {})
+
+
+def _join() -> None:
     # Otherwise Ray Data drops the error that a batch failed with, and with it the remedy.
     ray.data.DataContext.get_current().raise_original_map_exception = True
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it logs the error that it raises

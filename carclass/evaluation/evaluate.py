@@ -49,7 +49,7 @@ def evaluate_run(root: str, settings: EvaluateSettings) -> Evaluation:
         )
     if not source.manifest["splits"][settings.split]:
         raise UserError(f"dataset `{source.name}` has no {settings.split} photos. Choose another `evaluate.split`.")
-    connection.connect()
+    connection.connect({"root": root})
     uri = report_uri(run, source, settings)
     with hold_lease(uri, "evaluate") as lease:
         predictions = predict_split(source, settings, model_uri)

@@ -127,7 +127,7 @@ def _check_parents(tree: Tree, experiments: Sequence[Experiment]) -> None:
 
 def _run_tasks(tree: Tree, progress: TreeProgress) -> None:
     """Run the waiting experiments until all are finished or failed."""
-    connection.connect()
+    connection.connect({"root": tree.budget.root})
     stores: dict[tuple[str, int], PhotoStore] = {}
     leases: dict[str, Lease] = {}
     throttle = Throttle(REPORT_EVERY_S)

@@ -109,7 +109,7 @@ def _add_inputs(inventory: Inventory, source: dataset.Dataset, limit: int | None
 
 def _write_dataset(draft: Draft, source: dataset.Dataset, settings: MaskSettings) -> dataset.Dataset:
     """Write what is missing in the draft and return the complete dataset, which is not published yet."""
-    connection.connect()
+    connection.connect({"root": draft.uri})
     draft.begin()
     draft.reconcile(_keep_split)
     draft.write_missing(lambda: _write_pending(draft, source, settings))

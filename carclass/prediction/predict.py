@@ -49,7 +49,7 @@ def predict_photos(root: str, settings: PredictSettings) -> PredictionResult:
     storage.check_root(root)
     uri = predictions.predictions_uri(run.uri, settings.name)
     with hold_lease(uri, "predict") as lease, Inventory() as inventory:
-        list_photos(settings.photos, inventory, "predict.photos")
+        list_photos(settings.photos, inventory, "predict.photos", root=root)
         preprocessing = load_preprocessing(run)
         calibrated = calibrate_run(run, facts, settings.batch_size)
         identity = _identity(settings, inventory, facts, preprocessing, calibrated)
@@ -73,7 +73,7 @@ def calibrate_run(run: Run, facts: dict[str, Any], batch_size: int) -> Calibrati
             f"dataset `{source.name}` has no val photos to calibrate run `{run.settings.name}` on. "
             "Choose a run whose dataset has a val split."
         )
-    connection.connect()
+    connection.connect({"root": run.uri})
     settings = EvaluateSettings(run=run.settings.name, split="val", batch_size=batch_size)
     table = predict_split(source, settings, run.model_uri(run.stages[-1]))
     fitted = calibration.fit_calibration(*to_arrays(table, facts["classes"]), facts["sha256"])
@@ -104,7 +104,7 @@ def _identity(
 
 def _write_predictions(draft: Draft, job: PredictionJob) -> None:
     """Write parts with the pending photos, then the tables of all photos."""
-    connection.connect()
+    connection.connect({"root": draft.uri, "predict.photos": job.settings.photos})
     uri, inventory = draft.uri, draft.inventory
     draft.sync()
     draft.retry_unreadable()

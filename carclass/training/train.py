@@ -73,7 +73,7 @@ def load_run_inputs(root: str, settings: TrainSettings) -> tuple[dataset.Dataset
 
 def check_resources(root: str, settings: TrainSettings, source: dataset.Dataset) -> bool:
     """Connect to the cluster and run the preflight check. Return True if GPUs are used."""
-    connection.connect()
+    connection.connect({"root": root})
     min_workers, _ = settings.workers
     use_gpu = resources.decide_gpus(settings.use_gpu, min_workers, "train.use_gpu", resources.TRAIN)
     resources.check_cpus(0 if use_gpu else min_workers, "train.num_workers")
@@ -87,7 +87,7 @@ def train_stages(
     source: dataset.Dataset,
     get_photos: Callable[[], BlockRefs],
     train_resources: TrainResources,
-    stages: Sequence[resnet.StageName],
+    stages: Sequence[StageName],
 ) -> None:
     """Train and publish stages of a run that has begun. get_photos: called by stages that need photos."""
     for stage in stages:

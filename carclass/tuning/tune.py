@@ -175,7 +175,7 @@ def _run_trials(
             reason = str(result.error).strip().splitlines()[-1][:300]
             number = result.config["record"]["number"]
             records.put(replace(records.trials[number], state="failed", reason=reason))
-    failures = [grid[i].metrics.get(STORAGE_FAILURE) for i in range(len(grid)) if grid[i].metrics]
+    failures = [(grid[i].metrics or {}).get(STORAGE_FAILURE) for i in range(len(grid))]
     if failed := list(filter(None, failures)):
         raise storage.StorageError(f"{failed[0]} {len(failed)} of {len(numbers)} trials are unfinished.")
     if records.unfinished(numbers):

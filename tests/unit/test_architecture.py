@@ -35,6 +35,7 @@ RAY_MODULES = {
     "cluster.connection",
     "cluster.job_submission",
     "cluster.resources",
+    "cluster.shared_paths",
     "cluster.tasks",
     "cluster.telemetry",
     "data.crash_guard",

@@ -1,5 +1,7 @@
 """Hints for misspelled names, and the errors behind those of remote tasks."""
 
+import pickle
+
 import pytest
 
 from carclass.errors import UserError, find_user_error, suggest_names, unknown_name
@@ -59,3 +61,9 @@ def test_an_explained_user_error_replaces_its_cause():
     explained = UserError("more")
     explained.__cause__ = UserError("less")
     assert find_user_error(explained) is explained
+
+
+def test_a_user_error_keeps_its_message():
+    error = UserError("mistake")
+    error.args = ("mistake\nFailed to apply UDF transform",)
+    assert str(pickle.loads(pickle.dumps(error))) == "mistake"
