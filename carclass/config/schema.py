@@ -18,6 +18,8 @@ from carclass.config import yaml_file
 from carclass.config.section import Name, Parent, Section, Sha256, Share, Uri, validate
 from carclass.errors import UserError
 
+StageName = Literal["frozen", "unfrozen"]
+"""The stages of training, by the names of their sections."""
 Byte = Annotated[int, Field(ge=0, le=255)]
 PROFILES = {
     "exact": {"short_side": 800, "num_proposals": 1000, "num_detections": 100},

@@ -6,8 +6,8 @@ from carclass import storage
 from carclass.data import dataset, formats
 from carclass.errors import UserError
 from carclass.experiments.tree import Experiment, Tree
+from carclass.runs import checkpoint_index
 from carclass.runs.run import STAGES, Run, changed_inputs, changed_settings, find_run, parse_parent, read_run_settings
-from carclass.training import checkpoint
 
 State = Literal["missing", "begun", "finished", "stale"]
 OF_A_RUN = (
@@ -87,7 +87,7 @@ def parent_sha256(root: str, parent: str) -> str | None:
         epoch = max(epochs)
     else:
         epoch = int(start.epoch)
-    return checkpoint.recorded_sha256(storage.join(run.uri, stage, checkpoint.checkpoint_name(epoch)))
+    return checkpoint_index.recorded_sha256(storage.join(run.uri, stage, checkpoint_index.checkpoint_name(epoch)))
 
 
 def set_aside_run(run: Run) -> str:

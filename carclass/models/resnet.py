@@ -8,11 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from carclass.config.schema import ModelSettings
+from carclass.config.schema import ModelSettings, StageName
 from carclass.models import preprocessing
 from carclass.models.sample_rng import random_bits
 
-StageName = Literal["frozen", "unfrozen"]
 Precision = Literal["bf16", "fp32"]
 
 

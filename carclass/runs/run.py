@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from carclass import storage
-from carclass.config.schema import TrainSettings
+from carclass.config.schema import StageName, TrainSettings
 from carclass.config.section import EPOCH_OF_RUN, validate
 from carclass.data import dataset, formats
 from carclass.errors import UserError, unknown_name
-from carclass.models.resnet import StageName
 
 STAGES: tuple[StageName, ...] = ("frozen", "unfrozen")
 MAY_CHANGE_ON_RESUME = ("num_workers", "use_gpu", "checkpoint_steps", "keep_checkpoints")

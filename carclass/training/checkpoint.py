@@ -21,10 +21,11 @@ from carclass import storage
 from carclass.data import formats
 from carclass.errors import UserError
 from carclass.progress import print_line
+from carclass.runs.checkpoint_index import INDEX, WEIGHTS, decode_index
 from carclass.runs.saved_model import copy_to_host, serialise
 from carclass.training.learner import Learner
 
-INDEX, WEIGHTS, OPTIMIZER = "checkpoint.json", "weights.safetensors", "optimizer.safetensors"
+OPTIMIZER = "optimizer.safetensors"
 AVERAGED = "averaged."
 """Prefix of the names of trained weights in the optimizer's file, if there is a moving average."""
 
@@ -39,11 +40,6 @@ class Snapshot(NamedTuple):
     name: str
     tensors: dict[str, dict[str, Tensor]]  # by file
     state: dict[str, Any]
-
-
-def checkpoint_name(epoch: int, samples: int = 0) -> str:
-    """Return the name of a checkpoint after `epoch` epochs and `samples` samples of the next. Names sort by age."""
-    return f"epoch-{epoch:04d}" + (f"-{samples:08d}" if samples else "")
 
 
 def is_resumable(name: str) -> bool:
@@ -95,7 +91,7 @@ def verify(uri: str) -> dict[str, bytes]:
     tensors = (WEIGHTS, OPTIMIZER) if is_resumable(uri.rsplit("/", 1)[-1]) else (WEIGHTS,)
     try:
         files = {name: storage.read_bytes(storage.join(uri, name)) for name in (INDEX, *tensors)}
-        state, expected = _read_index(uri, files[INDEX])
+        state, expected = decode_index(uri, files[INDEX])
         hashes = {"state": _state_hash(state), **{name: storage.sha256(files[name]) for name in tensors}}
     except FileNotFoundError as error:
         raise DamagedError(f"checkpoint {uri} is damaged: a file is missing ({error})") from error
@@ -169,15 +165,6 @@ def read_weights(uri: str) -> tuple[dict[str, Tensor], str]:
     return load(data), storage.sha256(data)
 
 
-def recorded_sha256(uri: str) -> str | None:
-    """Return the sha256 that a checkpoint records of its weights, without reading them; None if it doesn't exist."""
-    try:
-        sha256: str | None = formats.read(storage.join(uri, INDEX), "checkpoint")["sha256"].get(WEIGHTS)
-    except FileNotFoundError:
-        return None
-    return sha256
-
-
 def prune(uri: str, kept: Iterable[str]) -> None:
     """Delete all checkpoints but those named, also incomplete ones of killed runs."""
     existing = {path.split("/")[0] for path in storage.list_files(uri) if path.startswith("epoch-")}
@@ -193,15 +180,9 @@ def remove(uri: str, removed: Iterable[str]) -> None:
         storage.delete_folder(folder)
 
 
-def _read_index(uri: str, data: bytes) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the state and the hashes in a checkpoint's index."""
-    index = formats.decode(data, "checkpoint", storage.join(uri, INDEX))
-    return {key: value for key, value in index.items() if key not in ("format", "sha256")}, index["sha256"]
-
-
 def _state(uri: str, files: dict[str, bytes]) -> dict[str, Any]:
     """Return the state of a checkpoint; a loss that was not finite is NaN."""
-    state, _ = _read_index(uri, files[INDEX])
+    state, _ = decode_index(uri, files[INDEX])
     steps = [[math.nan if value is None else value for value in step] for step in state.get("steps", [])]
     return {**state, "steps": steps} if steps else state
 

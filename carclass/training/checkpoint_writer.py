@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 from carclass import storage
 from carclass.progress import print_line
+from carclass.runs.checkpoint_index import checkpoint_name
 from carclass.runs.metrics_log import MetricsLog
 from carclass.runs.run import Run
 from carclass.training import checkpoint
@@ -47,7 +48,7 @@ class CheckpointWriter:
         self.wait()
         row = {**metrics, "time": time.time()}
         self.pending_metrics = self.thread.submit(self.metrics_log.add, row, steps)
-        if checkpoint.checkpoint_name(state.epoch) in self._kept(state):
+        if checkpoint_name(state.epoch) in self._kept(state):
             self._submit_checkpoint(state)
 
     def wait_for_metrics(self) -> None:
@@ -62,7 +63,7 @@ class CheckpointWriter:
             self.pending_checkpoint.result()
 
     def _submit_checkpoint(self, state: TrainState) -> None:
-        name = checkpoint.checkpoint_name(state.epoch, state.samples)
+        name = checkpoint_name(state.epoch, state.samples)
         snapshot = checkpoint.take_snapshot(name, self.learner, asdict(state))
         self.pending_checkpoint = self.thread.submit(self._write, snapshot, self._kept(state))
 
@@ -77,7 +78,7 @@ class CheckpointWriter:
         best = sorted(range(1, state.epoch + 1), key=lambda epoch: (-state.val_accuracies[epoch - 1], epoch))
         last = {state.epoch} if is_done(stage, state) else set()
         kept = {*best[: self.run.settings.keep_checkpoints], *stage.keep_epochs} | last
-        return {checkpoint.checkpoint_name(epoch) for epoch in kept}
+        return {checkpoint_name(epoch) for epoch in kept}
 
     def _report(self, metrics: Metrics) -> None:
         settings = self.run.settings

@@ -5,15 +5,16 @@ from torch import Tensor
 from torchvision.models.resnet import ResNet
 
 from carclass import storage
-from carclass.config.schema import ModelSettings, TrainSettings
+from carclass.config.schema import ModelSettings, StageName, TrainSettings
 from carclass.errors import UserError
 from carclass.models import resnet, weights
+from carclass.runs import checkpoint_index
 from carclass.runs.run import ParentEpoch, Run, find_run, parse_parent
 from carclass.runs.saved_model import load_network, read_model
 from carclass.training import checkpoint
 
 
-def initial_network(run: Run, stage: resnet.StageName, classes: list[str]) -> resnet.FoldedResNet:
+def initial_network(run: Run, stage: StageName, classes: list[str]) -> resnet.FoldedResNet:
     """Return the network that a stage starts from: the parent's weights, or after a frozen stage its best model."""
     if stage == "unfrozen" and run.settings.frozen is not None:
         return load_network(run.model_uri("frozen"))[0]
@@ -53,12 +54,12 @@ def _load_epoch(
     stage = run.stages[-1]
     epochs = [row["epoch"] for row in run.metrics() if row["stage"] == stage]
     epoch = max(epochs) if parent.epoch == "last" else int(parent.epoch)
-    uri = storage.join(run.uri, stage, checkpoint.checkpoint_name(epoch))
+    uri = storage.join(run.uri, stage, checkpoint_index.checkpoint_name(epoch))
     if epoch not in epochs:
         raise UserError(
             f"`train.parent`: {settings.parent} doesn't exist: `{parent.run}` has {max(epochs)} {stage} epochs."
         )
-    if not storage.exists(storage.join(uri, checkpoint.INDEX)):
+    if not storage.exists(storage.join(uri, checkpoint_index.INDEX)):
         raise UserError(
             f"`train.parent`: the weights of {settings.parent} were not kept. Add {epoch} to "
             f"`train.{stage}.keep_epochs` of `{run.settings.name}` and train it again, or start from @best or @last."

@@ -12,6 +12,7 @@ from torchvision.models.resnet import ResNet
 
 from carclass import storage
 from carclass.cluster import telemetry
+from carclass.config.schema import StageName
 from carclass.data import formats
 from carclass.models import resnet
 from carclass.runs.run import Run
@@ -27,7 +28,7 @@ class StageJob(NamedTuple):
     """Arguments of a stage's workers, the same for all."""
 
     run: Run
-    stage: resnet.StageName
+    stage: StageName
     classes: list[str]
     dataset_digest: str
     blocks: BlockRefs  # empty if features are cached

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from carclass.config import yaml_file
-from carclass.config.schema import Config, TrainSettings, with_changes
+from carclass.config.schema import Config, StageName, TrainSettings, with_changes
 from carclass.config.search import Range, Search
 from carclass.config.section import Section, validate
 from carclass.errors import UserError
 from carclass.formatting import Value, value_text
-from carclass.models.resnet import StageName
 from carclass.runs.run import MAY_CHANGE_ON_RESUME
 
 NOT_VARIED = ("name", "seed", *MAY_CHANGE_ON_RESUME)

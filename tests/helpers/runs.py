@@ -9,6 +9,7 @@ from carclass import storage
 from carclass.config.schema import TrainSettings
 from carclass.data import dataset, publishing
 from carclass.models import resnet
+from carclass.runs.checkpoint_index import WEIGHTS, checkpoint_name
 from carclass.runs.metrics_log import MetricsLog
 from carclass.runs.run import Run, begin_run
 from carclass.runs.saved_model import publish_model
@@ -47,9 +48,7 @@ def finish(run: Run, epochs: int = 5, kept: tuple[int, ...] = (2, 5), classes: l
         log.add({"epoch": epoch, "time": 1e9, **figures}, [])
         if epoch in kept:
             state = {"epoch": epoch, "val_accuracies": [n / 10 for n in range(1, epoch + 1)]}
-            snapshot = checkpoint.Snapshot(
-                checkpoint.checkpoint_name(epoch), {checkpoint.WEIGHTS: module.state_dict()}, state
-            )
+            snapshot = checkpoint.Snapshot(checkpoint_name(epoch), {WEIGHTS: module.state_dict()}, state)
             checkpoint.write_checkpoint(storage.join(run.uri, stage), snapshot)
     facts = {"run": run.settings.name, "stage": stage, "epoch": epochs, "val_accuracy": epochs / 10}
     facts |= {"classes": classes, "model": run.settings.model.model_dump(), "precision": run.settings.precision}

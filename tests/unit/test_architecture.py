@@ -144,9 +144,18 @@ def test_plain_modules_come_without_ray(name: str):
     assert [other for other in closure(name) if uses_ray(other)] == []
 
 
-def test_reading_and_writing_processes_come_without_torch():
-    code = "import sys, carclass.data.crash_guard, carclass.data.streaming, carclass.masking.writer; "
-    done = subprocess.run([sys.executable, "-c", code + "sys.exit('torch' in sys.modules)"], cwd=REPO, check=False)
+@pytest.mark.parametrize(
+    "modules",
+    [
+        pytest.param(
+            "carclass.data.crash_guard, carclass.data.streaming, carclass.masking.writer", id="reading and writing"
+        ),
+        pytest.param("carclass.experiments.tree_view", id="the tree of experiments"),
+    ],
+)
+def test_processes_without_networks_come_without_torch(modules: str):
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, check=False)
     assert done.returncode == 0
 
 

@@ -10,9 +10,10 @@ from torch import nn
 from carclass.config.schema import FrozenSettings
 from carclass.errors import UserError
 from carclass.models import resnet
+from carclass.runs.checkpoint_index import INDEX, WEIGHTS, checkpoint_name
 from carclass.runs.saved_model import serialise
 from carclass.training import checkpoint
-from carclass.training.checkpoint import INDEX, OPTIMIZER, WEIGHTS
+from carclass.training.checkpoint import OPTIMIZER
 from carclass.training.learner import Learner, make_learner
 
 
@@ -29,7 +30,7 @@ def learner(value: float) -> Learner:
 
 def write(folder: Path, epoch: int, samples: int = 0, *, val_accuracies: list[float] | None = None) -> Path:
     """Write a checkpoint to resume from, or without samples the result of an epoch."""
-    name = checkpoint.checkpoint_name(epoch, samples)
+    name = checkpoint_name(epoch, samples)
     state = {"epoch": epoch, "val_accuracies": val_accuracies or []}
     checkpoint.write_checkpoint(str(folder), checkpoint.take_snapshot(name, learner(epoch + samples / 100), state))
     return folder / name

@@ -18,7 +18,7 @@ from carclass.experiments.collect import evaluation_uri
 from carclass.experiments.status import RunStatus
 from carclass.masking import quality
 from carclass.prediction import calibration, predictions, run_preprocessing
-from carclass.runs import export
+from carclass.runs import checkpoint_index, export
 from carclass.runs.metrics_log import MetricsLog
 from carclass.runs.run import Run, find_run
 from carclass.runs.saved_model import read_model
@@ -84,7 +84,7 @@ def test_the_content_of_a_former_run_is_read():
     assert [(row["stage"], row["epoch"]) for row in run.metrics()] == [("frozen", 1), ("frozen", 2), ("unfrozen", 1)]
     assert run.steps("frozen", 2)[0]["step"] == 1
     assert run.best_val_accuracy("unfrozen") == pytest.approx(2 / 11)
-    assert checkpoint.recorded_sha256(f"{FORMAT_1}/{RUN}/frozen/epoch-0001") is not None
+    assert checkpoint_index.recorded_sha256(f"{FORMAT_1}/{RUN}/frozen/epoch-0001") is not None
 
 
 def test_a_former_run_is_still_on_its_dataset():
@@ -250,7 +250,7 @@ def test_numbers_that_are_not_finite_are_not_written_as_json():
 
 def test_a_checkpoint_in_an_epoch_that_diverged_is_restored(tmp_path: Path):
     state = {"epoch": 0, "val_accuracies": [], "steps": [[math.nan, 1.0, 16.0]], "seconds": 1.0}
-    checkpoint.write_checkpoint(str(tmp_path), checkpoint.Snapshot("epoch-0001", {checkpoint.WEIGHTS: {}}, state))
+    checkpoint.write_checkpoint(str(tmp_path), checkpoint.Snapshot("epoch-0001", {checkpoint_index.WEIGHTS: {}}, state))
     text = (tmp_path / "epoch-0001" / "checkpoint.json").read_text()
     assert json.loads(text, parse_constant=pytest.fail)["steps"] == [[None, 1.0, 16.0]]
     restored = checkpoint._state("", checkpoint.verify(f"{tmp_path}/epoch-0001"))

@@ -10,6 +10,7 @@ import torch
 
 from carclass.config.schema import AugmentationSettings, ModelSettings, UnfrozenSettings
 from carclass.models import resnet
+from carclass.runs.checkpoint_index import checkpoint_name
 from carclass.training import checkpoint, learner, loop
 from carclass.training.dataloader import FeatureLoader, PhotoBlock, PhotoLoader, PhotoSamples
 
@@ -63,7 +64,7 @@ class Stage:
         steps = iter(range(1, 10**6))
 
         def save(state: loop.TrainState, required: bool) -> None:
-            name = checkpoint.checkpoint_name(state.epoch, state.samples)
+            name = checkpoint_name(state.epoch, state.samples)
             checkpoint.write_checkpoint(self.uri, checkpoint.take_snapshot(name, trained, asdict(state)))
 
         def on_epoch_end(state: loop.TrainState, metrics: loop.Metrics, steps: list[loop.Metrics]) -> None:
