@@ -3,10 +3,13 @@
 PIL stops at damaged metadata, and doesn't check the pixel data's lengths and checksums.
 """
 
+import io
 import struct
 import zlib
-from collections.abc import Iterator
-from typing import NamedTuple
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from carclass.data.orientation import read_orientation
 from carclass.data.quarantine import PhotoError, Reason
@@ -26,10 +29,44 @@ MAX_METADATA = 1_000_000
 class Plain(NamedTuple):
     """A file without damaged or unneeded parts, and the orientation that it stated."""
 
-    data: bytes
+    pieces: Sequence[bytes | memoryview]
     height: int
     width: int
     orientation: int
+
+    def open(self) -> BinaryIO:
+        """Return the file of these pieces."""
+        return cast(BinaryIO, io.BufferedReader(_Joined(self.pieces)))
+
+
+class _Joined(io.RawIOBase):
+    """File of several pieces, which are not copied, as they may take much memory."""
+
+    def __init__(self, pieces: Sequence[bytes | memoryview]) -> None:
+        self.pieces, self.position = pieces, 0
+        self.ends = list(accumulate(map(len, pieces)))
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.ends[-1]}[whence]
+        self.position = start + offset
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        index = bisect_right(self.ends, self.position)
+        if index == len(self.pieces):
+            return 0
+        piece = self.pieces[index]
+        start = self.position - self.ends[index] + len(piece)
+        data = piece[start : start + len(buffer)]
+        buffer[: len(data)] = data
+        self.position += len(data)
+        return len(data)
 
 
 def plain_png(data: bytes) -> Plain:
@@ -37,32 +74,34 @@ def plain_png(data: bytes) -> Plain:
 
     Raise PhotoError if one of them has a wrong checksum, or the end chunk is missing. Other damage is ignored.
     """
-    parts, exif, xmp = [data[:8]], [], []
+    view = memoryview(data)
+    pieces: list[bytes | memoryview] = [data[:8]]
+    exif, xmp = [], []
     at, kind = 8, b""
     while kind != b"IEND":
         end = at + 12 + int.from_bytes(data[at : at + 4], "big")
         if end > len(data):
             raise PhotoError(Reason.TRUNCATED, f"PNG: {len(data)} bytes end before the end chunk")
-        kind, body = data[at + 4 : at + 8], data[at + 8 : end - 4]
+        kind, body = data[at + 4 : at + 8], view[at + 8 : end - 4]
         sound = zlib.crc32(body, zlib.crc32(kind)) == int.from_bytes(data[end - 4 : end], "big")
         if not sound and kind != b"IEND" and (kind in _PNG_PIXELS or not _is_ancillary(kind)):
             raise PhotoError(Reason.CORRUPT, f"PNG: the checksum of the {kind!r} chunk at byte {at} is wrong")
         if kind in _PNG_PIXELS:
-            parts.append(data[at:end])
+            pieces.append(view[at:end])
         elif kind == b"eXIf":
-            exif.append(body.removeprefix(b"Exif\0\0"))
-        elif kind == b"iTXt" and body.startswith(_XMP_KEYWORD):
-            xmp.append(_international_text(body.removeprefix(_XMP_KEYWORD)))
+            exif.append(bytes(body).removeprefix(b"Exif\0\0"))
+        elif kind == b"iTXt" and body[: len(_XMP_KEYWORD)] == _XMP_KEYWORD:
+            xmp.append(_international_text(bytes(body[len(_XMP_KEYWORD) :])))
         at = end
     if data[12:16] != b"IHDR" or data[8:12] != b"\0\0\0\x0d":
         raise PhotoError(Reason.CORRUPT, "PNG: the first chunk is no header")
     width, height = struct.unpack_from(">II", data, 16)
-    return Plain(b"".join([*parts, _PNG_END]), height, width, read_orientation(exif, xmp))
+    return Plain([*pieces, _PNG_END], height, width, read_orientation(exif, xmp))
 
 
 def check_png_pixels(plain: Plain) -> None:
     """Raise PhotoError if a PNG has fewer rows than its header states; PIL leaves those black."""
-    depth, colour, _, _, interlaced = plain.data[24:29]
+    depth, colour, _, _, interlaced = plain.pieces[1][16:21]
     bits = depth * _PNG_CHANNELS.get(colour, 0)
     passes = _PNG_PASSES if interlaced else ((0, 0, 1, 1),)
     sizes = [
@@ -72,7 +111,7 @@ def check_png_pixels(plain: Plain) -> None:
     missing = sum(height * (1 + -(-width * bits // 8)) for height, width in sizes if width)
     inflater = zlib.decompressobj()
     try:
-        for body in _png_bodies(plain.data, b"IDAT"):
+        for body in (piece[8:-4] for piece in plain.pieces[1:] if piece[4:8] == b"IDAT"):
             while body and missing > 0:
                 missing -= len(inflater.decompress(body, 1 << 20))
                 body = inflater.unconsumed_tail
@@ -80,15 +119,6 @@ def check_png_pixels(plain: Plain) -> None:
         raise PhotoError(Reason.CORRUPT, f"PNG: {error}") from error
     if missing > 0:
         raise PhotoError(Reason.TRUNCATED, f"PNG: {missing} bytes of pixels are missing")
-
-
-def _png_bodies(data: bytes, wanted: bytes) -> Iterator[bytes]:
-    at = 8
-    while at < len(data):
-        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
-        if data[at + 4 : at + 8] == wanted:
-            yield data[at + 8 : end - 4]
-        at = end
 
 
 def _is_ancillary(kind: bytes) -> bool:
@@ -122,7 +152,7 @@ def plain_webp(data: bytes) -> Plain:
     exif = [body.removeprefix(b"Exif\0\0") for kind, body in chunks if kind == b"EXIF"]
     orientation = read_orientation(exif, [body for kind, body in chunks if kind == b"XMP "])
     body = b"".join(kind + struct.pack("<I", len(body)) + body + bytes(len(body) % 2) for kind, body in chunks)
-    return Plain(b"RIFF" + struct.pack("<I", len(body) + 4) + b"WEBP" + body, height, width, orientation)
+    return Plain([b"RIFF" + struct.pack("<I", len(body) + 4) + b"WEBP", body], height, width, orientation)
 
 
 def _webp_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:

@@ -17,7 +17,7 @@ import math
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -270,15 +270,16 @@ def _cmyk_to_rgb(cmyk: np.ndarray) -> np.ndarray:
 
 
 def _decode_with_pil(data: bytes, kind: str, limits: _Limits) -> _Decoded:
+    file: BinaryIO = io.BytesIO(data)
     orientation = 1
     if kind in ("PNG", "WEBP"):
         plain = plain_png(data) if kind == "PNG" else plain_webp(data)
         _check_size(plain.height, plain.width, limits)  # PIL allocates a WebP's canvas when it opens the file
-        data, orientation = plain.data, plain.orientation
+        file, orientation = plain.open(), plain.orientation
     elif kind == "GIF":
         check_gif(data)
     with _pil_errors(kind):
-        image = Image.open(io.BytesIO(data), formats=[kind])
+        image = Image.open(file, formats=[kind])
     _check_size(image.height, image.width, limits)
     height, width = image.height, image.width
     target = (height, width) if limits.max_side is None else _fit(height, width, limits.max_side)

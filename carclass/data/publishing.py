@@ -59,6 +59,7 @@ def write_part(uri: str, folder: str, rows: pa.Table, settings: dict[str, Any]) 
     table = rows.cast(rows.schema.with_metadata(metadata))
     pq.write_table(table, sink, compression="zstd", compression_level=1, row_group_size=_ROW_GROUP_ROWS)
     storage.write_bytes(storage.join(uri, part.path), memoryview(sink.getvalue()))
+    pa.default_memory_pool().release_unused()
     return part
 
 

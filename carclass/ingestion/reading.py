@@ -14,7 +14,7 @@ from carclass.ingestion.split import split_of
 
 Row = dict[str, Any]
 GuardedRun = Callable[[str, Sequence[str], Callable[[list[int]], Iterable[Row]]], Iterator[Row | PhotoError]]
-PART_BYTES = 64 * 2**20
+PART_BYTES = 32 * 2**20
 """Bytes of stored photos after which a part ends: photos that are not shrunk would fill the memory."""
 
 
