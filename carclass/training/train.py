@@ -11,7 +11,7 @@ import ray.train.torch
 from carclass import storage
 from carclass.cluster import connection, resources
 from carclass.cluster.ray_storage import ray_filesystem
-from carclass.config.schema import TrainSettings
+from carclass.config.schema import StageName, TrainSettings
 from carclass.data import dataset, formats
 from carclass.data.lease import hold_lease
 from carclass.errors import UserError, find_user_error
