@@ -24,6 +24,7 @@ from carclass.data import dataset, photo, publishing
 from carclass.data.crash_guard import MAX_SINGLE_ATTEMPTS, AttemptLedger
 from carclass.data.draft import Draft
 from carclass.data.inventory import Inventory
+from carclass.errors import UserError
 from carclass.ingestion.ingest import ingest_photos
 from carclass.masking import mask
 from carclass.masking.detect import CPU_BATCH, DetectPhotos
@@ -291,8 +292,8 @@ def test_a_photo_without_a_vehicle_keeps_its_bytes(unusual: tuple[dict, np.ndarr
 def test_a_photo_of_one_pixel_is_too_small_by_default(ray_cluster: str, tmp_path: Path):
     for name in ("A/dot.jpg", "B/dot.jpg"):
         save(np.zeros((1, 1, 3), np.uint8), tmp_path / "photos" / name)
-    published = ingest_photos(str(tmp_path), IngestSettings(photos=str(tmp_path / "photos")))
-    assert published.manifest["reasons"] == {"too_small": 2}
+    with pytest.raises(UserError, match="2 too_small"):
+        ingest_photos(str(tmp_path), IngestSettings(photos=str(tmp_path / "photos")))
 
 
 if __name__ == "__main__":
