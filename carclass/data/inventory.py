@@ -95,7 +95,7 @@ class Inventory:
         self._db.close()
         self._folder.cleanup()
 
-    def add_function(self, name: str, function: Callable[[str], str | bool]) -> None:
+    def add_function(self, name: str, function: Callable[[str], str | bool | None]) -> None:
         """Make a function of one string available to statements."""
         self._db.create_function(name, 1, function, deterministic=True)
 

@@ -5,6 +5,8 @@ assigns a label only if a single photo fits.
 """
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from carclass.data.inventory import Inventory
@@ -63,9 +65,9 @@ DROP TABLE IF EXISTS photo_path;
 CREATE TABLE label_path (id INTEGER PRIMARY KEY, path TEXT, located TEXT);
 CREATE TABLE photo_path (id INTEGER PRIMARY KEY, path TEXT, junk INTEGER);
 INSERT INTO label_path
-SELECT id, reverse_path({form}(name)) AS path, reverse_path(remove_source(name)) AS located FROM open_label ORDER BY id;
+SELECT id, reversed_{form}(name) AS path, reversed_located(name) AS located FROM open_label ORDER BY id;
 INSERT INTO photo_path
-SELECT id, reverse_path({form}(key)) AS path, is_junk(key) AS junk FROM input AS photo WHERE {photos} ORDER BY id;
+SELECT id, reversed_{form}(key) AS path, is_junk(key) AS junk FROM input AS photo WHERE {photos} ORDER BY id;
 CREATE INDEX label_path_path ON label_path (path);
 CREATE INDEX photo_path_path ON photo_path (path)
 """
@@ -139,12 +141,12 @@ def match_labels(inventory: Inventory, source: str) -> None:
     Photos without a label and labels without a photo become rejected inputs. source: URI of the photos. Raise UserError
     if labels with different classes or subsets name the same photo.
     """
-    for function in (names.normalise_path, names.fold_case, names.remove_suffix, names.remove_zeros, names.is_junk):
-        inventory.add_function(function.__name__, function)
-    inventory.add_function("reverse_path", reverse_path)
+    for function in (names.normalise_path, names.fold_case, names.remove_suffix, names.remove_zeros):
+        inventory.add_function(f"reversed_{function.__name__}", partial(_reverse, form=function))
+    locate = partial(names.remove_prefix, prefixes=names.source_prefixes(source))
+    inventory.add_function("reversed_located", partial(_reverse, form=locate))
     inventory.add_function("folder", lambda path: names.normalise_path(path).rpartition("/")[0])
-    prefixes = names.source_prefixes(source)
-    inventory.add_function("remove_source", lambda path: names.remove_prefix(path, prefixes))
+    inventory.add_function("is_junk", names.is_junk)
     inventory.add_function("is_plain_number", names.is_plain_number)
     num_labels = inventory.scalar("SELECT count(*) FROM labels")
     _run(inventory, OPEN_LABELS)
@@ -201,9 +203,10 @@ def _check_contradictions(inventory: Inventory) -> None:
         raise UserError(f"`ingest.labels`: {'; '.join(problems)}{more}. Keep the correct one of each.")
 
 
-def reverse_path(path: str) -> str:
-    """Return a path's characters reversed, with a slash appended: paths with a common end share a prefix."""
-    return path[::-1] + "/"
+def _reverse(path: str, form: Callable[[str], str | None]) -> str | None:
+    """Return the characters of a path's form reversed, with a slash appended: common ends become common prefixes."""
+    formed = form(path)
+    return None if formed is None else formed[::-1] + "/"
 
 
 def _run(inventory: Inventory, statements: str) -> None:

@@ -14,7 +14,7 @@ MAX_LISTED = 5
 """Contradictions, classes or groups of classes named in a message."""
 CONTRADICTED = """
 SELECT name, count(*) OVER () FROM labels GROUP BY name
-HAVING count(DISTINCT label) > 1 OR count(DISTINCT subset) > 1 ORDER BY min(id) LIMIT 5
+HAVING min(label) != max(label) OR min(subset) != max(subset) ORDER BY min(id) LIMIT 5
 """
 
 

@@ -5,7 +5,6 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import PurePosixPath
 
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif",
@@ -65,18 +64,21 @@ def source_prefixes(source: str) -> tuple[str, ...]:
     return tuple("/".join(folders[start:]) + "/" for start in range(len(folders)))
 
 
-def remove_prefix(path: str, prefixes: tuple[str, ...]) -> str:
-    """Return the normalised path without the first of the prefixes that it begins with."""
+def remove_prefix(path: str, prefixes: tuple[str, ...]) -> str | None:
+    """Return the normalised path without the first of the prefixes that it begins with; None if it has none."""
     path = normalise_path(path)
-    return next((path.removeprefix(prefix) for prefix in prefixes if path.startswith(prefix)), path)
+    if not path.startswith(prefixes):
+        return None
+    return next(path.removeprefix(prefix) for prefix in prefixes if path.startswith(prefix))
 
 
 def is_junk(path: str) -> bool:
     """Return True if the name is not that of a photo: hidden, of an operating system, or of another kind of file."""
-    *folders, name = parts = [part for part in path.split("/") if part not in ("", ".", "..")] or [""]
-    if any(part.startswith(".") for part in parts) or not JUNK_FOLDERS.isdisjoint(map(str.lower, folders)):
+    *folders, name = path.rstrip("/").split("/")
+    if "/." in f"/{path}" and any(part.startswith(".") and part not in (".", "..") for part in (*folders, name)):
         return True
-    return PurePosixPath(name).suffix.lower() in JUNK_SUFFIXES or name == "Icon\r"
+    ending = name[name.rfind(".") :].lower()
+    return ending in JUNK_SUFFIXES or name == "Icon\r" or not JUNK_FOLDERS.isdisjoint(map(str.lower, folders))
 
 
 def similar_names(names: Iterable[str]) -> Iterator[list[str]]:
