@@ -42,6 +42,7 @@ SETTINGS = MaskSettings(
     detector=DetectorSettings(model="sample", weights="sample", short_side=96, num_proposals=10),
     num_actors=2,
     part_rows=8,
+    max_quarantined=1,
 )
 CRASH_COLOURS = {"detect": (255, 0, 255), "decode": (255, 255, 0)}
 """Stage → colour of a photo's corner that crashes the worker in it."""
