@@ -23,7 +23,7 @@ KINDS = {
     "added": "FROM input AS written WHERE NOT EXISTS (SELECT 1 FROM written AS row WHERE row.key = written.key)",
     "removed": f"{ROWS} WHERE input.id IS NULL",
     "replaced": f"{ROWS} WHERE {REPLACED}",
-    "relabelled": f"{ROWS} WHERE NOT {REPLACED} AND ({RELABELLED} OR {OTHER_REASON})",
+    "relabelled": f"{ROWS} WHERE input.id NOT NULL AND NOT {REPLACED} AND ({RELABELLED} OR {OTHER_REASON})",
 }
 STALE = f"input.id IS NULL OR {REPLACED} OR {OTHER_REASON} OR coalesce(written.reason, '') = '{Reason.UNREADABLE}'"
 CORRECTIONS = f"""SELECT part.path, written.key, {STALE}, input.label, input.subset {ROWS}

@@ -46,6 +46,16 @@ _MAGIC = {
 _UNSUPPORTED = {
     b"II*\0": "TIFF",
     b"MM\0*": "TIFF",
+    b"II+\0": "TIFF",
+    b"MM\0+": "TIFF",
+    b"\0\0\1\0": "ICO",
+    b"8BPS": "PSD",
+    b"<svg": "SVG",
+    b"IIRO": "a camera's raw format",
+    b"IIRS": "a camera's raw format",
+    b"IIU\0": "a camera's raw format",
+    b"FUJIFILMCCD-RAW": "a camera's raw format",
+    b"\0\0\0\x18ftypcrx ": "a camera's raw format",
     b"\0\0\0\x0cjP  ": "JPEG 2000",
     b"\xff\x0a": "JPEG XL",
     b"\0\0\0\x0cJXL ": "JPEG XL",
@@ -198,7 +208,7 @@ def _detect_format(data: bytes) -> str:
         return "BMP"
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WEBP"
-    unsupported = "HEIF or AVIF" if data[4:8] == b"ftyp" and data[8:10] in (b"he", b"mi", b"av") else None
+    unsupported = "HEIF or AVIF" if data[4:8] == b"ftyp" and data[8:10] in (b"he", b"mi", b"ms", b"av") else None
     for magic, kind in _UNSUPPORTED.items():
         if data.startswith(magic):
             unsupported = kind

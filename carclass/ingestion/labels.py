@@ -2,7 +2,6 @@
 
 import csv
 import io
-import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO, Literal, NamedTuple, NoReturn
@@ -13,6 +12,7 @@ from scipy.io.matlab import MatReadError
 
 from carclass import storage
 from carclass.errors import UserError
+from carclass.ingestion.names import has_control_characters, is_utf8, remove_invisible
 
 Subset = Literal["train", "test"]
 
@@ -20,6 +20,8 @@ _COLUMNS = ("img_name", "class", "subset")
 SUBSETS: dict[str, Subset] = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 """Names of subsets, in lower case."""
 VALIDATION_NAMES = ("val", "valid", "validation", "dev")
+MAX_LISTED = 5
+"""Bad lines that are named in an error."""
 _VALIDATION_ADVICE = "use train: ingest holds out validation photos from train by itself"
 
 
@@ -47,6 +49,11 @@ def read_labels(source: str) -> Iterator[LocatedLabel]:
                 yield from parse_csv(stream, source=source)
         except OSError as error:
             raise _read_error(source, error) from error
+    elif storage.exists(source):
+        raise UserError(
+            f"`ingest.labels`: {source} is a file, but not a .csv. Labels are a .csv with the columns "
+            f"{','.join(_COLUMNS)}, or a folder with Stanford's devkit."
+        )
     else:
         yield from _read_devkit(source)
 
@@ -73,12 +80,20 @@ def parse_csv(stream: BinaryIO, *, source: str) -> Iterator[LocatedLabel]:
 
     The file is UTF-8, with or without a BOM, with any line ends; names with commas need quotes. The key is `img_name`
     unchanged; spaces around class, subset and the names of columns are stripped. source: name of the file in errors.
-    Raise LabelsError with the existing columns or the line number.
+    Raise LabelsError with the existing columns or, after all lines are parsed, the numbers of bad lines.
     """
-    reader = csv.reader(_decode_lines(stream, source), strict=True)
-    has_labels = False
+    with io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="") as text:
+        yield from _parse_rows(text, source)
+
+
+def _parse_rows(text: Iterable[str], source: str) -> Iterator[LocatedLabel]:
+    """Parse the lines of a CSV file; see `parse_csv`."""
+    reader = csv.reader(text, strict=True)
+    has_labels, num_bad = False, 0
+    problems: list[str] = []
     try:
-        columns = [name.strip() for name in next(reader, [])]
+        columns = [remove_invisible(name) for name in next(reader, [])]
+        _check_text(columns, f"{source}, line 1")
         missing = [name for name in _COLUMNS if name not in columns]
         if missing:
             raise LabelsError(
@@ -88,18 +103,42 @@ def parse_csv(stream: BinaryIO, *, source: str) -> Iterator[LocatedLabel]:
         indices = [columns.index(name) for name in _COLUMNS]
         for fields in filter(None, reader):  # skips empty lines
             location = f"{source}, line {reader.line_num}"
-            if len(fields) != len(columns):
-                raise LabelsError(
-                    f"{location}: {len(fields)} fields, but the first line has {len(columns)}; "
-                    "names with a comma need quotes."
-                )
-            key, label, subset = (fields[index] for index in indices)
-            yield location, make_label(key, label, subset, location)
+            try:
+                label = _parse_row(fields, len(columns), indices, location)
+            except LabelsError as error:
+                num_bad += 1
+                problems += [str(error)] if num_bad <= MAX_LISTED else []
+                continue
+            yield location, label
             has_labels = True
     except csv.Error as error:
-        raise LabelsError(f"{source}, line {reader.line_num}: not valid CSV ({error}).") from error
+        num_bad += 1
+        problems.append(f"{source}, line {reader.line_num}: not valid CSV ({error}).")
+    if problems:
+        more = f" {num_bad - len(problems):,} more lines are wrong." if num_bad > len(problems) else ""
+        raise LabelsError(" ".join(problems) + more)
     if not has_labels:
         raise LabelsError(f"{source}: no labels in it.")
+
+
+def _parse_row(fields: list[str], num_columns: int, indices: Sequence[int], location: str) -> Label:
+    """Return the label of a row of a CSV file. Raise LabelsError if the row is not valid."""
+    _check_text(fields, location)
+    if len(fields) != num_columns:
+        raise LabelsError(
+            f"{location}: {len(fields)} fields, but the first line has {num_columns}; names with a comma need quotes."
+        )
+    key, label, subset = (fields[index] for index in indices)
+    return make_label(key, label, subset, location)
+
+
+def _check_text(fields: list[str], location: str) -> None:
+    """Raise LabelsError if fields are not UTF-8, which are decoded as surrogates, or have a NUL."""
+    text = "".join(fields)
+    if not text.isascii() and not is_utf8(text):
+        raise LabelsError(f"{location}: not UTF-8; save it as UTF-8.")
+    if "\0" in text:
+        raise LabelsError(f"{location}: not valid CSV (a NUL character in it); save it as UTF-8.")
 
 
 def parse_devkit(annos: bytes, meta: bytes, *, subset: Subset, source: str) -> Iterator[LocatedLabel]:
@@ -127,26 +166,21 @@ def parse_devkit(annos: bytes, meta: bytes, *, subset: Subset, source: str) -> I
 
 
 def make_label(key: str, label: str, subset: str, location: str) -> Label:
-    """Return a validated Label, its class in NFC. Raise LabelsError if a field is empty or the subset unknown."""
-    label, subset = unicodedata.normalize("NFC", label.strip()), subset.strip()
-    if not key.strip():
+    """Return a validated Label, its class in NFC and without characters of no width.
+
+    Raise LabelsError if a field is empty, the subset unknown, or the class has control characters.
+    """
+    label, subset = remove_invisible(label), remove_invisible(subset)
+    if not remove_invisible(key):
         raise LabelsError(f"{location}: the photo's name is empty.")
     if not label:
         raise LabelsError(f"{location}: the class of {key} is empty.")
+    if has_control_characters(label):
+        raise LabelsError(f"{location}: the class {label!r} has a line break or another control character.")
     if subset.lower() not in SUBSETS:
         advice = _VALIDATION_ADVICE if subset.lower() in VALIDATION_NAMES else "expected train or test"
         raise LabelsError(f"{location}: the subset is {subset!r}; {advice}.")
     return Label(key, label, SUBSETS[subset.lower()])
-
-
-def _decode_lines(stream: BinaryIO, source: str) -> Iterator[str]:
-    """Yield the lines of a UTF-8 text with their ends. Raise LabelsError, with the line number, for other encodings."""
-    with io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="") as text:
-        for number, line in enumerate(text, start=1):
-            try:
-                yield line if line.isascii() else line.encode(errors="surrogateescape").decode()
-            except UnicodeDecodeError as error:
-                raise LabelsError(f"{source}, line {number}: not UTF-8 ({error.reason}); save it as UTF-8.") from error
 
 
 def _mat_variable(data: bytes, name: str, source: str) -> np.ndarray:

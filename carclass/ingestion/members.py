@@ -8,6 +8,7 @@ from typing import NamedTuple, Self
 
 from carclass.data.inventory import Listed
 from carclass.data.quarantine import Reason
+from carclass.ingestion.names import is_utf8
 
 log = logging.getLogger(__name__)
 MAX_HOPS = 40
@@ -139,7 +140,11 @@ class Catalogue:
         if target is not None:
             reason, detail = (None, None) if target.reason == Reason.BAD_NAME else (target.reason, target.detail)
             yield Listed(key, target.size, target.version, reason, detail, target.position)
-        elif path is None or next(self._entries(path), None) is None:
+        elif path is None:
+            yield Listed(
+                key, entry.size, entry.version, Reason.MISSING_FILE, "a link that leads to itself", entry.position
+            )
+        elif next(self._entries(path), None) is None:
             detail = f"a link to {entry.target.removeprefix('../')}, which is not in the archive"
             yield Listed(key, entry.size, entry.version, Reason.MISSING_FILE, detail, entry.position)
         else:
@@ -174,11 +179,6 @@ def _folders(name: str, top: str = "") -> Iterator[str]:
     parts = name.split("/")[:-1]
     start = top.count("/") + 1 if top else 0
     return ("/".join(parts[:end]) for end in range(start, len(parts) + 1))
-
-
-def is_utf8(name: str) -> bool:
-    """Return False if a name has bytes that are not UTF-8, as surrogates."""
-    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def printable(name: str) -> str:

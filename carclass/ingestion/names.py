@@ -14,22 +14,48 @@ JUNK_SUFFIXES = frozenset((
     ".txt", ".csv", ".tsv", ".json", ".jsonl", ".yml", ".yaml", ".toml", ".ini", ".cfg", ".xml", ".html", ".htm",
     ".css", ".js", ".md", ".rst", ".log", ".pdf", ".doc", ".docx", ".xls", ".xlsx", ".py", ".pyc", ".ipynb", ".sh",
     ".bat", ".db", ".sqlite", ".mat", ".npy", ".npz", ".pkl", ".pt", ".pth", ".h5", ".parquet", ".zip", ".tar", ".gz",
-    ".tgz", ".7z", ".rar", ".mp4", ".mov", ".avi", ".mkv", ".mp3", ".wav", ".lnk", ".url",
+    ".tgz", ".7z", ".rar", ".mp4", ".mov", ".avi", ".mkv", ".mp3", ".wav", ".lnk", ".url", ".part", ".partial",
+    ".crdownload", ".download", ".tmp", ".temp", ".bak", ".orig", ".swp",
 ))  # fmt: skip
-"""Endings of text, tables, programs, archives, video and sound."""
-JUNK_FOLDERS = frozenset(("__macosx", "__pycache__", "@eadir", "$recycle.bin", "system volume information"))
-"""Folders of operating systems and programs, in lower case."""
-_UNUSUAL = re.compile(r"\\|//|:|^[/.\s]|/[.\s]|\s$|\s/|[^\x00-\x7f]")
-"""Parts of a path that `normalise_path` may change."""
-_SEPARATORS = re.compile(r"[\s_\-\u200b\u200c\u200d\ufeff]+")
+"""Endings of text, tables, programs, archives, video, sound, unfinished downloads and backups."""
+JUNK_FOLDERS = frozenset((
+    "__macosx", "__pycache__", "@eadir", "$recycle.bin", "system volume information", "lost+found", "thumbs.db",
+    "ehthumbs.db", "desktop.ini", "icon\r",
+))  # fmt: skip
+"""Folders of operating systems and programs, and names of their files, in lower case."""
+_INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"))
+"""Characters of no width."""
+_UNUSUAL = re.compile(r"//|:|^[/.\s]|/[.\s]|\s$|\s/|[^\x00-\x7f]")
+"""Parts of a path that `normalise_key` may change."""
+_SEPARATORS = re.compile(r"[\s_\-]+")
 _LEADING_ZEROS = re.compile(r"^0+(?=\d)")
 
 
+def remove_invisible(text: str) -> str:
+    """Return a text in NFC without blanks around it and characters of no width."""
+    return text.strip() if text.isascii() else unicodedata.normalize("NFC", text.translate(_INVISIBLE)).strip()
+
+
+def has_control_characters(text: str) -> bool:
+    """Return True if a text has line breaks or other control characters."""
+    return not text.isprintable() and any(unicodedata.category(char) in ("Cc", "Zl", "Zp") for char in text)
+
+
+def is_utf8(name: str) -> bool:
+    """Return False if a name has bytes that are not UTF-8, as surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
 def normalise_path(path: str) -> str:
+    """Return `normalise_key` of a path in which folders may end with a backslash, as on Windows."""
+    return normalise_key(path.replace("\\", "/"))
+
+
+def normalise_key(path: str) -> str:
     """Return a path in NFC with single slashes, without scheme, leading slash, `./` and blanks around its parts."""
     if not _UNUSUAL.search(path):
         return path
-    path = unicodedata.normalize("NFC", path.strip().lstrip("\ufeff")).replace("\\", "/")
+    path = remove_invisible(path)
     path = re.sub(r"^[A-Za-z][A-Za-z0-9+.\-]+://", "", path)
     return "/".join(part for part in map(str.strip, path.split("/")) if part not in ("", "."))
 
@@ -78,7 +104,9 @@ def is_junk(path: str) -> bool:
     if "/." in f"/{path}" and any(part.startswith(".") and part not in (".", "..") for part in (*folders, name)):
         return True
     ending = name[name.rfind(".") :].lower()
-    return ending in JUNK_SUFFIXES or name == "Icon\r" or not JUNK_FOLDERS.isdisjoint(map(str.lower, folders))
+    if ending in JUNK_SUFFIXES or name == "Icon\r" or name.endswith("~"):
+        return True
+    return not JUNK_FOLDERS.isdisjoint(map(str.lower, folders))
 
 
 def similar_names(names: Iterable[str]) -> Iterator[list[str]]:

@@ -154,7 +154,7 @@ def test_unchanged_inputs_read_and_write_nothing(job: Job, files_below: Callable
     [
         (RELABELLED, VERSIONS, r"1 relabelled \(b\)"),
         ({**LABELS, "d": ("x", "train")}, {**VERSIONS, "d": "1"}, r"1 added \(d\)"),
-        (LABELS, {"a": "1", "c": "1"}, r"1 removed \(b\)"),
+        (LABELS, {"a": "1", "c": "1"}, r"from other photos or labels. Since then: 1 removed \(b\)"),
         (LABELS, {**VERSIONS, "c": "2"}, r"1 replaced \(c\)"),
         ({"a": LABELS["a"], "c": LABELS["c"]}, VERSIONS, r"1 relabelled \(b\)"),
     ],
@@ -167,6 +167,12 @@ def test_changed_inputs_are_named_and_need_permission(
     with pytest.raises(UserError, match=message + r"\. Run again with --update"):
         job(labels, versions)
     assert files_below(job.uri) == before
+
+
+def test_a_removed_file_that_had_no_label_is_removed_only(job: Job):
+    job(versions={**VERSIONS, "stray": "1"})
+    with pytest.raises(UserError, match=r"Since then: 1 removed \(stray\)\. Run again"):
+        job()
 
 
 def test_many_changes_are_counted_with_a_few_examples(job: Job):

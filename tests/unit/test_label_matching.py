@@ -105,6 +105,8 @@ def test_every_photo_and_every_unmatched_label_appears_once():
         ("train\\x.jpg", "train/x.jpg"),
         ("x.jpg", " x.jpg "),
         ("x.jpg", "x.jpg\t"),
+        ("x.jpg", "\u200bx.j\u2060pg\ufeff"),
+        ("\u200dx.jpg", "x.jpg"),
         ("Citro\u00ebn.jpg", "Citroe\u0308n.jpg"),
         ("Citroe\u0308n.jpg", "Citro\u00ebn.jpg"),
         ("x.jpg", "/data/cars/x.jpg"),
@@ -181,7 +183,8 @@ def test_contradictions_are_listed_together():
 @pytest.mark.parametrize(
     "key",
     ["Thumbs.db", "a/desktop.ini", ".DS_Store", "a/._x.jpg", "__MACOSX/y.jpg", "a/__pycache__/b.pyc", ".git/HEAD",
-     "metadata.csv", "README.MD", "a/notes.txt", "Icon\r"],
+     "metadata.csv", "README.MD", "a/notes.txt", "Icon\r", "a/y.jpg~", "y.jpg.part", "y.jpg.crdownload", "y.tmp",
+     "y.jpg.BAK", "a/.y.jpg.swp", "lost+found/y.jpg", "Thumbs.db/y.jpg", "a/Desktop.ini/y.jpg"],
 )  # fmt: skip
 def test_a_file_that_is_no_photo_by_its_name_is_junk(key: str):
     assert [row["reason"] for row in match([key, "x.jpg"], [Label("x.jpg", "A", "train")]).rejected] == ["junk"]

@@ -77,11 +77,24 @@ def test_a_csv_without_a_column_is_refused_with_the_existing_columns():
         (b"2.jpg,Audi\n", "line 3: 2 fields"),
         (b'2.jpg,"Audi,train\n', "line 3: not valid CSV"),
         (b"2.jpg,Citro\xebn,train\n", "line 3: not UTF-8"),
+        (b"2.jpg,Au\0di,train\n", "line 3: not valid CSV .a NUL"),
+        (b'2.jpg,"two\nlines",train\n', r"line 4: the class 'two\\nlines' has a line break"),
     ],
 )
 def test_a_bad_csv_row_is_reported_with_its_line(row, message):
     with pytest.raises(LabelsError, match=message):
         csv_labels(b"1.jpg,Audi Sedan,train\n" + row)
+
+
+def test_bad_csv_rows_are_listed_together():
+    rows = b"".join(b"%d.jpg,%s,train\n" % (i, b"Audi" if i % 2 else b"") for i in range(14))
+    with pytest.raises(LabelsError, match=r"line 2: .*line 4: .*line 10: the class of 8.jpg .* 2 more lines are wrong"):
+        csv_labels(rows)
+
+
+@pytest.mark.parametrize("invisible", ["\u200b", "\u200c", "\u200d", "\u2060", "\ufeff"])
+def test_characters_of_no_width_are_not_part_of_a_class(invisible: str):
+    assert csv_labels(f"1.jpg,{invisible}Audi{invisible} Sedan,train{invisible}\n".encode()) == [SEDAN]
 
 
 @pytest.mark.parametrize(("data", "message"), [(b"", "no column img_name"), (HEADER, "no labels in it")])

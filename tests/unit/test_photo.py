@@ -175,6 +175,14 @@ def test_other_image_formats_are_unsupported(kind):
     assert reason_of(saved(scene(), kind)) == Reason.UNSUPPORTED_FORMAT
 
 
+@pytest.mark.parametrize(
+    "start",
+    [b"\0\0\1\0\1\0", b"8BPS\0\1", b"<svg xmlns=", b"II+\0\x08\0", b"\0\0\0\x18ftypmsf1", b"\0\0\0\x18ftypcrx "],
+)
+def test_formats_are_known_by_their_first_bytes(start: bytes):
+    assert reason_of(start + bytes(100)) == Reason.UNSUPPORTED_FORMAT
+
+
 def test_a_twelve_bit_jpeg_is_unsupported():
     data = bytearray(saved(scene(), "JPEG"))
     data[data.index(b"\xff\xc0") + 4] = 12
