@@ -112,7 +112,10 @@ class Lease:
         self._released.set()
         self._thread.join()
         with suppress(UserError, OSError):  # if storage is out of reach, the lease expires by itself
-            self.is_lost = read_holder(self.file).owner != self.holder.owner
+            try:
+                self.is_lost = read_holder(self.file).owner != self.holder.owner
+            except FileNotFoundError:  # the job that took it over has ended
+                self.is_lost = True
             if not self.is_lost:
                 storage.delete(self.file)
 
@@ -214,12 +217,21 @@ def read_holder(file: str) -> Holder:
 
 
 def remove_temporary_files(uri: str) -> None:
-    """Remove the files that interrupted writers have left below a local target."""
-    if (folder := storage.local_path(uri)) is not None:
-        for path in Path(folder).rglob(".*.tmp"):
-            if TEMPORARY.fullmatch(path.name):
-                with suppress(OSError):  # without permission, it stays
-                    path.unlink()
+    """Remove the files that interrupted writers have left below a local target.
+
+    Those of its lease stay for a while: other jobs write them in the attempt to get it.
+    """
+    if (folder := storage.local_path(uri)) is None:
+        return
+    for path in Path(folder).rglob(".*.tmp"):
+        with suppress(OSError):  # without permission, it stays
+            of_lease = path.name.startswith(f".{FILE}.")
+            if TEMPORARY.fullmatch(path.name) and not (of_lease and _is_recent(path, Path(folder, FILE))):
+                path.unlink()
+
+
+def _is_recent(path: Path, lease: Path) -> bool:
+    return lease.stat().st_mtime - path.stat().st_mtime < EXPIRE_S
 
 
 def process_start(pid: int) -> str | None:

@@ -247,6 +247,15 @@ def test_a_file_removed_by_the_next_holder_is_explained(uri: str):
         work()
 
 
+def test_a_file_removed_by_a_holder_that_has_ended_is_explained(uri: str):
+    def work() -> None:
+        lease_file(uri).unlink()
+        Path(uri, "part").read_bytes()
+
+    with pytest.raises(LeaseLostError, match="was deleted"), hold_lease(uri, "ingest"):
+        work()
+
+
 def test_an_interrupt_by_the_user_stays_one(uri: str):
     with pytest.raises(KeyboardInterrupt), hold_lease(uri, "ingest"):
         raise KeyboardInterrupt
@@ -273,3 +282,13 @@ def test_temporary_files_of_interrupted_writers_are_removed(uri: str):
     own.touch()
     with hold_lease(uri, "ingest"):
         assert [path.name for path in own.parent.iterdir()] == [".notes.tmp"]
+
+
+@pytest.mark.parametrize(("age", "stays"), [(1, True), (lease.EXPIRE_S + 5, False)])
+def test_the_attempt_of_another_job_to_get_the_lease_is_not_disturbed(uri: str, age: float, stays: bool):
+    attempt = Path(uri, f".lease.json.{'0' * 32}.tmp")
+    attempt.parent.mkdir(parents=True)
+    attempt.touch()
+    os.utime(attempt, (time.time() - age,) * 2)
+    with hold_lease(uri, "ingest"):
+        assert attempt.exists() == stays

@@ -13,6 +13,7 @@ import boto3
 import numpy as np
 from botocore.exceptions import BotoCoreError, ClientError
 
+from carclass import s3
 from carclass.cluster import connection
 from carclass.data import dataset, photo
 from carclass.errors import UserError
@@ -88,12 +89,14 @@ def serve_s3(buckets: Path) -> Iterator[None]:
     server = subprocess.Popen([SERVER, "serve", "s3", *options, buckets])  # noqa: S603
     environment = dict(os.environ)
     os.environ.update(CREDENTIALS, AWS_ENDPOINT_URL=f"http://127.0.0.1:{port}")
+    s3.reset()
     try:
         _wait_for(server)
         yield
     finally:
         os.environ.clear()
         os.environ.update(environment)
+        s3.reset()
         server.kill()
         server.wait()
 
