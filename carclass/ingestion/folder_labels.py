@@ -2,70 +2,117 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import takewhile
+from typing import NamedTuple
 
+from carclass.data.quarantine import Reason
 from carclass.ingestion.labels import SUBSETS, VALIDATION_NAMES, LabelsError, LocatedLabel, make_label
-from carclass.ingestion.names import is_junk, normalise_path
+from carclass.ingestion.names import has_control_characters, is_junk, normalise_key
 
 log = logging.getLogger(__name__)
+SUBSET_NAMES = (*SUBSETS, *VALIDATION_NAMES)
+MAX_MISPLACED = 0.1
+"""Largest share of photos that may be at another depth than the rest; they get no label."""
+MAX_EXAMPLES = 3
+SLASH_ADVICE = (
+    "Move them to the folders of their classes; a class name with a slash makes two folders: rename them to one."
+)
+SUBSET_ADVICE = "With folders of subsets, all classes must be in them: move the photos."
 
 
-def parse_folders(keys: Callable[[], Iterable[str]], *, source: str) -> Iterator[LocatedLabel]:
-    """Derive labels from a tree with one folder per class.
+@dataclass
+class _Level:
+    """Photos at one depth: below the same number of folders."""
 
-    The tree is either `<class>/<file>`, all train, or `<subset>/<class>/<file>` with subset train or test; folders that
-    all photos share may precede. Junk and files outside the folders of classes get no label. keys: called three times;
-    source: name of the tree in errors. Raise LabelsError for any other tree.
+    number: int = 0
+    shared: list[str] | None = None  # leading folders of all
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, key: str, folders: list[str]) -> None:
+        """Count a photo."""
+        self.number += 1
+        pairs = zip(folders if self.shared is None else self.shared, folders, strict=False)
+        self.shared = [name for name, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
+        if len(self.examples) < MAX_EXAMPLES:
+            self.examples.append(key)
+
+
+class ClassFolders(NamedTuple):
+    """Place of the classes' folders in a tree: `<class>/<file>`, or `<subset>/<class>/<file>` at the depth 2."""
+
+    shared: list[str]
+    depth: int
+
+    def problem(self, key: str) -> tuple[Reason, str] | None:
+        """Return the reason and detail of a photo that is in no folder of a class."""
+        if (folders := _folders(key)) is None:
+            return None
+        if folders[: len(self.shared)] != self.shared or len(folders) < len(self.shared) + self.depth:
+            return Reason.NO_LABEL, "outside of the folders of classes"
+        if len(folders) > len(self.shared) + self.depth:
+            return Reason.NO_LABEL, "deeper than the folders of classes"
+        if self.depth == 1 and folders[-1].lower() in SUBSET_NAMES:
+            return Reason.NO_LABEL, "in the folder of a subset, outside of the folders of classes"
+        if has_control_characters(folders[-1]):
+            return Reason.BAD_NAME, f"the class {folders[-1]!r} has a line break or another control character"
+        return None
+
+    def labels(self, keys: Iterable[str], source: str) -> Iterator[LocatedLabel]:
+        """Yield the labels of the photos in folders of classes. Raise LabelsError for an unknown subset."""
+        for key in keys:
+            if (folders := _folders(key)) is not None and self.problem(key) is None:
+                subset = folders[-2] if self.depth == 2 else "train"
+                location = f"{source}, {key}"
+                yield location, make_label(key, folders[-1], subset, location)
+
+
+def find_classes(keys: Callable[[], Iterable[str]], *, source: str) -> ClassFolders:
+    """Return the place of the classes' folders: the depth of most photos, below the folders that these share.
+
+    Junk, and photos at other depths if they are few, do not count. keys: called up to twice; source: name of the tree
+    in errors. Raise LabelsError for any other tree.
     """
-    num_shared = _count_shared_folders(keys)
-    examples: dict[int, str] = {}
-    outside = None
-    for key, folders in _foldered(keys, num_shared):
-        if _is_outside(folders):
-            outside = outside or key
-        else:
-            examples.setdefault(len(folders), key)
-    if not examples:
+    levels: dict[int, _Level] = {}
+    for key in keys():
+        if (folders := _folders(key)) and folders[-1].lower() not in SUBSET_NAMES:
+            levels.setdefault(len(folders), _Level()).add(key, folders)
+    if not levels:
+        outside = next((key for key in keys() if _folders(key)), None)
         raise LabelsError(
             f"{source}: {f'{outside} is outside of a class folder' if outside else 'no class folders'}; "
             "expected <class>/<file> or <subset>/<class>/<file>."
         )
-    if len(examples) > 1 or max(examples) > 2:
-        raise LabelsError(
-            f"{source}: expected <class>/<file> or <subset>/<class>/<file> throughout, "
-            f"but found {' and '.join(examples[depth] for depth in sorted(examples))}. "
-            "A class name with a slash makes two folders: rename them to one."
-        )
-    for key, folders in _foldered(keys, num_shared):
-        if not _is_outside(folders):
-            subset, label = folders if len(folders) == 2 else ("train", folders[0])
-            location = f"{source}, {key}"
-            yield location, make_label(key, label, subset, location)
-
-
-def _foldered(keys: Callable[[], Iterable[str]], num_shared: int = 0) -> Iterator[tuple[str, list[str]]]:
-    """Yield each key in a folder that is not junk, with its folders below the shared ones."""
-    for key in keys():
-        *folders, _ = normalise_path(key).split("/")
-        if folders and ".." not in folders and not is_junk(key):
-            yield key, folders[num_shared:]
-
-
-def _is_outside(folders: list[str]) -> bool:
-    """Return True for a file beside the folders of classes."""
-    return not folders or (len(folders) == 1 and folders[0].lower() in (*SUBSETS, *VALIDATION_NAMES))
-
-
-def _count_shared_folders(keys: Callable[[], Iterable[str]]) -> int:
-    """Return the number of leading folders that all photos share, without those of subsets and classes."""
-    shared: list[str] | None = None
-    max_depth = 0
-    for _, folders in _foldered(keys):
-        pairs = zip(folders if shared is None else shared, folders, strict=False)
-        shared = [name for name, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
-        max_depth = max(max_depth, len(folders))
-    shared = (shared or [])[: max(max_depth - 1, 0)]
-    count = next((i for i, name in enumerate(shared) if name.lower() in (*SUBSETS, *VALIDATION_NAMES)), len(shared))
+    depth, most = max(levels.items(), key=lambda item: item[1].number)
+    shared = (most.shared or [])[: depth - 1]
+    count = next((i for i, name in enumerate(shared) if name.lower() in SUBSET_NAMES), len(shared))
+    others = {other: level for other, level in levels.items() if other != depth}
+    num_others = sum(level.number for level in others.values())
+    if depth - count > 2 or num_others > MAX_MISPLACED * (most.number + num_others):
+        raise LabelsError(_depths_text(source, others, depth, most))
     if count:
         log.info("ingest: the folders of classes are looked for in %s", "/".join(shared[:count]))
-    return count
+    return ClassFolders(shared[:count], depth - count)
+
+
+def _depths_text(source: str, others: dict[int, _Level], depth: int, most: _Level) -> str:
+    """Return the error of a tree of several depths, or of one that is too deep: the fewest photos come first."""
+    fewest = sorted(others.items(), key=lambda item: item[1].number)
+    found = [f"{level.number:,} {_deep(other)} ({', '.join(level.examples)})" for other, level in fewest]
+    found.append(f"{most.number:,} {_deep(depth)}" + ("" if others else f" ({', '.join(most.examples)})"))
+    tops = {example.split("/")[0].lower() for level in others.values() for example in level.examples}
+    advice = SLASH_ADVICE if tops.isdisjoint(SUBSET_NAMES) else SUBSET_ADVICE
+    return (
+        f"{source}: expected <class>/<file> or <subset>/<class>/<file> throughout, but of the photos, "
+        f"{' and '.join(found)}. {advice}"
+    )
+
+
+def _deep(depth: int) -> str:
+    return f"are {depth} folder{'s' if depth > 1 else ''} deep"
+
+
+def _folders(key: str) -> list[str] | None:
+    """Return the folders of a photo, or None for a file that is junk, outside of the source or in no folder."""
+    *folders, _ = normalise_key(key).split("/")
+    return folders if folders and ".." not in folders and not is_junk(key) else None

@@ -1,13 +1,14 @@
 """Labels of an ingestion: read and checked before the photos are listed, then assigned to them."""
 
 import logging
+from functools import partial
 
 from carclass.config.schema import IngestSettings
 from carclass.data.inventory import Inventory
 from carclass.data.quarantine import Reason
 from carclass.errors import UserError
 from carclass.ingestion import label_matching, labels, names
-from carclass.ingestion.folder_labels import parse_folders
+from carclass.ingestion.folder_labels import ClassFolders, find_classes
 
 log = logging.getLogger(__name__)
 MAX_LISTED = 5
@@ -45,11 +46,15 @@ def label_photos(settings: IngestSettings, inventory: Inventory) -> None:
     Raise UserError if they contradict each other or name no photo.
     """
     if settings.labels is None:
-        inventory.add_labels(label for _, label in parse_folders(inventory.keys, source=settings.photos))
+        folders = find_classes(inventory.keys, source=settings.photos)
+        inventory.add_labels(label for _, label in folders.labels(inventory.keys(), settings.photos))
+        _reject_misplaced(inventory, folders)
     label_matching.match_labels(inventory, settings.photos)
     if settings.labels is not None:
         _check_matches(settings, inventory)
     _warn(inventory, f"reason = '{Reason.NO_LABEL}'", "files have no label")
+    _warn(inventory, f"reason = '{Reason.BAD_NAME}'", "names cannot be used")
+    _warn_about_lost_folders(inventory)
     for group in list(names.similar_names(inventory.classes()))[:MAX_LISTED]:
         log.warning(
             "ingest: classes that differ only in case, blanks, underscores or hyphens, which may be one: %s",
@@ -71,8 +76,39 @@ def _check_matches(settings: IngestSettings, inventory: Inventory) -> None:
     _warn(inventory, missing, "labels name no photo, or several")
 
 
+def _reject_misplaced(inventory: Inventory, folders: ClassFolders) -> None:
+    """Give a reason to the photos that are in no folder of a class."""
+    for index, column in enumerate(("reason", "detail")):
+        inventory.add_function(f"folder_{column}", partial(_problem, folders=folders, index=index))
+    inventory.execute(
+        "UPDATE input SET reason = folder_reason(key), detail = folder_detail(key) "
+        "WHERE reason IS NULL AND folder_reason(key) NOT NULL"
+    )
+
+
+def _problem(key: str, folders: ClassFolders, index: int) -> str | None:
+    problem = folders.problem(key)
+    return None if problem is None else str(problem[index])
+
+
+def _warn_about_lost_folders(inventory: Inventory) -> None:
+    """Warn about folders in which no name of a photo can be used."""
+    if inventory.scalar(f"SELECT 1 FROM input WHERE reason = '{Reason.BAD_NAME}'") is None:  # noqa: S608 - constant
+        return
+    inventory.add_function("parent", lambda key: key.rpartition("/")[0])
+    query = f"""SELECT parent(key) AS folder FROM input WHERE size NOT NULL GROUP BY folder
+    HAVING folder != '' AND min(reason IS '{Reason.BAD_NAME}') ORDER BY folder"""  # noqa: S608 - constant
+    if folders := [folder for (folder,) in inventory.query(query)]:
+        examples = ", ".join(map(repr, folders[:MAX_LISTED]))
+        log.warning(
+            "ingest: no photo is left of %s folder(s) whose names must be corrected: %s", len(folders), examples
+        )
+
+
 def _warn(inventory: Inventory, condition: str, problem: str) -> None:
-    """Warn about inputs, if any, with the first of them."""
-    query = f"SELECT count(*) OVER (), key, detail FROM input WHERE {condition} ORDER BY id LIMIT 1"  # noqa: S608 - constants
-    for count, key, detail in inventory.query(query):
-        log.warning("ingest: %s %s, such as %r (%s); they are quarantined", f"{count:,}", problem, key, detail)
+    """Warn about inputs, if any, with the first of each kind."""
+    query = f"""SELECT sum(count(*)) OVER (), key, detail, min(id) FROM input WHERE {condition}
+    GROUP BY detail ORDER BY min(id) LIMIT 3"""  # noqa: S608 - constants
+    if rows := list(inventory.query(query)):
+        examples = ", ".join(f"{key!r} ({detail})" for _, key, detail, _ in rows)
+        log.warning("ingest: %s %s, such as %s; they are quarantined", f"{rows[0][0]:,}", problem, examples)

@@ -2,12 +2,14 @@
 
 import pytest
 
-from carclass.ingestion.folder_labels import parse_folders
+from carclass.data.quarantine import Reason
+from carclass.ingestion.folder_labels import find_classes
 from carclass.ingestion.labels import Label, LabelsError
 
 
 def folder_labels(*keys: str) -> list[Label]:
-    return [label for _, label in parse_folders(lambda: keys, source="s3://cars")]
+    source = "s3://cars"
+    return [label for _, label in find_classes(lambda: keys, source=source).labels(keys, source)]
 
 
 def test_photos_in_class_folders_are_train():
@@ -60,10 +62,44 @@ def test_double_slashes_make_no_folders():
         (["Val/Audi/1.jpg", "train/Audi/1.jpg"], "the subset is 'Val'; use train"),
         (["cars/Audi/1.jpg", "bikes/BMW/2.jpg"], "the subset is 'cars'; expected train or test"),
         (["train/1.jpg", "Valid/2.jpg"], "train/1.jpg is outside of a class folder; expected"),
-        (["Audi/1.jpg", "Ram C/V Van/2.jpg"], "found Audi/1.jpg and Ram C/V Van/2.jpg.*class name with a slash"),
-        (["train/Ram C/V Van/2.jpg"], "found train/Ram C/V Van/2.jpg"),
+        (
+            ["Audi/1.jpg", "Ram C/V Van/2.jpg", "BMW/3.jpg"],
+            r"photos, 1 are 2 folders deep .Ram C/V Van/2.jpg. and 2 are 1 folder deep\..*class name with a slash",
+        ),
+        (["Audi/1.jpg", "BMW/2.jpg", "validation/BMW/3.jpg"], r"deep .validation/BMW/3.jpg. .* all classes must be in"),
+        (["Audi/1.jpg"] * 8 + ["a/Audi/1.jpg"], r"1 are 2 folders deep .a/Audi/1.jpg. and 8 are 1 folder deep"),
+        (["train/Ram C/V Van/2.jpg"], "1 are 3 folders deep .train/Ram C/V Van/2.jpg"),
     ],
 )
 def test_other_trees_are_refused_with_the_location(keys: list[str], message: str):
     with pytest.raises(LabelsError, match=message):
         folder_labels(*keys)
+
+
+SOUND = [f"{name}/{i}.jpg" for name in "ab" for i in range(10)]
+
+
+@pytest.mark.parametrize("shared", ["", "cars/"])
+@pytest.mark.parametrize(
+    ("key", "detail"),
+    [("a/sub/x.jpg", "deeper"), ("a/a/1.jpg", "deeper"), ("validation/a/1.jpg", "deeper"), ("train/x.jpg", "subset")],
+)
+def test_a_few_misplaced_photos_get_no_label(shared: str, key: str, detail: str):
+    keys = [shared + name for name in (*SOUND, key)]
+    folders = find_classes(lambda: keys, source="s3://cars")
+    assert [label.key for _, label in folders.labels(keys, "")] == keys[:-1]
+    reason, text = folders.problem(keys[-1]) or (None, "")
+    assert reason == Reason.NO_LABEL
+    assert detail in text
+
+
+def test_a_photo_beside_the_shared_folders_gets_no_label():
+    keys = [f"cars/{key}" for key in SOUND] + ["other/x.jpg"]
+    assert find_classes(lambda: keys, source="").problem("other/x.jpg") == (
+        Reason.NO_LABEL,
+        "outside of the folders of classes",
+    )
+
+
+def test_a_backslash_in_a_key_makes_no_folder():
+    assert [label.label for label in folder_labels("a/0.jpg", "a/x\\y.jpg", "b\\c/1.jpg")] == ["a", "a", "b\\c"]

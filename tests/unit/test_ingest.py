@@ -1,5 +1,6 @@
 """Ingestion without a cluster: splits, rows and labels."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def test_a_batch_is_written_as_a_part_and_a_part_of_quarantine(tmp_path: Path):
 
 
 def test_large_photos_are_written_in_several_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(reading, "PART_BYTES", 2 * len(jpeg()))
+    monkeypatch.setattr(publishing, "PART_BYTES", 2 * len(jpeg()))
     batch = pa.Table.from_pylist([{**loaded(jpeg(seed=i)), "key": f"{i}.jpg"} for i in range(5)], LOADED)
     written = write_photos(batch, str(tmp_path), settings(), {}, run_all)
     assert [len(part.rows) for part in written] == [2, 2, 1]
@@ -211,6 +212,13 @@ def test_missing_labels_are_reported_with_a_remedy(tmp_path: Path, name: str):
         labels_of(settings(labels=str(tmp_path / name)), [])
 
 
+@pytest.mark.parametrize("name", ["l.txt", "labels.csv.gz", "labels.xlsx"])
+def test_labels_in_another_kind_of_file_are_refused_as_such(tmp_path: Path, name: str):
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match=rf"`ingest.labels`: .*{name} is a file, but not a .csv\. Labels are a .csv"):
+        labels_of(settings(labels=str(tmp_path / name)), [])
+
+
 def test_without_labels_the_class_is_the_photos_folder():
     assert labels_of(settings(), ["train/A/x.jpg", "test/B/y.jpg"]) == [
         Label("test/B/y.jpg", "B", "test"),
@@ -270,6 +278,33 @@ def test_classes_that_differ_only_in_spelling_are_named(caplog: pytest.LogCaptur
         "ingest: classes that differ only in case, blanks, underscores or hyphens, which may be one: 'Audi  A-4', "
         "'Audi A4', 'audi_a4'"
     ]
+
+
+def test_misplaced_photos_are_counted_with_an_example_of_each_kind(caplog: pytest.LogCaptureFixture):
+    keys = [f"{name}/{i}.jpg" for name in "ab" for i in range(20)]
+    assert len(labels_of(settings(), [*keys, "a/b/x.jpg", "a/b/y.jpg", "z.jpg"])) == len(keys)
+    assert caplog.messages == [
+        "ingest: 3 files have no label, such as 'a/b/x.jpg' (deeper than the folders of classes), 'z.jpg' (no label "
+        "names this photo); they are quarantined"
+    ]
+
+
+def test_a_class_folder_with_a_line_break_is_quarantined_and_named(caplog: pytest.LogCaptureFixture):
+    labels = labels_of(settings(), ["a/1.jpg", "b/2.jpg", "x\ny/3.jpg"])
+    assert [label.label for label in labels] == ["a", "b"]
+    assert "1 names cannot be used" in caplog.messages[0]
+    assert caplog.messages[1].endswith("1 folder(s) whose names must be corrected: 'x\\ny'")
+
+
+def test_a_class_folder_that_is_not_utf8_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    for folder in (b"a", b"b", b"caf\xe9"):
+        path = bytes(tmp_path) + b"/" + folder
+        os.mkdir(path)
+        Path(os.fsdecode(path), "1.jpg").touch()
+    with Inventory() as inventory:
+        listing.list_photos(str(tmp_path), inventory)
+        labelling.label_photos(settings(), inventory)
+    assert caplog.messages[-1].endswith("1 folder(s) whose names must be corrected: 'caf\\\\xe9'")
 
 
 def annotations(names: list[str]) -> np.ndarray:
