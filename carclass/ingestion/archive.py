@@ -25,6 +25,20 @@ TAR_SUFFIXES = (
     ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz", ".tar.zst", ".tzst",
 )  # fmt: skip
 ZIP_SUFFIX = ".zip"
+MAGIC = {
+    b"PK\3\4": ("zip archive", ".zip"),
+    b"\x1f\x8b": ("tar archive, compressed by gzip", ".tar.gz"),
+    b"BZh": ("tar archive, compressed by bzip2", ".tar.bz2"),
+    b"\xfd7zXZ\0": ("tar archive, compressed by xz", ".tar.xz"),
+    b"\x28\xb5\x2f\xfd": ("tar archive, compressed by zstd", ".tar.zst"),
+    b"7z\xbc\xaf": ("7z archive", None),
+    b"Rar!": ("rar archive", None),
+}
+"""First bytes of archives, with the kind and the ending of the name; None if the kind is not read."""
+TAR_MAGIC_AT = 257
+AFTER_END = ("data after its end", "Not a gzipped file", "Unknown frame descriptor")
+"""Parts of errors about data after the end of an archive."""
+_SUFFIXES = sorted((*TAR_SUFFIXES, ZIP_SUFFIX), key=len, reverse=True)
 LOADED = pa.schema([*INPUT, ("data", pa.large_binary()), ("error", pa.string())])
 """A photo's bytes, or the storage error that replaces them."""
 BATCH_BYTES = 64 * 2**20
@@ -103,7 +117,6 @@ def _members(uri: str) -> Iterator[Member]:
 @contextmanager
 def _archive_errors(uri: str, setting: str) -> Iterator[None]:
     """Report an archive that cannot be read with a remedy."""
-    kind = "zip" if uri.lower().endswith(ZIP_SUFFIX) else "tar"
     try:
         yield
     except UserError:
@@ -120,4 +133,27 @@ def _archive_errors(uri: str, setting: str) -> Iterator[None]:
     except ArchiveError as error:
         raise UserError(f"`{setting}`: {uri} cannot be read: {error.problem}. {error.remedy}") from error
     except DAMAGED as error:
-        raise UserError(f"`{setting}`: {uri} is not a readable {kind} archive ({error}). Copy it again.") from error
+        raise UserError(f"`{setting}`: {uri} {_describe_damage(uri, error)}") from error
+
+
+def _describe_damage(uri: str, error: Exception) -> str:
+    """Return what is wrong with an archive, with a remedy: its first bytes tell its kind, whatever its name."""
+    try:
+        with storage.open_stream(uri) as stream:
+            start: bytes = stream.read(TAR_MAGIC_AT + 5)
+    except OSError:
+        start = b"?"
+    if not start:
+        return "has no bytes. Copy it again."
+    is_zip = uri.lower().endswith(ZIP_SUFFIX)
+    kind, suffix = next((known for magic, known in MAGIC.items() if start.startswith(magic)), (None, None))
+    if start[TAR_MAGIC_AT:] == b"ustar":
+        kind, suffix = "tar archive", ".tar"
+    if kind is not None and suffix is None:
+        return f"is a {kind}, which is not read. Unpack it, and create a tar or zip archive."
+    if kind is not None and is_zip != (suffix == ZIP_SUFFIX):
+        stem = next(uri[: -len(ending)] for ending in _SUFFIXES if uri.lower().endswith(ending))
+        return f"is a {kind}: rename it to {stem}{suffix}."
+    if kind is not None and any(part in str(error) for part in AFTER_END):
+        return f"has data after its end ({error}). Remove that data, or create the archive again."
+    return f"is not a readable {'zip' if is_zip else 'tar'} archive ({error}). Copy it again."

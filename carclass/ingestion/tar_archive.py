@@ -16,6 +16,7 @@ from carclass.ingestion.members import ArchiveError, Member, clean_name, link_ta
 SKIP_BYTES = 2**20
 COMPRESSED_BYTES = 2**16
 """Compressed bytes that are read at once."""
+XZ_MAGIC = b"\xfd7zXZ\0"
 MAX_HEADER_BYTES = 2**20
 """Limit of a header with a long name or extended attributes, which is held in memory."""
 MAX_XZ_BYTES = 2**29
@@ -137,9 +138,9 @@ def _decompress(source: BinaryIO) -> Any:
     if start[:2] == b"\x1f\x8b":
         return gzip.GzipFile(fileobj=source)
     if start[:3] == b"BZh" and start[4:] in (b"1A", b"\x17r"):
-        return io.BufferedReader(_Streams(source, bz2.BZ2Decompressor))
-    if start == b"\xfd7zXZ\0":
-        return io.BufferedReader(_Streams(source, lambda: lzma.LZMADecompressor(memlimit=MAX_XZ_BYTES)))
+        return io.BufferedReader(_Streams(source, b"BZh", bz2.BZ2Decompressor))
+    if start == XZ_MAGIC:
+        return io.BufferedReader(_Streams(source, XZ_MAGIC, lambda: lzma.LZMADecompressor(memlimit=MAX_XZ_BYTES)))
     if start[:4] == b"\x28\xb5\x2f\xfd" or start[1:4] == b"\x2a\x4d\x18":  # a frame, or one to skip
         return pa.CompressedInputStream(source, "zstd")
     return source
@@ -148,8 +149,8 @@ def _decompress(source: BinaryIO) -> Any:
 class _Streams(io.RawIOBase):
     """Decompressed bytes of joined bzip2 or xz streams; the standard library ignores damage after the first."""
 
-    def __init__(self, source: BinaryIO, new_decompressor: Callable[[], Any]) -> None:
-        self.source, self.new_decompressor = source, new_decompressor
+    def __init__(self, source: BinaryIO, magic: bytes, new_decompressor: Callable[[], Any]) -> None:
+        self.source, self.magic, self.new_decompressor = source, magic, new_decompressor
         self.decompressor = new_decompressor()
 
     def readable(self) -> bool:
@@ -176,4 +177,6 @@ class _Streams(io.RawIOBase):
         rest: bytes = self.decompressor.unused_data.lstrip(b"\0")
         while not rest and (block := self.source.read(COMPRESSED_BYTES)):
             rest = block.lstrip(b"\0")
+        if not rest.startswith(self.magic[: len(rest)]):
+            raise tarfile.ReadError("data after its end")
         return rest

@@ -25,7 +25,7 @@ MAX_LINK_BYTES = 4096
 ENCRYPTED, UTF8 = 0x1, 0x800
 """Flags of a member."""
 DOS = 0
-"""System on which names have the character set of DOS, and in some tools backslashes."""
+"""System on which names have the character set of DOS."""
 
 
 def read_zip(source: BinaryIO) -> Iterator[Member]:
@@ -38,7 +38,7 @@ def read_zip(source: BinaryIO) -> Iterator[Member]:
         _check_end(source, archive, len(infos))
         _check_layout(infos, archive.start_dir)
         for info in infos:
-            if info.file_size or not info.filename.endswith("/"):
+            if info.file_size or not _decode_name(info).endswith("/"):
                 _check_method(info)
                 yield _member(archive, info)
 
@@ -91,13 +91,12 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Member:
 
 
 def _decode_name(info: zipfile.ZipInfo) -> str:
-    """Return the name, as UTF-8 if it can be: many tools write UTF-8 without the flag that says so."""
-    if info.flag_bits & UTF8:
-        return info.filename
-    name = info.orig_filename.encode("cp437").decode("utf-8", "surrogateescape")
-    if info.create_system != DOS:
-        return name
-    return (name if name.isprintable() else info.filename).replace("\\", "/")
+    """Return the name, with slashes, as UTF-8 if it can be: many tools write UTF-8 without the flag that says so."""
+    name = info.filename
+    if not info.flag_bits & UTF8:
+        utf8 = info.orig_filename.encode("cp437").decode("utf-8", "surrogateescape")
+        name = utf8 if info.create_system != DOS or utf8.isprintable() else name
+    return name.replace("\\", "/")
 
 
 def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:

@@ -199,6 +199,8 @@ def refused(path: Path, data: bytes, cause: str, setting: str = "ingest.photos")
     path.write_bytes(data)
     kind = "zip" if path.suffix == ".zip" else "tar"
     match = rf"^`{setting}`: \S*{path.name} is not a readable {kind} archive \(.*{cause}.*\). Copy it again.$"
+    if not data:
+        match = rf"{path.name} has no bytes\. Copy it again\.$"
     with Inventory() as inventory, pytest.raises(UserError, match=match):
         listing.list_photos(str(path), inventory, setting)
 
@@ -255,7 +257,11 @@ def test_checksum_and_length_of_gzip_are_checked(tmp_path: Path, offset: int):
 
 @pytest.mark.parametrize("suffix", ["tar", *COMPRESSORS])
 def test_other_data_after_an_archive_is_an_error(tmp_path: Path, suffix: str):
-    refused(tmp_path / f"photos.{suffix}", COMPRESSORS.get(suffix, bytes)(tar(PHOTOS)) + NOISE, "")
+    (tmp_path / f"photos.{suffix}").write_bytes(COMPRESSORS.get(suffix, bytes)(tar(PHOTOS)) + NOISE)
+    with pytest.raises(
+        UserError, match=r"has data after its end .*\. Remove that data, or create the archive again\.$"
+    ):
+        read(str(tmp_path / f"photos.{suffix}"))
 
 
 def test_members_of_negative_size_and_endless_headers_are_errors(tmp_path: Path):
@@ -278,7 +284,20 @@ def test_a_truncated_zip_archive_is_refused(tmp_path: Path, share: float):
 
 def test_other_data_after_a_zip_archive_is_an_error(tmp_path: Path):
     whole = zipped(PHOTOS, tmp_path / "photos.zip").read_bytes()
-    refused(tmp_path / "photos.zip", whole + NOISE, "data after its end")
+    (tmp_path / "photos.zip").write_bytes(whole + NOISE)
+    with pytest.raises(UserError, match=r"photos.zip has data after its end .*Remove that data"):
+        read(str(tmp_path / "photos.zip"))
+
+
+def test_an_archive_of_another_kind_than_its_name_is_refused_with_its_right_name(tmp_path: Path):
+    whole = zipped(PHOTOS, tmp_path / "whole.zip").read_bytes()
+    right = [("a.tar.gz", whole, "is a zip archive: rename it to .*/a.zip"), ("a.zip", tar(PHOTOS), "to .*/a.tar")]
+    right += [("a.zip", compress(tar(PHOTOS)), rf"to .*/a\.{suffix}") for suffix, compress in
+              {"tar.gz": gzip.compress, "tar.bz2": bz2.compress, "tar.xz": lzma.compress}.items()]  # fmt: skip
+    for name, data, message in [*right, ("a.zip", b"7z\xbc\xaf" + NOISE, "is a 7z archive, which is not read. Unpack")]:
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(UserError, match=rf"{message}\S*( it, and .*)?\.$"):
+            read(str(tmp_path / name))
 
 
 def test_members_that_a_damaged_directory_hides_are_noticed(tmp_path: Path):
@@ -452,12 +471,27 @@ def test_names_in_utf8_without_a_flag_are_read_from_zip_archives(tmp_path: Path)
     assert read(str(path)) == ({"kaß.jpg": NOISE}, {"caf\\xe9.jpg": Reason.BAD_NAME})
 
 
-def test_backslashes_of_windows_are_slashes(tmp_path: Path):
-    info = zipfile.ZipInfo("a\\x.jpg")
-    info.create_system = 0
+@pytest.mark.parametrize("system", [0, 3])
+@pytest.mark.parametrize("name", ["a\\x.jpg", "a\\\u00e9.jpg"])
+def test_backslashes_in_zip_archives_are_slashes(tmp_path: Path, system: int, name: str):
     with zipfile.ZipFile(tmp_path / "photos.zip", "w") as file:
-        file.writestr(info, NOISE)
-    assert read(str(tmp_path / "photos.zip")) == ({"a/x.jpg": NOISE}, {})
+        for member, data in (("a\\", b""), (name, NOISE)):
+            info = zipfile.ZipInfo(member)
+            info.create_system = system
+            file.writestr(info, data)
+    assert read(str(tmp_path / "photos.zip")) == ({name.replace("\\", "/"): NOISE}, {})
+
+
+def test_backslashes_in_tar_archives_are_parts_of_names(tmp_path: Path):
+    (tmp_path / "photos.tar").write_bytes(tar({"a/x\\y.jpg": NOISE}))
+    assert read(str(tmp_path / "photos.tar")) == ({"a/x\\y.jpg": NOISE}, {})
+
+
+@packed
+def test_a_link_to_itself_is_named_as_such(tmp_path: Path, suffix: str):
+    (write(tmp_path / "photos", {"x.jpg": NOISE}) / "loop.jpg").symlink_to("loop.jpg")
+    details = {file.key: file.detail for file in archive.list_members(pack(tmp_path / "photos", suffix), "")}
+    assert details == {"x.jpg": None, "loop.jpg": "a link that leads to itself"}
 
 
 def test_the_last_of_several_members_with_one_name_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture):
