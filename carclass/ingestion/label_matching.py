@@ -51,14 +51,14 @@ RULES = (
     ),
 )
 OPEN_LABELS = """
-CREATE TABLE open_label AS SELECT min(id) AS id, name, 0 AS photos FROM labels GROUP BY name ORDER BY 1;
+CREATE TABLE open_label AS SELECT min(id) AS id, name, 0 AS photos, NULL AS hint FROM labels GROUP BY name ORDER BY 1;
 CREATE UNIQUE INDEX open_label_id ON open_label (id);
 CREATE TABLE matches (photo INTEGER, label_id INTEGER);
 CREATE INDEX matches_photo ON matches (photo);
 INSERT INTO matches SELECT input.id, open_label.id FROM open_label CROSS JOIN input ON input.key = open_label.name;
 DELETE FROM open_label WHERE id IN (SELECT label_id FROM matches)
 """
-"""open_label: labels without a photo, with the number of photos that fit. matches: photos of labels."""
+"""open_label: labels without a photo, with the number of photos that fit, or a hint. matches: photos of labels."""
 FORMS = """
 DROP TABLE IF EXISTS label_path;
 DROP TABLE IF EXISTS photo_path;
@@ -84,10 +84,13 @@ SELECT label_id, min(photo) AS photo, count(*) AS photos FROM pair WHERE place =
 """The photo that fits a label, and the number of those that fit equally well: junk fits less than other files."""
 UNLABELLED = "NOT EXISTS (SELECT 1 FROM matches WHERE matches.photo = photo.id)"
 DISPUTED = """
-DELETE FROM candidate WHERE photos = 1 AND photo IN (
-    SELECT photo FROM candidate JOIN labels ON labels.id = label_id WHERE photos = 1
-    GROUP BY photo HAVING count(DISTINCT label) > 1 OR count(DISTINCT subset) > 1
-)
+CREATE TABLE disputed AS SELECT photo FROM candidate JOIN labels ON labels.id = label_id WHERE photos = 1
+GROUP BY photo HAVING count(DISTINCT label) > 1 OR count(DISTINCT subset) > 1;
+UPDATE open_label SET hint = 'ambiguous: other labels fit ' || key || ' as well' FROM candidate
+JOIN input ON input.id = photo WHERE label_id = open_label.id AND candidate.photos = 1
+AND photo IN (SELECT photo FROM disputed);
+DELETE FROM candidate WHERE photos = 1 AND photo IN (SELECT photo FROM disputed);
+DROP TABLE disputed
 """
 MISPLACED = """
 CREATE TABLE placed AS
@@ -114,6 +117,16 @@ UPDATE open_label SET photos = candidate.photos FROM candidate WHERE candidate.l
 DELETE FROM label_path WHERE id IN (SELECT label_id FROM candidate);
 DELETE FROM open_label WHERE id IN (SELECT label_id FROM candidate WHERE photos = 1)
 """
+REPEATED = """
+INSERT INTO matches SELECT candidate.photo, label_id FROM candidate JOIN open_label ON open_label.id = label_id
+JOIN input ON input.id = candidate.photo WHERE candidate.photos = 1
+AND candidate.photo IN (SELECT photo FROM matches) AND image_suffix(name) IN ('', image_suffix(key));
+DELETE FROM open_label WHERE id IN (SELECT label_id FROM matches);
+UPDATE open_label SET hint = 'no such photo (could be ' || key || ', then write its complete name)' FROM candidate
+JOIN input ON input.id = photo WHERE label_id = open_label.id AND candidate.photos = 1 AND hint IS NULL
+AND photo NOT IN (SELECT photo FROM matches)
+"""
+"""Labels in another spelling of photos that have one, unless it is that of another file: `x.png` is not `x.jpg`."""
 CONTRADICTIONS = """
 WITH first AS (SELECT photo, min(label_id) AS label_id FROM matches GROUP BY photo HAVING count(*) > 1)
 SELECT labels.name, labels.label, labels.subset, earlier.name, earlier.label, earlier.subset, input.key FROM first
@@ -125,7 +138,8 @@ ASSIGN_LABELS = f"""
 UPDATE input SET label = labels.label, subset = labels.subset
 FROM matches JOIN labels ON labels.id = matches.label_id WHERE input.id = matches.photo;
 INSERT INTO input (key, reason, detail) SELECT name, '{Reason.MISSING_FILE}',
-CASE photos WHEN 0 THEN 'labelled ' || label || ', no such photo' ELSE photos || ' photos have this name' END
+CASE photos WHEN 0 THEN 'labelled ' || label || ', ' || coalesce(hint, 'no such photo')
+ELSE photos || ' photos have this name' END
 FROM open_label JOIN labels USING (id, name) ORDER BY id;
 UPDATE input SET reason = '{Reason.JUNK}', detail = 'not a photo by its name'
 WHERE label IS NULL AND reason IS NULL AND is_junk(key);
@@ -147,6 +161,7 @@ def match_labels(inventory: Inventory, source: str) -> None:
     inventory.add_function("reversed_located", partial(_reverse, form=locate))
     inventory.add_function("folder", lambda path: names.normalise_path(path).rpartition("/")[0])
     inventory.add_function("is_junk", names.is_junk)
+    inventory.add_function("image_suffix", names.image_suffix)
     inventory.add_function("is_plain_number", names.is_plain_number)
     num_labels = inventory.scalar("SELECT count(*) FROM labels")
     _run(inventory, OPEN_LABELS)
@@ -161,6 +176,7 @@ def match_labels(inventory: Inventory, source: str) -> None:
             count, name, key = matched
             example = f"{name!r} is the photo {key!r}"
             log.info("ingest: %s of %s labels matched by %s: %s", f"{count:,}", f"{num_labels:,}", rule.text, example)
+    _find_repeated(inventory)
     _check_contradictions(inventory)
     _run(inventory, ASSIGN_LABELS)
     _run(inventory, ";".join(f"DROP TABLE IF EXISTS {table}" for table in TABLES))
@@ -178,7 +194,7 @@ def _apply_rule(inventory: Inventory, rule: Rule) -> tuple[int, str, str] | None
         CANDIDATES.format(tables=" CROSS JOIN ".join(tables), join=rule.join, photos=photos, longest=int(is_within)),
     )
     if rule.is_loose:
-        inventory.execute(DISPUTED)
+        _run(inventory, DISPUTED)
     if is_within:
         _run(inventory, MISPLACED)
     if rule.form == "remove_zeros" and inventory.scalar("SELECT 1 FROM candidate WHERE photos > 1"):
@@ -186,6 +202,17 @@ def _apply_rule(inventory: Inventory, rule: Rule) -> tuple[int, str, str] | None
     matched = next(inventory.query(MATCHED), None)
     _run(inventory, ASSIGN)
     return matched
+
+
+def _find_repeated(inventory: Inventory) -> None:
+    """Assign labels left over to photos that have another label, of which they are a spelling, or give them a hint."""
+    if inventory.scalar("SELECT 1 FROM open_label WHERE photos = 0") is None:
+        return
+    _run(inventory, FORMS.format(form="remove_zeros", photos="TRUE"))
+    tables = "label_path AS label CROSS JOIN photo_path AS photo"
+    _run(inventory, CANDIDATES.format(tables=tables, join=TAIL, photos="TRUE", longest=0))
+    inventory.execute("DELETE FROM candidate WHERE label_id IN (SELECT id FROM open_label WHERE photos > 0)")
+    _run(inventory, REPEATED)
 
 
 def _check_contradictions(inventory: Inventory) -> None:

@@ -71,6 +71,11 @@ def remove_suffix(path: str) -> str:
     return next((path[: -len(suffix)] for suffix in IMAGE_SUFFIXES if path.endswith(suffix)), path)
 
 
+def image_suffix(path: str) -> str:
+    """Return the ending of an image, in lower case; none if there is another ending."""
+    return next((suffix for suffix in IMAGE_SUFFIXES if path.lower().endswith(suffix)), "")
+
+
 def remove_zeros(path: str) -> str:
     """Return `remove_suffix` of the path without leading zeros and a trailing `.0` if the name is a number."""
     folder, slash, name = remove_suffix(path).rpartition("/")

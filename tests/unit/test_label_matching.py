@@ -156,6 +156,36 @@ def test_two_labels_of_one_spelling_that_differ_name_no_photo():
     assert [row["reason"] for row in result.rejected] == ["missing_file", "missing_file", "no_label"]
 
 
+@pytest.mark.parametrize("name", ["000", "0", "000.JPG", "0.jpg", "A/000"])
+def test_a_contradicting_label_in_another_spelling_is_refused(name: str):
+    with pytest.raises(UserError, match=rf"{name} is Other \(train\), but the label a/000.jpg of the photo .* is BMW"):
+        match(["a/000.jpg", "a/1.jpg"], [Label("a/000.jpg", "BMW", "train"), Label(name, "Other", "train")])
+
+
+@pytest.mark.parametrize("name", ["000", "0", "000.JPG"])
+def test_an_equal_label_in_another_spelling_is_merged(name: str):
+    result = match(["000.jpg"], [Label("000.jpg", "BMW", "train"), Label(name, "BMW", "train")])
+    assert result == ([Label("000.jpg", "BMW", "train")], [])
+
+
+def test_a_missing_photo_with_another_ending_contradicts_none():
+    result = match(["x.jpg"], [Label("x.jpg", "A", "train"), Label("x.png", "B", "train")])
+    assert [row["detail"] for row in result.rejected] == ["labelled B, no such photo"]
+
+
+def test_labels_that_differ_and_name_one_photo_by_its_stem_are_ambiguous():
+    result = match(["car.jpg"], [Label("car.png", "X", "train"), Label("car.webp", "Y", "train")])
+    assert [row["detail"] for row in result.rejected][:2] == [
+        f"labelled {label}, ambiguous: other labels fit car.jpg as well" for label in "XY"
+    ]
+
+
+@pytest.mark.parametrize(("name", "key"), [("3", "003.jpg"), ("4.png", "004.jpg")])
+def test_a_number_without_its_zeros_among_other_names_gets_a_hint(name: str, key: str):
+    result = match([key, "x.jpg"], [Label("x.jpg", "A", "train"), Label(name, "B", "train")])
+    assert result.rejected[0]["detail"] == f"labelled B, no such photo (could be {key}, then write its complete name)"
+
+
 def test_an_exact_key_takes_precedence_over_other_spellings():
     keys = ["X.jpg", "x.jpg", "a//x.jpg"]
     labels = [Label(key, key, "train") for key in keys]
