@@ -46,8 +46,10 @@ class ClassFolders(NamedTuple):
 
     def problem(self, key: str) -> tuple[Reason, str] | None:
         """Return the reason and detail of a photo that is in no folder of a class."""
-        if (folders := _folders(key)) is None:
-            return None
+        folders = _folders(key)
+        return None if folders is None else self._misplaced(folders)
+
+    def _misplaced(self, folders: list[str]) -> tuple[Reason, str] | None:
         if folders[: len(self.shared)] != self.shared or len(folders) < len(self.shared) + self.depth:
             return Reason.NO_LABEL, "outside of the folders of classes"
         if len(folders) > len(self.shared) + self.depth:
@@ -61,7 +63,7 @@ class ClassFolders(NamedTuple):
     def labels(self, keys: Iterable[str], source: str) -> Iterator[LocatedLabel]:
         """Yield the labels of the photos in folders of classes. Raise LabelsError for an unknown subset."""
         for key in keys:
-            if (folders := _folders(key)) is not None and self.problem(key) is None:
+            if (folders := _folders(key)) is not None and self._misplaced(folders) is None:
                 subset = folders[-2] if self.depth == 2 else "train"
                 location = f"{source}, {key}"
                 yield location, make_label(key, folders[-1], subset, location)
