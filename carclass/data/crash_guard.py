@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import ray
 
 from carclass.data.quarantine import PhotoError, Reason
+from carclass.errors import UserError
 
 MAX_SINGLE_ATTEMPTS = 2
 """With the attempt in its batch, a photo gets three; more would exceed the three retries of a Ray task."""
@@ -78,6 +79,19 @@ class CrashGuard:
                 else:  # keep its count until the batch has ended: a later photo may crash this worker too
                     yield _crash_error(stage)
         self.ledger.end.remote(names)
+
+    def run_strictly(self, stage: str, keys: Sequence[str], work: Callable[[list[int]], Iterable[T]]) -> list[T]:
+        """Process a batch as `run` does. Raise UserError for a photo that is not tried again and cannot be left out."""
+        results = []
+        for key, result in zip(keys, self.run(stage, keys, work), strict=True):
+            if isinstance(result, PhotoError):
+                raise UserError(
+                    f"the photo {key} cannot be used: {result.detail}. If memory was short, use nodes with more of it "
+                    "per CPU, or a smaller batch. Otherwise remove the photo from its source, and publish the dataset "
+                    "again by the option --update of jobs/ingest.py and jobs/mask.py."
+                )
+            results.append(result)
+        return results
 
     def count_crashes(self) -> int:
         """Return the number of crashes in attempts on a single photo, each of which brings its batch forward."""

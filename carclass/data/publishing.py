@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,6 +19,8 @@ MANIFEST = "manifest.json"
 PART_PATH = re.compile(r"(parts|quarantine)/[0-9a-f]{24}\.parquet")
 SETTINGS_KEY, CONTENT_KEY, FINGERPRINTS_KEY = b"carclass.settings", b"carclass.content", b"carclass.fingerprints"
 FINGERPRINT = pa.field("fingerprint", pa.string())
+PART_BYTES = 32 * 2**20
+"""Bytes of encoded photos after which a part ends: photos that are not shrunk would fill the memory."""
 _ROW_GROUP_ROWS = 16
 """Rows that are read together: one or two megabytes of photos."""
 
@@ -35,6 +37,20 @@ def write_rows(uri: str, folder: str, rows: Sequence[dict[str, Any]], settings: 
     """Write rows of dataset.ROW or QUARANTINE, each with its `fingerprint`, as `write_part` does."""
     schema = ROW if folder == "parts" else QUARANTINE
     return write_part(uri, folder, pa.Table.from_pylist(rows, schema.append(FINGERPRINT)), settings)
+
+
+def split_by_bytes(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Yield the rows in lists that end after PART_BYTES of images."""
+    group: list[dict[str, Any]] = []
+    size = 0
+    for row in rows:
+        group.append(row)
+        size += len(row.get("image") or b"")
+        if size >= PART_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def write_part(uri: str, folder: str, rows: pa.Table, settings: dict[str, Any]) -> WrittenPart:

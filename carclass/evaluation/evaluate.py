@@ -14,12 +14,13 @@ from carclass import storage
 from carclass.cluster import connection, resources
 from carclass.config.schema import EvaluateSettings
 from carclass.data import dataset, formats, streaming
+from carclass.data.crash_guard import CrashGuard
 from carclass.data.lease import hold_lease
 from carclass.errors import UserError
 from carclass.evaluation.collect import collect_report, report_uri, to_arrays
 from carclass.evaluation.metrics import classification_metrics
 from carclass.evaluation.report import render
-from carclass.runs.predictor import PredictPhotos
+from carclass.runs.predictor import Predictor
 from carclass.runs.run import find_run
 from carclass.runs.saved_model import read_model
 
@@ -73,8 +74,8 @@ def predict_split(source: dataset.Dataset, settings: EvaluateSettings, model_uri
     count = min(resources.count_slots("GPU" if use_gpu else "CPU", 1), num_batches)
     rows = streaming.stream_rows(source, ["key", "label", "image"], settings.split)
     predicted = rows.map_batches(
-        PredictPhotos,
-        fn_constructor_kwargs={"model_uri": model_uri, "use_gpu": use_gpu},
+        ClassifyRows,
+        fn_constructor_kwargs={"model_uri": model_uri, "crash_guard": CrashGuard(), "use_gpu": use_gpu},
         compute=ray.data.ActorPoolStrategy(size=count),
         batch_size=settings.batch_size,
         batch_format="pyarrow",
@@ -88,3 +89,21 @@ def predict_split(source: dataset.Dataset, settings: EvaluateSettings, model_uri
     names = np.array(source.classes)[probabilities.argmax(1)]
     table = table.add_column(2, "predicted", pa.array(names.tolist()))
     return table.add_column(3, "confidence", pa.array(probabilities.max(1)))
+
+
+class ClassifyRows:
+    """A classifier actor: rows with an encoded image → key, label and class probabilities."""
+
+    def __init__(self, model_uri: str, crash_guard: CrashGuard, *, use_gpu: bool) -> None:
+        self.predictor, self.crash_guard = Predictor(model_uri, use_gpu=use_gpu), crash_guard
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Classify rows of `key`, `label` and `image`. Raise UserError for a photo that crashes workers."""
+        images = batch["image"].to_pylist()
+        probabilities = self.crash_guard.run_strictly(
+            "classify",
+            batch["key"].to_pylist(),
+            lambda indices: self.predictor.probabilities([images[i] for i in indices]),
+        )
+        column = pa.array(probabilities, pa.list_(pa.float32()))
+        return pa.table({"key": batch["key"], "label": batch["label"], "probabilities": column})

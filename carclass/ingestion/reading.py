@@ -8,20 +8,18 @@ import pyarrow as pa
 
 from carclass import storage
 from carclass.config.schema import IngestSettings
-from carclass.data import photo
+from carclass.data import photo, publishing
 from carclass.data.quarantine import PhotoError, Reason
 from carclass.ingestion.split import split_of
 
 Row = dict[str, Any]
 GuardedRun = Callable[[str, Sequence[str], Callable[[list[int]], Iterable[Row]]], Iterator[Row | PhotoError]]
-PART_BYTES = 32 * 2**20
-"""Bytes of stored photos after which a part ends: photos that are not shrunk would fill the memory."""
 
 
 def read_groups(sources: pa.Table, settings: IngestSettings, run: GuardedRun) -> Iterator[list[Row]]:
-    """Yield a row of a dataset, or of its quarantine, for each row of INPUT or LOADED, with its fingerprint.
+    """Return a row of a dataset, or of its quarantine, for each row of INPUT or LOADED, with its fingerprint.
 
-    Rows come in lists that end after PART_BYTES of images. Photos of INPUT are read below the URI `settings.photos`,
+    Rows come in lists that end after publishing.PART_BYTES. Photos of INPUT are read below the URI `settings.photos`,
     the next ones while earlier ones are decoded: memory depends on the largest photo, not on their number. run:
     CrashGuard.run.
     """
@@ -29,16 +27,10 @@ def read_groups(sources: pa.Table, settings: IngestSettings, run: GuardedRun) ->
     keys = [row["key"] for row in inputs]
     convert = partial(_convert, settings=settings)
     results = run("read", keys, lambda indices: map(convert, load_photos(sources, settings.photos, indices)))
-    group: list[Row] = []
-    size = 0
-    for row, result in zip(inputs, results, strict=True):
-        group.append(failed_row({**row, "data": None}, result) if isinstance(result, PhotoError) else result)
-        size += len(group[-1].get("image", b""))
-        if size >= PART_BYTES:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
+    return publishing.split_by_bytes(
+        failed_row({**row, "data": None}, result) if isinstance(result, PhotoError) else result
+        for row, result in zip(inputs, results, strict=True)
+    )
 
 
 def _convert(source: Row, settings: IngestSettings) -> Row:

@@ -12,23 +12,27 @@ from carclass.data import dataset, photo
 from carclass.data.crash_guard import CrashGuard
 from carclass.data.quarantine import PhotoError
 from carclass.masking.detector import Detection, Detector
+from carclass.masking.rle import encode_mask
 
 FAILURE = pa.schema([("reason", pa.string()), ("detail", pa.string()), ("attempts", pa.int32())])
 """Columns of a photo that failed; null for all others."""
 SOURCE_SIZE = pa.schema([("source_width", pa.int32()), ("source_height", pa.int32())])
 DECODED = pa.schema([*dataset.ROW, *SOURCE_SIZE, *FAILURE, ("pixels", pa.large_binary())])
-_DETECTION = [field for field in dataset.DETECTION if field.name not in ("mask", *SOURCE_SIZE.names)]
-DETECTED = pa.schema([*dataset.ROW, *SOURCE_SIZE, *FAILURE, *_DETECTION, ("mask_pixels", pa.large_binary())])
+DETECTED = pa.schema([*dataset.MASKED_ROW, *FAILURE])
 _MEASURES = ("score", "num_vehicles", "several_vehicles", "touches_border", "area_fraction", "stability")
 CPU_BATCH = 4
 """Photos per batch of a detector on a CPU: one or two seconds of work."""
+BATCH_BYTES = 256 * 2**20
+"""Largest size of a detector's batch of decoded photos, which is in memory several times."""
 GPU_BATCHES = 8
 """Forward passes per batch of a detector on a GPU: enough photos to group them by shape."""
 
 
-def detector_batch_size(settings: MaskSettings, *, use_gpu: bool) -> int:
-    """Return the number of photos that a detector gets at a time."""
-    return GPU_BATCHES * settings.batch_size if use_gpu else CPU_BATCH
+def detector_batch_size(settings: MaskSettings, max_side: int | None, *, use_gpu: bool) -> int:
+    """Return the number of photos that a detector gets at a time. max_side: of the photos, None without a limit."""
+    if not use_gpu or max_side is None:
+        return CPU_BATCH
+    return max(CPU_BATCH, min(GPU_BATCHES * settings.batch_size, BATCH_BYTES // (3 * max_side**2)))
 
 
 def fetch_and_decode(positions: pa.Table, crash_guard: CrashGuard) -> pa.Table:
@@ -77,11 +81,12 @@ class DetectPhotos:
         self.detector = Detector(settings.detector, settings.choice, "cuda" if use_gpu else "cpu")
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        rows = batch.select(["key", *SOURCE_SIZE.names, *FAILURE.names, "pixels"]).to_pylist()
+        rows = batch.select(["key", *SOURCE_SIZE.names, *FAILURE.names]).to_pylist()
         valid = [row for row in rows if row["reason"] is None]
         photos = [
-            np.frombuffer(row["pixels"], np.uint8).reshape(row["source_height"], row["source_width"], 3)
-            for row in valid
+            np.frombuffer(pixels.as_buffer(), np.uint8).reshape(row["source_height"], row["source_width"], 3)
+            for row, pixels in zip(rows, batch["pixels"], strict=True)
+            if row["reason"] is None
         ]  # fmt: skip
         keys, batch_size = [row["key"] for row in valid], self.settings.batch_size
         detections = self.crash_guard.run(
@@ -99,5 +104,6 @@ class DetectPhotos:
             "vehicle_class": self.settings.detector.classes[detection.category],
             "box": detection.box.tolist(),
             **{name: getattr(detection, name) for name in _MEASURES},
-            "mask_pixels": None if detection.mask is None else detection.mask.tobytes(),
+            # Encoded here, as rows of large photos accumulate until a part is written.
+            "mask": None if detection.mask is None else encode_mask(detection.mask),
         }

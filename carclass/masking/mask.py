@@ -140,7 +140,8 @@ def _write_pending(draft: Draft, source: dataset.Dataset, settings: MaskSettings
     if "batch_size" in settings.model_fields_set and not use_gpu:
         log.warning("mask: `mask.batch_size` has no effect without GPUs: on a CPU photos are processed one by one")
     resources.check_cpus(1 + (num_actors + 1) * streaming.TASK_CPUS, "mask.num_actors")  # 1: Ray's own repartitioning
-    crash_guard, block_rows = CrashGuard(), detector_batch_size(settings, use_gpu=use_gpu)
+    max_side = source.manifest["settings"].get("max_side")
+    crash_guard, block_rows = CrashGuard(), detector_batch_size(settings, max_side, use_gpu=use_gpu)
     pending = streaming.positions_by_part(source, inventory.pending_numbers())
     decoded = streaming.stream_positions(pending, block_rows).map_batches(
         partial(fetch_and_decode, crash_guard=crash_guard),

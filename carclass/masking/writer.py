@@ -3,6 +3,7 @@
 This module does not import torch, so that writing processes start in a second.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,51 +13,55 @@ from carclass.config.schema import ExcludeSettings, MaskSettings
 from carclass.data import dataset, photo, publishing
 from carclass.data.quarantine import Reason
 from carclass.masking.cutout import cut
-from carclass.masking.rle import encode_mask
+from carclass.masking.rle import decode_mask
 
 SUMMARY = pa.schema([("outcome", pa.string()), ("reason", pa.string())])
 """Result of a written photo: its outcome, or the reason of its quarantine."""
 
 
 def write_batch(batch: pa.Table, uri: str, settings: MaskSettings, identity: dict[str, Any]) -> pa.Table:
-    """Write rows of detect.DETECTED as a part and a part of quarantine, and return rows of SUMMARY."""
-    rows, quarantined = cut_batch(batch, settings)
-    for folder, schema, written in (
-        ("parts", dataset.MASKED_ROW, rows),
-        ("quarantine", dataset.QUARANTINE, quarantined),
-    ):
-        if written:
-            table = pa.Table.from_pylist(written, schema)
-            # A masked photo is masked again if its source photo is replaced.
-            publishing.write_part(uri, folder, table.append_column("fingerprint", table["image_id"]), identity)
-    summary = [{"outcome": row["outcome"]} for row in rows] + [{"reason": row["reason"]} for row in quarantined]
+    """Write rows of detect.DETECTED as a part and a part of quarantine, and return rows of SUMMARY.
+
+    There are several parts if photos are large.
+    """
+    summary: list[dict[str, str]] = []
+    for group in publishing.split_by_bytes(cut_rows(batch, settings)):
+        photos = [row for row in group if row["reason"] is None]
+        rejected = [row for row in group if row["reason"] is not None]
+        for folder, schema, written in (
+            ("parts", dataset.MASKED_ROW, photos),
+            ("quarantine", dataset.QUARANTINE, rejected),
+        ):
+            if written:
+                table = pa.Table.from_pylist(written, schema)
+                # A masked photo is masked again if its source photo is replaced.
+                publishing.write_part(uri, folder, table.append_column("fingerprint", table["image_id"]), identity)
+        summary += [{"outcome": row["outcome"]} for row in photos] + [{"reason": row["reason"]} for row in rejected]
     return pa.Table.from_pylist(summary, SUMMARY)
 
 
-def cut_batch(batch: pa.Table, settings: MaskSettings) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Convert rows of detect.DETECTED to rows of MASKED_ROW, with the background removed, and rows of QUARANTINE."""
-    rows, quarantined = [], []
-    for row in batch.to_pylist():
+def cut_rows(batch: pa.Table, settings: MaskSettings) -> Iterator[dict[str, Any]]:
+    """Convert rows of detect.DETECTED one by one to rows of MASKED_ROW without the background, or of QUARANTINE."""
+    for i in range(len(batch)):
+        (row,) = batch.slice(i, 1).to_pylist()
         if row["reason"] is None and (reasons := exclusion_reasons(row, settings.exclude)):
             row |= {"reason": str(Reason.DOUBTFUL_MASK), "detail": ", ".join(reasons), "attempts": 1}
         if row["reason"] is None:
-            rows.append(_cut_row(row, settings))
+            yield _cut_row(row, settings)
         else:
-            quarantined.append({name: row[name] for name in dataset.QUARANTINE.names})
-    return rows, quarantined
+            yield {name: row[name] for name in dataset.QUARANTINE.names}
 
 
 def _cut_row(row: dict[str, Any], settings: MaskSettings) -> dict[str, Any]:
     """Return a row of detect.DETECTED with the background removed; a photo without a vehicle is unchanged."""
     if row["outcome"] == "no_vehicle":
         return row
-    mask = row["mask_pixels"]
-    if mask is not None:
-        mask = np.frombuffer(mask, bool).reshape(row["source_height"], row["source_width"])
+    mask = None
+    if "mask" in settings.cutout.mode:
+        mask = decode_mask(row["mask"], row["source_height"], row["source_width"])
     pixels = cut(photo.decode(row["image"], min_side=1), np.array(row["box"]), mask, settings.cutout)
     return {
         **row,
-        "mask": None if mask is None else encode_mask(mask),
         "image": photo.encode(pixels, quality=settings.quality),
         "width": pixels.shape[1],
         "height": pixels.shape[0],

@@ -18,16 +18,17 @@ import ray.data
 
 from carclass.cluster import resources
 from carclass.config.schema import IngestSettings, MaskSettings, PredictSettings
-from carclass.data import dataset, streaming
+from carclass.data import dataset, publishing, streaming
 from carclass.data.crash_guard import CrashGuard
 from carclass.data.inventory import Inventory
+from carclass.data.quarantine import PhotoError
 from carclass.ingestion import archive
 from carclass.ingestion.reading import read_groups
 from carclass.masking import detect
-from carclass.masking.writer import cut_batch
+from carclass.masking.writer import cut_rows
 from carclass.prediction import calibration
 from carclass.prediction.predictions import PREDICTION, prediction_columns
-from carclass.runs.predictor import PredictPhotos
+from carclass.runs.predictor import Predictor
 
 KEY_ROWS = 4096
 """Keys per block of the listing."""
@@ -74,7 +75,7 @@ def stream_predictions(inventory: Inventory, job: PredictionJob) -> ray.data.Dat
     inputs = read.map_batches(select_input, **pools.task_options) if job.mask is None else _mask(read, job.mask, pools)
     return inputs.map_batches(
         ClassifyPhotos,
-        fn_constructor_kwargs={"job": job, "use_gpu": pools.use_gpu},
+        fn_constructor_kwargs={"job": job, "crash_guard": CrashGuard(), "use_gpu": pools.use_gpu},
         compute=ray.data.ActorPoolStrategy(size=pools.num_classifiers),
         **{**pools.actor_options, "batch_size": job.settings.batch_size},
     )
@@ -86,7 +87,7 @@ def _plan_actor_pools(job: PredictionJob) -> ActorPools:
     slots = max(1, resources.count_slots("GPU" if use_gpu else "CPU", 1))
     block_rows, num_detectors, num_classifiers, gpus = job.settings.batch_size, 0, slots, 1.0
     if job.mask is not None:
-        block_rows, num_detectors = detect.detector_batch_size(job.mask, use_gpu=use_gpu), slots
+        block_rows, num_detectors = detect.detector_batch_size(job.mask, job.reading.max_side, use_gpu=use_gpu), slots
         num_classifiers = slots if use_gpu else -(-slots // DETECTORS_PER_CLASSIFIER)
         gpus = 0.5  # a detector and a classifier per GPU; halves fit in any order of placement
     num_actors = num_classifiers + num_detectors
@@ -143,10 +144,10 @@ def decode_valid(batch: pa.Table, crash_guard: CrashGuard) -> pa.Table:
     return pa.concat_tables([decoded, failed], promote_options="default")
 
 
-def cut_photos(batch: pa.Table, settings: MaskSettings) -> pa.Table:
+def cut_photos(batch: pa.Table, settings: MaskSettings) -> Iterator[pa.Table]:
     """Convert rows of detect.DETECTED to rows of CLASSIFIER_INPUT."""
-    rows, quarantined = cut_batch(batch, settings)
-    return pa.Table.from_pylist([*rows, *quarantined], CLASSIFIER_INPUT)
+    for rows in publishing.split_by_bytes(cut_rows(batch, settings)):
+        yield pa.Table.from_pylist(rows, CLASSIFIER_INPUT)
 
 
 def select_input(batch: pa.Table) -> pa.Table:
@@ -157,16 +158,32 @@ def select_input(batch: pa.Table) -> pa.Table:
 class ClassifyPhotos:
     """A classifier actor: rows of CLASSIFIER_INPUT → rows of PREDICTION."""
 
-    def __init__(self, job: PredictionJob, *, use_gpu: bool) -> None:
-        self.job = job
-        self.predictor = PredictPhotos(job.model_uri, use_gpu=use_gpu)
+    def __init__(self, job: PredictionJob, crash_guard: CrashGuard, *, use_gpu: bool) -> None:
+        self.job, self.crash_guard = job, crash_guard
+        self.predictor = Predictor(job.model_uri, use_gpu=use_gpu)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = batch.drop(["image"]).to_pylist()
-        images = batch.filter(pc.is_null(batch["reason"]))["image"].to_pylist()
-        if images:
-            probabilities = self.predictor.probabilities(images, self.job.settings.batch_size)
-            calibrated = calibration.apply_temperature(probabilities, self.job.temperature)
-            columns = iter(prediction_columns(calibrated, self.job.classes, self.job.settings.threshold))
-            rows = [row if row["reason"] else row | next(columns) for row in rows]
+        valid = batch.filter(pc.is_null(batch["reason"])).select(["key", "image"]).to_pylist()
+        classified = self.crash_guard.run(
+            "classify",
+            [row["key"] for row in valid],
+            lambda indices: self._classify([valid[i]["image"] for i in indices]),
+        )
+        columns = iter(list(classified))
+        rows = [row if row["reason"] else _add_columns(row, next(columns)) for row in rows]
         return pa.Table.from_pylist(rows, PREDICTION)
+
+    def _classify(self, images: list[bytes]) -> list[dict[str, Any]]:
+        if not images:
+            return []
+        probabilities = self.predictor.probabilities(images, self.job.settings.batch_size)
+        calibrated = calibration.apply_temperature(probabilities, self.job.temperature)
+        return prediction_columns(calibrated, self.job.classes, self.job.settings.threshold)
+
+
+def _add_columns(row: dict[str, Any], result: dict[str, Any] | PhotoError) -> dict[str, Any]:
+    """Return a row of CLASSIFIER_INPUT with the columns of its class, or those of a failed photo alone."""
+    if isinstance(result, PhotoError):
+        return {"key": row["key"], "image_id": row["image_id"], **result.columns()}
+    return row | result

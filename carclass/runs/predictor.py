@@ -4,7 +4,6 @@ import copy
 from collections.abc import Sequence
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
@@ -14,8 +13,8 @@ from carclass.models.preprocessing import decode_photos, to_network_input
 from carclass.runs.saved_model import load_network
 
 
-class PredictPhotos:
-    """A worker that classifies: rows with an encoded image → key, label and class probabilities."""
+class Predictor:
+    """A saved model on a device: encoded photos → class probabilities."""
 
     def __init__(self, model_uri: str, *, use_gpu: bool) -> None:
         if not use_gpu:
@@ -25,11 +24,6 @@ class PredictPhotos:
         self.net.to(self.device)
         self.image_size: int = facts["model"]["image_size"]
         self.precision: resnet.Precision = facts["precision"]
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Classify a batch with columns `key`, `label` and `image`."""
-        probabilities = pa.array(list(self.probabilities(batch["image"].to_pylist())), pa.list_(pa.float32()))
-        return pa.table({"key": batch["key"], "label": batch["label"], "probabilities": probabilities})
 
     @torch.inference_mode()
     def probabilities(self, images: Sequence[bytes], batch_size: int = 0) -> np.ndarray:

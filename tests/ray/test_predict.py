@@ -22,7 +22,7 @@ from carclass.models import resnet, weights
 from carclass.models.preprocessing import decode_photos, to_network_input
 from carclass.prediction import calibration, predictions, run_preprocessing
 from carclass.prediction.predict import PredictionResult, predict_photos
-from carclass.runs.predictor import PredictPhotos
+from carclass.runs.predictor import Predictor
 from carclass.runs.run import Run, begin_run, find_run, run_uri
 from carclass.runs.saved_model import publish_model, read_model
 from carclass.sample.generate import BROKEN_KINDS, ODDITIES
@@ -117,12 +117,12 @@ def evaluated_probabilities(root: str, name: str) -> dict[str, np.ndarray]:
         .filter(pc.field("split") == "test")
     )
     threads = torch.get_num_threads()
-    table = PredictPhotos(run.model_uri("frozen"), use_gpu=False)(rows)
+    probabilities = Predictor(run.model_uri("frozen"), use_gpu=False).probabilities(rows["image"].to_pylist())
     torch.set_num_threads(threads)
     fitted = calibration.read_calibration(run.uri, read_model(run.model_uri("frozen"))[1]["sha256"])
     assert fitted is not None
-    probabilities = calibration.apply_temperature(np.stack(table["probabilities"].to_numpy()), fitted.temperature)
-    return dict(zip(table["key"].to_pylist(), probabilities, strict=True))
+    calibrated = calibration.apply_temperature(probabilities, fitted.temperature)
+    return dict(zip(rows["key"].to_pylist(), calibrated, strict=True))
 
 
 def assert_equal_rows(actual: Rows, expected: Rows) -> None:
