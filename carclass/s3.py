@@ -5,13 +5,16 @@ endpoints), container and instance roles. `AWS_NO_SIGN_REQUEST=true` reads publi
 `AWS_REQUEST_PAYER=requester` accepts the costs of a requester-pays bucket.
 """
 
+import hashlib
 import io
 import os
 import random
+import re
 import threading
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any
@@ -77,6 +80,9 @@ REMEDIES = (
 )  # fmt: skip
 """Remedies by S3's code or the name of botocore's error; see `remedy` for the others."""
 _LOCK = threading.Lock()
+_MD5 = re.compile("[0-9a-f]{32}")
+_md5_servers: set[str] = set()
+"""Endpoints of which an ETag was the MD5 of its content."""
 
 
 def client() -> Any:
@@ -158,15 +164,47 @@ def pause(attempts: int) -> float:
     return random.uniform(0.5, 1) * FIRST_PAUSE * 2 ** (attempts - 1)  # noqa: S311 - spreads the load, decides nothing
 
 
-def read_body(open_body: Callable[[], Any]) -> bytes:
+def read_body(get_object: Callable[[], dict[str, Any]]) -> bytes:
     """Return the content of a response, requested again while its body ends early, stalls or is damaged."""
-    for attempts in range(1, NUM_ATTEMPTS):
-        body = open_body()
+    rejected: set[str] = set()
+    for attempts in range(1, NUM_ATTEMPTS + 1):
+        response = get_object()
         try:
-            return bytes(body.read())
+            data = bytes(response["Body"].read())
+            _check_content(response, data, rejected)
+            return data
         except BODY_ERRORS:
+            if attempts == NUM_ATTEMPTS:
+                raise
             time.sleep(pause(attempts))
-    return bytes(open_body().read())
+    raise AssertionError
+
+
+def _check_content(response: dict[str, Any], data: bytes, rejected: set[str]) -> None:
+    """Compare an object with its ETag, where that is the MD5. Raise FlexibleChecksumError if they differ.
+
+    It is one on AWS for objects that were written by one request and not encrypted with a key of KMS or the customer.
+    Other servers may have ETags of another kind: there, content that was read twice the same is accepted, until a first
+    ETag was the MD5. rejected: MD5 of contents that were read before.
+    """
+    if "ETag" not in response:
+        raise FlexibleChecksumError(error_msg="the response has no ETag, so it is not from the storage")
+    etag = response["ETag"].strip('"')
+    is_encrypted = response.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in response
+    if "ContentRange" in response or is_encrypted or not _MD5.fullmatch(etag):
+        return
+    digest = hashlib.md5(data, usedforsecurity=False).hexdigest()
+    if digest == etag:
+        _md5_servers.add(client().meta.endpoint_url)
+    elif digest not in rejected or _is_aws(client().meta.endpoint_url) or client().meta.endpoint_url in _md5_servers:
+        rejected.add(digest)
+        raise FlexibleChecksumError(error_msg=f"the content's MD5 is {digest}, not the ETag {etag}")
+
+
+def server_time(response: dict[str, Any]) -> float:
+    """Return the time of a response by the server's clock, in seconds; by ours if it does not say."""
+    date = response["ResponseMetadata"]["HTTPHeaders"].get("date")
+    return time.time() if date is None else parsedate_to_datetime(date).timestamp()
 
 
 def error_code(error: Exception) -> tuple[int | None, str]:

@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from email.utils import parsedate_to_datetime
 from itertools import repeat
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
@@ -34,6 +33,7 @@ STREAM_BYTES = 4 * 2**20
 REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "Free some space, and run the same command again."),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "Check the path and your permissions."),
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.EISDIR), "Move the file, folder or link that is in its place."),
 }
 """Remedies of local errors."""
 NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
@@ -121,8 +121,8 @@ def stat(uri: str) -> Stat:
     """Return the state of a file. Raise FileNotFoundError if it does not exist."""
     if (path := local_path(uri)) is None:
         response = _head(uri)
-        date = parsedate_to_datetime(response["ResponseMetadata"]["HTTPHeaders"]["date"])
-        return Stat(response["ContentLength"], response["ETag"], response["LastModified"].timestamp(), date.timestamp())
+        now, modified = s3.server_time(response), response["LastModified"].timestamp()
+        return Stat(response["ContentLength"], response["ETag"], modified, now)
     with translate_errors(uri, "read"):
         status = os.stat(path)
         with _temporary(path) as probe:  # a network file system has a clock of its own
@@ -169,7 +169,7 @@ def read_bytes(uri: str) -> bytes:
     with translate_errors(uri, "read"):
         if path is not None:
             return Path(path).read_bytes()
-        return s3.read_body(lambda: s3.client().get_object(**_address(uri))["Body"])
+        return s3.read_body(lambda: s3.client().get_object(**_address(uri)))
 
 
 def open_stream(uri: str) -> BinaryIO:
@@ -224,7 +224,7 @@ class _ObjectFile(io.RawIOBase):
         with translate_errors(self.uri, "read"):
             # Two reads of an object that is replaced between them must not be mixed.
             request = {**_address(self.uri), "Range": f"bytes={self.position}-{end - 1}", "IfMatch": self.etag}
-            data = s3.read_body(lambda: s3.client().get_object(**request)["Body"])
+            data = s3.read_body(lambda: s3.client().get_object(**request))
         self.position += len(data)
         return data
 
@@ -388,6 +388,8 @@ def check_root(uri: str) -> None:
         delete(probe)
     except StorageError as error:
         raise StorageError(f"`root`: {str(error).replace(probe, uri)}") from error
+    except FileNotFoundError as error:  # as below /proc
+        raise StorageError(f"`root`: {uri} cannot be written to. Check the path.") from error
 
 
 def sha256(*pieces: bytes | memoryview) -> str:

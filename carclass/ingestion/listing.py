@@ -65,9 +65,8 @@ def list_photos(photos: str, inventory: Inventory, setting: str = "ingest.photos
         inventory.add_inputs(map(_reject_large, page))
         progress.add(len(page))
     if not progress.done:
-        raise UserError(
-            f"`{setting}`: no files in {photos}. Check the path or prefix; an s3:// prefix needs list permission."
-        )
+        hint = "" if storage.local_path(photos) is not None else "; the credentials need permission to list it"
+        raise UserError(f"`{setting}`: no files in {photos}. Check the path{hint}.")
 
 
 def _reject_large(file: Listed) -> Listed:

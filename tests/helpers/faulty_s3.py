@@ -19,7 +19,7 @@ CODES = {
     301: "PermanentRedirect", 400: "ExpiredToken", 403: "AccessDenied", 404: "NoSuchKey", 429: "TooManyRequests",
     500: "InternalError", 502: "BadGateway", 503: "SlowDown", 504: "GatewayTimeout",
 }  # fmt: skip
-RESET, STALL, TRUNCATED = "reset", "stall", "truncated"
+RESET, STALL, TRUNCATED, CUT, FLIPPED, PAGE = "reset", "stall", "truncated", "cut", "flipped", "page"
 HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length"}
 
 
@@ -28,7 +28,8 @@ class Fault:
     """Fault of the requests whose "METHOD /path?query" matches a pattern."""
 
     kind: int | str
-    """HTTP status, RESET, STALL or TRUNCATED."""
+    """HTTP status, RESET, STALL, TRUNCATED (the connection ends early), CUT (half a body with the length of that half),
+    FLIPPED (a wrong byte) or PAGE (a gateway's page with status 200)."""
     pattern: str = ""
     first: int | None = None
     """Number of such requests, for each path, that fail; by default all."""
@@ -90,8 +91,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Forward a request and its response, or fail it."""
         body = b"".join(self.chunks())
         fault = self.server.fault_of(f"{self.command} {self.path}")
-        if fault is None or fault.kind == TRUNCATED:
-            self.forward(body, truncated=fault is not None and self.command != "HEAD")
+        if fault is None or fault.kind in (TRUNCATED, CUT, FLIPPED):
+            self.forward(body, "" if fault is None or self.command == "HEAD" else str(fault.kind))
+        elif fault.kind == PAGE:
+            self.reply(200, {"Content-Type": "text/html"}, b"<html>Please sign in.</html>")
         elif fault.kind == STALL:
             time.sleep(1)  # tests lower the client's read timeout
             self.close_connection = True
@@ -102,8 +105,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             error = ERROR.format(fault.code or CODES[fault.kind]).encode() if fault.has_body else b""
             self.reply(fault.kind, {"Content-Type": "application/xml", **fault.headers}, error)
 
-    def forward(self, body: bytes, *, truncated: bool) -> None:
-        """Forward a request and its response, of which half is lost if it is truncated."""
+    def forward(self, body: bytes, damage: str) -> None:
+        """Forward a request and its response, damaged as a fault of this kind."""
         upstream = http.client.HTTPConnection(self.server.upstream, timeout=60)
         headers = {name: value for name, value in self.headers.items() if name.lower() not in {*HOP_BY_HOP, "expect"}}
         upstream.request(self.command, self.path, body, {**headers, "Content-Length": str(len(body))})
@@ -112,9 +115,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.command == "HEAD":
             headers["Content-Length"] = response.headers.get("Content-Length", "0")
         data = response.read()
-        if truncated:
+        if damage == TRUNCATED:
             headers["Content-Length"] = str(len(data))
-            data, self.close_connection = data[: len(data) // 2], True
+            self.close_connection = True
+        if damage == FLIPPED:
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        elif damage:
+            data = data[: len(data) // 2]
+        if damage in (CUT, FLIPPED):  # no checksum tells
+            headers = {name: value for name, value in headers.items() if "checksum" not in name.lower()}
         self.reply(response.status, headers, data)
         upstream.close()
 

@@ -1,5 +1,6 @@
 """Storage in front of a misbehaving S3: retried and read right, or one paragraph with the cause and the remedy."""
 
+import io
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from carclass import s3 as s3_client
 from carclass import storage
 from carclass.ingestion import listing
-from tests.helpers.faulty_s3 import RESET, STALL, TRUNCATED, Fault, Proxy
+from tests.helpers.faulty_s3 import CUT, FLIPPED, PAGE, RESET, STALL, TRUNCATED, Fault, Proxy
 
 CONTENT = bytes(range(250)) * 40
 TRANSIENT = [429, 500, 502, 503, 504, RESET, STALL, TRUNCATED]
@@ -45,6 +46,34 @@ def test_a_transient_fault_of_a_read_is_retried(uri: str, proxy: Proxy, kind: in
     assert storage.read_bytes(uri) == read_ranges(uri) == CONTENT
     assert storage.exists(uri)
     assert proxy.refused >= 4
+
+
+@pytest.mark.parametrize("kind", [CUT, FLIPPED, PAGE])
+def test_wrong_content_that_looks_right_is_read_again(uri: str, proxy: Proxy, kind: str):
+    assert storage.read_bytes(uri) == CONTENT
+    proxy.faults = [Fault(kind, "GET .*b.bin", first=2)]
+    assert storage.read_bytes(uri) == CONTENT
+    assert proxy.refused == 2
+
+
+@pytest.mark.parametrize("kind", [CUT, FLIPPED, PAGE])
+def test_content_that_stays_wrong_is_the_storages_fault(uri: str, proxy: Proxy, kind: str):
+    assert storage.read_bytes(uri) == CONTENT
+    proxy.faults = [Fault(kind, "GET .*b.bin")]
+    with pytest.raises(storage.StorageError, match=r"b\.bin cannot be read .*(MD5|no ETag)"):
+        storage.read_bytes(uri)
+
+
+def test_etags_that_are_no_md5_are_accepted_for_content_read_twice(monkeypatch: pytest.MonkeyPatch, uri: str):
+    monkeypatch.setattr(s3_client, "_md5_servers", set())
+    response = {"ETag": f'"{"0" * 32}"'}
+    contents = iter([b"wrong", CONTENT, CONTENT])
+    assert s3_client.read_body(lambda: {**response, "Body": io.BytesIO(next(contents))}) == CONTENT
+
+
+def test_etags_of_encrypted_objects_are_not_compared(uri: str):
+    response = {"ETag": f'"{"0" * 32}"', "ServerSideEncryption": "aws:kms", "Body": io.BytesIO(CONTENT)}
+    assert s3_client.read_body(lambda: response) == CONTENT
 
 
 @pytest.mark.parametrize("kind", [429, 500, 502, 503, 504, RESET, STALL])
