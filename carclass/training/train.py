@@ -115,11 +115,29 @@ def _fit_stage(job: StageJob, get_photos: Callable[[], BlockRefs], train_resourc
         newest = checkpoint.newest_valid(uri)
         failures = failures + 1 if newest == previous else 0
         if error is not None and failures >= MAX_RESTARTS_WITHOUT_PROGRESS:
+            if has_crashed_process(error):
+                raise _lasting_crash(job, error) from error
             raise error
         reason = "workers were preempted"
         if error is not None:
             reason = f"workers were lost ({str(error).strip().splitlines()[-1][:200]})"
         log.warning("train: %s; resuming from %s", reason, newest or "the start")
+
+
+def has_crashed_process(error: Exception) -> bool:
+    """Return True if a worker's process ended by itself: the others fail in consequence, with errors of their own."""
+    failures = [error, *getattr(error, "worker_failures", {}).values()]
+    causes = [getattr(failure, "health_check_failure", failure) for failure in failures]
+    return any(isinstance(cause, ray.exceptions.RayActorError) for cause in causes)
+
+
+def _lasting_crash(job: StageJob, error: Exception) -> UserError:
+    return UserError(
+        f"{job.run.settings.name}: workers of the {job.stage} stage crashed {MAX_RESTARTS_WITHOUT_PROGRESS} times in a "
+        f"row without a new checkpoint ({str(error).strip().splitlines()[-1][:200]}). The usual cause is too little "
+        "memory: set `train.unfrozen.micro_batch_size`, use nodes with more memory, or run fewer jobs at once. Then "
+        "run the same command again; it resumes."
+    )
 
 
 def _has_cached_features(job: StageJob) -> bool:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,27 +25,26 @@ from carclass.evaluation import evaluate
 from carclass.ingestion.ingest import ingest_photos
 from carclass.prediction import classify
 from carclass.prediction.predict import predict_photos
-from carclass.runs import predictor
 from carclass.training import photo_store
 from tests.helpers import runs
 
-BAD = ("test/A/0.png", "test/B/5.png", "train/B/7.png")
+BAD = ("test/A/0.png", "train/B/7.png")
 """White photos, which crash the process that decodes them for the network."""
 
 
-def crash_on_white(log: str, module: Any) -> None:
-    """Patch a module's decoding to count white photos and crash the process."""
-    decode = module.decode_photos
+def crash_on_white(log: str, job: str) -> None:
+    """Patch decoding to log white photos with the job, and crash the process."""
+    decode = photo.decode
 
-    def decode_or_crash(images: Sequence[bytes], size: int) -> np.ndarray:
-        pixels: np.ndarray = decode(images, size)
-        if (white := (pixels.min((1, 2, 3)) == 255)).any():
+    def decode_or_crash(data: bytes, **more: Any) -> np.ndarray:
+        pixels = decode(data, **more)
+        if pixels.min() == 255:
             with open(log, "a") as file:
-                file.write(f"{module.__name__} {white.sum()}\n")
-            os.kill(os.getpid(), signal.SIGSEGV)
+                file.write(f"{job}\n")
+            signal.raise_signal(signal.SIGSEGV)  # in this thread, which must not go on meanwhile
         return pixels
 
-    module.decode_photos = decode_or_crash
+    photo.decode = decode_or_crash
 
 
 def drive(root: Path) -> None:
@@ -56,17 +55,17 @@ def drive(root: Path) -> None:
 
     class CrashingRows(evaluate.ClassifyRows):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            crash_on_white(log, predictor)
+            crash_on_white(log, "evaluate")
             super().__init__(*args, **kwargs)
 
     class CrashingPhotos(classify.ClassifyPhotos):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            crash_on_white(log, predictor)
+            crash_on_white(log, "predict")
             super().__init__(*args, **kwargs)
 
     def to_block_or_crash(*args: Any, **kwargs: Any) -> Any:
-        if photo_store.decode_photos.__name__ == "decode_photos":
-            crash_on_white(log, photo_store)
+        if photo.decode.__name__ == "decode":
+            crash_on_white(log, "train")
         return to_block_columns(*args, **kwargs)
 
     to_block_columns = photo_store.to_block_columns
@@ -79,7 +78,9 @@ def drive(root: Path) -> None:
     evaluated = partial(evaluate.evaluate_run, str(root), EvaluateSettings(run="r"))
     stored = partial(photo_store.store_split, source, "train", 32)
     errors = {"evaluate": error_of(evaluated), "train": error_of(stored)}
-    predicted = predict_photos(str(root), PredictSettings(run="r", photos=str(root / "photos"), max_quarantined=1))
+    predicted = predict_photos(
+        str(root), PredictSettings(run="r", photos=str(root / "photos" / "test"), max_quarantined=1)
+    )
     rows = dataset.read_part(f"{predicted.uri}/predictions.parquet", ["key", "label", "reason", "detail"]).to_pylist()
     (root / "result.json").write_text(json.dumps({"errors": errors, "rows": rows}))
 
@@ -98,7 +99,7 @@ class Crashed(NamedTuple):
 
     errors: dict[str, str]
     rows: dict[str, dict[str, Any]]  # of predictions, by key
-    crashes: Counter[str]  # by module
+    crashes: Counter[str]  # by job
 
 
 @pytest.fixture(scope="module")
@@ -113,37 +114,33 @@ def crashed(tmp_path_factory: pytest.TempPathFactory) -> Crashed:
     command = [sys.executable, __file__, str(root)]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     result = json.loads((root / "result.json").read_text())
-    crashes = Counter(line.split()[0].rpartition(".")[2] for line in (root / "crashes").read_text().splitlines())
+    crashes = Counter((root / "crashes").read_text().split())
     return Crashed(result["errors"], {row["key"]: row for row in result["rows"]}, crashes)
 
 
-@pytest.mark.slow  # 60 s with its fixture
+@pytest.mark.slow  # 90 s with its fixture
 def test_photos_that_crash_the_classifier_are_predicted_as_crashed_and_their_neighbours_are_classified(
     crashed: Crashed,
 ):
-    assert [key for key, row in crashed.rows.items() if row["reason"] == "crashed"] == sorted(BAD)
-    assert all((row["label"] is None) == (key in BAD) for key, row in crashed.rows.items())
-    assert len(crashed.rows) == 16
+    assert {key: row["reason"] for key, row in crashed.rows.items() if row["label"] is None} == {"A/0.png": "crashed"}
+    assert len(crashed.rows) == 6
 
 
-@pytest.mark.slow  # 60 s with its fixture
-@pytest.mark.parametrize(("job", "keys"), [("evaluate", BAD[:2]), ("train", BAD[2:])])
+@pytest.mark.slow  # 90 s with its fixture
+@pytest.mark.parametrize(("job", "key"), [("evaluate", BAD[0]), ("train", BAD[1])])
 def test_a_photo_that_crashes_a_job_which_cannot_leave_it_out_stops_the_job_with_its_name(
-    crashed: Crashed, job: str, keys: tuple[str, ...]
+    crashed: Crashed, job: str, key: str
 ):
-    error = crashed.errors[job]
-    assert any(error.startswith(f"the photo {key} cannot be used: 3 processes crashed") for key in keys)
-    assert "\n" not in error
+    assert crashed.errors[job].startswith(f"the photo {key} cannot be used: 3 processes crashed")
+    assert "\n" not in crashed.errors[job]
 
 
-@pytest.mark.slow  # 60 s with its fixture
-def test_no_photo_crashes_more_classifiers_than_it_has_attempts(crashed: Crashed):
-    attempts = MAX_SINGLE_ATTEMPTS + 1
-    assert crashed.crashes["predictor"] <= attempts * (len(BAD) + 2)
-    assert crashed.crashes["photo_store"] <= attempts
+@pytest.mark.slow  # 90 s with its fixture
+def test_no_photo_crashes_more_processes_than_it_has_attempts(crashed: Crashed):
+    assert crashed.crashes == dict.fromkeys(("evaluate", "train", "predict"), MAX_SINGLE_ATTEMPTS + 1)
 
 
 if __name__ == "__main__":

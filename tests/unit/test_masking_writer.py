@@ -1,0 +1,69 @@
+"""Rows of detections of large photos, and the parts written of them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from carclass.config.schema import DetectorSettings, MaskSettings
+from carclass.data import dataset, photo, publishing
+from carclass.masking.detect import CPU_BATCH, DetectPhotos, decode_rows, detector_batch_size
+from carclass.masking.rle import decode_mask
+from carclass.masking.writer import write_batch
+from tests.helpers.inventories import run_all
+
+SETTINGS = MaskSettings(detector=DetectorSettings(model="sample", weights="sample", short_side=96, num_proposals=10))
+SIDES = (1200, 1600)
+NUM_PHOTOS = 3
+
+
+class Unguarded:
+    """A CrashGuard's methods without Ray."""
+
+    run = staticmethod(run_all)
+
+
+@pytest.fixture(scope="module")
+def detected(photos_folder: Path) -> Iterator[pa.Table]:
+    """Detections in photos of the sample that are enlarged."""
+    threads = torch.get_num_threads()
+    files = sorted((photos_folder / "photos").glob("0000*.jpg"))[:NUM_PHOTOS]
+    rows = []
+    for file in files:
+        pixels = photo.resize(photo.decode(file.read_bytes()), *SIDES)
+        row = {"key": file.name, "image_id": file.name, "label": "A", "split": "train"}
+        rows.append(row | {"width": SIDES[1], "height": SIDES[0], "image": photo.encode(pixels)})
+    detect = DetectPhotos(SETTINGS, Unguarded(), use_gpu=False)  # type: ignore[arg-type]
+    yield detect(decode_rows(pa.Table.from_pylist(rows, dataset.ROW), Unguarded()))  # type: ignore[arg-type]
+    torch.set_num_threads(threads)
+
+
+def test_rows_that_wait_for_their_part_hold_no_pixels(detected: pa.Table):
+    assert detected["mask"].null_count == 0
+    assert detected.drop(["image"]).nbytes < 10_000 * NUM_PHOTOS
+
+
+def test_the_background_is_removed_with_the_mask_that_is_stored(detected: pa.Table, tmp_path: Path):
+    settings = SETTINGS.model_copy(update={"cutout": SETTINGS.cutout.model_copy(update={"mode": "mask"})})
+    write_batch(detected, str(tmp_path), settings, {})
+    for row in publishing.read_written(str(tmp_path), "parts", dataset.MASKED_ROW.names).to_pylist():
+        mask = decode_mask(row["mask"], row["source_height"], row["source_width"])
+        assert mask.mean() == pytest.approx(row["area_fraction"], abs=1e-6)
+        background = photo.decode(row["image"])[:16, :16][~mask[:16, :16]]
+        assert np.abs(background.astype(int) - settings.cutout.fill).max() <= 3
+
+
+def test_large_masked_photos_are_written_in_several_parts(
+    detected: pa.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(publishing, "PART_BYTES", 1)
+    assert len(write_batch(detected, str(tmp_path), SETTINGS, {})) == NUM_PHOTOS
+    assert len(publishing.list_parts(str(tmp_path))) == NUM_PHOTOS
+
+
+def test_detectors_on_gpus_get_fewer_photos_if_these_are_large():
+    sizes = [detector_batch_size(SETTINGS, max_side, use_gpu=True) for max_side in (800, 2400, 10_000, None)]
+    assert sizes == [8 * SETTINGS.batch_size, 15, CPU_BATCH, CPU_BATCH]
