@@ -126,7 +126,7 @@ def _fit_stage(job: StageJob, get_photos: Callable[[], BlockRefs], train_resourc
 
 def has_crashed_process(error: Exception) -> bool:
     """Return True if a worker's process ended by itself: the others fail in consequence, with errors of their own."""
-    failures = [error, *getattr(error, "worker_failures", {}).values()]
+    failures = [error, getattr(error, "controller_failure", None), *getattr(error, "worker_failures", {}).values()]
     causes = [getattr(failure, "health_check_failure", failure) for failure in failures]
     return any(isinstance(cause, ray.exceptions.RayActorError) for cause in causes)
 
