@@ -23,7 +23,7 @@ from carclass.config.schema import DetectorSettings, IngestSettings, MaskSetting
 from carclass.data import dataset, photo, publishing
 from carclass.data.crash_guard import MAX_SINGLE_ATTEMPTS, AttemptLedger
 from carclass.data.draft import Draft
-from carclass.data.inventory import Inventory
+from carclass.data.inventory import Inventory, Listed
 from carclass.errors import UserError
 from carclass.ingestion.ingest import ingest_photos
 from carclass.masking import mask
@@ -35,7 +35,6 @@ from carclass.sample.background import paint_scene
 from carclass.sample.car import Pen, Pose, draw_car
 from carclass.sample.draw import draw_photo
 from carclass.sample.models import MODELS
-from tests.helpers.inventories import add_keys
 
 Rows = list[dict[str, Any]]
 SETTINGS = MaskSettings(
@@ -143,7 +142,7 @@ def publish(root: str, rows: Rows) -> dataset.Dataset:
     publishing.write_part(uri, "parts", pa.Table.from_pylist(rows, dataset.ROW), settings)
     keys, classes = [row["key"] for row in rows], sorted({row["label"] for row in rows})
     with Inventory() as inventory:
-        add_keys(inventory, keys)
+        inventory.add_inputs(map(Listed, keys))
         draft = Draft(uri, settings, inventory)
         return draft.publish(draft.complete(classes, {"kind": "photos"}))
 
