@@ -114,7 +114,7 @@ def crashed(tmp_path_factory: pytest.TempPathFactory) -> Crashed:
     command = [sys.executable, __file__, str(root)]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     result = json.loads((root / "result.json").read_text())
     crashes = Counter((root / "crashes").read_text().split())

@@ -1,4 +1,7 @@
-"""Benchmark of a masking job's peak memory over datasets of growing size, which should not depend on the size."""
+"""Benchmark of the peak memory of ingest and masking over growing numbers of phone photos.
+
+It should depend neither on their number nor on the size of their files.
+"""
 
 import json
 import os
@@ -6,89 +9,87 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
-import pyarrow as pa
+import numpy as np
+from PIL import Image
 
-from carclass import storage
-from carclass.data import dataset, photo, publishing, quarantine
-from carclass.data.draft import Draft
-from carclass.data.inventory import Inventory, Listed
+from carclass.data import photo
 from carclass.errors import UserError
 from carclass.progress import print_line
-from carclass.sample.generate import write_sample
+from carclass.sample.background import SCENES
+from carclass.sample.draw import draw_photo
+from carclass.sample.models import MODELS
 
-COUNTS = (1_000, 4_000, 16_000)
-PART_ROWS = 250
+COUNTS = (500, 1_000, 2_000)
+NUM_DRAWN = 8
+SIZE = (4032, 3024)
+"""Width and height of a phone's photos of 12 megapixels."""
+NOISE, QUALITY = 5, 92
+"""Standard deviation of the noise in grey levels, and JPEG quality, for files of 3 to 4 MB."""
+JOBS = ("ingest", "mask")
 POLL_S = 0.5
 
 
 def run(photos: Path | None, weights: Path | None, folder: Path, jobs: Path) -> dict[str, float]:
-    """Return the peak memory in MB of driver, workers and Ray's processes per size, and the ratio of the peaks.
+    """Return the peak memory in MB of driver, workers and Ray's processes per job and count, and ratios of the peaks.
 
-    photos: a folder, by default the sample; its photos are repeated under new ids. jobs: folder of the jobs. The
+    photos: a folder, by default drawn phone photos; they are repeated under new names. jobs: folder of the jobs. The
     detector is the sample's, at a low resolution, so that the benchmark takes minutes.
     """
     if weights is not None:
         raise UserError("--weights has no effect on the benchmark `memory`, which runs the sample's detector. Omit it.")
-    if photos is None:
-        write_sample(folder / "sample", train_per_class=20, test_per_class=5)
-        photos = folder / "sample" / "photos"
     if not Path("/proc/self/smaps_rollup").exists():
         raise UserError("the benchmark `memory` reads /proc. Run it on Linux.")
-    files = sorted(photos.glob("*.jpg"))[:500]
-    images = [image for path in files if (image := _reencode(path.read_bytes())) is not None]
+    files = _draw_photos(folder) if photos is None else sorted(photos.absolute().glob("*.jpg"))
+    print_line(f"files of {min(map(_megabytes, files)):.1f} to {max(map(_megabytes, files)):.1f} MB")
     figures: dict[str, float] = {}
-    totals = []
     for count in COUNTS:
         root = folder / str(count)
-        _publish_repeated(images, count, root)
-        peaks = _run_masking(root, jobs)
-        totals.append(peaks["together"])
-        print_line(f"{count:,} photos: " + ", ".join(f"{name} {value:,.0f} MB" for name, value in peaks.items()))
-        figures |= {f"{name}_mb_{count}": value for name, value in peaks.items()}
-    return figures | {"largest_vs_smallest": max(totals) / min(totals)}
+        _link(files, count, root / "photos")
+        for job in JOBS:
+            peaks = _run_job(job, root, jobs)
+            listed = ", ".join(f"{name} {value:,.0f} MB" for name, value in peaks.items())
+            print_line(f"{job}, {count:,} photos: {listed}")
+            figures |= {f"{job}_{name}_mb_{count}": value for name, value in peaks.items()}
+    for job in JOBS:
+        totals = [figures[f"{job}_together_mb_{count}"] for count in COUNTS]
+        figures[f"{job}_largest_vs_smallest"] = max(totals) / min(totals)
+    return figures
 
 
-def _reencode(data: bytes) -> tuple[bytes, int, int] | None:
-    """Return (JPEG file, width, height) as after ingest, None for an unreadable photo."""
-    try:
-        return photo.reencode(data, min_side=16, max_pixels=10**8, max_side=800, quality=92)
-    except quarantine.PhotoError:
-        return None
+def _draw_photos(folder: Path) -> list[Path]:
+    """Draw cars with the size and the noise of a phone's photos."""
+    noise = np.random.default_rng(0).normal(scale=NOISE, size=(SIZE[1], SIZE[0], 1)).astype(np.float32)
+    files = [folder / f"{i}.jpg" for i in range(NUM_DRAWN)]
+    for i, (file, model, scene) in enumerate(zip(files, MODELS, SCENES, strict=False)):
+        pixels, _ = draw_photo((i,), model, scene)
+        large = np.asarray(Image.fromarray(pixels).resize(SIZE, Image.Resampling.BICUBIC))
+        file.write_bytes(photo.encode((large + noise).clip(0, 255).astype(np.uint8), quality=QUALITY))
+    return files
 
 
-def _publish_repeated(images: list[tuple[bytes, int, int]], count: int, root: Path) -> None:
-    """Publish a dataset of `count` photos, repeating the images under new ids."""
-    uri = dataset.dataset_uri(str(root), "v1")
-    keys = [f"{i:06d}.jpg" for i in range(count)]
-    for start in range(0, count, PART_ROWS):
-        rows = [_row(key, *images[(start + i) % len(images)]) for i, key in enumerate(keys[start : start + PART_ROWS])]
-        publishing.write_part(uri, "parts", pa.Table.from_pylist(rows, dataset.ROW), {})
-    with Inventory() as inventory:
-        inventory.add_inputs(map(Listed, keys))
-        draft = Draft(uri, {}, inventory)
-        draft.publish(draft.complete(["a", "b"], {"kind": "photos"}))
+def _megabytes(file: Path) -> float:
+    return file.stat().st_size / 1e6
 
 
-def _row(key: str, image: bytes, width: int, height: int) -> dict[str, str | int | bytes]:
-    """Return a row of the dataset."""
-    return {
-        "image_id": storage.sha256(key.encode()),
-        "key": key,
-        "label": "a",
-        "split": "train",
-        "width": width,
-        "height": height,
-        "image": image,
-    }
+def _link(files: Sequence[Path], count: int, folder: Path) -> None:
+    """Link files into the folders of two classes under `count` names. A file is always in the same class."""
+    for i in range(count):
+        index = i % len(files)
+        link = folder / "ab"[index % 2] / f"{i:06d}.jpg"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(files[index])
 
 
-def _run_masking(root: Path, jobs: Path) -> dict[str, float]:
-    """Run the masking job and return its peak memory in MB by kind of process."""
+def _run_job(job: str, root: Path, jobs: Path) -> dict[str, float]:
+    """Run a job and return its peak memory in MB by kind of process."""
+    ingest = {"photos": str(root / "photos")}
     mask = {"detector": {"model": "sample", "weights": "sample", "short_side": 96, "num_proposals": 10}}
-    (root / "mask.yml").write_text(json.dumps({"root": str(root), "mask": mask}))
-    return measure_peaks([sys.executable, str(jobs / "mask.py"), "--config", str(root / "mask.yml")], root / "log.txt")
+    config = root / f"{job}.yml"
+    config.write_text(json.dumps({"root": str(root), job: {"ingest": ingest, "mask": mask}[job]}))
+    return measure_peaks([sys.executable, str(jobs / f"{job}.py"), "--config", str(config)], root / f"{job}.log")
 
 
 def measure_peaks(command: list[str], log_file: Path) -> dict[str, float]:
