@@ -7,6 +7,7 @@ endpoints), container and instance roles. `AWS_NO_SIGN_REQUEST=true` reads publi
 
 import hashlib
 import io
+import logging
 import os
 import random
 import re
@@ -105,6 +106,7 @@ def reset() -> None:
 
 @lru_cache(maxsize=1)
 def _create_client() -> Any:
+    logging.getLogger("botocore").setLevel(logging.WARNING)  # Ray's workers log from INFO on
     core = botocore.session.get_session()
     core.set_config_variable("metadata_service_num_attempts", METADATA_ATTEMPTS)
     # boto3 ignores AWS_REGION, which all other SDKs and AWS's own services use.

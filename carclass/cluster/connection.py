@@ -35,6 +35,8 @@ def _join() -> None:
     # Otherwise Ray Data drops the error that a batch failed with, and with it the remedy.
     ray.data.DataContext.get_current().raise_original_map_exception = True
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it logs the error that it raises
+    # A job ends with its first error; tasks that fail meanwhile would each print a traceback after it.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     if ray.is_initialized():
         return
     address, port = os.environ.get("RAY_ADDRESS", "local"), None

@@ -32,6 +32,7 @@ REPO = Path(__file__).parents[2]
 BUCKET = "cars"
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(3000),  # the first test waits for all of it
     pytest.mark.skipif(missing_requirement() is not None, reason=str(missing_requirement())),
 ]  # 400 s
 
@@ -149,18 +150,18 @@ def many(site: Site) -> tuple[int, str]:
     config_file.parent.mkdir(exist_ok=True)
     config_file.write_text(yaml.safe_dump(chain_settings(f"s3://{BUCKET}/many", f"s3://{BUCKET}")))
     job = site.submit("python", "jobs/pipeline.py", "--config", "build/many-hosts.yml")
-    wait_for(lambda: num_parts("many") >= 2, *job, seconds=400)
+    wait_for(lambda: num_parts("many") >= 2, *job, seconds=900)
     first.unplug()
-    wait_for(lambda: num_parts("many") >= 4, *job, seconds=400)
+    wait_for(lambda: num_parts("many") >= 4, *job, seconds=900)
     second.kill()
     assert not storage.exists(f"s3://{BUCKET}/many/datasets/v2/manifest.json"), "lost after masking, not during it"
     site.start_worker(second)  # as the autoscaler would
-    wait_for(lambda: num_epochs("many") >= 1, *job, seconds=400)
+    wait_for(lambda: num_epochs("many") >= 1, *job, seconds=900)
     site.start_worker(site.spare)  # before the loss: with the CPUs of one host, each worker would have only one
-    wait_for(lambda: num_epochs("many") >= 2, *job, seconds=400)
+    wait_for(lambda: num_epochs("many") >= 2, *job, seconds=900)
     third.kill()
     assert num_epochs("many") < UNFROZEN_EPOCHS, "lost after training, not during it"
-    return job.process.wait(timeout=400), job.log.read_text()
+    return job.process.wait(timeout=900), job.log.read_text()
 
 
 ALONE = """

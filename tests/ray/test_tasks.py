@@ -1,11 +1,15 @@
 """Tasks that crash, or report a user's mistake. Their functions are nested, so that Ray sends them by value."""
 
+import logging
 import os
 import signal
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from carclass.cluster import connection
 from carclass.cluster.tasks import MAX_CRASHES, run_tasks
 from carclass.errors import UserError
 
@@ -47,3 +51,27 @@ def test_a_users_mistake_found_by_a_task_is_reported_without_the_tasks_traceback
 
     with pytest.raises(UserError, match=r"^3 is refused. Use 4.$"):
         list(run_tasks(refuse, range(5)))
+
+
+def test_other_tasks_that_fail_at_the_same_time_print_nothing(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("RAY_IGNORE_UNHANDLED_ERRORS", raising=False)
+    connection.connect()
+
+    def refuse(number: int) -> int:
+        raise UserError(f"{number} is refused.")
+
+    def wait_after_the_last() -> Iterator[int]:
+        yield from range(4)
+        time.sleep(2)  # so that all have failed before the first result is read
+
+    worker = logging.getLogger("ray._private.worker")
+    worker.addHandler(caplog.handler)
+    try:
+        with pytest.raises(UserError, match="is refused"):
+            list(run_tasks(refuse, wait_after_the_last()))
+        time.sleep(1)
+    finally:
+        worker.removeHandler(caplog.handler)
+    assert caplog.text == ""
