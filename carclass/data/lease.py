@@ -117,6 +117,7 @@ class Lease:
             except FileNotFoundError:  # the job that took it over has ended
                 self.is_lost = True
             if not self.is_lost:
+                remove_temporary_files(self.uri)  # of workers that were killed meanwhile
                 storage.delete(self.file)
 
     def check(self) -> None:

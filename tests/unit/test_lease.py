@@ -284,6 +284,14 @@ def test_temporary_files_of_interrupted_writers_are_removed(uri: str):
         assert [path.name for path in own.parent.iterdir()] == [".notes.tmp"]
 
 
+def test_temporary_files_of_writers_killed_meanwhile_are_removed_at_the_end(uri: str):
+    leftover = Path(uri, "parts", f".a.parquet.{'0' * 32}.tmp")
+    with hold_lease(uri, "ingest"):
+        leftover.parent.mkdir(parents=True)
+        leftover.touch()
+    assert not leftover.exists()
+
+
 @pytest.mark.parametrize(("age", "stays"), [(1, True), (lease.EXPIRE_S + 5, False)])
 def test_the_attempt_of_another_job_to_get_the_lease_is_not_disturbed(uri: str, age: float, stays: bool):
     attempt = Path(uri, f".lease.json.{'0' * 32}.tmp")
