@@ -101,7 +101,7 @@ class Dataset:
         It depends neither on the order of rows nor on the files that hold them. A manifest of format 1 has no hashes of
         parts: its digest is, as it was, the sha256 of the manifest.
         """
-        if "format" not in self.manifest:
+        if self.manifest.get("format", 1) == 1:
             return storage.sha256(to_json(self.manifest))
         content = sum(int(part, 16) for part in self.manifest["parts"].values()) % 2**256
         return storage.sha256(to_json([self.classes, f"{content:064x}"]))
@@ -204,7 +204,7 @@ def find_same_dataset(root: str, name: str, settings: dict[str, Any]) -> Dataset
         return None
     old = published.manifest["settings"]
     # The settings of format 1 included those that only select inputs.
-    keys = {*old, *new} if "format" in published.manifest else old.keys() & new.keys()
+    keys = {*old, *new} if published.manifest.get("format", 1) > 1 else old.keys() & new.keys()
     changed = sorted(key for key in keys if old.get(key) != new.get(key))
     if not changed:
         return published
