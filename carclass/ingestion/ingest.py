@@ -82,6 +82,7 @@ def _write_dataset(draft: Draft, settings: IngestSettings) -> dataset.Dataset:
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in complete.manifest["reasons"].items())
     _check_classes(complete.classes, settings, f"photos that are not in quarantine ({reasons})")
     published = draft.publish(complete)
+    quarantine.log_counts("ingest", published.manifest)
     _warn_about_missing_val(inventory, complete.classes)
     _warn_about_test_conflicts(inventory)
     return published
@@ -124,16 +125,13 @@ def _write_pending_photos(draft: Draft, settings: IngestSettings) -> None:
     batches: Iterator[Any] = inventory.pending(settings.part_rows)
     if archive.is_archive(settings.photos):
         batches = _read_archive(settings, inventory)
-    crash_guard, rejected = CrashGuard(), 0
+    crash_guard = CrashGuard()
     write = partial(write_photos, uri=draft.uri, settings=settings, identity=draft.settings, run=crash_guard.run)
     with PhotoMeter("ingest", total) as meter:
         for written in run_tasks(write, batches, crash_guard.count_crashes):
             for part in written:
                 inventory.add_part(*part)
-            reasons = _column(written, "reason")
-            meter.add(_column(written, "split"), reasons)
-            rejected += len(reasons)
-    log.info("ingest: %s photos written, %s quarantined", f"{total - rejected:,}", f"{rejected:,}")
+            meter.add(_column(written, "split"), _column(written, "reason"))
 
 
 def _column(written: Sequence[WrittenPart], name: str) -> list[str]:
