@@ -74,7 +74,8 @@ def recognize_unchanged(inventory: Inventory, read_image_ids: ReadImageIds) -> N
         return
     progress = Progress("compare", total=total)
     same: list[str] = []
-    for key, image_id in read_image_ids(inventory.inputs(COMPARABLE, COMPARED_ROWS)):
+    inputs = inventory.inputs(f"{COMPARABLE} ORDER BY hash_order(input.key)", COMPARED_ROWS)
+    for key, image_id in read_image_ids(inputs):
         written = next(inventory.query("SELECT image FROM written WHERE key = ? AND image NOT NULL", key))[0]
         if image_id is not None and bytes.fromhex(image_id) == written:
             same.append(key)

@@ -193,8 +193,8 @@ class Inventory:
 
     def inputs(self, source: str, batch_rows: int) -> Iterator[pa.Table]:
         """Yield inputs as tables of INPUT with batch_rows rows each. source: the rest of a query, from FROM on."""
-        columns = ", ".join(f"input.{name}" for name in INPUT.names)
-        for rows in chunks(self.query(f"SELECT {columns} {source}"), batch_rows):
+        names = ", ".join(f"input.{name}" for name in INPUT.names)
+        for rows in chunks(self.query(f"SELECT {names} {source}"), batch_rows):
             columns = [
                 pa.array(column, type_) for column, type_ in zip(zip(*rows, strict=True), INPUT.types, strict=True)
             ]
