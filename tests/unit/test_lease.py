@@ -231,6 +231,12 @@ def test_a_target_may_have_any_name(tmp_path: Path, name: str):
             Path(held.uri, "x").touch()
 
 
+def test_predictions_may_have_the_name_of_a_file(tmp_path: Path):
+    Path(tmp_path, "run", "predictions", "best.json").mkdir(parents=True)
+    with hold_lease(f"{tmp_path}/run", "train") as held:
+        held.check()
+
+
 def test_the_parts_of_a_dataset_may_be_a_link_to_another_disk(tmp_path: Path, uri: str):
     Path(uri).mkdir(parents=True)
     Path(tmp_path, "disk").mkdir()
