@@ -27,7 +27,7 @@ def main() -> None:
     counts, calibration = result.counts, result.calibration
     before, after = calibration.expected_calibration_error_before, calibration.expected_calibration_error_after
     rows = [
-        ("photos", f"{counts.photos:,}"),
+        ("inputs", f"{counts.photos:,}"),
         ("predicted", f"{counts.predicted:,}"),
         (f"  below {settings.predict.threshold:g}, rejected", f"{counts.rejected:,}"),
         ("quarantined", f"{sum(counts.reasons.values()):,}"),

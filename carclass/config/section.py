@@ -2,13 +2,14 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
 from pydantic.fields import FieldInfo
 
+from carclass.config.yaml_file import FileValues
 from carclass.errors import UserError, suggest_names
 
 NAMED_DETECTORS = ("mask_rcnn_r50_fpn", "faster_rcnn_r101_fpn", "torchvision_mask_rcnn_v2", "sample")
@@ -90,11 +91,13 @@ def validate(values: dict[str, Any], kind: type[S], *, source: str | Path, base:
     try:
         return kind.model_validate(values, context={"base": base})
     except ValidationError as error:
-        problems = [_explain(item, kind) for item in error.errors()]
+        empty = values.empty_variables if isinstance(values, FileValues) else {}
+        problems = [_explain(item, kind, empty) for item in error.errors()]
     raise UserError(f"{source}: " + "; ".join(problems))
 
 
-def _explain(item: Any, kind: type[Section]) -> str:
+def _explain(item: Any, kind: type[Section], empty: Mapping[str, str]) -> str:
+    """Return a problem with its path. empty: dotted key → variables that made its value empty."""
     path = ".".join(str(step) for step in item["loc"])
     if item["type"] == "missing":
         return f"`{path}` is missing"
@@ -102,6 +105,8 @@ def _explain(item: Any, kind: type[Section]) -> str:
         message = MESSAGES.get(item["type"], item["msg"]).removeprefix("Value error, ")
         if item["type"] == "string_pattern_mismatch":
             message = PATTERN_MESSAGES[item["ctx"]["pattern"]]
+        if path in empty and not str(item["input"] or "").strip():
+            return f"`{path}`: {message}; {empty[path]} is empty: set the variable, or write `${{NAME:-default}}`"
         return f"`{path}`: {message}{_given_text(item['input'])}"
     section, name = _section_at(kind, item["loc"][:-1]), str(item["loc"][-1])
     if name in section.removed:

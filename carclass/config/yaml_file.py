@@ -6,7 +6,7 @@ a name is expected. A key given twice, a key without a value and a tag are error
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,7 +30,14 @@ class MalformedError(UserError):
     """Text that is not YAML."""
 
 
-def read(path: str | Path) -> dict[str, Any]:
+class FileValues(dict[str, Any]):
+    """Keys and values of a file."""
+
+    empty_variables: Mapping[str, str]
+    """Values that are empty because of their variables: dotted key → `${NAME}`."""
+
+
+def read(path: str | Path) -> FileValues:
     """Return the file's keys and values, with `${NAME}` replaced. Raise UserError if it is not a YAML mapping."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -38,9 +45,12 @@ def read(path: str | Path) -> dict[str, Any]:
         raise UserError(f"config file {path}: {error.strerror or error}. Give an existing file.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"config file {path} is not UTF-8 text ({error}). Check that it is the right file.") from error
-    values = parse(text, f"config file {path}")
-    if not isinstance(values, dict):
+    builder = _Builder(f"config file {path}", null_or_text)
+    content = builder.parse(text)
+    if not isinstance(content, dict):
         raise UserError(f"config file {path} holds no settings. See docs/configuration.md.")
+    values = FileValues(content)
+    values.empty_variables = builder.empty
     return values
 
 
@@ -55,27 +65,7 @@ def parse(text: str, source: str, plain: Callable[[str], Any] = null_or_text) ->
     source: file or origin, for messages. plain: type of unquoted values. Raise MalformedError if the text is not YAML,
     and UserError for ambiguous YAML and unset variables.
     """
-    variables: list[str] = []
-
-    def hide(match: re.Match[str]) -> str:
-        variables.append(match[0])
-        return f"\ue000{len(variables) - 1}\ue001"
-
-    try:
-        node = yaml.compose(VARIABLE.sub(hide, PLACEHOLDER.sub("", text)), _Loader)
-        return None if node is None else _Builder(source, variables, plain).build(node, "")
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f"line {mark.line + 1}: " if mark else ""
-        hint = " Indent with spaces, not with tabs." if "'\\t'" in str(error.problem) else ""
-        raise MalformedError(f"{source} is not valid YAML: {line}{error.problem or error.context}.{hint}") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        cause = (
-            "it is nested too deeply, or an alias contains itself"
-            if isinstance(error, RecursionError)
-            else " ".join(str(error).split())
-        )
-        raise MalformedError(f"{source} is not valid YAML: {cause}") from error
+    return _Builder(source, plain).parse(text)
 
 
 def set_key(values: dict[str, Any], key: str, value: Any) -> None:
@@ -105,9 +95,34 @@ class _Loader(yaml.SafeLoader):
 class _Builder:
     """Conversion of parsed YAML to Python values, with checks of keys, tags and aliases."""
 
-    def __init__(self, source: str, variables: list[str], plain: Callable[[str], Any]) -> None:
-        self.source, self.variables, self.plain = source, variables, plain
+    def __init__(self, source: str, plain: Callable[[str], Any]) -> None:
+        self.source, self.plain = source, plain
+        self.variables: list[str] = []
+        self.empty: dict[str, str] = {}
         self.num_values = 0
+
+    def parse(self, text: str) -> Any:
+        """Return the value of a YAML text, as the function `parse` does."""
+        try:
+            node = yaml.compose(VARIABLE.sub(self._hide, PLACEHOLDER.sub("", text)), _Loader)
+            return None if node is None else self.build(node, "")
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            line = f"line {mark.line + 1}: " if mark else ""
+            hint = " Indent with spaces, not with tabs." if "'\\t'" in str(error.problem) else ""
+            cause = f"{line}{error.problem or error.context}.{hint}"
+            raise MalformedError(f"{self.source} is not valid YAML: {cause}") from error
+        except (yaml.YAMLError, RecursionError) as error:
+            cause = (
+                "it is nested too deeply, or an alias contains itself"
+                if isinstance(error, RecursionError)
+                else " ".join(str(error).split())
+            )
+            raise MalformedError(f"{self.source} is not valid YAML: {cause}") from error
+
+    def _hide(self, variable: re.Match[str]) -> str:
+        self.variables.append(variable[0])
+        return f"\ue000{len(self.variables) - 1}\ue001"
 
     def build(self, node: yaml.Node, path: str) -> Any:
         """Return the value of a node. path: its dotted key."""
@@ -161,7 +176,10 @@ class _Builder:
 
         if "${" in node.value:
             self._refuse(node, path, "has `${` without `}`. Close it, or write `$${…}` for the text itself")
-        return PLACEHOLDER.sub(value, node.value)
+        text = PLACEHOLDER.sub(value, node.value)
+        if not text.strip() and node.value.strip():
+            self.empty[path] = PLACEHOLDER.sub(lambda match: self.variables[int(match[1])], node.value).strip()
+        return text
 
     def _environment(self, text: str, node: yaml.Node, path: str) -> str:
         match = REFERENCE.fullmatch(text[2:-1])

@@ -1,16 +1,27 @@
 """Differences between a job's inputs and the rows that are written already, in SQL on the inventory."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import NamedTuple
 
+import pyarrow as pa
+
 from carclass.data.inventory import Inventory
 from carclass.data.quarantine import LISTING_REASONS, Reason
+from carclass.progress import Progress
 
 MAX_EXAMPLES = 3
 _LISTING = ", ".join(f"'{reason}'" for reason in LISTING_REASONS)
 ROWS = "FROM written LEFT JOIN input ON input.key = written.key"
-REPLACED = "(input.id NOT NULL AND coalesce(input.fingerprint, '') != coalesce(written.fingerprint, ''))"
+REPLACED = """(input.id NOT NULL
+AND coalesce(input.recorded, input.fingerprint, '') != coalesce(written.fingerprint, ''))"""
+UNREAD = f"{ROWS} WHERE {REPLACED} AND written.image IS NULL AND written.reason = input.reason"
+"""Inputs with another fingerprint that are in quarantine for their names or labels, without having been read."""
+COMPARABLE = f"{ROWS} WHERE {REPLACED} AND written.image NOT NULL AND input.reason IS NULL"
+"""Inputs with another fingerprint whose content can be compared with that of their rows."""
+COMPARED_ROWS = 64
+ReadImageIds = Callable[[Iterator[pa.Table]], Iterator[tuple[str, str | None]]]
+"""Rows of inventory.INPUT → (key, image_id) of each; None for a photo that cannot be read."""
 OTHER_LABEL = "input.reason IS NULL AND NOT written.quarantined AND input.label != written.label"
 OTHER_SPLIT = """input.reason IS NULL AND NOT written.quarantined
 AND CASE input.subset WHEN 'train' THEN written.split = 'test' ELSE input.subset != written.split END"""
@@ -54,6 +65,22 @@ def find_changes(inventory: Inventory) -> list[Change]:
         query = f"SELECT DISTINCT written.key {rows} ORDER BY written.key LIMIT {MAX_EXAMPLES}"
         changes.append(Change(kind, number, [key for (key,) in inventory.query(query)] if number else []))
     return [change for change in changes if change.number]
+
+
+def recognize_unchanged(inventory: Inventory, read_image_ids: ReadImageIds) -> None:
+    """Find the inputs of another fingerprint, as by a new time of modification, whose content is the written one."""
+    inventory.keep_recorded([key for (key,) in inventory.query(f"SELECT input.key {UNREAD}")])
+    if not (total := inventory.scalar(f"SELECT count(*) {COMPARABLE}")):
+        return
+    progress = Progress("compare", total=total)
+    same: list[str] = []
+    inputs = inventory.inputs(f"{COMPARABLE} ORDER BY hash_order(input.key)", COMPARED_ROWS)
+    for key, image_id in read_image_ids(inputs):
+        written = next(inventory.query("SELECT image FROM written WHERE key = ? AND image NOT NULL", key))[0]
+        if image_id is not None and bytes.fromhex(image_id) == written:
+            same.append(key)
+        progress.add(1)
+    inventory.keep_recorded(same)
 
 
 def changes_text(changes: list[Change]) -> str:

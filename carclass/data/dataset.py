@@ -101,7 +101,7 @@ class Dataset:
         It depends neither on the order of rows nor on the files that hold them. A manifest of format 1 has no hashes of
         parts: its digest is, as it was, the sha256 of the manifest.
         """
-        if "format" not in self.manifest:
+        if self.manifest.get("format", 1) == 1:
             return storage.sha256(to_json(self.manifest))
         content = sum(int(part, 16) for part in self.manifest["parts"].values()) % 2**256
         return storage.sha256(to_json([self.classes, f"{content:064x}"]))
@@ -132,9 +132,15 @@ class Dataset:
 @contextmanager
 def open_parquet(uri: str) -> Iterator[NativeFile]:
     """Open a Parquet file. Raise UserError, in the `with` statement too, if it is missing or damaged."""
+    with report_damage(uri), storage.open_file(uri) as file:
+        yield file
+
+
+@contextmanager
+def report_damage(uri: str) -> Iterator[None]:
+    """Raise UserError if a Parquet file is missing or damaged."""
     try:
-        with storage.open_file(uri) as file:
-            yield file
+        yield
     except (OSError, pa.ArrowInvalid) as error:
         cause = str(error).splitlines()[0]
         raise UserError(
@@ -142,11 +148,16 @@ def open_parquet(uri: str) -> Iterator[NativeFile]:
         ) from error
 
 
+def open_part(opened: NativeFile) -> pq.ParquetFile:
+    """Return an opened Parquet file for reads of some of its row groups or columns, with checksums verified."""
+    return pq.ParquetFile(opened, pre_buffer=True, page_checksum_verification=True)
+
+
 def read_part(uri: str, columns: Sequence[str] | None = None, filters: pc.Expression | None = None) -> pa.Table:
     """Read columns (default: all) of the rows of one Parquet file that pass the filters (default: all)."""
     names = None if columns is None else list(columns)
     with open_parquet(uri) as file:
-        table = pq.read_table(file, columns=names, filters=filters)
+        table = pq.read_table(file, columns=names, filters=filters, page_checksum_verification=True)
     return with_plain_lists(table if names is None else table.select(names))
 
 
@@ -163,7 +174,7 @@ def with_plain_lists(table: pa.Table) -> pa.Table:
 
 def take_rows(part_uri: str, positions: Sequence[int], columns: Sequence[str]) -> pa.Table:
     """Read the rows at given positions of a part, in that order; only their row groups are fetched."""
-    with open_parquet(part_uri) as opened, pq.ParquetFile(opened, pre_buffer=True) as file:
+    with open_parquet(part_uri) as opened, open_part(opened) as file:
         starts = np.cumsum([0, *(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups))])
         groups = (np.searchsorted(starts, positions, side="right") - 1).tolist()
         tables = {group: file.read_row_group(group, columns=list(columns)) for group in set(groups)}
@@ -204,7 +215,7 @@ def find_same_dataset(root: str, name: str, settings: dict[str, Any]) -> Dataset
         return None
     old = published.manifest["settings"]
     # The settings of format 1 included those that only select inputs.
-    keys = {*old, *new} if "format" in published.manifest else old.keys() & new.keys()
+    keys = {*old, *new} if published.manifest.get("format", 1) > 1 else old.keys() & new.keys()
     changed = sorted(key for key in keys if old.get(key) != new.get(key))
     if not changed:
         return published

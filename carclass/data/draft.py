@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from carclass import storage
 from carclass.data import changes, formats, publishing
-from carclass.data.changes import Correction
+from carclass.data.changes import Correction, ReadImageIds
 from carclass.data.dataset import SPLITS, Dataset, read_part, to_json
 from carclass.data.inventory import Inventory, chunks
 from carclass.data.lease import Lease
@@ -72,10 +72,11 @@ class Draft:
                 "name, run again with those settings, or delete the folder."
             )
 
-    def is_current(self, *, update: bool) -> bool:
+    def is_current(self, *, update: bool, read_image_ids: ReadImageIds | None = None) -> bool:
         """Return True if the published version needs no work. update: whether a new version may be published.
 
-        Raise UserError if its inputs have changed and it must not be updated.
+        read_image_ids: to compare the content of inputs that may have changed. Raise UserError if inputs have changed
+        and the version must not be updated.
         """
         if self.published is None:
             return False
@@ -83,7 +84,7 @@ class Draft:
         if "listing" not in manifest and not update:
             log.warning("%s recorded no inputs (format 1), so it is taken as it is; --update makes it anew", self.uri)
             return True
-        if manifest.get("listing") == self.inventory.digest():
+        if self._has_same_inputs(read_image_ids):
             num_unreadable = manifest["reasons"].get(Reason.UNREADABLE, 0)
             if num_unreadable and not update:
                 log.warning("%s: %d photos were unreadable; --update tries them again", self.uri, num_unreadable)
@@ -94,12 +95,24 @@ class Draft:
             return True
         if not update:
             self.sync()
-            found = changes.changes_text(changes.find_changes(self.inventory))
+            found = changes.changes_text(changes.find_changes(self.inventory)) or "labels of photos in quarantine"
             raise UserError(
                 f"{self.uri} was published from other photos or labels. Since then: {found}. Run again with --update "
                 "to publish a new version, in which only new photos are read, or choose another name."
             )
         return False
+
+    def _has_same_inputs(self, read_image_ids: ReadImageIds | None) -> bool:
+        """Return True if the published version has the inputs of today: by fingerprint, else by content."""
+        assert self.published is not None
+        listing = self.published.manifest.get("listing")
+        if listing == self.inventory.digest():
+            return True
+        if listing is None or read_image_ids is None:
+            return False
+        self.sync()
+        changes.recognize_unchanged(self.inventory, read_image_ids)
+        return bool(listing == self.inventory.digest())
 
     def sync(self) -> None:
         """Record new files in the inventory, and forget deleted ones.
@@ -209,6 +222,7 @@ class Draft:
         self.sync()
         inventory = self.inventory
         assert inventory.duplicate_input() is None, f"{self.uri}: duplicate input {inventory.duplicate_input()}"
+        inventory.forget_recorded()
         num_inputs, counts = inventory.count_inputs(), inventory.written_counts()
         missing, unexpected = inventory.missing_keys(), inventory.unexpected_keys()
         assert not missing + unexpected, f"{self.uri}: {num_inputs} inputs, missing {missing}, unexpected {unexpected}"

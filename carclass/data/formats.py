@@ -8,7 +8,10 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from functools import cache
+from typing import Any, NamedTuple, TypeVar, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from carclass import storage
 from carclass.config import yaml_file
@@ -16,17 +19,17 @@ from carclass.errors import UserError
 
 T = TypeVar("T")
 Row = dict[str, Any]
-NUMBER = (int, float)
+NUMBER = float  # or an integer
 
 
 class DamagedFileError(UserError):
-    """A stored file that is empty, cut, or lacks a key."""
+    """A stored file that is empty, cut, lacks a key, or has a value of another type."""
 
 
 class Kind(NamedTuple):
     """A kind of stored file."""
 
-    keys: dict[str, type | tuple[type, ...]]
+    keys: dict[str, Any]
     """Required keys, with dots below other keys, and their types."""
     remedy: str
     """Way out if the file is damaged."""
@@ -34,16 +37,24 @@ class Kind(NamedTuple):
     """Number of the format that is written."""
     migrations: Mapping[int, Callable[[Any], Row]] = {}
     """By format: the content of the file → that of the next format. Without one, the format is read as it is."""
+    former_keys: Mapping[int, dict[str, Any]] = {}
+    """By format that is read as it is: its required keys, if they are others."""
 
 
 RUN_REMEDY = "Restore it from a backup, or delete the run's folder and run jobs/train.py again."
 SWEEP_REMEDY = "Restore it from a backup, or delete the sweep's folder and run jobs/tune.py again."
 PREDICT_REMEDY = "Delete the file and run jobs/predict.py again, which writes it anew."
+COUNTS = dict[str, int]
+MANIFEST_KEYS = {
+    **{"settings": dict, "classes": list[str], "kind": str, "inputs": int, "rows": int, "quarantined": int},
+    **{"splits": COUNTS, "reasons": COUNTS, "parts": list[str]},
+}
 KINDS = {
     "manifest": Kind(
-        {"settings": dict, "classes": list, "kind": str, "splits": dict, "parts": (list, dict)},
+        {**MANIFEST_KEYS, "parts": dict[str, str], "quarantine": dict[str, str], "listing": str},
         "Delete the file and run the same job again: the dataset's finished parts are kept.",
         format=2,  # has the hash of every file and the digest of the inputs
+        former_keys={1: MANIFEST_KEYS},
     ),
     "draft": Kind({"settings": dict}, "Delete the file and run the same job again."),
     "run_config": Kind({"name": str, "dataset": str, "parent": str, "seed": str}, RUN_REMEDY),
@@ -65,6 +76,16 @@ KINDS = {
     "trials": Kind({"trials": list}, SWEEP_REMEDY, format=2, migrations={1: lambda rows: {"trials": rows}}),
 }
 """All kinds of stored files."""
+TYPES: dict[str, dict[str, Any]] = {
+    "manifest": {"outcomes": COUNTS, "source_digest": str, "detector_weights": str},
+    "metrics": dict.fromkeys(("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds"), float),
+    "steps": {"accuracy": float, "lr": float},
+    "model": {"classes": list[str], "val_accuracy": float, "epoch": int, "run": str, "stage": str, "precision": str},
+    "checkpoint": {"val_accuracies": list[float], "sha256": dict[str, str]},
+    "export": {"files": dict[str, dict[str, Any]]},
+    "trials": {"trials": list[dict[str, Any]]},
+}
+"""Types of further values, where a file has them, and those inside of lists and mappings."""
 
 
 def read(uri: str, kind: str) -> Row:
@@ -120,10 +141,14 @@ def decode_lines(data: bytes, kind: str, uri: str) -> list[Row]:
 
 
 def build(cls: type[T], values: Row, kind: str, uri: str) -> T:
-    """Return a dataclass of those values that are its fields. Raise DamagedFileError if a required one is missing."""
+    """Return a dataclass of those values that are its fields. Raise DamagedFileError if one is missing or wrong."""
     names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    given = {name: value for name, value in _as_mapping(values, kind, uri).items() if name in names}
+    types = get_type_hints(cls)
+    for name, value in given.items():
+        _check_type(value, types[name], name, kind, uri)
     try:
-        return cls(**{name: value for name, value in _as_mapping(values, kind, uri).items() if name in names})
+        return cls(**given)
     except TypeError as error:
         raise _damaged(kind, uri, str(error)) from error
 
@@ -141,9 +166,9 @@ def _upgrade(content: Any, kind: str, uri: str) -> Row:
     """Check the format and the keys of a file's content, and migrate an older one."""
     known = KINDS[kind]
     number = content.get("format", 1) if isinstance(content, dict) else 1
-    if isinstance(number, str) and number.isdecimal():  # YAML's values are text
+    if uri.endswith(".yml") and isinstance(number, str) and number.isdecimal():  # YAML's values are text
         number = int(number)
-    if not isinstance(number, int) or number < 1:
+    if type(number) is not int or number < 1:
         raise _damaged(kind, uri, f"`format` is {number!r}")
     if number > known.format:
         raise UserError(
@@ -154,13 +179,34 @@ def _upgrade(content: Any, kind: str, uri: str) -> Row:
         if step in known.migrations:
             content = {**known.migrations[step](content), "format": step + 1}
     values = _as_mapping(content, kind, uri)
-    for key, types in known.keys.items():
+    for key, type_ in known.former_keys.get(number, known.keys).items():
         value: Any = values
         for name in key.split("."):
-            value = value.get(name) if isinstance(value, dict) else None
-        if not isinstance(value, types):
-            raise _damaged(kind, uri, f"`{key}` is {'missing' if value is None else 'of another type'}")
+            if not isinstance(value, dict) or name not in value:
+                raise _damaged(kind, uri, f"`{key}` is missing")
+            value = value[name]
+        _check_type(value, type_, key, kind, uri)
+    for key, type_ in TYPES.get(kind, {}).items():
+        if key in values:
+            _check_type(values[key], type_, key, kind, uri)
     return values
+
+
+def _check_type(value: Any, type_: Any, key: str, kind: str, uri: str) -> None:
+    """Raise DamagedFileError, with the first wrong value, if a value is not of a type."""
+    try:
+        _adapter(type_).validate_python(value, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join([key, *map(str, first["loc"])])
+        found = json.dumps(replace_not_finite(first["input"]), ensure_ascii=False, default=repr)
+        cause = f"`{place}` {first['msg'].removeprefix('Input ')}, but is {found[:40]}"
+        raise _damaged(kind, uri, cause) from error
+
+
+@cache
+def _adapter(type_: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(type_)
 
 
 def _as_mapping(content: Any, kind: str, uri: str) -> Row:

@@ -34,8 +34,6 @@ WRITTEN = ("key", "image_id", "label", "split", "reason", "fingerprint")
 """Columns of a written row that the inventory records, as far as its file has them."""
 CACHE_KB = 16_000
 """SQLite's page cache in memory."""
-HASH_DIGITS = 32
-"""Hex digits recorded of an image_id: 128 bits distinguish photos as well as 256 do, in half the space."""
 FINGERPRINT_DIGITS = 16
 """Hex digits of a fingerprint: compared only with those of the same key."""
 FETCH_ROWS = 1000
@@ -44,16 +42,16 @@ PRAGMAS = ("journal_mode = OFF", "synchronous = OFF", "temp_store = FILE", f"cac
 TABLES = """
 CREATE TABLE input (
 id INTEGER PRIMARY KEY, key TEXT, label TEXT, subset TEXT, size INTEGER, fingerprint TEXT, reason TEXT, detail TEXT,
-position INTEGER);
+position INTEGER, recorded TEXT);
 CREATE TABLE labels (id INTEGER PRIMARY KEY, name TEXT, label TEXT, subset TEXT);
 CREATE TABLE part (id INTEGER PRIMARY KEY, path TEXT UNIQUE, content TEXT, removed INTEGER);
-CREATE TABLE written (key TEXT, image TEXT, label TEXT, split TEXT, reason TEXT, fingerprint TEXT, quarantined INTEGER,
+CREATE TABLE written (key TEXT, image BLOB, label TEXT, split TEXT, reason TEXT, fingerprint TEXT, quarantined INTEGER,
 part INTEGER);
 CREATE TABLE staged AS SELECT * FROM written;
 """
 """input: all keys, with a reason for those that cannot become a row. labels: labels as read. part: files with the
 hash of their content. written: rows of these files. staged: rows that are not in `written` and its index yet.
-fingerprint: see `Listed`."""
+fingerprint: see `Listed`. recorded: fingerprint under which the same content is written. image: image_id in bytes."""
 INDICES = """
 CREATE INDEX IF NOT EXISTS input_key ON input (key);
 CREATE INDEX IF NOT EXISTS written_key ON written (key);
@@ -164,7 +162,8 @@ class Inventory:
     def digest(self) -> str:
         """Return the sha256 of all inputs: their keys, fingerprints, labels, subsets and reasons, sorted by key."""
         digest = hashlib.sha256()
-        for row in self.query("SELECT key, fingerprint, label, subset, reason FROM input ORDER BY key"):
+        columns = "key, coalesce(recorded, fingerprint), label, subset, reason"
+        for row in self.query(f"SELECT {columns} FROM input ORDER BY key"):  # noqa: S608 - constant
             digest.update(f"{json.dumps(row)}\n".encode())
         return digest.hexdigest()
 
@@ -190,7 +189,12 @@ class Inventory:
         the request rate of a prefix. With hash_order=False they come in the order of their source.
         """
         order = "hash_order(key), key" if hash_order else "id"
-        for rows in chunks(self.query(f"SELECT {', '.join(INPUT.names)} {PENDING} ORDER BY {order}"), batch_rows):
+        return self.inputs(f"{PENDING} ORDER BY {order}", batch_rows)
+
+    def inputs(self, source: str, batch_rows: int) -> Iterator[pa.Table]:
+        """Yield inputs as tables of INPUT with batch_rows rows each. source: the rest of a query, from FROM on."""
+        names = ", ".join(f"input.{name}" for name in INPUT.names)
+        for rows in chunks(self.query(f"SELECT {names} {source}"), batch_rows):
             columns = [
                 pa.array(column, type_) for column, type_ in zip(zip(*rows, strict=True), INPUT.types, strict=True)
             ]
@@ -206,6 +210,16 @@ class Inventory:
         rejected = f"FROM input WHERE reason NOT NULL AND NOT EXISTS ({written})"
         return self.query(f"SELECT key, reason, detail, fingerprint {rejected} ORDER BY reason, id")
 
+    def keep_recorded(self, keys: Iterable[str]) -> None:
+        """Give inputs, whose content is the written one, the fingerprint under which it is written."""
+        recorded = "SELECT fingerprint FROM written WHERE written.key = input.key"
+        self._insert(f"UPDATE input SET recorded = ({recorded}) WHERE key = ?", ((key,) for key in keys))  # noqa: S608
+
+    def forget_recorded(self) -> None:
+        """Give inputs that were written again meanwhile their own fingerprints."""
+        written = "SELECT fingerprint FROM written WHERE written.key = input.key"
+        self.execute(f"UPDATE input SET recorded = NULL WHERE recorded NOT NULL AND recorded IS NOT ({written})")  # noqa: S608
+
     # Written rows
 
     def contents(self) -> dict[str, str]:
@@ -220,7 +234,7 @@ class Inventory:
         self._insert("INSERT INTO part (path, content) VALUES (?, ?)", [(path, content)])
         available = {name: rows[name].to_pylist() for name in rows.column_names}
         columns = [available.get(name, [None] * len(rows)) for name in WRITTEN]
-        columns[1] = [image_id and image_id[:HASH_DIGITS] for image_id in columns[1]]
+        columns[1] = [image_id and bytes.fromhex(image_id) for image_id in columns[1]]  # half the space of text
         quarantined = [path.startswith("quarantine/")] * len(rows)
         statement = "INSERT INTO staged VALUES (?, ?, ?, ?, ?, ?, ?, (SELECT max(id) FROM part))"
         self._insert(statement, zip(*columns, quarantined, strict=True))

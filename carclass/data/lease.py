@@ -22,7 +22,10 @@ from types import TracebackType
 from typing import Self
 from uuid import uuid4
 
+from pydantic import TypeAdapter, ValidationError
+
 from carclass import storage
+from carclass.data.layout import check_layout
 from carclass.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -91,8 +94,12 @@ class Lease:
         self._lock, self._released = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._keep_renewing, name=f"lease of {uri}", daemon=True)
         self._in_main_thread = False
+        self._new_folders: list[Path] = []
 
     def __enter__(self) -> Self:
+        check_layout(self.uri)
+        if (path := storage.local_path(self.uri)) is not None:
+            self._new_folders = [folder for folder in (Path(path), *Path(path).parents) if not folder.exists()]
         self._acquire()
         self._in_main_thread = threading.current_thread() is threading.main_thread()
         self._thread.start()
@@ -106,7 +113,7 @@ class Lease:
             raise self._lost_error() from error
 
     def release(self) -> None:
-        """End the lease, if it is held."""
+        """End the lease, if it is held. A job that wrote nothing leaves no folder behind."""
         if self._released.is_set() or not self._thread.is_alive():
             return
         self._released.set()
@@ -119,6 +126,8 @@ class Lease:
             if not self.is_lost:
                 remove_temporary_files(self.uri)  # of workers that were killed meanwhile
                 storage.delete(self.file)
+                for folder in self._new_folders:
+                    folder.rmdir()  # fails where there is a result
 
     def check(self) -> None:
         """Renew the lease, before anything is published or deleted. Raise LeaseLostError if another job has it."""
@@ -156,7 +165,8 @@ class Lease:
                 found = storage.stat(self.file)
                 other = read_holder(self.file)
             except FileNotFoundError:
-                storage.create(self.file, self._content())
+                with suppress(FileNotFoundError):  # the folder that a job without results has removed meanwhile
+                    storage.create(self.file, self._content())
                 if self._is_mine():
                     return
                 continue
@@ -209,11 +219,11 @@ def hold_lease(uri: str, job: str) -> Lease:
 
 
 def read_holder(file: str) -> Holder:
-    """Return the holder in a lease's file, UNKNOWN if it is damaged. Raise FileNotFoundError if there is none."""
+    """Return the holder in a lease's file, UNKNOWN if it is damaged. Raise FileNotFoundError without a file."""
+    data = storage.read_bytes(file)
     try:
-        content = json.loads(storage.read_bytes(file))
-        return Holder(**{name: content[name] for name in Holder.__dataclass_fields__})
-    except (ValueError, TypeError, KeyError):
+        return TypeAdapter(Holder).validate_json(data, strict=True)
+    except ValidationError:
         return UNKNOWN
 
 

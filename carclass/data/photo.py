@@ -14,6 +14,7 @@ first bytes, not by the file name. Everything else is `unsupported_format` or `n
 
 import io
 import math
+import re
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,7 +51,6 @@ _UNSUPPORTED = {
     b"MM\0+": "TIFF",
     b"\0\0\1\0": "ICO",
     b"8BPS": "PSD",
-    b"<svg": "SVG",
     b"IIRO": "a camera's raw format",
     b"IIRS": "a camera's raw format",
     b"IIU\0": "a camera's raw format",
@@ -60,6 +60,13 @@ _UNSUPPORTED = {
     b"\xff\x0a": "JPEG XL",
     b"\0\0\0\x0cJXL ": "JPEG XL",
 }
+_SVG = re.compile(
+    rb"(?:\xef\xbb\xbf)?(?>\s+|<\?(?>(?:(?!\?>).)*)\?>|<!--(?>(?:(?!-->).)*)-->|<!DOCTYPE\s+svg\b[^\[>]*(?:\[[^\]]*\]\s*)?>)*+"
+    rb"<(?:\w+:)?svg[\s/>]",
+    re.DOTALL | re.IGNORECASE,
+)
+"""Start of an SVG file: an XML declaration, comments and a document type may come before its element."""
+_SVG_BYTES = 2**16
 # Exceptions of PIL's readers on damaged bytes; a MemoryError is a failure of the machine and propagates.
 _PIL_ERRORS = (AssertionError, EOFError, LookupError, OSError, SyntaxError, TypeError, ValueError, struct.error)
 
@@ -212,6 +219,8 @@ def _detect_format(data: bytes) -> str:
     for magic, kind in _UNSUPPORTED.items():
         if data.startswith(magic):
             unsupported = kind
+    if _SVG.match(data[:_SVG_BYTES]):
+        unsupported = "SVG"
     if unsupported:
         detail = f"{unsupported} is not supported: convert it to JPEG, PNG or WebP"
         raise PhotoError(Reason.UNSUPPORTED_FORMAT, detail)

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from carclass import storage
 from carclass.data import formats
-from carclass.data.dataset import MASKED_ROW, QUARANTINE, ROW, Dataset, read_part, to_json
+from carclass.data.dataset import MASKED_ROW, QUARANTINE, ROW, Dataset, open_part, read_part, to_json
 from carclass.data.inventory import WRITTEN
 from carclass.errors import UserError
 
@@ -73,7 +73,8 @@ def write_part(uri: str, folder: str, rows: pa.Table, settings: dict[str, Any]) 
         rows = rows.drop(["fingerprint"])
     sink = pa.BufferOutputStream()
     table = rows.cast(rows.schema.with_metadata(metadata))
-    pq.write_table(table, sink, compression="zstd", compression_level=1, row_group_size=_ROW_GROUP_ROWS)
+    options: dict[str, Any] = {"compression": "zstd", "compression_level": 1, "write_page_checksum": True}
+    pq.write_table(table, sink, row_group_size=_ROW_GROUP_ROWS, **options)
     storage.write_bytes(storage.join(uri, part.path), memoryview(sink.getvalue()))
     pa.default_memory_pool().release_unused()
     return part
@@ -99,9 +100,11 @@ def list_parts(uri: str) -> list[str]:
 def read_written_columns(uri: str, path: str) -> pa.Table | None:
     """Read the columns of a part that the inventory records, with its metadata; None if the file is damaged."""
     try:
-        with storage.open_file(storage.join(uri, path)) as opened, pq.ParquetFile(opened, pre_buffer=True) as file:
+        with storage.open_file(storage.join(uri, path)) as opened, open_part(opened) as file:
             rows = file.read(columns=[name for name in WRITTEN if name in file.schema_arrow.names])
-    except pa.ArrowInvalid:  # no bytes, or an end that is missing
+    except (FileNotFoundError, storage.ArchivedObjectError):
+        raise
+    except (pa.ArrowInvalid, OSError):  # no bytes, a missing end, or a wrong checksum
         return None
     return add_fingerprints(rows)
 

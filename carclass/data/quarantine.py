@@ -1,11 +1,14 @@
 """Quarantine: reasons, errors and rows of photos that cannot be used."""
 
+import logging
 import math
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
 
 from carclass.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 class Reason(StrEnum):
@@ -35,6 +38,17 @@ LISTING_REASONS = (Reason.MISSING_FILE, Reason.NO_LABEL, Reason.JUNK, Reason.BAD
 
 MACHINE_REASONS = (Reason.UNREADABLE, Reason.CRASHED)
 """Reasons that lie in storage or in the workers rather than in the photo, or that may."""
+
+
+def log_counts(job: str, facts: Mapping[str, Any]) -> None:
+    """Log the counts of a finished job, which are those of its table: labels without a photo are inputs too.
+
+    facts: `inputs` and `reasons`, as in a manifest.
+    """
+    reasons = facts["reasons"]
+    found = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
+    by_reason = f" ({found})" if found else ""
+    log.info("%s: %s inputs, %s quarantined%s", job, f"{facts['inputs']:,}", f"{sum(reasons.values()):,}", by_reason)
 
 
 def check_quarantined(facts: Mapping[str, Any], limit: float, setting: str) -> None:

@@ -58,7 +58,7 @@ def evaluate_run(root: str, settings: EvaluateSettings) -> Evaluation:
         metrics = classification_metrics(labels, probabilities, source.classes)
         html = render(collect_report(run, source, settings, model_facts, metrics, predictions))
         sink = pa.BufferOutputStream()
-        pq.write_table(predictions, sink)
+        pq.write_table(predictions, sink, write_page_checksum=True)
         lease.check()
         storage.write_bytes(storage.join(uri, "predictions.parquet"), sink.getvalue().to_pybytes())
         formats.write(storage.join(uri, "metrics.json"), "evaluation", metrics)

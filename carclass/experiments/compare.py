@@ -31,7 +31,7 @@ def compare_runs(tree: Tree) -> list[str]:
     folder = storage.join(tree.budget.root, "comparison")
     page = report.render_comparison(comparison)
     table = io.BytesIO()
-    pq.write_table(report.comparison_table(comparison), table)
+    pq.write_table(report.comparison_table(comparison), table, write_page_checksum=True)
     for name, data in {"comparison.parquet": table.getvalue(), "comparison.html": page.encode()}.items():
         storage.write_bytes(storage.join(folder, name), data)
     return [storage.join(folder, name) for name in ("comparison.html", "comparison.parquet")]

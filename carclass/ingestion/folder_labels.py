@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from carclass.data.quarantine import Reason
 from carclass.ingestion.labels import SUBSETS, VALIDATION_NAMES, LabelsError, LocatedLabel, make_label
-from carclass.ingestion.names import has_control_characters, is_junk, normalise_key
+from carclass.ingestion.names import has_control_characters, is_junk, may_be_photo, normalise_key
 
 log = logging.getLogger(__name__)
 SUBSET_NAMES = (*SUBSETS, *VALIDATION_NAMES)
@@ -47,38 +47,44 @@ class ClassFolders(NamedTuple):
     def problem(self, key: str) -> tuple[Reason, str] | None:
         """Return the reason and detail of a photo that is in no folder of a class."""
         folders = _folders(key)
-        return None if folders is None else self._misplaced(folders)
+        return None if folders is None else self._misplaced(key, folders)
 
-    def _misplaced(self, folders: list[str]) -> tuple[Reason, str] | None:
+    def _misplaced(self, key: str, folders: list[str]) -> tuple[Reason, str] | None:
         if folders[: len(self.shared)] != self.shared or len(folders) < len(self.shared) + self.depth:
             return Reason.NO_LABEL, "outside of the folders of classes"
         if len(folders) > len(self.shared) + self.depth:
             return Reason.NO_LABEL, "deeper than the folders of classes"
         if self.depth == 1 and folders[-1].lower() in SUBSET_NAMES:
             return Reason.NO_LABEL, "in the folder of a subset, outside of the folders of classes"
+        if self._is_beside_subsets(folders) and not may_be_photo(key):
+            return Reason.NO_LABEL, f"not a photo by its name, in {folders[-2]!r} beside the folders of subsets"
         if has_control_characters(folders[-1]):
             return Reason.BAD_NAME, f"the class {folders[-1]!r} has a line break or another control character"
         return None
 
+    def _is_beside_subsets(self, folders: list[str]) -> bool:
+        return self.depth == 2 and folders[-2].lower() not in SUBSET_NAMES
+
     def labels(self, keys: Iterable[str], source: str) -> Iterator[LocatedLabel]:
         """Yield the labels of the photos in folders of classes. Raise LabelsError for an unknown subset."""
         for key in keys:
-            if (folders := _folders(key)) is not None and self._misplaced(folders) is None:
-                subset = folders[-2] if self.depth == 2 else "train"
+            if (folders := _folders(key)) is not None and self._misplaced(key, folders) is None:
                 location = f"{source}, {key}"
-                yield location, make_label(key, folders[-1], subset, location)
+                if self._is_beside_subsets(folders):
+                    raise LabelsError(
+                        f"{location}: the subset is {folders[-2]!r}; expected train or test. Move the folder "
+                        f"{'/'.join(folders[:-1])} out of {source}, or its classes into the folder of a subset."
+                    )
+                yield location, make_label(key, folders[-1], folders[-2] if self.depth == 2 else "train", location)
 
 
 def find_classes(keys: Callable[[], Iterable[str]], *, source: str) -> ClassFolders:
     """Return the place of the classes' folders: the depth of most photos, below the folders that these share.
 
-    Junk, and photos at other depths if they are few, do not count. keys: called up to twice; source: name of the tree
-    in errors. Raise LabelsError for any other tree.
+    Files that are no photos by their names, and photos at other depths if they are few, do not count. keys: called up
+    to three times; source: name of the tree in errors. Raise LabelsError for any other tree.
     """
-    levels: dict[int, _Level] = {}
-    for key in keys():
-        if (folders := _folders(key)) and folders[-1].lower() not in SUBSET_NAMES:
-            levels.setdefault(len(folders), _Level()).add(key, folders)
+    levels = _find_levels(filter(may_be_photo, keys())) or _find_levels(keys())
     if not levels:
         outside = next((key for key in keys() if _folders(key)), None)
         raise LabelsError(
@@ -95,6 +101,15 @@ def find_classes(keys: Callable[[], Iterable[str]], *, source: str) -> ClassFold
     if count:
         log.info("ingest: the folders of classes are looked for in %s", "/".join(shared[:count]))
     return ClassFolders(shared[:count], depth - count)
+
+
+def _find_levels(keys: Iterable[str]) -> dict[int, _Level]:
+    """Return the photos in folders of classes by depth."""
+    levels: dict[int, _Level] = {}
+    for key in keys:
+        if (folders := _folders(key)) and folders[-1].lower() not in SUBSET_NAMES:
+            levels.setdefault(len(folders), _Level()).add(key, folders)
+    return levels
 
 
 def _depths_text(source: str, others: dict[int, _Level], depth: int, most: _Level) -> str:

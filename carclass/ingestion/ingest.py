@@ -30,7 +30,7 @@ from carclass.errors import UserError
 from carclass.ingestion import archive, leakage
 from carclass.ingestion.labelling import label_photos, read_labels
 from carclass.ingestion.listing import list_photos
-from carclass.ingestion.reading import GuardedRun, read_groups
+from carclass.ingestion.reading import GuardedRun, read_groups, read_image_ids
 from carclass.ingestion.split import split_of
 from carclass.sample import source as sample
 
@@ -62,12 +62,25 @@ def ingest_photos(root: str, settings: IngestSettings, *, update: bool = False) 
         label_photos(settings, inventory)
         _check_classes(inventory.classes(), settings, "labelled photos")
         draft = Draft(uri, identity, inventory, published, run_tasks, lease)
-        if draft.is_current(update=update):
+        if draft.is_current(update=update, read_image_ids=partial(_read_image_ids, root=root, settings=settings)):
             assert published is not None
             log.info("ingest: dataset %s is published, nothing to do", settings.dataset)
             return published
-        connection.connect({"root": root, "ingest.photos": settings.photos})
+        _connect(root, settings)
         return _write_dataset(draft, settings)
+
+
+def _connect(root: str, settings: IngestSettings) -> None:
+    connection.connect({"root": root, "ingest.photos": settings.photos})
+
+
+def _read_image_ids(
+    inputs: Iterator[pa.Table], root: str, settings: IngestSettings
+) -> Iterator[tuple[str, str | None]]:
+    """Yield (key, image_id) of inputs, read on the cluster."""
+    _connect(root, settings)
+    for image_ids in run_tasks(partial(read_image_ids, photos=settings.photos), _to_batches(inputs, settings)):
+        yield from image_ids
 
 
 def _write_dataset(draft: Draft, settings: IngestSettings) -> dataset.Dataset:
@@ -82,6 +95,7 @@ def _write_dataset(draft: Draft, settings: IngestSettings) -> dataset.Dataset:
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in complete.manifest["reasons"].items())
     _check_classes(complete.classes, settings, f"photos that are not in quarantine ({reasons})")
     published = draft.publish(complete)
+    quarantine.log_counts("ingest", published.manifest)
     _warn_about_missing_val(inventory, complete.classes)
     _warn_about_test_conflicts(inventory)
     return published
@@ -121,19 +135,15 @@ def _write_pending_photos(draft: Draft, settings: IngestSettings) -> None:
     inventory = draft.inventory
     if not (total := inventory.count_pending()):
         return
-    batches: Iterator[Any] = inventory.pending(settings.part_rows)
-    if archive.is_archive(settings.photos):
-        batches = _read_archive(settings, inventory)
-    crash_guard, rejected = CrashGuard(), 0
+    in_order = archive.is_archive(settings.photos)
+    batches = _to_batches(inventory.pending(settings.part_rows, hash_order=not in_order), settings)
+    crash_guard = CrashGuard()
     write = partial(write_photos, uri=draft.uri, settings=settings, identity=draft.settings, run=crash_guard.run)
     with PhotoMeter("ingest", total) as meter:
         for written in run_tasks(write, batches, crash_guard.count_crashes):
             for part in written:
                 inventory.add_part(*part)
-            reasons = _column(written, "reason")
-            meter.add(_column(written, "split"), reasons)
-            rejected += len(reasons)
-    log.info("ingest: %s photos written, %s quarantined", f"{total - rejected:,}", f"{rejected:,}")
+            meter.add(_column(written, "split"), _column(written, "reason"))
 
 
 def _column(written: Sequence[WrittenPart], name: str) -> list[str]:
@@ -141,9 +151,14 @@ def _column(written: Sequence[WrittenPart], name: str) -> list[str]:
     return [value for part in written if name in part.rows.column_names for value in part.rows[name].to_pylist()]
 
 
-def _read_archive(settings: IngestSettings, inventory: Inventory) -> Iterator[ray.ObjectRef]:
+def _to_batches(inputs: Iterator[pa.Table], settings: IngestSettings) -> Iterator[Any]:
+    """Return the items of tasks that load photos: rows of INPUT, or those of LOADED in the object store."""
+    return _read_archive(inputs, settings) if archive.is_archive(settings.photos) else inputs
+
+
+def _read_archive(inputs: Iterator[pa.Table], settings: IngestSettings) -> Iterator[ray.ObjectRef]:
     """Yield tables of LOADED in the object store, read by one task with backpressure."""
-    requested = pa.concat_tables(inventory.pending(settings.part_rows, hash_order=False))
+    requested = pa.concat_tables(inputs)
     options: dict[str, Any] = {
         "num_cpus": 0,  # leave the CPU, which may be the only one, to the tasks that consume the tables
         "num_returns": "streaming",

@@ -52,6 +52,7 @@ def label_photos(settings: IngestSettings, inventory: Inventory) -> None:
     label_matching.match_labels(inventory, settings.photos)
     if settings.labels is not None:
         _check_matches(settings, inventory)
+    _warn(inventory, f"reason = '{Reason.JUNK}'", "files are junk", logging.INFO)
     _warn(inventory, f"reason = '{Reason.NO_LABEL}'", "files have no label")
     _warn(inventory, f"reason = '{Reason.BAD_NAME}'", "names cannot be used")
     _warn_about_lost_folders(inventory)
@@ -105,10 +106,10 @@ def _warn_about_lost_folders(inventory: Inventory) -> None:
         )
 
 
-def _warn(inventory: Inventory, condition: str, problem: str) -> None:
+def _warn(inventory: Inventory, condition: str, problem: str, level: int = logging.WARNING) -> None:
     """Warn about inputs, if any, with the first of each kind."""
     query = f"""SELECT sum(count(*)) OVER (), key, detail, min(id) FROM input WHERE {condition}
     GROUP BY detail ORDER BY min(id) LIMIT 3"""  # noqa: S608 - constants
     if rows := list(inventory.query(query)):
         examples = ", ".join(f"{key!r} ({detail})" for _, key, detail, _ in rows)
-        log.warning("ingest: %s %s, such as %s; they are quarantined", f"{rows[0][0]:,}", problem, examples)
+        log.log(level, "ingest: %s %s, such as %s; they are quarantined", f"{rows[0][0]:,}", problem, examples)

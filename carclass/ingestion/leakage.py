@@ -28,7 +28,7 @@ GROUP BY image HAVING count(DISTINCT label) > 1 ORDER BY 1
 """
 
 
-def find_leaks(inventory: Inventory) -> Iterator[tuple[str, dict[str, Any]]]:
+def find_leaks(inventory: Inventory) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Yield (hash of the content, row of quarantine) of train and val photos that bias evaluation, copies adjacent.
 
     These are photos with the bytes of a test photo, or with the same bytes under two labels. Test photos stay.
@@ -41,7 +41,7 @@ def find_leaks(inventory: Inventory) -> Iterator[tuple[str, dict[str, Any]]]:
             num_unlisted = num_copies - MAX_LISTED_COPIES
             more = f" and {num_unlisted:,} more" if num_unlisted > 0 else ""
             reason, detail = Reason.LABEL_CONFLICT, f"same bytes as {copies}{more}, other label"
-        yield image, quarantine.quarantine_row(key, reason, detail, fingerprint)
+        yield image, {**quarantine.quarantine_row(key, reason, detail, fingerprint), "image_id": image.hex()}
 
 
 def find_test_conflicts(inventory: Inventory) -> Iterator[tuple[str, str]]:

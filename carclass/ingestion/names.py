@@ -19,7 +19,8 @@ JUNK_SUFFIXES = frozenset((
 ))  # fmt: skip
 """Endings of text, tables, programs, archives, video, sound, unfinished downloads and backups."""
 JUNK_FOLDERS = frozenset((
-    "__macosx", "__pycache__", "@eadir", "$recycle.bin", "system volume information", "lost+found", "thumbs.db",
+    "__macosx", "__pycache__", "@eadir", "@tmp", "@recycle", "#recycle", "$recycle.bin", "recycler", "lost+found",
+    "found.000", "system volume information", "network trash folder", "temporary items", "cvs", "thumbs.db",
     "ehthumbs.db", "desktop.ini", "icon\r",
 ))  # fmt: skip
 """Folders of operating systems and programs, and names of their files, in lower case."""
@@ -112,6 +113,11 @@ def is_junk(path: str) -> bool:
     if ending in JUNK_SUFFIXES or name == "Icon\r" or name.endswith("~"):
         return True
     return not JUNK_FOLDERS.isdisjoint(map(str.lower, folders))
+
+
+def may_be_photo(path: str) -> bool:
+    """Return True if the name has the ending of an image, or none."""
+    return "." not in path.rpartition("/")[2] or bool(image_suffix(path))
 
 
 def similar_names(names: Iterable[str]) -> Iterator[list[str]]:

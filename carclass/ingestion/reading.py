@@ -53,6 +53,12 @@ def load_photos(sources: pa.Table, photos: str, indices: Sequence[int]) -> Itera
         yield row | {"data": None if failed else content, "error": str(content) if failed else None}
 
 
+def read_image_ids(sources: pa.Table, photos: str) -> list[tuple[str, str | None]]:
+    """Return (key, image_id) of each row of INPUT or LOADED, None for a photo that cannot be read."""
+    rows = load_photos(sources, photos, range(len(sources)))
+    return [(row["key"], None if row["data"] is None else storage.sha256(row["data"])) for row in rows]
+
+
 def to_row(source: Row, settings: IngestSettings) -> Row:
     """Convert a row of LOADED to a row of a dataset and its fingerprint. Raise PhotoError if the photo is unusable."""
     data = source["data"]

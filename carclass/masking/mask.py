@@ -57,7 +57,9 @@ def mask_dataset(root: str, settings: MaskSettings, *, update: bool = False) -> 
         complete = _write_dataset(draft, source, settings)
         quarantine.check_quarantined(complete.manifest, settings.max_quarantined, "mask.max_quarantined")
         collect.write_report(complete, source, quality.resolve_truth(root, settings))
-        return draft.publish(complete)
+        published = draft.publish(complete)
+        quarantine.log_counts("mask", published.manifest)
+        return published
 
 
 def preview_masks(root: str, settings: MaskSettings, num_photos: int) -> str:

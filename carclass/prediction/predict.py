@@ -128,3 +128,4 @@ def _write_predictions(draft: Draft, job: PredictionJob) -> None:
     facts = {"inputs": inventory.count_inputs(), "reasons": inventory.reasons()}
     quarantine.check_quarantined(facts, job.settings.max_quarantined, "predict.max_quarantined")
     predictions.publish_predictions(uri, inventory)
+    quarantine.log_counts("predict", facts)

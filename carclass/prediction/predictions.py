@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from carclass import storage
 from carclass.data import formats, publishing
-from carclass.data.dataset import read_part, with_plain_lists
+from carclass.data.dataset import read_part, report_damage, with_plain_lists
 from carclass.data.inventory import Inventory, chunks
 from carclass.errors import UserError
 
@@ -131,7 +131,9 @@ def publish_predictions(uri: str, inventory: Inventory) -> None:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as writers:
         files = Path(folder, CSV), Path(folder, TABLE)
         csv_writer = writers.enter_context(pyarrow.csv.CSVWriter(files[0], to_csv(PREDICTION.empty_table()).schema))
-        parquet_writer = writers.enter_context(pq.ParquetWriter(files[1], PREDICTION, compression="zstd"))
+        parquet_writer = writers.enter_context(
+            pq.ParquetWriter(files[1], PREDICTION, compression="zstd", write_page_checksum=True)
+        )
         for rows in _rows_by_key(uri, inventory):
             csv_writer.write_table(to_csv(rows))
             parquet_writer.write_table(rows)
@@ -188,8 +190,11 @@ def _read_parts(uri: str, parts: Sequence[str], columns: list[str]) -> Iterator[
     """Yield columns of the parts in order; whole files are fetched concurrently, as they are small."""
     for start in range(0, len(parts), READ_PARTS):
         group = parts[start : start + READ_PARTS]
-        for data in storage.read_many(storage.join(uri, part) for part in group):
-            if isinstance(data, OSError):
-                raise data
-            table = pq.read_table(pa.BufferReader(data), columns=columns).select(columns).replace_schema_metadata()
-            yield with_plain_lists(table)
+        uris = [storage.join(uri, part) for part in group]
+        for part_uri, data in zip(uris, storage.read_many(uris), strict=True):
+            with report_damage(part_uri):
+                if isinstance(data, OSError):
+                    raise data
+                file = pa.BufferReader(data)
+                table = pq.read_table(file, columns=columns, page_checksum_verification=True)
+            yield with_plain_lists(table.select(columns).replace_schema_metadata())

@@ -32,7 +32,7 @@ def publish_sweep(root: str, sweep: SweepResult) -> list[str]:
     uri = trial_records.sweep_uri(root, sweep.name)
     page = report.render_analysis(sweep)
     table = io.BytesIO()
-    pq.write_table(report.trials_table(sweep), table)
+    pq.write_table(report.trials_table(sweep), table, write_page_checksum=True)
     files = {"best.yml": _best_config(root, sweep), "trials.parquet": table.getvalue(), "analysis.html": page.encode()}
     for file, data in files.items():
         storage.write_bytes(storage.join(uri, file), data)

@@ -22,7 +22,8 @@ FROZEN: dict[str, Any] = {"model": MODEL, "frozen": {"epochs": 5}, "unfrozen": N
 
 def publish_dataset(root: Path, name: str = "v2", classes: list[str] = CLASSES, seed: int = 1) -> dataset.Dataset:
     """Publish a dataset without photos."""
-    manifest = {"classes": classes, "kind": "photos", "settings": {"seed": seed}, "splits": {}, "parts": []}
+    counts = {"inputs": 0, "rows": 0, "quarantined": 0, "splits": {}, "reasons": {}}
+    manifest = {"classes": classes, "kind": "photos", "settings": {"seed": seed}, "parts": [], **counts}
     complete = dataset.Dataset(dataset.dataset_uri(str(root), name), manifest)
     return publishing.publish_manifest(complete, dataset.find_dataset(str(root), name))
 

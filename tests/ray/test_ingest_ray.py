@@ -132,6 +132,21 @@ def test_a_second_run_writes_nothing(
     assert files_below(root) == before
 
 
+def test_photos_with_a_new_time_of_modification_alone_make_no_new_version(
+    ingested: dataset.Dataset, photos_folder: Path, files_below: Callable[[str], dict[str, tuple[int, int]]]
+):
+    root = ingested.uri.removesuffix("/datasets/v1")
+    before, times = files_below(root), {path: path.stat().st_mtime_ns for path in (photos_folder / "photos").iterdir()}
+    try:
+        for path in times:
+            os.utime(path)
+        assert ingest_photos(root, settings(photos_folder), update=True) == ingested
+    finally:
+        for path, time_ns in times.items():
+            os.utime(path, ns=(time_ns, time_ns))
+    assert files_below(root) == before
+
+
 def test_the_size_of_parts_does_not_change_the_dataset(ingested: dataset.Dataset, photos_folder: Path):
     root = ingested.uri.removesuffix("/datasets/v1")
     assert ingest_photos(root, settings(photos_folder, part_rows=7)) == ingested
@@ -249,10 +264,19 @@ def test_thousands_of_photos_have_one_row_each_with_the_right_label_and_split(ra
 def test_an_archive_gives_the_same_dataset_as_a_folder(
     photos_folder: Path, tmp_path: Path, ingested: dataset.Dataset, contents: Contents
 ):
-    with tarfile.open(tmp_path / "photos.tgz", "w:gz", compresslevel=1) as archive:
-        archive.add(photos_folder / "photos", ".")
+    def pack(seconds: int) -> None:
+        """Pack the photos, with a time of modification that is later by some seconds."""
+        with tarfile.open(tmp_path / "photos.tgz", "w:gz", compresslevel=1) as archive:
+            archive.add(
+                photos_folder / "photos", ".", filter=lambda info: info.replace(mtime=info.mtime + seconds, deep=False)
+            )
+
+    pack(0)
     ingest_settings = settings(photos_folder, photos=str(tmp_path / "photos.tgz"), part_rows=20)
-    assert contents(ingest_photos(str(tmp_path), ingest_settings)) == contents(ingested)
+    published = ingest_photos(str(tmp_path), ingest_settings)
+    assert contents(published) == contents(ingested)
+    pack(7)
+    assert ingest_photos(str(tmp_path), ingest_settings, update=True) == published
 
 
 def test_a_folder_per_class_needs_no_labels(ingested: dataset.Dataset, photos_folder: Path, tmp_path: Path):

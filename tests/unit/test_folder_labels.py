@@ -49,6 +49,41 @@ def test_other_files_get_no_label(key: str):
     assert folder_labels("train/Audi/1.jpg", key) == [Label("train/Audi/1.jpg", "Audi", "train")]
 
 
+SUBSETS = [f"{subset}/{name}/{i}.jpg" for subset in ("train", "test") for name in ("Audi", "BMW") for i in range(10)]
+
+
+@pytest.mark.parametrize("shared", ["", "cars/"])
+@pytest.mark.parametrize(
+    "odd",
+    ["__MACOSX/Audi/1.jpg", ".git/objects/ab", "lost+found/#1234/1.jpg", "$RECYCLE.BIN/S-1/1.jpg", "@eaDir/x/1.jpg",
+     "#recycle/Audi/1.jpg", "found.000/dir0000.chk/1.jpg", ".ipynb_checkpoints/Audi/1-checkpoint.jpg",
+     "devkit/matlab/readme.dat", "docs/tex/a/b/main.aux", "code/src/model.cpp"],
+)  # fmt: skip
+def test_a_folder_without_photos_beside_subsets_is_ignored(shared: str, odd: str):
+    keys = [f"{shared}{key}" for key in (*SUBSETS, odd, odd.replace("1", "2"))]
+    assert [label.key for label in folder_labels(*keys)] == keys[: len(SUBSETS)]
+
+
+def test_files_in_a_folder_beside_subsets_are_named():
+    keys = [*SUBSETS, "devkit/matlab/readme.dat"]
+    reason, detail = find_classes(lambda: keys, source="").problem(keys[-1]) or (None, "")
+    assert (reason, detail) == (
+        Reason.NO_LABEL,
+        "not a photo by its name, in 'devkit' beside the folders of subsets",
+    )
+
+
+@pytest.mark.parametrize("photo", ["1.jpg", "1.PNG", "1"])
+def test_a_folder_with_photos_beside_subsets_is_refused_by_name(photo: str):
+    with pytest.raises(LabelsError, match=rf"extra/Audi/{photo}: the subset is 'extra'; .*Move the folder extra out"):
+        folder_labels(*SUBSETS, f"extra/Audi/{photo}")
+
+
+def test_photos_of_unusual_endings_in_class_folders_have_labels():
+    assert [label.label for label in folder_labels("a/1.cr2", "b/1.jpg", "b/2.svg")] == ["a", "b", "b"]
+    assert [label.label for label in folder_labels("a/1.cr2", "b/1.nef")] == ["a", "b"]
+
+
 def test_double_slashes_make_no_folders():
     assert [label.label for label in folder_labels("Audi//1.jpg", "/BMW/2.jpg")] == ["Audi", "BMW"]
 

@@ -162,6 +162,108 @@ def test_a_damaged_file_is_named_with_a_way_out(root: Path, file: str, damage: s
     assert "\n" not in str(caught.value)
 
 
+def manifest(root: Path, **changes: Any) -> Path:
+    """Give the dataset v2 a manifest of format 2 with other values. changes: dotted keys have `__`; ... removes one."""
+    path = root / "datasets" / "v2" / "manifest.json"
+    former = json.loads(path.read_text())
+    content = {
+        **former,
+        "format": 2,
+        "parts": dict.fromkeys(former["parts"], "0" * 64),
+        "quarantine": {},
+        "listing": "0",
+    }
+    for key, value in changes.items():
+        *sections, name = key.split("__")
+        section = content
+        for step in sections:
+            section = section[step]
+        if value is ...:
+            del section[name]
+        else:
+            section[name] = value
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_a_manifest_of_format_2_is_read(root: Path):
+    manifest(root)
+    assert dataset.load_dataset(str(root), "v2").digest
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "2"}, "`format` is '2'"),
+        ({"format": "1"}, "`format` is '1'"),
+        ({"format": True}, "`format` is True"),
+        ({"format": 2.0}, r"`format` is 2\.0"),
+        ({"inputs": None}, "`inputs` should be a valid integer, but is null"),
+        ({"inputs": "38"}, '`inputs` should be a valid integer, but is "38"'),
+        ({"inputs": True}, "`inputs` should be a valid integer, but is true"),
+        ({"inputs": ...}, "`inputs` is missing"),
+        ({"rows": 38.5}, r"`rows` should be a valid integer, but is 38\.5"),
+        ({"quarantined": []}, r"`quarantined` should be a valid integer, but is \[\]"),
+        ({"reasons": {"corrupt": "2"}}, r'`reasons\.corrupt` should be a valid integer, but is "2"'),
+        ({"splits__val": None}, r"`splits\.val` should be a valid integer, but is null"),
+        ({"listing": None}, "`listing` should be a valid string, but is null"),
+        ({"listing": ...}, "`listing` is missing"),
+        ({"quarantine": None}, "`quarantine` should be a valid dictionary, but is null"),
+        ({"quarantine": ["quarantine/a.parquet"]}, "`quarantine` should be a valid dictionary"),
+        ({"quarantine": ...}, "`quarantine` is missing"),
+        ({"parts": ["parts/a.parquet"]}, "`parts` should be a valid dictionary"),
+        ({"parts": {"parts/a.parquet": 3}}, r"`parts\.parts/a\.parquet` should be a valid string, but is 3"),
+        ({"classes": ["a", 3]}, r"`classes\.1` should be a valid string, but is 3"),
+        ({"outcomes": {"vehicle": None}}, r"`outcomes\.vehicle` should be a valid integer, but is null"),
+        ({"source_digest": 3}, "`source_digest` should be a valid string, but is 3"),
+    ],
+)
+def test_a_value_of_another_type_is_named_with_a_way_out(root: Path, changes: dict[str, Any], message: str):
+    path = manifest(root, **changes)
+    with pytest.raises(UserError, match=rf"{path} is damaged: {message}.*Delete the file and run the same job again"):
+        dataset.load_dataset(str(root), "v2")
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        (f"{RUN}/lineage.json", "dataset_digest", 3),
+        (f"{RUN}/unfrozen/best.json", "val_accuracy", None),
+        (f"{RUN}/unfrozen/best.json", "val_accuracy", "0.5"),
+        (f"{RUN}/frozen/epoch-0001/checkpoint.json", "val_accuracies", ["0.5"]),
+        (f"{RUN}/frozen/epoch-0001/checkpoint.json", "sha256", {"weights.safetensors": 3}),
+        (f"{RUN}/report/metrics.json", "accuracy", True),
+        (f"{RUN}/export/export.json", "files", {"model.onnx": "x"}),
+        (f"{RUN}/calibration.json", "temperature", "1.5"),
+        (f"{RUN}/calibration.json", "num_photos", 11.5),
+        (f"{RUN}/preprocessing.json", "mask", []),
+        ("sweeps/head/trials.json", "trials", [3]),
+        ("sweeps/head/trials.json", "trials", [{"number": "0", "values": {}, "seed": 1}]),
+        ("sweeps/head/trials.json", "trials", [{"number": 0, "values": {}, "seed": 1, "state": "asleep"}]),
+    ],
+)
+def test_values_of_another_type_are_refused_in_every_file(root: Path, file: str, key: str, value: Any):
+    rewrite(root / file, lambda content: {**content, key: value})
+    with pytest.raises(UserError, match=rf"{file.split('/')[-1]} is damaged: `.*(should|must) be"):
+        READERS[file](str(root))
+
+
+@pytest.mark.parametrize(("key", "value"), [("epoch", "1"), ("val_accuracy", "0.5"), ("lr", True), ("stage", None)])
+def test_a_line_with_a_value_of_another_type_is_refused(root: Path, key: str, value: Any):
+    path = root / RUN / "metrics.jsonl"
+    first, *others = path.read_text().splitlines()
+    path.write_text("\n".join([json.dumps({**json.loads(first), key: value}), *others, ""]))
+    with pytest.raises(UserError, match=rf"metrics.jsonl is damaged: `{key}` should be"):
+        metrics_of(root)
+
+
+def test_a_manifest_that_says_format_1_is_read_as_one_that_says_nothing(root: Path):
+    digest = dataset.load_dataset(str(root), "v2").digest
+    rewrite(root / "datasets/v2/manifest.json", lambda content: {**content, "format": 1})
+    assert dataset.load_dataset(str(root), "v2").manifest["format"] == 1
+    assert isinstance(digest, str)
+
+
 @every_file
 def test_an_unknown_key_ends_in_no_traceback(root: Path, file: str):
     rewrite(root / file, lambda content: {**content, "surprise": 1})

@@ -110,6 +110,15 @@ def test_copies_are_in_the_same_split():
     assert [row["split"] for row in rows[:20]] == [row["split"] for row in rows[20:]]
 
 
+def test_image_ids_are_those_of_rows(tmp_path: Path):
+    data = jpeg()
+    Path(tmp_path, "a.jpg").write_bytes(data)
+    inputs = [{"key": key, "size": 1, "fingerprint": "f"} for key in ("a.jpg", "gone.jpg")]
+    sources = pa.Table.from_pylist(inputs, INPUT)
+    row = to_row(loaded(data), settings())
+    assert reading.read_image_ids(sources, str(tmp_path)) == [("a.jpg", row["image_id"]), ("gone.jpg", None)]
+
+
 def test_a_storage_error_makes_a_photo_unreadable():
     with pytest.raises(PhotoError, match="unreadable: timed out"):
         to_row(loaded(None), settings())

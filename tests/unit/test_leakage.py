@@ -4,18 +4,28 @@ from typing import Any
 
 import pyarrow as pa
 
+from carclass import storage
 from carclass.data.inventory import Inventory
 from carclass.ingestion import leakage
 
 SCHEMA = pa.schema([(name, pa.string()) for name in ("key", "image_id", "label", "split")])
 
 
+ID = storage.sha256(b"1")
+
+
+def written(*rows: tuple[str, str, str, str]) -> pa.Table:
+    """Return written rows of (key, content, label, split)."""
+    columns = [(key, storage.sha256(content.encode()), label, split) for key, content, label, split in rows]
+    return pa.Table.from_pylist([dict(zip(SCHEMA.names, row, strict=True)) for row in columns], SCHEMA)
+
+
 def leak_rows(*rows: tuple[str, str, str, str]) -> list[dict[str, Any]]:
-    """Return the quarantine rows of leaks. rows: (key, image_id, label, split) of written rows."""
+    """Return the quarantine rows of leaks. rows: see `written`."""
     with Inventory() as inventory:
         inventory.add_part(
             "parts/a.parquet",
-            pa.Table.from_pylist([dict(zip(SCHEMA.names, row, strict=True)) for row in rows], SCHEMA),
+            written(*rows),
             "",
         )
         inventory.commit_parts(removed=[])
@@ -47,6 +57,11 @@ def test_test_photos_are_never_quarantined():
     assert leak_reasons(("a", "1", "A", "test"), ("b", "1", "B", "test")) == {}
 
 
+def test_a_leak_records_the_hash_of_its_content():
+    (row,) = leak_rows(("a.jpg", "1", "A", "train"), ("b.jpg", "1", "A", "test"))
+    assert row["image_id"] == ID
+
+
 def test_the_detail_of_a_leak_names_the_test_photo():
     (row,) = leak_rows(("a.jpg", "1", "A", "train"), ("b.jpg", "1", "A", "test"))
     assert row["detail"] == "same bytes as the test photo b.jpg"
@@ -64,10 +79,10 @@ def test_the_detail_of_a_conflict_names_a_few_of_many_copies():
 
 def test_quarantined_photos_cause_no_leaks():
     with Inventory() as inventory:
-        rows = {"key": ["a"], "image_id": ["1"], "label": ["A"], "split": ["train"]}
+        rows = {"key": ["a"], "image_id": [ID], "label": ["A"], "split": ["train"]}
         inventory.add_part("parts/a.parquet", pa.table(rows), "")
         inventory.add_part(
-            "quarantine/a.parquet", pa.table({"key": ["b"], "image_id": ["1"], "reason": ["corrupt"]}), ""
+            "quarantine/a.parquet", pa.table({"key": ["b"], "image_id": [ID], "reason": ["corrupt"]}), ""
         )
         inventory.commit_parts(removed=[])
         assert list(leakage.find_leaks(inventory)) == []
@@ -76,8 +91,6 @@ def test_quarantined_photos_cause_no_leaks():
 def test_test_photos_under_two_labels_are_found():
     rows = [("a", "1", "A", "test"), ("b", "1", "B", "test"), ("c", "2", "A", "test"), ("d", "2", "A", "test")]
     with Inventory() as inventory:
-        inventory.add_part(
-            "parts/a", pa.Table.from_pylist([dict(zip(SCHEMA.names, row, strict=True)) for row in rows], SCHEMA), ""
-        )
+        inventory.add_part("parts/a", written(*rows), "")
         inventory.commit_parts(removed=[])
         assert list(leakage.find_test_conflicts(inventory)) == [("a", "b")]

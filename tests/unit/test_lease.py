@@ -9,6 +9,7 @@ import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,13 +46,13 @@ def lease_file(uri: str) -> Path:
     return Path(uri, lease.FILE)
 
 
-def change_holder(uri: str, **fields: str | int) -> None:
+def change_holder(uri: str, **fields: Any) -> None:
     """Give a lease the fields of another holder."""
     content = json.loads(lease_file(uri).read_bytes())
     storage.write_bytes(str(lease_file(uri)), json.dumps(content | fields).encode())
 
 
-def leave_lease(uri: str, **fields: str | int) -> None:
+def leave_lease(uri: str, **fields: Any) -> None:
     """Write the lease of a job on another host that has ended without releasing it."""
     with hold_lease(uri, "mask"):
         content = lease_file(uri).read_bytes()
@@ -174,6 +175,90 @@ def test_a_damaged_lease_expires(uri: str, content: bytes):
     storage.write_bytes(str(lease_file(uri)), content)
     with hold_lease(uri, "ingest") as held:
         held.check()
+
+
+@pytest.mark.parametrize("field", [{"pid": "1"}, {"pid": None}, {"renewals": "x"}, {"host": 3}])
+def test_a_lease_with_a_value_of_another_type_is_damaged(uri: str, field: dict[str, Any]):
+    leave_lease(uri, **field)
+    assert lease.read_holder(str(lease_file(uri))) == lease.UNKNOWN
+
+
+def test_a_lease_that_is_out_of_reach_for_a_moment_is_not_lost(uri: str, monkeypatch: pytest.MonkeyPatch):
+    def fail(_: str) -> bytes:
+        raise storage.StorageError("out of reach")
+
+    with hold_lease(uri, "ingest") as held:
+        with monkeypatch.context() as patched:
+            patched.setattr(storage, "read_bytes", fail)
+            with pytest.raises(storage.StorageError):
+                held.check()
+        held.check()
+
+
+# Targets
+
+
+@pytest.mark.parametrize("place", ["datasets", "datasets/v1", "datasets/v1/parts", "datasets/v1/a/frozen"])
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_a_file_in_place_of_a_folder_is_refused_at_once(tmp_path: Path, uri: str, place: str, kind: str):
+    path = tmp_path / place
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch() if kind == "file" else path.symlink_to("nothing")
+    refuse_at_once(uri, f"{path} is a {'file' if kind == 'file' else 'broken link'}, but jobs write a folder there.")
+
+
+@pytest.mark.parametrize("name", ["lease.json", "manifest.json", "a/best.json"])
+@pytest.mark.parametrize("kind", ["folder", "link"])
+def test_a_folder_in_place_of_a_file_is_refused_at_once(uri: str, name: str, kind: str):
+    path = Path(uri, name)
+    path.parent.mkdir(parents=True)
+    path.mkdir() if kind == "folder" else path.symlink_to("nothing")
+    refuse_at_once(uri, f"{path} is a {'folder' if kind == 'folder' else 'broken link'}, but jobs write a file there.")
+
+
+def refuse_at_once(uri: str, message: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(UserError) as caught, hold_lease(uri, "ingest"):
+        pass
+    assert str(caught.value).startswith(message)
+    assert time.monotonic() - started < 0.9 * lease.POLL_S
+
+
+@pytest.mark.parametrize("name", ["parts", "v1.json", "best.json"])
+def test_a_target_may_have_any_name(tmp_path: Path, name: str):
+    for _ in range(2):
+        with hold_lease(f"{tmp_path}/predictions/{name}", "predict") as held:
+            Path(held.uri, "x").touch()
+
+
+def test_predictions_may_have_the_name_of_a_file(tmp_path: Path):
+    Path(tmp_path, "run", "predictions", "best.json").mkdir(parents=True)
+    with hold_lease(f"{tmp_path}/run", "train") as held:
+        held.check()
+
+
+def test_the_parts_of_a_dataset_may_be_a_link_to_another_disk(tmp_path: Path, uri: str):
+    Path(uri).mkdir(parents=True)
+    Path(tmp_path, "disk").mkdir()
+    Path(uri, "parts").symlink_to(tmp_path / "disk")
+    with hold_lease(uri, "ingest") as held:
+        held.check()
+
+
+def test_a_job_that_wrote_nothing_leaves_no_folder(tmp_path: Path, uri: str):
+    with pytest.raises(KeyError), hold_lease(uri, "ingest"):
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_folders_with_results_and_those_of_others_are_kept(uri: str, existed: bool):
+    if existed:
+        Path(uri).mkdir(parents=True)
+    with hold_lease(uri, "ingest"):
+        if not existed:
+            Path(uri, "draft.json").touch()
+    assert Path(uri).exists()
 
 
 @pytest.mark.usefixtures("brief")

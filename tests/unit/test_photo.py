@@ -183,6 +183,38 @@ def test_formats_are_known_by_their_first_bytes(start: bytes):
     assert reason_of(start + bytes(100)) == Reason.UNSUPPORTED_FORMAT
 
 
+@pytest.mark.parametrize(
+    "start",
+    [
+        b"<?xml version='1.0'?>\n",
+        b"\xef\xbb\xbf<?xml version='1.0' encoding='UTF-8'?>\r\n<!-- drawn > by -->\n",
+        b'<?xml version="1.0"?><!DOCTYPE svg PUBLIC "-//W3C//DTD SVG 1.1//EN" "x.dtd" [\n<!ENTITY a "b">\n]>\n',
+        b"\n  ",
+        b"<!-- x -->",
+    ],
+)
+@pytest.mark.parametrize("element", [b"<svg xmlns=", b"<svg:svg ", b"<SVG>"])
+def test_an_svg_is_known_below_its_declaration(start: bytes, element: bytes):
+    with pytest.raises(PhotoError, match="unsupported_format: SVG"):
+        photo.decode(start + element + bytes(100))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"<?xml version='1.0'?><rss><svg></rss>",
+        b"<!DOCTYPE html><svg>",
+        b"<!-- <svg> -->",
+        b"<?xml <svg",
+        b"<svgx>",
+        b"<??>" * 20_000,
+        b"<!DOCTYPE svg [" * 5_000,
+    ],
+)
+def test_other_markup_is_not_an_image(data: bytes):
+    assert reason_of(data) == Reason.NOT_AN_IMAGE
+
+
 def test_a_twelve_bit_jpeg_is_unsupported():
     data = bytearray(saved(scene(), "JPEG"))
     data[data.index(b"\xff\xc0") + 4] = 12

@@ -24,7 +24,13 @@ SETTINGS = {"photos": "s3://bucket/new", "threshold": 0.5}
 def predicted(key: str, best: int = 0, **changes: Any) -> dict[str, Any]:
     probabilities = np.full((1, 7), 0.05)
     probabilities[0, best] = 0.7
-    row = {"key": key, "image_id": key * 3, "outcome": "vehicle", "vehicle_class": "car", "score": 0.5}
+    row = {
+        "key": key,
+        "image_id": f"{ord(key[0]):064x}",
+        "outcome": "vehicle",
+        "vehicle_class": "car",
+        "score": 0.5,
+    }
     return {
         **row,
         "box": [1.0, 2.0, 3.5, 4.0],

@@ -37,7 +37,7 @@ def of_rows(root: Path, rows: list[tuple[str, str]]) -> dataset.Dataset:
     """Publish a dataset. rows: label and split."""
     uri, settings = dataset.dataset_uri(str(root), "v2"), {"dataset": "v2"}
     columns = [
-        {"image_id": "0", "key": f"{i}", "label": label, "split": split, "width": 1, "height": 1, "image": b""}
+        {"image_id": "00", "key": f"{i}", "label": label, "split": split, "width": 1, "height": 1, "image": b""}
         for i, (label, split) in enumerate(rows)
     ]
     publishing.write_part(uri, "parts", pa.Table.from_pylist(columns, dataset.ROW), settings)

@@ -160,6 +160,35 @@ def test_a_variable_alone_may_be_null(tmp_path: Path, monkeypatch: pytest.Monkey
     assert read(tmp_path, "patience: ${V}") == {"patience": value}
 
 
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("root: ${V}", "root"),
+        ("root: '${V}'", "root"),
+        ('root: " ${V}${V} "', "root"),
+        ("root: r\ntrain: {name: '${V}'}", "train.name"),
+        ("root: r\ntrain: {name: x, frozen: {lr: ${V}}}", "train.frozen.lr"),
+        ("root: r\ntrain: {name: x, frozen: {epochs: '${V:-}'}}", "train.frozen.epochs"),
+        ("root: r\nmask: {cutout: {fill: [1, '${V}', 3]}}", "mask.cutout.fill.1"),
+    ],
+)
+def test_a_variable_that_is_empty_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, key: str):
+    monkeypatch.setenv("V", "")
+    with pytest.raises(UserError, match=rf"`{key}`: .*\$\{{V.*\}} is empty: set the variable") as caught:
+        cli.load_config(write(tmp_path, text), {}, Config)
+    assert "null" not in str(caught.value)
+
+
+def test_an_empty_variable_is_not_blamed_for_a_value_of_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("V", "")
+    with pytest.raises(UserError, match=r"must be a number \(got 'x' on the command line\)"):
+        cli.load_config(
+            write(tmp_path, "root: r\ntrain: {name: x, frozen: {lr: ${V}}}"), {"train.frozen.lr": "x"}, Config
+        )
+
+
 def test_a_quoted_variable_is_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("V", "null")
     assert read(tmp_path, "name: '${V}'") == {"name": "null"}
