@@ -275,8 +275,8 @@ class TrainSettings(Section):
     """Dataset to train on."""
     parent: Parent = "imagenet"
     """`imagenet` or `imagenet-v2` (torchvision's), `sample` (in the package), the URI of weights, or a run under
-    the same root, including its classifier: `exp_002@12` (an epoch of its last stage), `exp_002@best`,
-    `exp_002@last`."""
+    the same root, including its classifier: `exp_002@best` (its model, the best epoch over its stages), `exp_002@12`
+    or `exp_002@last` (epochs of its last stage)."""
     parent_sha256: Sha256 | None = None
     """Checked before the weights are opened; required for http(s)."""
     model: ModelSettings = ModelSettings()
@@ -335,6 +335,9 @@ class PredictSettings(Section):
     run: Name | None = None
     """Run whose network classifies the photos."""
     photos: Uri
+    stage: StageName | None = None
+    """Stage whose best epoch is evaluated; by default the run's model, the best epoch over its stages by val
+    accuracy."""
     """Folder, s3:// prefix, tar or zip archive of photos."""
     name: Name = "predictions"
     """Name of the result, below the run's folder; the same name resumes it."""
@@ -344,6 +347,9 @@ class PredictSettings(Section):
     """URI of the weights with which the run's dataset was masked; by default the one recorded then."""
     batch_size: int = Field(64, ge=1)
     """Photos per forward pass of the classifier."""
+    stage: StageName | None = None
+    """Stage whose best epoch classifies them; by default the run's model, the best epoch over its stages by val
+    accuracy."""
     max_quarantined: Share = 0.05
     """Largest share of photos in quarantine because they could not be read from storage or crashed their workers; with
     more, nothing is published."""

@@ -100,6 +100,7 @@ def encode_lines(kind: str, rows: Sequence[Row]) -> bytes:
     """Return rows as lines of strict JSON, each with its format; numbers that are not finite as null."""
     lines = ({"format": KINDS[kind].format, **replace_not_finite(row)} for row in rows)
     return "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode()
+    "run_model": Kind({"stage": str, "sha256": str}, "Delete the file: it is found again from the stages' models."),
 
 
 def decode_lines(data: bytes, kind: str, uri: str) -> list[Row]:

@@ -17,9 +17,13 @@ NUM_MISTAKES, NUM_MASKING_SAMPLES = 24, 12
 
 
 def report_uri(run: Run, source: dataset.Dataset, settings: EvaluateSettings) -> str:
-    """Return the report's folder: `report` for the test split of the run's dataset, else one per dataset and split."""
-    is_default = source.name == run.settings.dataset and settings.split == "test"
-    return storage.join(run.uri, "report" if is_default else f"report-{source.name}-{settings.split}")
+    """Return the report's folder: `report` for the run's model on the test split of its dataset, else one of its own.
+
+    That has the names of dataset and split, and of the stage if it is not that of the run's model.
+    """
+    stage = run.stage_suffix(run.select_stage(settings.stage))
+    is_default = source.name == run.settings.dataset and settings.split == "test" and not stage
+    return storage.join(run.uri, "report" if is_default else f"report-{source.name}-{settings.split}{stage}")
 
 
 def collect_report(

@@ -16,13 +16,13 @@ DASH = "\u2013"
 STATES = ("finished", "stale", "begun", "missing", "failed")
 TREATMENTS = {"none": "whole photo", "crop": "crop", "mask": "mask", "crop+mask": "crop and mask"}
 """Names of the modes of `cutout`; `none` is a dataset without masks."""
-NOT_IN_RECIPE = ("name", "parent", "parent_sha256", "dataset", "seed", "num_workers", "use_gpu", "checkpoint_steps")
+NOT_IN_RECIPE = ("name", "parent", "parent_sha256", "dataset", "seed", "num_workers", "use_gpu", "checkpoint_seconds")
 """Settings that do not belong to a recipe, like all that begin with `keep_`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TestResult:
-    """Evaluation of a run's best epoch on the test photos."""
+    """Evaluation of a run's model on the test photos."""
 
     keys: list[str]
     """Source keys of the photos, sorted; equal for the same photos in all datasets."""
@@ -65,7 +65,7 @@ class ComparedRun:
     epochs: list[dict[str, Any]]
     """A row of metrics per epoch of all stages; may be empty."""
     val_accuracy: float | None
-    """Val accuracy of the last stage's best epoch."""
+    """Val accuracy of the run's model."""
     baseline_val: float | None
     """Val accuracy of the baseline."""
     baseline_test: float | None
@@ -78,10 +78,17 @@ class ComparedRun:
         return -1.0 if self.val_accuracy is None or math.isnan(self.val_accuracy) else self.val_accuracy
 
     @property
-    def best_epoch(self) -> int | None:
-        """Return the epoch of the last stage with the highest finite val accuracy, the earliest of equals."""
-        row = best_epoch_row([row for row in self.epochs if row["stage"] == self.epochs[-1]["stage"]])
-        return None if row is None else row["epoch"]
+    def best_row(self) -> dict[str, Any]:
+        """Return the epoch of all stages with the highest finite val accuracy, the first of equals; empty without."""
+        return best_epoch_row(self.epochs) or {}
+
+    @property
+    def best_epoch_text(self) -> str:
+        """Return "epoch 12", with its stage if the run has several: "frozen epoch 12"; a dash if there is none."""
+        if not self.best_row:
+            return DASH
+        stage = f"{self.best_row['stage']} " if len(self.stages) > 1 else ""
+        return f"{stage}epoch {self.best_row['epoch']}"
 
     @property
     def stages(self) -> list[str]:

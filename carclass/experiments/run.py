@@ -25,7 +25,14 @@ from carclass.progress import Throttle
 from carclass.runs.run import MetricsRow, Run, begin_run, find_run
 from carclass.training import feature_cache, placement, preflight
 from carclass.training.photo_store import BlockRefs, PhotoStore
-from carclass.training.train import MALLOC_ENV, TrainResources, check_resources, load_run_inputs, train_stages
+from carclass.training.train import (
+    MALLOC_ENV,
+    TrainResources,
+    check_resources,
+    load_run_inputs,
+    train_stages,
+    warn_if_unfreezing_hurt,
+)
 
 log = logging.getLogger(__name__)
 REPORT_EVERY_S = 10.0
@@ -246,7 +253,8 @@ def _end_task(tree: Tree, experiment: Experiment, task: Any, progress: TreeProgr
         return
     progress.finished.append(experiment.name)
     run = _run(tree, experiment)
-    log.info("lineage: %s finished, val accuracy %.3f", experiment.name, run.best_val_accuracy(run.stages[-1]))
+    log.info("lineage: %s finished, val accuracy %.3f", experiment.name, run.best_val_accuracy(run.best_stage))
+    warn_if_unfreezing_hurt(run)
 
 
 def _log_progress(tree: Tree, progress: TreeProgress) -> None:

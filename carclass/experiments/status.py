@@ -28,9 +28,10 @@ class RunStatus(NamedTuple):
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """Return the facts of the last stage's best model; None if it is not published."""
-        uri = f"{self.run.model_uri(self.run.stages[-1])}.json"
-        return formats.read(uri, "model") if storage.exists(uri) else None
+        """Return the facts of the run's model; None if its last stage is not finished."""
+        if self.state == "unreadable" or not self.run.is_finished(self.run.stages[-1]):
+            return None
+        return formats.read(f"{self.run.model_uri(self.run.best_stage)}.json", "model")
 
 
 def tree_status(tree: Tree) -> dict[str, RunStatus]:

@@ -22,7 +22,8 @@ def _describe(tree: Tree, experiment: Experiment, status: RunStatus) -> str:
     start = experiment.parent_epoch
     words = [f"@{start.epoch}" if start else tree.parent_label(experiment), experiment.settings.dataset, status.state]
     if status.best is not None:
-        words.append(f"val {status.best['val_accuracy']:.3f} (epoch {status.best['epoch']})")
+        stage = f"{status.best['stage']} " if len(status.run.stages) > 1 else ""
+        words.append(f"val {status.best['val_accuracy']:.3f} ({stage}epoch {status.best['epoch']})")
     return "  ".join(words) + (f"  ({status.reason})" if status.reason else "")
 
 

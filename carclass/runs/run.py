@@ -3,6 +3,7 @@
 <root>/experiments/<name>/config.yml      the run's settings, fully resolved
 <root>/experiments/<name>/lineage.json    parent, dataset and code, with their hashes
 <root>/experiments/<name>/metrics.jsonl   a line per epoch
+<root>/experiments/<name>/model.json      the run's model: the best epoch over its stages, written when training ends
 <root>/experiments/<name>/steps/<stage>/  a file per epoch, a line per step
 <root>/experiments/<name>/tensorboard/    metrics and steps as TensorBoard events
 <root>/experiments/<name>/<stage>/        checkpoints and the best model of a stage
@@ -26,6 +27,7 @@ from carclass.errors import UserError, unknown_name
 STAGES: tuple[StageName, ...] = ("frozen", "unfrozen")
 MAY_CHANGE_ON_RESUME = ("num_workers", "use_gpu", "checkpoint_steps", "keep_checkpoints")
 """Settings of machines and checkpoints, which may differ when a run is resumed."""
+MODEL = "model.json"
 MetricsRow = dict[str, Any]
 
 
@@ -33,7 +35,7 @@ class ParentEpoch(NamedTuple):
     """A run's epoch that another run starts from."""
 
     run: str
-    epoch: str  # of the last stage: a number, `best` or `last`
+    epoch: str  # `best`, the run's model, or an epoch of its last stage: a number or `last`
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,41 @@ class Run:
         """Return the val accuracy of a finished stage's best epoch."""
         return float(formats.read(f"{self.model_uri(stage)}.json", "model")["val_accuracy"])
 
+    @property
+    def best_stage(self) -> StageName:
+        """Return the stage of the run's model, which has the best epoch by val accuracy, the first of equals.
+
+        It is recorded when training ends; for a run without the record it is found from the stages' best models. Raise
+        UserError if the last stage is not finished.
+        """
+        if not self.is_finished(self.stages[-1]):
+            raise unfinished_stage(self.model_uri(self.stages[-1]))
+        try:
+            recorded: StageName = formats.read(storage.join(self.uri, MODEL), "run_model")["stage"]
+        except FileNotFoundError:
+            return find_best_stage(self)
+        return recorded
+
+    def select_stage(self, stage: str | None) -> StageName:
+        """Return the stage whose best model is to be used: by default that of the run's model.
+
+        Raise UserError if the run has no such stage.
+        """
+        if stage is None:
+            return self.best_stage
+        for known in self.stages:
+            if stage == known:
+                return known
+        names = " and ".join(self.stages)
+        raise UserError(
+            f"`stage`: run `{self.settings.name}` in {self.root} has no stage `{stage}`, only {names}. Name one that "
+            "it has, or leave `stage` out for the run's model, its best epoch by val accuracy."
+        )
+
+    def stage_suffix(self, stage: str) -> str:
+        """Return the ending of the names of results by a stage's model: empty for the run's model."""
+        return "" if self.is_finished(self.stages[-1]) and stage == self.best_stage else f"-{stage}"
+
     def lineage(self) -> dict[str, Any]:
         """Return the run's parent, dataset, seed and code version, with their hashes."""
         return formats.read(storage.join(self.uri, "lineage.json"), "lineage")
@@ -94,6 +131,24 @@ def best_epoch_row(rows: Sequence[MetricsRow]) -> MetricsRow | None:
     """Return the row with the highest finite val accuracy, the earliest of equals; None if there is none."""
     finite = [row for row in rows if math.isfinite(row["val_accuracy"])]
     return max(finite, key=lambda row: row["val_accuracy"], default=None)
+def find_best_stage(run: Run) -> StageName:
+    """Return the finished stage whose best model has the highest val accuracy, the first of equals."""
+    stages = [stage for stage in run.stages if run.is_finished(stage)]
+    return stages[0] if len(stages) == 1 else max(stages, key=run.best_val_accuracy)
+
+
+def record_best_stage(run: Run) -> None:
+    """Write the record of the model of a finished run."""
+    facts = formats.read(f"{run.model_uri(find_best_stage(run))}.json", "model")
+    record = {key: facts[key] for key in ("stage", "epoch", "val_accuracy", "sha256")}
+    formats.write(storage.join(run.uri, MODEL), "run_model", record)
+
+
+def unfinished_stage(model_uri: str) -> UserError:
+    """Return the error of a model that is not published yet."""
+    return UserError(f"no model at {model_uri}.safetensors: the run has not finished this stage. Run jobs/train.py.")
+
+
 
 
 def run_uri(root: str, name: str) -> str:

@@ -12,6 +12,7 @@ from carclass.config.schema import ModelSettings
 from carclass.data import formats
 from carclass.errors import UserError
 from carclass.models import resnet
+from carclass.runs.run import unfinished_stage
 
 DTYPES = {torch.float32: "F32", torch.int64: "I64"}
 """Names in safetensors of the dtypes in checkpoints: weights and moments, and the counters of BatchNorm."""
@@ -53,9 +54,7 @@ def read_model(uri: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         facts = formats.read(f"{uri}.json", "model")
         data = storage.read_bytes(f"{uri}.safetensors")
     except FileNotFoundError as error:
-        raise UserError(
-            f"no model at {uri}.safetensors: the run has not finished this stage. Run jobs/train.py."
-        ) from error
+        raise unfinished_stage(uri) from error
     if storage.sha256(data) != facts["sha256"]:
         raise UserError(f"{uri}.safetensors is damaged: its sha256 is not the one in {uri}.json. Train the run again.")
     return load(data), facts

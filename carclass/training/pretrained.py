@@ -35,7 +35,7 @@ def load_pretrained(net: ResNet, root: str, settings: TrainSettings, classes: li
     if parent is None:
         return load_backbone(net, settings)
     run = find_run(root, parent.run)
-    best, facts = read_model(run.model_uri(run.stages[-1]))
+    best, facts = read_model(run.model_uri(run.best_stage if parent.epoch == "best" else run.stages[-1]))
     _check_parent(settings, facts, classes)
     state, sha256 = (best, str(facts["sha256"])) if parent.epoch == "best" else _load_epoch(run, parent, best, settings)
     if settings.parent_sha256 not in (None, sha256):
@@ -50,7 +50,7 @@ def load_pretrained(net: ResNet, root: str, settings: TrainSettings, classes: li
 def _load_epoch(
     run: Run, parent: ParentEpoch, best: dict[str, Tensor], settings: TrainSettings
 ) -> tuple[dict[str, Tensor], str]:
-    """Return (state dict, sha256 of the file) of an epoch of a run's last stage. best: its published model."""
+    """Return (state dict, sha256 of the file) of an epoch of a run's last stage. best: the stage's published model."""
     stage = run.stages[-1]
     epochs = [row["epoch"] for row in run.metrics() if row["stage"] == stage]
     epoch = max(epochs) if parent.epoch == "last" else int(parent.epoch)

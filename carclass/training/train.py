@@ -16,7 +16,7 @@ from carclass.data import dataset, formats
 from carclass.data.lease import hold_lease
 from carclass.errors import UserError, find_user_error
 from carclass.models import resnet
-from carclass.runs.run import Run, begin_run
+from carclass.runs.run import Run, begin_run, record_best_stage
 from carclass.runs.saved_model import publish_model
 from carclass.training import checkpoint, feature_cache, preflight, pretrained
 from carclass.training.loop import Metrics, TrainState
@@ -58,6 +58,7 @@ def train_run(root: str, settings: TrainSettings) -> Run:
     with hold_lease(run.uri, "train"):
         begin_run(run, source, parent_sha256)
         train_stages(run, source, PhotoStore(settings, source).get, TrainResources(use_gpu), run.unfinished_stages)
+    warn_if_unfreezing_hurt(run)
     return run
 
 
@@ -94,6 +95,24 @@ def train_stages(
         job = StageJob(run, stage, source.classes, source.digest, {}, 1, train_resources.report)
         _fit_stage(job, get_photos, train_resources)
         _publish(job)
+    if not run.unfinished_stages:
+        record_best_stage(run)
+
+
+def warn_if_unfreezing_hurt(run: Run) -> None:
+    """Warn if the unfrozen stage of a finished run is worse on val than the frozen one."""
+    unfrozen = run.settings.unfrozen
+    if unfrozen is None or run.best_stage == "unfrozen":
+        return
+    before, after = run.best_val_accuracy("frozen"), run.best_val_accuracy("unfrozen")
+    if after < before:
+        log.warning(
+            "train: unfreezing made run %s worse: val accuracy %.3f (unfrozen) after %.3f (frozen). Its model is the "
+            "frozen stage's best epoch. To gain from unfreezing, try a lower `train.unfrozen.lr` (now %g), more "
+            "`train.unfrozen.warmup_epochs` (now %g) or `epochs` (now %d), and check that `train.unfrozen.optimizer` "
+            "is adamw; `train.unfrozen: null` saves the stage.",
+            *(run.settings.name, after, before, unfrozen.lr, unfrozen.warmup_epochs, unfrozen.epochs),
+        )
 
 
 def _fit_stage(job: StageJob, get_photos: Callable[[], BlockRefs], train_resources: TrainResources) -> None:

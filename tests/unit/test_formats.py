@@ -35,6 +35,7 @@ READERS: dict[str, Callable[[str], Any]] = {
     f"{RUN}/lineage.json": lambda root: find_run(root, "run").lineage(),
     f"{RUN}/unfrozen/best.json": lambda root: find_run(root, "run").best_val_accuracy("unfrozen"),
     f"{RUN}/frozen/epoch-0001/checkpoint.json": lambda root: checkpoint.read_weights(f"{root}/{RUN}/frozen/epoch-0001"),
+    f"{RUN}/model.json": lambda root: find_run(root, "run").best_stage,
     f"{RUN}/report/metrics.json": lambda root: formats.read(
         evaluation_uri(RunStatus(find_run(root, "run"), "finished")), "evaluation"
     ),
