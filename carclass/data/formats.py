@@ -59,7 +59,7 @@ KINDS = {
     "export": Kind({"model_sha256": str, "files": dict}, "Delete the file and run jobs/export.py again."),
     "summary": Kind({"seconds": NUMBER}, "Run jobs/pipeline.py again."),
     "calibration": Kind({"temperature": NUMBER, "model_sha256": str}, PREDICT_REMEDY),
-    "preprocessing": Kind({"reading": dict}, PREDICT_REMEDY),
+    "preprocessing": Kind({"reading": dict}, PREDICT_REMEDY, format=2),  # has all up to the network's input
     "predictions": Kind({}, "Delete the folder, or choose another `predict.name`."),
     "search": Kind({"search": dict, "train.seed": str}, SWEEP_REMEDY),
     "trials": Kind({"trials": list}, SWEEP_REMEDY, format=2, migrations={1: lambda rows: {"trials": rows}}),

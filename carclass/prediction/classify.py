@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 import ray.data
+import torch
 
 from carclass.cluster import resources
 from carclass.config.schema import IngestSettings, MaskSettings, PredictSettings
@@ -22,11 +23,11 @@ from carclass.data import dataset, publishing, streaming
 from carclass.data.crash_guard import CrashGuard
 from carclass.data.inventory import Inventory
 from carclass.data.quarantine import PhotoError
+from carclass.evaluation import calibration
 from carclass.ingestion import archive
 from carclass.ingestion.reading import read_groups
 from carclass.masking import detect
 from carclass.masking.writer import cut_rows
-from carclass.prediction import calibration
 from carclass.prediction.predictions import PREDICTION, prediction_columns
 from carclass.runs.predictor import Predictor
 
@@ -159,6 +160,8 @@ class ClassifyPhotos:
     """A classifier actor: rows of CLASSIFIER_INPUT → rows of PREDICTION."""
 
     def __init__(self, job: PredictionJob, crash_guard: CrashGuard, *, use_gpu: bool) -> None:
+        if not use_gpu:
+            torch.set_num_threads(1)
         self.job, self.crash_guard = job, crash_guard
         self.predictor = Predictor(job.model_uri, use_gpu=use_gpu)
 

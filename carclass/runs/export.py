@@ -5,6 +5,8 @@
 <run>/export/model.pt2          for torch.export.load
 <run>/export/export.json        each file's sha256 and its largest difference from the network, written last
 
+Of another stage than that of the run's model, the folder is export-<stage>.
+
 model.onnx and model.pt2 take uint8 (N,3,S,S) RGB, as decoders return it, for any N, and return float32 (N,C) logits:
 normalisation is inside. Labels and preprocessing are in the metadata of every file, see describe_model.
 """
@@ -52,16 +54,17 @@ class Format(NamedTuple):
     read: Callable[[bytes], Classify]
 
 
-def export_run(root: str, name: str) -> str:
+def export_run(root: str, name: str, stage: str | None = None) -> str:
     """Write `<run>/export/`, unless it is up to date, and return its URI.
 
-    Raise UserError if the run doesn't exist, its last stage is not finished, or its dataset, whose photos the files are
-    compared on, is gone. Raise AssertionError, and publish nothing, if a file differs from the network by more than
-    TOLERANCE.
+    stage: the one whose best epoch to export, by default the best epoch over all stages. Raise UserError if the run or
+    its stage doesn't exist or is not finished, or its dataset, whose photos the files are compared on, is gone. Raise
+    AssertionError, and publish nothing, if a file differs from the network by more than TOLERANCE.
     """
     run = find_run(root, name)
-    net, facts = load_network(run.model_uri(run.stages[-1]))
-    uri = storage.join(run.uri, "export")
+    selected = run.select_stage(stage)
+    net, facts = load_network(run.model_uri(selected))
+    uri = storage.join(run.uri, f"export{run.stage_suffix(selected)}")
     if _exported_model_sha256(uri) == facts["sha256"]:
         log.info("export: %s is finished, nothing to do", uri)
         return uri

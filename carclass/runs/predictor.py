@@ -17,8 +17,6 @@ class Predictor:
     """A saved model on a device: encoded photos → class probabilities."""
 
     def __init__(self, model_uri: str, *, use_gpu: bool) -> None:
-        if not use_gpu:
-            torch.set_num_threads(1)
         self.device = torch.device("cuda" if use_gpu else "cpu")
         self.net, facts = load_network(model_uri)
         self.net.to(self.device)

@@ -16,6 +16,7 @@ from carclass.data import dataset, formats
 from carclass.data.lease import hold_lease
 from carclass.errors import UserError, find_user_error
 from carclass.models import resnet
+from carclass.runs.preprocessing_record import record_preprocessing
 from carclass.runs.run import Run, begin_run, record_best_stage
 from carclass.runs.saved_model import publish_model
 from carclass.training import checkpoint, feature_cache, preflight, pretrained
@@ -91,6 +92,7 @@ def train_stages(
     stages: Sequence[StageName],
 ) -> None:
     """Train and publish stages of a run that has begun. get_photos: called by stages that need photos."""
+    record_preprocessing(run, source)
     for stage in stages:
         job = StageJob(run, stage, source.classes, source.digest, {}, 1, train_resources.report)
         _fit_stage(job, get_photos, train_resources)

@@ -40,7 +40,7 @@ RAY_MODULES = {
     "cluster.telemetry",
     "data.crash_guard",
     "data.streaming",
-    "evaluation.evaluate",
+    "evaluation.classification",
     "experiments.run",
     "ingestion.ingest",
     "masking.mask",
@@ -58,7 +58,8 @@ PLAIN = (
     "masking.selection", "masking.detector", "masking.writer", "masking.report", "evaluation.metrics",
     "evaluation.report", "training.loop", "training.dataloader", "training.checkpoint", "runs", "tuning.report",
     "tuning.search_space", "tuning.collect", "experiments.report", "experiments.tree", "experiments.status",
-    "prediction.calibration", "prediction.predictions", "ingestion.labels", "ingestion.listing", "ingestion.reading",
+    "evaluation.calibration", "prediction.predictions", "prediction.loaded_run", "ingestion.labels",
+    "ingestion.listing", "ingestion.reading",
 )  # fmt: skip
 """Packages and modules that work on arrays, tensors and files, without Ray."""
 MAX_MODULE, MAX_FUNCTION = 400, 40

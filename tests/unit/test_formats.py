@@ -17,8 +17,9 @@ from carclass.errors import UserError
 from carclass.experiments.collect import evaluation_uri
 from carclass.experiments.status import RunStatus
 from carclass.masking import quality
-from carclass.prediction import calibration, predictions, run_preprocessing
-from carclass.runs import checkpoint_index, export
+from carclass.prediction import predictions
+from carclass.runs import checkpoint_index, export, preprocessing_record
+from carclass.runs.calibration_record import read_calibration
 from carclass.runs.metrics_log import MetricsLog
 from carclass.runs.run import Run, find_run
 from carclass.runs.saved_model import read_model
@@ -40,8 +41,8 @@ READERS: dict[str, Callable[[str], Any]] = {
         evaluation_uri(RunStatus(find_run(root, "run"), "finished")), "evaluation"
     ),
     f"{RUN}/export/export.json": lambda root: export._exported_model_sha256(f"{root}/{RUN}/export"),
-    f"{RUN}/calibration.json": lambda root: calibration.read_calibration(f"{root}/{RUN}", SHA256),
-    f"{RUN}/preprocessing.json": lambda root: run_preprocessing.load_preprocessing(find_run(root, "run")),
+    f"{RUN}/calibration.json": lambda root: read_calibration(f"{root}/{RUN}/unfrozen/best", SHA256),
+    f"{RUN}/preprocessing.json": lambda root: preprocessing_record.load_preprocessing(find_run(root, "run")),
     f"{RUN}/predictions/predictions/settings.json": lambda root: predictions.begin_predictions(
         f"{root}/{RUN}/predictions/predictions",
         json.loads((FORMAT_1 / RUN / "predictions/predictions/settings.json").read_text()),

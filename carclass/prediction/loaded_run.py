@@ -25,13 +25,14 @@ class LoadedRun:
     metrics: list[dict[str, Any]]  # one per epoch, oldest first
     predictions: pa.Table | None  # on the run's test photos; None if it was not evaluated
     classes: list[str]
-    model: nn.Module  # best of the last stage, in eval mode: uint8 (N,3,S,S) RGB → float32 (N,C) logits
+    model: nn.Module  # best epoch over the stages, in eval mode: uint8 (N,3,S,S) RGB → float32 (N,C) logits
 
 
-def load_run(uri: str | os.PathLike[str]) -> LoadedRun:
+def load_run(uri: str | os.PathLike[str], stage: str | None = None) -> LoadedRun:
     """Load a run from its folder or s3:// prefix, `<root>/experiments/<name>`.
 
-    Raise UserError if there is no run, its last stage is not finished, or its weights are damaged.
+    stage: the one whose best epoch to load, by default the best epoch over all stages. Raise UserError if there is no
+    run or no such stage, the stage is not finished, or its weights are damaged.
     """
     run_uri = os.fspath(uri).rstrip("/")
     try:
@@ -43,7 +44,7 @@ def load_run(uri: str | os.PathLike[str]) -> LoadedRun:
     # A copied run may have another folder name than the one in its settings.
     root, folder, name = (run_uri if "://" in run_uri else os.path.abspath(run_uri)).rsplit("/", 2)
     run = Run(root, settings.model_copy(update={"name": name}), folder)
-    net, facts = load_network(run.model_uri(run.stages[-1]))
+    net, facts = load_network(run.model_uri(run.select_stage(stage)))
     return LoadedRun(
         settings=settings,
         lineage=run.lineage(),
