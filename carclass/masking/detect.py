@@ -53,7 +53,7 @@ def decode_rows(batch: pa.Table, crash_guard: CrashGuard) -> pa.Table:
 
 def _decode(image: bytes) -> np.ndarray | PhotoError:
     try:
-        return photo.decode(image, min_side=1)
+        return photo.decode_stored(image)
     except PhotoError as error:
         return error
 

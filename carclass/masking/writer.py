@@ -59,7 +59,7 @@ def _cut_row(row: dict[str, Any], settings: MaskSettings) -> dict[str, Any]:
     mask = None
     if "mask" in settings.cutout.mode:
         mask = decode_mask(row["mask"], row["source_height"], row["source_width"])
-    pixels = cut(photo.decode(row["image"], min_side=1), np.array(row["box"]), mask, settings.cutout)
+    pixels = cut(photo.decode_stored(row["image"]), np.array(row["box"]), mask, settings.cutout)
     return {
         **row,
         "image": photo.encode(pixels, quality=settings.quality),
