@@ -2,6 +2,7 @@
 
 python jobs/evaluate.py --config FILE --run NAME
 python jobs/evaluate.py --config FILE --run NAME --dataset v1 --split val
+python jobs/evaluate.py --config FILE --run NAME --stage frozen
 """
 
 from carclass import progress
@@ -13,8 +14,15 @@ def main() -> None:
     from carclass.evaluation.evaluate import evaluate_run
 
     evaluation = evaluate_run(settings.root, settings.evaluate)
-    rows = [(name, f"{evaluation.metrics[name]:.3f}") for name in ("accuracy", "top5_accuracy")]
-    print(progress.table([*rows, ("report", evaluation.report_uri)], title=f"run {settings.evaluate.run}"))
+    metrics = evaluation.metrics
+    rows = [
+        (f"{metrics['split']} accuracy", f"{metrics['accuracy']:.3f}"),
+        (f"{metrics['split']} top-{metrics['top5_k']} accuracy", f"{metrics['top5_accuracy']:.3f}"),
+        ("photos", f"{metrics['num_photos']:,} of {metrics['dataset']}"),
+        ("model", f"{metrics['stage']} epoch {metrics['epoch']}"),
+        ("report", evaluation.report_uri),
+    ]
+    print(progress.table(rows, title=f"run {settings.evaluate.run}"))
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ def main() -> None:
         (f"  below {settings.predict.threshold:g}, rejected", f"{counts.rejected:,}"),
         ("quarantined", f"{sum(counts.reasons.values()):,}"),
         *((f"  {reason}", f"{number:,}") for reason, number in counts.reasons.items()),
-        ("temperature", f"{calibration.temperature:.3f}, from {calibration.num_photos:,} val photos"),
-        ("calibration error (val)", f"{before:.3f} → {after:.3f}"),
+        ("temperature", calibration.text),
+        *([("calibration error (val)", f"{before:.3f} → {after:.3f}")] if calibration.temperature != 1 else []),
         ("Parquet", storage.join(result.uri, predictions.TABLE)),
         ("CSV", storage.join(result.uri, predictions.CSV)),
     ]

@@ -241,6 +241,8 @@ class Draft:
         """Write the manifest, then delete the files of the replaced version."""
         self.check_lease()
         self.published = publishing.publish_manifest(complete, self.published)
+        counts = (f"{complete.manifest[name]:,}" for name in ("inputs", "rows", "quarantined"))
+        log.info("%s is published: %s inputs, %s rows, %s quarantined", self.uri, *counts)
         self.delete_outdated(self.published_paths)
         return self.published
 

@@ -39,6 +39,49 @@ class Kind(NamedTuple):
 RUN_REMEDY = "Restore it from a backup, or delete the run's folder and run jobs/train.py again."
 SWEEP_REMEDY = "Restore it from a backup, or delete the sweep's folder and run jobs/tune.py again."
 PREDICT_REMEDY = "Delete the file and run jobs/predict.py again, which writes it anew."
+ADDED_SETTINGS: dict[str, Row] = {
+    "frozen": {"ema_decay": None, "clip_grad_norm": None, "keep_epochs": []},
+    "unfrozen": {
+        "ema_decay": None,
+        "clip_grad_norm": None,
+        "keep_epochs": [],
+        "layer_decay": 1.0,
+        "appearance": False,
+        "micro_batch_size": None,
+    },
+}
+"""Settings that format 1 of a run's config may lack, by stage, at the values that the run was trained with then."""
+
+
+def _complete_settings(values: Any) -> Row:
+    """Return a run's settings of format 1 with all settings of format 2."""
+    if not isinstance(values, dict):
+        return {}
+    settings = {"checkpoint_seconds": 60.0, **values}
+    settings.pop("checkpoint_steps", None)
+    for stage, added in ADDED_SETTINGS.items():
+        if isinstance(settings.get(stage), dict):
+            settings[stage] = {**added, **settings[stage]}
+    return settings
+
+
+def _complete_search(values: Any) -> Row:
+    return {**values, "train": _complete_settings(values.get("train"))} if isinstance(values, dict) else {}
+
+
+def _complete_lineage(values: Any) -> Row:
+    return {"code": "unknown", "started": "unknown", "environments": [], **values} if isinstance(values, dict) else {}
+
+
+def _choose_temperature(values: Any) -> Row:
+    """Return a calibration of format 1, whose temperature was used in any case, with one that improves on val."""
+    if not isinstance(values, dict):
+        return {}
+    before, after = (values.get(f"expected_calibration_error_{when}", 0.0) for when in ("before", "after"))
+    fitted = values.get("temperature")
+    return {**values, "fitted_temperature": fitted, "temperature": fitted if after <= before else 1.0}
+
+
 KINDS = {
     "manifest": Kind(
         {"settings": dict, "classes": list, "kind": str, "splits": dict, "parts": (list, dict)},
@@ -55,10 +98,21 @@ KINDS = {
         "Delete the file and run jobs/train.py again: finished epochs are kept.",
     ),
     "checkpoint": Kind({"epoch": int, "val_accuracies": list, "sha256": dict}, RUN_REMEDY),
-    "evaluation": Kind({"accuracy": NUMBER, "num_photos": int}, "Run jobs/evaluate.py again."),
+    "evaluation": Kind(
+        {"accuracy": NUMBER, "num_photos": int},
+        "Run jobs/evaluate.py again.",
+        format=2,  # has the model, the dataset and the split
+        migrations={1: lambda values: {"model_sha256": None, **values} if isinstance(values, dict) else {}},
+    ),
     "export": Kind({"model_sha256": str, "files": dict}, "Delete the file and run jobs/export.py again."),
-    "summary": Kind({"seconds": NUMBER}, "Run jobs/pipeline.py again."),
-    "calibration": Kind({"temperature": NUMBER, "model_sha256": str}, PREDICT_REMEDY),
+    "budget": Kind({"budget": str}, "Delete the file: the next jobs/lineage.py run writes it again."),
+    "summary": Kind({"seconds": NUMBER}, "Run jobs/pipeline.py again.", format=2),  # has the model
+    "calibration": Kind(
+        {"temperature": NUMBER, "model_sha256": str},
+        PREDICT_REMEDY,
+        format=2,  # has the temperature that was fitted beside the one to use
+        migrations={1: _choose_temperature},
+    ),
     "preprocessing": Kind({"reading": dict}, PREDICT_REMEDY, format=2),  # has all up to the network's input
     "predictions": Kind({}, "Delete the folder, or choose another `predict.name`."),
     "search": Kind({"search": dict, "train.seed": str}, SWEEP_REMEDY),

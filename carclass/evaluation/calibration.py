@@ -12,15 +12,15 @@ from carclass.runs.calibration_record import Calibration
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
 """Bounds of the fit: if every val photo is classified correctly, the loss has no minimum."""
-BOUND_MARGIN = 1.05
+BOUND_MARGIN = 2.0
 """Factor around a bound within which a fitted temperature counts as being there."""
 
 
 def fit_calibration(labels: np.ndarray, probabilities: np.ndarray, model_sha256: str) -> Calibration:
     """Fit the calibration of a network. labels: int (N,); probabilities: float (N,C), uncalibrated.
 
-    A temperature that does not lower log loss and calibration error is not used, nor one at a bound of the fit, as there
-    the photos do not determine it.
+    A temperature that does not lower both log loss and calibration error is not used, nor one at a bound of the fit:
+    there the photos do not determine it.
     """
     fitted = fit_temperature(labels, probabilities)
     losses = log_loss(labels, probabilities), log_loss(labels, probabilities, fitted)

@@ -12,10 +12,12 @@ from carclass.config.schema import EvaluateSettings
 from carclass.data import dataset, formats
 from carclass.data.lease import hold_lease
 from carclass.errors import UserError
+from carclass.evaluation.calibrate import calibrate_if_possible, calibrate_predictions
 from carclass.evaluation.classification import predict_split
 from carclass.evaluation.collect import collect_report, report_uri, to_arrays
 from carclass.evaluation.metrics import classification_metrics
 from carclass.evaluation.report import render
+from carclass.runs.calibration_record import Calibration
 from carclass.runs.run import find_run
 from carclass.runs.saved_model import read_model
 
@@ -46,12 +48,17 @@ def evaluate_run(root: str, settings: EvaluateSettings) -> Evaluation:
     if not source.manifest["splits"][settings.split]:
         raise UserError(f"dataset `{source.name}` has no {settings.split} photos. Choose another `evaluate.split`.")
     connection.connect({"root": root})
-    uri = report_uri(run, source, settings)
+    uri = report_uri(run, source.name, settings)
     with hold_lease(uri, "evaluate") as lease:
+        calibrated = calibrate_if_possible(run, model_uri, model_facts, settings.batch_size)
         predictions = predict_split(source, settings, model_uri)
-        labels, probabilities = to_arrays(predictions, source.classes)
-        metrics = classification_metrics(labels, probabilities, source.classes)
-        html = render(collect_report(run, source, settings, model_facts, metrics, predictions))
+        if calibrated is not None:
+            predictions = calibrate_predictions(predictions, calibrated.temperature)
+        metrics = {
+            **_describe(source, settings, model_facts, calibrated),
+            **classification_metrics(*to_arrays(predictions, source.classes), source.classes),
+        }
+        html = render(collect_report(run, source, settings, model_facts, metrics, predictions, calibrated))
         sink = pa.BufferOutputStream()
         pq.write_table(predictions, sink)
         lease.check()
@@ -59,3 +66,16 @@ def evaluate_run(root: str, settings: EvaluateSettings) -> Evaluation:
         formats.write(storage.join(uri, "metrics.json"), "evaluation", metrics)
         storage.write_bytes(storage.join(uri, "report.html"), html.encode())
     return Evaluation(metrics["accuracy"], metrics, storage.join(uri, "report.html"))
+
+
+def _describe(
+    source: dataset.Dataset, settings: EvaluateSettings, model_facts: dict[str, Any], calibrated: Calibration | None
+) -> dict[str, Any]:
+    """Return the photos, the model and the temperature that metrics are of."""
+    return {
+        "dataset": source.name,
+        "split": settings.split,
+        **{key: model_facts[key] for key in ("stage", "epoch")},
+        "model_sha256": model_facts["sha256"],
+        "temperature": None if calibrated is None else calibrated.temperature,
+    }

@@ -31,7 +31,7 @@ class RunStatus(NamedTuple):
         """Return the facts of the run's model; None if its last stage is not finished."""
         if self.state == "unreadable" or not self.run.is_finished(self.run.stages[-1]):
             return None
-        return formats.read(f"{self.run.model_uri(self.run.best_stage)}.json", "model")
+        return self.run.model_facts(self.run.best_stage)
 
 
 def tree_status(tree: Tree) -> dict[str, RunStatus]:

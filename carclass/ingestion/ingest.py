@@ -124,16 +124,13 @@ def _write_pending_photos(draft: Draft, settings: IngestSettings) -> None:
     batches: Iterator[Any] = inventory.pending(settings.part_rows)
     if archive.is_archive(settings.photos):
         batches = _read_archive(settings, inventory)
-    crash_guard, rejected = CrashGuard(), 0
+    crash_guard = CrashGuard()
     write = partial(write_photos, uri=draft.uri, settings=settings, identity=draft.settings, run=crash_guard.run)
     with PhotoMeter("ingest", total) as meter:
         for written in run_tasks(write, batches, crash_guard.count_crashes):
             for part in written:
                 inventory.add_part(*part)
-            reasons = _column(written, "reason")
-            meter.add(_column(written, "split"), reasons)
-            rejected += len(reasons)
-    log.info("ingest: %s photos written, %s quarantined", f"{total - rejected:,}", f"{rejected:,}")
+            meter.add(_column(written, "split"), _column(written, "reason"))
 
 
 def _column(written: Sequence[WrittenPart], name: str) -> list[str]:

@@ -70,9 +70,13 @@ class Run:
         """Return the stages whose best model is not published, in order."""
         return [stage for stage in self.stages if not self.is_finished(stage)]
 
+    def model_facts(self, stage: str) -> dict[str, Any]:
+        """Return the facts of a finished stage's best model, such as its epoch, as publish_model recorded them."""
+        return formats.read(f"{self.model_uri(stage)}.json", "model")
+
     def best_val_accuracy(self, stage: str) -> float:
         """Return the val accuracy of a finished stage's best epoch."""
-        return float(formats.read(f"{self.model_uri(stage)}.json", "model")["val_accuracy"])
+        return float(self.model_facts(stage)["val_accuracy"])
 
     @property
     def best_stage(self) -> StageName:
@@ -139,9 +143,14 @@ def find_best_stage(run: Run) -> StageName:
 
 def record_best_stage(run: Run) -> None:
     """Write the record of the model of a finished run."""
-    facts = formats.read(f"{run.model_uri(find_best_stage(run))}.json", "model")
+    facts = run.model_facts(find_best_stage(run))
     record = {key: facts[key] for key in ("stage", "epoch", "val_accuracy", "sha256")}
     formats.write(storage.join(run.uri, MODEL), "run_model", record)
+
+
+def model_text(facts: dict[str, Any]) -> str:
+    """Return a model's epoch in words: "frozen epoch 12, val accuracy 0.808". facts: see Run.model_facts."""
+    return f"{facts['stage']} epoch {facts['epoch']}, val accuracy {facts['val_accuracy']:.3f}"
 
 
 def unfinished_stage(model_uri: str) -> UserError:
