@@ -6,7 +6,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from carclass import storage
 from carclass.config.schema import EvaluateSettings
 from carclass.data import dataset
 from carclass.evaluation.metrics import confusion_matrix
@@ -15,16 +14,6 @@ from carclass.runs.calibration_record import Calibration
 from carclass.runs.run import Run, model_text
 
 NUM_MISTAKES, NUM_MASKING_SAMPLES = 24, 12
-
-
-def report_uri(run: Run, dataset_name: str, settings: EvaluateSettings) -> str:
-    """Return the report's folder: `report` for the run's model on the test split of its dataset, else one of its own.
-
-    That has the names of dataset and split, and of the stage if it is not that of the run's model.
-    """
-    stage = run.stage_suffix(run.select_stage(settings.stage))
-    is_default = dataset_name == run.settings.dataset and settings.split == "test" and not stage
-    return storage.join(run.uri, "report" if is_default else f"report-{dataset_name}-{settings.split}{stage}")
 
 
 def collect_report(

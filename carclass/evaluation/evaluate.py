@@ -14,10 +14,11 @@ from carclass.data.lease import hold_lease
 from carclass.errors import UserError
 from carclass.evaluation.calibrate import calibrate_if_possible, calibrate_predictions
 from carclass.evaluation.classification import predict_split
-from carclass.evaluation.collect import collect_report, report_uri, to_arrays
+from carclass.evaluation.collect import collect_report, to_arrays
 from carclass.evaluation.metrics import classification_metrics
 from carclass.evaluation.report import render
 from carclass.runs.calibration_record import Calibration
+from carclass.runs.report_record import report_uri
 from carclass.runs.run import find_run
 from carclass.runs.saved_model import read_model
 
@@ -37,7 +38,8 @@ def evaluate_run(root: str, settings: EvaluateSettings) -> Evaluation:
     if settings.run is None:
         raise UserError("`evaluate.run` is missing: name the run to evaluate, e.g. --run sample.")
     run = find_run(root, settings.run)
-    model_uri = run.model_uri(run.select_stage(settings.stage))
+    stage = run.select_stage(settings.stage)
+    model_uri = run.model_uri(stage)
     _, model_facts = read_model(model_uri)
     source = dataset.load_dataset(root, settings.dataset or run.settings.dataset)
     if source.classes != model_facts["classes"]:
@@ -48,7 +50,7 @@ def evaluate_run(root: str, settings: EvaluateSettings) -> Evaluation:
     if not source.manifest["splits"][settings.split]:
         raise UserError(f"dataset `{source.name}` has no {settings.split} photos. Choose another `evaluate.split`.")
     connection.connect({"root": root})
-    uri = report_uri(run, source.name, settings)
+    uri = report_uri(run, source.name, settings.split, stage)
     with hold_lease(uri, "evaluate") as lease:
         calibrated = calibrate_if_possible(run, model_uri, model_facts, settings.batch_size)
         predictions = predict_split(source, settings, model_uri)

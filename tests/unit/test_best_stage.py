@@ -3,6 +3,8 @@
 import logging
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load
 
@@ -11,6 +13,7 @@ from carclass.config.schema import TrainSettings
 from carclass.data import dataset, formats
 from carclass.errors import UserError
 from carclass.experiments import status, tree_view
+from carclass.experiments.collect import read_test
 from carclass.experiments.status import RunStatus
 from carclass.experiments.tree import Budget, Experiment, Tree
 from carclass.models import resnet
@@ -128,6 +131,42 @@ def test_the_status_of_an_unfinished_run_has_no_model(tmp_path: Path):
     run = begin(tmp_path, SETTINGS)
     finish(run, stage="frozen")
     assert RunStatus(run, "begun").best is None
+
+
+# Reports
+
+
+def write_report(run: Run, folder: str, **facts: str) -> None:
+    """Write a report on one photo."""
+    formats.write(f"{run.uri}/{folder}/metrics.json", "evaluation", {"accuracy": 1.0, "num_photos": 1, **facts})
+    pq.write_table(
+        pa.table({"key": ["a"], "label": ["x"], "predicted": ["x"]}), f"{run.uri}/{folder}/predictions.parquet"
+    )
+
+
+@pytest.mark.parametrize(("frozen", "unfrozen", "is_known"), [(50, 25, False), (25, 50, True)])
+def test_a_report_from_before_the_choice_is_of_the_last_stage(
+    tmp_path: Path, frozen: int, unfrozen: int, is_known: bool
+):
+    run = make_run(tmp_path, frozen, unfrozen)
+    write_report(run, "report")
+    path = Path(run.uri, "report", "metrics.json")
+    path.write_text('{"accuracy": 1.0, "num_photos": 1}')
+    assert (read_test(RunStatus(run, "finished")) is not None) == is_known
+    assert (load_run(run.uri).predictions is not None) == is_known
+
+
+def test_a_report_of_a_named_stage_is_not_that_of_the_run(worse: Run):
+    write_report(worse, "report-v2-test-unfrozen", model_sha256=worse.model_facts("unfrozen")["sha256"])
+    assert read_test(RunStatus(worse, "finished")) is None
+    assert load_run(worse.uri).predictions is None
+    assert load_run(worse.uri, stage="unfrozen").predictions is not None
+
+
+def test_a_report_of_the_model_of_the_run_is_read(worse: Run):
+    write_report(worse, "report", model_sha256=worse.model_facts("frozen")["sha256"])
+    assert read_test(RunStatus(worse, "finished")) is not None
+    assert load_run(worse.uri).predictions is not None
 
 
 # Warning

@@ -8,9 +8,10 @@ import pyarrow as pa
 import pytest
 
 from carclass import storage
-from carclass.config.schema import EvaluateSettings, TrainSettings
+from carclass.config.schema import TrainSettings
 from carclass.data import dataset, publishing
 from carclass.evaluation import calibrate, calibration, collect
+from carclass.runs.report_record import report_uri
 from tests.helpers.runs import MODEL, begin, finish, publish_dataset
 
 
@@ -68,11 +69,11 @@ def test_probabilities_of_a_report_are_calibrated_as_those_of_predictions():
     ],
 )
 def test_every_model_and_split_has_a_report_of_its_own(
-    tmp_path: Path, dataset_name: str, split: Any, stage: Any, folder: str
+    tmp_path: Path, dataset_name: str, split: str, stage: str | None, folder: str
 ):
     publish_dataset(tmp_path)
     run = begin(tmp_path, TrainSettings(name="both", parent="sample", model=MODEL))
     finish(run, stage="frozen", scale=6)
     finish(run, stage="unfrozen", scale=10)
-    uri = collect.report_uri(run, dataset_name, EvaluateSettings(run="both", split=split, stage=stage))
+    uri = report_uri(run, dataset_name, split, run.select_stage(stage))
     assert uri == f"{run.uri}/{folder}"
