@@ -34,12 +34,11 @@ def main() -> None:
     summary = make_datasets(settings, update=args.update)
     run, evaluation = train_and_evaluate(settings, settings.train)
     summary |= {f"{stage}_val_accuracy": run.best_val_accuracy(stage) for stage in run.stages}
-    summary |= {f"model_{key}": evaluation.metrics[key] for key in ("stage", "epoch")}
-    summary[f"{settings.evaluate.split}_accuracy"] = evaluation.accuracy
+    summary |= {f"model_{key}": evaluation.metrics[key] for key in ("stage", "epoch")} | name_accuracy(evaluation)
     if settings.compare_unmasked:
         changes = {"name": f"{settings.train.name}-unmasked", "dataset": settings.ingest.dataset}
         _, unmasked = train_and_evaluate(settings, settings.train.model_copy(update=changes))
-        summary[f"{settings.evaluate.split}_accuracy_unmasked"] = unmasked.accuracy
+        summary |= name_accuracy(unmasked, "_unmasked")
     summary["seconds"] = time.monotonic() - started
     print_summary(run, evaluation, summary)
 
@@ -93,6 +92,11 @@ def train_and_evaluate(settings: Config, train: TrainSettings) -> "tuple[Run, Ev
 
     run = train_run(settings.root, train)
     return run, evaluate_run(settings.root, settings.evaluate.model_copy(update={"run": train.name, "dataset": None}))
+
+
+def name_accuracy(evaluation: "Evaluation", suffix: str = "") -> dict[str, float]:
+    """Return an accuracy under the name of its split: `test_accuracy` or `val_accuracy`."""
+    return {f"{evaluation.metrics['split']}_accuracy{suffix}": evaluation.accuracy}
 
 
 def print_summary(run: "Run", evaluation: "Evaluation", summary: dict[str, int | float | str]) -> None:

@@ -108,7 +108,14 @@ def test_both_stages_log_metrics_for_every_epoch(run: Run):
 
 def test_a_run_has_the_files_of_its_contract(run: Run):
     files = storage.list_files(run.uri)
-    for expected in ("config.yml", "lineage.json", "metrics.jsonl", "frozen/best.safetensors", "unfrozen/best.json"):
+    for expected in (
+        "config.yml",
+        "lineage.json",
+        "metrics.jsonl",
+        "frozen/best.safetensors",
+        "unfrozen/best.json",
+        "model.json",
+    ):
         assert expected in files
     assert any(path.startswith("tensorboard/unfrozen/events.out") for path in files)
 
@@ -174,7 +181,7 @@ def test_validation_and_evaluation_agree(root: str, run: Run, masked: dataset.Da
     on_val = evaluate_run(root, EvaluateSettings(run="two-workers", split="val"))
     val_photos = masked.manifest["splits"]["val"]
     # One prediction may differ: batches of other sizes round differently in bf16.
-    assert on_val.accuracy == pytest.approx(run.best_val_accuracy("unfrozen"), abs=1.01 / val_photos)
+    assert on_val.accuracy == pytest.approx(run.best_val_accuracy(run.best_stage), abs=1.01 / val_photos)
 
 
 def test_the_report_shows_photos_before_and_after_masking(evaluation: Evaluation):
