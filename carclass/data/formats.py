@@ -89,14 +89,34 @@ KINDS = {
         format=2,  # has the hash of every file and the digest of the inputs
     ),
     "draft": Kind({"settings": dict}, "Delete the file and run the same job again."),
-    "run_config": Kind({"name": str, "dataset": str, "parent": str, "seed": str}, RUN_REMEDY),
-    "lineage": Kind({"parent_sha256": str, "dataset_digest": str}, RUN_REMEDY),
-    "metrics": Kind({"stage": str, "epoch": int}, RUN_REMEDY),
+    "run_config": Kind(
+        {"name": str, "dataset": str, "parent": str, "seed": str},
+        RUN_REMEDY,
+        format=2,
+        migrations={1: _complete_settings},
+    ),
+    "lineage": Kind(
+        {
+            **dict.fromkeys(("parent", "parent_sha256", "dataset", "dataset_digest", "code", "started"), str),
+            "environments": list,
+        },
+        RUN_REMEDY,
+        format=2,  # has the start, and the libraries and device of each stage
+        migrations={1: _complete_lineage},
+    ),
+    "metrics": Kind(
+        {
+            **{"stage": str, "epoch": int},
+            **dict.fromkeys(("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds"), NUMBER),
+        },
+        RUN_REMEDY,
+    ),
     "steps": Kind({"step": int, "loss": NUMBER}, RUN_REMEDY),
     "model": Kind(
         {"classes": list, "model": dict, "sha256": str},
         "Delete the file and run jobs/train.py again: finished epochs are kept.",
     ),
+    "run_model": Kind({"stage": str, "sha256": str}, "Delete the file: it is found again from the stages' models."),
     "checkpoint": Kind({"epoch": int, "val_accuracies": list, "sha256": dict}, RUN_REMEDY),
     "evaluation": Kind(
         {"accuracy": NUMBER, "num_photos": int},
@@ -104,7 +124,7 @@ KINDS = {
         format=2,  # has the model, the dataset and the split
         migrations={1: lambda values: {"model_sha256": None, **values} if isinstance(values, dict) else {}},
     ),
-    "export": Kind({"model_sha256": str, "files": dict}, "Delete the file and run jobs/export.py again."),
+    "export": Kind({"model_sha256": str, "files": dict}, "Delete the file and run jobs/export.py again.", format=2),
     "budget": Kind({"budget": str}, "Delete the file: the next jobs/lineage.py run writes it again."),
     "summary": Kind({"seconds": NUMBER}, "Run jobs/pipeline.py again.", format=2),  # has the model
     "calibration": Kind(
@@ -115,7 +135,12 @@ KINDS = {
     ),
     "preprocessing": Kind({"reading": dict}, PREDICT_REMEDY, format=2),  # has all up to the network's input
     "predictions": Kind({}, "Delete the folder, or choose another `predict.name`."),
-    "search": Kind({"search": dict, "train.seed": str}, SWEEP_REMEDY),
+    "search": Kind(
+        {"search": dict, "train.seed": str},
+        SWEEP_REMEDY,
+        format=2,
+        migrations={1: _complete_search},
+    ),
     "trials": Kind({"trials": list}, SWEEP_REMEDY, format=2, migrations={1: lambda rows: {"trials": rows}}),
 }
 """All kinds of stored files."""
@@ -132,9 +157,19 @@ def write(uri: str, kind: str, values: Row) -> None:
     storage.write_bytes(uri, yaml_file.dump(content) if uri.endswith(".yml") else to_json(content))
 
 
+def create(uri: str, kind: str, values: Row) -> bool:
+    """Write a JSON file with its format unless it exists, and return True if it was written."""
+    return storage.create(uri, to_json({"format": KINDS[kind].format, **values}))
+
+
 def to_json(values: Any) -> bytes:
     """Return a value as strict JSON. Raise ValueError for numbers that are not finite."""
-    return json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False).encode()
+    return json_text(values, indent=1, ensure_ascii=False).encode()
+
+
+def json_text(value: Any, **options: Any) -> str:
+    """Return a value as strict JSON in one line, see to_json. options: of json.dumps."""
+    return json.dumps(value, allow_nan=False, **options)
 
 
 def decode(data: bytes, kind: str, uri: str) -> Row:
@@ -143,22 +178,33 @@ def decode(data: bytes, kind: str, uri: str) -> Row:
     Raise DamagedFileError if it is no JSON or YAML or lacks a key, and UserError if it has a newer format.
     """
     try:
-        content = yaml_file.parse(data.decode(), uri) if uri.endswith(".yml") else json.loads(data)
+        content = yaml_file.parse(data.decode(), uri) if uri.endswith(".yml") else _parse_json(data)
     except (ValueError, RecursionError) as error:
         cause = str(error).removeprefix(f"{uri} is ") if data.strip() else "it is empty"
         raise _damaged(kind, uri, cause) from error
     return _upgrade(content, kind, uri)
 
 
+def _parse_json(data: bytes) -> Any:
+    """Return the value of strict JSON. Raise ValueError for others, also for NaN, which Python's parser reads."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no number of JSON")
+
+    return json.loads(data, parse_constant=refuse)
+
+
 def encode_lines(kind: str, rows: Sequence[Row]) -> bytes:
     """Return rows as lines of strict JSON, each with its format; numbers that are not finite as null."""
     lines = ({"format": KINDS[kind].format, **replace_not_finite(row)} for row in rows)
-    return "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode()
-    "run_model": Kind({"stage": str, "sha256": str}, "Delete the file: it is found again from the stages' models."),
+    return "".join(json_text(line) + "\n" for line in lines).encode()
 
 
 def decode_lines(data: bytes, kind: str, uri: str) -> list[Row]:
-    """Return the rows of a file of lines, null as NaN. A last line that was cut, as by a power loss, is left out."""
+    """Return the rows of a file of lines, null as NaN; former versions wrote NaN.
+
+    A last line that was cut, as by a power loss, is left out.
+    """
     *lines, last = data.split(b"\n")
     rows = []
     for number, line in enumerate([*lines, *([last] if last else [])], 1):
@@ -207,7 +253,7 @@ def _upgrade(content: Any, kind: str, uri: str) -> Row:
         )
     for step in range(number, known.format):
         if step in known.migrations:
-            content = {**known.migrations[step](content), "format": step + 1}
+            content = {**_as_mapping(known.migrations[step](content), kind, uri), "format": step + 1}
     values = _as_mapping(content, kind, uri)
     for key, types in known.keys.items():
         value: Any = values

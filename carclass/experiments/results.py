@@ -1,6 +1,5 @@
 """Results of a tree of experiments: settings, metrics and test accuracies of each run."""
 
-import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from carclass.data.formats import json_text
 from carclass.evaluation.metrics import wilson_interval
 from carclass.formatting import value_text
 from carclass.runs.run import STAGES, best_epoch_row
 
 DASH = "\u2013"
-STATES = ("finished", "stale", "begun", "missing", "failed")
+STATES = ("finished", "stale", "begun", "missing", "failed", "unreadable")
 TREATMENTS = {"none": "whole photo", "crop": "crop", "mask": "mask", "crop+mask": "crop and mask"}
 """Names of the modes of `cutout`; `none` is a dataset without masks."""
 NOT_IN_RECIPE = ("name", "parent", "parent_sha256", "dataset", "seed", "num_workers", "use_gpu", "checkpoint_seconds")
@@ -59,7 +59,7 @@ class ComparedRun:
     state: str
     """One of STATES."""
     reason: str | None
-    """Cause of the state `stale` or `failed`."""
+    """Cause of the states `stale`, `failed` and `unreadable`."""
     settings: dict[str, Any]
     """Settings of the run by dotted key."""
     epochs: list[dict[str, Any]]
@@ -105,7 +105,7 @@ class ComparedRun:
     def recipe(self) -> str:
         """Return the settings but those NOT_IN_RECIPE as JSON, to find runs that are trained alike."""
         kept = {key: v for key, v in self.settings.items() if key not in NOT_IN_RECIPE and not key.startswith("keep_")}
-        return json.dumps(kept, sort_keys=True, default=str)
+        return json_text(kept, sort_keys=True, default=str)
 
     @property
     def treatment_label(self) -> str:
@@ -159,7 +159,7 @@ def setting_text(settings: dict[str, Any], key: str) -> str:
     if key not in settings:
         return DASH
     value = settings[key]
-    return value_text(value) if value is None or isinstance(value, bool | int | float | str) else json.dumps(value)
+    return value_text(value) if value is None or isinstance(value, bool | int | float | str) else json_text(value)
 
 
 def settings_diff(run: ComparedRun, parent: ComparedRun) -> list[tuple[str, str, str]]:

@@ -1,7 +1,7 @@
 """Runs on storage: settings, lineage, metrics and models.
 
 <root>/experiments/<name>/config.yml      the run's settings, fully resolved
-<root>/experiments/<name>/lineage.json    parent, dataset and code, with their hashes
+<root>/experiments/<name>/lineage.json    parent and dataset with their hashes, code, libraries and device
 <root>/experiments/<name>/metrics.jsonl   a line per epoch
 <root>/experiments/<name>/model.json      the run's model: the best epoch over its stages, written when training ends
 <root>/experiments/<name>/steps/<stage>/  a file per epoch, a line per step
@@ -11,10 +11,9 @@
 """
 
 import math
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +22,10 @@ from carclass.config.schema import StageName, TrainSettings
 from carclass.config.section import EPOCH_OF_RUN, validate
 from carclass.data import dataset, formats
 from carclass.errors import UserError, unknown_name
+from carclass.runs.environment import code_version
 
 STAGES: tuple[StageName, ...] = ("frozen", "unfrozen")
-MAY_CHANGE_ON_RESUME = ("num_workers", "use_gpu", "checkpoint_steps", "keep_checkpoints")
+MAY_CHANGE_ON_RESUME = ("num_workers", "use_gpu", "checkpoint_seconds", "keep_checkpoints")
 """Settings of machines and checkpoints, which may differ when a run is resumed."""
 MODEL = "model.json"
 MetricsRow = dict[str, Any]
@@ -114,8 +114,12 @@ class Run:
         return "" if self.is_finished(self.stages[-1]) and stage == self.best_stage else f"-{stage}"
 
     def lineage(self) -> dict[str, Any]:
-        """Return the run's parent, dataset, seed and code version, with their hashes."""
-        return formats.read(storage.join(self.uri, "lineage.json"), "lineage")
+        """Return the run's parent and dataset with their hashes, seed, start, code version and environments."""
+        uri = storage.join(self.uri, "lineage.json")
+        try:
+            return formats.read(uri, "lineage")
+        except FileNotFoundError as error:
+            raise formats.DamagedFileError(f"{uri} is missing. {formats.RUN_REMEDY}") from error
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return one row per epoch of all stages, oldest first; empty before the first epoch."""
@@ -131,10 +135,6 @@ class Run:
         return formats.decode_lines(storage.read_bytes(uri), "steps", uri)
 
 
-def best_epoch_row(rows: Sequence[MetricsRow]) -> MetricsRow | None:
-    """Return the row with the highest finite val accuracy, the earliest of equals; None if there is none."""
-    finite = [row for row in rows if math.isfinite(row["val_accuracy"])]
-    return max(finite, key=lambda row: row["val_accuracy"], default=None)
 def find_best_stage(run: Run) -> StageName:
     """Return the finished stage whose best model has the highest val accuracy, the first of equals."""
     stages = [stage for stage in run.stages if run.is_finished(stage)]
@@ -158,6 +158,10 @@ def unfinished_stage(model_uri: str) -> UserError:
     return UserError(f"no model at {model_uri}.safetensors: the run has not finished this stage. Run jobs/train.py.")
 
 
+def best_epoch_row(rows: Sequence[MetricsRow]) -> MetricsRow | None:
+    """Return the row with the highest finite val accuracy, the earliest of equals; None if there is none."""
+    finite = [row for row in rows if math.isfinite(row["val_accuracy"])]
+    return max(finite, key=lambda row: row["val_accuracy"], default=None)
 
 
 def run_uri(root: str, name: str) -> str:
@@ -181,6 +185,8 @@ def begin_run(run: Run, source: dataset.Dataset, parent_sha256: str) -> Run:
         "dataset_digest": source.digest,
         "seed": settings.seed,
         "code": code_version(),
+        "started": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "environments": [],  # of the stages, see environment.record_environment
     }
     config_uri = storage.join(run.uri, "config.yml")
     if storage.exists(config_uri):
@@ -195,6 +201,8 @@ def copy_stage(run: Run, other: Run, stage: str) -> None:
     """Copy a finished stage of another run, trained with the same settings on the same photos."""
     rows = [row for row in other.metrics() if row["stage"] == stage]
     storage.write_bytes(storage.join(run.uri, "metrics.jsonl"), formats.encode_lines("metrics", rows))
+    environments = [each for each in other.lineage()["environments"] if each["stage"] == stage]
+    formats.write(storage.join(run.uri, "lineage.json"), "lineage", {**run.lineage(), "environments": environments})
     for suffix in (".safetensors", ".json"):  # the .json last: it marks the stage as finished
         storage.write_bytes(f"{run.model_uri(stage)}{suffix}", storage.read_bytes(f"{other.model_uri(stage)}{suffix}"))
 
@@ -213,7 +221,22 @@ def read_run_settings(uri: str) -> TrainSettings:
     config_uri = storage.join(uri, "config.yml")
     values = formats.read(config_uri, "run_config")
     values.pop("format", None)
-    return validate(values, TrainSettings, source=config_uri, base=Path("/"))
+    return stored_settings(values, config_uri)
+
+
+def stored_settings(values: dict[str, Any], source: str) -> TrainSettings:
+    """Return the settings that a run was trained with: none is missing, and no default is taken for one.
+
+    source: file, for messages. Raise UserError for settings that this version lacks, or that the file lacks.
+    """
+    way_out = "It was written by another version of carclass: use that one, or move the folder away and train again."
+    try:
+        settings = validate(values, TrainSettings, source=source, base=Path("/"))
+    except UserError as error:
+        raise UserError(f"{error}. {way_out}") from error
+    if missing := [key for key in flatten(settings.model_dump(mode="json")) if key not in flatten(values)]:
+        raise UserError(f"{source} lacks the setting `{missing[0]}`, which its format has. {way_out}")
+    return settings
 
 
 def changed_settings(old: TrainSettings, new: TrainSettings) -> list[str]:
@@ -249,17 +272,3 @@ def _check_same(run: Run, old: TrainSettings, lineage: dict[str, Any]) -> None:
             f"run `{run.settings.name}` in {run.root} was begun with other settings ({', '.join(changed)}). "
             f"Give this one another `train.name`, or delete {run.uri}."
         )
-
-
-def code_version() -> str:
-    """Return the commit of the checkout, with + if files are modified; outside a checkout the package's version."""
-    folder = Path(__file__).parent
-    try:
-        command = ["git", "describe", "--always", "--dirty=+", "--abbrev=12"]
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
-    except (OSError, subprocess.CalledProcessError):
-        return metadata.version("carclass") if _is_installed() else "unknown"
-
-
-def _is_installed() -> bool:
-    return any(distribution.name == "carclass" for distribution in metadata.distributions())

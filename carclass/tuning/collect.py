@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 
 from carclass import storage
 from carclass.config import yaml_file
-from carclass.runs.run import code_version
+from carclass.runs.environment import code_version
 from carclass.tuning import report, trial_records
 from carclass.tuning.results import SweepResult, TrialResult
 from carclass.tuning.search_space import SearchSpace, get_setting

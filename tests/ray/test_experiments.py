@@ -219,5 +219,12 @@ def test_run_waits_for_features_that_another_computes(photos_folder: Path, tmp_p
     assert [each.name for each in take_ready(loaded, progress)] == ["first"]
     progress = TreeProgress([loaded["other"]], {"a task": first})
     assert take_ready(loaded, progress) == []
-    MetricsLog(Run(loaded.budget.root, first.settings), "frozen", 0).add({"epoch": 1, "time": 1.0}, [])
+    MetricsLog(Run(loaded.budget.root, first.settings), "frozen", 0).add(
+        {
+            "epoch": 1,
+            "time": 1.0,
+            **dict.fromkeys(("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds"), 0.5),
+        },
+        [],
+    )
     assert [each.name for each in take_ready(loaded, progress)] == ["other"]

@@ -1,6 +1,7 @@
 """Stored files: former formats are read, newer ones and damaged files are refused with a way out.
 
-format_1/ holds files of a small run and sweep as they were written before files had a format.
+format_1/ holds files of a small run and sweep as they were written before files had a format, and the settings of an
+early run. format_2/ holds those files of which that is the present format.
 """
 
 import json
@@ -11,23 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from carclass.data import dataset, formats
 from carclass.errors import UserError
-from carclass.experiments.collect import evaluation_uri
-from carclass.experiments.status import RunStatus
 from carclass.masking import quality
 from carclass.prediction import predictions
 from carclass.runs import checkpoint_index, export, preprocessing_record
 from carclass.runs.calibration_record import read_calibration
 from carclass.runs.metrics_log import MetricsLog
-from carclass.runs.run import Run, find_run
+from carclass.runs.report_record import read_report_metrics
+from carclass.runs.run import Run, find_run, flatten
 from carclass.runs.saved_model import read_model
 from carclass.training import checkpoint
 from carclass.tuning import trial_records
 from carclass.tuning.trial_records import load_records
 
 FORMAT_1 = Path(__file__).with_name("format_1")
+FORMAT_2 = Path(__file__).with_name("format_2")
 RUN = "experiments/run"
 SHA256 = "81e08061c1c9ef2a3a0e7232a0f853754e7d9e3f1c3b2d32dbe5d6241056d6fb"
 READERS: dict[str, Callable[[str], Any]] = {
@@ -35,18 +37,17 @@ READERS: dict[str, Callable[[str], Any]] = {
     f"{RUN}/config.yml": lambda root: find_run(root, "run"),
     f"{RUN}/lineage.json": lambda root: find_run(root, "run").lineage(),
     f"{RUN}/unfrozen/best.json": lambda root: find_run(root, "run").best_val_accuracy("unfrozen"),
-    f"{RUN}/frozen/epoch-0001/checkpoint.json": lambda root: checkpoint.read_weights(f"{root}/{RUN}/frozen/epoch-0001"),
     f"{RUN}/model.json": lambda root: find_run(root, "run").best_stage,
-    f"{RUN}/report/metrics.json": lambda root: formats.read(
-        evaluation_uri(RunStatus(find_run(root, "run"), "finished")), "evaluation"
-    ),
-    f"{RUN}/export/export.json": lambda root: export._exported_model_sha256(f"{root}/{RUN}/export"),
+    f"{RUN}/frozen/epoch-0001/checkpoint.json": lambda root: checkpoint.read_weights(f"{root}/{RUN}/frozen/epoch-0001"),
+    f"{RUN}/report/metrics.json": lambda root: read_report_metrics(find_run(root, "run"), "unfrozen"),
+    f"{RUN}/export/export.json": lambda root: export._exported_identity(f"{root}/{RUN}/export"),
     f"{RUN}/calibration.json": lambda root: read_calibration(f"{root}/{RUN}/unfrozen/best", SHA256),
     f"{RUN}/preprocessing.json": lambda root: preprocessing_record.load_preprocessing(find_run(root, "run")),
     f"{RUN}/predictions/predictions/settings.json": lambda root: predictions.begin_predictions(
         f"{root}/{RUN}/predictions/predictions",
         json.loads((FORMAT_1 / RUN / "predictions/predictions/settings.json").read_text()),
     ),
+    "experiments/budget.json": lambda root: formats.read(f"{root}/experiments/budget.json", "budget"),
     "sweeps/head/search.yml": lambda root: load_records(root, "head"),
     "sweeps/head/trials.json": lambda root: load_records(root, "head"),
 }
@@ -87,6 +88,43 @@ def test_the_content_of_a_former_run_is_read():
     assert run.steps("frozen", 2)[0]["step"] == 1
     assert run.best_val_accuracy("unfrozen") == pytest.approx(2 / 11)
     assert checkpoint_index.recorded_sha256(f"{FORMAT_1}/{RUN}/frozen/epoch-0001") is not None
+
+
+def test_settings_that_a_former_run_lacks_have_the_values_it_was_trained_with():
+    settings = find_run(str(FORMAT_1), "early").settings
+    assert settings.frozen is not None
+    assert settings.unfrozen is not None
+    assert (settings.frozen.ema_decay, settings.unfrozen.ema_decay, settings.unfrozen.clip_grad_norm) == (None,) * 3
+    assert (settings.unfrozen.layer_decay, settings.unfrozen.appearance) == (1.0, False)
+
+
+def test_the_lineage_of_a_former_run_has_no_environments():
+    lineage = find_run(str(FORMAT_1), "run").lineage()
+    assert (lineage["code"], lineage["started"], lineage["environments"]) == ("643bc8fcd13c", "unknown", [])
+
+
+def test_the_present_format_has_every_setting_of_training():
+    """A new setting needs a new format, and a value in the migration: that of the runs before it."""
+    stored = flatten(yaml.safe_load((FORMAT_2 / RUN / "config.yml").read_text()))
+    settings = find_run(str(FORMAT_2), "run").settings
+    assert {*stored} == {"format", *flatten(settings.model_dump(mode="json"))}
+    assert stored["format"] == formats.KINDS["run_config"].format
+
+
+def test_the_present_lineage_is_read():
+    assert [each["device"] for each in find_run(str(FORMAT_2), "run").lineage()["environments"]] == [
+        "CPU",
+        "NVIDIA H100 80GB HBM3",
+    ]
+
+
+def test_a_sweep_without_a_setting_of_its_format_is_refused(tmp_path: Path):
+    assert load_records(str(FORMAT_2), "head")
+    root = shutil.copytree(FORMAT_2, tmp_path / "root")
+    file = root / "sweeps" / "head" / "search.yml"
+    file.write_text(file.read_text().replace("    views: 3\n", ""))
+    with pytest.raises(UserError, match=r"search.yml: `train` lacks the setting `frozen.views`"):
+        load_records(str(root), "head")
 
 
 def test_a_former_run_is_still_on_its_dataset():

@@ -10,6 +10,8 @@ from carclass.errors import UserError
 from carclass.runs.metrics_log import MetricsLog
 from carclass.runs.run import Run, begin_run
 
+FIGURES = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds")
+
 
 def begin(root: Path, **changes: object) -> Run:
     settings = TrainSettings(name="one", **changes)
@@ -20,7 +22,7 @@ def add(run: Run, stage: str, epochs: range, loss: float = 1.0) -> None:
     log = MetricsLog(run, stage, epochs[0] - 1)
     for epoch in epochs:
         steps = [{"step": step, "loss": loss, "lr": 0.1} for step in (1, 2)]
-        log.add({"epoch": epoch, "train_loss": loss, "time": 1e9 + epoch}, steps)
+        log.add({**dict.fromkeys(FIGURES, loss), "epoch": epoch, "time": 1e9 + epoch}, steps)
 
 
 def test_metrics_have_a_row_per_epoch_of_both_stages(tmp_path: Path):
@@ -54,7 +56,7 @@ def test_every_epoch_writes_the_same_number_of_bytes(tmp_path: Path):
     assert max(sizes) - min(sizes) < 16
 
 
-@pytest.mark.parametrize("change", [{"num_workers": (1, 2)}, {"checkpoint_steps": 7}, {"keep_checkpoints": 5}])
+@pytest.mark.parametrize("change", [{"num_workers": (1, 2)}, {"checkpoint_seconds": 7}, {"keep_checkpoints": 5}])
 def test_settings_of_machines_may_differ_when_a_run_is_resumed(tmp_path: Path, change: dict):
     begin(tmp_path)
     assert begin(tmp_path, **change).settings == TrainSettings(name="one", **change)
