@@ -34,7 +34,8 @@ def main() -> None:
     summary = make_datasets(settings, update=args.update)
     run, evaluation = train_and_evaluate(settings, settings.train)
     summary |= {f"{stage}_val_accuracy": run.best_val_accuracy(stage) for stage in run.stages}
-    summary |= {f"model_{key}": evaluation.metrics[key] for key in ("stage", "epoch")} | name_accuracy(evaluation)
+    summary["model"] = f"{evaluation.metrics['stage']} epoch {evaluation.metrics['epoch']}"
+    summary |= name_accuracy(evaluation)
     if settings.compare_unmasked:
         changes = {"name": f"{settings.train.name}-unmasked", "dataset": settings.ingest.dataset}
         _, unmasked = train_and_evaluate(settings, settings.train.model_copy(update=changes))
