@@ -29,6 +29,7 @@ from carclass.evaluation.evaluate import Evaluation, evaluate_run
 from carclass.masking import quality
 from carclass.masking.mask import mask_dataset
 from carclass.models.weights import load_weights
+from carclass.runs.calibration_record import read_calibration
 from carclass.runs.run import Run, run_uri
 from carclass.runs.saved_model import read_model
 from carclass.training.train import train_run
@@ -175,6 +176,15 @@ def test_the_stored_metrics_match_the_predictions(evaluation: Evaluation):
     table = pq.read_table(folder / "predictions.parquet").to_pydict()
     hits = [label == predicted for label, predicted in zip(table["label"], table["predicted"], strict=True)]
     assert json.loads((folder / "metrics.json").read_text())["accuracy"] == pytest.approx(np.mean(hits))
+
+
+def test_metrics_name_the_model_the_photos_and_the_temperature(run: Run, evaluation: Evaluation):
+    metrics, facts = evaluation.metrics, run.model_facts(run.best_stage)
+    assert (metrics["dataset"], metrics["split"]) == ("v2", "test")
+    assert metrics["model_sha256"] == facts["sha256"]
+    calibration = read_calibration(run.model_uri(run.best_stage), facts["sha256"])
+    assert calibration is not None
+    assert metrics["temperature"] == calibration.temperature
 
 
 def test_validation_and_evaluation_agree(root: str, run: Run, masked: dataset.Dataset):
