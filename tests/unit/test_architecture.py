@@ -32,6 +32,7 @@ FLOORS = (
 )
 """Packages and modules of carclass from the top floor down: a room imports from lower floors only."""
 RAY_MODULES = {
+    "cluster.address",
     "cluster.connection",
     "cluster.job_submission",
     "cluster.resources",
