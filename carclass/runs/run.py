@@ -10,6 +10,7 @@
 <root>/experiments/<name>/report/         report of the evaluation
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from carclass.data import dataset, formats
 from carclass.errors import UserError, unknown_name
 from carclass.runs.environment import code_version
 
+log = logging.getLogger(__name__)
 STAGES: tuple[StageName, ...] = ("frozen", "unfrozen")
 MAY_CHANGE_ON_RESUME = ("num_workers", "use_gpu", "checkpoint_seconds", "keep_checkpoints")
 """Settings of machines and checkpoints, which may differ when a run is resumed."""
@@ -94,11 +96,13 @@ class Run:
         return recorded
 
     def select_stage(self, stage: str | None) -> StageName:
-        """Return the stage whose best model is to be used: by default that of the run's model.
+        """Return the stage whose best model is to be used: by default that of the run's model, which is logged.
 
         Raise UserError if the run has no such stage.
         """
         if stage is None:
+            if len(self.stages) > 1:
+                log.info("run %s: its model is of the %s stage, the best on val", self.settings.name, self.best_stage)
             return self.best_stage
         for known in self.stages:
             if stage == known:

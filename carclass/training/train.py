@@ -54,6 +54,7 @@ def train_run(root: str, settings: TrainSettings) -> Run:
     if not run.unfinished_stages:
         begin_run(run, source, parent_sha256)
         log.info("train: run %s is finished, nothing to do", settings.name)
+        warn_if_unfreezing_hurt(run)
         return run
     use_gpu = check_resources(root, settings, source)
     with hold_lease(run.uri, "train"):
@@ -111,8 +112,7 @@ def warn_if_unfreezing_hurt(run: Run) -> None:
         log.warning(
             "train: unfreezing made run %s worse: val accuracy %.3f (unfrozen) after %.3f (frozen). Its model is the "
             "frozen stage's best epoch. To gain from unfreezing, try a lower `train.unfrozen.lr` (now %g), more "
-            "`train.unfrozen.warmup_epochs` (now %g) or `epochs` (now %d), and check that `train.unfrozen.optimizer` "
-            "is adamw; `train.unfrozen: null` saves the stage.",
+            "`warmup_epochs` (now %g) or `epochs` (now %d), or `clip_grad_norm: 1`, under another `train.name`.",
             *(run.settings.name, after, before, unfrozen.lr, unfrozen.warmup_epochs, unfrozen.epochs),
         )
 

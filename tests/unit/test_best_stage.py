@@ -77,6 +77,12 @@ def test_a_stage_can_be_named(worse: Run):
     assert [worse.select_stage(stage) for stage in (None, "frozen", "unfrozen")] == ["frozen", "frozen", "unfrozen"]
 
 
+def test_the_chosen_stage_is_logged(worse: Run, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.INFO, "carclass"):
+        worse.select_stage(None)
+    assert caplog.messages == ["run both: its model is of the frozen stage, the best on val"]
+
+
 def test_a_stage_that_the_run_lacks_is_an_error(tmp_path: Path):
     publish_dataset(tmp_path)
     run = begin(tmp_path, TrainSettings(name="head", **{**BOTH, "unfrozen": None}))
