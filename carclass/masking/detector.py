@@ -2,8 +2,8 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from carclass.config.schema import DetectorSettings
 from carclass.masking import networks
 from carclass.masking.detectron import Instances, paste_masks_in_image
+from carclass.masking.rle import encode_mask
 from carclass.masking.selection import SelectionRule, select_vehicle, stability, touches_border
 from carclass.models.gpu_memory import report_out_of_memory
 from carclass.models.resnet import autocast, fold
@@ -36,6 +37,23 @@ class Detection(NamedTuple):
     touches_border: bool
     area_fraction: float
     stability: float | None
+
+
+MEASURES = ("score", "num_vehicles", "several_vehicles", "touches_border", "area_fraction", "stability")
+
+
+def detection_columns(detection: Detection | None, classes: Mapping[int, str]) -> dict[str, Any]:
+    """Return a detection as columns of dataset.DETECTION. classes: names by number."""
+    if detection is None:
+        return {"outcome": "no_vehicle", "num_vehicles": 0}
+    return {
+        "outcome": "vehicle",
+        "vehicle_class": classes[detection.category],
+        "box": detection.box.tolist(),
+        **{name: getattr(detection, name) for name in MEASURES},
+        # Encoded here, as rows of large photos accumulate until a part is written.
+        "mask": None if detection.mask is None else encode_mask(detection.mask),
+    }
 
 
 class Detector:

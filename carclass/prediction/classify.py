@@ -27,7 +27,7 @@ from carclass.evaluation import calibration
 from carclass.ingestion import archive
 from carclass.ingestion.reading import read_groups
 from carclass.masking import detect
-from carclass.masking.writer import cut_rows
+from carclass.masking.writer import FAILURE, cut_rows
 from carclass.prediction.predictions import PREDICTION, prediction_columns
 from carclass.runs.predictor import Predictor
 
@@ -35,7 +35,7 @@ KEY_ROWS = 4096
 """Keys per block of the listing."""
 DETECTORS_PER_CLASSIFIER = 4
 """On CPUs, where detection takes about ten times as long as everything else."""
-READ = pa.schema([*dataset.ROW, *detect.FAILURE])
+READ = pa.schema([*dataset.ROW, *FAILURE])
 CLASSIFIER_INPUT = pa.schema(
     [
         ("key", pa.string()),
@@ -146,7 +146,7 @@ def decode_valid(batch: pa.Table, crash_guard: CrashGuard) -> pa.Table:
 
 
 def cut_photos(batch: pa.Table, settings: MaskSettings) -> Iterator[pa.Table]:
-    """Convert rows of detect.DETECTED to rows of CLASSIFIER_INPUT."""
+    """Convert rows of writer.DETECTED to rows of CLASSIFIER_INPUT."""
     for rows in publishing.split_by_bytes(cut_rows(batch, settings)):
         yield pa.Table.from_pylist(rows, CLASSIFIER_INPUT)
 

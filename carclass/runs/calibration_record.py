@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from carclass import storage
 from carclass.data import formats
+from carclass.errors import UserError
+from carclass.runs.run import Run
 
 FILE = "calibration.json"
 
@@ -53,6 +55,18 @@ def read_calibration(model_uri: str, model_sha256: str) -> Calibration | None:
         if calibration.model_sha256 == model_sha256:
             return calibration
     return None
+
+
+def require_calibration(run: Run, model_uri: str, model_sha256: str) -> Calibration:
+    """Return the calibration of a run's model. Raise UserError if there is none."""
+    if (calibration := read_calibration(model_uri, model_sha256)) is None:
+        name, stage = run.settings.name, model_uri.rsplit("/", 2)[-2]
+        raise UserError(
+            f"the model of run `{name}` (stage {stage}) is not calibrated yet, so its probabilities would not be those "
+            f"of jobs/predict.py. Run jobs/evaluate.py --run {name} --stage {stage} first, which fits the temperature "
+            "on the val photos."
+        )
+    return calibration
 
 
 def write_calibration(model_uri: str, calibration: Calibration) -> None:

@@ -22,6 +22,8 @@ class Predictor:
         self.net.to(self.device)
         self.image_size: int = facts["model"]["image_size"]
         self.precision: resnet.Precision = facts["precision"]
+        self.classes: list[str] = facts["classes"]
+        self.sha256: str = facts["sha256"]
 
     @torch.inference_mode()
     def probabilities(self, images: Sequence[bytes], batch_size: int = 0) -> np.ndarray:
