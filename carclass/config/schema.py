@@ -207,9 +207,11 @@ class AugmentationSettings(Section):
 class StageSettings(Section):
     """Optimisation of one training stage."""
 
+    name: ClassVar[StageName]
+
     epochs: int = Field(ge=1)
     """Upper limit; patience may end the stage earlier."""
-    lr: float = Field(gt=0, allow_inf_nan=False)
+    lr: float = Field(gt=0)
     """Peak learning rate."""
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     """SGD has a momentum of 0.9."""
@@ -223,6 +225,8 @@ class StageSettings(Section):
     """Share of the target spread over all classes (Szegedy et al. 2016)."""
     batch_size: int = Field(32, ge=1)
     """Photos per step, over all workers together."""
+    clip_grad_norm: float | None = Field(None, gt=0)
+    """Largest norm of a step's gradients, which are scaled down to it; null: they are used as they are."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Decay per step of a moving average of the weights, which is validated and saved; null: none."""
     patience: int | None = Field(None, ge=1)
@@ -242,8 +246,10 @@ class StageSettings(Section):
 class FrozenSettings(StageSettings):
     """Training of the head on cached features of the frozen backbone."""
 
+    name = "frozen"
+
     epochs: int = Field(80, ge=1)
-    lr: float = Field(2e-3, gt=0, allow_inf_nan=False)
+    lr: float = Field(2e-3, gt=0)
     batch_size: int = Field(128, ge=1)
     views: int = Field(4, ge=1)
     """Versions of each training photo whose features are cached: 1 the photo, 2 also its mirror image,
@@ -253,8 +259,10 @@ class FrozenSettings(StageSettings):
 class UnfrozenSettings(StageSettings):
     """Training of all layers, from the frozen stage's best epoch; BatchNorm statistics stay frozen."""
 
+    name = "unfrozen"
+
     epochs: int = Field(30, ge=1)
-    lr: float = Field(6e-4, gt=0, allow_inf_nan=False)
+    lr: float = Field(6e-4, gt=0)
     weight_decay: float = Field(0.05, ge=0)
     warmup_epochs: float = Field(1.0, ge=0)
     layer_decay: float = Field(0.5, gt=0, le=1)
@@ -268,6 +276,8 @@ class UnfrozenSettings(StageSettings):
 
 class TrainSettings(Section):
     """A dataset → a run."""
+
+    removed: ClassVar[dict[str, str]] = {"checkpoint_steps": "is now `checkpoint_seconds`: 60 by default"}
 
     name: Name
     """Name of the run; the same name resumes it."""
@@ -291,8 +301,8 @@ class TrainSettings(Section):
     """true or false; by default true if the cluster has a GPU."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16 autocast, or float32 throughout."""
-    checkpoint_steps: int = Field(100, ge=1)
-    """Steps between checkpoints for resuming, which are written asynchronously; the latest two are kept."""
+    checkpoint_seconds: float = Field(60, ge=0)
+    """Seconds between checkpoints for resuming, which are written asynchronously; the latest two are kept."""
     keep_checkpoints: int = Field(2, ge=1)
     """Number of epochs whose weights are kept, the best by val accuracy."""
     seed: int = Field(123, ge=0)
@@ -325,6 +335,9 @@ class EvaluateSettings(Section):
     """Dataset to evaluate on; by default the one the run was trained on."""
     split: Literal["test", "val"] = "test"
     """Split to evaluate on; make choices on val, and use test only at the end."""
+    stage: StageName | None = None
+    """Stage whose best epoch is evaluated; by default the run's model, the best epoch over its stages by val
+    accuracy."""
     batch_size: int = Field(64, ge=1)
     """Photos per forward pass."""
 
@@ -334,10 +347,10 @@ class PredictSettings(Section):
 
     run: Name | None = None
     """Run whose network classifies the photos."""
-    photos: Uri
     stage: StageName | None = None
-    """Stage whose best epoch is evaluated; by default the run's model, the best epoch over its stages by val
+    """Stage whose best epoch classifies them; by default the run's model, the best epoch over its stages by val
     accuracy."""
+    photos: Uri
     """Folder, s3:// prefix, tar or zip archive of photos."""
     name: Name = "predictions"
     """Name of the result, below the run's folder; the same name resumes it."""
@@ -347,9 +360,6 @@ class PredictSettings(Section):
     """URI of the weights with which the run's dataset was masked; by default the one recorded then."""
     batch_size: int = Field(64, ge=1)
     """Photos per forward pass of the classifier."""
-    stage: StageName | None = None
-    """Stage whose best epoch classifies them; by default the run's model, the best epoch over its stages by val
-    accuracy."""
     max_quarantined: Share = 0.05
     """Largest share of photos in quarantine because they could not be read from storage or crashed their workers; with
     more, nothing is published."""

@@ -74,7 +74,7 @@ Sha256 = Annotated[str, Field(pattern=SHA256_PATTERN)]
 class Section(BaseModel):
     """A section of the config file: immutable, and strict about its keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
     removed: ClassVar[dict[str, str]] = {}
     """Former settings of the section: name → the rest of the error's sentence."""
 

@@ -5,7 +5,6 @@ temporary files too.
 """
 
 import hashlib
-import json
 import sqlite3
 import tempfile
 import zlib
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 import pyarrow as pa
 
+from carclass.data.formats import json_text
 from carclass.errors import UserError
 
 T = TypeVar("T")
@@ -165,7 +165,7 @@ class Inventory:
         """Return the sha256 of all inputs: their keys, fingerprints, labels, subsets and reasons, sorted by key."""
         digest = hashlib.sha256()
         for row in self.query("SELECT key, fingerprint, label, subset, reason FROM input ORDER BY key"):
-            digest.update(f"{json.dumps(row)}\n".encode())
+            digest.update(f"{json_text(row)}\n".encode())
         return digest.hexdigest()
 
     def classes(self) -> list[str]:

@@ -23,6 +23,7 @@ from typing import Self
 from uuid import uuid4
 
 from carclass import storage
+from carclass.data.formats import json_text
 from carclass.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -133,7 +134,7 @@ class Lease:
         return self._is_mine()
 
     def _content(self) -> bytes:
-        return json.dumps({"format": 1, **asdict(self.holder)}, indent=1).encode()
+        return json_text({"format": 1, **asdict(self.holder)}, indent=1).encode()
 
     def _is_mine(self) -> bool:
         """Return True if the lease is this job's, and note its version.

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
@@ -57,11 +58,19 @@ def load_weights(uri: str, sha256: str | None, *, sample: str, key: str) -> tupl
     uri, sha256 = _resolve(uri, sha256, sample)
     data, actual = _read_verified(uri, sha256, key)
     try:
-        return _parse(uri, data, key), actual
+        tensors = _parse(uri, data, key)
     except _READ_ERRORS as error:
         raise UserError(
             f"`{key}`: {uri} is damaged, or is not a plain state dict. Save its state dict as .safetensors."
         ) from error
+    if (name := first_not_finite(tensors)) is not None:
+        raise UserError(f"`{key}`: {uri} has values that are not finite (first: {name}). Choose other weights.")
+    return tensors, actual
+
+
+def first_not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """Return the name of the first tensor with a NaN or an infinity; None if there is none."""
+    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
 
 
 def cache_weights(uri: str, sha256: str | None, *, sample: str, cache: str, key: str) -> WeightsFile:

@@ -27,7 +27,7 @@ from carclass.runs.environment import code_version
 
 log = logging.getLogger(__name__)
 STAGES: tuple[StageName, ...] = ("frozen", "unfrozen")
-MAY_CHANGE_ON_RESUME = ("num_workers", "use_gpu", "checkpoint_seconds", "keep_checkpoints")
+MAY_CHANGE_ON_RESUME = ("num_workers", "use_gpu", "checkpoint_seconds", "keep_checkpoints", "unfrozen.micro_batch_size")
 """Settings of machines and checkpoints, which may differ when a run is resumed."""
 MODEL = "model.json"
 MetricsRow = dict[str, Any]

@@ -1,6 +1,5 @@
 """A published network: safetensors with a JSON description, verified by sha256."""
 
-import json
 from typing import Any
 
 import torch
@@ -10,8 +9,10 @@ from torch import Tensor, nn
 from carclass import storage
 from carclass.config.schema import ModelSettings
 from carclass.data import formats
+from carclass.data.formats import json_text
 from carclass.errors import UserError
 from carclass.models import resnet
+from carclass.models.weights import first_not_finite
 from carclass.runs.run import unfinished_stage
 
 DTYPES = {torch.float32: "F32", torch.int64: "I64"}
@@ -33,7 +34,7 @@ def serialise(tensors: dict[str, Tensor]) -> list[bytes | memoryview]:
         }
         pieces.append(data.data)
         end += data.nbytes
-    text = json.dumps(header).encode()
+    text = json_text(header).encode()
     text += b" " * (-len(text) % 8)
     return [len(text).to_bytes(8, "little"), text, *pieces]
 
@@ -43,7 +44,9 @@ def publish_model(uri: str, net: nn.Module, facts: dict[str, Any]) -> None:
 
     facts: at least `model` (ModelSettings as a dict), `classes` and `precision`.
     """
-    pieces = serialise(copy_to_host(net.state_dict()))
+    tensors = copy_to_host(net.state_dict())
+    assert first_not_finite(tensors) is None, f"{uri}: weights that are not finite are no model"
+    pieces = serialise(tensors)
     storage.write_bytes(f"{uri}.safetensors", *pieces)
     formats.write(f"{uri}.json", "model", {**facts, "sha256": storage.sha256(*pieces)})
 
@@ -57,7 +60,13 @@ def read_model(uri: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise unfinished_stage(uri) from error
     if storage.sha256(data) != facts["sha256"]:
         raise UserError(f"{uri}.safetensors is damaged: its sha256 is not the one in {uri}.json. Train the run again.")
-    return load(data), facts
+    tensors = load(data)
+    if (name := first_not_finite(tensors)) is not None:
+        raise UserError(
+            f"{uri}.safetensors has weights that are not finite (first: {name}): its training diverged. Train again "
+            "under another `train.name`, with a lower learning rate or `clip_grad_norm`."
+        )
+    return tensors, facts
 
 
 def load_network(uri: str) -> tuple[resnet.FoldedResNet, dict[str, Any]]:
