@@ -9,7 +9,7 @@ Idempotent and resumable. The last lines name the report and the summary (JSON).
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from carclass import progress
 from carclass.config import cli
@@ -71,19 +71,35 @@ def make_datasets(settings: Config, *, update: bool) -> dict[str, int | float | 
     from carclass.ingestion.ingest import ingest_photos
 
     assert settings.ingest is not None
-    counts = ingest_photos(settings.root, settings.ingest, update=update).manifest
-    summary: dict[str, int | float | str] = {"photos_in": counts["inputs"]}
-    summary |= {name: counts[name] for name in ("rows", "quarantined")}
+    manifests = [ingest_photos(settings.root, settings.ingest, update=update).manifest]
+    check_split(settings, manifests[0])
+    quality_row: dict[str, float] = {}
     if settings.mask is not None:
         from carclass.masking import quality
         from carclass.masking.mask import mask_dataset
 
         masked = mask_dataset(settings.root, settings.mask, update=update)
-        summary["rows"] = masked.manifest["rows"]
-        summary["quarantined"] = counts["quarantined"] + masked.manifest["quarantined"]
+        manifests.append(masked.manifest)
+        check_split(settings, masked.manifest)
         if (iou := quality.mean_test_iou(settings.root, masked, settings.mask)) is not None:
-            summary["mask_iou"] = iou
-    return summary
+            quality_row["mask_iou"] = iou
+    return {**count_photos(manifests), **quality_row}
+
+
+def check_split(settings: Config, manifest: dict[str, Any]) -> None:
+    """Raise UserError if a dataset has no photos to evaluate on, which would end the pipeline after training."""
+    split = settings.evaluate.split
+    if not manifest["splits"][split]:
+        raise UserError(
+            f"`evaluate.split` is {split}, but no photo is in {split}. Add labelled photos with this subset, or choose "
+            f"another split: --evaluate.split {'val' if split == 'test' else 'test'}."
+        )
+
+
+def count_photos(manifests: list[dict[str, Any]]) -> dict[str, int]:
+    """Return the photos read, the rows to train on, and those quarantined on the way. manifests: in order."""
+    quarantined = sum(manifest["quarantined"] for manifest in manifests)
+    return {"photos_in": manifests[0]["inputs"], "rows": manifests[-1]["rows"], "quarantined": quarantined}
 
 
 def train_and_evaluate(settings: Config, train: TrainSettings) -> "tuple[Run, Evaluation]":

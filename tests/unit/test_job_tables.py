@@ -26,6 +26,20 @@ def test_a_pipeline_names_accuracies_after_the_evaluated_split(split: str):
     assert name_accuracy(evaluation, "_unmasked") == {f"{split}_accuracy_unmasked": 0.5}
 
 
+def test_a_pipeline_without_photos_to_evaluate_on_stops_before_training():
+    check_split = functions("pipeline")["check_split"]
+    check_split(Config(root="/r"), {"splits": {"test": 1, "val": 0}})
+    with pytest.raises(UserError, match=r"`evaluate.split` is test, but no photo is in test.*--evaluate.split val\."):
+        check_split(Config(root="/r"), {"splits": {"test": 0, "val": 1}})
+
+
+def test_a_pipeline_counts_the_quarantine_of_ingest_and_of_masking():
+    manifests = [{"inputs": 10, "rows": 8, "quarantined": 2}, {"inputs": 8, "rows": 5, "quarantined": 3}]
+    count_photos = functions("pipeline")["count_photos"]
+    assert count_photos(manifests) == {"photos_in": 10, "rows": 5, "quarantined": 5}
+    assert count_photos(manifests[:1]) == {"photos_in": 10, "rows": 8, "quarantined": 2}
+
+
 def test_an_evaluation_prints_its_split_photos_and_model():
     metrics = {"split": "val", "dataset": "v2", "num_photos": 1234, "accuracy": 0.5, "top5_accuracy": 0.9, "top5_k": 3}
     assert functions("evaluate")["metrics_rows"]({**metrics, "stage": "frozen", "epoch": 7}) == [
