@@ -113,7 +113,11 @@ KINDS = {
     ),
     "steps": Kind({"step": int, "loss": NUMBER}, RUN_REMEDY),
     "model": Kind(
-        {"classes": list, "model": dict, "sha256": str},
+        {
+            **{"stage": str, "epoch": int, "val_accuracy": NUMBER, "classes": list, "precision": str, "sha256": str},
+            **{"model.architecture": str, "model.stride_in_1x1": bool},
+            **{"model.image_size": int, "model.dropout": NUMBER},
+        },
         "Delete the file and run jobs/train.py again: finished epochs are kept.",
     ),
     "run_model": Kind({"stage": str, "sha256": str}, "Delete the file: it is found again from the stages' models."),

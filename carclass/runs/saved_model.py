@@ -1,5 +1,6 @@
 """A published network: safetensors with a JSON description, verified by sha256."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from carclass import storage
 from carclass.config.schema import ModelSettings
+from carclass.config.section import validate
 from carclass.data import formats
 from carclass.data.formats import json_text
 from carclass.errors import UserError
@@ -72,7 +74,8 @@ def read_model(uri: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def load_network(uri: str) -> tuple[resnet.FoldedResNet, dict[str, Any]]:
     """Return (network in eval mode, facts) of a published network. Raise UserError if it is missing or damaged."""
     state, facts = read_model(uri)
-    net = resnet.build(ModelSettings.model_validate(facts["model"]), len(facts["classes"]))
+    model = validate(facts["model"], ModelSettings, source=f"{uri}.json: `model`", base=Path("/"))
+    net = resnet.build(model, len(facts["classes"]))
     net.load_state_dict(state)
     return net.eval(), facts
 

@@ -5,7 +5,7 @@ from torch import Tensor
 from torchvision.models.resnet import ResNet
 
 from carclass import storage
-from carclass.config.schema import ModelSettings, StageName, TrainSettings
+from carclass.config.schema import StageName, TrainSettings
 from carclass.errors import UserError
 from carclass.models import resnet, weights
 from carclass.runs import checkpoint_index
@@ -79,12 +79,12 @@ def _check_parent(settings: TrainSettings, facts: dict, classes: list[str]) -> N
             f"{len(dataset_classes)}; {len(different)} are in only one of them ({', '.join(different[:3])} …). Choose "
             "a parent or a dataset of the same classes, or start from `imagenet`."
         )
-    model = ModelSettings.model_validate(facts["model"])
     for key in ("architecture", "stride_in_1x1"):
-        if getattr(model, key) != getattr(settings.model, key):
+        value, parent_value = getattr(settings.model, key), facts["model"][key]
+        if value != parent_value:
             raise UserError(
-                f"`train.model.{key}` is {getattr(settings.model, key)}, but {settings.parent} was trained with "
-                f"{getattr(model, key)}. Use the same value in both runs."
+                f"`train.model.{key}` is {value}, but {settings.parent} was trained with {parent_value}. Use the same "
+                "value in both runs."
             )
 
 

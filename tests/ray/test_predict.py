@@ -15,6 +15,7 @@ import ray
 import torch
 import yaml
 
+import carclass
 from carclass import storage
 from carclass.config.schema import ModelSettings, PredictSettings, TrainSettings
 from carclass.data import dataset, publishing
@@ -69,7 +70,14 @@ def publish_run(root: str, name: str, source: dataset.Dataset) -> None:
     net.fc = torch.nn.Sequential(torch.nn.Dropout(0.2), head)
     settings = TrainSettings(name=name, dataset=source.name, parent="sample", model=MODEL, unfrozen=None)
     run = begin_run(Run(root, settings), source, "0" * 64)
-    facts = {"model": MODEL.model_dump(), "classes": source.classes, "precision": "fp32"}
+    facts = {
+        "stage": "frozen",
+        "epoch": 1,
+        "val_accuracy": 0.5,
+        "model": MODEL.model_dump(),
+        "classes": source.classes,
+        "precision": "fp32",
+    }
     publish_model(run.model_uri("frozen"), net, facts)
 
 
@@ -186,6 +194,16 @@ def test_predictions_equal_the_evaluation(root: str, name: str, result: Predicti
         assert probabilities[classes.index(predicted[key]["label"])] == pytest.approx(
             predicted[key]["probability"], abs=1e-4
         )
+
+
+@both_runs
+def test_a_loaded_run_predicts_in_process_as_the_job(root: str, name: str, result: PredictionResult, photos: str):
+    rows = [{key: row[key] for key in row if key != "rejected"} for row in rows_of(result)]
+    listed = [row for row in rows if row["reason"] not in ("junk", "bad_name")]
+    loaded = carclass.load_run(run_uri(root, name)).predict(storage.join(photos, row["key"]) for row in listed)
+    keys = [key.removeprefix(f"{photos}/") for key in loaded["key"].to_pylist()]
+    assert {"vehicle" if name == "masked" else None, None} >= {row["outcome"] for row in listed} - {"no_vehicle"}
+    assert_equal_rows([row | {"key": key} for row, key in zip(loaded.to_pylist(), keys, strict=True)], listed)
 
 
 def test_predictions_below_the_threshold_are_rejected(predicted: PredictionResult):

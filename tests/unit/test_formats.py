@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from carclass import storage
 from carclass.data import dataset, formats
 from carclass.errors import UserError
 from carclass.masking import quality
@@ -23,7 +24,7 @@ from carclass.runs.calibration_record import read_calibration
 from carclass.runs.metrics_log import MetricsLog
 from carclass.runs.report_record import read_report_metrics
 from carclass.runs.run import Run, find_run, flatten
-from carclass.runs.saved_model import read_model
+from carclass.runs.saved_model import load_network, read_model
 from carclass.training import checkpoint
 from carclass.tuning import trial_records
 from carclass.tuning.trial_records import load_records
@@ -210,6 +211,22 @@ def test_an_unknown_key_ends_in_no_traceback(root: Path, file: str):
             READERS[file](str(root))
     else:
         assert READERS[file](str(root)) is not None
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"dropout": 0.2', '"dropout": 0.2, "depth": 9', r"best.json: `model`: `depth` is not a setting"),
+        ('"stride_in_1x1": false,', "", r"best.json is damaged: `model.stride_in_1x1` is missing"),
+    ],
+)
+def test_a_model_of_another_version_is_refused_with_the_setting(root: Path, old: str, new: str, message: str):
+    facts = root / RUN / "unfrozen" / "best.json"
+    weights = b"\x02\x00\x00\x00\x00\x00\x00\x00{}"
+    facts.with_suffix(".safetensors").write_bytes(weights)
+    facts.write_text(facts.read_text().replace(old, new).replace(SHA256, storage.sha256(weights)))
+    with pytest.raises(UserError, match=message):
+        load_network(find_run(str(root), "run").model_uri("unfrozen"))
 
 
 def test_a_run_without_readable_model_facts_is_refused(root: Path):

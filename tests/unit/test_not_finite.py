@@ -24,7 +24,14 @@ from carclass.training.learner import Learner, make_learner
 
 REPO = Path(__file__).parents[2]
 MODEL = ModelSettings(architecture="resnet26-narrow", image_size=32)
-FACTS = {"classes": ["bus", "car"], "model": MODEL.model_dump(), "precision": "fp32"}
+FACTS = {
+    "stage": "frozen",
+    "epoch": 1,
+    "val_accuracy": 0.5,
+    "classes": ["bus", "car"],
+    "model": MODEL.model_dump(),
+    "precision": "fp32",
+}
 not_finite = pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 
 

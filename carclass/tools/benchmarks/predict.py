@@ -111,7 +111,14 @@ def _publish_runs(files: list[Path], weights_file: Path, net: nn.Module, folder:
     for name, source in (("masked", masked), ("whole", whole)):
         run = Run(root, TrainSettings(name=name, dataset=source.name, model=MODEL, unfrozen=None))
         begin_run(run, source, "0" * 64)
-        facts = {"model": MODEL.model_dump(), "classes": source.classes, "precision": "bf16"}
+        facts = {
+            "stage": "frozen",
+            "epoch": 1,
+            "val_accuracy": 0.5,
+            "model": MODEL.model_dump(),
+            "classes": source.classes,
+            "precision": "bf16",
+        }
         publish_model(run.model_uri("frozen"), net, facts)
         calibrate_run(run, run.model_uri("frozen"), run.model_facts("frozen"), batch_size=64)
 
