@@ -12,22 +12,21 @@ from carclass.runs.calibration_record import Calibration
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
 """Bounds of the fit: if every val photo is classified correctly, the loss has no minimum."""
-BOUND_MARGIN = 2.0
-"""Factor around a bound within which a fitted temperature counts as being there."""
+MIN_USED_TEMPERATURE = 2 * MIN_TEMPERATURE
+"""A lower one is at the bound of the fit, as the photos do not determine it."""
 
 
 def fit_calibration(labels: np.ndarray, probabilities: np.ndarray, model_sha256: str) -> Calibration:
     """Fit the calibration of a network. labels: int (N,); probabilities: float (N,C), uncalibrated.
 
-    A temperature that does not lower both log loss and calibration error is not used, nor one at a bound of the fit:
-    there the photos do not determine it.
+    A temperature that does not lower both log loss and calibration error is not used, nor one at the lower bound of the
+    fit, as all photos are classified correctly there.
     """
     fitted = fit_temperature(labels, probabilities)
     losses = log_loss(labels, probabilities), log_loss(labels, probabilities, fitted)
     calibrated = apply_temperature(probabilities, fitted)
     errors = calibration_error(labels, probabilities), calibration_error(labels, calibrated)
-    is_inside = MIN_TEMPERATURE * BOUND_MARGIN < fitted < MAX_TEMPERATURE / BOUND_MARGIN
-    is_used = is_inside and losses[1] < losses[0] and errors[1] < errors[0]
+    is_used = fitted > MIN_USED_TEMPERATURE and losses[1] < losses[0] and errors[1] < errors[0]
     return Calibration(
         temperature=fitted if is_used else 1.0,
         fitted_temperature=fitted,

@@ -75,7 +75,7 @@ def _calibration_text(
         return "Probabilities are the network's own, not calibrated: the run's val photos are no longer available."
     is_fitted_here = settings.split == "val" and source.name == run.settings.dataset
     here = " It was fitted on these very photos, which flatters the calibration." if is_fitted_here else ""
-    return f"Probabilities are calibrated, as those of predictions are: temperature {calibrated.text}.{here}"
+    return f"Probabilities are as those of predictions, at temperature {calibrated.text}.{here}"
 
 
 def _mistakes(source: dataset.Dataset, predictions: pa.Table) -> list[Mistake]:

@@ -36,7 +36,7 @@ class Calibration:
         errors = self.expected_calibration_error_before, self.expected_calibration_error_after
         reason = f"would change the calibration error from {errors[0]:.3f} to {errors[1]:.3f}"
         if errors[1] < errors[0]:
-            reason = "is at a bound of the fit, as if every photo is classified correctly"
+            reason = "is the lower bound of the fit: every photo is classified correctly"
         return f"{self.temperature:g}, uncalibrated: {self.fitted_temperature:.3f}, {source}, {reason}"
 
 

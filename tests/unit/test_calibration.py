@@ -65,11 +65,17 @@ def test_a_temperature_that_raises_the_calibration_error_is_not_used():
     )
 
 
-def test_a_temperature_at_a_bound_of_the_fit_is_not_used():
+def test_a_temperature_at_the_lower_bound_of_the_fit_is_not_used():
     labels = np.arange(6) % 3
     fitted = calibration.fit_calibration(labels, softmax(np.eye(3)[labels] * 2), "f" * 64)
     assert fitted.temperature == 1
-    assert "0.055, from 6 val photos, is at a bound of the fit" in fitted.text
+    assert "0.055, from 6 val photos, is the lower bound of the fit" in fitted.text
+
+
+def test_a_network_that_has_learnt_nothing_is_calibrated_to_chance():
+    labels = np.arange(40) % 4
+    fitted = calibration.fit_calibration(labels, softmax(np.tile([3.0, 0, 0, 0], (40, 1))), "f" * 64)
+    assert fitted.temperature > 10
 
 
 def test_a_temperature_that_improves_the_probabilities_is_used():
