@@ -90,12 +90,15 @@ def run_experiments(tree: Tree, requested: Sequence[Experiment], replace: Collec
 def find_stale(tree: Tree) -> dict[str, str]:
     """Return the reason of each stale experiment, also of one that was moved aside but not trained again."""
     replaced = names_of_replaced_runs(tree.budget.root)
-    found = {}
+    found: dict[str, str] = {}
     for name, status in tree_status(tree).items():
+        parent = tree.parent(tree[name])
         if status.state == "stale":
             found[name] = str(status.reason)
         elif status.state in ("missing", "begun") and name in replaced:
             found[name] = "moved aside, not trained again yet"
+        elif status.state != "missing" and parent is not None and parent.name in found:
+            found[name] = f"{parent.name} is trained again"
     return found
 
 
@@ -271,6 +274,7 @@ def _check_placement(
     settings: TrainSettings, source: dataset.Dataset, devices_per_worker: float, *, use_gpu: bool
 ) -> None:
     """Raise UserError if a run does not fit on the cluster or into its share of memory."""
+    placement.check_sharing(settings, devices_per_worker, use_gpu=use_gpu)
     slots = placement.count_slots(settings.workers[0], devices_per_worker, use_gpu=use_gpu)
     memory = placement.memory_per_run(settings, devices_per_worker, slots, use_gpu=use_gpu)
     if memory is not None:

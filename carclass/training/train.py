@@ -21,6 +21,7 @@ from carclass.runs.run import Run, begin_run, record_best_stage
 from carclass.runs.saved_model import publish_model
 from carclass.training import checkpoint, feature_cache, preflight, pretrained
 from carclass.training.loop import Metrics, TrainState
+from carclass.training.memory_probe import measure_step
 from carclass.training.photo_store import BlockRefs, PhotoStore
 from carclass.training.preemption import TorchConfig
 from carclass.training.worker import StageJob, run_train_worker, train_stage_in_process
@@ -56,7 +57,7 @@ def train_run(root: str, settings: TrainSettings) -> Run:
         log.info("train: run %s is finished, nothing to do", settings.name)
         warn_if_unfreezing_hurt(run)
         return run
-    use_gpu = check_resources(root, settings, source)
+    use_gpu = check_resources(root, settings, source, probe=True)
     with hold_lease(run.uri, "train"):
         begin_run(run, source, parent_sha256)
         train_stages(run, source, PhotoStore(settings, source).get, TrainResources(use_gpu), run.unfinished_stages)
@@ -74,14 +75,19 @@ def load_run_inputs(root: str, settings: TrainSettings) -> tuple[dataset.Dataset
     return source, pretrained.load_pretrained(net, root, settings, source.classes)
 
 
-def check_resources(root: str, settings: TrainSettings, source: dataset.Dataset) -> bool:
-    """Connect to the cluster and run the preflight check. Return True if GPUs are used."""
+def check_resources(root: str, settings: TrainSettings, source: dataset.Dataset, *, probe: bool = False) -> bool:
+    """Connect to the cluster and run the preflight check. Return True if GPUs are used.
+
+    probe: measure the memory of a step on a free GPU, which takes some seconds, instead of estimating it.
+    """
     connection.connect({"root": root})
     min_workers, _ = settings.workers
     use_gpu = resources.decide_gpus(settings.use_gpu, min_workers, "train.use_gpu", resources.TRAIN)
     resources.check_cpus(0 if use_gpu else min_workers, "train.num_workers")
-    object_store, memory = resources.object_store_bytes(), resources.memory_bytes(use_gpu)
-    preflight.check_run(root, settings, source, use_gpu=use_gpu, object_store=object_store, memory=memory)
+    object_store, memory, step = resources.object_store_bytes(), resources.memory_bytes(use_gpu), None
+    if probe and use_gpu and settings.unfrozen is not None and memory is not None:
+        step = resources.run_on_gpu(measure_step, settings, len(source.classes))
+    preflight.check_run(root, settings, source, use_gpu=use_gpu, object_store=object_store, memory=memory, step=step)
     return use_gpu
 
 

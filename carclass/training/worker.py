@@ -26,8 +26,8 @@ from carclass.training.photo_store import BlockRefs, get_blocks
 from carclass.training.preemption import StepCheck, WorkerContext
 
 OUT_OF_MEMORY_REMEDY = (
-    "Set a lower `train.unfrozen.micro_batch_size`, which may change when a run resumes, or use GPUs with more memory, and "
-    "run the same command again."
+    "Set a lower `train.unfrozen.micro_batch_size`, which may change when a run resumes, or use GPUs with more memory, "
+    "and run the same command again."
 )
 
 
