@@ -107,7 +107,9 @@ KINDS = {
     "metrics": Kind(
         {
             **{"stage": str, "epoch": int},
-            **dict.fromkeys(("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds"), NUMBER),
+            **dict.fromkeys(
+                ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds", "time"), NUMBER
+            ),
         },
         RUN_REMEDY,
     ),

@@ -155,8 +155,8 @@ def test_plain_modules_come_without_ray(name: str):
         pytest.param("carclass.experiments.tree_view", id="the tree of experiments"),
     ],
 )
-def test_processes_without_networks_come_without_torch(modules: str):
-    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+def test_processes_without_networks_come_without_torch_and_scikit_learn(modules: str):
+    code = f"import sys, {modules}; sys.exit(any(name in sys.modules for name in ('torch', 'sklearn')))"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, check=False)
     assert done.returncode == 0
 

@@ -27,6 +27,7 @@ from carclass.runs.run import Run, find_run, flatten
 from carclass.runs.saved_model import load_network, read_model
 from carclass.training import checkpoint
 from carclass.tuning import trial_records
+from carclass.tuning.collect import collect_sweep
 from carclass.tuning.trial_records import load_records
 
 FORMAT_1 = Path(__file__).with_name("format_1")
@@ -150,6 +151,12 @@ def test_what_is_written_is_read(tmp_path: Path):
     for file in ("x.json", "x.yml"):
         formats.write(f"{tmp_path}/{file}", "preprocessing", {"reading": {"é": "1e3"}, "mask": None})
         assert formats.read(f"{tmp_path}/{file}", "preprocessing")["reading"] == {"é": "1e3"}
+
+
+def test_a_trial_with_damaged_metrics_fails_beside_the_others(root: Path):
+    first, _ = (trial.name for trial in load_records(str(root), "head")[1].trials.values())
+    (root / "sweeps" / "head" / "trials" / first / "metrics.jsonl").write_text("{\n")
+    assert [each.trial.state for each in collect_sweep(str(root), "head").trials] == ["failed", "complete"]
 
 
 # Newer formats

@@ -155,8 +155,8 @@ def test_stale_runs_are_found_with_their_reasons(tree: Tree):
 
 
 def test_a_run_that_was_moved_aside_but_not_trained_again_is_found(tree: Tree):
-    replaced_runs.set_aside_run(Run(tree.budget.root, tree["child"].settings))
-    assert find_stale(tree)["child"] == "moved aside, not trained again yet"
+    replaced_runs.set_aside_run(Run(tree.budget.root, tree["first"].settings))
+    assert find_stale(tree) == {"first": "moved aside, not trained again yet", "child": "first is trained again"}
 
 
 def test_a_stale_parent_that_is_not_named_is_refused(tree: Tree):
