@@ -25,13 +25,13 @@ scale    keys listed and ingested from an S3 server, 10,000 to a million: rates 
 """
 
 import importlib
+import json
 import logging
 import tempfile
 from pathlib import Path
 
 from carclass import progress
 from carclass.config import cli
-from carclass.data.formats import json_text
 from carclass.errors import UserError
 from carclass.formatting import number_text
 
@@ -59,7 +59,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         figures = module.run(args.photos, args.weights, Path(folder), **inputs)
     if args.json:
-        args.json.write_text(json_text(figures, indent=1))
+        args.json.write_text(json.dumps(figures, indent=1, allow_nan=False))
     rows = [(key.replace("_", " "), number_text(value)) for key, value in figures.items()]
     print(progress.table(rows, title=f"benchmark: {args.name}"))
 

@@ -12,9 +12,10 @@ relative to that file; relative paths on the command line are relative to the wo
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from carclass.config import yaml_file
+from carclass.config.effects import check_mask_effect, check_train_effect
 from carclass.config.section import Name, Parent, Section, Sha256, Share, Uri, validate
 from carclass.errors import UserError
 
@@ -208,7 +209,6 @@ class StageSettings(Section):
     """Optimisation of one training stage."""
 
     name: ClassVar[StageName]
-
     epochs: int = Field(ge=1)
     """Upper limit; patience may end the stage earlier."""
     lr: float = Field(gt=0)
@@ -247,7 +247,6 @@ class FrozenSettings(StageSettings):
     """Training of the head on cached features of the frozen backbone."""
 
     name = "frozen"
-
     epochs: int = Field(80, ge=1)
     lr: float = Field(2e-3, gt=0)
     batch_size: int = Field(128, ge=1)
@@ -260,7 +259,6 @@ class UnfrozenSettings(StageSettings):
     """Training of all layers, from the frozen stage's best epoch; BatchNorm statistics stay frozen."""
 
     name = "unfrozen"
-
     epochs: int = Field(30, ge=1)
     lr: float = Field(6e-4, gt=0)
     weight_decay: float = Field(0.05, ge=0)
@@ -373,12 +371,18 @@ class Config(Section):
     root: Uri
     """Folder or s3:// prefix for datasets and experiments."""
     ingest: IngestSettings | None = None
-    mask: MaskSettings | None = None
-    train: TrainSettings | None = None
+    mask: Annotated[MaskSettings | None, AfterValidator(check_mask_effect)] = None
+    train: Annotated[TrainSettings | None, AfterValidator(check_train_effect)] = None
     evaluate: EvaluateSettings = EvaluateSettings()
     predict: PredictSettings | None = None
     compare_unmasked: bool = False
     """Also train on the unmasked dataset in the pipeline, with the same settings, to measure the effect of masking."""
+
+
+class _TrainSection(Section):
+    """A config file's `train` section, without the checks of a user's file."""
+
+    train: TrainSettings
 
 
 def with_changes(settings: TrainSettings, changes: dict[str, Any], *, source: str, base: Path) -> TrainSettings:
@@ -386,11 +390,9 @@ def with_changes(settings: TrainSettings, changes: dict[str, Any], *, source: st
 
     source: origin of the changes, for messages. base: folder that relative paths refer to.
     """
-    values: dict[str, Any] = {"root": ".", "train": settings.model_dump(mode="json")}
+    values: dict[str, Any] = {"train": settings.model_dump(mode="json", exclude_unset=True)}
     for key, value in changes.items():
         if part := next((other for other in changes if other.startswith(f"{key}.")), None):
             raise UserError(f"{source}: `{part}` is given twice, as it is a part of `{key}`. Join the two.")
         yaml_file.set_key(values, key, value)
-    changed = validate(values, Config, source=source, base=base).train
-    assert changed is not None
-    return changed
+    return validate(values, _TrainSection, source=source, base=base).train

@@ -102,7 +102,7 @@ def _explain(item: Any, kind: type[Section]) -> str:
         message = MESSAGES.get(item["type"], item["msg"]).removeprefix("Value error, ")
         if item["type"] == "string_pattern_mismatch":
             message = PATTERN_MESSAGES[item["ctx"]["pattern"]]
-        return f"`{path}`: {message}{_given_text(item['input'])}"
+        return f"{f'`{path}`: ' if path else ''}{message}{_given_text(item['input'])}"
     section, name = _section_at(kind, item["loc"][:-1]), str(item["loc"][-1])
     if name in section.removed:
         return f"`{path}` {section.removed[name]}"

@@ -111,7 +111,7 @@ def _resolve(uri: str, sha256: str | None, sample: str) -> tuple[str, str | None
     """Return the URI and the expected sha256 of a name or URI."""
     if uri == "sample":
         folder = resources.files("carclass.sample")
-        return str(folder / sample), (folder / f"{sample}.sha256").read_text().split()[0]
+        return str(folder / sample), sha256 or (folder / f"{sample}.sha256").read_text().split()[0]
     if uri in NAMED_WEIGHTS:
         return NAMED_WEIGHTS[uri].uri, sha256 or NAMED_WEIGHTS[uri].sha256
     return uri, sha256

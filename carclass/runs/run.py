@@ -274,5 +274,20 @@ def _check_same(run: Run, old: TrainSettings, lineage: dict[str, Any]) -> None:
     if changed:
         raise UserError(
             f"run `{run.settings.name}` in {run.root} was begun with other settings ({', '.join(changed)}). "
-            f"Give this one another `train.name`, or delete {run.uri}."
+            f"Give this one another `train.name`, or delete {run.uri}.{_continuation_hint(run, old, changed)}"
         )
+
+
+def _continuation_hint(run: Run, old: TrainSettings, changed: list[str]) -> str:
+    """Return the way to train a finished run further, if it was given more epochs; "" for other changes."""
+    stage = run.stages[-1]
+    if changed != [f"{stage}.epochs"] or run.unfinished_stages:
+        return ""
+    more = getattr(run.settings, stage).epochs - getattr(old, stage).epochs
+    if more < 0:
+        return ""
+    others = "".join(f", `train.{other}: null`" for other in STAGES if other != stage)
+    return (
+        f" To train it for {more} more epochs, start another run from its last one, with a learning rate and schedule "
+        f"of its own: `train.parent: {run.settings.name}@last`{others}, `train.{stage}.epochs: {more}`."
+    )

@@ -73,8 +73,11 @@ def learning_rate(stage: StageSettings, progress: float) -> float:
 
 
 def step_rate(stage: StageSettings, step: int, num_steps: int) -> float:
-    """Return the rate of a step. step: counted over all epochs of the stage, from 1. num_steps: steps per epoch."""
-    return learning_rate(stage, step / num_steps)
+    """Return the rate of a step. step: counted over all epochs of the stage, from 1. num_steps: steps per epoch.
+
+    The cosine is zero at the end of the last step, which would train nothing: it has the rate at its middle.
+    """
+    return learning_rate(stage, step / num_steps) or learning_rate(stage, (step - 0.5) / num_steps)
 
 
 def set_learning_rate(learner: Learner, step: int, num_steps: int) -> None:

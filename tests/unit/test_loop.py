@@ -294,6 +294,14 @@ def test_gradients_are_clipped_to_a_norm(stage: Callable[..., Stage]):
 # Learning rates
 
 
+@pytest.mark.parametrize("num_steps", [1, 4])
+def test_every_step_trains(num_steps: int):
+    stage = UnfrozenSettings(epochs=2, warmup_epochs=0, lr=1.0)
+    rates = [learner.step_rate(stage, step, num_steps) for step in range(1, 2 * num_steps + 1)]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] == pytest.approx(0.5 * (1 + np.cos(np.pi * (1 - 0.25 / num_steps))))
+
+
 def test_layer_decay_lowers_the_learning_rate_from_block_to_block(stage: Callable[..., Stage]):
     trained, loader = stage("one", "photos", layer_decay=0.5, warmup_epochs=0, schedule="constant", lr=0.08).begin()
     loop.train_step(trained, next(iter(loader.train(1))), 1, loader.num_steps)

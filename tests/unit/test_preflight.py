@@ -316,3 +316,9 @@ def test_the_estimate_per_photo_agrees_with_the_memory_used(precision: str):
     done = subprocess.run(command, capture_output=True, text=True, cwd=HOUSE, env=environment, timeout=300, check=True)
     measured, estimated = map(float, done.stdout.split())
     assert estimated == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize(("epochs", "expected"), [(1, True), (2, False)])
+def test_a_stage_that_is_all_warm_up_is_warned_about(caplog: pytest.LogCaptureFixture, epochs: int, expected: bool):
+    preflight.check_warmup(train_settings(unfrozen=UnfrozenSettings(epochs=epochs)))
+    assert ("all 1 epoch(s) of the unfrozen stage are warm-up" in caplog.text) == expected
