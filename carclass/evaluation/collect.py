@@ -11,6 +11,7 @@ from carclass.data import dataset
 from carclass.evaluation.metrics import confusion_matrix
 from carclass.evaluation.report import MaskingSample, Mistake, Report
 from carclass.runs.calibration_record import Calibration
+from carclass.runs.preprocessing_record import masking_difference
 from carclass.runs.run import Run, model_text
 
 NUM_MISTAKES, NUM_MASKING_SAMPLES = 24, 12
@@ -54,7 +55,7 @@ def _facts(
     run: Run, source: dataset.Dataset, settings: EvaluateSettings, model_facts: dict[str, Any]
 ) -> list[tuple[str, str]]:
     """Return (name, value) pairs for the head of the report."""
-    lineage = run.lineage()
+    lineage, difference = run.lineage(), masking_difference(run, source)
     return [
         ("Run", run.settings.name),
         ("Model", f"{run.settings.model.architecture}, {run.settings.model.image_size} px"),
@@ -62,6 +63,7 @@ def _facts(
         ("Parent", f"{lineage['parent']} (sha256 {lineage['parent_sha256'][:12]}…)"),
         ("Trained on", f"{run.settings.dataset} (sha256 {lineage['dataset_digest'][:12]}…)"),
         ("Evaluated on", f"{source.name}, {settings.split}: {source.manifest['splits'][settings.split]:,} photos"),
+        *([("Masking", f"differs: {difference}")] if difference is not None else []),
         ("Seed", str(run.settings.seed)),
         ("Code", lineage["code"]),
     ]

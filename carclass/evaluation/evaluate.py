@@ -18,6 +18,7 @@ from carclass.evaluation.collect import collect_report, to_arrays
 from carclass.evaluation.metrics import classification_metrics
 from carclass.evaluation.report import render
 from carclass.runs.calibration_record import Calibration
+from carclass.runs.preprocessing_record import masking_difference
 from carclass.runs.report_record import report_uri
 from carclass.runs.run import find_run
 from carclass.runs.saved_model import read_model
@@ -49,6 +50,8 @@ def evaluate_run(root: str, settings: EvaluateSettings) -> Evaluation:
         )
     if not source.manifest["splits"][settings.split]:
         raise UserError(f"dataset `{source.name}` has no {settings.split} photos. Choose another `evaluate.split`.")
+    if (difference := masking_difference(run, source)) is not None:
+        log.warning("evaluate: dataset %s is not as run %s was trained: %s", source.name, settings.run, difference)
     connection.connect({"root": root})
     uri = report_uri(run, source.name, settings.split, stage)
     with hold_lease(uri, "evaluate") as lease:

@@ -21,6 +21,9 @@ FILE = "preprocessing.json"
 READING = ("min_side", "max_pixels", "max_side", "quality")
 """Settings of `ingest` that determine the stored photo."""
 
+MASKING = ("detector", "choice", "choice_version", "cutout", "quality")
+"""Settings of `mask` that determine the masked photo."""
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -116,6 +119,20 @@ def _source_settings(root: str, masked: dataset.Dataset) -> dict[str, Any]:
         )
     settings: dict[str, Any] = source.manifest["settings"]
     return settings
+
+
+def masking_difference(run: Run, source: dataset.Dataset) -> str | None:
+    """Return in words how a dataset is masked otherwise than a run's photos; None if it is not, or it is not known."""
+    try:
+        trained = load_preprocessing(run).mask
+    except UserError:
+        return None
+    other = source.manifest["settings"] if source.manifest["kind"] == "masked" else None
+    if trained is None or other is None:
+        states = ["masked" if mask else "not masked" for mask in (other, trained)]
+        return None if trained is other else f"its photos are {states[0]}, those of the run are {states[1]}"
+    changed = ", ".join(name for name in MASKING if trained.get(name) != other.get(name))
+    return f"its photos are masked with other settings than those of the run ({changed})" if changed else None
 
 
 def training_dataset(run: Run) -> dataset.Dataset:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from carclass.runs.preprocessing_record import (
     FILE,
     Preprocessing,
     load_preprocessing,
+    masking_difference,
     record_preprocessing,
 )
 from carclass.runs.run import Run, begin_run, find_run
@@ -41,6 +43,22 @@ def test_a_former_choice_in_a_stored_dataset_is_translated(tmp_path: Path):
     detector = networks.pin_weights(DetectorSettings(model="sample", weights="sample"), str(tmp_path))
     settings = mask_settings(recorded(detector, choice="surest"), str(tmp_path))
     assert settings == MaskSettings(detector=detector, choice="highest_score")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"nms": 0.5}, r"preprocessing.json: `mask`: `detector`: `nms` is not a setting.*another version of carclass"),
+        ({"precision": None}, r"preprocessing.json: `mask`: `detector` lacks the setting `precision`"),
+    ],
+)
+def test_detector_settings_of_another_version_are_refused(tmp_path: Path, change: dict[str, Any], message: str):
+    pinned = recorded(networks.pin_weights(DetectorSettings(model="sample", weights="sample"), str(tmp_path)))
+    assert pinned.mask is not None
+    detector = {key: value for key, value in {**pinned.mask["detector"], **change}.items() if value is not None}
+    changed = dataclasses.replace(pinned, mask={**pinned.mask, "detector": detector})
+    with pytest.raises(UserError, match=message):
+        mask_settings(changed, str(tmp_path))
 
 
 # The record
@@ -109,6 +127,43 @@ def test_a_run_without_a_record_gets_that_of_its_dataset(tmp_path: Path):
     shutil.rmtree(source.uri)
     with pytest.raises(UserError, match="dataset `v2`, which run `first` was trained on, is no longer in"):
         load_preprocessing(run)
+
+
+# Other datasets
+
+MASK = {"source": "v1", "source_settings": READING, "detector": {"weights": "f" * 64}, "choice": "largest"}
+
+
+@pytest.mark.parametrize(
+    ("trained", "other", "difference"),
+    [
+        (
+            {"kind": "masked", "settings": MASK},
+            {"kind": "photos", "settings": READING},
+            "are not masked, those .*masked",
+        ),
+        (
+            {"kind": "photos", "settings": READING},
+            {"kind": "masked", "settings": MASK},
+            "are masked, those .* not masked",
+        ),
+        ({"kind": "masked", "settings": MASK}, {"kind": "masked", "settings": {**MASK, "choice": "central"}}, "choice"),
+    ],
+)
+def test_a_dataset_that_is_masked_otherwise_is_described(
+    tmp_path: Path, trained: dict[str, Any], other: dict[str, Any], difference: str
+):
+    run, source = publish(tmp_path, **trained)
+    record_preprocessing(run, source)
+    assert re.search(difference, masking_difference(run, publish(tmp_path, **other)[1]) or "")
+    assert masking_difference(run, source) is None
+
+
+def test_a_selection_of_the_same_photos_is_masked_alike(tmp_path: Path):
+    run, source = publish(tmp_path, kind="masked", settings=MASK)
+    record_preprocessing(run, source)
+    selected = {**MASK, "limit": 5, "exclude": {"no_vehicle": True}}
+    assert masking_difference(run, publish(tmp_path, kind="masked", settings=selected)[1]) is None
 
 
 # The detector's weights
