@@ -20,7 +20,8 @@ class SystemFont(NamedTuple):
     """A font file of the system."""
 
     path: str
-    index: int
+    face: int
+    """Index of the font in the file."""
     codes: np.ndarray
     """int (N,): code points of its characters."""
 
@@ -34,7 +35,7 @@ def fit_font(text: str, size: int) -> tuple[str, ImageFont.FreeTypeFont | ImageF
     font = max(_system_fonts(), key=lambda font: np.isin(codes, font.codes).sum())  # the first of equals
     is_drawn = np.isin(codes, font.codes)
     escaped = (c if ok else c.encode("unicode_escape").decode() for c, ok in zip(text, is_drawn, strict=True))
-    return "".join(escaped), ImageFont.truetype(font.path, size, font.index)
+    return "".join(escaped), ImageFont.truetype(font.path, size, font.face)
 
 
 @cache
@@ -44,7 +45,7 @@ def _system_fonts() -> list[SystemFont]:
     from matplotlib import font_manager  # takes a second, and few names need it
 
     def order(entry: font_manager.FontEntry) -> tuple[bool, bool, int, str]:
-        weight = int(font_manager.weight_dict.get(entry.weight, entry.weight))
+        weight = entry.weight if isinstance(entry.weight, int) else font_manager.weight_dict[entry.weight]
         is_own = entry.name == "DejaVu Sans" and "matplotlib" in entry.fname
         return not is_own, entry.stretch != "normal", abs(weight - 400), entry.fname
 
@@ -54,14 +55,14 @@ def _system_fonts() -> list[SystemFont]:
     return [font for font in fonts if font is not None]
 
 
-def _read_font(path: str, index: int) -> SystemFont | None:
+def _read_font(path: str, face: int) -> SystemFont | None:
     """Return a font with its characters; None for one that lacks PLAIN or can't be drawn at any size."""
     from matplotlib.ft2font import FT2Font
 
     try:
-        font = FT2Font(path, face_index=index)
-        ImageFont.truetype(path, 15, index)
+        font = FT2Font(path, face_index=face)
+        ImageFont.truetype(path, 15, face)
     except (OSError, RuntimeError):  # gone since it was listed, damaged, or made of bitmaps, such as emoji
         return None
     codes = np.array(sorted(font.get_charmap()), int)
-    return SystemFont(path, index, codes) if np.isin(PLAIN, codes).all() else None
+    return SystemFont(path, face, codes) if np.isin(PLAIN, codes).all() else None
