@@ -1,11 +1,15 @@
 """Masking settings for new photos, with the detector weights that a run's dataset was masked with."""
 
+from pathlib import Path
+
 from carclass import storage
 from carclass.config.schema import RENAMED_CHOICES, DetectorSettings, MaskSettings
+from carclass.config.section import validate
 from carclass.errors import UserError
-from carclass.masking import networks
+from carclass.masking import networks, selection
 from carclass.models import weights
 from carclass.runs.preprocessing_record import Preprocessing
+from carclass.runs.run import stored_settings
 
 KEY = "predict.detector_weights"
 
@@ -14,21 +18,28 @@ def mask_settings(preprocessing: Preprocessing, root: str, uri: str | None = Non
     """Return settings that mask photos as those of the run's dataset; None if these are not masked.
 
     root: holds the cache of weights. uri: of the detector's weights, by default the recorded one. Raise UserError if
-    the weights, or a YAML file that describes the detector, are not those of the dataset.
+    the weights, a YAML file that describes the detector, or the selection of vehicles are not those of the dataset.
     """
     if preprocessing.mask is None:
         return None
-    detector = {**preprocessing.mask["detector"]}
+    if (version := preprocessing.mask.get("choice_version", 1)) != selection.VERSION:
+        raise UserError(
+            f"the run's photos were masked with version {version} of `mask.choice`, and this version of carclass has "
+            f"{selection.VERSION}, which may choose other vehicles. Use the version of carclass that masked them, or "
+            "mask and train again."
+        )
+    source, detector = "the run's preprocessing.json: `mask`", {**preprocessing.mask["detector"]}
     sha256, architecture = detector.pop("weights"), detector.pop("architecture")
     file = _find_weights(preprocessing, root, uri, sha256)
-    settings = DetectorSettings.model_validate({**detector, "weights": file.uri, "weights_sha256": file.sha256})
+    detector |= {"weights": file.uri, "weights_sha256": file.sha256}
+    settings = stored_settings(detector, DetectorSettings, f"{source}: `detector`")
     if networks.architecture_digest(settings) != architecture:
         raise UserError(
             f"{settings.model} has changed since the run's dataset was masked with it. Restore the former file."
         )
     values = {name: preprocessing.mask[name] for name in ("choice", "cutout", "exclude", "quality")}
     values["choice"] = RENAMED_CHOICES.get(values["choice"], values["choice"])
-    return MaskSettings.model_validate({**values, "detector": settings})
+    return validate({**values, "detector": settings}, MaskSettings, source=source, base=Path("/"))
 
 
 def _find_weights(preprocessing: Preprocessing, root: str, uri: str | None, sha256: str) -> weights.WeightsFile:

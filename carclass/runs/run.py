@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from carclass import storage
 from carclass.config.schema import StageName, TrainSettings
-from carclass.config.section import EPOCH_OF_RUN, validate
+from carclass.config.section import EPOCH_OF_RUN, S, validate
 from carclass.data import dataset, formats
 from carclass.errors import UserError, unknown_name
 from carclass.runs.environment import code_version
@@ -225,17 +225,17 @@ def read_run_settings(uri: str) -> TrainSettings:
     config_uri = storage.join(uri, "config.yml")
     values = formats.read(config_uri, "run_config")
     values.pop("format", None)
-    return stored_settings(values, config_uri)
+    return stored_settings(values, TrainSettings, config_uri)
 
 
-def stored_settings(values: dict[str, Any], source: str) -> TrainSettings:
-    """Return the settings that a run was trained with: none is missing, and no default is taken for one.
+def stored_settings(values: dict[str, Any], kind: type[S], source: str) -> S:
+    """Return settings that were stored whole: a default of today is not taken for one that is missing.
 
     source: file, for messages. Raise UserError for settings that this version lacks, or that the file lacks.
     """
     way_out = "It was written by another version of carclass: use that one, or move the folder away and train again."
     try:
-        settings = validate(values, TrainSettings, source=source, base=Path("/"))
+        settings = validate(values, kind, source=source, base=Path("/"))
     except UserError as error:
         raise UserError(f"{error}. {way_out}") from error
     if missing := [key for key in flatten(settings.model_dump(mode="json")) if key not in flatten(values)]:

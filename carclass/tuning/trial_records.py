@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from carclass import storage
+from carclass.config.schema import TrainSettings
 from carclass.config.search import Search
 from carclass.config.section import Section, validate
 from carclass.data import formats
@@ -165,7 +166,7 @@ def load_records(root: str, name: str) -> tuple[SearchSpace, TrialRecords]:
     except FileNotFoundError as error:
         raise _unknown_sweep(root, name) from error
     search = validate(values["search"], Search, source=f"{file}: `search`", base=Path("/"))
-    base_settings = stored_settings(values["train"], f"{file}: `train`")
+    base_settings = stored_settings(values["train"], TrainSettings, f"{file}: `train`")
     return make_space(search, base_settings, root, uri, Path.cwd()), TrialRecords(uri)
 
 
