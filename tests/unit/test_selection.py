@@ -6,10 +6,13 @@ import torch
 
 from carclass.config.schema import DetectorSettings, ExcludeSettings, MaskSettings
 from carclass.data.dataset import Dataset
+from carclass.errors import UserError
 from carclass.masking import selection
 from carclass.masking.mask import _identity
 from carclass.masking.selection import SelectionRule, select_vehicle, stability, touches_border
 from carclass.masking.writer import exclusion_reasons
+from carclass.prediction.detector_weights import mask_settings
+from carclass.runs.preprocessing_record import Preprocessing
 
 SIZE = (100, 200)  # height, width
 
@@ -126,6 +129,13 @@ def test_the_version_of_the_selection_is_recorded_with_a_dataset_unless_it_is_th
     monkeypatch.setattr(selection, "VERSION", version)
     settings = MaskSettings(detector=DetectorSettings(model="sample", weights="sample"))
     assert _identity(settings, Dataset("v1", {"settings": {}})).get("choice_version") == recorded
+
+
+def test_photos_masked_with_another_version_of_the_selection_are_not_predicted():
+    masked = {"choice": "largest", "choice_version": 2}
+    other = Preprocessing({}, masked, None, None, image_size=96, mean=[], std=[], classes=[])
+    with pytest.raises(UserError, match=r"masked with version 2 of `mask.choice`, and this version of carclass has 1"):
+        mask_settings(other, "root")
 
 
 # Exclusion by `mask.exclude`
