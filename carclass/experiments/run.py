@@ -257,7 +257,7 @@ def _start_task(
     elif in_process:
         options |= {"num_cpus": devices_per_worker, "runtime_env": {"env_vars": MALLOC_ENV}}
     task: Any = ray.remote(train_experiment).options(name=experiment.name, **options)
-    resources = TrainResources(use_gpu, devices_per_worker, in_process=in_process, report=_ignore)
+    resources = TrainResources(use_gpu, devices_per_worker, in_process=in_process, verbose=False)
     return task.remote(root, settings, store.get(), resources)
 
 
@@ -291,10 +291,6 @@ def train_experiment(root: str, settings: TrainSettings, photos: BlockRefs, reso
     except UserError as error:  # returned instead of raised, as Ray would retry the task
         return str(error)
     return None
-
-
-def _ignore(metrics: dict[str, float]) -> None:
-    """Do nothing: the driver logs one line on all runs instead of a line per epoch of each."""
 
 
 def _end_task(tree: Tree, experiment: Experiment, task: Any, progress: TreeProgress) -> None:

@@ -90,8 +90,8 @@ def check_warmup(settings: TrainSettings) -> None:
     for stage in (settings.frozen, settings.unfrozen):
         if stage is not None and stage.warmup_epochs >= stage.epochs:
             log.warning(
-                "train: all %d epoch(s) of the %s stage are warm-up (`train.%s.warmup_epochs` is %g), so `schedule` has "
-                "no effect. Give it more epochs, or a shorter warm-up.",
+                "train: all %d epoch(s) of the %s stage are warm-up (`train.%s.warmup_epochs` is %g), so `schedule` "
+                "has no effect. Give it more epochs, or a shorter warm-up.",
                 stage.epochs, stage.name, stage.name, stage.warmup_epochs,
             )  # fmt: skip
 

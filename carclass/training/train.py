@@ -42,6 +42,7 @@ class TrainResources(NamedTuple):
     in_process: bool = False  # train by one worker in this process, without Ray Train
     # Called on every worker with the metrics of each epoch of the last stage, except its last epoch.
     report: Callable[[Metrics], None] | None = None
+    verbose: bool = True  # print a line per epoch
     callbacks: Sequence[Any] = ()  # of Ray Train
 
 
@@ -101,7 +102,8 @@ def train_stages(
     """Train and publish stages of a run that has begun. get_photos: called by stages that need photos."""
     record_preprocessing(run, source)
     for stage in stages:
-        job = StageJob(run, stage, source.classes, source.digest, {}, 1, train_resources.report)
+        job = StageJob(run, stage, source.classes, source.digest, {}, 1)
+        job = job._replace(report=train_resources.report, verbose=train_resources.verbose)
         _fit_stage(job, get_photos, train_resources)
         _publish(job)
     if not run.unfinished_stages:
@@ -183,7 +185,7 @@ def _run_workers(job: StageJob, train_resources: TrainResources) -> bool:
     use_gpu = train_resources.use_gpu
     if train_resources.in_process:
         return train_stage_in_process(job, use_gpu=use_gpu)
-    filesystem, path = ray_filesystem(job.run.uri)
+    filesystem, path = ray_filesystem(storage.join(job.run.uri, "ray"))
     min_workers, max_workers = job.run.settings.workers
     devices = {"GPU": train_resources.devices_per_worker or 1} if use_gpu else {"CPU": job.num_threads}
     trainer = ray.train.torch.TorchTrainer(
@@ -197,7 +199,7 @@ def _run_workers(job: StageJob, train_resources: TrainResources) -> bool:
             label_selector=resources.node_selector(resources.TRAIN) if use_gpu else None,
         ),
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]  # mypy sees Train V1's
-            name=job.stage,
+            name=ray_run_name(job.run, job.stage),
             storage_path=path,
             storage_filesystem=filesystem,
             callbacks=[*train_resources.callbacks],
@@ -207,6 +209,11 @@ def _run_workers(job: StageJob, train_resources: TrainResources) -> bool:
     )
     result: Any = trainer.fit()
     return bool(result.return_value)
+
+
+def ray_run_name(run: Run, stage: str) -> str:
+    """Return a stage's name on Ray's dashboard: `first-frozen`, or `head-007_lr=3e-4-frozen` in the sweep `head`."""
+    return "-".join([*run.folder.split("/")[1:2], run.settings.name, stage])
 
 
 def _publish(job: StageJob) -> None:

@@ -40,7 +40,8 @@ class StageJob(NamedTuple):
     dataset_digest: str
     blocks: BlockRefs  # empty if features are cached
     num_threads: int
-    report: Callable[[loop.Metrics], None] | None = None  # see TrainResources
+    report: Callable[[loop.Metrics], None] | None = None  # this and the next: see TrainResources
+    verbose: bool = True
 
 
 def run_train_worker(job_fields: dict[str, Any]) -> bool:
@@ -121,7 +122,7 @@ def _train(job: StageJob, worker: WorkerContext, learner: Learner, loader: loop.
         callbacks = loop.Callbacks(on_epoch_end=partial(_report_epoch, job), after_step=StepCheck(worker))
         return loop.train_epochs(learner, loader, state, callbacks)
     record_environment(job.run.uri, job.stage, worker.device)
-    writer = CheckpointWriter(job.run, job.stage, learner, state, verbose=job.report is None)
+    writer = CheckpointWriter(job.run, job.stage, learner, state, verbose=job.verbose)
 
     def on_epoch_end(state: loop.TrainState, metrics: loop.Metrics, steps: list[loop.Metrics]) -> None:
         """Write, then report: the report may end this process at once."""

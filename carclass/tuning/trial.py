@@ -70,7 +70,7 @@ def _train(trial: Trial, context: SweepContext) -> None:
         and first_run.is_finished("frozen")  # it may have diverged
     ):
         copy_stage(run, first_run, "frozen")
-    resources = context.resources._replace(report=ray.tune.report)
+    resources = context.resources._replace(report=ray.tune.report, verbose=False)
     if not resources.in_process:
         resources = resources._replace(report=ray.train.report, callbacks=(TuneReportCallback(),))
     train_stages(run, source, lambda: context.photos[run.settings.dataset], resources, run.unfinished_stages)
