@@ -29,6 +29,11 @@ def main() -> None:
     if settings.ingest is None or settings.train is None:
         raise UserError("a pipeline needs the sections `ingest:` and `train:`; see jobs/experiments/sample.yml.")
     check_evaluation(settings, settings.train)
+    if settings.compare_unmasked and settings.train.dataset == settings.ingest.dataset:
+        raise UserError(
+            f"`compare_unmasked` has no effect: `train.dataset` is {settings.train.dataset}, the unmasked dataset. "
+            "Train on the masked one (`mask.dataset`), or leave `compare_unmasked` out."
+        )
     started = time.monotonic()
     import_verbs()
     summary = make_datasets(settings, update=args.update)

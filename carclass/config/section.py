@@ -57,6 +57,7 @@ MESSAGES = {
     "int_parsing": "must be an integer",
     "int_from_float": "must be an integer",
     "float_parsing": "must be a number",
+    "finite_number": "must be a finite number",
     "bool_parsing": "must be true or false",
 }
 """Texts for those of pydantic's error types whose own texts speak of Python."""

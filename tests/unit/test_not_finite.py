@@ -134,8 +134,8 @@ def test_a_stored_file_with_a_number_that_is_not_finite_is_damaged(tmp_path: Pat
 
 
 def test_a_former_line_with_a_number_that_is_not_finite_is_read():
-    figures = dict.fromkeys(("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds"), math.nan)
-    line = json.dumps({"stage": "frozen", "epoch": 1, **figures}).encode()
+    figures = dict.fromkeys(formats.KINDS["metrics"].keys, math.nan)
+    line = json.dumps({**figures, "stage": "frozen", "epoch": 1}).encode()
     (row,) = formats.decode_lines(line + b"\n", "metrics", "metrics.jsonl")
     assert math.isnan(row["val_loss"])
 
