@@ -3,9 +3,10 @@
   python jobs/export.py --run NAME --config FILE
   python jobs/export.py --run NAME --root s3://bucket/carclass
 
-model.onnx and model.pt2 map uint8 (N,3,S,S) RGB photos, S pixels wide and high, to (N,C) logits, normalisation
-included. Each file's metadata holds labels and preprocessing. A file whose logits differ from the model's on photos of
-the run's dataset is not published. Needs neither a cluster nor a GPU.
+model.onnx and model.pt2 map uint8 (N,3,S,S) RGB photos, S pixels wide and high, to (N,C) logits and calibrated
+probabilities, normalisation included. Each file's metadata holds labels and preprocessing, such as masking. The run has
+to be evaluated before. A file whose outputs differ from the model's on drawn photos is not published. Needs neither a
+cluster nor a GPU, nor the run's datasets.
 """
 
 from pathlib import Path

@@ -8,7 +8,7 @@ needed. Every file has one row in <run>/predictions/<name>/predictions.parquet a
 probability, the five most probable classes, and the vehicle's box, or the reason for its quarantine.
 
 Probabilities are calibrated: of the photos with 0.8, about 80 % should be right. The temperature is fitted on the
-run's val photos at its first prediction and stored in <run>/calibration.json; it is valid for similar photos. An
+run's val photos at its first evaluation or prediction and stored with the model; it is valid for similar photos. An
 interrupted job resumes.
 """
 

@@ -355,7 +355,8 @@ class PredictSettings(Section):
     threshold: Share = 0.0
     """Photos with a lower calibrated probability are marked as rejected."""
     detector_weights: Uri | None = None
-    """URI of the weights with which the run's dataset was masked; by default the one recorded then."""
+    """URI of the weights with which the run's dataset was masked, or of the file that they were converted from; by
+    default the recorded one, and if it is lost the zoo's."""
     batch_size: int = Field(64, ge=1)
     """Photos per forward pass of the classifier."""
     max_quarantined: Share = 0.05

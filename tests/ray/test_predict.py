@@ -199,11 +199,10 @@ def test_predictions_equal_the_evaluation(root: str, name: str, result: Predicti
 @both_runs
 def test_a_loaded_run_predicts_in_process_as_the_job(root: str, name: str, result: PredictionResult, photos: str):
     rows = [{key: row[key] for key in row if key != "rejected"} for row in rows_of(result)]
-    listed = [row for row in rows if row["reason"] not in ("junk", "bad_name")]
-    loaded = carclass.load_run(run_uri(root, name)).predict(storage.join(photos, row["key"]) for row in listed)
+    some = [row for row in rows if row["reason"] not in ("junk", "bad_name")][::4]
+    loaded = carclass.load_run(run_uri(root, name)).predict(storage.join(photos, row["key"]) for row in some)
     keys = [key.removeprefix(f"{photos}/") for key in loaded["key"].to_pylist()]
-    assert {"vehicle" if name == "masked" else None, None} >= {row["outcome"] for row in listed} - {"no_vehicle"}
-    assert_equal_rows([row | {"key": key} for row, key in zip(loaded.to_pylist(), keys, strict=True)], listed)
+    assert_equal_rows([row | {"key": key} for row, key in zip(loaded.to_pylist(), keys, strict=True)], some)
 
 
 def test_predictions_below_the_threshold_are_rejected(predicted: PredictionResult):

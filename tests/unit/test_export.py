@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,11 +16,12 @@ import onnxruntime
 import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load
 from torchvision.models import resnet50
 
-from carclass import storage
+from carclass import load_run, storage
 from carclass.config.schema import ModelSettings, TrainSettings
 from carclass.data import dataset, photo, publishing
 from carclass.errors import UserError
@@ -42,7 +44,7 @@ from tests.helpers import inventories
 HOUSE = Path(__file__).parents[2]
 CLASSES = [*(f"{car.name} é" for car in MODELS)]
 MODEL = ModelSettings(architecture="resnet26-narrow", image_size=96)
-READING = {"min_side": 16, "max_pixels": 1000, "max_side": 640, "quality": 90}
+READING = {"min_side": 16, "max_pixels": 10_000_000, "max_side": 640, "quality": 90}
 TEMPERATURE = 1.7
 CPU = torch.device("cpu")
 
@@ -235,6 +237,36 @@ def test_no_file_has_a_path_of_this_machine(folder: Path, name: str):
     assert not [path for path in (HOUSE, folder, Path(torch.__file__).parent) if str(path).encode() in data]
 
 
+@pytest.mark.parametrize("kind", ["rotated", "16-bit", "transparent"])
+def test_the_documented_example_reads_photos_as_the_jobs_do(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+):
+    page = (HOUSE / "docs" / "outputs.md").read_text(encoding="utf-8")
+    (example,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "onnxruntime" in block]
+    shutil.copy(folder / "model.onnx", tmp_path)
+    write_unusual_photo(tmp_path / "car.jpg", kind)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    (row,) = load_run(folder.parent).predict("car.jpg").to_pylist()
+    expected = dict(zip(row["top5"], row["top5_probabilities"], strict=True))
+    actual = dict(zip(CLASSES, names["probabilities"][0].tolist(), strict=True))
+    assert {name: actual[name] for name in expected} == pytest.approx(expected, abs=0.05)
+
+
+def write_unusual_photo(path: Path, kind: str) -> None:
+    """Write a drawn photo as a file that naive readers misread."""
+    image, exif = Image.fromarray(draw_photo((3, 1), MODELS[1], next(iter(SCENES)))[0]), Image.Exif()
+    if kind == "rotated":
+        exif[0x0112] = 6
+        image.save(path, "PNG", exif=exif)
+    elif kind == "16-bit":
+        Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 256).save(path, "PNG")
+    else:
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+        image.save(path, "PNG")
+
+
 # Publishing
 
 
@@ -308,9 +340,7 @@ def test_an_export_of_a_former_format_is_replaced(tmp_path: Path, photos: list[b
 
 def test_a_run_that_is_not_calibrated_is_an_error(tmp_path: Path, photos: list[bytes]):
     finish(begin(tmp_path, photos), make_net(), temperature=None)
-    with pytest.raises(
-        UserError, match=r"`first` \(stage unfrozen\) is not calibrated yet.*evaluate.py --run first"
-    ):
+    with pytest.raises(UserError, match=r"`first` \(stage unfrozen\) is not calibrated yet.*evaluate.py --run first"):
         export_run(str(tmp_path), "first")
 
 
