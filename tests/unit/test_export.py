@@ -93,9 +93,15 @@ def make_net(seed: int = 0) -> torch.nn.Module:
     return net.eval()
 
 
-def finish(run: Run, net: torch.nn.Module, temperature: float | None = TEMPERATURE) -> None:
-    facts = {"run": "first", "stage": "unfrozen", "epoch": 3, "val_accuracy": 0.5, "classes": CLASSES}
-    uri = run.model_uri("unfrozen")
+def finish(
+    run: Run,
+    net: torch.nn.Module,
+    temperature: float | None = TEMPERATURE,
+    stage: str = "unfrozen",
+    val_accuracy: float = 0.5,
+) -> None:
+    facts = {"run": "first", "stage": stage, "epoch": 3, "val_accuracy": val_accuracy, "classes": CLASSES}
+    uri = run.model_uri(stage)
     publish_model(uri, net, {**facts, "model": MODEL.model_dump(), "precision": "bf16"})
     if temperature is not None:
         calibrated = fit_calibration(np.array([0, 1]), np.full((2, 2), 0.5), read_model(uri)[1]["sha256"])
@@ -298,6 +304,18 @@ def test_a_retrained_run_is_exported_again(tmp_path: Path, photos: list[bytes], 
     storage.write_bytes(f"{run.uri}/export/export.json", json.dumps({"model_sha256": "0" * 64, "files": {}}).encode())
     folder = Path(export_run(str(tmp_path), "first"))
     assert {path.name for path in folder.iterdir()} == {*FORMATS, "export.json"}
+
+
+def test_the_model_of_the_run_or_of_a_named_stage_is_exported(
+    tmp_path: Path, photos: list[bytes], only_safetensors: None
+):
+    run = begin(tmp_path, photos)
+    finish(run, make_net(), stage="frozen", val_accuracy=0.6)
+    finish(run, make_net(1), stage="unfrozen", val_accuracy=0.5)
+    exports = {stage: Path(export_run(str(tmp_path), "first", stage)) for stage in (None, "unfrozen")}
+    assert {stage: folder.name for stage, folder in exports.items()} == {None: "export", "unfrozen": "export-unfrozen"}
+    stages = [read_description(folder / "model.safetensors")["stage"] for folder in exports.values()]
+    assert stages == ["frozen", "unfrozen"]
 
 
 def test_nothing_is_published_if_a_file_differs_from_the_network(
