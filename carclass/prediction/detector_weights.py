@@ -21,6 +21,8 @@ def mask_settings(preprocessing: Preprocessing, root: str, uri: str | None = Non
     the weights, a YAML file that describes the detector, or the selection of vehicles are not those of the dataset.
     """
     if preprocessing.mask is None:
+        if uri is not None:
+            raise UserError(f"`{KEY}` has no effect: the run's photos are not masked. Leave it out.")
         return None
     if (version := preprocessing.mask.get("choice_version", 1)) != selection.VERSION:
         raise UserError(

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save
 from torch import Tensor
@@ -80,8 +81,16 @@ def write_cache(
 
 
 def open_cache(uri: str, batch_size: int, device: torch.device, **share: int) -> FeatureLoader:
-    """Return a loader of published features. share: seed, rank, num_workers of SampleOrder."""
-    tensors = load_tensors(storage.read_bytes(uri))
+    """Return a loader of published features. share: seed, rank, num_workers of SampleOrder.
+
+    Raise UserError if they are damaged.
+    """
+    try:
+        tensors = load_tensors(storage.read_bytes(uri))
+    except SafetensorError as error:
+        raise UserError(
+            f"{uri} is damaged ({error}). Delete it and run the same command again, which computes the features anew."
+        ) from error
     train, val = (
         SampleOrder(tensors[f"{split}_ids"].numpy().view(np.uint64), tensors[f"{split}_labels"].numpy(), **share)
         for split in SPLITS

@@ -112,6 +112,7 @@ def test_a_run_has_the_files_of_its_contract(run: Run):
     for expected in (
         "config.yml",
         "lineage.json",
+        "preprocessing.json",
         "metrics.jsonl",
         "frozen/best.safetensors",
         "unfrozen/best.json",

@@ -236,6 +236,13 @@ def test_other_weights_are_refused(tmp_path: Path, pinned: Preprocessing):
         mask_settings(pinned, str(tmp_path / "root"), str(other))
 
 
+def test_weights_for_photos_that_are_not_masked_are_refused(tmp_path: Path, pinned: Preprocessing):
+    unmasked = dataclasses.replace(pinned, mask=None)
+    assert mask_settings(unmasked, str(tmp_path)) is None
+    with pytest.raises(UserError, match=r"`predict.detector_weights` has no effect"):
+        mask_settings(unmasked, str(tmp_path), "sample")
+
+
 def test_the_weights_of_unrecorded_origin_must_be_named(tmp_path: Path, pinned: Preprocessing):
     unknown = dataclasses.replace(pinned, detector_weights=None, detector_source_sha256=None)
     with pytest.raises(UserError, match=r"were not found. Set `predict.detector_weights` to the URI of the file"):
