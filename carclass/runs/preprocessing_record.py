@@ -6,10 +6,12 @@ It is all that predictions and exports need of the run's datasets, so these may 
 import dataclasses
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from carclass import storage
 from carclass.config.schema import IngestSettings
+from carclass.config.section import validate
 from carclass.data import dataset, formats
 from carclass.errors import UserError
 from carclass.models import weights
@@ -40,7 +42,7 @@ class Preprocessing:
 
     def ingest_settings(self, photos: str) -> IngestSettings:
         """Return settings that read the photos at a URI in the same way."""
-        return IngestSettings.model_validate({"photos": photos, **self.reading})
+        return validate({"photos": photos, **self.reading}, IngestSettings, source=FILE, base=Path("/"))
 
 
 def record_preprocessing(run: Run, source: dataset.Dataset) -> None:
@@ -68,9 +70,14 @@ def load_preprocessing(run: Run) -> Preprocessing:
         stored = formats.read(uri, "preprocessing")
     except FileNotFoundError:
         return dataset_preprocessing(run, training_dataset(run))
-    if "classes" not in stored:  # of format 1
-        facts = formats.read(f"{run.model_uri(run.stages[-1])}.json", "model")
-        stored |= _detector(stored["mask"], stored["detector_weights"]) | _network_input(run, facts["classes"])
+    if stored.get("format", 1) == 1:
+        facts = run.model_facts(run.stages[-1])
+        detector = _detector(stored.get("mask"), stored.get("detector_weights"))
+        stored |= detector | _network_input(run, facts["classes"])
+    if missing := [name for name in READING if name not in stored["reading"]]:
+        raise formats.DamagedFileError(
+            f"{uri} is damaged: `reading.{missing[0]}` is missing. {formats.KINDS['preprocessing'].remedy}"
+        )
     return formats.build(Preprocessing, stored, "preprocessing", uri)
 
 

@@ -268,6 +268,8 @@ def test_no_photos_give_no_rows(predicting: LoadedRun):
     [
         ([torch.zeros(3, 64, 64)], "photo 0 is of type Tensor"),
         ([b"bytes"], "photo 0 is of type bytes"),
+        (b"bytes", "photo 0 is of type bytes"),
+        (None, "photo 0 is of type NoneType"),
         (["car.jpg", np.zeros((9, 9, 3))], "photo 1 is of type ndarray"),
         (Image.fromarray(np.zeros((20, 20), np.float32)), "PIL's mode F"),
         (Image.fromarray(np.zeros((20, 20), np.int32)), "PIL's mode I"),

@@ -1,6 +1,7 @@
 """Preprocessing recorded with a run, as new photos get it."""
 
 import dataclasses
+import json
 import pickle
 import re
 import shutil
@@ -18,6 +19,7 @@ from carclass.prediction.detector_weights import mask_settings
 from carclass.runs.preprocessing_record import (
     FILE,
     Preprocessing,
+    dataset_preprocessing,
     load_preprocessing,
     masking_difference,
     record_preprocessing,
@@ -118,6 +120,25 @@ def test_a_record_of_a_former_format_gets_the_networks_input(tmp_path: Path):
     stored = load_preprocessing(find_run(str(tmp_path), "run"))
     assert (stored.image_size, stored.mean, len(stored.classes)) == (64, [*preprocessing.MEAN], 10)
     assert (stored.detector_weights, stored.detector_source_sha256) == ("sample", None)
+
+
+@pytest.mark.parametrize("key", ["mask", "classes", "detector_weights", "reading", "reading.max_side"])
+def test_a_record_that_lacks_a_key_is_damaged(tmp_path: Path, key: str):
+    run, source = publish(tmp_path, kind="photos", settings=READING)
+    record_preprocessing(run, source)
+    path = Path(run.uri, FILE)
+    stored = json.loads(path.read_text())
+    _ = stored["reading"].pop("max_side") if key == "reading.max_side" else stored.pop(key)
+    path.write_text(json.dumps(stored))
+    with pytest.raises(UserError, match=rf"preprocessing.json is damaged: .*{key.split('.')[-1]}.* Delete the file"):
+        load_preprocessing(run)
+
+
+def test_an_unknown_setting_of_reading_is_named(tmp_path: Path):
+    run, source = publish(tmp_path, kind="photos", settings=READING)
+    stored = dataclasses.replace(dataset_preprocessing(run, source), reading={**READING, "gamma": 2})
+    with pytest.raises(UserError, match=r"preprocessing.json: .*gamma"):
+        stored.ingest_settings("s3://bucket/photos")
 
 
 def test_a_run_without_a_record_gets_that_of_its_dataset(tmp_path: Path):
