@@ -46,7 +46,8 @@ def main() -> None:
         print("\n".join(compare_runs(tree)))
     else:
         names = choose_experiments(tree, args)
-        budget_root.claim_root(tree.budget.root, file.stem)
+        if names:
+            budget_root.claim_root(tree.budget.root, file.stem)
         train_tree(tree, names, replace=args.verb == "rerun-stale")
 
 
