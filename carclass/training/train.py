@@ -185,7 +185,7 @@ def _run_workers(job: StageJob, train_resources: TrainResources) -> bool:
     use_gpu = train_resources.use_gpu
     if train_resources.in_process:
         return train_stage_in_process(job, use_gpu=use_gpu)
-    filesystem, path = ray_filesystem(storage.join(job.run.uri, "ray"))
+    filesystem, path = ray_filesystem(storage.join(job.run.uri, job.stage))
     min_workers, max_workers = job.run.settings.workers
     devices = {"GPU": train_resources.devices_per_worker or 1} if use_gpu else {"CPU": job.num_threads}
     trainer = ray.train.torch.TorchTrainer(

@@ -128,6 +128,14 @@ def test_best_and_latest_checkpoints_are_kept(run: Run):
     assert "epoch-0002" in kept
 
 
+def test_ray_train_runs_are_named_after_run_and_stage(run: Run):
+    """Look for the folders that Ray Train names after its runs."""
+    folders = {
+        path.split("/")[-2] for path in storage.list_files(run.uri) if path.endswith("/.validate_storage_marker")
+    }
+    assert folders == {"two-workers-frozen", "two-workers-unfrozen"}
+
+
 def test_the_frozen_stage_does_not_change_the_backbone(run: Run):
     trained, _ = read_model(run.model_uri("frozen"))
     parent, _ = load_weights("sample", None, sample="backbone.safetensors", key="train.parent")
