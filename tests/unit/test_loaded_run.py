@@ -14,10 +14,11 @@ import torch
 from PIL import Image, ImageOps
 
 import carclass
-from carclass.config.schema import ModelSettings, TrainSettings
+from carclass.config.schema import DetectorSettings, ExcludeSettings, MaskSettings, ModelSettings, TrainSettings
 from carclass.data import dataset, formats, photo
 from carclass.errors import UserError
 from carclass.evaluation.calibration import apply_temperature, fit_calibration
+from carclass.masking import networks
 from carclass.models import preprocessing, resnet
 from carclass.prediction.loaded_run import LoadedRun
 from carclass.prediction.predictions import PREDICTION
@@ -26,6 +27,9 @@ from carclass.runs.metrics_log import MetricsLog
 from carclass.runs.preprocessing_record import record_preprocessing
 from carclass.runs.run import Run, begin_run
 from carclass.runs.saved_model import publish_model, read_model
+from carclass.sample.background import SCENES
+from carclass.sample.draw import draw_photo, mask_to_box
+from carclass.sample.models import MODELS
 
 HOUSE = Path(__file__).parents[2]
 CLASSES = ["one", "two", "three"]
@@ -257,6 +261,38 @@ def test_more_photos_than_a_batch_keep_their_order(predicting: LoadedRun, image:
     table = predicting.predict([image] * 70)
     assert table["key"].to_pylist() == [f"photo {i}" for i in range(70)]
     assert len(set(table["label"].to_pylist())) == 1
+
+
+@pytest.fixture
+def masking(predicting: LoadedRun, tmp_path: Path) -> LoadedRun:
+    """Load the run as if its photos were masked, without photos of no vehicle."""
+    predicting.predict([])  # reads the record that is replaced here
+    detector = DetectorSettings(model="sample", weights="sample", short_side=160, num_proposals=30)
+    detector = networks.pin_weights(detector, str(tmp_path))
+    mask = MaskSettings(detector=detector, exclude=ExcludeSettings(no_vehicle=True)).model_dump(mode="json")
+    mask["detector"]["weights"] = mask["detector"].pop("weights_sha256")
+    mask["detector"]["architecture"] = networks.architecture_digest(detector)
+    reading = {**READING, "max_side": 320}
+    changed = dataclasses.replace(
+        predicting.preprocessing, reading=reading, mask=mask, detector_weights=detector.weights
+    )
+    formats.write(f"{predicting.run.uri}/preprocessing.json", "preprocessing", dataclasses.asdict(changed))
+    return carclass.load_run(predicting.run.uri)
+
+
+def test_photos_are_masked_if_those_of_the_run_are(masking: LoadedRun, predicting: LoadedRun):
+    pixels, (vehicle, *_) = draw_photo((3, 1), MODELS[1], next(iter(SCENES)))
+    (row,) = masking.predict(Image.fromarray(pixels)).to_pylist()
+    assert row["outcome"] == "vehicle"
+    x1, y1, x2, y2 = mask_to_box(vehicle.mask)
+    scale = min(1, 320 / max(pixels.shape))
+    assert row["box"] == pytest.approx([x1 * scale, y1 * scale, x2 * scale, y2 * scale], abs=6)
+    assert row["top5_probabilities"] != probability(predicting.predict(Image.fromarray(pixels)))
+
+
+def test_photos_that_masking_excludes_are_not_classified(masking: LoadedRun):
+    (row,) = masking.predict(Image.new("RGB", (60, 60), "grey")).to_pylist()
+    assert (row["reason"], row["label"], row["probability"]) == ("doubtful_mask", None, None)
 
 
 def test_no_photos_give_no_rows(predicting: LoadedRun):
