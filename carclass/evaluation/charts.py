@@ -12,6 +12,7 @@ from PIL import Image
 from carclass.evaluation.metrics import NUM_CALIBRATION_BINS
 from carclass.formatting import percent_text
 from carclass.reporting import svg
+from carclass.reporting.axes import fit_text
 from carclass.reporting.svg import BOTTOM, LEFT, RIGHT, TOP
 
 HEAT_MAP_CELL = 4  # image pixels per class: sharp on dense screens, and 196 classes stay near 20 KB
@@ -105,8 +106,7 @@ def heat_map(confusion: np.ndarray, class_names: list[str]) -> Markup:
     for i in range(0, num_classes, step):
         middle = (i + 0.5) * size / num_classes
         name = f"{i + 1}\u2002{class_names[i]}"
-        name = name if len(name) <= 30 else name[:29] + "…"
-        parts.append(svg.text("tick end", left - 10, 9 + middle, name))
+        parts.append(svg.text("tick end", left - 10, 9 + middle, fit_text(name, 30)))
         parts.append(svg.text("tick middle", left + middle, size + 24, str(i + 1)))
     parts.append(svg.text("tick middle", left + size / 2, size + 48, "number of the predicted class"))
     return svg.drawing(f"confusion matrix of {num_classes} classes", parts, width=left + size + 10, height=size + 56)
