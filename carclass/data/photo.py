@@ -60,8 +60,8 @@ _UNSUPPORTED = {
     b"\xff\x0a": "JPEG XL",
     b"\0\0\0\x0cJXL ": "JPEG XL",
 }
-# Exceptions of PIL's readers on damaged bytes; a MemoryError is a failure of the machine and propagates.
-_PIL_ERRORS = (AssertionError, EOFError, LookupError, OSError, SyntaxError, TypeError, ValueError, struct.error)
+PIL_ERRORS = (AssertionError, EOFError, LookupError, OSError, SyntaxError, TypeError, ValueError, struct.error)
+"""Exceptions of PIL's readers on damaged bytes; a MemoryError is a failure of the machine and propagates."""
 
 
 class _Limits(NamedTuple):
@@ -312,7 +312,7 @@ def _pil_errors(kind: str) -> Iterator[None]:
     """Convert PIL's exceptions to PhotoError."""
     try:
         yield
-    except _PIL_ERRORS as error:
+    except PIL_ERRORS as error:
         reason = Reason.TRUNCATED if "truncated" in str(error).lower() else Reason.CORRUPT
         raise PhotoError(reason, f"{kind}: {error}") from error
 

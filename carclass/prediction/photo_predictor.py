@@ -105,22 +105,30 @@ def check_sources(sources: Sequence[Any]) -> None:
 
 def load_sources(sources: Sequence[PhotoSource], start: int = 0) -> Iterator[Row]:
     """Yield rows of archive.LOADED. start: number of the first photo, for the keys of images without a file name."""
-    uris = [os.fspath(item) for item in sources if not isinstance(item, Image.Image)]
-    contents = storage.read_many(uris)
+    read = storage.read_many(os.fspath(item) for item in sources if not isinstance(item, Image.Image))
     for number, item in enumerate(sources, start):
-        row = {"label": None, "subset": "test", "fingerprint": None, "error": None}
         if isinstance(item, Image.Image):
-            yield row | {"key": getattr(item, "filename", "") or f"photo {number}", "data": encode_image(item)}
+            key, content = getattr(item, "filename", "") or f"photo {number}", encode_image(item)
         else:
-            content = next(contents)
-            result = {"data": None, "error": str(content)} if isinstance(content, OSError) else {"data": content}
-            yield row | {"key": os.fspath(item)} | result
+            key, content = os.fspath(item), next(read)
+        data, error = (None, str(content)) if isinstance(content, Exception) else (content, None)
+        yield {"key": key, "label": None, "subset": "test", "fingerprint": None, "data": data, "error": error}
 
 
-def encode_image(image: Image.Image) -> bytes:
-    """Return the bytes of an image's file if it is opened but not loaded, else a PNG of its pixels and orientation."""
+def encode_image(image: Image.Image) -> bytes | Exception:
+    """Return the bytes of an image's file if it is opened but not loaded, else a PNG of its pixels and orientation.
+
+    Return the error of an image that cannot be loaded any more, as its file is closed or damaged.
+    """
+    try:
+        return _encode_image(image)
+    except photo.PIL_ERRORS as error:
+        return error
+
+
+def _encode_image(image: Image.Image) -> bytes:
     file = getattr(image, "fp", None)
-    if getattr(image, "tile", None) and file is not None and not file.closed:
+    if getattr(image, "tile", None) and file is not None and not file.closed and image.tell() == 0:
         position = file.tell()
         file.seek(0)
         data = bytes(file.read())

@@ -257,6 +257,22 @@ def test_photos_that_fail_have_a_reason_and_the_others_a_label(
     assert [row["key"] for row in rows] == [f"{tmp_path}/none.jpg", "photo 1", f"{tmp_path}/text.jpg", "photo 3"]
 
 
+def test_an_image_of_a_closed_file_is_unreadable(predicting: LoadedRun, image: Image.Image, tmp_path: Path):
+    image.save(tmp_path / "car.jpg")
+    with Image.open(tmp_path / "car.jpg") as closed:
+        pass
+    (row,) = predicting.predict(closed).to_pylist()
+    assert (row["key"], row["reason"]) == (str(tmp_path / "car.jpg"), "unreadable")
+
+
+def test_the_shown_frame_of_an_animation_is_predicted(predicting: LoadedRun, image: Image.Image, tmp_path: Path):
+    image.save(tmp_path / "car.gif", save_all=True, append_images=[Image.new("RGB", image.size, "red")])
+    with Image.open(tmp_path / "car.gif") as opened:
+        opened.seek(1)
+        of_frame, of_copy = (probability(predicting.predict(one)) for one in (opened, opened.copy()))
+    assert of_frame == of_copy != probability(predicting.predict(tmp_path / "car.gif"))
+
+
 def test_more_photos_than_a_batch_keep_their_order(predicting: LoadedRun, image: Image.Image):
     table = predicting.predict([image] * 70)
     assert table["key"].to_pylist() == [f"photo {i}" for i in range(70)]
