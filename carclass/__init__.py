@@ -4,15 +4,16 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from carclass.runs.loaded_run import LoadedRun
+    from carclass.prediction.loaded_run import LoadedRun
 
 
-def load_run(uri: "str | os.PathLike[str]") -> "LoadedRun":
+def load_run(uri: "str | os.PathLike[str]", stage: str | None = None) -> "LoadedRun":
     """Return a finished run by its URI, `<root>/experiments/<name>`: settings, metrics, predictions and model.
 
-    The model maps uint8 (N,3,S,S) RGB photos to float32 (N,C) logits. Raise UserError if there is no such run or it is
-    not finished.
+    `run.predict(photos)` classifies photos as jobs/predict.py does; `run.model` maps uint8 (N,3,S,S) RGB photos to
+    float32 (N,C) logits. The model is the best epoch over the stages, or of the given stage. Raise UserError if there
+    is no such run or stage, or it is not finished.
     """
-    from carclass.runs import loaded_run  # late: `import carclass` has to be fast
+    from carclass.prediction import loaded_run  # late: `import carclass` has to be fast
 
-    return loaded_run.load_run(uri)
+    return loaded_run.load_run(uri, stage)

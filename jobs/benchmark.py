@@ -59,7 +59,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         figures = module.run(args.photos, args.weights, Path(folder), **inputs)
     if args.json:
-        args.json.write_text(json.dumps(figures, indent=1))
+        args.json.write_text(json.dumps(figures, indent=1, allow_nan=False))
     rows = [(key.replace("_", " "), number_text(value)) for key, value in figures.items()]
     print(progress.table(rows, title=f"benchmark: {args.name}"))
 

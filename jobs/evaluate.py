@@ -2,7 +2,10 @@
 
 python jobs/evaluate.py --config FILE --run NAME
 python jobs/evaluate.py --config FILE --run NAME --dataset v1 --split val
+python jobs/evaluate.py --config FILE --run NAME --stage frozen
 """
+
+from typing import Any
 
 from carclass import progress
 from carclass.config import cli
@@ -13,8 +16,18 @@ def main() -> None:
     from carclass.evaluation.evaluate import evaluate_run
 
     evaluation = evaluate_run(settings.root, settings.evaluate)
-    rows = [(name, f"{evaluation.metrics[name]:.3f}") for name in ("accuracy", "top5_accuracy")]
-    print(progress.table([*rows, ("report", evaluation.report_uri)], title=f"run {settings.evaluate.run}"))
+    rows = [*metrics_rows(evaluation.metrics), ("report", evaluation.report_uri)]
+    print(progress.table(rows, title=f"run {settings.evaluate.run}"))
+
+
+def metrics_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the accuracies under the name of their split, with the photos and the model that they are of."""
+    return [
+        (f"{metrics['split']} accuracy", f"{metrics['accuracy']:.3f}"),
+        (f"{metrics['split']} top-{metrics['top5_k']} accuracy", f"{metrics['top5_accuracy']:.3f}"),
+        ("photos", f"{metrics['num_photos']:,} of {metrics['dataset']}"),
+        ("model", f"{metrics['stage']} epoch {metrics['epoch']}"),
+    ]
 
 
 if __name__ == "__main__":

@@ -3,16 +3,18 @@
   python jobs/export.py --run NAME --config FILE
   python jobs/export.py --run NAME --root s3://bucket/carclass
 
-model.onnx and model.pt2 map uint8 (N,3,S,S) RGB photos, S pixels wide and high, to (N,C) logits, normalisation
-included. Each file's metadata holds labels and preprocessing. A file whose logits differ from the model's on photos of
-the run's dataset is not published. Needs neither a cluster nor a GPU.
+model.onnx and model.pt2 map uint8 (N,3,S,S) RGB photos, S pixels wide and high, to (N,C) logits and calibrated
+probabilities, normalisation included. Each file's metadata holds labels and preprocessing, such as masking. The run has
+to be evaluated before. A file whose outputs differ from the model's on drawn photos is not published. Needs neither a
+cluster nor a GPU, nor the run's datasets.
 """
 
 from pathlib import Path
+from typing import get_args
 
 from carclass import progress
 from carclass.config import cli
-from carclass.config.schema import Config
+from carclass.config.schema import Config, StageName
 
 SAMPLE = Path(__file__).parent / "experiments" / "sample.yml"
 
@@ -29,12 +31,15 @@ def main() -> None:
         help="YAML file whose `root` holds the run [the sample's]",
     )
     place.add_argument("--root", metavar="URI", help="root of the run: a folder or s3:// prefix")
+    parser.add_argument(
+        "--stage", choices=get_args(StageName), help="stage whose best epoch to export [best over stages]"
+    )
     args = parser.parse()
     root = cli.load_config(args.config, {"root": args.root} if args.root else {}, Config).root
     from carclass import storage
     from carclass.runs.export import FORMATS, export_run
 
-    uri = export_run(root, args.run)
+    uri = export_run(root, args.run, args.stage)
     print(progress.table([(name, storage.join(uri, name)) for name in FORMATS], title=f"run {args.run}"))
 
 

@@ -4,7 +4,8 @@
   python jobs/lineage.py show exp_003              a run: parents, changed settings, epochs
   python jobs/lineage.py run all --budget tiny     train missing runs, parents first, siblings in parallel
   python jobs/lineage.py run exp_013               train one run and its parents
-  python jobs/lineage.py rerun-stale               train runs again whose settings, data or parents have changed
+  python jobs/lineage.py rerun-stale exp_003       train a run again whose settings, data or parents have changed
+  python jobs/lineage.py rerun-stale --yes         all of these; the old runs are moved to <root>/replaced/ whole
   python jobs/lineage.py compare                   test each finished run and write one report over all of them
 
 A budget names the experiment files of the tree, their datasets and the length of training: one of
@@ -30,20 +31,24 @@ BUDGETS = Path(__file__).parent / "experiments" / "budgets"
 def main() -> None:
     args = parse_arguments()
     file = find_budget(args.budget)
+    from carclass.experiments import budget_root, tree_view
     from carclass.experiments import tree as trees
-    from carclass.experiments import tree_view
 
     tree = trees.load_tree(file, {"root": args.root} if args.root else {})
+    budget_root.check_budget(tree.budget.root, file.stem)
     if args.verb == "tree":
         print(tree_view.draw_tree(tree))
     elif args.verb == "show":
-        print(tree_view.describe_run(tree, args.names[0]))
+        print("\n".join(tree_view.describe_run(tree, name) for name in args.names))
     elif args.verb == "compare":
         from carclass.experiments.compare import compare_runs
 
         print("\n".join(compare_runs(tree)))
     else:
-        train_tree(tree, args)
+        names = choose_experiments(tree, args)
+        if names:
+            budget_root.claim_root(tree.budget.root, file.stem)
+        train_tree(tree, names, replace=args.verb == "rerun-stale")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -53,11 +58,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("names", nargs="*", metavar="NAME", help="experiments, or `all`")
     parser.add_argument("--budget", default="full", metavar="NAME|FILE", help="data and length of training [full]")
     parser.add_argument("--root", metavar="URI", help="folder or s3:// prefix to use instead of the budget's root")
+    parser.add_argument("--yes", action="store_true", help="`rerun-stale` all stale runs")
     args = parser.parse()
-    takes_names = args.verb in ("show", "run")
-    if args.names and not takes_names:
+    if args.names and args.verb not in ("show", "run", "rerun-stale"):
         raise UserError(f"`{args.verb}` applies to the whole tree: omit {', '.join(args.names)}.")
-    if takes_names and not args.names:
+    if args.yes and (args.verb != "rerun-stale" or args.names):
+        raise UserError("`--yes` has an effect with `rerun-stale` and no names only: it retrains all stale runs.")
+    if args.verb in ("show", "run") and not args.names:
         raise UserError(f"`{args.verb}` needs the name of an experiment, as listed by `python jobs/lineage.py tree`.")
     return args
 
@@ -72,15 +79,29 @@ def find_budget(budget: str) -> Path:
     return Path(budget)
 
 
-def train_tree(tree: "Tree", args: argparse.Namespace) -> None:
+def choose_experiments(tree: "Tree", args: argparse.Namespace) -> list[str]:
+    """Return the names of the experiments to train. Raise UserError, which lists the stale runs, if there are none."""
+    if args.verb == "run":
+        return [each.name for each in tree.experiments] if args.names == ["all"] else args.names
+    if args.names:
+        return args.names
+    from carclass.experiments.run import find_stale
+
+    stale = find_stale(tree)
+    if stale and not args.yes:
+        raise UserError(
+            f"stale in {tree.budget.root}: {'; '.join(f'{name} ({reason})' for name, reason in stale.items())}. Name "
+            f"those to train again, as in `{Path(sys.argv[0]).name} rerun-stale {next(iter(stale))}`, or all of them "
+            "by `--yes`. Their old runs are moved to `replaced/` in the root, with their weights."
+        )
+    return list(stale)
+
+
+def train_tree(tree: "Tree", names: list[str], *, replace: bool) -> None:
     """Train experiments and print the results; exit with status 1 if any failed."""
     from carclass.experiments import run, tree_view
 
-    if args.verb == "run":
-        experiments = tree.experiments if args.names == ["all"] else tree.with_parents(args.names)
-        results = run.run_experiments(tree, experiments)
-    else:
-        results = run.rerun_stale(tree)
+    results = run.rerun_stale(tree, names) if replace else run.run_experiments(tree, tree.with_parents(names))
     print(tree_view.draw_tree(tree))
     rows = [("finished", str(len(results.finished))), ("failed", str(len(results.failed)))]
     print(progress.table([*rows, *results.failed.items()], title="experiments"))

@@ -8,7 +8,7 @@ needed. Every file has one row in <run>/predictions/<name>/predictions.parquet a
 probability, the five most probable classes, and the vehicle's box, or the reason for its quarantine.
 
 Probabilities are calibrated: of the photos with 0.8, about 80 % should be right. The temperature is fitted on the
-run's val photos at its first prediction and stored in <run>/calibration.json; it is valid for similar photos. An
+run's val photos at its first evaluation or prediction and stored with the model; it is valid for similar photos. An
 interrupted job resumes.
 """
 
@@ -32,8 +32,8 @@ def main() -> None:
         (f"  below {settings.predict.threshold:g}, rejected", f"{counts.rejected:,}"),
         ("quarantined", f"{sum(counts.reasons.values()):,}"),
         *((f"  {reason}", f"{number:,}") for reason, number in counts.reasons.items()),
-        ("temperature", f"{calibration.temperature:.3f}, from {calibration.num_photos:,} val photos"),
-        ("calibration error (val)", f"{before:.3f} → {after:.3f}"),
+        ("temperature", calibration.text),
+        *([("calibration error (val)", f"{before:.3f} → {after:.3f}")] if calibration.temperature != 1 else []),
         ("Parquet", storage.join(result.uri, predictions.TABLE)),
         ("CSV", storage.join(result.uri, predictions.CSV)),
     ]

@@ -22,15 +22,17 @@ CODE = ("carclass", "jobs")
 
 def main() -> None:
     parser = cli.JobParser(__doc__, "%(prog)s [--address URL] -- COMMAND ...")
-    address = os.environ.get("RAY_API_SERVER_ADDRESS", DASHBOARD)
+    address = os.environ.get("RAY_API_SERVER_ADDRESS") or DASHBOARD
     parser.add_argument("--address", metavar="URL", default=address, help="the cluster's dashboard [%(default)s]")
     parser.add_argument("command", nargs="*", metavar="COMMAND", help="command to run on the cluster's head")
     args = parser.parse()
     if not args.command:
         raise UserError("no command to submit. Give it after `--`, such as `-- python jobs/train.py --config my.yml`.")
     from carclass.cluster import job_submission
+    from carclass.runs.environment import CODE_VERSION, code_version
 
-    sys.exit(job_submission.submit_and_follow(args.address, args.command, Path(__file__).resolve().parents[1], CODE))
+    checkout, variables = Path(__file__).resolve().parents[1], {CODE_VERSION: code_version()}
+    sys.exit(job_submission.submit_and_follow(args.address, args.command, checkout, CODE, variables))
 
 
 if __name__ == "__main__":

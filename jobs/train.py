@@ -3,7 +3,8 @@
   python jobs/train.py --config FILE
   python jobs/train.py --config FILE --name second --unfrozen.lr 3e-5 --num_workers 4
 
-The same name resumes a run; a finished run is left unchanged.
+The same name resumes a run; a finished run is left unchanged. The run's model is the best epoch over its stages by val
+accuracy.
 """
 
 from carclass import progress
@@ -12,12 +13,14 @@ from carclass.config import cli
 
 def main() -> None:
     settings = cli.parse_job(__doc__, "train")
+    from carclass.runs.run import model_text
     from carclass.training.train import train_run
 
     assert settings.train is not None
     run = train_run(settings.root, settings.train)
     rows = [(f"{stage} val accuracy", f"{run.best_val_accuracy(stage):.3f}") for stage in run.stages]
-    print(progress.table([*rows, ("run", run.uri)], title=f"run {settings.train.name}"))
+    rows += [("model", model_text(run.model_facts(run.best_stage))), ("run", run.uri)]
+    print(progress.table(rows, title=f"run {settings.train.name}"))
 
 
 if __name__ == "__main__":

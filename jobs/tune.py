@@ -23,7 +23,8 @@ FLAGS = {
 
 def main() -> None:
     path, search, args = cli.parse_file(__doc__, Search, FLAGS)
-    from carclass.tuning import report, search_space
+    from carclass.training.train import warn_if_unfreezing_hurt
+    from carclass.tuning import report, search_space, trial_records
     from carclass.tuning.collect import collect_sweep, publish_sweep
     from carclass.tuning.tune import run_sweep
 
@@ -33,11 +34,12 @@ def main() -> None:
     result = collect_sweep(space.root, search.name)
     uris = publish_sweep(space.root, result)
     best = result.best
+    warn_if_unfreezing_hurt(trial_records.trial_run(space, best.trial))
     states = Counter(trial.trial.state for trial in result.trials)
     rows = [
         *((state, f"{count}") for state, count in states.items()),
         ("best", best.trial.title),
-        ("val accuracy", f"{best.accuracy:.3f}"),
+        (f"{result.stage} val accuracy", f"{best.accuracy:.3f}"),
         ("trial", best.trial.name),
     ]
     print(progress.table(rows, title=f"sweep {search.name}"))

@@ -11,8 +11,10 @@ from typing import TypeVar
 
 import ray
 import ray.data
+from ray.exceptions import AuthenticationError
 
 from carclass.cluster import telemetry
+from carclass.cluster.address import LOCAL, SUBMIT, cluster_address, refused_token
 from carclass.cluster.shared_paths import check_shared
 from carclass.errors import UserError
 
@@ -25,7 +27,7 @@ DASHBOARD_PORT = 8265
 def connect(folders: Mapping[str, str] | None = None) -> None:
     """Join the cluster at RAY_ADDRESS, which is set for submitted jobs, or start a local one.
 
-    folders: setting → URI of what all nodes must see. Raise UserError if they do not.
+    folders: setting → URI of what all nodes must see. Raise UserError if they do not, or if no cluster answers.
     """
     _join()
     check_shared(folders or {})
@@ -39,8 +41,8 @@ def _join() -> None:
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     if ray.is_initialized():
         return
-    address, port = os.environ.get("RAY_ADDRESS", "local"), None
-    if address == "local":
+    address, port = cluster_address(), None
+    if address == LOCAL:
         _create_private_token()
         # Keep idle workers for the next step: starting one takes seconds of imports.
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
@@ -51,7 +53,18 @@ def _join() -> None:
         os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
     # Jobs report progress themselves; Ray's messages still go to the logs of its session.
     quiet = ray.LoggingConfig(log_level="WARNING")
-    context = ray.init(address=address, dashboard_port=port, logging_level=logging.WARNING, logging_config=quiet)
+    try:
+        context = ray.init(address=address, dashboard_port=port, logging_level=logging.WARNING, logging_config=quiet)
+    except AuthenticationError as error:
+        raise refused_token(address) from error
+    except (ConnectionError, RuntimeError) as error:
+        if address == LOCAL:
+            raise
+        cause = str(error.__cause__ or error).strip().splitlines()[0]
+        raise UserError(
+            f"joining the Ray cluster at {address} (RAY_ADDRESS) failed ({cause}). A job runs on a machine of "
+            f"the cluster. {SUBMIT}."
+        ) from error
     telemetry.watch_nodes()
     ray.data.DataContext.get_current().enable_progress_bars = False
     available = ray.cluster_resources()

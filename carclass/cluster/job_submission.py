@@ -2,22 +2,25 @@
 
 import asyncio
 import logging
+import os
 import secrets
 import shlex
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import aiohttp
 import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+from carclass.cluster.address import PROBE_S, refused_token
 from carclass.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -30,11 +33,13 @@ CONNECTION_ERRORS = (ConnectionError, requests.RequestException, aiohttp.ClientE
 """Errors of Ray's client on a lost connection or a failed server."""
 
 
-def submit_and_follow(address: str, command: Sequence[str], checkout: Path, code: Sequence[str]) -> int:
+def submit_and_follow(
+    address: str, command: Sequence[str], checkout: Path, code: Sequence[str], variables: Mapping[str, str]
+) -> int:
     """Submit a command, or find it running, and follow it; return its exit status.
 
-    The cluster runs it in a copy of the folders `code` of the checkout and of the files that the command names. Raise
-    UserError if the cluster is out of reach or refuses the token.
+    The cluster runs it in a copy of the folders `code` of the checkout and of the files that the command names, with
+    these environment variables. Raise UserError if the cluster is out of reach or refuses the token.
     """
     files = [path for path in _named_files(command, checkout) if path.parts[0] not in code]
     client = connect(address)
@@ -44,7 +49,7 @@ def submit_and_follow(address: str, command: Sequence[str], checkout: Path, code
         submission_id = running[0]
         log.info("submit: the same command is already running as %s; following it", submission_id)
     else:
-        submission_id = _submit(client, entrypoint, checkout, [*map(Path, code), *files])
+        submission_id = _submit(client, entrypoint, checkout, [*map(Path, code), *files], variables)
         log.info("submit: submitted as %s to %s", submission_id, address)
     try:
         return asyncio.run(LogFollower(client, submission_id).follow())
@@ -56,15 +61,20 @@ def submit_and_follow(address: str, command: Sequence[str], checkout: Path, code
 
 
 def connect(address: str) -> JobSubmissionClient:
-    """Return a client of a cluster's job API. Raise UserError if it does not answer or refuses the token."""
+    """Return a client of a cluster's job API. Raise UserError if none answers in PROBE_S or it refuses the token."""
+    url = urlsplit(address)
+    if url.scheme not in ("http", "https") or not url.netloc:
+        raise UserError(
+            f"the address is {address!r}: give the URL of the cluster's dashboard, such as http://127.0.0.1:8265, by "
+            "--address or RAY_API_SERVER_ADDRESS."
+        )
+    os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray's client prefers it, and then RAY_ADDRESS, to its argument
     try:
+        requests.get(f"{address.rstrip('/')}/api/version", timeout=PROBE_S)  # Ray's client has no limit of time
         return JobSubmissionClient(address)
     except AuthenticationError as error:
-        raise UserError(
-            f"{address} refuses the token. Set the cluster's token in RAY_AUTH_TOKEN, or in ~/.ray/auth_token with "
-            "RAY_AUTH_MODE=token."
-        ) from error
-    except (ConnectionError, requests.RequestException) as error:
+        raise refused_token(address) from error
+    except (ConnectionError, RuntimeError, KeyError, requests.RequestException) as error:
         raise UserError(
             f"no cluster answers at {address}. Is its dashboard's port forwarded (docs/cluster.md)? "
             "Otherwise give --address."
@@ -94,7 +104,9 @@ def _named_files(command: Sequence[str], checkout: Path) -> list[Path]:
     return files
 
 
-def _submit(client: JobSubmissionClient, entrypoint: str, checkout: Path, paths: Sequence[Path]) -> str:
+def _submit(
+    client: JobSubmissionClient, entrypoint: str, checkout: Path, paths: Sequence[Path], variables: Mapping[str, str]
+) -> str:
     """Upload files and folders of the checkout, submit the job and return its unique id."""
     submission_id = f"carclass-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     with tempfile.TemporaryDirectory() as folder:
@@ -105,7 +117,7 @@ def _submit(client: JobSubmissionClient, entrypoint: str, checkout: Path, paths:
             else:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, target)
-        runtime_env = {"working_dir": folder}
+        runtime_env = {"working_dir": folder, "env_vars": dict(variables)}
         return str(client.submit_job(entrypoint=entrypoint, submission_id=submission_id, runtime_env=runtime_env))
 
 

@@ -3,7 +3,8 @@
 import logging
 import math
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
@@ -13,9 +14,12 @@ from carclass.formatting import duration_text
 from carclass.progress import Throttle
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 WORK_LABEL = "carclass-work"
 """Node label with the kind of work (cluster/aws.yaml, kuberay.yaml); local clusters have none."""
 MASK, TRAIN = "mask", "train"
+GPU_WAIT_S = 60.0
+"""Seconds to wait for a free GPU and a short task on it."""
 MAX_WAIT_S, REPORT_EVERY_S = 1800.0, 30.0
 """Seconds to wait for nodes of the autoscaler, and between log lines meanwhile."""
 
@@ -98,7 +102,7 @@ def memory_bytes(use_gpu: bool) -> int | None:
     if not use_gpu:
         return int(_total("memory"))
     address = ray.get_runtime_context().gcs_address
-    if address not in _gpu_bytes and (size := _query_gpu_bytes()) is not None:
+    if address not in _gpu_bytes and (size := run_on_gpu(_measure_gpu_bytes)) is not None:
         _gpu_bytes[address] = size
     return _gpu_bytes.get(address)
 
@@ -107,14 +111,15 @@ _gpu_bytes: dict[str, int] = {}
 """Memory of a GPU by cluster, cached: runs that share GPUs leave none free for a query."""
 
 
-def _query_gpu_bytes() -> int | None:
-    """Return the memory of a free GPU, measured by a task; None if none becomes free within a minute."""
-    query = ray.remote(num_gpus=1, num_cpus=0, label_selector=node_selector(TRAIN) or {})(_measure_gpu_bytes).remote()
-    ready, _ = ray.wait([query], timeout=60)
+def run_on_gpu(function: Callable[..., T], *args: Any) -> T | None:
+    """Return the result of a function in a process with a free GPU; None if it has not ended within GPU_WAIT_S."""
+    task = ray.remote(num_gpus=1, num_cpus=0, label_selector=node_selector(TRAIN) or {})(function).remote(*args)
+    ready, _ = ray.wait([task], timeout=GPU_WAIT_S)
     if not ready:
-        ray.cancel(query)
+        ray.cancel(task)
         return None
-    return int(ray.get(query))
+    result: T = ray.get(task)
+    return result
 
 
 def _measure_gpu_bytes() -> int:

@@ -78,17 +78,21 @@ def report_trial_accuracy(sweep: str, trial: str, accuracy: float) -> None:
 
 
 def report_epoch(run: str, stage: str, metrics: Mapping[str, float]) -> None:
-    """Set ray_carclass_epoch, _loss and _accuracy (both by split), and _diverged: 1 if a loss is not finite.
+    """Set ray_carclass_epoch, _loss and _accuracy (both by split), and _diverged to 0.
 
     All are tagged with the run and the stage. metrics: an epoch's row from the training loop.
     """
     tags = {"run": run, "stage": stage}
-    losses = {split: metrics[f"{split}_loss"] for split in ("train", "val")}
     _gauge("epoch", "run", "stage").set(metrics["epoch"], tags)
-    _gauge("diverged", "run", "stage").set(float(not all(map(math.isfinite, losses.values()))), tags)
-    for split, loss in losses.items():
-        _gauge("loss", "run", "stage", "split").set(loss, {**tags, "split": split})
+    _gauge("diverged", "run", "stage").set(0.0, tags)
+    for split in ("train", "val"):
+        _gauge("loss", "run", "stage", "split").set(metrics[f"{split}_loss"], {**tags, "split": split})
         _gauge("accuracy", "run", "stage", "split").set(metrics[f"{split}_accuracy"], {**tags, "split": split})
+
+
+def report_divergence(run: str, stage: str) -> None:
+    """Set ray_carclass_diverged to 1: the stage has ended, as its loss or weights are not finite."""
+    _gauge("diverged", "run", "stage").set(1.0, {"run": run, "stage": stage})
 
 
 def watch_nodes() -> None:
@@ -167,7 +171,7 @@ DESCRIPTIONS = {
     "epoch": "Finished epochs of a run's stage",
     "loss": "Mean loss of a run's latest epoch",
     "accuracy": "Accuracy of a run's latest epoch",
-    "diverged": "1 if a loss of a run's latest epoch is not finite, else 0",
+    "diverged": "1 if a run's stage ended as its loss or weights were not finite, else 0",
     "cost_usd": "Cost of the nodes in dollars since the job joined the cluster",
     "lost_nodes": "Nodes lost since the job joined the cluster",
 }

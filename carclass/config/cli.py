@@ -128,7 +128,7 @@ def _parse(
             f"--{setting.key}", metavar=metavar, help=f"{setting.explanation}{shown}".replace("%", "%%")
         )
     for key, explanation in (sections := optional_sections(kind)).items():
-        parser.add_argument(f"--{key}", choices=["null"], help=explanation)
+        parser.add_argument(f"--{key}", type=_null_or_text, choices=["null"], help=explanation)
     args = parser.parse(argv)
     if args.config == "":
         raise UserError("`--config` is empty; give a YAML file")
@@ -156,9 +156,14 @@ def load_config(path: Path, overrides: dict[str, str], kind: type[S]) -> S:
     return validate(values, kind, source=path, base=Path(os.path.abspath(path)).parent)
 
 
+def _null_or_text(text: str) -> str:
+    """Return the spellings of null in YAML as "null"; `~` is a folder on the command line."""
+    return "null" if text in ("Null", "NULL") else text
+
+
 def _parse_value(text: str) -> Any:
     """Return a value from the command line. Numbers stay text: the setting's type decides, a name may look like one."""
-    if text != "null" and text[:1] not in ("[", "{"):
+    if (text := _null_or_text(text)) != "null" and text[:1] not in ("[", "{"):
         return CommandLineText(text)
     try:
         return yaml_file.parse(text, "command line")

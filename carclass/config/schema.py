@@ -12,9 +12,10 @@ relative to that file; relative paths on the command line are relative to the wo
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from carclass.config import yaml_file
+from carclass.config.effects import check_mask_effect, check_train_effect
 from carclass.config.section import Name, Parent, Section, Sha256, Share, Uri, validate
 from carclass.errors import UserError
 
@@ -207,9 +208,10 @@ class AugmentationSettings(Section):
 class StageSettings(Section):
     """Optimisation of one training stage."""
 
+    name: ClassVar[StageName]
     epochs: int = Field(ge=1)
     """Upper limit; patience may end the stage earlier."""
-    lr: float = Field(gt=0, allow_inf_nan=False)
+    lr: float = Field(gt=0)
     """Peak learning rate."""
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     """SGD has a momentum of 0.9."""
@@ -223,6 +225,8 @@ class StageSettings(Section):
     """Share of the target spread over all classes (Szegedy et al. 2016)."""
     batch_size: int = Field(32, ge=1)
     """Photos per step, over all workers together."""
+    clip_grad_norm: float | None = Field(None, gt=0)
+    """Largest norm of a step's gradients, which are scaled down to it; null: they are used as they are."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Decay per step of a moving average of the weights, which is validated and saved; null: none."""
     patience: int | None = Field(None, ge=1)
@@ -242,8 +246,9 @@ class StageSettings(Section):
 class FrozenSettings(StageSettings):
     """Training of the head on cached features of the frozen backbone."""
 
+    name = "frozen"
     epochs: int = Field(80, ge=1)
-    lr: float = Field(2e-3, gt=0, allow_inf_nan=False)
+    lr: float = Field(2e-3, gt=0)
     batch_size: int = Field(128, ge=1)
     views: int = Field(4, ge=1)
     """Versions of each training photo whose features are cached: 1 the photo, 2 also its mirror image,
@@ -253,8 +258,9 @@ class FrozenSettings(StageSettings):
 class UnfrozenSettings(StageSettings):
     """Training of all layers, from the frozen stage's best epoch; BatchNorm statistics stay frozen."""
 
+    name = "unfrozen"
     epochs: int = Field(30, ge=1)
-    lr: float = Field(6e-4, gt=0, allow_inf_nan=False)
+    lr: float = Field(6e-4, gt=0)
     weight_decay: float = Field(0.05, ge=0)
     warmup_epochs: float = Field(1.0, ge=0)
     layer_decay: float = Field(0.5, gt=0, le=1)
@@ -269,14 +275,16 @@ class UnfrozenSettings(StageSettings):
 class TrainSettings(Section):
     """A dataset → a run."""
 
+    removed: ClassVar[dict[str, str]] = {"checkpoint_steps": "is now `checkpoint_seconds`: 60 by default"}
+
     name: Name
     """Name of the run; the same name resumes it."""
     dataset: Name = "v2"
     """Dataset to train on."""
     parent: Parent = "imagenet"
     """`imagenet` or `imagenet-v2` (torchvision's), `sample` (in the package), the URI of weights, or a run under
-    the same root, including its classifier: `exp_002@12` (an epoch of its last stage), `exp_002@best`,
-    `exp_002@last`."""
+    the same root, including its classifier: `exp_002@best` (its model, the best epoch over its stages), `exp_002@12`
+    or `exp_002@last` (epochs of its last stage)."""
     parent_sha256: Sha256 | None = None
     """Checked before the weights are opened; required for http(s)."""
     model: ModelSettings = ModelSettings()
@@ -291,8 +299,8 @@ class TrainSettings(Section):
     """true or false; by default true if the cluster has a GPU."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16 autocast, or float32 throughout."""
-    checkpoint_steps: int = Field(100, ge=1)
-    """Steps between checkpoints for resuming, which are written asynchronously; the latest two are kept."""
+    checkpoint_seconds: float = Field(60, ge=0)
+    """Seconds between checkpoints for resuming, which are written asynchronously; the latest two are kept."""
     keep_checkpoints: int = Field(2, ge=1)
     """Number of epochs whose weights are kept, the best by val accuracy."""
     seed: int = Field(123, ge=0)
@@ -325,6 +333,9 @@ class EvaluateSettings(Section):
     """Dataset to evaluate on; by default the one the run was trained on."""
     split: Literal["test", "val"] = "test"
     """Split to evaluate on; make choices on val, and use test only at the end."""
+    stage: StageName | None = None
+    """Stage whose best epoch is evaluated; by default the run's model, the best epoch over its stages by val
+    accuracy."""
     batch_size: int = Field(64, ge=1)
     """Photos per forward pass."""
 
@@ -334,6 +345,9 @@ class PredictSettings(Section):
 
     run: Name | None = None
     """Run whose network classifies the photos."""
+    stage: StageName | None = None
+    """Stage whose best epoch classifies them; by default the run's model, the best epoch over its stages by val
+    accuracy."""
     photos: Uri
     """Folder, s3:// prefix, tar or zip archive of photos."""
     name: Name = "predictions"
@@ -341,7 +355,8 @@ class PredictSettings(Section):
     threshold: Share = 0.0
     """Photos with a lower calibrated probability are marked as rejected."""
     detector_weights: Uri | None = None
-    """URI of the weights with which the run's dataset was masked; by default the one recorded then."""
+    """URI of the weights with which the run's dataset was masked, or of the file that they were converted from; by
+    default the recorded one, and if it is lost the zoo's."""
     batch_size: int = Field(64, ge=1)
     """Photos per forward pass of the classifier."""
     max_quarantined: Share = 0.05
@@ -357,12 +372,18 @@ class Config(Section):
     root: Uri
     """Folder or s3:// prefix for datasets and experiments."""
     ingest: IngestSettings | None = None
-    mask: MaskSettings | None = None
-    train: TrainSettings | None = None
+    mask: Annotated[MaskSettings | None, AfterValidator(check_mask_effect)] = None
+    train: Annotated[TrainSettings | None, AfterValidator(check_train_effect)] = None
     evaluate: EvaluateSettings = EvaluateSettings()
     predict: PredictSettings | None = None
     compare_unmasked: bool = False
     """Also train on the unmasked dataset in the pipeline, with the same settings, to measure the effect of masking."""
+
+
+class _TrainSection(Section):
+    """A config file's `train` section, without the checks of a user's file."""
+
+    train: TrainSettings
 
 
 def with_changes(settings: TrainSettings, changes: dict[str, Any], *, source: str, base: Path) -> TrainSettings:
@@ -370,11 +391,9 @@ def with_changes(settings: TrainSettings, changes: dict[str, Any], *, source: st
 
     source: origin of the changes, for messages. base: folder that relative paths refer to.
     """
-    values: dict[str, Any] = {"root": ".", "train": settings.model_dump(mode="json")}
+    values: dict[str, Any] = {"train": settings.model_dump(mode="json", exclude_unset=True)}
     for key, value in changes.items():
         if part := next((other for other in changes if other.startswith(f"{key}.")), None):
             raise UserError(f"{source}: `{part}` is given twice, as it is a part of `{key}`. Join the two.")
         yaml_file.set_key(values, key, value)
-    changed = validate(values, Config, source=source, base=base).train
-    assert changed is not None
-    return changed
+    return validate(values, _TrainSection, source=source, base=base).train

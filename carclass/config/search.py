@@ -12,9 +12,9 @@ SCHEDULERS = ("asha", "hyperband", "median", "none")
 class Range(Section):
     """Values of one varied setting: an interval from `min` to `max`, or `choices`."""
 
-    min: float | None = Field(None, allow_inf_nan=False)
+    min: float | None = Field(None)
     """Lowest value of the interval."""
-    max: float | None = Field(None, allow_inf_nan=False)
+    max: float | None = Field(None)
     """Highest value of the interval."""
     log: bool = False
     """Sample on a logarithmic scale."""
@@ -71,7 +71,10 @@ class Search(Section):
     min_epochs: int | None = Field(None, ge=1)
     """Epochs of the last stage before a trial may be stopped; by default a fifteenth of all its epochs."""
     num_seeds: int = Field(3, ge=1)
-    """Seeds with which the best three settings and the unchanged experiment are trained, the first one included."""
+    """Seeds with which the best three settings and the unchanged experiment are trained, the first one included.
+
+    The first chose the settings, so they are compared over the others: fewer than 3 allow no verdict.
+    """
     devices_per_worker: float = Field(1.0, gt=0)
     """GPUs (CPUs if there are none) of each worker of a trial; with 0.25, four trials share a GPU."""
     max_concurrent_trials: int | None = Field(None, ge=1)

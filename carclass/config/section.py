@@ -58,6 +58,7 @@ MESSAGES = {
     "int_parsing": "must be an integer",
     "int_from_float": "must be an integer",
     "float_parsing": "must be a number",
+    "finite_number": "must be a finite number",
     "bool_parsing": "must be true or false",
 }
 """Texts for those of pydantic's error types whose own texts speak of Python."""
@@ -75,7 +76,7 @@ Sha256 = Annotated[str, Field(pattern=SHA256_PATTERN)]
 class Section(BaseModel):
     """A section of the config file: immutable, and strict about its keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
     removed: ClassVar[dict[str, str]] = {}
     """Former settings of the section: name → the rest of the error's sentence."""
 
@@ -107,7 +108,7 @@ def _explain(item: Any, kind: type[Section], empty: Mapping[str, str]) -> str:
             message = PATTERN_MESSAGES[item["ctx"]["pattern"]]
         if path in empty and not str(item["input"] or "").strip():
             return f"`{path}`: {message}; {empty[path]} is empty: set the variable, or write `${{NAME:-default}}`"
-        return f"`{path}`: {message}{_given_text(item['input'])}"
+        return f"{f'`{path}`: ' if path else ''}{message}{_given_text(item['input'])}"
     section, name = _section_at(kind, item["loc"][:-1]), str(item["loc"][-1])
     if name in section.removed:
         return f"`{path}` {section.removed[name]}"

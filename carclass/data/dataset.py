@@ -23,6 +23,7 @@ from pyarrow import NativeFile
 
 from carclass import storage
 from carclass.data import formats
+from carclass.data.formats import json_text
 from carclass.errors import UserError, unknown_name
 from carclass.formatting import number_text
 from carclass.progress import table
@@ -227,7 +228,7 @@ def find_same_dataset(root: str, name: str, settings: dict[str, Any]) -> Dataset
 
 def to_json(value: Any) -> bytes:
     """Return a value as canonical JSON: sorted keys, UTF-8."""
-    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
+    return json_text(value, indent=1, sort_keys=True, ensure_ascii=False).encode()
 
 
 def dataset_table(published: Dataset, **extra_rows: str) -> str:

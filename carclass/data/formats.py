@@ -49,6 +49,49 @@ MANIFEST_KEYS = {
     **{"settings": dict, "classes": list[str], "kind": str, "inputs": int, "rows": int, "quarantined": int},
     **{"splits": COUNTS, "reasons": COUNTS, "parts": list[str]},
 }
+ADDED_SETTINGS: dict[str, Row] = {
+    "frozen": {"ema_decay": None, "clip_grad_norm": None, "keep_epochs": []},
+    "unfrozen": {
+        "ema_decay": None,
+        "clip_grad_norm": None,
+        "keep_epochs": [],
+        "layer_decay": 1.0,
+        "appearance": False,
+        "micro_batch_size": None,
+    },
+}
+"""Settings that format 1 of a run's config may lack, by stage, at the values that the run was trained with then."""
+
+
+def _complete_settings(values: Any) -> Row:
+    """Return a run's settings of format 1 with all settings of format 2."""
+    if not isinstance(values, dict):
+        return {}
+    settings = {"checkpoint_seconds": 60.0, **values}
+    settings.pop("checkpoint_steps", None)
+    for stage, added in ADDED_SETTINGS.items():
+        if isinstance(settings.get(stage), dict):
+            settings[stage] = {**added, **settings[stage]}
+    return settings
+
+
+def _complete_search(values: Any) -> Row:
+    return {**values, "train": _complete_settings(values.get("train"))} if isinstance(values, dict) else {}
+
+
+def _complete_lineage(values: Any) -> Row:
+    return {"code": "unknown", "started": "unknown", "environments": [], **values} if isinstance(values, dict) else {}
+
+
+def _choose_temperature(values: Any) -> Row:
+    """Return a calibration of format 1, whose temperature was used in any case, with one that improves on val."""
+    if not isinstance(values, dict):
+        return {}
+    before, after = (values.get(f"expected_calibration_error_{when}", 0.0) for when in ("before", "after"))
+    fitted = values.get("temperature")
+    return {**values, "fitted_temperature": fitted, "temperature": fitted if after <= before else 1.0}
+
+
 KINDS = {
     "manifest": Kind(
         {**MANIFEST_KEYS, "parts": dict[str, str], "quarantine": dict[str, str], "listing": str},
@@ -57,22 +100,64 @@ KINDS = {
         former_keys={1: MANIFEST_KEYS},
     ),
     "draft": Kind({"settings": dict}, "Delete the file and run the same job again."),
-    "run_config": Kind({"name": str, "dataset": str, "parent": str, "seed": str}, RUN_REMEDY),
-    "lineage": Kind({"parent_sha256": str, "dataset_digest": str}, RUN_REMEDY),
-    "metrics": Kind({"stage": str, "epoch": int}, RUN_REMEDY),
+    "run_config": Kind(
+        {"name": str, "dataset": str, "parent": str, "seed": str},
+        RUN_REMEDY,
+        format=2,
+        migrations={1: _complete_settings},
+    ),
+    "lineage": Kind(
+        {
+            **dict.fromkeys(("parent", "parent_sha256", "dataset", "dataset_digest", "code", "started"), str),
+            "environments": list,
+        },
+        RUN_REMEDY,
+        format=2,  # has the start, and the libraries and device of each stage
+        migrations={1: _complete_lineage},
+    ),
+    "metrics": Kind(
+        {
+            **{"stage": str, "epoch": int},
+            **dict.fromkeys(
+                ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds", "time"), NUMBER
+            ),
+        },
+        RUN_REMEDY,
+    ),
     "steps": Kind({"step": int, "loss": NUMBER}, RUN_REMEDY),
     "model": Kind(
-        {"classes": list, "model": dict, "sha256": str},
+        {
+            **{"stage": str, "epoch": int, "val_accuracy": NUMBER, "classes": list, "precision": str, "sha256": str},
+            **{"model.architecture": str, "model.stride_in_1x1": bool},
+            **{"model.image_size": int, "model.dropout": NUMBER},
+        },
         "Delete the file and run jobs/train.py again: finished epochs are kept.",
     ),
+    "run_model": Kind({"stage": str, "sha256": str}, "Delete the file: it is found again from the stages' models."),
     "checkpoint": Kind({"epoch": int, "val_accuracies": list, "sha256": dict}, RUN_REMEDY),
-    "evaluation": Kind({"accuracy": NUMBER, "num_photos": int}, "Run jobs/evaluate.py again."),
-    "export": Kind({"model_sha256": str, "files": dict}, "Delete the file and run jobs/export.py again."),
-    "summary": Kind({"seconds": NUMBER}, "Run jobs/pipeline.py again."),
-    "calibration": Kind({"temperature": NUMBER, "model_sha256": str}, PREDICT_REMEDY),
-    "preprocessing": Kind({"reading": dict}, PREDICT_REMEDY),
+    "evaluation": Kind(
+        {"accuracy": NUMBER, "num_photos": int},
+        "Run jobs/evaluate.py again.",
+        format=2,  # has the model, the dataset and the split
+        migrations={1: lambda values: {"model_sha256": None, **values} if isinstance(values, dict) else {}},
+    ),
+    "export": Kind({"model_sha256": str, "files": dict}, "Delete the file and run jobs/export.py again.", format=2),
+    "budget": Kind({"budget": str}, "Delete the file: the next jobs/lineage.py run writes it again."),
+    "summary": Kind({"seconds": NUMBER}, "Run jobs/pipeline.py again.", format=2),  # has the model
+    "calibration": Kind(
+        {"temperature": NUMBER, "model_sha256": str},
+        PREDICT_REMEDY,
+        format=2,  # has the temperature that was fitted beside the one to use
+        migrations={1: _choose_temperature},
+    ),
+    "preprocessing": Kind({"reading": dict}, PREDICT_REMEDY, format=2),  # has all up to the network's input
     "predictions": Kind({}, "Delete the folder, or choose another `predict.name`."),
-    "search": Kind({"search": dict, "train.seed": str}, SWEEP_REMEDY),
+    "search": Kind(
+        {"search": dict, "train.seed": str},
+        SWEEP_REMEDY,
+        format=2,
+        migrations={1: _complete_search},
+    ),
     "trials": Kind({"trials": list}, SWEEP_REMEDY, format=2, migrations={1: lambda rows: {"trials": rows}}),
 }
 """All kinds of stored files."""
@@ -99,9 +184,19 @@ def write(uri: str, kind: str, values: Row) -> None:
     storage.write_bytes(uri, yaml_file.dump(content) if uri.endswith(".yml") else to_json(content))
 
 
+def create(uri: str, kind: str, values: Row) -> bool:
+    """Write a JSON file with its format unless it exists, and return True if it was written."""
+    return storage.create(uri, to_json({"format": KINDS[kind].format, **values}))
+
+
 def to_json(values: Any) -> bytes:
     """Return a value as strict JSON. Raise ValueError for numbers that are not finite."""
-    return json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False).encode()
+    return json_text(values, indent=1, ensure_ascii=False).encode()
+
+
+def json_text(value: Any, **options: Any) -> str:
+    """Return a value as strict JSON in one line, see to_json. options: of json.dumps."""
+    return json.dumps(value, allow_nan=False, **options)
 
 
 def decode(data: bytes, kind: str, uri: str) -> Row:
@@ -110,21 +205,33 @@ def decode(data: bytes, kind: str, uri: str) -> Row:
     Raise DamagedFileError if it is no JSON or YAML or lacks a key, and UserError if it has a newer format.
     """
     try:
-        content = yaml_file.parse(data.decode(), uri) if uri.endswith(".yml") else json.loads(data)
+        content = yaml_file.parse(data.decode(), uri) if uri.endswith(".yml") else _parse_json(data)
     except (ValueError, RecursionError) as error:
         cause = str(error).removeprefix(f"{uri} is ") if data.strip() else "it is empty"
         raise _damaged(kind, uri, cause) from error
     return _upgrade(content, kind, uri)
 
 
+def _parse_json(data: bytes) -> Any:
+    """Return the value of strict JSON. Raise ValueError for others, also for NaN, which Python's parser reads."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no number of JSON")
+
+    return json.loads(data, parse_constant=refuse)
+
+
 def encode_lines(kind: str, rows: Sequence[Row]) -> bytes:
     """Return rows as lines of strict JSON, each with its format; numbers that are not finite as null."""
     lines = ({"format": KINDS[kind].format, **replace_not_finite(row)} for row in rows)
-    return "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode()
+    return "".join(json_text(line) + "\n" for line in lines).encode()
 
 
 def decode_lines(data: bytes, kind: str, uri: str) -> list[Row]:
-    """Return the rows of a file of lines, null as NaN. A last line that was cut, as by a power loss, is left out."""
+    """Return the rows of a file of lines, null as NaN; former versions wrote NaN.
+
+    A last line that was cut, as by a power loss, is left out.
+    """
     *lines, last = data.split(b"\n")
     rows = []
     for number, line in enumerate([*lines, *([last] if last else [])], 1):
@@ -177,7 +284,7 @@ def _upgrade(content: Any, kind: str, uri: str) -> Row:
         )
     for step in range(number, known.format):
         if step in known.migrations:
-            content = {**known.migrations[step](content), "format": step + 1}
+            content = {**_as_mapping(known.migrations[step](content), kind, uri), "format": step + 1}
     values = _as_mapping(content, kind, uri)
     for key, type_ in known.former_keys.get(number, known.keys).items():
         value: Any = values

@@ -5,7 +5,6 @@ temporary files too.
 """
 
 import hashlib
-import json
 import sqlite3
 import tempfile
 import zlib
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 import pyarrow as pa
 
+from carclass.data.formats import json_text
 from carclass.errors import UserError
 
 T = TypeVar("T")
@@ -164,7 +164,7 @@ class Inventory:
         digest = hashlib.sha256()
         columns = "key, coalesce(recorded, fingerprint), label, subset, reason"
         for row in self.query(f"SELECT {columns} FROM input ORDER BY key"):  # noqa: S608 - constant
-            digest.update(f"{json.dumps(row)}\n".encode())
+            digest.update(f"{json_text(row)}\n".encode())
         return digest.hexdigest()
 
     def classes(self) -> list[str]:

@@ -6,7 +6,6 @@ A job that was killed leaves its lease behind. On the same machine the next job 
 watches the lease, until it is renewed (the owner lives, and the new job is refused) or expires.
 """
 
-import json
 import logging
 import os
 import re
@@ -25,6 +24,7 @@ from uuid import uuid4
 from pydantic import TypeAdapter, ValidationError
 
 from carclass import storage
+from carclass.data.formats import json_text
 from carclass.data.layout import check_layout
 from carclass.errors import UserError
 
@@ -143,7 +143,7 @@ class Lease:
         return self._is_mine()
 
     def _content(self) -> bytes:
-        return json.dumps({"format": 1, **asdict(self.holder)}, indent=1).encode()
+        return json_text({"format": 1, **asdict(self.holder)}, indent=1).encode()
 
     def _is_mine(self) -> bool:
         """Return True if the lease is this job's, and note its version.

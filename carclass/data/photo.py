@@ -67,8 +67,8 @@ _SVG = re.compile(
 )
 """Start of an SVG file: an XML declaration, comments and a document type may come before its element."""
 _SVG_BYTES = 2**16
-# Exceptions of PIL's readers on damaged bytes; a MemoryError is a failure of the machine and propagates.
-_PIL_ERRORS = (AssertionError, EOFError, LookupError, OSError, SyntaxError, TypeError, ValueError, struct.error)
+PIL_ERRORS = (AssertionError, EOFError, LookupError, OSError, SyntaxError, TypeError, ValueError, struct.error)
+"""Exceptions of PIL's readers on damaged bytes; a MemoryError is a failure of the machine and propagates."""
 
 
 class _Limits(NamedTuple):
@@ -100,6 +100,11 @@ def decode(
     """
     limits = _Limits(min_side, max_pixels, max_side)
     return _finish(_decode_file(data, limits), limits)
+
+
+def decode_stored(data: bytes) -> np.ndarray:
+    """Decode a photo of a dataset as `decode` does: ingestion has checked its size, by the limits of its settings."""
+    return decode(data, min_side=1, max_pixels=MAX_JPEG_SIDE**2)
 
 
 def encode(pixels: np.ndarray, *, quality: int = 92) -> bytes:
@@ -316,7 +321,7 @@ def _pil_errors(kind: str) -> Iterator[None]:
     """Convert PIL's exceptions to PhotoError."""
     try:
         yield
-    except _PIL_ERRORS as error:
+    except PIL_ERRORS as error:
         reason = Reason.TRUNCATED if "truncated" in str(error).lower() else Reason.CORRUPT
         raise PhotoError(reason, f"{kind}: {error}") from error
 

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from carclass import storage
 from carclass.data import formats
 from carclass.data.dataset import MASKED_ROW, QUARANTINE, ROW, Dataset, open_part, read_part, to_json
+from carclass.data.formats import json_text
 from carclass.data.inventory import WRITTEN
 from carclass.errors import UserError
 
@@ -69,7 +70,7 @@ def write_part(uri: str, folder: str, rows: pa.Table, settings: dict[str, Any]) 
         return part
     metadata = {SETTINGS_KEY: digest.encode(), CONTENT_KEY: part.content.encode()}
     if "fingerprint" in names:
-        metadata[FINGERPRINTS_KEY] = json.dumps(rows["fingerprint"].to_pylist()).encode()
+        metadata[FINGERPRINTS_KEY] = json_text(rows["fingerprint"].to_pylist()).encode()
         rows = rows.drop(["fingerprint"])
     sink = pa.BufferOutputStream()
     table = rows.cast(rows.schema.with_metadata(metadata))

@@ -12,6 +12,7 @@ from PIL import Image
 from carclass.evaluation.metrics import NUM_CALIBRATION_BINS
 from carclass.formatting import percent_text
 from carclass.reporting import svg
+from carclass.reporting.axes import fit_text
 from carclass.reporting.svg import BOTTOM, LEFT, RIGHT, TOP
 
 HEAT_MAP_CELL = 4  # image pixels per class: sharp on dense screens, and 196 classes stay near 20 KB
@@ -22,24 +23,23 @@ MAX_HEAT_MAP_NAMES = 14
 History = dict[str, list[dict[str, Any]]]
 
 
-def best_epoch(history: History) -> tuple[int, str, dict[str, Any]] | None:
-    """Return (position, stage, epoch row) of the highest finite `val_accuracy`, the first of equals.
+def find_epoch(history: History, stage: str, epoch: int) -> tuple[int, dict[str, Any]] | None:
+    """Return (position, row) of an epoch of a stage; None if it is missing or its `val_accuracy` is not finite.
 
-    The position counts from 0 over all stages in order. None if no epoch has a finite value.
+    The position counts from 0 over all stages in order.
     """
-    rows = [(stage, row) for stage, epochs in history.items() for row in epochs]
-    finite = [i for i, (_, row) in enumerate(rows) if math.isfinite(row["val_accuracy"])]
-    if not finite:
-        return None
-    position = max(finite, key=lambda i: rows[i][1]["val_accuracy"])
-    return position, *rows[position]
+    rows = [(name, row) for name, epochs in history.items() for row in epochs]
+    for position, (name, row) in enumerate(rows):
+        if (name, row["epoch"]) == (stage, epoch) and math.isfinite(row["val_accuracy"]):
+            return position, row
+    return None
 
 
-def curve_chart(history: History, metric: str, percent: bool) -> Markup:
+def curve_chart(history: History, metric: str, ringed: tuple[int, dict[str, Any]] | None, *, percent: bool) -> Markup:
     """Draw `train_<metric>` and `val_<metric>` over the epochs of all stages in order.
 
     A NaN or infinite value leaves a gap in its line. The axis starts at zero; with `percent` fractions are shown as
-    percentages.
+    percentages. ringed: the epoch to mark, see find_epoch.
     """
     rows = [row for epochs in history.values() for row in epochs]
     values = [row[f"{split}_{metric}"] for split in ("train", "val") for row in rows]
@@ -54,12 +54,11 @@ def curve_chart(history: History, metric: str, percent: bool) -> Markup:
         points = [(px, y(row[f"{split}_{metric}"])) for px, row in zip(x, rows, strict=True)]
         parts.append(svg.curve(points, f"curve {split}", f"dot {split}"))
     parts.append(svg.axis_name("epoch"))
-    best = best_epoch(history)
-    if best is not None:
-        position, _, row = best
+    if ringed is not None:
+        position, row = ringed
         value = row[f"val_{metric}"]
         if math.isfinite(value):
-            parts.append(_best_mark(x[position], y(value), value, percent))
+            parts.append(_ring(x[position], y(value), value, percent))
     return svg.drawing(f"{metric} per epoch, training and validation", parts)
 
 
@@ -107,8 +106,7 @@ def heat_map(confusion: np.ndarray, class_names: list[str]) -> Markup:
     for i in range(0, num_classes, step):
         middle = (i + 0.5) * size / num_classes
         name = f"{i + 1}\u2002{class_names[i]}"
-        name = name if len(name) <= 30 else name[:29] + "…"
-        parts.append(svg.text("tick end", left - 10, 9 + middle, name))
+        parts.append(svg.text("tick end", left - 10, 9 + middle, fit_text(name, 30)))
         parts.append(svg.text("tick middle", left + middle, size + 24, str(i + 1)))
     parts.append(svg.text("tick middle", left + size / 2, size + 48, "number of the predicted class"))
     return svg.drawing(f"confusion matrix of {num_classes} classes", parts, width=left + size + 10, height=size + 56)
@@ -146,8 +144,8 @@ def _stages(history: History, x: list[float]) -> Markup:
     return Markup("").join(parts)
 
 
-def _best_mark(x: float, y: float, value: float, percent: bool) -> Markup:
-    """Draw a ring at the best epoch with its value beside it."""
+def _ring(x: float, y: float, value: float, percent: bool) -> Markup:
+    """Draw a ring at an epoch with its value beside it."""
     label = percent_text(value) if percent else f"{value:.3f}"
     anchor, shift = ("end", 4) if x > (LEFT + RIGHT) / 2 else ("start", -4)
     below = y + 22 if y < TOP + 20 else y - 12

@@ -6,20 +6,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from carclass import storage
 from carclass.config.schema import EvaluateSettings
 from carclass.data import dataset
 from carclass.evaluation.metrics import confusion_matrix
 from carclass.evaluation.report import MaskingSample, Mistake, Report
-from carclass.runs.run import Run
+from carclass.runs.calibration_record import Calibration
+from carclass.runs.preprocessing_record import masking_difference
+from carclass.runs.run import Run, model_text
 
 NUM_MISTAKES, NUM_MASKING_SAMPLES = 24, 12
-
-
-def report_uri(run: Run, source: dataset.Dataset, settings: EvaluateSettings) -> str:
-    """Return the report's folder: `report` for the test split of the run's dataset, else one per dataset and split."""
-    is_default = source.name == run.settings.dataset and settings.split == "test"
-    return storage.join(run.uri, "report" if is_default else f"report-{source.name}-{settings.split}")
 
 
 def collect_report(
@@ -29,8 +24,12 @@ def collect_report(
     model_facts: dict[str, Any],
     metrics: dict[str, Any],
     predictions: pa.Table,
+    calibrated: Calibration | None,
 ) -> Report:
-    """Gather the report: lineage, training history, masked photos and worst mistakes."""
+    """Gather the report: lineage, training history, masked photos and worst mistakes.
+
+    calibrated: the calibration of the predictions; None if they are not calibrated.
+    """
     labels, probabilities = to_arrays(predictions, source.classes)
     history: dict[str, list[dict[str, Any]]] = {}
     for row in run.metrics():
@@ -38,13 +37,17 @@ def collect_report(
     return Report(
         title=f"{run.settings.name} on {source.name} {settings.split}",
         facts=_facts(run, source, settings, model_facts),
+        split=settings.split,
+        model=(model_facts["stage"], model_facts["epoch"]),
         metrics=metrics,
+        calibration=_calibration_text(run, source, settings, calibrated),
         class_names=source.classes,
         confusion=confusion_matrix(labels, probabilities.argmax(1), len(source.classes)),
         history=history,
         masking=_masking_samples(source, settings.split),
         mistakes=_mistakes(source, predictions),
-        quarantined=source.manifest["reasons"] or _parent(source).manifest["reasons"],
+        quarantined=quarantined(source),
+        missing_source=_source_name(source) if _is_masked(source) and _find_source(source) is None else None,
     )
 
 
@@ -52,18 +55,29 @@ def _facts(
     run: Run, source: dataset.Dataset, settings: EvaluateSettings, model_facts: dict[str, Any]
 ) -> list[tuple[str, str]]:
     """Return (name, value) pairs for the head of the report."""
-    lineage = run.lineage()
-    checkpoint = f"{model_facts['stage']} epoch {model_facts['epoch']}, val accuracy {model_facts['val_accuracy']:.3f}"
+    lineage, difference = run.lineage(), masking_difference(run, source)
     return [
         ("Run", run.settings.name),
         ("Model", f"{run.settings.model.architecture}, {run.settings.model.image_size} px"),
-        ("Checkpoint", checkpoint),
+        ("Checkpoint", model_text(model_facts)),
         ("Parent", f"{lineage['parent']} (sha256 {lineage['parent_sha256'][:12]}…)"),
         ("Trained on", f"{run.settings.dataset} (sha256 {lineage['dataset_digest'][:12]}…)"),
         ("Evaluated on", f"{source.name}, {settings.split}: {source.manifest['splits'][settings.split]:,} photos"),
+        *([("Masking", f"differs: {difference}")] if difference is not None else []),
         ("Seed", str(run.settings.seed)),
         ("Code", lineage["code"]),
     ]
+
+
+def _calibration_text(
+    run: Run, source: dataset.Dataset, settings: EvaluateSettings, calibrated: Calibration | None
+) -> str:
+    """Return a sentence on the probabilities in a report."""
+    if calibrated is None:
+        return "Probabilities are the network's own, not calibrated: the run's val photos are no longer available."
+    is_fitted_here = settings.split == "val" and source.name == run.settings.dataset
+    here = " It was fitted on these very photos, which flatters the calibration." if is_fitted_here else ""
+    return f"Probabilities are as those of predictions, at temperature {calibrated.text}.{here}"
 
 
 def _mistakes(source: dataset.Dataset, predictions: pa.Table) -> list[Mistake]:
@@ -83,19 +97,37 @@ def _mistakes(source: dataset.Dataset, predictions: pa.Table) -> list[Mistake]:
     ]
 
 
-def _parent(source: dataset.Dataset) -> dataset.Dataset:
-    """Return the source of a masked dataset; an unmasked dataset is its own source."""
-    name = source.manifest["settings"].get("source")
-    return dataset.load_dataset(source.uri.rsplit("/", 2)[0], name) if name else source
+def _is_masked(source: dataset.Dataset) -> bool:
+    return bool(source.manifest["kind"] == "masked")
+
+
+def _source_name(source: dataset.Dataset) -> str:
+    """Return the name of the dataset that a masked dataset was made from."""
+    return str(source.manifest["settings"]["source"])
+
+
+def _find_source(source: dataset.Dataset) -> dataset.Dataset | None:
+    """Return the dataset that a masked dataset was made from; None if it is gone or has changed since."""
+    found = dataset.find_dataset(source.uri.rsplit("/", 2)[0], _source_name(source))
+    return found if found is not None and found.digest == source.source_digest else None
+
+
+def quarantined(source: dataset.Dataset) -> dict[str, dict[str, int]]:
+    """Return the quarantine, reason → photos, of a dataset and of those it was masked from, the first one first."""
+    if not _is_masked(source):
+        return {f"{source.name} (ingest)": source.manifest["reasons"]}
+    before = _find_source(source)
+    earlier = {} if before is None else quarantined(before)
+    return {**earlier, f"{source.name} (masking)": source.manifest["reasons"]}
 
 
 def _masking_samples(source: dataset.Dataset, split: str) -> list[MaskingSample]:
-    """Return photos before and after masking, chosen by hash; none for an unmasked dataset."""
-    if source.manifest["kind"] != "masked":
+    """Return photos before and after masking, chosen by hash; none if the photos before masking are not available."""
+    if not _is_masked(source) or (unmasked := _find_source(source)) is None:
         return []
     index = source.read(["image_id", "key", "split"]).filter(pc.field("split") == split).sort_by("image_id")
     keys = index["key"].to_pylist()[:NUM_MASKING_SAMPLES]
-    before = {row["key"]: row["image"] for row in _parent(source).rows(keys, ["image"])}
+    before = {row["key"]: row["image"] for row in unmasked.rows(keys, ["image"])}
     columns = ["image", "outcome", "vehicle_class", "score"]
     return [
         MaskingSample(caption=_caption(row), before=before[row["key"]], after=row["image"])

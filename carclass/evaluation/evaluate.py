@@ -1,26 +1,25 @@
 """Evaluation job: classify every photo of a split once, with the preprocessing of training, and write a report."""
 
 import logging
-import math
 from typing import Any, NamedTuple
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import ray
 
 from carclass import storage
-from carclass.cluster import connection, resources
+from carclass.cluster import connection
 from carclass.config.schema import EvaluateSettings
-from carclass.data import dataset, formats, streaming
-from carclass.data.crash_guard import CrashGuard
+from carclass.data import dataset, formats
 from carclass.data.lease import hold_lease
 from carclass.errors import UserError
-from carclass.evaluation.collect import collect_report, report_uri, to_arrays
+from carclass.evaluation.calibrate import calibrate_if_possible, calibrate_predictions
+from carclass.evaluation.classification import predict_split
+from carclass.evaluation.collect import collect_report, to_arrays
 from carclass.evaluation.metrics import classification_metrics
 from carclass.evaluation.report import render
-from carclass.runs.predictor import Predictor
+from carclass.runs.calibration_record import Calibration
+from carclass.runs.preprocessing_record import masking_difference
+from carclass.runs.report_record import report_uri
 from carclass.runs.run import find_run
 from carclass.runs.saved_model import read_model
 
@@ -40,7 +39,8 @@ def evaluate_run(root: str, settings: EvaluateSettings) -> Evaluation:
     if settings.run is None:
         raise UserError("`evaluate.run` is missing: name the run to evaluate, e.g. --run sample.")
     run = find_run(root, settings.run)
-    model_uri = run.model_uri(run.stages[-1])
+    stage = run.select_stage(settings.stage)
+    model_uri = run.model_uri(stage)
     _, model_facts = read_model(model_uri)
     source = dataset.load_dataset(root, settings.dataset or run.settings.dataset)
     if source.classes != model_facts["classes"]:
@@ -50,13 +50,20 @@ def evaluate_run(root: str, settings: EvaluateSettings) -> Evaluation:
         )
     if not source.manifest["splits"][settings.split]:
         raise UserError(f"dataset `{source.name}` has no {settings.split} photos. Choose another `evaluate.split`.")
+    if (difference := masking_difference(run, source)) is not None:
+        log.warning("evaluate: dataset %s is not as run %s was trained: %s", source.name, settings.run, difference)
     connection.connect({"root": root})
-    uri = report_uri(run, source, settings)
+    uri = report_uri(run, source.name, settings.split, stage)
     with hold_lease(uri, "evaluate") as lease:
+        calibrated = calibrate_if_possible(run, model_uri, model_facts, settings.batch_size)
         predictions = predict_split(source, settings, model_uri)
-        labels, probabilities = to_arrays(predictions, source.classes)
-        metrics = classification_metrics(labels, probabilities, source.classes)
-        html = render(collect_report(run, source, settings, model_facts, metrics, predictions))
+        if calibrated is not None:
+            predictions = calibrate_predictions(predictions, calibrated.temperature)
+        metrics = {
+            **_describe(source, settings, model_facts, calibrated),
+            **classification_metrics(*to_arrays(predictions, source.classes), source.classes),
+        }
+        html = render(collect_report(run, source, settings, model_facts, metrics, predictions, calibrated))
         sink = pa.BufferOutputStream()
         pq.write_table(predictions, sink, write_page_checksum=True)
         lease.check()
@@ -66,44 +73,14 @@ def evaluate_run(root: str, settings: EvaluateSettings) -> Evaluation:
     return Evaluation(metrics["accuracy"], metrics, storage.join(uri, "report.html"))
 
 
-def predict_split(source: dataset.Dataset, settings: EvaluateSettings, model_uri: str) -> pa.Table:
-    """Return key, label, predicted, confidence and probabilities of every photo of a split, ordered by key."""
-    use_gpu = resources.decide_gpus(None, 1, "evaluate", None)
-    resources.check_cpus(1, "evaluate")
-    num_batches = math.ceil(source.manifest["splits"][settings.split] / settings.batch_size)
-    count = min(resources.count_slots("GPU" if use_gpu else "CPU", 1), num_batches)
-    rows = streaming.stream_rows(source, ["key", "label", "image"], settings.split)
-    predicted = rows.map_batches(
-        ClassifyRows,
-        fn_constructor_kwargs={"model_uri": model_uri, "crash_guard": CrashGuard(), "use_gpu": use_gpu},
-        compute=ray.data.ActorPoolStrategy(size=count),
-        batch_size=settings.batch_size,
-        batch_format="pyarrow",
-        num_cpus=streaming.TASK_CPUS,
-        num_gpus=1 if use_gpu else 0,
-    )
-    table = pa.concat_tables(ray.get(predicted.to_arrow_refs())).sort_by("key")
-    expected = source.read(["key", "split"]).filter(pc.field("split") == settings.split)["key"].to_pylist()
-    assert table["key"].to_pylist() == sorted(expected), "a photo was classified twice or not at all"
-    probabilities = np.stack(table["probabilities"].to_numpy())
-    names = np.array(source.classes)[probabilities.argmax(1)]
-    table = table.add_column(2, "predicted", pa.array(names.tolist()))
-    return table.add_column(3, "confidence", pa.array(probabilities.max(1)))
-
-
-class ClassifyRows:
-    """A classifier actor: rows with an encoded image → key, label and class probabilities."""
-
-    def __init__(self, model_uri: str, crash_guard: CrashGuard, *, use_gpu: bool) -> None:
-        self.predictor, self.crash_guard = Predictor(model_uri, use_gpu=use_gpu), crash_guard
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Classify rows of `key`, `label` and `image`. Raise UserError for a photo that crashes workers."""
-        images = batch["image"].to_pylist()
-        probabilities = self.crash_guard.run_strictly(
-            "classify",
-            batch["key"].to_pylist(),
-            lambda indices: self.predictor.probabilities([images[i] for i in indices]),
-        )
-        column = pa.array(probabilities, pa.list_(pa.float32()))
-        return pa.table({"key": batch["key"], "label": batch["label"], "probabilities": column})
+def _describe(
+    source: dataset.Dataset, settings: EvaluateSettings, model_facts: dict[str, Any], calibrated: Calibration | None
+) -> dict[str, Any]:
+    """Return the photos, the model and the temperature that metrics are of."""
+    return {
+        "dataset": source.name,
+        "split": settings.split,
+        **{key: model_facts[key] for key in ("stage", "epoch")},
+        "model_sha256": model_facts["sha256"],
+        "temperature": None if calibrated is None else calibrated.temperature,
+    }

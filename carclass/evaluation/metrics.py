@@ -7,7 +7,6 @@ import math
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import classification_report
 
 NUM_CALIBRATION_BINS = 15  # as in Guo et al., 2017, for comparability
 NUM_CONFUSED_PAIRS = 20
@@ -141,6 +140,8 @@ def expected_calibration_error(bins: list[dict[str, Any]]) -> float:
 def _averages_and_classes(labels: np.ndarray, predicted: np.ndarray, class_names: list[str]) -> dict[str, Any]:
     """Return precision, recall, F1 and support per class, and their averages."""
     # By index, not by name: a class named "accuracy" would overwrite the report's own entry.
+    from sklearn.metrics import classification_report  # imported late: it takes seconds, and listing runs needs none
+
     report = classification_report(labels, predicted, labels=range(len(class_names)), output_dict=True, zero_division=0)
 
     def scores(key: str) -> dict[str, Any]:

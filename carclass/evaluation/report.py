@@ -8,6 +8,7 @@ import numpy as np
 
 from carclass.evaluation import charts
 from carclass.reporting import page
+from carclass.runs.run import best_epoch_row
 
 LARGEST_CONFUSION_TABLE = 24
 """Number of classes up to which the confusion matrix is a table; above, it is a heat map."""
@@ -45,8 +46,14 @@ class Report:
     title: str
     facts: list[tuple[str, str]]
     """(name, value) pairs on the evaluated model: run, dataset, parent, code version, seed."""
+    split: str
+    """Split of the photos: `test` or `val`."""
+    model: tuple[str, int]
+    """Stage and epoch of the evaluated model."""
     metrics: dict[str, Any]
     """Result of `classification_metrics`."""
+    calibration: str
+    """Sentence on the temperature of the probabilities."""
     class_names: list[str]
     confusion: np.ndarray
     """int64 (C,C), row = true label, column = predicted class."""
@@ -59,8 +66,10 @@ class Report:
     """May be empty."""
     mistakes: list[Mistake]
     """Highest confidence first. May be empty."""
-    quarantined: dict[str, int]
-    """Reason → number of quarantined photos of the dataset. May be empty."""
+    quarantined: dict[str, dict[str, int]]
+    """By dataset and the job that made it, the first one first: reason → number of photos in quarantine."""
+    missing_source: str | None
+    """Name of the dataset that the photos were masked from, if it is gone or has changed since."""
 
     def __post_init__(self) -> None:
         num_classes = len(self.class_names)
@@ -78,7 +87,8 @@ def render(report: Report) -> str:
         metrics=report.metrics,
         classes=_weakest_first(report.metrics["per_class"]),
         class_numbers={name: i + 1 for i, name in enumerate(report.class_names)},
-        best=charts.best_epoch(report.history),
+        ringed=charts.find_epoch(report.history, *report.model),
+        best=best_epoch_row([{"stage": name, **row} for name, rows in report.history.items() for row in rows]),
         charts=charts,
         summary=_summary(report.metrics),
         confusion_as_table=len(report.class_names) <= LARGEST_CONFUSION_TABLE,

@@ -4,11 +4,14 @@ import numpy as np
 
 from carclass import storage
 from carclass.config.budget import Baseline, Figures
-from carclass.data import dataset, formats
+from carclass.data import dataset
+from carclass.errors import UserError
 from carclass.experiments.results import ComparedRun, Comparison, TestResult
 from carclass.experiments.status import RunStatus
 from carclass.experiments.tree import Experiment, Tree, load_baseline
-from carclass.runs.run import code_version, flatten
+from carclass.runs.environment import code_version
+from carclass.runs.report_record import own_report_uri, read_report_metrics
+from carclass.runs.run import flatten
 
 BOOTSTRAP_SEED = 123
 
@@ -52,11 +55,11 @@ def collect_run(
         state=status.state,
         reason=status.reason,
         settings=flatten(settings.model_dump(mode="json")),
-        epochs=[] if status.state == "missing" else status.run.metrics(),
+        epochs=[] if status.state in ("missing", "unreadable") else status.run.metrics(),
         val_accuracy=None if best is None else best["val_accuracy"],
         baseline_val=figures.val,
         baseline_test=figures.test,
-        test=_read_test(status),
+        test=read_test(status),
     )
 
 
@@ -68,22 +71,24 @@ def dataset_treatment(tree: Tree, name: str) -> str:
     return str(source.manifest["settings"]["cutout"]["mode"])
 
 
-def evaluation_uri(status: RunStatus) -> str:
-    """Return the URI of the metrics of a run's evaluation."""
-    return storage.join(status.run.uri, "report", "metrics.json")
-
-
-def _read_test(status: RunStatus) -> TestResult | None:
-    if not storage.exists(evaluation_uri(status)):
+def read_test(status: RunStatus) -> TestResult | None:
+    """Return the evaluation of a run's model on its test photos; None if there is none that can be read."""
+    run, best = status.run, status.best
+    if best is None:
         return None
-    metrics = formats.read(evaluation_uri(status), "evaluation")
-    table = dataset.read_part(
-        storage.join(status.run.uri, "report", "predictions.parquet"), ["key", "label", "predicted"]
-    )
+    predictions_uri = storage.join(own_report_uri(run, best["stage"]), "predictions.parquet")
+    try:
+        if (metrics := read_report_metrics(run, best["stage"])) is None:
+            return None
+        table = dataset.read_part(predictions_uri, ["key", "label", "predicted"])
+    except storage.StorageError:
+        raise
+    except UserError:
+        return None
     rows = table.sort_by("key").to_pydict()
     return TestResult(
         keys=rows["key"],
         correct=np.array(rows["label"]) == np.array(rows["predicted"]),
         metrics=metrics,
-        report=f"../experiments/{status.run.settings.name}/report/report.html",
+        report=f"../experiments/{run.settings.name}/report/report.html",
     )

@@ -7,9 +7,10 @@ import pyarrow.parquet as pq
 
 from carclass import storage
 from carclass.config.schema import EvaluateSettings
+from carclass.errors import UserError
 from carclass.evaluation.evaluate import evaluate_run
 from carclass.experiments import report
-from carclass.experiments.collect import collect_comparison, evaluation_uri
+from carclass.experiments.collect import collect_comparison, read_test
 from carclass.experiments.status import tree_status
 from carclass.experiments.tree import Tree
 
@@ -23,10 +24,16 @@ def compare_runs(tree: Tree) -> list[str]:
     """
     statuses = tree_status(tree)
     finished = [name for name, status in statuses.items() if status.state == "finished"]
-    untested = [name for name in finished if not storage.exists(evaluation_uri(statuses[name]))]
+    untested = [name for name in finished if read_test(statuses[name]) is None]
     for i, name in enumerate(untested, 1):
-        result = evaluate_run(tree.budget.root, EvaluateSettings(run=name))
-        log.info("lineage: evaluated %d of %d: %s, accuracy %.3f", i, len(untested), name, result.accuracy)
+        try:
+            result = evaluate_run(tree.budget.root, EvaluateSettings(run=name))
+        except storage.StorageError:
+            raise
+        except UserError as error:
+            log.warning("lineage: %s could not be evaluated: %s", name, error)
+            continue
+        log.info("lineage: evaluated %d of %d: %s, test accuracy %.3f", i, len(untested), name, result.accuracy)
     comparison = collect_comparison(tree, statuses)
     folder = storage.join(tree.budget.root, "comparison")
     page = report.render_comparison(comparison)

@@ -62,7 +62,8 @@ def comparison_table(comparison: Comparison) -> pa.Table:
         "seed": pa.array([run.settings.get("seed") for run in runs], pa.int64()),
         "epochs": pa.array([len(run.epochs) for run in runs], pa.int64()),
         "max_epochs": pa.array([run.max_epochs for run in runs], pa.int64()),
-        "best_epoch": pa.array([run.best_epoch for run in runs], pa.int64()),
+        "best_stage": pa.array([run.best_row.get("stage") for run in runs], pa.string()),
+        "best_epoch": pa.array([run.best_row.get("epoch") for run in runs], pa.int64()),
         "seconds": pa.array([sum(row["seconds"] for row in run.epochs) for run in runs], pa.float64()),
         "val_accuracy": pa.array([run.val_accuracy for run in runs], pa.float64()),
         "test_accuracy": pa.array([test and test.accuracy for test in tests], pa.float64()),
@@ -78,7 +79,7 @@ def comparison_table(comparison: Comparison) -> pa.Table:
 def summarise(comparison: Comparison) -> list[str]:
     """Return the results in sentences; there must be a finished run."""
     best, baseline = comparison.best, comparison.best_baseline
-    accuracy = f"val accuracy {percent_text(best.rank)} in epoch {best.best_epoch or DASH}"
+    accuracy = f"val accuracy {percent_text(best.rank)} in {best.best_epoch_text}"
     sentences = [
         f"The best run is {best.name}, on {best.dataset} ({best.treatment_label}), from {best.parent}: {accuracy}."
     ]

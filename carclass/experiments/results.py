@@ -1,6 +1,5 @@
 """Results of a tree of experiments: settings, metrics and test accuracies of each run."""
 
-import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,21 +7,22 @@ from typing import Any
 
 import numpy as np
 
+from carclass.data.formats import json_text
 from carclass.evaluation.metrics import wilson_interval
 from carclass.formatting import value_text
 from carclass.runs.run import STAGES, best_epoch_row
 
 DASH = "\u2013"
-STATES = ("finished", "stale", "begun", "missing", "failed")
+STATES = ("finished", "stale", "begun", "missing", "failed", "unreadable")
 TREATMENTS = {"none": "whole photo", "crop": "crop", "mask": "mask", "crop+mask": "crop and mask"}
 """Names of the modes of `cutout`; `none` is a dataset without masks."""
-NOT_IN_RECIPE = ("name", "parent", "parent_sha256", "dataset", "seed", "num_workers", "use_gpu", "checkpoint_steps")
+NOT_IN_RECIPE = ("name", "parent", "parent_sha256", "dataset", "seed", "num_workers", "use_gpu", "checkpoint_seconds")
 """Settings that do not belong to a recipe, like all that begin with `keep_`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TestResult:
-    """Evaluation of a run's best epoch on the test photos."""
+    """Evaluation of a run's model on the test photos."""
 
     keys: list[str]
     """Source keys of the photos, sorted; equal for the same photos in all datasets."""
@@ -59,13 +59,13 @@ class ComparedRun:
     state: str
     """One of STATES."""
     reason: str | None
-    """Cause of the state `stale` or `failed`."""
+    """Cause of the states `stale`, `failed` and `unreadable`."""
     settings: dict[str, Any]
     """Settings of the run by dotted key."""
     epochs: list[dict[str, Any]]
     """A row of metrics per epoch of all stages; may be empty."""
     val_accuracy: float | None
-    """Val accuracy of the last stage's best epoch."""
+    """Val accuracy of the run's model."""
     baseline_val: float | None
     """Val accuracy of the baseline."""
     baseline_test: float | None
@@ -78,10 +78,17 @@ class ComparedRun:
         return -1.0 if self.val_accuracy is None or math.isnan(self.val_accuracy) else self.val_accuracy
 
     @property
-    def best_epoch(self) -> int | None:
-        """Return the epoch of the last stage with the highest finite val accuracy, the earliest of equals."""
-        row = best_epoch_row([row for row in self.epochs if row["stage"] == self.epochs[-1]["stage"]])
-        return None if row is None else row["epoch"]
+    def best_row(self) -> dict[str, Any]:
+        """Return the epoch of all stages with the highest finite val accuracy, the first of equals; empty without."""
+        return best_epoch_row(self.epochs) or {}
+
+    @property
+    def best_epoch_text(self) -> str:
+        """Return "epoch 12", with its stage if the run has several: "frozen epoch 12"; a dash if there is none."""
+        if not self.best_row:
+            return DASH
+        stage = f"{self.best_row['stage']} " if len(self.stages) > 1 else ""
+        return f"{stage}epoch {self.best_row['epoch']}"
 
     @property
     def stages(self) -> list[str]:
@@ -98,7 +105,7 @@ class ComparedRun:
     def recipe(self) -> str:
         """Return the settings but those NOT_IN_RECIPE as JSON, to find runs that are trained alike."""
         kept = {key: v for key, v in self.settings.items() if key not in NOT_IN_RECIPE and not key.startswith("keep_")}
-        return json.dumps(kept, sort_keys=True, default=str)
+        return json_text(kept, sort_keys=True, default=str)
 
     @property
     def treatment_label(self) -> str:
@@ -152,7 +159,7 @@ def setting_text(settings: dict[str, Any], key: str) -> str:
     if key not in settings:
         return DASH
     value = settings[key]
-    return value_text(value) if value is None or isinstance(value, bool | int | float | str) else json.dumps(value)
+    return value_text(value) if value is None or isinstance(value, bool | int | float | str) else json_text(value)
 
 
 def settings_diff(run: ComparedRun, parent: ComparedRun) -> list[tuple[str, str, str]]:

@@ -5,7 +5,7 @@ runs are left alone, interrupted ones are resumed, and a failed branch does not 
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +17,8 @@ from carclass.config.schema import TrainSettings
 from carclass.data import dataset
 from carclass.data.lease import Lease, hold_lease
 from carclass.errors import UserError
-from carclass.experiments.status import set_aside_run, tree_status
+from carclass.experiments.replaced_runs import names_of_replaced_runs, set_aside_run
+from carclass.experiments.status import RunStatus, tree_status
 from carclass.experiments.tree import Experiment, Tree
 from carclass.ingestion.ingest import ingest_photos
 from carclass.models import resnet
@@ -25,7 +26,14 @@ from carclass.progress import Throttle
 from carclass.runs.run import MetricsRow, Run, begin_run, find_run
 from carclass.training import feature_cache, placement, preflight
 from carclass.training.photo_store import BlockRefs, PhotoStore
-from carclass.training.train import MALLOC_ENV, TrainResources, check_resources, load_run_inputs, train_stages
+from carclass.training.train import (
+    MALLOC_ENV,
+    TrainResources,
+    check_resources,
+    load_run_inputs,
+    train_stages,
+    warn_if_unfreezing_hurt,
+)
 
 log = logging.getLogger(__name__)
 REPORT_EVERY_S = 10.0
@@ -54,36 +62,61 @@ class TreeProgress:
         log.warning("lineage: %s failed: %s", experiment.name, reason)
 
 
-def run_experiments(tree: Tree, requested: Sequence[Experiment]) -> TreeProgress:
+def run_experiments(tree: Tree, requested: Sequence[Experiment], replace: Collection[str] = ()) -> TreeProgress:
     """Train the unfinished ones of the requested experiments. requested: with their parents, parents first.
 
-    Failures of single experiments are returned. Raise UserError for wrong data or weights.
+    replace: names of those whose run is moved aside first if it is stale or unreadable when its turn comes. Failures of
+    single experiments are returned. Raise UserError for wrong data or weights.
     """
     progress, statuses = TreeProgress([]), tree_status(tree)
     for experiment in requested:
-        status = statuses[experiment.name]
-        if status.state == "finished":
-            progress.finished.append(experiment.name)
-        elif status.state == "stale":
-            remedy = "`jobs/lineage.py rerun-stale` retrains it"
-            progress.failed[experiment.name] = f"stale ({status.reason}): {remedy}"
-        else:
+        name, status = experiment.name, statuses[experiment.name]
+        if status.state == "finished" and not (name in replace and tree.parent(experiment) in progress.waiting):
+            progress.finished.append(name)
+        elif name in replace or status.state in ("missing", "begun"):
             progress.waiting.append(experiment)
+        elif status.state == "stale":
+            progress.failed[name] = f"stale ({status.reason}): `jobs/lineage.py rerun-stale {name}` retrains it"
+        else:
+            progress.failed[name] = str(status.reason)
     if progress.waiting:
         _check_parents(tree, requested)
         make_datasets(tree, {experiment.settings.dataset for experiment in progress.waiting})
-        _run_tasks(tree, progress)
+        _check_replacements(tree, progress.waiting, replace)
+        _run_tasks(tree, progress, replace)
     return progress
 
 
-def rerun_stale(tree: Tree) -> TreeProgress:
-    """Retrain stale runs, with their unfinished parents. The records of the old runs are kept, see set_aside_run."""
-    stale = {name: status for name, status in tree_status(tree).items() if status.state == "stale"}
-    for name, status in stale.items():
-        with hold_lease(status.run.uri, "lineage"):
-            records = set_aside_run(status.run)
-        log.info("lineage: %s is stale (%s): weights deleted, records moved to %s", name, status.reason, records)
-    return run_experiments(tree, tree.with_parents(list(stale)))
+def find_stale(tree: Tree) -> dict[str, str]:
+    """Return the reason of each stale experiment, also of one that was moved aside but not trained again."""
+    replaced = names_of_replaced_runs(tree.budget.root)
+    found: dict[str, str] = {}
+    for name, status in tree_status(tree).items():
+        parent = tree.parent(tree[name])
+        if status.state == "stale":
+            found[name] = str(status.reason)
+        elif status.state in ("missing", "begun") and name in replaced:
+            found[name] = "moved aside, not trained again yet"
+        elif status.state != "missing" and parent is not None and parent.name in found:
+            found[name] = f"{parent.name} is trained again"
+    return found
+
+
+def rerun_stale(tree: Tree, names: Sequence[str]) -> TreeProgress:
+    """Train experiments again, with their unfinished parents; stale runs of theirs are moved aside whole.
+
+    Everything is checked before the first run is moved, and each is moved when its training begins. Raise UserError if
+    an experiment starts from a stale one that is not named.
+    """
+    requested, statuses = tree.with_parents(names), tree_status(tree)
+    for experiment in requested:
+        status = statuses[experiment.name]
+        if status.state == "stale" and experiment.name not in names:
+            raise UserError(
+                f"{experiment.name} is stale ({status.reason}), and {' '.join(names)} would start from it. Retrain it "
+                f"too: `jobs/lineage.py rerun-stale {experiment.name} {' '.join(names)}`."
+            )
+    return run_experiments(tree, requested, names)
 
 
 def make_datasets(tree: Tree, names: set[str]) -> None:
@@ -125,7 +158,16 @@ def _check_parents(tree: Tree, experiments: Sequence[Experiment]) -> None:
             )
 
 
-def _run_tasks(tree: Tree, progress: TreeProgress) -> None:
+def _check_replacements(tree: Tree, waiting: Sequence[Experiment], replace: Collection[str]) -> None:
+    """Raise UserError if an experiment to be replaced can't be trained, as far as that is known before its parents."""
+    for experiment in waiting:
+        if experiment.name in replace:
+            _check_trainable(tree, experiment)
+            if tree.parent(experiment) not in waiting:
+                load_run_inputs(tree.budget.root, experiment.settings)
+
+
+def _run_tasks(tree: Tree, progress: TreeProgress, replace: Collection[str]) -> None:
     """Run the waiting experiments until all are finished or failed."""
     connection.connect({"root": tree.budget.root})
     stores: dict[tuple[str, int], PhotoStore] = {}
@@ -134,10 +176,14 @@ def _run_tasks(tree: Tree, progress: TreeProgress) -> None:
     with ExitStack() as held:
         while not progress.is_over:
             for experiment in take_ready(tree, progress):
+                old = tree_status(tree)[experiment.name] if experiment.name in replace else None
+                if old is not None and old.state == "finished":  # its parent has the same weights again
+                    progress.finished.append(experiment.name)
+                    continue
                 lease = leases[experiment.name] = hold_lease(_run(tree, experiment).uri, "lineage")
                 try:
                     held.enter_context(lease)
-                    task = _start_task(tree, experiment, stores)
+                    task = _start_task(tree, experiment, stores, old)
                 except UserError as error:
                     lease.release()
                     progress.fail(experiment, str(error))
@@ -191,12 +237,18 @@ def _run(tree: Tree, experiment: Experiment) -> Run:
     return Run(tree.budget.root, experiment.settings)
 
 
-def _start_task(tree: Tree, experiment: Experiment, stores: dict[tuple[str, int], PhotoStore]) -> Any:
-    """Submit an experiment to the cluster and return its future. Raise UserError if it can't be trained."""
+def _start_task(
+    tree: Tree, experiment: Experiment, stores: dict[tuple[str, int], PhotoStore], old: RunStatus | None
+) -> Any:
+    """Submit an experiment to the cluster and return its future. Raise UserError if it can't be trained.
+
+    old: status of a run to be replaced, which is moved aside if it is stale or unreadable.
+    """
     root, settings, devices_per_worker = tree.budget.root, experiment.settings, tree.budget.devices_per_worker
-    source = dataset.load_dataset(root, settings.dataset)
-    use_gpu = check_resources(root, settings, source)
-    _check_placement(settings, source, devices_per_worker, use_gpu=use_gpu)
+    source, use_gpu = _check_trainable(tree, experiment)
+    if old is not None and old.state in ("stale", "unreadable"):
+        load_run_inputs(root, settings)
+        log.info("lineage: the old run %s, %s, is moved to %s", experiment.name, old.state, set_aside_run(old.run))
     store = stores.setdefault((settings.dataset, settings.model.image_size), PhotoStore(settings, source))
     in_process = settings.workers == (1, 1)
     options: dict[str, Any] = {"num_cpus": 0, "max_retries": MAX_RETRIES}
@@ -205,14 +257,24 @@ def _start_task(tree: Tree, experiment: Experiment, stores: dict[tuple[str, int]
     elif in_process:
         options |= {"num_cpus": devices_per_worker, "runtime_env": {"env_vars": MALLOC_ENV}}
     task: Any = ray.remote(train_experiment).options(name=experiment.name, **options)
-    resources = TrainResources(use_gpu, devices_per_worker, in_process=in_process, report=_ignore)
+    resources = TrainResources(use_gpu, devices_per_worker, in_process=in_process, verbose=False)
     return task.remote(root, settings, store.get(), resources)
+
+
+def _check_trainable(tree: Tree, experiment: Experiment) -> tuple[dataset.Dataset, bool]:
+    """Return an experiment's dataset, and True if GPUs are used. Raise UserError if the cluster can't train it."""
+    root, settings = tree.budget.root, experiment.settings
+    source = dataset.load_dataset(root, settings.dataset)
+    use_gpu = check_resources(root, settings, source)
+    _check_placement(settings, source, tree.budget.devices_per_worker, use_gpu=use_gpu)
+    return source, use_gpu
 
 
 def _check_placement(
     settings: TrainSettings, source: dataset.Dataset, devices_per_worker: float, *, use_gpu: bool
 ) -> None:
     """Raise UserError if a run does not fit on the cluster or into its share of memory."""
+    placement.check_sharing(settings, devices_per_worker, use_gpu=use_gpu)
     slots = placement.count_slots(settings.workers[0], devices_per_worker, use_gpu=use_gpu)
     memory = placement.memory_per_run(settings, devices_per_worker, slots, use_gpu=use_gpu)
     if memory is not None:
@@ -231,10 +293,6 @@ def train_experiment(root: str, settings: TrainSettings, photos: BlockRefs, reso
     return None
 
 
-def _ignore(metrics: dict[str, float]) -> None:
-    """Do nothing: the driver logs one line on all runs instead of a line per epoch of each."""
-
-
 def _end_task(tree: Tree, experiment: Experiment, task: Any, progress: TreeProgress) -> None:
     """Record the result of a task."""
     try:
@@ -246,7 +304,8 @@ def _end_task(tree: Tree, experiment: Experiment, task: Any, progress: TreeProgr
         return
     progress.finished.append(experiment.name)
     run = _run(tree, experiment)
-    log.info("lineage: %s finished, val accuracy %.3f", experiment.name, run.best_val_accuracy(run.stages[-1]))
+    log.info("lineage: %s finished, val accuracy %.3f", experiment.name, run.best_val_accuracy(run.best_stage))
+    warn_if_unfreezing_hurt(run)
 
 
 def _log_progress(tree: Tree, progress: TreeProgress) -> None:

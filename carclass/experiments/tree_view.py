@@ -7,6 +7,7 @@ from carclass.experiments.results import ComparedRun, settings_diff
 from carclass.experiments.status import RunStatus, tree_status
 from carclass.experiments.tree import Experiment, Tree
 from carclass.progress import table
+from carclass.runs.environment import environment_text
 from carclass.runs.run import Run, best_epoch_row
 
 NUM_LAST_EPOCHS = 5
@@ -22,7 +23,8 @@ def _describe(tree: Tree, experiment: Experiment, status: RunStatus) -> str:
     start = experiment.parent_epoch
     words = [f"@{start.epoch}" if start else tree.parent_label(experiment), experiment.settings.dataset, status.state]
     if status.best is not None:
-        words.append(f"val {status.best['val_accuracy']:.3f} (epoch {status.best['epoch']})")
+        stage = f"{status.best['stage']} " if len(status.run.stages) > 1 else ""
+        words.append(f"val {status.best['val_accuracy']:.3f} ({stage}epoch {status.best['epoch']})")
     return "  ".join(words) + (f"  ({status.reason})" if status.reason else "")
 
 
@@ -32,15 +34,18 @@ def describe_run(tree: Tree, name: str) -> str:
     status = tree_status(tree)[name]
     rows = [("state", status.state + (f": {status.reason}" if status.reason else "")), ("file", experiment.file)]
     rows += [("run", status.run.uri), ("dataset", experiment.settings.dataset), ("parent", experiment.settings.parent)]
-    if status.state != "missing":
+    is_readable = status.state not in ("missing", "unreadable")
+    if is_readable:
         lineage = status.run.lineage()
-        rows += [(key.replace("_", " "), str(lineage[key])) for key in ("parent_sha256", "dataset_digest", "code")]
+        keys = ("parent_sha256", "dataset_digest", "code", "started")
+        rows += [(key.replace("_", " "), str(lineage[key])) for key in keys]
+        rows += [(each["stage"], environment_text(each)) for each in lineage["environments"]]
     parent = tree.parent(experiment)
     if parent is not None:
         rows += [("", ""), (f"against {parent.name}", "")]
         diff = settings_diff(_planned_run(tree, experiment), _planned_run(tree, parent))
         rows += [(f"  {key}", f"{old} → {new}") for key, old, new in diff]
-    epochs = status.run.metrics() if status.state != "missing" else []
+    epochs = status.run.metrics() if is_readable else []
     if epochs:
         rows += [("", ""), ("epochs", str(len(epochs)))]
         best = best_epoch_row(epochs)

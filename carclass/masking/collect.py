@@ -33,7 +33,7 @@ def write_report(
     photos on the sheet, chosen by content.
     """
     index = masked.read(["image_id", "key", "vehicle_class", *DOUBT_COLUMNS])
-    ious = {} if truth is None else quality.ious(masked, truth)
+    ious = {} if truth is None else quality.ious(masked, truth, source=source)
     sampled = index.sort_by([("image_id", "ascending"), ("key", "ascending")])["key"].to_pylist()[:num_sheet]
     doubtful = _most_doubtful(index, ious)
     photos = _masked_photos(masked, source, list({*sampled, *doubtful}), ious)
@@ -70,10 +70,10 @@ def _masked_photo(row: dict[str, Any], original: bytes, ious: dict[str, float]) 
     mask = row["mask"]
     return MaskedPhoto(
         key=row["key"],
-        photo=photo.decode(original, min_side=1),
+        photo=photo.decode_stored(original),
         box=None if row["box"] is None else np.array(row["box"]),
         mask=None if mask is None else decode_mask(mask, row["source_height"], row["source_width"]),
-        result=photo.decode(row["image"], min_side=1),
+        result=photo.decode_stored(row["image"]),
         outcome=row["outcome"],
         vehicle_class=row["vehicle_class"],
         score=row["score"],

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from carclass.data.photo import encode, resize
+from carclass.reporting.fonts import fit_font
 
 CELL_HEIGHT, CELL_WIDTH = 180, 240
 """Size in pixels of each of the three pictures in a panel."""
@@ -93,15 +94,14 @@ def draw_contact_sheet(photos: Sequence[MaskedPhoto], title: str = "") -> bytes:
     height = top + math.ceil(len(photos) / NUM_COLUMNS) * row_height
     sheet = Image.new("RGB", (MARGIN + NUM_COLUMNS * (width + MARGIN), max(height, top + MARGIN)), "white")
     draw = ImageDraw.Draw(sheet)
-    large, middle, small = (ImageFont.load_default(size=size) for size in (24, 15, 13))
-    draw.text((MARGIN, MARGIN - 4), _fit_text(title, large, sheet.width - 2 * MARGIN), INK, large)
+    _draw_line(draw, (MARGIN, MARGIN - 4), title, sheet.width - 2 * MARGIN, INK, 24)
     for number, masked in enumerate(photos):
         row, column = divmod(number, NUM_COLUMNS)
         x, y = MARGIN + column * (width + MARGIN), top + row * row_height
         sheet.paste(Image.fromarray(draw_panel(masked)), (x, y))
         line = " · ".join([masked.headline, *masked.notes])
-        draw.text((x, y + CELL_HEIGHT + 6), _fit_text(line, middle, width), INK, middle)
-        draw.text((x, y + CELL_HEIGHT + 26), _fit_text(masked.key, small, width, keep_end=True), MUTED, small)
+        _draw_line(draw, (x, y + CELL_HEIGHT + 6), line, width, INK, 15)
+        _draw_line(draw, (x, y + CELL_HEIGHT + 26), masked.key, width, MUTED, 13, keep_end=True)
     return encode(np.asarray(sheet), quality=JPEG_QUALITY)
 
 
@@ -151,7 +151,8 @@ def _draw_caption(strip: np.ndarray, caption: str) -> np.ndarray:
     """Return the strip with a caption at the bottom of the middle cell."""
     image = Image.fromarray(strip)
     anchor = (strip.shape[1] // 2, CELL_HEIGHT - 14)
-    font = ImageFont.load_default(size=17)
+    caption, font = fit_font(caption, 17)
+    caption = _fit_text(caption, font, CELL_WIDTH - 24)
     draw = ImageDraw.Draw(image)
     left, top, right, bottom = draw.textbbox(anchor, caption, font, anchor="ms")
     draw.rounded_rectangle((left - 12, top - 8, right + 12, bottom + 8), 6, INK)
@@ -159,9 +160,22 @@ def _draw_caption(strip: np.ndarray, caption: str) -> np.ndarray:
     return np.asarray(image)
 
 
+def _draw_line(
+    draw: ImageDraw.ImageDraw,
+    place: tuple[int, int],
+    text: str,
+    width: int,
+    colour: tuple[int, int, int],
+    size: int,
+    keep_end: bool = False,
+) -> None:
+    """Draw a line of text of any script, shortened to `width` pixels; size: of its font in pixels."""
+    text, font = fit_font(text, size)
+    draw.text(place, _fit_text(text, font, width, keep_end), colour, font)
+
+
 def _fit_text(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int, keep_end: bool = False) -> str:
     """Shorten text to one line of at most `width` pixels, with an ellipsis at the end or, if keep_end, at the start."""
-    text = " ".join(text.split())
     if font.getlength(text) <= width:
         return text
 

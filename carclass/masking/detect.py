@@ -11,15 +11,11 @@ from carclass.config.schema import MaskSettings
 from carclass.data import dataset, photo
 from carclass.data.crash_guard import CrashGuard
 from carclass.data.quarantine import PhotoError
-from carclass.masking.detector import Detection, Detector
-from carclass.masking.rle import encode_mask
+from carclass.masking.detector import Detector, detection_columns
+from carclass.masking.writer import DETECTED, FAILURE
 
-FAILURE = pa.schema([("reason", pa.string()), ("detail", pa.string()), ("attempts", pa.int32())])
-"""Columns of a photo that failed; null for all others."""
 SOURCE_SIZE = pa.schema([("source_width", pa.int32()), ("source_height", pa.int32())])
 DECODED = pa.schema([*dataset.ROW, *SOURCE_SIZE, *FAILURE, ("pixels", pa.large_binary())])
-DETECTED = pa.schema([*dataset.MASKED_ROW, *FAILURE])
-_MEASURES = ("score", "num_vehicles", "several_vehicles", "touches_border", "area_fraction", "stability")
 CPU_BATCH = 4
 """Photos per batch of a detector on a CPU: one or two seconds of work."""
 BATCH_BYTES = 256 * 2**20
@@ -53,7 +49,7 @@ def decode_rows(batch: pa.Table, crash_guard: CrashGuard) -> pa.Table:
 
 def _decode(image: bytes) -> np.ndarray | PhotoError:
     try:
-        return photo.decode(image, min_side=1)
+        return photo.decode_stored(image)
     except PhotoError as error:
         return error
 
@@ -89,21 +85,10 @@ class DetectPhotos:
             if row["reason"] is None
         ]  # fmt: skip
         keys, batch_size = [row["key"] for row in valid], self.settings.batch_size
+        classes = self.settings.detector.classes
         detections = self.crash_guard.run(
             "detect", keys, lambda indices: self.detector([photos[i] for i in indices], batch_size)
         )
         for row, result in zip(valid, detections, strict=True):
-            row |= result.columns() if isinstance(result, PhotoError) else self._detection_columns(result)
+            row |= result.columns() if isinstance(result, PhotoError) else detection_columns(result, classes)
         return _add_columns(batch, rows, DETECTED)
-
-    def _detection_columns(self, detection: Detection | None) -> dict[str, Any]:
-        if detection is None:
-            return {"outcome": "no_vehicle", "num_vehicles": 0}
-        return {
-            "outcome": "vehicle",
-            "vehicle_class": self.settings.detector.classes[detection.category],
-            "box": detection.box.tolist(),
-            **{name: getattr(detection, name) for name in _MEASURES},
-            # Encoded here, as rows of large photos accumulate until a part is written.
-            "mask": None if detection.mask is None else encode_mask(detection.mask),
-        }

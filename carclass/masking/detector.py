@@ -1,8 +1,9 @@
 """Vehicle detector: from photos as arrays to the main vehicle of each."""
 
+import logging
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,11 +12,17 @@ from torch import Tensor, nn
 from carclass.config.schema import DetectorSettings
 from carclass.masking import networks
 from carclass.masking.detectron import Instances, paste_masks_in_image
+from carclass.masking.rle import encode_mask
 from carclass.masking.selection import SelectionRule, select_vehicle, stability, touches_border
+from carclass.models.gpu_memory import report_out_of_memory
 from carclass.models.resnet import autocast, fold
 
-CANVAS = 32
-"""Networks pad photos to multiples of it in height and width: the coarsest stride of the feature pyramid."""
+log = logging.getLogger(__name__)
+MAX_BATCH = 1024
+OUT_OF_MEMORY_REMEDY = (
+    "A single photo does not fit: lower `mask.detector.short_side` or `mask.detector.num_proposals`, ingest smaller "
+    "photos (`ingest.max_side`), or set `mask.use_gpu: false`."
+)
 
 
 class Detection(NamedTuple):
@@ -32,12 +39,29 @@ class Detection(NamedTuple):
     stability: float | None
 
 
+MEASURES = ("score", "num_vehicles", "several_vehicles", "touches_border", "area_fraction", "stability")
+
+
+def detection_columns(detection: Detection | None, classes: Mapping[int, str]) -> dict[str, Any]:
+    """Return a detection as columns of dataset.DETECTION. classes: names by number."""
+    if detection is None:
+        return {"outcome": "no_vehicle", "num_vehicles": 0}
+    return {
+        "outcome": "vehicle",
+        "vehicle_class": classes[detection.category],
+        "box": detection.box.tolist(),
+        **{name: getattr(detection, name) for name in MEASURES},
+        # Encoded here, as rows of large photos accumulate until a part is written.
+        "mask": None if detection.mask is None else encode_mask(detection.mask),
+    }
+
+
 class Detector:
     """A detection network with weights, on one device.
 
-    On a GPU, photos with the same canvas (size after scaling, rounded up) share a batch. On a CPU, where batches gain
-    nothing, photos are processed one by one. No photo is padded to another's size, so its result is independent of
-    the batch. Raise UserError for wrong weights.
+    On a GPU, photos with the same canvas (size after scaling, as the network pads it) share a batch, which is halved if
+    it exceeds the GPU's memory. On a CPU, where batches gain nothing, photos are processed one by one. No photo is
+    padded to another's size, so its result is independent of the batch. Raise UserError for wrong weights.
     """
 
     def __init__(self, settings: DetectorSettings, rule: SelectionRule = "largest", device: str = "cpu") -> None:
@@ -46,15 +70,31 @@ class Detector:
         self.finds_masks = self.network.finds_masks
         _optimise_for_inference(self.network, settings.precision)
         self.network.to(self.device)
+        self.max_batch = MAX_BATCH if self.device.type == "cuda" else 1
+        """Photos per forward pass; fewer once they have not fit into the GPU's memory."""
 
     def __call__(self, photos: Sequence[np.ndarray], batch_size: int = 1) -> list[Detection | None]:
         """Return each photo's main vehicle or None. photos: uint8 (H,W,3) RGB; batch_size: photos per forward pass."""
         detections: list[Detection | None] = [None] * len(photos)
-        for batch in self._batches(photos, batch_size if self.device.type == "cuda" else 1):
-            outputs = self.forward([photos[i] for i in batch])
-            for i, instances in zip(batch, outputs, strict=True):
-                detections[i] = self._select(instances, photos[i].shape[:2])
+        for batch in self._batches(photos, min(batch_size, self.max_batch)):
+            with report_out_of_memory(OUT_OF_MEMORY_REMEDY):
+                outputs = self._forward_in_parts([photos[i] for i in batch])
+                for i, instances in zip(batch, outputs, strict=True):
+                    detections[i] = self._select(instances, photos[i].shape[:2])
         return detections
+
+    def _forward_in_parts(self, photos: Sequence[np.ndarray]) -> list[Instances]:
+        """Return the result of `forward`, halving the batch until it fits into a GPU's memory."""
+        try:
+            return self.forward(photos)
+        except torch.cuda.OutOfMemoryError:
+            if len(photos) == 1:
+                raise
+        half = len(photos) // 2  # outside of the handler, which holds the tensors of the failed attempt
+        torch.cuda.empty_cache()
+        log.warning("mask: %d photos don't fit into the GPU's memory at once; going on with %d", len(photos), half)
+        self.max_batch = half
+        return self._forward_in_parts(photos[:half]) + self._forward_in_parts(photos[half:])
 
     @torch.inference_mode()
     def forward(self, photos: Sequence[np.ndarray]) -> list[Instances]:
@@ -67,7 +107,7 @@ class Detector:
         """Yield indices of photos that share a canvas, at most batch_size at a time."""
         groups = defaultdict(list)
         for i, photo in enumerate(photos):
-            groups[tuple(-(-side // CANVAS) for side in self._scaled_size(photo))].append(i)
+            groups[tuple(-(-side // self.network.canvas) for side in self._scaled_size(photo))].append(i)
         for group in groups.values():
             yield from (group[start : start + batch_size] for start in range(0, len(group), batch_size))
 
@@ -87,7 +127,7 @@ class Detector:
 
     @torch.inference_mode()
     def _select(self, instances: Instances, shape: tuple[int, int]) -> Detection | None:
-        """Select the main vehicle, pasting only its mask into a photo of this shape; None without instances."""
+        """Select the main vehicle, pasting only its mask into a photo of this shape; None without a vehicle."""
         boxes, scores = instances.pred_boxes.tensor.float().cpu(), instances.scores.float().cpu()
         masks = instances.pred_masks.float() if self.finds_masks else None
         size = instances.image_size
@@ -102,6 +142,8 @@ class Detector:
         else:
             pasted = paste_masks_in_image(masks[i], box[None].to(self.device), shape, threshold=0.5)
             mask = pasted[0].to(torch.uint8).cpu().numpy().view(bool)
+            if not mask.any():  # it is smaller than a pixel
+                return None
             area, at_border = float(mask.mean()), touches_border(mask)
         return Detection(
             category=int(instances.pred_classes[i]),

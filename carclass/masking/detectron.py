@@ -64,6 +64,8 @@ class Network(nn.Module):
     input_format: str
     """BGR or RGB."""
     finds_masks: bool
+    canvas: int
+    """Number that height and width of inputs are padded to multiples of; 1: they are not padded."""
 
 
 class DetectronNetwork(Network):
@@ -75,6 +77,7 @@ class DetectronNetwork(Network):
         self.input_format = cfg.INPUT.FORMAT
         self.finds_masks = cfg.MODEL.MASK_ON and isinstance(self.model, GeneralizedRCNN)
         _check_support(self.model, cfg)
+        self.canvas = max(1, self.model.backbone.size_divisibility)  # 32 with a feature pyramid, 0 in C4 and DC5 models
         if isinstance(self.model, RetinaNet):
             check_classes(classes, self.model.num_classes)
             score_only(self.model.head.cls_score, classes, self.model.num_classes)

@@ -25,7 +25,7 @@ from carclass.data.draft import Draft
 from carclass.data.inventory import Inventory
 from carclass.data.lease import hold_lease
 from carclass.errors import UserError
-from carclass.masking import collect, networks, quality
+from carclass.masking import collect, networks, quality, selection
 from carclass.masking.detect import DetectPhotos, detector_batch_size, fetch_and_decode
 from carclass.masking.detector import Detector
 from carclass.masking.writer import write_batch
@@ -42,7 +42,7 @@ def mask_dataset(root: str, settings: MaskSettings, *, update: bool = False) -> 
     settings or weights, if the name is used by a dataset with other settings, or if the source has changed.
     """
     source = dataset.load_dataset(root, settings.source)
-    settings = _pin_detector(root, settings)
+    settings = _check_settings(root, settings, source)
     identity = _identity(settings, source)
     dataset.find_same_dataset(root, settings.dataset, identity)
     uri = dataset.dataset_uri(root, settings.dataset)
@@ -65,7 +65,7 @@ def mask_dataset(root: str, settings: MaskSettings, *, update: bool = False) -> 
 def preview_masks(root: str, settings: MaskSettings, num_photos: int) -> str:
     """Mask some photos, chosen by content, keep only their report and contact sheet, and return the folder's URI."""
     source = dataset.load_dataset(root, settings.source)
-    settings = _pin_detector(root, settings)
+    settings = _check_settings(root, settings, source)
     uri = storage.join(root, "previews", settings.dataset)
     with hold_lease(uri, "mask") as lease, Inventory() as inventory:
         draft = Draft(uri, _identity(settings, source), inventory, lease=lease)
@@ -79,14 +79,25 @@ def preview_masks(root: str, settings: MaskSettings, num_photos: int) -> str:
     return uri
 
 
-def _pin_detector(root: str, settings: MaskSettings) -> MaskSettings:
-    """Return the settings with pinned detector weights; raise UserError if the cutout mode needs masks it lacks."""
+def _check_settings(root: str, settings: MaskSettings, source: dataset.Dataset) -> MaskSettings:
+    """Return the settings with pinned detector weights.
+
+    Raise UserError if the cutout mode or the true masks need masks that the detector lacks, or the true masks are not
+    those of the source's photos.
+    """
     settings = settings.model_copy(update={"detector": networks.pin_weights(settings.detector, root)})
-    if "mask" in settings.cutout.mode and not Detector(settings.detector).finds_masks:
+    model, mode = settings.detector.model, settings.cutout.mode
+    if ("mask" in mode or settings.truth is not None) and not Detector(settings.detector).finds_masks:
+        if "mask" in mode:
+            raise UserError(
+                f"`mask.cutout.mode` is {mode}, but {model} detects boxes only. Set it to `crop`, or choose a detector "
+                "with masks."
+            )
         raise UserError(
-            f"`mask.cutout.mode` is {settings.cutout.mode}, but {settings.detector.model} detects boxes only. "
-            "Set it to `crop`, or choose a detector with masks."
+            f"`mask.truth` is compared with masks, but {model} detects boxes only. Leave it out, or choose a detector "
+            "with masks."
         )
+    quality.check_truth(root, settings, source)
     return settings
 
 
@@ -99,6 +110,8 @@ def _identity(settings: MaskSettings, source: dataset.Dataset) -> dict[str, Any]
     identity = settings.model_dump(mode="json", exclude=irrelevant)
     identity["detector"]["weights"] = identity["detector"].pop("weights_sha256")
     identity["detector"]["architecture"] = networks.architecture_digest(settings.detector)
+    if selection.VERSION > 1:
+        identity["choice_version"] = selection.VERSION
     reading = {name: source.manifest["settings"].get(name) for name in READING}
     return {**identity, "source_settings": reading}
 

@@ -47,6 +47,12 @@ def pin_weights(settings: DetectorSettings, root: str) -> DetectorSettings:
     return settings.model_copy(update={"weights": file.uri, "weights_sha256": file.sha256})
 
 
+def zoo_uri(model: str, sha256: str) -> str | None:
+    """Return the URI of a network's zoo weights, if their file has this hash, which begins in its name."""
+    uri = ZOO.get(model)
+    return uri if uri is not None and sha256[:6] in uri else None
+
+
 def architecture_digest(settings: DetectorSettings) -> str:
     """Return the sha256 of the network's complete settings, including those of `_BASE_` files."""
     _check_model(settings.model)

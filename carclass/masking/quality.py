@@ -1,23 +1,17 @@
 """Mask quality against true masks."""
 
-import json
-from typing import Any
+import logging
+from collections import Counter
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
-from carclass import storage
 from carclass.config.schema import MaskSettings
 from carclass.data import dataset
-from carclass.errors import UserError
-from carclass.masking.rle import decode_mask, mask_iou
+from carclass.masking.rle import decode_mask, decode_rle, mask_iou, resize_mask
+from carclass.masking.truth import KEY, load_truth
 from carclass.sample import source as sample
 
-
-def mean_test_iou(root: str, masked: dataset.Dataset, settings: MaskSettings) -> float | None:
-    """Return the mean IoU of the test split's masks; None if `mask.truth` is not set."""
-    uri = resolve_truth(root, settings)
-    return None if uri is None else mean_iou(masked, uri, "test")
+log = logging.getLogger(__name__)
 
 
 def resolve_truth(root: str, settings: MaskSettings) -> str | None:
@@ -25,46 +19,49 @@ def resolve_truth(root: str, settings: MaskSettings) -> str | None:
     return sample.ensure_sample(root).truth if settings.truth == "sample" else settings.truth
 
 
-def mean_iou(masked: dataset.Dataset, truth_uri: str, split: str) -> float:
-    """Return the mean of `ious` over a split; raise UserError if none of its photos has a true mask."""
-    values = ious(masked, truth_uri, split)
-    if not values:
-        raise UserError(
-            f"`mask.truth`: {truth_uri} has a mask for none of the {split} photos of dataset `{masked.name}`. "
-            "Photos are matched by file name."
-        )
-    return float(np.mean(list(values.values())))
+def check_truth(root: str, settings: MaskSettings, source: dataset.Dataset) -> None:
+    """Log the number of photos with a true mask, before they are masked. Raise UserError as truth.load_truth does."""
+    if (uri := resolve_truth(root, settings)) is None:
+        return
+    masks = load_truth(uri, source, settings.detector.classes.values())
+    rows = source.read(["key", "split"]).to_pylist()
+    splits = Counter(row["split"] for row in rows if row["key"] in masks)
+    counts = ", ".join(f"{splits[split]:,} {split}" for split in dataset.SPLITS)
+    log.info("mask: `%s` has masks of %d of %d photos of `%s`: %s", KEY, len(masks), len(rows), source.name, counts)
+    if not splits["test"]:
+        log.warning("mask: `%s` has a mask of no test photo, so there is no mean IoU of the test split", KEY)
 
 
-def ious(masked: dataset.Dataset, truth_uri: str, split: str | None = None) -> dict[str, float]:
+def mean_test_iou(root: str, masked: dataset.Dataset, settings: MaskSettings) -> float | None:
+    """Return the mean IoU of the test split's masks; None if `mask.truth` is not set or has none of that split."""
+    uri = resolve_truth(root, settings)
+    return None if uri is None else mean_iou(masked, uri, "test", dataset.find_dataset(root, settings.source))
+
+
+def mean_iou(
+    masked: dataset.Dataset, truth_uri: str, split: str, source: dataset.Dataset | None = None
+) -> float | None:
+    """Return the mean of `ious` over a split; None if none of its photos has a true mask."""
+    values = ious(masked, truth_uri, split, source)
+    return float(np.mean(list(values.values()))) if values else None
+
+
+def ious(
+    masked: dataset.Dataset, truth_uri: str, split: str | None = None, source: dataset.Dataset | None = None
+) -> dict[str, float]:
     """Return the IoU of each photo's mask with the true one, by key; 0 for photos without a detected vehicle.
 
-    truth_uri: a COCO file whose annotations with `main` are the true masks, matched by file name. Photos that it does
-    not list are omitted.
+    truth_uri: a COCO file, see truth.load_truth; photos that it does not list are omitted. source: the unmasked
+    dataset, all of whose keys are told apart; None: only those of the masked photos. True masks of larger photos are
+    shrunk as ingestion shrinks photos.
     """
-    truth = _read_truth(truth_uri)
+    truth = load_truth(truth_uri, source or masked, masked.manifest["settings"]["detector"]["classes"].values())
     rows = masked.read(["key", "split", "mask", "source_height", "source_width"])
     result = {}
     for row in rows.to_pylist():
-        segmentation = truth.get(row["key"].rsplit("/", 1)[-1])
-        if segmentation is not None and split in (None, row["split"]):
-            mask = decode_mask(row["mask"], row["source_height"], row["source_width"]) if row["mask"] else None
-            result[row["key"]] = 0.0 if mask is None else mask_iou(mask, coco_mask.decode(segmentation).astype(bool))
+        if row["key"] not in truth or split not in (None, row["split"]):
+            continue
+        shape = row["source_height"], row["source_width"]
+        mask = decode_mask(row["mask"], *shape) if row["mask"] else np.zeros(shape, bool)
+        result[row["key"]] = mask_iou(mask, resize_mask(decode_rle(truth[row["key"]]), *shape))
     return result
-
-
-def _read_truth(uri: str) -> dict[str, dict[str, Any]]:
-    """Return the true mask of each photo, as COCO RLE by file name. Raise UserError if it is no such file."""
-    try:
-        data = storage.read_bytes(uri)
-    except FileNotFoundError as error:
-        raise UserError(f"`mask.truth`: there is no file {uri}. Give a COCO file, or leave `truth` out.") from error
-    try:
-        coco = json.loads(data)
-        names = {image["id"]: image["file_name"] for image in coco["images"]}
-        return {names[item["image_id"]]: item["segmentation"] for item in coco["annotations"] if item["main"]}
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"`mask.truth`: {uri} is not a COCO file with `images`, and `annotations` with `main` and `segmentation` "
-            f"({type(error).__name__}: {error}). Correct it, or leave `truth` out."
-        ) from error

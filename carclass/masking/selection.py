@@ -20,6 +20,9 @@ RIVAL = 0.5
 """Share of the selected vehicle's area from which another vehicle sets `several_vehicles`."""
 STABILITY_LOGIT = 1.0
 """Offset of the two mask thresholds in logits, as in SAM (Kirillov et al. 2023)."""
+VERSION = 1
+"""Version of the selection. Raise it with every change that selects another vehicle: it is part of the identity of
+masked datasets, except 1, which those of earlier code have."""
 SelectionRule = Literal["largest", "central", "highest_score"]
 
 
@@ -34,18 +37,19 @@ class Selection(NamedTuple):
 def select_vehicle(
     boxes: Tensor, scores: Tensor, masks: Tensor | None, size: tuple[int, int], rule: SelectionRule
 ) -> Selection | None:
-    """Select the main vehicle; return None without detections.
+    """Select the main vehicle; return None if no detection covers a pixel.
 
     boxes: float (N,4) x1,y1,x2,y2; scores: float (N,); masks: probabilities (N,1,M,M) within the boxes, or None;
     size: height and width of the photo in the boxes' pixels. All tensors are on the CPU, as N is small.
     """
-    if len(boxes) == 0:
-        return None
-    kept = nms(boxes, scores, SAME_VEHICLE)
-    boxes, scores = boxes[kept], scores[kept]
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     if masks is not None:
-        areas = areas * (masks[kept, 0] > 0.5).float().mean((1, 2))
+        areas = areas * (masks[:, 0] > 0.5).float().mean((1, 2))
+    kept = (areas > 0).nonzero()[:, 0]  # a vehicle with an empty mask would be nothing but fill colour
+    if len(kept) == 0:
+        return None
+    kept = kept[nms(boxes[kept], scores[kept], SAME_VEHICLE)]
+    boxes, scores, areas = boxes[kept], scores[kept], areas[kept]
     offsets = (boxes[:, :2] + boxes[:, 2:]) / 2 - torch.tensor([size[1], size[0]]) / 2
     distances = offsets.norm(dim=1)
     if rule == "largest":

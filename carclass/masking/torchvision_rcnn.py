@@ -33,6 +33,7 @@ class TorchvisionMaskRCNN(Network):
             box_score_thresh=settings.score_threshold,
             box_detections_per_img=settings.num_detections,
         )
+        self.canvas = self.model.transform.size_divisible
         heads = self.model.roi_heads
         merge_into_background(heads.box_predictor.cls_score, [COCO_IDS[number] for number in settings.classes], 0)
         # Boxes are computed in the dtype of their offsets; in bf16 they would be off by pixels.

@@ -15,12 +15,15 @@ from carclass.data.quarantine import Reason
 from carclass.masking.cutout import cut
 from carclass.masking.rle import decode_mask
 
+FAILURE = pa.schema([("reason", pa.string()), ("detail", pa.string()), ("attempts", pa.int32())])
+"""Columns of a photo that failed; null for all others."""
+DETECTED = pa.schema([*dataset.MASKED_ROW, *FAILURE])
 SUMMARY = pa.schema([("outcome", pa.string()), ("reason", pa.string())])
 """Result of a written photo: its outcome, or the reason of its quarantine."""
 
 
 def write_batch(batch: pa.Table, uri: str, settings: MaskSettings, identity: dict[str, Any]) -> pa.Table:
-    """Write rows of detect.DETECTED as a part and a part of quarantine, and return rows of SUMMARY.
+    """Write rows of DETECTED as a part and a part of quarantine, and return rows of SUMMARY.
 
     There are several parts if photos are large.
     """
@@ -41,7 +44,7 @@ def write_batch(batch: pa.Table, uri: str, settings: MaskSettings, identity: dic
 
 
 def cut_rows(batch: pa.Table, settings: MaskSettings) -> Iterator[dict[str, Any]]:
-    """Convert rows of detect.DETECTED one by one to rows of MASKED_ROW without the background, or of QUARANTINE."""
+    """Convert rows of DETECTED one by one to rows of MASKED_ROW without the background, or of QUARANTINE."""
     for i in range(len(batch)):
         (row,) = batch.slice(i, 1).to_pylist()
         if row["reason"] is None and (reasons := exclusion_reasons(row, settings.exclude)):
@@ -53,13 +56,13 @@ def cut_rows(batch: pa.Table, settings: MaskSettings) -> Iterator[dict[str, Any]
 
 
 def _cut_row(row: dict[str, Any], settings: MaskSettings) -> dict[str, Any]:
-    """Return a row of detect.DETECTED with the background removed; a photo without a vehicle is unchanged."""
+    """Return a row of DETECTED with the background removed; a photo without a vehicle is unchanged."""
     if row["outcome"] == "no_vehicle":
         return row
     mask = None
     if "mask" in settings.cutout.mode:
         mask = decode_mask(row["mask"], row["source_height"], row["source_width"])
-    pixels = cut(photo.decode(row["image"], min_side=1), np.array(row["box"]), mask, settings.cutout)
+    pixels = cut(photo.decode_stored(row["image"]), np.array(row["box"]), mask, settings.cutout)
     return {
         **row,
         "image": photo.encode(pixels, quality=settings.quality),

@@ -13,8 +13,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def decode_photos(images: Sequence[bytes], size: int) -> np.ndarray:
-    """Decode photos and resize them to squares: uint8 (N,size,size,3) RGB."""
-    return np.stack([photo.resize(photo.decode(data, min_side=1), size, size) for data in images])
+    """Decode photos of a dataset and resize them to squares: uint8 (N,size,size,3) RGB."""
+    return np.stack([photo.resize(photo.decode_stored(data), size, size) for data in images])
 
 
 def to_network_input(pixels: np.ndarray, device: torch.device) -> Tensor:

@@ -146,7 +146,7 @@ def conv_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
         return norm(conv(x))
     if x.device.type != "cpu":  # folding would launch hundreds of small kernels
         x = conv(x)
-        return FrozenNorm.apply(x, norm, norm.weight, norm.bias) if torch.is_grad_enabled() else norm(x)
+        return FrozenNorm.apply(x, norm, norm.weight, norm.bias) if x.is_cuda and torch.is_grad_enabled() else norm(x)
     weight, bias = fold(conv, norm)
     return functional.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 

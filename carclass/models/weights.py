@@ -1,11 +1,14 @@
 """Pretrained weights: named ones and files, verified by sha256 before they are opened."""
 
+import http.client
 import io
 import os
 import pickle
+import re
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
@@ -55,11 +58,19 @@ def load_weights(uri: str, sha256: str | None, *, sample: str, key: str) -> tupl
     uri, sha256 = _resolve(uri, sha256, sample)
     data, actual = _read_verified(uri, sha256, key)
     try:
-        return _parse(uri, data, key), actual
+        tensors = _parse(uri, data, key)
     except _READ_ERRORS as error:
         raise UserError(
             f"`{key}`: {uri} is damaged, or is not a plain state dict. Save its state dict as .safetensors."
         ) from error
+    if (name := first_not_finite(tensors)) is not None:
+        raise UserError(f"`{key}`: {uri} has values that are not finite (first: {name}). Choose other weights.")
+    return tensors, actual
+
+
+def first_not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """Return the name of the first tensor with a NaN or an infinity; None if there is none."""
+    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
 
 
 def cache_weights(uri: str, sha256: str | None, *, sample: str, cache: str, key: str) -> WeightsFile:
@@ -82,6 +93,12 @@ def cache_weights(uri: str, sha256: str | None, *, sample: str, cache: str, key:
     return WeightsFile(cached, digest)
 
 
+def converted_from(uri: str) -> str | None:
+    """Return the sha256 of the file that a file in the cache was converted from, which is its name; None for others."""
+    name = uri.rsplit("/", 1)[-1].removesuffix(".safetensors")
+    return name if re.fullmatch("[0-9a-f]{64}", name) else None
+
+
 def _verified_digest(uri: str) -> str | None:
     """Return the sha256 of a file if it equals the one in `<uri>.sha256`; None if either is missing or they differ."""
     if not (storage.exists(uri) and storage.exists(f"{uri}.sha256")):
@@ -94,7 +111,7 @@ def _resolve(uri: str, sha256: str | None, sample: str) -> tuple[str, str | None
     """Return the URI and the expected sha256 of a name or URI."""
     if uri == "sample":
         folder = resources.files("carclass.sample")
-        return str(folder / sample), (folder / f"{sample}.sha256").read_text().split()[0]
+        return str(folder / sample), sha256 or (folder / f"{sample}.sha256").read_text().split()[0]
     if uri in NAMED_WEIGHTS:
         return NAMED_WEIGHTS[uri].uri, sha256 or NAMED_WEIGHTS[uri].sha256
     return uri, sha256
@@ -124,18 +141,21 @@ def _read_verified(uri: str, sha256: str | None, key: str) -> tuple[bytes, str]:
 def _read(uri: str, sha256: str | None, key: str) -> bytes:
     """Return a file's bytes; keep downloads in the user's cache directory, named by their hash."""
     try:
-        if not uri.startswith("http"):
-            return storage.read_bytes(uri)
-        cached = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "carclass" / f"{sha256}"
-        if not cached.exists():
-            with urllib.request.urlopen(uri, timeout=60) as response:  # noqa: S310 - a URI set by the user or in NAMED_WEIGHTS
-                data = bytes(response.read())
-            if storage.sha256(data) != sha256:
-                return data  # rejected by the caller; not cached, so that a retry downloads it again
-            storage.write_bytes(str(cached), data)
-        return cached.read_bytes()
-    except OSError as error:
+        return _download(uri, sha256) if uri.startswith("http") else storage.read_bytes(uri)
+    except (OSError, http.client.HTTPException) as error:
         raise UserError(f"`{key}`: {uri} cannot be read ({error}). Give the URI of a file you have.") from error
+
+
+def _download(uri: str, sha256: str | None) -> bytes:
+    """Return the bytes of a download from the cache; fetch them if they are missing or damaged there."""
+    cached = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "carclass" / f"{sha256}"
+    if cached.exists() and storage.sha256(data := cached.read_bytes()) == sha256:
+        return data
+    with urllib.request.urlopen(uri, timeout=60) as response:  # noqa: S310 - a URI set by the user or in NAMED_WEIGHTS
+        data = bytes(response.read())
+    if storage.sha256(data) == sha256:  # other bytes are rejected by the caller; a retry downloads them again
+        storage.write_bytes(str(cached), data)
+    return data
 
 
 def _parse(uri: str, data: bytes, key: str) -> dict[str, torch.Tensor]:

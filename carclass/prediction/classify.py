@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 import ray.data
+import torch
 
 from carclass.cluster import resources
 from carclass.config.schema import IngestSettings, MaskSettings, PredictSettings
@@ -22,11 +23,11 @@ from carclass.data import dataset, publishing, streaming
 from carclass.data.crash_guard import CrashGuard
 from carclass.data.inventory import Inventory
 from carclass.data.quarantine import PhotoError
+from carclass.evaluation import calibration
 from carclass.ingestion import archive
 from carclass.ingestion.reading import read_groups
 from carclass.masking import detect
-from carclass.masking.writer import cut_rows
-from carclass.prediction import calibration
+from carclass.masking.writer import FAILURE, cut_rows
 from carclass.prediction.predictions import PREDICTION, prediction_columns
 from carclass.runs.predictor import Predictor
 
@@ -34,7 +35,7 @@ KEY_ROWS = 4096
 """Keys per block of the listing."""
 DETECTORS_PER_CLASSIFIER = 4
 """On CPUs, where detection takes about ten times as long as everything else."""
-READ = pa.schema([*dataset.ROW, *detect.FAILURE])
+READ = pa.schema([*dataset.ROW, *FAILURE])
 CLASSIFIER_INPUT = pa.schema(
     [
         ("key", pa.string()),
@@ -145,7 +146,7 @@ def decode_valid(batch: pa.Table, crash_guard: CrashGuard) -> pa.Table:
 
 
 def cut_photos(batch: pa.Table, settings: MaskSettings) -> Iterator[pa.Table]:
-    """Convert rows of detect.DETECTED to rows of CLASSIFIER_INPUT."""
+    """Convert rows of writer.DETECTED to rows of CLASSIFIER_INPUT."""
     for rows in publishing.split_by_bytes(cut_rows(batch, settings)):
         yield pa.Table.from_pylist(rows, CLASSIFIER_INPUT)
 
@@ -159,6 +160,8 @@ class ClassifyPhotos:
     """A classifier actor: rows of CLASSIFIER_INPUT → rows of PREDICTION."""
 
     def __init__(self, job: PredictionJob, crash_guard: CrashGuard, *, use_gpu: bool) -> None:
+        if not use_gpu:
+            torch.set_num_threads(1)
         self.job, self.crash_guard = job, crash_guard
         self.predictor = Predictor(job.model_uri, use_gpu=use_gpu)
 

@@ -9,19 +9,20 @@ import pyarrow as pa
 from carclass import storage
 from carclass.cluster import connection
 from carclass.cluster.telemetry import PhotoMeter
-from carclass.config.schema import EvaluateSettings, PredictSettings
+from carclass.config.schema import PredictSettings
 from carclass.data import quarantine, streaming
 from carclass.data.draft import Draft
 from carclass.data.inventory import Inventory
 from carclass.data.lease import hold_lease
 from carclass.errors import UserError
-from carclass.evaluation.evaluate import predict_split, to_arrays
+from carclass.evaluation.calibrate import calibrate_run
 from carclass.ingestion.listing import list_photos
-from carclass.prediction import calibration, predictions
-from carclass.prediction.calibration import Calibration
+from carclass.prediction import predictions
 from carclass.prediction.classify import PredictionJob, stream_predictions
-from carclass.prediction.run_preprocessing import Preprocessing, load_preprocessing, training_dataset
-from carclass.runs.run import Run, find_run
+from carclass.prediction.detector_weights import mask_settings
+from carclass.runs.calibration_record import Calibration
+from carclass.runs.preprocessing_record import Preprocessing, load_preprocessing, store_preprocessing
+from carclass.runs.run import find_run
 from carclass.runs.saved_model import read_model
 
 log = logging.getLogger(__name__)
@@ -44,42 +45,24 @@ def predict_photos(root: str, settings: PredictSettings) -> PredictionResult:
     if settings.run is None:
         raise UserError("`predict.run` is missing: name the run to use, e.g. --run sample.")
     run = find_run(root, settings.run)
-    model_uri = run.model_uri(run.stages[-1])
+    model_uri = run.model_uri(run.select_stage(settings.stage))
     _, facts = read_model(model_uri)
     storage.check_root(root)
     uri = predictions.predictions_uri(run.uri, settings.name)
     with hold_lease(uri, "predict") as lease, Inventory() as inventory:
         list_photos(settings.photos, inventory, "predict.photos", root=root)
         preprocessing = load_preprocessing(run)
-        calibrated = calibrate_run(run, facts, settings.batch_size)
+        store_preprocessing(run, preprocessing)
+        calibrated = calibrate_run(run, model_uri, facts, settings.batch_size)
         identity = _identity(settings, inventory, facts, preprocessing, calibrated)
         if predictions.begin_predictions(uri, identity) and not predictions.read_counts(uri).reasons.get("unreadable"):
             log.info("predict: %s is finished, nothing to do", uri)
         else:
             reading = preprocessing.ingest_settings(settings.photos)
-            mask = preprocessing.mask_settings(root, settings.detector_weights)
+            mask = mask_settings(preprocessing, root, settings.detector_weights)
             job = PredictionJob(settings, reading, mask, model_uri, facts["classes"], calibrated.temperature)
             _write_predictions(Draft(uri, identity, inventory, lease=lease), job)
     return PredictionResult(uri, predictions.read_counts(uri), calibrated)
-
-
-def calibrate_run(run: Run, facts: dict[str, Any], batch_size: int) -> Calibration:
-    """Return the run's calibration, fitted on its val photos at the first call; raise UserError if these are gone."""
-    if (stored := calibration.read_calibration(run.uri, facts["sha256"])) is not None:
-        return stored
-    source = training_dataset(run)
-    if not source.manifest["splits"]["val"]:
-        raise UserError(
-            f"dataset `{source.name}` has no val photos to calibrate run `{run.settings.name}` on. "
-            "Choose a run whose dataset has a val split."
-        )
-    connection.connect({"root": run.uri})
-    settings = EvaluateSettings(run=run.settings.name, split="val", batch_size=batch_size)
-    table = predict_split(source, settings, run.model_uri(run.stages[-1]))
-    fitted = calibration.fit_calibration(*to_arrays(table, facts["classes"]), facts["sha256"])
-    calibration.write_calibration(run.uri, fitted)
-    log.info("predict: temperature %.3f, fitted on %s val photos", fitted.temperature, f"{fitted.num_photos:,}")
-    return fitted
 
 
 def _identity(

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from carclass import storage
 from carclass.data import formats, publishing
 from carclass.data.dataset import read_part, report_damage, with_plain_lists
+from carclass.data.formats import json_text
 from carclass.data.inventory import Inventory, chunks
 from carclass.errors import UserError
 
@@ -163,7 +164,7 @@ def to_csv(rows: pa.Table) -> pa.Table:
 
 def _to_json(value: list[Any] | None) -> str | None:
     rounded = [float(f"{item:.6g}") if isinstance(item, float) else item for item in value or []]
-    return None if value is None else json.dumps(rounded, ensure_ascii=False)
+    return None if value is None else json_text(rounded, ensure_ascii=False)
 
 
 def read_counts(uri: str) -> Counts:

@@ -1,8 +1,11 @@
 """Axes, ticks and frames of SVG charts."""
 
+import bisect
 import math
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 from markupsafe import Markup
@@ -85,11 +88,21 @@ def ticks_within(low: float, high: float, whole: bool) -> list[float]:
 
 
 def fit_text(name: str, length: int) -> str:
-    """Shorten a name to at most `length` characters by replacing its middle with an ellipsis."""
-    if len(name) <= length:
+    """Shorten a name to the width of `length` Latin letters by replacing its middle with an ellipsis."""
+    if sum(map(_width, name)) <= length:
         return name
     end = (length - 1) // 2
-    return f"{name[: length - 1 - end]}…{name[len(name) - end :]}"
+    return f"{_first_characters(name, length - 1 - end)}…{_first_characters(name[::-1], end)[::-1]}"
+
+
+def _width(character: str) -> int:
+    """Return 2 for a character as wide as two Latin letters, such as 日."""
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def _first_characters(name: str, length: int) -> str:
+    """Return the first characters of a name that fit the width of `length` Latin letters."""
+    return name[: bisect.bisect_right(list(accumulate(map(_width, name))), length)]
 
 
 def accuracy_ticks(accuracies: Iterable[float]) -> list[float]:

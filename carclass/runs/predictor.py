@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
+from carclass.errors import UserError
 from carclass.models import preprocessing, resnet
+from carclass.models.gpu_memory import report_out_of_memory
 from carclass.models.preprocessing import decode_photos, to_network_input
 from carclass.runs.saved_model import load_network
 
@@ -17,17 +19,19 @@ class Predictor:
     """A saved model on a device: encoded photos → class probabilities."""
 
     def __init__(self, model_uri: str, *, use_gpu: bool) -> None:
-        if not use_gpu:
-            torch.set_num_threads(1)
+        self.model_uri = model_uri
         self.device = torch.device("cuda" if use_gpu else "cpu")
         self.net, facts = load_network(model_uri)
         self.net.to(self.device)
         self.image_size: int = facts["model"]["image_size"]
         self.precision: resnet.Precision = facts["precision"]
+        self.classes: list[str] = facts["classes"]
+        self.sha256: str = facts["sha256"]
 
+    @report_out_of_memory("Lower `batch_size` of `evaluate` or `predict`.")
     @torch.inference_mode()
     def probabilities(self, images: Sequence[bytes], batch_size: int = 0) -> np.ndarray:
-        """Return float32 (N,C) class probabilities of N encoded photos.
+        """Return float32 (N,C) class probabilities of N encoded photos. Raise UserError if a logit is not finite.
 
         batch_size: fewer photos are padded to it with black ones, as the network's rounding depends on the size of
         its input.
@@ -36,8 +40,13 @@ class Predictor:
         padding = max(0, batch_size - len(pixels))
         photos = to_network_input(np.pad(pixels, ((0, padding), (0, 0), (0, 0), (0, 0))), self.device)
         with resnet.autocast(self.precision, self.device):
-            logits = self.net(photos)
-        return logits.float().softmax(1).cpu().numpy()[: len(pixels)]
+            logits = self.net(photos).float()
+        if not logits[: len(pixels)].isfinite().all():
+            raise UserError(
+                f"the network at {self.model_uri}.safetensors has outputs that are not finite on some photos, so no "
+                "class is known. Its training diverged: use another epoch or stage, or train it again."
+            )
+        return logits.softmax(1).cpu().numpy()[: len(pixels)]
 
 
 class PhotoClassifier(nn.Module):

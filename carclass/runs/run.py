@@ -1,31 +1,35 @@
 """Runs on storage: settings, lineage, metrics and models.
 
 <root>/experiments/<name>/config.yml      the run's settings, fully resolved
-<root>/experiments/<name>/lineage.json    parent, dataset and code, with their hashes
+<root>/experiments/<name>/lineage.json    parent and dataset with their hashes, code, libraries and device
 <root>/experiments/<name>/metrics.jsonl   a line per epoch
+<root>/experiments/<name>/model.json      the run's model: the best epoch over its stages, written when training ends
 <root>/experiments/<name>/steps/<stage>/  a file per epoch, a line per step
 <root>/experiments/<name>/tensorboard/    metrics and steps as TensorBoard events
 <root>/experiments/<name>/<stage>/        checkpoints and the best model of a stage
 <root>/experiments/<name>/report/         report of the evaluation
 """
 
+import logging
 import math
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from carclass import storage
 from carclass.config.schema import StageName, TrainSettings
-from carclass.config.section import EPOCH_OF_RUN, validate
+from carclass.config.section import EPOCH_OF_RUN, S, validate
 from carclass.data import dataset, formats
 from carclass.errors import UserError, unknown_name
+from carclass.runs.environment import code_version
 
+log = logging.getLogger(__name__)
 STAGES: tuple[StageName, ...] = ("frozen", "unfrozen")
-MAY_CHANGE_ON_RESUME = ("num_workers", "use_gpu", "checkpoint_steps", "keep_checkpoints")
+MAY_CHANGE_ON_RESUME = ("num_workers", "use_gpu", "checkpoint_seconds", "keep_checkpoints", "unfrozen.micro_batch_size")
 """Settings of machines and checkpoints, which may differ when a run is resumed."""
+MODEL = "model.json"
 MetricsRow = dict[str, Any]
 
 
@@ -33,7 +37,7 @@ class ParentEpoch(NamedTuple):
     """A run's epoch that another run starts from."""
 
     run: str
-    epoch: str  # of the last stage: a number, `best` or `last`
+    epoch: str  # `best`, the run's model, or an epoch of its last stage: a number or `last`
 
 
 @dataclass(frozen=True)
@@ -68,13 +72,58 @@ class Run:
         """Return the stages whose best model is not published, in order."""
         return [stage for stage in self.stages if not self.is_finished(stage)]
 
+    def model_facts(self, stage: str) -> dict[str, Any]:
+        """Return the facts of a finished stage's best model, such as its epoch, as publish_model recorded them."""
+        return formats.read(f"{self.model_uri(stage)}.json", "model")
+
     def best_val_accuracy(self, stage: str) -> float:
         """Return the val accuracy of a finished stage's best epoch."""
-        return float(formats.read(f"{self.model_uri(stage)}.json", "model")["val_accuracy"])
+        return float(self.model_facts(stage)["val_accuracy"])
+
+    @property
+    def best_stage(self) -> StageName:
+        """Return the stage of the run's model, which has the best epoch by val accuracy, the first of equals.
+
+        It is recorded when training ends; for a run without the record it is found from the stages' best models. Raise
+        UserError if the last stage is not finished.
+        """
+        if not self.is_finished(self.stages[-1]):
+            raise unfinished_stage(self.model_uri(self.stages[-1]))
+        try:
+            recorded: StageName = formats.read(storage.join(self.uri, MODEL), "run_model")["stage"]
+        except FileNotFoundError:
+            return find_best_stage(self)
+        return recorded
+
+    def select_stage(self, stage: str | None) -> StageName:
+        """Return the stage whose best model is to be used: by default that of the run's model, which is logged.
+
+        Raise UserError if the run has no such stage.
+        """
+        if stage is None:
+            if len(self.stages) > 1:
+                log.info("run %s: its model is of the %s stage, the best on val", self.settings.name, self.best_stage)
+            return self.best_stage
+        for known in self.stages:
+            if stage == known:
+                return known
+        names = " and ".join(self.stages)
+        raise UserError(
+            f"`stage`: run `{self.settings.name}` in {self.root} has no stage `{stage}`, only {names}. Name one that "
+            "it has, or leave `stage` out for the run's model, its best epoch by val accuracy."
+        )
+
+    def stage_suffix(self, stage: str) -> str:
+        """Return the ending of the names of results by a stage's model: empty for the run's model."""
+        return "" if self.is_finished(self.stages[-1]) and stage == self.best_stage else f"-{stage}"
 
     def lineage(self) -> dict[str, Any]:
-        """Return the run's parent, dataset, seed and code version, with their hashes."""
-        return formats.read(storage.join(self.uri, "lineage.json"), "lineage")
+        """Return the run's parent and dataset with their hashes, seed, start, code version and environments."""
+        uri = storage.join(self.uri, "lineage.json")
+        try:
+            return formats.read(uri, "lineage")
+        except FileNotFoundError as error:
+            raise formats.DamagedFileError(f"{uri} is missing. {formats.RUN_REMEDY}") from error
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return one row per epoch of all stages, oldest first; empty before the first epoch."""
@@ -88,6 +137,29 @@ class Run:
         """Return one row per step of a finished epoch: `step` (from 1), `loss`, `accuracy`, `lr`."""
         uri = storage.join(self.uri, "steps", stage, f"{epoch:04d}.jsonl")
         return formats.decode_lines(storage.read_bytes(uri), "steps", uri)
+
+
+def find_best_stage(run: Run) -> StageName:
+    """Return the finished stage whose best model has the highest val accuracy, the first of equals."""
+    stages = [stage for stage in run.stages if run.is_finished(stage)]
+    return stages[0] if len(stages) == 1 else max(stages, key=run.best_val_accuracy)
+
+
+def record_best_stage(run: Run) -> None:
+    """Write the record of the model of a finished run."""
+    facts = run.model_facts(find_best_stage(run))
+    record = {key: facts[key] for key in ("stage", "epoch", "val_accuracy", "sha256")}
+    formats.write(storage.join(run.uri, MODEL), "run_model", record)
+
+
+def model_text(facts: dict[str, Any]) -> str:
+    """Return a model's epoch in words: "frozen epoch 12, val accuracy 0.808". facts: see Run.model_facts."""
+    return f"{facts['stage']} epoch {facts['epoch']}, val accuracy {facts['val_accuracy']:.3f}"
+
+
+def unfinished_stage(model_uri: str) -> UserError:
+    """Return the error of a model that is not published yet."""
+    return UserError(f"no model at {model_uri}.safetensors: the run has not finished this stage. Run jobs/train.py.")
 
 
 def best_epoch_row(rows: Sequence[MetricsRow]) -> MetricsRow | None:
@@ -117,6 +189,8 @@ def begin_run(run: Run, source: dataset.Dataset, parent_sha256: str) -> Run:
         "dataset_digest": source.digest,
         "seed": settings.seed,
         "code": code_version(),
+        "started": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "environments": [],  # of the stages, see environment.record_environment
     }
     config_uri = storage.join(run.uri, "config.yml")
     if storage.exists(config_uri):
@@ -131,6 +205,8 @@ def copy_stage(run: Run, other: Run, stage: str) -> None:
     """Copy a finished stage of another run, trained with the same settings on the same photos."""
     rows = [row for row in other.metrics() if row["stage"] == stage]
     storage.write_bytes(storage.join(run.uri, "metrics.jsonl"), formats.encode_lines("metrics", rows))
+    environments = [each for each in other.lineage()["environments"] if each["stage"] == stage]
+    formats.write(storage.join(run.uri, "lineage.json"), "lineage", {**run.lineage(), "environments": environments})
     for suffix in (".safetensors", ".json"):  # the .json last: it marks the stage as finished
         storage.write_bytes(f"{run.model_uri(stage)}{suffix}", storage.read_bytes(f"{other.model_uri(stage)}{suffix}"))
 
@@ -149,7 +225,22 @@ def read_run_settings(uri: str) -> TrainSettings:
     config_uri = storage.join(uri, "config.yml")
     values = formats.read(config_uri, "run_config")
     values.pop("format", None)
-    return validate(values, TrainSettings, source=config_uri, base=Path("/"))
+    return stored_settings(values, TrainSettings, config_uri)
+
+
+def stored_settings(values: dict[str, Any], kind: type[S], source: str) -> S:
+    """Return settings that were stored whole: a default of today is not taken for one that is missing.
+
+    source: file, for messages. Raise UserError for settings that this version lacks, or that the file lacks.
+    """
+    way_out = "It was written by another version of carclass: use that one, or move the folder away and train again."
+    try:
+        settings = validate(values, kind, source=source, base=Path("/"))
+    except UserError as error:
+        raise UserError(f"{error}. {way_out}") from error
+    if missing := [key for key in flatten(settings.model_dump(mode="json")) if key not in flatten(values)]:
+        raise UserError(f"{source} lacks the setting `{missing[0]}`, which its format has. {way_out}")
+    return settings
 
 
 def changed_settings(old: TrainSettings, new: TrainSettings) -> list[str]:
@@ -183,19 +274,20 @@ def _check_same(run: Run, old: TrainSettings, lineage: dict[str, Any]) -> None:
     if changed:
         raise UserError(
             f"run `{run.settings.name}` in {run.root} was begun with other settings ({', '.join(changed)}). "
-            f"Give this one another `train.name`, or delete {run.uri}."
+            f"Give this one another `train.name`, or delete {run.uri}.{_continuation_hint(run, old, changed)}"
         )
 
 
-def code_version() -> str:
-    """Return the commit of the checkout, with + if files are modified; outside a checkout the package's version."""
-    folder = Path(__file__).parent
-    try:
-        command = ["git", "describe", "--always", "--dirty=+", "--abbrev=12"]
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S603
-    except (OSError, subprocess.CalledProcessError):
-        return metadata.version("carclass") if _is_installed() else "unknown"
-
-
-def _is_installed() -> bool:
-    return any(distribution.name == "carclass" for distribution in metadata.distributions())
+def _continuation_hint(run: Run, old: TrainSettings, changed: list[str]) -> str:
+    """Return the way to train a finished run further, if it was given more epochs; "" for other changes."""
+    stage = run.stages[-1]
+    if changed != [f"{stage}.epochs"] or run.unfinished_stages:
+        return ""
+    more = getattr(run.settings, stage).epochs - getattr(old, stage).epochs
+    if more < 0:
+        return ""
+    others = "".join(f", `train.{other}: null`" for other in STAGES if other != stage)
+    return (
+        f" To train it for {more} more epochs, start another run from its last one, with a learning rate and schedule "
+        f"of its own: `train.parent: {run.settings.name}@last`{others}, `train.{stage}.epochs: {more}`."
+    )

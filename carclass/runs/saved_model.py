@@ -1,6 +1,6 @@
 """A published network: safetensors with a JSON description, verified by sha256."""
 
-import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,9 +9,13 @@ from torch import Tensor, nn
 
 from carclass import storage
 from carclass.config.schema import ModelSettings
+from carclass.config.section import validate
 from carclass.data import formats
+from carclass.data.formats import json_text
 from carclass.errors import UserError
 from carclass.models import resnet
+from carclass.models.weights import first_not_finite
+from carclass.runs.run import unfinished_stage
 
 DTYPES = {torch.float32: "F32", torch.int64: "I64"}
 """Names in safetensors of the dtypes in checkpoints: weights and moments, and the counters of BatchNorm."""
@@ -32,7 +36,7 @@ def serialise(tensors: dict[str, Tensor]) -> list[bytes | memoryview]:
         }
         pieces.append(data.data)
         end += data.nbytes
-    text = json.dumps(header).encode()
+    text = json_text(header).encode()
     text += b" " * (-len(text) % 8)
     return [len(text).to_bytes(8, "little"), text, *pieces]
 
@@ -42,7 +46,9 @@ def publish_model(uri: str, net: nn.Module, facts: dict[str, Any]) -> None:
 
     facts: at least `model` (ModelSettings as a dict), `classes` and `precision`.
     """
-    pieces = serialise(copy_to_host(net.state_dict()))
+    tensors = copy_to_host(net.state_dict())
+    assert first_not_finite(tensors) is None, f"{uri}: weights that are not finite are no model"
+    pieces = serialise(tensors)
     storage.write_bytes(f"{uri}.safetensors", *pieces)
     formats.write(f"{uri}.json", "model", {**facts, "sha256": storage.sha256(*pieces)})
 
@@ -53,18 +59,23 @@ def read_model(uri: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         facts = formats.read(f"{uri}.json", "model")
         data = storage.read_bytes(f"{uri}.safetensors")
     except FileNotFoundError as error:
-        raise UserError(
-            f"no model at {uri}.safetensors: the run has not finished this stage. Run jobs/train.py."
-        ) from error
+        raise unfinished_stage(uri) from error
     if storage.sha256(data) != facts["sha256"]:
         raise UserError(f"{uri}.safetensors is damaged: its sha256 is not the one in {uri}.json. Train the run again.")
-    return load(data), facts
+    tensors = load(data)
+    if (name := first_not_finite(tensors)) is not None:
+        raise UserError(
+            f"{uri}.safetensors has weights that are not finite (first: {name}): its training diverged. Train again "
+            "under another `train.name`, with a lower learning rate or `clip_grad_norm`."
+        )
+    return tensors, facts
 
 
 def load_network(uri: str) -> tuple[resnet.FoldedResNet, dict[str, Any]]:
     """Return (network in eval mode, facts) of a published network. Raise UserError if it is missing or damaged."""
     state, facts = read_model(uri)
-    net = resnet.build(ModelSettings.model_validate(facts["model"]), len(facts["classes"]))
+    model = validate(facts["model"], ModelSettings, source=f"{uri}.json: `model`", base=Path("/"))
+    net = resnet.build(model, len(facts["classes"]))
     net.load_state_dict(state)
     return net.eval(), facts
 

@@ -142,7 +142,7 @@ def write_sample(folder: Path, *, seed: int = 7, train_per_class: int = 80, test
             rows.append(photo.row)
         if photo.vehicles:
             truth.add(photo)
-    (folder / "truth.json").write_text(json.dumps(truth.as_coco()))
+    (folder / "truth.json").write_text(json.dumps(truth.as_coco(), allow_nan=False))
     with (folder / "labels.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("img_name", "class", "subset"))

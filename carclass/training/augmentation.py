@@ -108,7 +108,9 @@ def _blend(photos: Tensor, other: Tensor, strength: Tensor) -> Tensor:
 
 
 def warp_photos(photos: Tensor, settings: AugmentationSettings, draws: np.ndarray) -> Tensor:
-    """Flip, rotate and zoom each photo in one resampling, with reflection padding, as in Keras.
+    """Flip, rotate and zoom each photo in one resampling, with reflection padding as in Keras.
+
+    The photo's own height and width are zoomed, before it is turned; Keras' layers zoom those of the turned photo.
 
     photos: float (N,3,S,S). draws: (N,5) in [0,1), see sample_rng.uniforms. Return float (N,3,S,S).
     """

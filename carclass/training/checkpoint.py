@@ -7,7 +7,6 @@
     optimizer.safetensors      moments, and with a moving average the weights that are trained
 """
 
-import json
 import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -19,7 +18,9 @@ from torchvision.models.resnet import ResNet
 
 from carclass import storage
 from carclass.data import formats
+from carclass.data.formats import json_text
 from carclass.errors import UserError
+from carclass.models.weights import first_not_finite
 from carclass.progress import print_line
 from carclass.runs.checkpoint_index import INDEX, WEIGHTS, decode_index
 from carclass.runs.saved_model import copy_to_host, serialise
@@ -31,7 +32,7 @@ AVERAGED = "averaged."
 
 
 class DamagedError(UserError):
-    """A checkpoint that has a missing or changed file."""
+    """A checkpoint that has a missing or changed file, or weights that are not finite."""
 
 
 class Snapshot(NamedTuple):
@@ -106,7 +107,7 @@ def verify(uri: str) -> dict[str, bytes]:
 def restore_checkpoint(uri: str, learner: Learner) -> dict[str, Any]:
     """Load a checkpoint into a learner and return its state. Raise DamagedError before any change if it is damaged."""
     files = verify(uri)
-    weights, tensors = load(files[WEIGHTS]), load(files[OPTIMIZER])
+    weights, tensors = _load_finite(uri, files[WEIGHTS]), load(files[OPTIMIZER])
     learner.eval_module.load_state_dict(weights)
     trained = {name.removeprefix(AVERAGED): tensors.pop(name) for name in [*tensors] if name.startswith(AVERAGED)}
     learner.module.load_state_dict(weights | trained)
@@ -151,10 +152,11 @@ def restore_best(uri: str, module: nn.Module) -> dict[str, Any]:
     for name in sorted(scores, key=lambda name: (-scores[name], name)):
         try:
             files = verify(storage.join(uri, name))
+            weights = _load_finite(storage.join(uri, name), files[WEIGHTS])
         except DamagedError as error:
             print_line(f"warning: {error}; using the next best epoch")
             continue
-        module.load_state_dict(load(files[WEIGHTS]))
+        module.load_state_dict(weights)
         return _state(storage.join(uri, name), files)
     raise _all_damaged(uri)
 
@@ -162,7 +164,7 @@ def restore_best(uri: str, module: nn.Module) -> dict[str, Any]:
 def read_weights(uri: str) -> tuple[dict[str, Tensor], str]:
     """Return a checkpoint's (state dict, sha256 of its file). Raise DamagedError if it is damaged."""
     data = verify(uri)[WEIGHTS]
-    return load(data), storage.sha256(data)
+    return _load_finite(uri, data), storage.sha256(data)
 
 
 def prune(uri: str, kept: Iterable[str]) -> None:
@@ -180,6 +182,17 @@ def remove(uri: str, removed: Iterable[str]) -> None:
         storage.delete_folder(folder)
 
 
+def _load_finite(uri: str, data: bytes) -> dict[str, Tensor]:
+    """Return the weights in a checkpoint's file. Raise DamagedError if any is not finite."""
+    weights = load(data)
+    if (name := first_not_finite(weights)) is not None:
+        raise DamagedError(
+            f"checkpoint {uri} has weights that are not finite (first: {name}): training diverged before it. Start a "
+            "run of another `train.name` with a lower learning rate or `clip_grad_norm`"
+        )
+    return weights
+
+
 def _state(uri: str, files: dict[str, bytes]) -> dict[str, Any]:
     """Return the state of a checkpoint; a loss that was not finite is NaN."""
     state, _ = decode_index(uri, files[INDEX])
@@ -188,12 +201,13 @@ def _state(uri: str, files: dict[str, bytes]) -> dict[str, Any]:
 
 
 def _state_hash(state: dict[str, Any]) -> str:
-    return storage.sha256(json.dumps(state, sort_keys=True).encode())
+    return storage.sha256(json_text(state, sort_keys=True).encode())
 
 
 def _all_damaged(uri: str) -> UserError:
     return UserError(
-        f"all checkpoints in {uri} are damaged. Restore one from a backup, or delete this folder to restart the stage."
+        f"all checkpoints in {uri} are damaged or not finite. Restore one from a backup, or delete this folder to "
+        "restart the stage."
     )
 
 

@@ -21,34 +21,50 @@ LOWEST_PRIORITY = 19
 
 
 class CheckpointWriter:
-    """Writer of one checkpoint after the other; training waits only for the copy to the host's memory.
+    """Writer of metrics and checkpoints; training waits only for the copy to the host's memory, and at the end.
 
-    Errors of the thread are raised when the next checkpoint is saved, or at the end. verbose: print a line per epoch.
+    Errors of the threads are raised at the end of the next epoch, or at the end. verbose: print a line per epoch.
     """
 
     def __init__(self, run: Run, stage: str, learner: Learner, state: TrainState, *, verbose: bool = True) -> None:
         self.run, self.stage, self.learner, self.verbose = run, stage, learner, verbose
         self.uri = storage.join(run.uri, stage)
         self.metrics_log = MetricsLog(run, stage, state.epoch)
-        self.thread = ThreadPoolExecutor(1, initializer=_lower_priority)
+        self.metrics_thread, self.checkpoint_thread = (
+            ThreadPoolExecutor(1, initializer=_lower_priority) for _ in range(2)
+        )
+        self.snapshots: dict[str, checkpoint.Snapshot] = {}  # that are not written yet, by name
+        self.pending: list[Future[None]] = []
         self.pending_metrics: Future[None] | None = None
-        self.pending_checkpoint: Future[None] | None = None
+        self.pending_save: Future[None] | None = None
+        self.save_time = time.monotonic()
 
-    def save(self, state: TrainState, required: bool) -> None:
-        """Save a checkpoint to resume from; unless required, skip it while the previous one is being written."""
-        if not required and self.pending_checkpoint is not None and not self.pending_checkpoint.done():
-            return
-        self.wait()
-        self._submit_checkpoint(state)
+    def is_checkpoint_due(self) -> bool:
+        """Return True if it is time for a checkpoint to resume from, and the previous one is written."""
+        is_written = self.pending_save is None or self.pending_save.done()
+        return is_written and time.monotonic() - self.save_time >= self.run.settings.checkpoint_seconds
+
+    def save(self, state: TrainState) -> None:
+        """Save a checkpoint to resume from, once the previous one is written."""
+        if self.pending_save is not None:
+            self.pending_save.result()
+        self.pending_save = self._submit_checkpoint(state)
+        self.save_time = time.monotonic()
 
     def finish_epoch(self, state: TrainState, metrics: Metrics, steps: list[Metrics]) -> None:
         """Save an epoch's metrics, and its weights if they are to be kept."""
         if self.verbose:
             self._report(metrics)
-        self.wait()
-        row = {**metrics, "time": time.time()}
-        self.pending_metrics = self.thread.submit(self.metrics_log.add, row, steps)
-        if checkpoint_name(state.epoch) in self._kept(state):
+        for future in [future for future in self.pending if future.done()]:
+            self.pending.remove(future)
+            future.result()
+        self.pending_metrics = self.metrics_thread.submit(self.metrics_log.add, {**metrics, "time": time.time()}, steps)
+        self.pending.append(self.pending_metrics)
+        kept = self._kept(state)
+        for name in [*self.snapshots]:  # better epochs have replaced one before it was written
+            if not checkpoint.is_resumable(name) and name not in kept:
+                self.snapshots.pop(name, None)
+        if checkpoint_name(state.epoch) in kept:
             self._submit_checkpoint(state)
 
     def wait_for_metrics(self) -> None:
@@ -58,16 +74,23 @@ class CheckpointWriter:
 
     def wait(self) -> None:
         """Return when everything is written."""
-        self.wait_for_metrics()
-        if self.pending_checkpoint is not None:
-            self.pending_checkpoint.result()
+        while self.pending:
+            self.pending.pop(0).result()
 
-    def _submit_checkpoint(self, state: TrainState) -> None:
+    def _submit_checkpoint(self, state: TrainState) -> Future[None]:
         name = checkpoint_name(state.epoch, state.samples)
-        snapshot = checkpoint.take_snapshot(name, self.learner, asdict(state))
-        self.pending_checkpoint = self.thread.submit(self._write, snapshot, self._kept(state))
+        self.snapshots[name] = checkpoint.take_snapshot(name, self.learner, asdict(state))
+        future = self.checkpoint_thread.submit(self._write, name, self._kept(state), self.pending_metrics)
+        self.pending.append(future)
+        return future
 
-    def _write(self, snapshot: checkpoint.Snapshot, kept: set[str]) -> None:
+    def _write(self, name: str, kept: set[str], metrics: Future[None] | None) -> None:
+        """Write a snapshot after the metrics of its epoch, unless it was dropped."""
+        snapshot = self.snapshots.pop(name, None)
+        if snapshot is None:
+            return
+        if metrics is not None:
+            metrics.result()
         checkpoint.write_checkpoint(self.uri, snapshot)
         # Two to resume from, in case the newest is damaged.
         checkpoint.prune(self.uri, kept | {*checkpoint.resumable_names(self.uri)[-2:]})

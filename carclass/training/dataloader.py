@@ -153,8 +153,10 @@ class PhotoLoader:
 
     def val(self) -> Iterator[Batch]:
         """Yield every val photo once over all workers."""
-        samples = self.val_samples
-        for indices, weight, pixels in samples.read(samples.steps(None, self.stage.batch_size * 4)):
+        samples, stage = self.val_samples, self.stage
+        # Without gradients, four times the photos of a forward pass take less memory.
+        num_photos = min(stage.batch_size, (stage.micro_batch_size or stage.batch_size) * samples.num_workers)
+        for indices, weight, pixels in samples.read(samples.steps(None, 4 * num_photos)):
             yield _batch(to_network_input(pixels, self.device), samples, indices, weight)
 
     def _augmented_batches(self, groups: Iterator[list[tuple[np.ndarray, float]]], epoch: int) -> Iterator[Batch]:

@@ -3,19 +3,21 @@
 <root>/features/<hash of the dependencies>.safetensors: float16 (V,N,D) by view and photo, labels and ids of each split
 """
 
-import json
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save
 from torch import Tensor
 
 from carclass import storage
 from carclass.config.schema import TrainSettings
+from carclass.data.formats import json_text
+from carclass.errors import UserError
 from carclass.formatting import duration_text
 from carclass.models import resnet
 from carclass.models.preprocessing import to_network_input
@@ -36,7 +38,7 @@ VIEWS_SEED = 123
 def cache_uri(run: Run, dataset_digest: str) -> str:
     """Return the URI of the features of a run's frozen stage."""
     key = {"parent": run.lineage()["parent_sha256"], "dataset": dataset_digest, **cache_key(run.settings)}
-    digest = storage.sha256(json.dumps(key, sort_keys=True).encode())
+    digest = storage.sha256(json_text(key, sort_keys=True).encode())
     return storage.join(run.root, "features", f"{digest[:24]}.safetensors")
 
 
@@ -65,6 +67,11 @@ def write_cache(
     started, tensors = time.monotonic(), {}
     for split, samples, views in zip(SPLITS, splits, (run.settings.frozen.views, 1), strict=True):
         tensors[split] = compute_features(net, samples, views, run, device).half()
+        if not tensors[split].isfinite().all():
+            raise UserError(
+                f"`train.parent`: the backbone {run.settings.parent} gives features that are not finite, or beyond "
+                "float16, on some photos. Choose other weights, or skip this stage (`train.frozen: null`)."
+            )
         tensors[f"{split}_labels"] = torch.from_numpy(samples.labels)
         tensors[f"{split}_ids"] = torch.from_numpy(samples.ids.view(np.int64))
     if splits[0].rank == 0:
@@ -74,8 +81,16 @@ def write_cache(
 
 
 def open_cache(uri: str, batch_size: int, device: torch.device, **share: int) -> FeatureLoader:
-    """Return a loader of published features. share: seed, rank, num_workers of SampleOrder."""
-    tensors = load_tensors(storage.read_bytes(uri))
+    """Return a loader of published features. share: seed, rank, num_workers of SampleOrder.
+
+    Raise UserError if they are damaged.
+    """
+    try:
+        tensors = load_tensors(storage.read_bytes(uri))
+    except SafetensorError as error:
+        raise UserError(
+            f"{uri} is damaged ({error}). Delete it and run the same command again, which computes the features anew."
+        ) from error
     train, val = (
         SampleOrder(tensors[f"{split}_ids"].numpy().view(np.uint64), tensors[f"{split}_labels"].numpy(), **share)
         for split in SPLITS

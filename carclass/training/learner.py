@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from carclass.config.schema import StageSettings, UnfrozenSettings
@@ -71,10 +72,32 @@ def learning_rate(stage: StageSettings, progress: float) -> float:
     return stage.lr * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
 
 
-def set_learning_rate(learner: Learner, progress: float) -> None:
-    """Set the rate of every parameter group after `progress` epochs."""
+def step_rate(stage: StageSettings, step: int, num_steps: int) -> float:
+    """Return the rate of a step. step: counted over all epochs of the stage, from 1. num_steps: steps per epoch.
+
+    The cosine is zero at the end of the last step, which would train nothing: it has the rate at its middle.
+    """
+    return learning_rate(stage, step / num_steps) or learning_rate(stage, (step - 0.5) / num_steps)
+
+
+def set_learning_rate(learner: Learner, step: int, num_steps: int) -> None:
+    """Set the rate of every parameter group for a step, see step_rate."""
+    rate = step_rate(learner.stage, step, num_steps)
     for group in learner.optimizer.param_groups:
-        group["lr"] = learning_rate(learner.stage, progress) * group["scale"]
+        group["lr"] = rate * group["scale"]
+
+
+def clip_gradients(learner: Learner) -> None:
+    """Scale the gradients down to the stage's largest norm, if it has one."""
+    if learner.stage.clip_grad_norm is not None:
+        clip_grad_norm_(learner.module.parameters(), learner.stage.clip_grad_norm)
+
+
+def has_finite_weights(learner: Learner) -> bool:
+    """Return True if no weight of the module or its moving average is NaN or infinite; waits for the device."""
+    modules = {learner.module, learner.eval_module}
+    parameters = [parameter.detach() for module in modules for parameter in module.parameters()]
+    return bool(get_total_norm(parameters).isfinite())
 
 
 @torch.no_grad()

@@ -13,14 +13,27 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from carclass.config.schema import StageSettings
+from carclass.errors import UserError
 from carclass.models import resnet
 from carclass.training.dataloader import DROPOUT, Batch
 from carclass.training.distributed import sum_over_workers
-from carclass.training.learner import Learner, learning_rate, set_learning_rate, update_ema
+from carclass.training.learner import (
+    Learner,
+    clip_gradients,
+    has_finite_weights,
+    learning_rate,
+    set_learning_rate,
+    step_rate,
+    update_ema,
+)
 
 Metrics = dict[str, float]
 """Of an epoch: `epoch`, `train_loss`, `train_accuracy`, `lr`, `val_loss`, `val_accuracy`, `seconds`. Of a step: `step`
 (from 1), `loss`, `accuracy`, `lr`."""
+
+
+class DivergedError(UserError):
+    """Training whose loss, logits or weights are not finite."""
 
 
 class Loader(Protocol):
@@ -55,13 +68,19 @@ class TrainState:
         return self.val_accuracies.index(max(self.val_accuracies)) + 1
 
 
+class StepSignal(NamedTuple):
+    """Interruption of an epoch after a step, the same on every worker."""
+
+    is_preempted: bool = False
+    is_checkpoint_due: bool = False
+
+
 class Callbacks(NamedTuple):
     """Hooks of the loop, called on every worker at the same step."""
 
-    save: Callable[[TrainState, bool], None] = lambda *_: None  # (state, False if the checkpoint may be skipped)
+    save: Callable[[TrainState], None] = lambda _: None  # a checkpoint to resume from
     on_epoch_end: Callable[[TrainState, Metrics, list[Metrics]], None] = lambda *_: None  # (state, epoch's, steps')
-    is_preempted: Callable[[], bool] = lambda: False  # called after every step, returns the same on every worker
-    checkpoint_steps: int | None = None  # steps between checkpoints
+    after_step: Callable[[], StepSignal] = StepSignal
 
 
 def train_epochs(learner: Learner, loader: Loader, state: TrainState, callbacks: Callbacks) -> bool:
@@ -81,30 +100,47 @@ def is_done(stage: StageSettings, state: TrainState) -> bool:
 
 
 def train_epoch(learner: Learner, loader: Loader, state: TrainState, callbacks: Callbacks) -> bool:
-    """Train on the samples of the current epoch that are left. Return False if preempted."""
+    """Train on the samples of the current epoch that are left. Return False if preempted.
+
+    Raise DivergedError at the next checkpoint, or at the end of the epoch, if a loss or a weight is not finite.
+    """
     resnet.set_train_mode(learner.module)
     started = time.perf_counter() - state.seconds
     tallies: list[Tensor] = []  # on the device, so that no step waits for the previous one
-    every, preempted = callbacks.checkpoint_steps, False
     for batch in loader.train(state.epoch + 1, state.samples):
         step = state.epoch * loader.num_steps + len(state.steps) + len(tallies) + 1
         tallies.append(train_step(learner, batch, step, loader.num_steps))
-        preempted = callbacks.is_preempted()
-        if preempted or (every is not None and step % every == 0):
-            _record_steps(state, tallies, started)
-            callbacks.save(state, preempted)
-        if preempted:
+        signal = callbacks.after_step()
+        if any(signal):
+            _record_steps(learner, loader, state, tallies, started)
+            callbacks.save(state)
+        if signal.is_preempted:
             return False
-    _record_steps(state, tallies, started)
+    _record_steps(learner, loader, state, tallies, started)
     return True
 
 
-def _record_steps(state: TrainState, tallies: list[Tensor], started: float) -> None:
-    """Move the tallies of steps, summed over workers, to the state."""
+def _record_steps(learner: Learner, loader: Loader, state: TrainState, tallies: list[Tensor], started: float) -> None:
+    """Move the tallies of steps, summed over workers, to the state. Raise DivergedError before any is saved."""
     if tallies:
         state.steps += sum_over_workers(torch.stack(tallies)).tolist()
         tallies.clear()
     state.seconds = time.perf_counter() - started
+    finite = [math.isfinite(loss) for loss, _, _ in state.steps]
+    if not all(finite):
+        raise _diverged(learner.stage, "loss", state.epoch + 1, finite.index(False) + 1, loader.num_steps)
+    if not has_finite_weights(learner):
+        raise _diverged(learner.stage, "weights", state.epoch + 1, len(finite), loader.num_steps)
+
+
+def _diverged(stage: StageSettings, what: str, epoch: int, step: int, num_steps: int) -> DivergedError:
+    rate = step_rate(stage, (epoch - 1) * num_steps + step, num_steps)
+    precision = ", `train.precision: fp32`" if stage.name == "unfrozen" else ""
+    return DivergedError(
+        f"training diverged in the {stage.name} stage: {what} not finite in epoch {epoch}, step {step} of {num_steps} "
+        f"(learning rate {rate:.3g}). Nothing of this epoch is kept. Start a run of another `train.name` with a lower "
+        f"`train.{stage.name}.lr`, more `warmup_epochs`, `clip_grad_norm: 1`{precision}, or several of these."
+    )
 
 
 def train_step(learner: Learner, batch: Batch, step: int, num_steps: int) -> Tensor:
@@ -113,12 +149,13 @@ def train_step(learner: Learner, batch: Batch, step: int, num_steps: int) -> Ten
     step: counted over all epochs of the stage, from 1. num_steps: steps per epoch.
     """
     epoch = (step - 1) // num_steps + 1
-    set_learning_rate(learner, step / num_steps)
+    set_learning_rate(learner, step, num_steps)
     learner.optimizer.zero_grad(set_to_none=True)
     *first, last = split_batch(batch, learner.micro_batch_size)
     with learner.forward.no_sync() if isinstance(learner.forward, DistributedDataParallel) else nullcontext():
         tallies = [backward(learner, micro_batch, epoch) for micro_batch in first]
     tallies.append(backward(learner, last, epoch))  # workers exchange the gradients of all micro-batches at once
+    clip_gradients(learner)
     learner.optimizer.step()
     update_ema(learner, step)
     return torch.stack(tallies).sum(0)
@@ -147,15 +184,20 @@ def backward(learner: Learner, batch: Batch, epoch: int) -> Tensor:
 
 
 def finish_epoch(learner: Learner, loader: Loader, state: TrainState) -> tuple[Metrics, list[Metrics]]:
-    """Validate, advance the state to the next epoch, and return the metrics of the epoch and of each step."""
-    started, epoch = time.perf_counter(), state.epoch + 1
+    """Validate, advance the state to the next epoch, and return the metrics of the epoch and of each step.
+
+    Raise DivergedError, with the state unchanged, if the val loss is not finite.
+    """
+    started, epoch, num_steps = time.perf_counter(), state.epoch + 1, loader.num_steps
     loss, hits, count = (math.fsum(column) for column in zip(*state.steps, strict=True))
     metrics: Metrics = {"epoch": epoch, "train_loss": loss / count, "train_accuracy": hits / count}
     metrics |= {"lr": learning_rate(learner.stage, epoch), **validate(learner, loader)}
+    if not math.isfinite(metrics["val_loss"]):
+        raise _diverged(learner.stage, "val loss", epoch, num_steps, num_steps)
     metrics["seconds"] = state.seconds + time.perf_counter() - started
     steps = []
     for step, (loss, hits, count) in enumerate(state.steps, 1):
-        lr = learning_rate(learner.stage, epoch - 1 + step / loader.num_steps)
+        lr = step_rate(learner.stage, (epoch - 1) * num_steps + step, num_steps)
         steps.append({"step": step, "loss": loss / count, "accuracy": hits / count, "lr": lr})
     state.epoch, state.steps, state.seconds = epoch, [], 0.0
     state.val_accuracies.append(metrics["val_accuracy"])

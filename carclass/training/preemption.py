@@ -10,8 +10,8 @@ import ray.train.torch
 import torch
 from torch import distributed
 
-CONTINUE, CHECK_DRAIN, PREEMPTED = 0, 1, 2
-"""Signals of a worker to all others; the highest counts."""
+from carclass.training.loop import StepSignal
+
 DRAIN_CHECK_SECONDS = 2.0
 """Interval between queries to Ray for draining nodes; a spot instance has two minutes' notice, a container 30 s."""
 _sigterm_received = threading.Event()
@@ -26,28 +26,34 @@ class WorkerContext(NamedTuple):
     is_node_draining: Callable[[], bool]  # True if a node will be taken away; called on all workers at once
 
 
-class PreemptionCheck:
-    """Check for preemption with the same result on all workers at the same step.
+class StepCheck:
+    """Check for preemption and for a due checkpoint, with the same result on all workers at the same step.
 
     A spot instance is announced by a draining node, the end of a container by SIGTERM.
     """
 
-    def __init__(self, worker: WorkerContext) -> None:
-        self.worker = worker
+    def __init__(self, worker: WorkerContext, is_checkpoint_due: Callable[[], bool] = lambda: False) -> None:
+        self.worker, self.is_checkpoint_due = worker, is_checkpoint_due
         # On CPUs even if gradients are reduced between GPUs, so that a check doesn't wait for a GPU.
         self.group = distributed.new_group(backend="gloo") if worker.num_workers > 1 else None
         self.checked = time.monotonic()
 
-    def __call__(self) -> bool:
-        """Return True if any worker is preempted; called by every worker after every step."""
-        is_due = self.worker.rank == 0 and time.monotonic() - self.checked > DRAIN_CHECK_SECONDS
-        signals = torch.tensor(PREEMPTED if _sigterm_received.is_set() else CHECK_DRAIN if is_due else CONTINUE)
-        if self.group is not None:
-            distributed.all_reduce(signals, distributed.ReduceOp.MAX, group=self.group)
-        if signals == CHECK_DRAIN:
+    def __call__(self) -> StepSignal:
+        """Return the interruptions that any worker asks for; called by every worker after every step."""
+        asks_ray = self.worker.rank == 0 and time.monotonic() - self.checked > DRAIN_CHECK_SECONDS
+        is_preempted, asks_ray, is_due = self._any(_sigterm_received.is_set(), asks_ray, self.is_checkpoint_due())
+        if asks_ray and not is_preempted:
             self.checked = time.monotonic()
-            return self.worker.is_node_draining()
-        return bool(signals == PREEMPTED)
+            is_preempted = self.worker.is_node_draining()
+        return StepSignal(is_preempted, is_due)
+
+    def _any(self, *values: bool) -> list[bool]:
+        """Return for each value if it is true on any worker."""
+        if self.group is None:
+            return [*values]
+        signals = torch.tensor(values, dtype=torch.uint8)
+        distributed.all_reduce(signals, distributed.ReduceOp.MAX, group=self.group)
+        return signals.bool().tolist()
 
 
 def listen_for_sigterm() -> None:

@@ -1,8 +1,10 @@
 """Preflight check: requirements of a run against classes, disk space, object store and memory.
 
-Arithmetic on sizes: the cluster's resources are passed as numbers; nothing is trained or allocated.
+Arithmetic on sizes: the cluster's resources are passed as numbers; nothing is trained or allocated. memory_probe
+measures, on a free GPU, what is otherwise estimated here.
 """
 
+import copy
 import logging
 import shutil
 from pathlib import Path
@@ -15,7 +17,7 @@ from torch.nn import functional
 from torchvision.models.resnet import ResNet
 
 from carclass import storage
-from carclass.config.schema import StageSettings, TrainSettings
+from carclass.config.schema import StageSettings, TrainSettings, UnfrozenSettings
 from carclass.data import dataset
 from carclass.errors import UserError
 from carclass.formatting import bytes_text
@@ -51,18 +53,20 @@ def check_run(
     use_gpu: bool,
     object_store: int,
     memory: int | None,
+    step: StepMemory | None = None,
 ) -> None:
     """Raise UserError if a run can't succeed; warn if it can, but slowly or without learning all classes.
 
     object_store: bytes of the largest node's object store. memory: bytes of one GPU, or on CPUs of all nodes together;
-    None if unknown.
+    None if unknown. step: see check_memory.
     """
     check_classes(source)
+    check_warmup(settings)
     check_object_store(settings, source, object_store)
     net = resnet.build(settings.model, len(source.classes))
     check_disk(root, settings, source, net)
     if memory is not None:
-        check_memory(settings, source, net, memory, use_gpu=use_gpu)
+        check_memory(settings, source, net, memory, use_gpu=use_gpu, step=step)
 
 
 def check_classes(source: dataset.Dataset) -> None:
@@ -79,6 +83,17 @@ def check_classes(source: dataset.Dataset) -> None:
     if missing:
         names = ", ".join(missing[:10]) + (", …" if len(missing) > 10 else "")
         log.warning("train: %d classes have no train photo and will never be predicted: %s", len(missing), names)
+
+
+def check_warmup(settings: TrainSettings) -> None:
+    """Warn if a stage ends before its warm-up, as one of a single epoch does by default."""
+    for stage in (settings.frozen, settings.unfrozen):
+        if stage is not None and stage.warmup_epochs >= stage.epochs:
+            log.warning(
+                "train: all %d epoch(s) of the %s stage are warm-up (`train.%s.warmup_epochs` is %g), so `schedule` "
+                "has no effect. Give it more epochs, or a shorter warm-up.",
+                stage.epochs, stage.name, stage.name, stage.warmup_epochs,
+            )  # fmt: skip
 
 
 def decoded_size(settings: TrainSettings, source: dataset.Dataset, object_store: int) -> int | None:
@@ -148,10 +163,19 @@ def extra_copies(stage: StageSettings) -> int:
     return MOMENTS[stage.optimizer] + (stage.ema_decay is not None)
 
 
-def check_memory(settings: TrainSettings, source: dataset.Dataset, net: ResNet, memory: int, *, use_gpu: bool) -> None:
+def check_memory(
+    settings: TrainSettings,
+    source: dataset.Dataset,
+    net: ResNet,
+    memory: int,
+    *,
+    use_gpu: bool,
+    step: StepMemory | None = None,
+) -> None:
     """Raise UserError, with the value that fits, if a stage doesn't fit into a worker's memory.
 
-    memory: bytes of one GPU, or on CPUs of all nodes together, which the workers share.
+    memory: bytes of one GPU, or on CPUs of all nodes together, which the workers share. step: measured memory of a step
+    of the unfrozen stage; None: it is estimated.
     """
     min_workers, max_workers = settings.workers
     # The worst case of an elastic run: on GPUs the fewest workers, on CPUs the most.
@@ -161,7 +185,7 @@ def check_memory(settings: TrainSettings, source: dataset.Dataset, net: ResNet, 
     if settings.frozen is not None:
         _check_views(settings.frozen.views, source, net, usable, available)
     if settings.unfrozen is not None:
-        step = step_memory(settings, settings.unfrozen, net, use_gpu=use_gpu)
+        step = step or step_memory(settings, settings.unfrozen, net, use_gpu=use_gpu)
         _check_batch_size(settings, num_workers, step, usable, available)
 
 
@@ -184,8 +208,7 @@ def _check_batch_size(
     """Raise UserError if a worker's share of a step doesn't fit. usable: bytes. available: text for the error."""
     assert settings.unfrozen is not None
     stage, max_photos = settings.unfrozen, max(0, int((usable - step.fixed) // step.per_photo))
-    share = -(-stage.batch_size // num_workers)
-    if min(share, stage.micro_batch_size or share) > max_photos:
+    if photos_per_pass(stage, num_workers) > max_photos:
         advice = "Not even one fits"
         if max_photos:
             advice = f"Up to {max_photos * num_workers} fit"
@@ -198,22 +221,31 @@ def _check_batch_size(
         )
 
 
+def photos_per_pass(stage: UnfrozenSettings, num_workers: int) -> int:
+    """Return the photos in a worker's forward pass."""
+    share = -(-stage.batch_size // num_workers)
+    return min(share, stage.micro_batch_size or share)
+
+
 def step_memory(settings: TrainSettings, stage: StageSettings, net: ResNet, *, use_gpu: bool) -> StepMemory:
     """Return the memory of a step that trains the whole network. Validation saves no activations and takes less."""
-    one, two = (saved_bytes(net, settings, num_photos) for num_photos in (1, 2))
-    weights, extra = FLOAT_BYTES * _numel(net), extra_copies(stage)
+    one, two = (saved_bytes(net, settings, num_photos, use_gpu=use_gpu) for num_photos in (1, 2))
+    weights, extra = weight_bytes(net), extra_copies(stage)
     copies = 1 + extra + (settings.workers[1] > 1)  # gradients, optimizer and average, DDP's buckets of gradients
     if not use_gpu:
         copies += 1 + extra  # a checkpoint that is being written
-    # The part of autograd's tensors that doesn't grow with photos are weights: float32, folded or in bfloat16.
-    overhead = 1.0 if use_gpu else CPU_OVERHEAD
-    return StepMemory(weights * copies + max(weights, 2 * one - two), int((two - one) * overhead))
+    # The part of autograd's tensors that doesn't grow with photos are weights: as they are, folded or in bfloat16.
+    held = 2 * one - two
+    if use_gpu and settings.precision == "bf16":
+        held += weights  # besides their copies in bfloat16
+    return StepMemory(weights * copies + max(weights, held), int((two - one) * (1.0 if use_gpu else CPU_OVERHEAD)))
 
 
-def saved_bytes(net: ResNet, settings: TrainSettings, num_photos: int) -> int:
+def saved_bytes(net: ResNet, settings: TrainSettings, num_photos: int, *, use_gpu: bool) -> int:
     """Return the bytes held between forward and backward pass: photos, weights and tensors that autograd saves.
 
-    Counted on PyTorch's fake tensors, which have a shape but no content, so that it takes a second and no memory.
+    Counted on tensors that have a shape but no content, so that it takes a second and no memory. On a GPU, where
+    BatchNorm is not folded into the convolutions, the output of every convolution is saved too.
     """
     saved: dict[int, Tensor] = {}  # by storage: its views are counted once
 
@@ -223,15 +255,24 @@ def saved_bytes(net: ResNet, settings: TrainSettings, num_photos: int) -> int:
 
     resnet.prepare_stage(net, "unfrozen")
     net.fc.eval()  # dropout takes little memory, but needs the ids of photos
+    device, dtype, precision = "cpu", torch.float32, settings.precision
+    if use_gpu:  # the meta device takes the same path as a GPU, but has no autocast
+        device, dtype, precision = "meta", torch.bfloat16 if precision == "bf16" else dtype, "fp32"
+        net = copy.deepcopy(net).to(device, dtype)
     size = settings.model.image_size
     with FakeTensorMode(allow_non_fake_inputs=True):
-        photos = save(torch.empty(num_photos, 3, size, size).to(memory_format=torch.channels_last))
-        labels = torch.empty(num_photos, dtype=torch.int64)
+        photos = save(torch.empty(num_photos, 3, size, size, device=device).to(memory_format=torch.channels_last))
+        labels = torch.empty(num_photos, dtype=torch.int64, device=device)
         with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-            with resnet.autocast(settings.precision, photos.device):
-                logits = net(photos)
+            with resnet.autocast(precision, torch.device("cpu")):
+                logits = net(photos.to(dtype))
             functional.cross_entropy(logits.float(), labels)
         return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+def weight_bytes(net: nn.Module) -> int:
+    """Return the bytes of a network's weights, or of their gradients."""
+    return FLOAT_BYTES * _numel(net)
 
 
 def _numel(module: nn.Module) -> int:

@@ -5,7 +5,7 @@ from torch import Tensor
 from torchvision.models.resnet import ResNet
 
 from carclass import storage
-from carclass.config.schema import ModelSettings, StageName, TrainSettings
+from carclass.config.schema import StageName, TrainSettings
 from carclass.errors import UserError
 from carclass.models import resnet, weights
 from carclass.runs import checkpoint_index
@@ -35,7 +35,7 @@ def load_pretrained(net: ResNet, root: str, settings: TrainSettings, classes: li
     if parent is None:
         return load_backbone(net, settings)
     run = find_run(root, parent.run)
-    best, facts = read_model(run.model_uri(run.stages[-1]))
+    best, facts = read_model(run.model_uri(run.best_stage if parent.epoch == "best" else run.stages[-1]))
     _check_parent(settings, facts, classes)
     state, sha256 = (best, str(facts["sha256"])) if parent.epoch == "best" else _load_epoch(run, parent, best, settings)
     if settings.parent_sha256 not in (None, sha256):
@@ -50,7 +50,7 @@ def load_pretrained(net: ResNet, root: str, settings: TrainSettings, classes: li
 def _load_epoch(
     run: Run, parent: ParentEpoch, best: dict[str, Tensor], settings: TrainSettings
 ) -> tuple[dict[str, Tensor], str]:
-    """Return (state dict, sha256 of the file) of an epoch of a run's last stage. best: its published model."""
+    """Return (state dict, sha256 of the file) of an epoch of a run's last stage. best: the stage's published model."""
     stage = run.stages[-1]
     epochs = [row["epoch"] for row in run.metrics() if row["stage"] == stage]
     epoch = max(epochs) if parent.epoch == "last" else int(parent.epoch)
@@ -79,12 +79,12 @@ def _check_parent(settings: TrainSettings, facts: dict, classes: list[str]) -> N
             f"{len(dataset_classes)}; {len(different)} are in only one of them ({', '.join(different[:3])} …). Choose "
             "a parent or a dataset of the same classes, or start from `imagenet`."
         )
-    model = ModelSettings.model_validate(facts["model"])
     for key in ("architecture", "stride_in_1x1"):
-        if getattr(model, key) != getattr(settings.model, key):
+        value, parent_value = getattr(settings.model, key), facts["model"][key]
+        if value != parent_value:
             raise UserError(
-                f"`train.model.{key}` is {getattr(settings.model, key)}, but {settings.parent} was trained with "
-                f"{getattr(model, key)}. Use the same value in both runs."
+                f"`train.model.{key}` is {value}, but {settings.parent} was trained with {parent_value}. Use the same "
+                "value in both runs."
             )
 
 

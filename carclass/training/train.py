@@ -16,10 +16,12 @@ from carclass.data import dataset, formats
 from carclass.data.lease import hold_lease
 from carclass.errors import UserError, find_user_error
 from carclass.models import resnet
-from carclass.runs.run import Run, begin_run
+from carclass.runs.preprocessing_record import record_preprocessing
+from carclass.runs.run import Run, begin_run, record_best_stage
 from carclass.runs.saved_model import publish_model
 from carclass.training import checkpoint, feature_cache, preflight, pretrained
 from carclass.training.loop import Metrics, TrainState
+from carclass.training.memory_probe import measure_step
 from carclass.training.photo_store import BlockRefs, PhotoStore
 from carclass.training.preemption import TorchConfig
 from carclass.training.worker import StageJob, run_train_worker, train_stage_in_process
@@ -40,6 +42,7 @@ class TrainResources(NamedTuple):
     in_process: bool = False  # train by one worker in this process, without Ray Train
     # Called on every worker with the metrics of each epoch of the last stage, except its last epoch.
     report: Callable[[Metrics], None] | None = None
+    verbose: bool = True  # print a line per epoch
     callbacks: Sequence[Any] = ()  # of Ray Train
 
 
@@ -53,11 +56,13 @@ def train_run(root: str, settings: TrainSettings) -> Run:
     if not run.unfinished_stages:
         begin_run(run, source, parent_sha256)
         log.info("train: run %s is finished, nothing to do", settings.name)
+        warn_if_unfreezing_hurt(run)
         return run
-    use_gpu = check_resources(root, settings, source)
+    use_gpu = check_resources(root, settings, source, probe=True)
     with hold_lease(run.uri, "train"):
         begin_run(run, source, parent_sha256)
         train_stages(run, source, PhotoStore(settings, source).get, TrainResources(use_gpu), run.unfinished_stages)
+    warn_if_unfreezing_hurt(run)
     return run
 
 
@@ -71,14 +76,19 @@ def load_run_inputs(root: str, settings: TrainSettings) -> tuple[dataset.Dataset
     return source, pretrained.load_pretrained(net, root, settings, source.classes)
 
 
-def check_resources(root: str, settings: TrainSettings, source: dataset.Dataset) -> bool:
-    """Connect to the cluster and run the preflight check. Return True if GPUs are used."""
+def check_resources(root: str, settings: TrainSettings, source: dataset.Dataset, *, probe: bool = False) -> bool:
+    """Connect to the cluster and run the preflight check. Return True if GPUs are used.
+
+    probe: measure the memory of a step on a free GPU, which takes some seconds, instead of estimating it.
+    """
     connection.connect({"root": root})
     min_workers, _ = settings.workers
     use_gpu = resources.decide_gpus(settings.use_gpu, min_workers, "train.use_gpu", resources.TRAIN)
     resources.check_cpus(0 if use_gpu else min_workers, "train.num_workers")
-    object_store, memory = resources.object_store_bytes(), resources.memory_bytes(use_gpu)
-    preflight.check_run(root, settings, source, use_gpu=use_gpu, object_store=object_store, memory=memory)
+    object_store, memory, step = resources.object_store_bytes(), resources.memory_bytes(use_gpu), None
+    if probe and use_gpu and settings.unfrozen is not None and memory is not None:
+        step = resources.run_on_gpu(measure_step, settings, len(source.classes))
+    preflight.check_run(root, settings, source, use_gpu=use_gpu, object_store=object_store, memory=memory, step=step)
     return use_gpu
 
 
@@ -90,10 +100,29 @@ def train_stages(
     stages: Sequence[StageName],
 ) -> None:
     """Train and publish stages of a run that has begun. get_photos: called by stages that need photos."""
+    record_preprocessing(run, source)
     for stage in stages:
-        job = StageJob(run, stage, source.classes, source.digest, {}, 1, train_resources.report)
+        job = StageJob(run, stage, source.classes, source.digest, {}, 1)
+        job = job._replace(report=train_resources.report, verbose=train_resources.verbose)
         _fit_stage(job, get_photos, train_resources)
         _publish(job)
+    if not run.unfinished_stages:
+        record_best_stage(run)
+
+
+def warn_if_unfreezing_hurt(run: Run) -> None:
+    """Warn if the unfrozen stage of a finished run is worse on val than the frozen one."""
+    unfrozen = run.settings.unfrozen
+    if unfrozen is None or run.best_stage == "unfrozen":
+        return
+    before, after = run.best_val_accuracy("frozen"), run.best_val_accuracy("unfrozen")
+    if after < before:
+        log.warning(
+            "train: unfreezing made run %s worse: val accuracy %.3f (unfrozen) after %.3f (frozen). Its model is the "
+            "frozen stage's best epoch. To gain from unfreezing, try a lower `train.unfrozen.lr` (now %g), more "
+            "`warmup_epochs` (now %g) or `epochs` (now %d), or `clip_grad_norm: 1`, under another `train.name`.",
+            *(run.settings.name, after, before, unfrozen.lr, unfrozen.warmup_epochs, unfrozen.epochs),
+        )
 
 
 def _fit_stage(job: StageJob, get_photos: Callable[[], BlockRefs], train_resources: TrainResources) -> None:
@@ -156,7 +185,7 @@ def _run_workers(job: StageJob, train_resources: TrainResources) -> bool:
     use_gpu = train_resources.use_gpu
     if train_resources.in_process:
         return train_stage_in_process(job, use_gpu=use_gpu)
-    filesystem, path = ray_filesystem(job.run.uri)
+    filesystem, path = ray_filesystem(storage.join(job.run.uri, job.stage))
     min_workers, max_workers = job.run.settings.workers
     devices = {"GPU": train_resources.devices_per_worker or 1} if use_gpu else {"CPU": job.num_threads}
     trainer = ray.train.torch.TorchTrainer(
@@ -170,7 +199,7 @@ def _run_workers(job: StageJob, train_resources: TrainResources) -> bool:
             label_selector=resources.node_selector(resources.TRAIN) if use_gpu else None,
         ),
         run_config=ray.train.RunConfig(  # type: ignore[call-arg]  # mypy sees Train V1's
-            name=job.stage,
+            name=ray_run_name(job.run, job.stage),
             storage_path=path,
             storage_filesystem=filesystem,
             callbacks=[*train_resources.callbacks],
@@ -180,6 +209,11 @@ def _run_workers(job: StageJob, train_resources: TrainResources) -> bool:
     )
     result: Any = trainer.fit()
     return bool(result.return_value)
+
+
+def ray_run_name(run: Run, stage: str) -> str:
+    """Return a stage's name on Ray's dashboard: `first-frozen`, or `head-007_lr=3e-4-frozen` in the sweep `head`."""
+    return "-".join([*run.folder.split("/")[1:2], run.settings.name, stage])
 
 
 def _publish(job: StageJob) -> None:

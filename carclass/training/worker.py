@@ -15,13 +15,20 @@ from carclass.cluster import telemetry
 from carclass.config.schema import StageName
 from carclass.data import formats
 from carclass.models import resnet
+from carclass.models.gpu_memory import report_out_of_memory
+from carclass.runs.environment import record_environment
 from carclass.runs.run import Run
 from carclass.training import checkpoint, cuda_graphs, feature_cache, loop, pretrained
 from carclass.training.checkpoint_writer import CheckpointWriter
 from carclass.training.dataloader import PhotoLoader, PhotoSamples
 from carclass.training.learner import Learner, make_learner
 from carclass.training.photo_store import BlockRefs, get_blocks
-from carclass.training.preemption import PreemptionCheck, WorkerContext
+from carclass.training.preemption import StepCheck, WorkerContext
+
+OUT_OF_MEMORY_REMEDY = (
+    "Set a lower `train.unfrozen.micro_batch_size`, which may change when a run resumes, or use GPUs with more memory, "
+    "and run the same command again."
+)
 
 
 class StageJob(NamedTuple):
@@ -33,7 +40,8 @@ class StageJob(NamedTuple):
     dataset_digest: str
     blocks: BlockRefs  # empty if features are cached
     num_threads: int
-    report: Callable[[loop.Metrics], None] | None = None  # see TrainResources
+    report: Callable[[loop.Metrics], None] | None = None  # this and the next: see TrainResources
+    verbose: bool = True
 
 
 def run_train_worker(job_fields: dict[str, Any]) -> bool:
@@ -55,6 +63,7 @@ def train_stage_in_process(job: StageJob, *, use_gpu: bool) -> bool:
     return train_stage(job, WorkerContext(0, 1, device, lambda: False))
 
 
+@report_out_of_memory(OUT_OF_MEMORY_REMEDY)
 def train_stage(job: StageJob, worker: WorkerContext) -> bool:
     """Train a stage from its newest checkpoint. Return False if preempted."""
     settings, stage = job.run.settings, getattr(job.run.settings, job.stage)
@@ -109,14 +118,11 @@ def _restore(job: StageJob, learner: Learner) -> loop.TrainState:
 
 def _train(job: StageJob, worker: WorkerContext, learner: Learner, loader: loop.Loader, state: loop.TrainState) -> bool:
     """Run the loop; rank 0 writes checkpoints and metrics."""
-    callbacks = loop.Callbacks(
-        on_epoch_end=partial(_report_epoch, job),
-        is_preempted=PreemptionCheck(worker),
-        checkpoint_steps=job.run.settings.checkpoint_steps,
-    )
     if worker.rank > 0:
+        callbacks = loop.Callbacks(on_epoch_end=partial(_report_epoch, job), after_step=StepCheck(worker))
         return loop.train_epochs(learner, loader, state, callbacks)
-    writer = CheckpointWriter(job.run, job.stage, learner, state, verbose=job.report is None)
+    record_environment(job.run.uri, job.stage, worker.device)
+    writer = CheckpointWriter(job.run, job.stage, learner, state, verbose=job.verbose)
 
     def on_epoch_end(state: loop.TrainState, metrics: loop.Metrics, steps: list[loop.Metrics]) -> None:
         """Write, then report: the report may end this process at once."""
@@ -127,10 +133,13 @@ def _train(job: StageJob, worker: WorkerContext, learner: Learner, loader: loop.
             writer.wait_for_metrics()
             _report_epoch(job, state, metrics, steps)
 
+    callbacks = loop.Callbacks(writer.save, on_epoch_end, StepCheck(worker, writer.is_checkpoint_due))
     try:
-        return loop.train_epochs(
-            learner, loader, state, callbacks._replace(save=writer.save, on_epoch_end=on_epoch_end)
-        )
+        return loop.train_epochs(learner, loader, state, callbacks)
+    except loop.DivergedError:
+        if job.run.folder == "experiments":
+            telemetry.report_divergence(job.run.settings.name, job.stage)
+        raise
     finally:
         writer.wait()
 

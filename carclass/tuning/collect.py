@@ -1,12 +1,14 @@
 """Results of a sweep read from storage, and its published report. Neither needs a cluster or a finished sweep."""
 
 import io
+from dataclasses import replace
 
 import pyarrow.parquet as pq
 
 from carclass import storage
 from carclass.config import yaml_file
-from carclass.runs.run import code_version
+from carclass.data.formats import DamagedFileError
+from carclass.runs.environment import code_version
 from carclass.tuning import report, trial_records
 from carclass.tuning.results import SweepResult, TrialResult
 from carclass.tuning.search_space import SearchSpace, get_setting
@@ -41,7 +43,10 @@ def publish_sweep(root: str, sweep: SweepResult) -> list[str]:
 
 def _collect_trial(space: SearchSpace, trial: Trial) -> TrialResult:
     run = trial_records.trial_run(space, trial)
-    rows = [row for row in run.metrics() if row["stage"] == space.stage]
+    try:
+        rows = [row for row in run.metrics() if row["stage"] == space.stage]
+    except DamagedFileError as error:  # of one trial, which is shown beside the others
+        trial, rows = replace(trial, state="failed", reason=str(error)), []
     return TrialResult(
         trial=trial,
         epochs=rows,

@@ -2,17 +2,16 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from statistics import variance
 from typing import Any, get_args
 
 from pydantic import BaseModel
-from scipy.stats import t as student_t
 
 from carclass.config.schema import TrainSettings
 from carclass.formatting import device_time_text, percent_text, value_text
+from carclass.tuning import significance
 from carclass.tuning.importance import Importance
 from carclass.tuning.marks import setting_axis
-from carclass.tuning.results import SeedRepeats, SweepResult
+from carclass.tuning.results import SeedRepeats, SweepResult, TrialResult
 from carclass.tuning.search_space import Dimension, short_names
 
 EDGE = 0.1
@@ -23,7 +22,6 @@ STILL_LEARNING = 0.005
 """Gain in val accuracy over the last fifth of the epochs above which more epochs are recommended."""
 NARROW = 0.6
 """Largest share of a range with the best quarter of trials for which a finer search is recommended."""
-CONFIDENCE = 0.95
 
 
 def describe_results(sweep: SweepResult) -> list[str]:
@@ -82,21 +80,6 @@ def mean_std_text(repeats: SeedRepeats) -> str:
     return f"{repeats.mean * 100:.1f}{std}\u00a0%"
 
 
-def seed_margin(groups: Sequence[SeedRepeats], first: SeedRepeats, second: SeedRepeats) -> float | None:
-    """Return the half-width of the 95 % interval of a difference of means if only the seeds differ.
-
-    Uses the variance between seeds pooled over groups (Student's t), as each group has only two or three seeds. None if
-    no group has more than one seed.
-    """
-    repeated = [group for group in groups if len(group.accuracies) > 1]
-    freedom = sum(len(group.accuracies) - 1 for group in repeated)
-    if freedom == 0:
-        return None
-    pooled = sum((len(group.accuracies) - 1) * variance(group.accuracies) for group in repeated) / freedom
-    factor = float(student_t.ppf((1 + CONFIDENCE) / 2, freedom))
-    return factor * math.sqrt(pooled * (1 / len(first.accuracies) + 1 / len(second.accuracies)))
-
-
 def _describe_best(sweep: SweepResult) -> str:
     best = sweep.best
     accuracy = f"val accuracy {percent_text(best.accuracy)} in epoch {best.best_epoch} of the search"
@@ -106,47 +89,52 @@ def _describe_best(sweep: SweepResult) -> str:
 
 
 def _describe_confidence(sweep: SweepResult) -> Iterator[str]:
-    groups = [sweep.seed_repeats(result.trial.number) for result in sweep.repeated]
+    """Describe the best trial's accuracy over other seeds, its gain over trial 0 and its lead over other finalists."""
     best = sweep.seed_repeats(sweep.best.trial.number)
-    base = next((group for group in groups if group.number == 0 and best.number != 0), None)
-    if all(len(group.accuracies) == 1 for group in groups):
-        if base is not None:
-            lead = f"The unchanged experiment reaches {mean_std_text(base)}, {_points(best.mean - base.mean)} less."
-            yield f"{lead} Both were trained with a single seed, so the difference may be chance."
+    base = next((result for result in sweep.repeated if result.trial.number == 0 and best.number != 0), None)
+    if base is not None:
+        yield _compare_means(sweep.best, best, base, sweep.seed_repeats(0))
+    elif best.accuracies:
+        yield f"Over {_seeds_text(best)} it reaches {mean_std_text(best)} (mean ± standard deviation)."
+    if len(sweep.repeated) == 1:
+        return
+    if (obstacle := significance.find_obstacle(sweep)) is not None:
+        yield f"Nothing can be said about differences between these trials, which may be chance: {obstacle}."
         return
     if base is not None:
-        yield _compare_with_base(best, base, seed_margin(groups, best, base))
-    elif len(best.accuracies) > 1:
-        yield f"Over {len(best.accuracies)} seeds it reaches {mean_std_text(best)} (mean ± standard deviation)."
-    yield from _compare_with_others(best, groups)
+        p_value = significance.gain_p_value(sweep)
+        conclusion = "is a gain on these val photos" if p_value < significance.GAIN_LEVEL else "may be chance"
+        yield f"This {conclusion} ({_p_text(p_value)}, one-sided, by Dunnett's test over these seeds)."
+    yield from _describe_lead(significance.lead_p_values(sweep))
 
 
-def _compare_with_base(best: SeedRepeats, base: SeedRepeats, margin: float | None) -> str:
-    gap = best.mean - base.mean
-    difference = f"{_points(gap)} less" if gap >= 0 else f"{_points(-gap)} more"
-    means = (
-        f"Over seeds (mean ± standard deviation) it reaches {mean_std_text(best)}; the unchanged experiment "
-        f"reaches {mean_std_text(base)}, {difference}."
-    )
-    if margin is None:
-        return means
-    conclusion = "This is a gain" if gap > margin else "This may be chance"
-    return f"{means} {conclusion}: different seeds alone explain up to {_points(margin)} (95\u00a0% interval)."
+def _compare_means(best: TrialResult, repeats: SeedRepeats, base: TrialResult, base_repeats: SeedRepeats) -> str:
+    """Compare the best trial with trial 0 over other seeds, or in the search if one of them has no other."""
+    if repeats.accuracies and base_repeats.accuracies:
+        start = f"Over {_seeds_text(repeats)} (mean ± standard deviation) it reaches {mean_std_text(repeats)}; the"
+        text, gap = mean_std_text(base_repeats), repeats.mean - base_repeats.mean
+    else:
+        start, text, gap = "In the search the", percent_text(base.accuracy), best.accuracy - base.accuracy
+    return f"{start} unchanged experiment reaches {text}, {_points(abs(gap))} {'less' if gap >= 0 else 'more'}."
 
 
-def _compare_with_others(best: SeedRepeats, groups: Sequence[SeedRepeats]) -> Iterator[str]:
-    """Compare the best trial with the other repeated ones, except for trial 0."""
-    others = [group for group in groups if group.number not in (0, best.number)]
-    similar = []
-    for other in others:
-        margin = seed_margin(groups, best, other)
-        if margin is not None and best.mean - other.mean <= margin:
-            similar.append(str(other.number))
+def _seeds_text(repeats: SeedRepeats) -> str:
+    count = len(repeats.accuracies)
+    return f"{count} {'seed' if count == 1 else 'seeds'} other than the search's"
+
+
+def _p_text(p_value: float) -> str:
+    return f"p = {p_value:.3f}" if p_value >= 0.001 else "p below 0.001"
+
+
+def _describe_lead(p_values: dict[int, float]) -> Iterator[str]:
+    """Name the other finalists over which the best trial's lead may be chance. p_values: of lead_p_values."""
+    similar = [str(number) for number, p_value in sorted(p_values.items()) if p_value >= significance.LEAD_LEVEL]
     if similar:
         names = f"trial {similar[0]}" if len(similar) == 1 else f"trials {' and '.join(similar)}"
-        yield f"Its lead over {names} may be chance: it is within the variation between seeds."
-    elif others:
-        yield "Its lead over the next best trials is larger than the variation between seeds."
+        yield f"Its lead over {names} may be chance: it is within the variation between seeds (Tukey's test)."
+    elif p_values:
+        yield "Its lead over the next best trials is larger than the variation between seeds (Tukey's test)."
 
 
 def _describe_selection_bias(sweep: SweepResult) -> Iterator[str]:

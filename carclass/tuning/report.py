@@ -79,8 +79,14 @@ def trials_table(sweep: SweepResult) -> pa.Table:
 
 
 def _check_complete(sweep: SweepResult) -> None:
-    if not sweep.complete:
-        raise UserError(f"no trial of sweep `{sweep.name}` has finished yet. Run the same command again to resume it.")
+    if sweep.complete:
+        return
+    failed = [result.trial for result in sweep.searched if result.trial.state == "failed"]
+    if failed and len(failed) == len(sweep.searched):
+        raise UserError(
+            f"all {len(failed)} trials of sweep `{sweep.name}` failed, the first as follows. {failed[0].reason}"
+        )
+    raise UserError(f"no trial of sweep `{sweep.name}` has finished yet. Run the same command again to resume it.")
 
 
 def _setting_column(values: Sequence[Value]) -> pa.Array:

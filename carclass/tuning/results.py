@@ -54,14 +54,16 @@ class TrialResult:
 
 @dataclass(frozen=True, kw_only=True)
 class SeedRepeats:
-    """Val accuracies of one trial's settings over seeds of training, the seed of the search first."""
+    """Val accuracies of one trial's settings over other seeds than the search's, which chose the settings."""
 
     number: int
     accuracies: tuple[float, ...]
+    num_missing: int
+    """Number of repeats that failed or are not finished."""
 
     @property
     def mean(self) -> float:
-        """Return the mean over seeds."""
+        """Return the mean over seeds; there must be one."""
         return mean(self.accuracies)
 
     @property
@@ -102,22 +104,32 @@ class SweepResult:
         return sorted(complete, key=lambda result: (-result.accuracy, result.trial.number))
 
     @property
+    def finalists(self) -> list[TrialResult]:
+        """Return the NUM_REPEATED best complete trials of the search, best first."""
+        return self.complete[:NUM_REPEATED]
+
+    @property
     def repeated(self) -> list[TrialResult]:
-        """Return the complete trials to repeat with other seeds: the NUM_REPEATED best, and trial 0."""
-        rest = [result for result in self.complete[NUM_REPEATED:] if result.trial.number == 0]
-        return [*self.complete[:NUM_REPEATED], *rest]
+        """Return the complete trials to repeat with other seeds: the finalists, and trial 0."""
+        return [*self.finalists, *(result for result in self.complete[NUM_REPEATED:] if result.trial.number == 0)]
 
     def seed_repeats(self, number: int) -> SeedRepeats:
-        """Return the accuracies over seeds of a complete trial."""
-        results = [result for result in self.trials if number in (result.trial.number, result.trial.repeats)]
-        accuracies = tuple(result.accuracy for result in results if result.trial.state == "complete")
-        return SeedRepeats(number=number, accuracies=accuracies)
+        """Return the accuracies of a trial's settings over other seeds than the search's."""
+        repeats = [result for result in self.trials if result.trial.repeats == number]
+        accuracies = tuple(result.accuracy for result in repeats if result.trial.state == "complete")
+        return SeedRepeats(number=number, accuracies=accuracies, num_missing=len(repeats) - len(accuracies))
 
     @property
     def best(self) -> TrialResult:
-        """Return the trial with the best mean over seeds among the NUM_REPEATED best; there must be a complete one."""
-        top = self.complete[:NUM_REPEATED]
-        return max(top, key=lambda result: (self.seed_repeats(result.trial.number).mean, -result.trial.number))
+        """Return the best finalist by its mean over other seeds than the search's; there must be a complete trial.
+
+        Without repeats it is the best trial of the search.
+        """
+        means = {result.trial.number: self.seed_repeats(result.trial.number) for result in self.finalists}
+        repeated = [result for result in self.finalists if means[result.trial.number].accuracies]
+        if not repeated:
+            return self.finalists[0]
+        return max(repeated, key=lambda result: (means[result.trial.number].mean, -result.trial.number))
 
     @property
     def device_seconds(self) -> float:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from carclass.config import yaml_file
-from carclass.config.schema import Config, StageName, TrainSettings, with_changes
+from carclass.config.effects import check_stage_effect
+from carclass.config.schema import Config, StageName, StageSettings, TrainSettings, with_changes
 from carclass.config.search import Range, Search
 from carclass.config.section import Section, validate
 from carclass.errors import UserError
@@ -138,12 +139,15 @@ def _make_dimension(key: str, values: Range, base: TrainSettings, source: str, f
         raise UserError(f"{source}: `space.{key}` is not a number; give `choices` instead of `min` and `max`.")
     raw = [values.min, values.max] if values.choices is None else values.choices
     where = f"{source}: `space`"
-    typed = [get_setting(with_changes(base, {key: _to_int(value)}, source=where, base=folder), key) for value in raw]
+    changed = [with_changes(base, {key: _to_int(value)}, source=where, base=folder) for value in raw]
+    typed = [get_setting(settings, key) for settings in changed]
     if get_setting(base, key.rsplit(".", 1)[0]) is None:
         raise UserError(f"{source}: `space.{key}`: the experiment skips that stage (it is null). Vary another setting.")
     if any(isinstance(value, Section) for value in (get_setting(base, key), *typed)):
         raise UserError(f"{source}: `space.{key}` is a section; name one of its settings.")
     _check_effect(key, base, source)
+    for settings in changed:
+        _check_schedule_effect(key, settings, source)
     if values.choices is not None:
         return Dimension(key=key, choices=tuple(typed))
     return Dimension(key=key, low=typed[0], high=typed[1], log=values.log)
@@ -164,6 +168,16 @@ def _check_effect(key: str, base: TrainSettings, source: str) -> None:
                 f"{source}: `space.{key}` would change nothing: the experiment trains only the classifier, on "
                 f"{base.frozen.views} cached view(s) of each photo. Add `fixed: {{train.frozen.views: {min_views}}}`."
             )
+
+
+def _check_schedule_effect(key: str, changed: TrainSettings, source: str) -> None:
+    """Raise UserError if a value of a stage's setting is without effect. changed: the experiment with that value."""
+    stage = get_setting(changed, key.rsplit(".", 1)[0])
+    if isinstance(stage, StageSettings):
+        try:
+            check_stage_effect(stage)
+        except ValueError as error:
+            raise UserError(f"{source}: `space.{key}`: {error}.") from error
 
 
 def settings_text(values: dict[str, Value]) -> str:

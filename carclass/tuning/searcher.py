@@ -54,7 +54,7 @@ class RecordedSearch(search.Searcher):
         observed = [
             sampler.ObservedTrial(trial.values, trial.state, self.accuracies.get(trial.number, {}))
             for trial in self.records.trials.values()
-            if trial.number < number
+            if trial.number < number and trial.repeats is None
         ]
         return sampler.suggest_values(
             self.space.dimensions, observed, settings.sampler, settings.seed, number, settings.num_trials

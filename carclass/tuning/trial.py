@@ -63,9 +63,14 @@ def _train(trial: Trial, context: SweepContext) -> None:
         net = resnet.build(run.settings.model, len(source.classes))
         preflight.check_memory(run.settings, source, net, context.memory, use_gpu=context.resources.use_gpu)
     begin_run(run, source, parent_sha256)
-    if run.unfinished_stages == ["frozen", "unfrozen"] and _has_same_frozen(run.settings, context.first_run.settings):
-        copy_stage(run, context.first_run, "frozen")
-    resources = context.resources._replace(report=ray.tune.report)
+    first_run = context.first_run
+    if (
+        run.unfinished_stages == ["frozen", "unfrozen"]
+        and _has_same_frozen(run.settings, first_run.settings)
+        and first_run.is_finished("frozen")  # it may have diverged
+    ):
+        copy_stage(run, first_run, "frozen")
+    resources = context.resources._replace(report=ray.tune.report, verbose=False)
     if not resources.in_process:
         resources = resources._replace(report=ray.train.report, callbacks=(TuneReportCallback(),))
     train_stages(run, source, lambda: context.photos[run.settings.dataset], resources, run.unfinished_stages)

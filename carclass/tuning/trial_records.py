@@ -22,7 +22,7 @@ from carclass.config.section import Section, validate
 from carclass.data import formats
 from carclass.errors import UserError, unknown_name
 from carclass.formatting import Value
-from carclass.runs.run import MAY_CHANGE_ON_RESUME, Run
+from carclass.runs.run import MAY_CHANGE_ON_RESUME, Run, stored_settings
 from carclass.tuning.search_space import SearchSpace, make_space, settings_text
 
 State = Literal["begun", "complete", "pruned", "failed"]
@@ -92,6 +92,15 @@ class TrialRecords:
         """Return the numbers whose trials are not over."""
         return [number for number in numbers if number not in self.trials or not self.trials[number].is_over]
 
+    def searched(self, num_trials: int) -> list[int]:
+        """Return the numbers of trial 0 and of num_trials sampled trials: the recorded ones first, then new ones.
+
+        Repeats with other seeds have numbers too, so those of a search that has grown are not consecutive.
+        """
+        recorded = sorted(number for number, trial in self.trials.items() if trial.repeats is None)
+        first_new = max(self.trials, default=-1) + 1
+        return [*recorded, *range(first_new, first_new + num_trials + 1 - len(recorded))]
+
     def put(self, trial: Trial) -> None:
         """Write a trial's record."""
         self.trials[trial.number] = trial
@@ -125,6 +134,8 @@ def find_records(space: SearchSpace, *, resume: bool) -> TrialRecords:
     if storage.exists(storage.join(uri, "search.yml")):
         recorded, _ = load_records(space.root, name)
         changed = sorted(_changed_fields(recorded.search, space.search) - MAY_CHANGE)
+        if recorded.search.num_trials < space.search.num_trials:
+            changed.remove("num_trials")  # a search may grow
         changed_train = _changed_fields(recorded.base_settings, space.base_settings) - {*MAY_CHANGE_ON_RESUME}
         changed += sorted(f"train.{key}" for key in changed_train)
         if changed:
@@ -155,7 +166,7 @@ def load_records(root: str, name: str) -> tuple[SearchSpace, TrialRecords]:
     except FileNotFoundError as error:
         raise _unknown_sweep(root, name) from error
     search = validate(values["search"], Search, source=f"{file}: `search`", base=Path("/"))
-    base_settings = validate(values["train"], TrainSettings, source=f"{file}: `train`", base=Path("/"))
+    base_settings = stored_settings(values["train"], TrainSettings, f"{file}: `train`")
     return make_space(search, base_settings, root, uri, Path.cwd()), TrialRecords(uri)
 
 

@@ -21,8 +21,9 @@ from carclass.cluster.ray_storage import ray_filesystem
 from carclass.data import dataset
 from carclass.data.lease import hold_lease
 from carclass.errors import UserError
-from carclass.runs.run import begin_run
+from carclass.runs.run import Run, begin_run
 from carclass.training import feature_cache, placement
+from carclass.training.loop import DivergedError
 from carclass.training.photo_store import PhotoStore
 from carclass.training.train import TrainResources, check_resources, load_run_inputs, train_stages
 from carclass.tuning import trial_records
@@ -57,7 +58,7 @@ def _run_search(space: SearchSpace, records: TrialRecords, scheduler: schedulers
     for trial in [*records.trials.values()]:
         if trial.state == "failed":
             records.put(replace(trial, state="begun", reason=None))
-    numbers = range(space.search.num_trials + 1)
+    numbers = records.searched(space.search.num_trials)
     context = None
     if records.unfinished(numbers):
         context = prepare_sweep(space, records)
@@ -87,12 +88,24 @@ def prepare_sweep(space: SearchSpace, records: TrialRecords) -> SweepContext:
     first_run = begin_run(trial_records.trial_run(space, records.trials[0]), source, parent_sha256)
     if "frozen" in first_run.unfinished_stages:
         log.info("tune: the frozen stage of the unchanged experiment, which trials share")
-        train_stages(first_run, source, stores[settings.dataset].get, TrainResources(use_gpu), ["frozen"])
+        _train_shared_stage(space, first_run, source, stores[settings.dataset], use_gpu=use_gpu)
     photos = {name: store.get() for name, store in stores.items()} if _needs_photos(space) else {}
     num_slots = max_concurrent * space.base_settings.workers[1]
     memory = placement.memory_per_run(space.base_settings, devices_per_worker, num_slots, use_gpu=use_gpu)
     resources = TrainResources(use_gpu, devices_per_worker, in_process=space.base_settings.workers == (1, 1))
     return SweepContext(space, first_run, photos, resources, memory, max_concurrent)
+
+
+def _train_shared_stage(
+    space: SearchSpace, first_run: Run, source: dataset.Dataset, photos: PhotoStore, *, use_gpu: bool
+) -> None:
+    """Train the frozen stage of trial 0. Raise DivergedError if it diverges, and that of all trials with it."""
+    try:
+        train_stages(first_run, source, photos.get, TrainResources(use_gpu), ["frozen"])
+    except DivergedError as error:
+        if all(dimension.key.startswith("train.unfrozen.") for dimension in space.dimensions):
+            raise
+        log.warning("tune: the unchanged experiment fails: %s", error)
 
 
 def _device_fields(space: SearchSpace, use_gpu: bool) -> dict[str, Any]:
@@ -128,6 +141,8 @@ def make_scheduler(space: SearchSpace) -> schedulers.TrialScheduler:
     name, max_epochs, min_epochs = space.search.scheduler, space.max_epochs, space.min_epochs
     if name == "none" or (max_epochs == 1 and space.search.min_epochs is None):
         return schedulers.FIFOScheduler()
+    if name == "hyperband" and space.search.min_epochs is not None:
+        raise UserError("`min_epochs` has no effect with `scheduler: hyperband`, which sets its own. Leave it out.")
     if min_epochs >= max_epochs:
         raise UserError(
             f"`min_epochs` is {min_epochs} and trials have {max_epochs} epochs: none could be pruned. Lower it."

@@ -23,6 +23,7 @@ REPO = Path(__file__).parents[2]
 VALUES = {
     "IMAGE": f"registry.example/carclass@sha256:{'0' * 64}",
     "BUCKET": "kuberay-test",
+    "CODE_VERSION": "0123456789ab",
     "ROLE": "arn:aws:iam::123456789012:role/carclass-worker",
 }
 TEXT = (REPO / "cluster" / "kuberay.yaml").read_text(encoding="utf-8")

@@ -37,8 +37,9 @@ DIVERGED = """
 import time, ray
 from carclass.cluster import telemetry
 ray.init(log_to_driver=False)
-finite = dict.fromkeys(("val_loss", "train_accuracy", "val_accuracy"), 0.5)
-telemetry.report_epoch("broken", "unfrozen", {"epoch": 3, "train_loss": float("nan"), **finite})
+finite = dict.fromkeys(("train_loss", "val_loss", "train_accuracy", "val_accuracy"), 0.5)
+telemetry.report_epoch("broken", "unfrozen", {"epoch": 3, **finite})
+telemetry.report_divergence("broken", "unfrozen")
 """
 
 pytestmark = pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs Debian's package prometheus")

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import pytest
 
+from carclass.runs.environment import code_version
 from tests.helpers.clusters import RAY, Job, free_port, kill, wait_for
 from tests.helpers.tunnel import Tunnel
 
@@ -129,6 +130,11 @@ def test_a_user_mistake_fails_the_job_with_its_own_exit_status(head: Head, tmp_p
 
 def test_the_exit_status_is_the_jobs(follow):
     assert follow("raise SystemExit(7)").returncode == 7
+
+
+def test_a_submitted_job_has_the_code_version_of_the_checkout(follow):
+    code = "from carclass.runs.environment import code_version; print('code version', code_version())"
+    assert f"code version {code_version()}\n" in follow(code).stdout
 
 
 def test_only_code_and_named_files_are_uploaded(head: Head, tmp_path: Path):

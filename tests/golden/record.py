@@ -31,7 +31,9 @@ MASK_COLUMNS = ("key", "outcome", "vehicle_class", "box", "mask", "image")
 STAGES = [(RUN, "frozen"), (RUN, "unfrozen")]
 STAGES += [(str(one["name"]), stage) for one in EXPERIMENTS for stage in ("frozen", "unfrozen") if one[stage]]
 """(run, stage) of all that is trained, without the sweep's trials."""
-EXPERIMENT_LINE = re.compile(r"^(?P<indent>[ │├└─]*)(?P<name>\w+): .*val (?P<accuracy>[\d.]+) \(epoch (?P<epoch>\d+)\)")
+EXPERIMENT_LINE = re.compile(
+    r"^(?P<indent>[ │├└─]*)(?P<name>\w+): .*val (?P<accuracy>[\d.]+) \((\w+ )?epoch (?P<epoch>\d+)\)"
+)
 
 
 def main() -> None:

@@ -26,6 +26,6 @@ def chain_settings(root: str, source: str) -> dict[str, Any]:
             "unfrozen": {"epochs": UNFROZEN_EPOCHS, "lr": 1e-3, "batch_size": 16},
             "precision": "fp32",
             "num_workers": 2,
-            "checkpoint_steps": 2,
+            "checkpoint_seconds": 0,
         },
     }

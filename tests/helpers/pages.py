@@ -71,7 +71,10 @@ def make_report(num_classes: int = 4, num_photos: int = 60, num_mistakes: int = 
     return Report(
         title="exp_001 on v2",
         facts=[("Run", "exp_001"), ("Seed", "17")],
+        split="test",
+        model=("unfrozen", 1),
         metrics=classification_metrics(labels, probabilities, names),
+        calibration="Probabilities are calibrated: temperature 1.2.",
         class_names=names,
         confusion=confusion_matrix(labels, probabilities.argmax(axis=1), num_classes),
         history={
@@ -86,7 +89,8 @@ def make_report(num_classes: int = 4, num_photos: int = 60, num_mistakes: int = 
             Mistake(photo=make_photo(i + 100), key=f"a/{i}.jpg", label="right", predicted="off", confidence=0.9)
             for i in range(num_mistakes)
         ],
-        quarantined={"truncated": 3, "too_small": 11},
+        quarantined={"v1 (ingest)": {"truncated": 3, "too_small": 11}, "v2 (masking)": {}},
+        missing_source=None,
     )
 
 

@@ -34,9 +34,19 @@ def begin(root: Path, settings: TrainSettings, parent_sha256: str = "0" * 64) ->
     return begin_run(Run(str(root), settings), source, parent_sha256)
 
 
-def finish(run: Run, epochs: int = 5, kept: tuple[int, ...] = (2, 5), classes: list[str] = CLASSES) -> None:
-    """Finish a run's last stage; the classifier's bias is the number of the epoch."""
-    stage = run.stages[-1]
+def finish(
+    run: Run,
+    epochs: int = 5,
+    kept: tuple[int, ...] = (2, 5),
+    classes: list[str] = CLASSES,
+    stage: str | None = None,
+    scale: int = 10,
+) -> None:
+    """Finish a stage of a run, the last one by default; the classifier's bias is the number of the epoch.
+
+    scale: the val accuracy of an epoch is its number divided by it.
+    """
+    stage = stage or run.stages[-1]
     torch.manual_seed(0)
     net = resnet.build(run.settings.model, len(classes))
     module = checkpoint.trained_module(net, stage)
@@ -44,13 +54,13 @@ def finish(run: Run, epochs: int = 5, kept: tuple[int, ...] = (2, 5), classes: l
     for epoch in range(1, epochs + 1):
         torch.nn.init.constant_(net.fc[1].bias, epoch)
         figures = dict.fromkeys(
-            ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds"), epoch / 10
+            ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds"), epoch / scale
         )
         log.add({"epoch": epoch, "time": 1e9, **figures}, [])
         if epoch in kept:
-            state = {"epoch": epoch, "val_accuracies": [n / 10 for n in range(1, epoch + 1)]}
+            state = {"epoch": epoch, "val_accuracies": [n / scale for n in range(1, epoch + 1)]}
             snapshot = checkpoint.Snapshot(checkpoint_name(epoch), {WEIGHTS: module.state_dict()}, state)
             checkpoint.write_checkpoint(storage.join(run.uri, stage), snapshot)
-    facts = {"run": run.settings.name, "stage": stage, "epoch": epochs, "val_accuracy": epochs / 10}
+    facts = {"run": run.settings.name, "stage": stage, "epoch": epochs, "val_accuracy": epochs / scale}
     facts |= {"classes": classes, "model": run.settings.model.model_dump(), "precision": run.settings.precision}
     publish_model(run.model_uri(stage), net, facts)

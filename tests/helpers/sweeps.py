@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -88,11 +89,18 @@ def make_sweep(num_trials: int = 20, repeats: bool = True, **changes: Any) -> Sw
 
 def with_repeats(sweep: SweepResult, apart: float = 0.003) -> SweepResult:
     """Add repeats of the best three trials and of trial 0 with two seeds, one better and one worse by `apart`."""
+    return with_seeds(sweep, [[one.accuracy + apart, one.accuracy - apart] for one in sweep.repeated])
+
+
+def with_seeds(sweep: SweepResult, accuracies: Iterable[Iterable[float]]) -> SweepResult:
+    """Add repeats with the seeds from 124: accuracies of each repeated trial, the best three and trial 0."""
     results = list(sweep.trials)
-    for repeated in [*sweep.complete[:3], sweep.trials[0]]:
-        for seed, change in ((124, apart), (125, -apart)):
-            epochs = [{**row, "val_accuracy": row["val_accuracy"] + change} for row in repeated.epochs]
+    for repeated, values in zip(sweep.repeated, accuracies, strict=True):
+        for seed, accuracy in enumerate(values, 124):
             repeats = {"values": repeated.trial.values, "seed": seed, "repeats": repeated.trial.number}
+            epochs = [
+                {**row, "val_accuracy": row["val_accuracy"] - repeated.accuracy + accuracy} for row in repeated.epochs
+            ]
             results.append(make_result(len(results), epochs, **repeats))
     return replace(sweep, trials=results)
 

@@ -29,6 +29,7 @@ from carclass.evaluation.evaluate import Evaluation, evaluate_run
 from carclass.masking import quality
 from carclass.masking.mask import mask_dataset
 from carclass.models.weights import load_weights
+from carclass.runs.calibration_record import read_calibration
 from carclass.runs.run import Run, run_uri
 from carclass.runs.saved_model import read_model
 from carclass.training.train import train_run
@@ -108,7 +109,15 @@ def test_both_stages_log_metrics_for_every_epoch(run: Run):
 
 def test_a_run_has_the_files_of_its_contract(run: Run):
     files = storage.list_files(run.uri)
-    for expected in ("config.yml", "lineage.json", "metrics.jsonl", "frozen/best.safetensors", "unfrozen/best.json"):
+    for expected in (
+        "config.yml",
+        "lineage.json",
+        "preprocessing.json",
+        "metrics.jsonl",
+        "frozen/best.safetensors",
+        "unfrozen/best.json",
+        "model.json",
+    ):
         assert expected in files
     assert any(path.startswith("tensorboard/unfrozen/events.out") for path in files)
 
@@ -117,6 +126,14 @@ def test_best_and_latest_checkpoints_are_kept(run: Run):
     kept = {path.split("/")[1] for path in storage.list_files(run.uri) if path.endswith("/checkpoint.json")}
     assert 2 <= len(kept) <= 5  # two best and the latest, in either stage
     assert "epoch-0002" in kept
+
+
+def test_ray_train_runs_are_named_after_run_and_stage(run: Run):
+    """Look for the folders that Ray Train names after its runs."""
+    folders = {
+        path.split("/")[-2] for path in storage.list_files(run.uri) if path.endswith("/.validate_storage_marker")
+    }
+    assert folders == {"two-workers-frozen", "two-workers-unfrozen"}
 
 
 def test_the_frozen_stage_does_not_change_the_backbone(run: Run):
@@ -170,11 +187,20 @@ def test_the_stored_metrics_match_the_predictions(evaluation: Evaluation):
     assert json.loads((folder / "metrics.json").read_text())["accuracy"] == pytest.approx(np.mean(hits))
 
 
+def test_metrics_name_the_model_the_photos_and_the_temperature(run: Run, evaluation: Evaluation):
+    metrics, facts = evaluation.metrics, run.model_facts(run.best_stage)
+    assert (metrics["dataset"], metrics["split"]) == ("v2", "test")
+    assert metrics["model_sha256"] == facts["sha256"]
+    calibration = read_calibration(run.model_uri(run.best_stage), facts["sha256"])
+    assert calibration is not None
+    assert metrics["temperature"] == calibration.temperature
+
+
 def test_validation_and_evaluation_agree(root: str, run: Run, masked: dataset.Dataset):
     on_val = evaluate_run(root, EvaluateSettings(run="two-workers", split="val"))
     val_photos = masked.manifest["splits"]["val"]
     # One prediction may differ: batches of other sizes round differently in bf16.
-    assert on_val.accuracy == pytest.approx(run.best_val_accuracy("unfrozen"), abs=1.01 / val_photos)
+    assert on_val.accuracy == pytest.approx(run.best_val_accuracy(run.best_stage), abs=1.01 / val_photos)
 
 
 def test_the_report_shows_photos_before_and_after_masking(evaluation: Evaluation):

@@ -21,7 +21,7 @@ from carclass.config.schema import EvaluateSettings, IngestSettings, PredictSett
 from carclass.data import dataset, photo
 from carclass.data.crash_guard import MAX_SINGLE_ATTEMPTS
 from carclass.errors import UserError, find_user_error
-from carclass.evaluation import evaluate
+from carclass.evaluation import classification, evaluate
 from carclass.ingestion.ingest import ingest_photos
 from carclass.prediction import classify
 from carclass.prediction.predict import predict_photos
@@ -53,7 +53,7 @@ def drive(root: Path) -> None:
 
     log = str(root / "crashes")
 
-    class CrashingRows(evaluate.ClassifyRows):
+    class CrashingRows(classification.ClassifyRows):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             crash_on_white(log, "evaluate")
             super().__init__(*args, **kwargs)
@@ -69,7 +69,7 @@ def drive(root: Path) -> None:
         return to_block_columns(*args, **kwargs)
 
     to_block_columns = photo_store.to_block_columns
-    evaluate.ClassifyRows, classify.ClassifyPhotos = CrashingRows, CrashingPhotos  # type: ignore[misc]
+    classification.ClassifyRows, classify.ClassifyPhotos = CrashingRows, CrashingPhotos  # type: ignore[misc]
     photo_store.to_block_columns = to_block_or_crash
     ray.init(address="local", num_cpus=2, include_dashboard=False)
     source = ingest_photos(str(root), IngestSettings(photos=str(root / "photos"), val_fraction=0.5))

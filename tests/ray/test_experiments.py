@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +18,11 @@ from carclass.config.schema import IngestSettings
 from carclass.errors import UserError
 from carclass.experiments import status, tree
 from carclass.experiments.compare import compare_runs
-from carclass.experiments.run import TreeProgress, rerun_stale, run_experiments, take_ready
+from carclass.experiments.run import TreeProgress, run_experiments, take_ready
 from carclass.ingestion.ingest import ingest_photos
 from carclass.runs.metrics_log import MetricsLog
 from carclass.runs.run import Run, find_run
+from carclass.runs.saved_model import read_model
 
 JOBS = Path(__file__).parents[2] / "jobs"
 FROZEN: dict[str, Any] = {
@@ -197,18 +199,28 @@ def test_killed_tree_is_resumed(trained, photos_folder: Path, tmp_path: Path):
         assert sha256[0] == sha256[1], name
 
 
-@pytest.mark.slow  # 40 s
-def test_stale_runs_are_retrained_and_their_records_kept(trained, photos_folder: Path, tmp_path: Path):
-    root = tmp_path / "root"
-    file = write(tmp_path, photos_folder, {"first": FROZEN, "child": CHILD})
-    loaded = tree.load_tree(file, {})
-    run_experiments(loaded, loaded.experiments)
-    write(tmp_path, photos_folder, {"first": {**FROZEN, "seed": 7}, "child": CHILD})
-    again = rerun_stale(tree.load_tree(file, {}))
+@pytest.mark.slow  # 60 s
+def test_a_killed_rerun_of_stale_runs_is_resumed_and_keeps_the_old_runs(trained, photos_folder: Path, tmp_path: Path):
+    root, old = tmp_path / "root", Path(trained.tree.budget.root, "experiments")
+    shutil.copytree(trained.tree.budget.root, root)
+    file = write(tmp_path, photos_folder, {"first": {**FROZEN, "seed": 7}, "child": CHILD})
+    job = start(file, "rerun-stale", "--yes")
+    deadline = time.monotonic() + 180
+    while not list((root / "replaced").glob("first/*/config.yml")):
+        assert time.monotonic() < deadline
+        assert job.poll() is None, (tmp_path / "job.log").read_text()
+        time.sleep(0.02)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+    assert (root / "experiments" / "child" / "unfrozen" / "best.json").exists()
+    assert start(file, "rerun-stale", "--yes").wait(timeout=240) == 0, (tmp_path / "job.log").read_text()
     states = [each.state for each in status.tree_status(tree.load_tree(file, {})).values()]
-    replaced = sorted(path.parts[-2] for path in (root / "replaced").glob("*/*"))
-    assert (again.finished, replaced) == (["first", "child"], ["child", "first"])
     assert states == ["finished", "finished"]
+    for model in ("first/frozen/best", "child/unfrozen/best"):
+        name, rest = model.split("/", 1)
+        (replaced,) = (root / "replaced" / name).glob(f"*/{rest}.safetensors")
+        assert replaced.read_bytes() == (old / f"{model}.safetensors").read_bytes()
+        assert read_model(str(root / "experiments" / model))[1] != read_model(str(old / model))[1]
 
 
 def test_run_waits_for_features_that_another_computes(photos_folder: Path, tmp_path: Path):
@@ -219,5 +231,12 @@ def test_run_waits_for_features_that_another_computes(photos_folder: Path, tmp_p
     assert [each.name for each in take_ready(loaded, progress)] == ["first"]
     progress = TreeProgress([loaded["other"]], {"a task": first})
     assert take_ready(loaded, progress) == []
-    MetricsLog(Run(loaded.budget.root, first.settings), "frozen", 0).add({"epoch": 1, "time": 1.0}, [])
+    MetricsLog(Run(loaded.budget.root, first.settings), "frozen", 0).add(
+        {
+            "epoch": 1,
+            "time": 1.0,
+            **dict.fromkeys(("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds"), 0.5),
+        },
+        [],
+    )
     assert [each.name for each in take_ready(loaded, progress)] == ["other"]

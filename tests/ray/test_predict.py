@@ -1,5 +1,6 @@
 """Prediction jobs on a Ray cluster: complete, equal to the evaluation, and resumable."""
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,14 +15,19 @@ import ray
 import torch
 import yaml
 
+import carclass
 from carclass import storage
 from carclass.config.schema import ModelSettings, PredictSettings, TrainSettings
 from carclass.data import dataset, publishing
 from carclass.errors import UserError
+from carclass.evaluation import calibration
 from carclass.models import resnet, weights
 from carclass.models.preprocessing import decode_photos, to_network_input
-from carclass.prediction import calibration, predictions, run_preprocessing
+from carclass.prediction import predictions
+from carclass.prediction.detector_weights import mask_settings
 from carclass.prediction.predict import PredictionResult, predict_photos
+from carclass.runs import calibration_record, preprocessing_record
+from carclass.runs.calibration_record import read_calibration
 from carclass.runs.predictor import Predictor
 from carclass.runs.run import Run, begin_run, find_run, run_uri
 from carclass.runs.saved_model import publish_model, read_model
@@ -64,7 +70,14 @@ def publish_run(root: str, name: str, source: dataset.Dataset) -> None:
     net.fc = torch.nn.Sequential(torch.nn.Dropout(0.2), head)
     settings = TrainSettings(name=name, dataset=source.name, parent="sample", model=MODEL, unfrozen=None)
     run = begin_run(Run(root, settings), source, "0" * 64)
-    facts = {"model": MODEL.model_dump(), "classes": source.classes, "precision": "fp32"}
+    facts = {
+        "stage": "frozen",
+        "epoch": 1,
+        "val_accuracy": 0.5,
+        "model": MODEL.model_dump(),
+        "classes": source.classes,
+        "precision": "fp32",
+    }
     publish_model(run.model_uri("frozen"), net, facts)
 
 
@@ -116,10 +129,8 @@ def evaluated_probabilities(root: str, name: str) -> dict[str, np.ndarray]:
         .read(["key", "label", "split", "image"])
         .filter(pc.field("split") == "test")
     )
-    threads = torch.get_num_threads()
     probabilities = Predictor(run.model_uri("frozen"), use_gpu=False).probabilities(rows["image"].to_pylist())
-    torch.set_num_threads(threads)
-    fitted = calibration.read_calibration(run.uri, read_model(run.model_uri("frozen"))[1]["sha256"])
+    fitted = read_calibration(run.model_uri("frozen"), read_model(run.model_uri("frozen"))[1]["sha256"])
     assert fitted is not None
     calibrated = calibration.apply_temperature(probabilities, fitted.temperature)
     return dict(zip(rows["key"].to_pylist(), calibrated, strict=True))
@@ -185,6 +196,15 @@ def test_predictions_equal_the_evaluation(root: str, name: str, result: Predicti
         )
 
 
+@both_runs
+def test_a_loaded_run_predicts_in_process_as_the_job(root: str, name: str, result: PredictionResult, photos: str):
+    rows = [{key: row[key] for key in row if key != "rejected"} for row in rows_of(result)]
+    some = [row for row in rows if row["reason"] not in ("junk", "bad_name")][::4]
+    loaded = carclass.load_run(run_uri(root, name)).predict(storage.join(photos, row["key"]) for row in some)
+    keys = [key.removeprefix(f"{photos}/") for key in loaded["key"].to_pylist()]
+    assert_equal_rows([row | {"key": key} for row, key in zip(loaded.to_pylist(), keys, strict=True)], some)
+
+
 def test_predictions_below_the_threshold_are_rejected(predicted: PredictionResult):
     rows = [row for row in rows_of(predicted) if row["label"]]
     assert [row["rejected"] for row in rows] == [row["probability"] < THRESHOLD for row in rows]
@@ -195,7 +215,7 @@ def test_the_temperature_is_fitted_on_all_val_photos_and_stored(
     root: str, masked: dataset.Dataset, predicted: PredictionResult
 ):
     run = find_run(root, "masked")
-    fitted = calibration.read_calibration(run.uri, read_model(run.model_uri("frozen"))[1]["sha256"])
+    fitted = read_calibration(run.model_uri("frozen"), read_model(run.model_uri("frozen"))[1]["sha256"])
     assert fitted == predicted.calibration
     assert fitted.num_photos == masked.manifest["splits"]["val"]
     assert fitted.log_loss_after <= fitted.log_loss_before
@@ -263,22 +283,21 @@ def test_a_run_predicts_without_its_datasets(
     shutil.copytree(run_uri(root, "masked"), run_uri(str(tmp_path), "masked"))
     assert predict_photos(str(tmp_path), settings)._replace(uri=predicted.uri) == predicted
     copy, original = (find_run(folder, "masked") for folder in (str(tmp_path), root))
-    assert run_preprocessing.load_preprocessing(copy) == run_preprocessing.load_preprocessing(original)
-    for file in (calibration.FILE, run_preprocessing.FILE):
+    assert preprocessing_record.load_preprocessing(copy) == preprocessing_record.load_preprocessing(original)
+    for file in (f"frozen/{calibration_record.FILE}", preprocessing_record.FILE):
         Path(run_uri(str(tmp_path), "masked"), file).unlink()
         with pytest.raises(UserError, match="dataset `v2`, which run `masked` was trained on, is no longer in"):
             predict_photos(str(tmp_path), settings)
 
 
 def test_detector_weights_must_be_those_of_the_dataset(root: str, tmp_path: Path):
-    stored = run_preprocessing.load_preprocessing(find_run(root, "masked"))
+    stored = preprocessing_record.load_preprocessing(find_run(root, "masked"))
     assert stored.detector_weights == "sample"
     (tmp_path / "other.safetensors").write_bytes(b"other")
     with pytest.raises(UserError, match=r"`predict\.detector_weights`: .* has sha256 .*, expected"):
-        stored.mask_settings(root, str(tmp_path / "other.safetensors"))
-    without_weights = run_preprocessing.Preprocessing(stored.reading, stored.mask, None)
+        mask_settings(stored, root, str(tmp_path / "other.safetensors"))
     with pytest.raises(UserError, match=r"Set `predict\.detector_weights` to the URI of the file with sha256"):
-        without_weights.mask_settings(root, None)
+        mask_settings(dataclasses.replace(stored, detector_weights=None), root)
 
 
 def test_errors_name_the_setting(root: str, settings: PredictSettings, tmp_path: Path):

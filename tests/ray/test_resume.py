@@ -50,7 +50,7 @@ def killed_and_resumed(ray_cluster, photos_folder: Path, tmp_path_factory) -> tu
         "model": {"architecture": "resnet26-narrow", "image_size": 64},
         "frozen": None,
         "unfrozen": {"epochs": EPOCHS, "batch_size": 8},
-        "checkpoint_steps": 1,
+        "checkpoint_seconds": 0,
     }
     config_file.write_text(yaml.safe_dump({"root": str(root), "train": train}))
     metrics = root / "experiments" / "killed" / "metrics.jsonl"

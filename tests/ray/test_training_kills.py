@@ -36,7 +36,7 @@ TRAIN: dict[str, Any] = {
     # Nearly black or gray photos would amplify rounding beyond the tolerance for other numbers of workers.
     "unfrozen": {"epochs": EPOCHS, "batch_size": 8, "lr": 1e-3, "appearance": False},
     "precision": "fp32",
-    "checkpoint_steps": 1,
+    "checkpoint_seconds": 0,
 }
 pytestmark = pytest.mark.slow  # 320 s
 
@@ -112,7 +112,7 @@ def test_a_worker_checkpoints_on_sigterm(root: str, uninterrupted: Run, caplog: 
     """The only checkpoint to resume from is the one on preemption."""
     name = f"sigterm-{uuid4().hex[:8]}"
     process_id = signal_at_checkpoint(root, name, "epoch-0002", "ray::RayTrainWorker", signal.SIGTERM)
-    run = train(root, name, num_workers=uninterrupted.settings.num_workers, checkpoint_steps=1000)
+    run = train(root, name, num_workers=uninterrupted.settings.num_workers, checkpoint_seconds=1000)
     assert process_id()
     assert "workers were preempted; resuming from epoch-000" in caplog.text
     assert_same(run, uninterrupted)
@@ -188,7 +188,7 @@ def test_workers_checkpoint_when_their_node_is_drained(cluster: Cluster, root: s
     name = f"drained-{uuid4().hex[:8]}"
     cluster.environment["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "0.5"
     cluster.environment["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "15"  # of workers on the drained node
-    job = start_training(cluster, tmp_path, root, name, "[1, 2]", epochs=40, checkpoint_steps=1000)
+    job = start_training(cluster, tmp_path, root, name, "[1, 2]", epochs=40, checkpoint_seconds=1000)
     wait_for(lambda: has_checkpoint(root, name, "epoch-0002"), job.process, job.log)
     assert cluster.node is not None
     assert find_by_title(descendants(cluster.node.pid), "ray::RayTrainWorker")

@@ -36,7 +36,7 @@ TRAIN: dict[str, Any] = {
     "model": {"architecture": "resnet26-narrow", "image_size": 64},
     "frozen": {"epochs": 30, "batch_size": 8},
     "unfrozen": None,
-    "checkpoint_steps": 1,
+    "checkpoint_seconds": 0,
 }
 SEED = 5
 pytestmark = pytest.mark.slow  # 90 s

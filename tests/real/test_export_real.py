@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from carclass.config.schema import ModelSettings
-from carclass.models import resnet, weights
+from carclass.models import preprocessing, resnet, weights
 from carclass.models.preprocessing import decode_photos, to_network_input
-from carclass.runs.export import FORMATS, TOLERANCE
+from carclass.runs.export import FORMATS, OUTPUTS, TOLERANCE
+from carclass.runs.model_description import ModelDescription
 from carclass.runs.predictor import PhotoClassifier
+from carclass.runs.preprocessing_record import Preprocessing
 
 HOUSE = Path(__file__).parents[2]
 PHOTOS = HOUSE.parent / "shared" / "cars196" / "photos"
@@ -23,10 +25,13 @@ FACTS: dict[str, Any] = {
     "stage": "unfrozen",
     "epoch": 1,
     "val_accuracy": 0.9,
-    "classes": [f"class {i}" for i in range(1000)],
     "model": SETTINGS.model_dump(),
     "sha256": "0" * 64,
 }
+READING = {"min_side": 16, "max_pixels": 100_000_000, "max_side": 800, "quality": 92}
+STATISTICS = [*preprocessing.MEAN], [*preprocessing.STD]
+CLASSES = [f"class {i}" for i in range(1000)]
+DESCRIPTION = ModelDescription(FACTS, Preprocessing(READING, None, None, None, 224, *STATISTICS, CLASSES), 1.5)
 
 pytestmark = pytest.mark.skipif(
     not (PHOTOS.is_dir() and WEIGHTS.exists()), reason="needs ../shared/cars196 and build/weights"
@@ -56,22 +61,23 @@ def expected(net: Any, pixels: np.ndarray) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def files(net: Any) -> dict[str, bytes]:
-    return {name: kind.write(PhotoClassifier(net), FACTS) for name, kind in FORMATS.items()}
+    return {name: kind.write(PhotoClassifier(net), DESCRIPTION) for name, kind in FORMATS.items()}
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_file_returns_the_logits_of_the_network(
+def test_every_file_returns_the_outputs_of_the_network(
     files: dict[str, bytes], pixels: np.ndarray, expected: torch.Tensor, name: str
 ):
     photos = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
     with torch.inference_mode():
-        logits = FORMATS[name].read(files[name])(photos)
-    torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
+        outputs = FORMATS[name].read(files[name])(photos)
+    torch.testing.assert_close(outputs["logits"], expected, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(outputs["probabilities"], (expected / 1.5).softmax(1), atol=TOLERANCE, rtol=0)
 
 
 def test_onnxruntime_returns_the_logits_of_the_network(
     files: dict[str, bytes], pixels: np.ndarray, expected: torch.Tensor
 ):
     session = onnxruntime.InferenceSession(files["model.onnx"], providers=["CPUExecutionProvider"])
-    (logits,) = session.run(["logits"], {"photos": np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))})
+    logits, _ = session.run(OUTPUTS, {"photos": np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))})
     np.testing.assert_allclose(logits, expected, atol=TOLERANCE, rtol=0)

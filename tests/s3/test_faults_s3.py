@@ -123,7 +123,14 @@ def prepare(cars: str) -> Callable[[str], None]:
         source = dataset.load_dataset(root, "v1")
         settings = TrainSettings(name="sample", dataset="v1", parent="sample", model=MODEL, unfrozen=None)
         begun = begin_run(Run(root, settings), source, "0" * 64)
-        facts = {"model": MODEL.model_dump(), "classes": source.classes, "precision": "fp32"}
+        facts = {
+            "stage": "frozen",
+            "epoch": 1,
+            "val_accuracy": 0.5,
+            "model": MODEL.model_dump(),
+            "classes": source.classes,
+            "precision": "fp32",
+        }
         torch.manual_seed(1)
         publish_model(begun.model_uri("frozen"), resnet.build(MODEL, len(source.classes)), facts)
 

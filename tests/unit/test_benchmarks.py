@@ -15,7 +15,7 @@ from carclass.models import resnet
 from carclass.tools.benchmarks import labelled, plain_training, train_in_process
 from carclass.tools.benchmarks.timing import WARM_UP, ThroughputClock
 from carclass.training.dataloader import PhotoBlock, PhotoLoader, PhotoSamples
-from carclass.training.learner import learning_rate
+from carclass.training.learner import step_rate
 
 CPU = torch.device("cpu")
 NARROW = ModelSettings(architecture="resnet26-narrow", image_size=64)
@@ -118,10 +118,10 @@ def test_the_head_trains_all_epochs_with_the_stages_learning_rates():
     for batch in torch.arange(10).split(4):
         trainer.step(features[batch], labels[batch])
     assert settings.frozen is not None
-    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(learning_rate(settings.frozen, 1))
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(step_rate(settings.frozen, 3, 3))
     trainer.train_remaining(features, labels)
     assert trainer.steps == 9
-    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0)
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(step_rate(settings.frozen, 9, 3))
 
 
 def test_accuracy_is_the_share_of_correct_predictions():

@@ -1,11 +1,15 @@
 """Temperature scaling: the fit, its effect on the loss, and its storage."""
 
+import dataclasses
+import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from carclass.prediction import calibration
+from carclass.evaluation import calibration
+from carclass.runs.calibration_record import read_calibration, write_calibration
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -40,6 +44,55 @@ def test_a_calibration_reports_metrics_before_and_after():
     assert fitted.log_loss_after < fitted.log_loss_before
     assert fitted.expected_calibration_error_after < 0.02 < fitted.expected_calibration_error_before
     assert fitted.num_photos == len(labels)
+
+
+def draw_spoiled() -> tuple[np.ndarray, np.ndarray]:
+    """Return calibrated predictions with a few certain mistakes: the temperature of least loss spoils the others."""
+    confidences = np.array([0.8] * 200 + [1 - 1e-6] * 4)
+    labels = np.array([0] * 160 + [1] * 44)
+    return labels, np.stack([confidences, 1 - confidences], axis=1)
+
+
+def test_a_temperature_that_raises_the_calibration_error_is_not_used():
+    fitted = calibration.fit_calibration(*draw_spoiled(), "f" * 64)
+    assert fitted.log_loss_after < fitted.log_loss_before
+    assert fitted.expected_calibration_error_after > fitted.expected_calibration_error_before
+    assert fitted.temperature == 1
+    assert fitted.fitted_temperature > 1
+    assert re.search(
+        r"^1, uncalibrated: \d\.\d{3}, from 204 val photos, would change the calibration error from 0\.0\d+ to 0\.",
+        fitted.text,
+    )
+
+
+def test_a_temperature_at_the_lower_bound_of_the_fit_is_not_used():
+    labels = np.arange(6) % 3
+    fitted = calibration.fit_calibration(labels, softmax(np.eye(3)[labels] * 2), "f" * 64)
+    assert fitted.temperature == 1
+    assert "0.055, from 6 val photos, is the lower bound of the fit" in fitted.text
+
+
+def test_a_network_that_has_learnt_nothing_is_calibrated_to_chance():
+    labels = np.arange(40) % 4
+    fitted = calibration.fit_calibration(labels, softmax(np.tile([3.0, 0, 0, 0], (40, 1))), "f" * 64)
+    assert fitted.temperature > 10
+
+
+def test_a_temperature_that_improves_the_probabilities_is_used():
+    fitted = calibration.fit_calibration(*draw(2.0), "f" * 64)
+    assert fitted.temperature == fitted.fitted_temperature == pytest.approx(2, rel=0.03)
+    assert fitted.text == f"{fitted.temperature:.3f}, from 20,000 val photos"
+
+
+def test_a_worse_temperature_that_was_stored_before_is_not_used(tmp_path: Path):
+    fitted = dataclasses.asdict(calibration.fit_calibration(*draw_spoiled(), "f" * 64))
+    stored = {**fitted, "temperature": fitted.pop("fitted_temperature")}
+    del stored["fitted_temperature"]
+    (tmp_path / "frozen").mkdir()
+    (tmp_path / "frozen" / "calibration.json").write_text(json.dumps(stored))
+    read = read_calibration(f"{tmp_path}/frozen/best", "f" * 64)
+    assert read is not None
+    assert (read.temperature, read.fitted_temperature) == (1, stored["temperature"])
 
 
 def test_calibrated_probabilities_keep_their_order():
@@ -78,8 +131,15 @@ def test_the_temperature_is_bounded_if_every_photo_is_classified_correctly():
 
 
 def test_a_stored_calibration_is_read_for_the_same_network_only(tmp_path: Path):
-    run, fitted = str(tmp_path), calibration.fit_calibration(*draw(2.0, 100), "a" * 64)
-    assert calibration.read_calibration(run, "a" * 64) is None
-    calibration.write_calibration(run, fitted)
-    assert calibration.read_calibration(run, "a" * 64) == fitted
-    assert calibration.read_calibration(run, "b" * 64) is None
+    model, fitted = f"{tmp_path}/frozen/best", calibration.fit_calibration(*draw(2.0, 100), "a" * 64)
+    assert read_calibration(model, "a" * 64) is None
+    write_calibration(model, fitted)
+    assert read_calibration(model, "a" * 64) == fitted
+    assert read_calibration(model, "b" * 64) is None
+
+
+def test_each_stage_has_its_calibration(tmp_path: Path):
+    fitted = {stage: calibration.fit_calibration(*draw(2.0, 100), stage) for stage in ("frozen", "unfrozen")}
+    for stage, calibrated in fitted.items():
+        write_calibration(f"{tmp_path}/{stage}/best", calibrated)
+    assert {stage: read_calibration(f"{tmp_path}/{stage}/best", stage) for stage in fitted} == fitted

@@ -146,6 +146,12 @@ def test_captions_of_any_length_and_script_do_not_change_the_size():
     assert size_of(draw_contact_sheet([odd])) == size_of(draw_contact_sheet([plain]))
 
 
+@pytest.mark.parametrize("keys", [("яж", "жя"), ("日本", "本日"), ("กข", "ขก")])
+def test_keys_of_any_script_can_be_told_apart(keys):
+    one, other = (draw_contact_sheet([make_masked_photo(key=key)]) for key in keys)
+    assert one != other
+
+
 def test_a_long_key_keeps_its_end():
     font = ImageFont.load_default(size=13)
     text = contact_sheet._fit_text("folder/" * 50 + "photo.jpg", font, 200, keep_end=True)

@@ -210,6 +210,13 @@ def test_validation_photos_are_not_augmented():
     torch.testing.assert_close(batch.inputs, to_network_input(val.pixels(val.order(None)), CPU))
 
 
+@pytest.mark.parametrize(("micro_batch_size", "sizes"), [(None, [18]), (1, [4, 4, 4, 4, 2])])
+def test_validation_batches_are_small_if_forward_passes_are(micro_batch_size: int | None, sizes: list[int]):
+    samples, stage = PhotoSamples(blocks(18), seed=1), PLAIN.model_copy(update={"micro_batch_size": micro_batch_size})
+    batches = PhotoLoader(samples, samples, AugmentationSettings(), stage, CPU).val()
+    assert [len(batch.ids) for batch in batches] == sizes
+
+
 def test_steps_augmented_in_a_group_equal_single_ones():
     train = PhotoSamples(blocks(20), seed=1)
     batches = PhotoLoader(train, train, AugmentationSettings(), CHANGED, CPU)

@@ -10,8 +10,10 @@ from pycocotools import mask as coco_mask
 
 from carclass.config.schema import PROFILES, DetectorSettings
 from carclass.data import photo
+from carclass.errors import UserError
 from carclass.masking import networks
 from carclass.masking.detector import Detector
+from carclass.masking.detectron import Boxes, Instances
 from carclass.masking.rle import decode_mask, encode_mask, mask_iou
 
 SETTINGS = DetectorSettings(model="sample", weights="sample", short_side=160, num_proposals=30)
@@ -54,6 +56,55 @@ def test_only_photos_of_the_same_canvas_share_a_batch(detect: Detector):
     shapes = [(200, 300), (300, 200), (202, 300), (200, 300), (100, 400)]
     groups = list(detect._batches([np.zeros((*shape, 3), np.uint8) for shape in shapes], 2))
     assert groups == [[0, 2], [3], [1], [4]]
+
+
+@pytest.mark.parametrize("canvas", [1, 16])
+def test_photos_that_a_network_pads_to_other_sizes_share_no_batch(detect: Detector, canvas: int, monkeypatch):
+    """Without a feature pyramid (C4, DC5), a network pads to the largest photo of a batch only."""
+    monkeypatch.setattr(detect.network, "canvas", canvas)
+    shapes = [(200, 300), (200, 320), (201, 300), (400, 600), (200, 300)]
+    groups = list(detect._batches([np.zeros((*shape, 3), np.uint8) for shape in shapes], 8))
+    sizes = [
+        {tuple(-(-side // canvas) for side in detect._scaled_size(np.zeros(shapes[i]))) for i in g} for g in groups
+    ]
+    assert [len(size) for size in sizes] == [1] * len(groups)
+    assert len(set.union(*sizes)) == len(groups) > 1
+
+
+def test_a_batch_that_exceeds_the_gpus_memory_is_halved(detect: Detector, photos: list[np.ndarray], monkeypatch):
+    monkeypatch.setattr(detect, "max_batch", 8)
+    same_canvas = [photos[0]] * 7
+    expected, sizes = detect.forward(same_canvas), []
+
+    def fail_above_two(_: object, inputs: tuple[list]) -> None:
+        sizes.append(len(inputs[0]))
+        if len(inputs[0]) > 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    hook = detect.network.register_forward_pre_hook(fail_above_two)
+    found = detect._forward_in_parts(same_canvas)
+    hook.remove()
+    assert sizes == [7, 3, 1, 2, 4, 2, 2]
+    assert detect.max_batch == 2
+    for instances, alone in zip(found, expected, strict=True):
+        torch.testing.assert_close(instances.pred_boxes.tensor, alone.pred_boxes.tensor)
+
+
+def test_a_photo_that_exceeds_the_gpus_memory_is_an_error_with_a_remedy(detect: Detector, photos: list[np.ndarray]):
+    def fail(*_: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    hook = detect.network.register_forward_pre_hook(fail)
+    with pytest.raises(UserError, match=r"memory of a GPU is too small .* lower `mask.detector.short_side`"):
+        detect(photos[:1])
+    hook.remove()
+
+
+def test_a_mask_smaller_than_a_pixel_is_no_vehicle(detect: Detector):
+    masks = torch.ones(1, 1, 28, 28)
+    boxes = torch.tensor([[10.1, 10.1, 10.2, 10.2]])
+    fields = {"pred_boxes": Boxes(boxes), "scores": torch.tensor([0.9]), "pred_classes": torch.tensor([2])}
+    assert detect._select(Instances((100, 100), **fields, pred_masks=masks), (100, 100)) is None
 
 
 def test_inference_optimisations_change_rounding_only(photos: list[np.ndarray]):

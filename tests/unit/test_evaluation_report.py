@@ -6,10 +6,18 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from carclass.evaluation.charts import best_epoch, curve_chart, heat_map
+from carclass.evaluation.charts import curve_chart, find_epoch, heat_map
 from carclass.evaluation.report import Mistake, Report, render
 from carclass.reporting.svg import nice_ticks
-from tests.helpers.pages import EVALUATION_SECTIONS, make_epoch, make_photo, make_report, section, visible_text
+from tests.helpers.pages import (
+    EVALUATION_SECTIONS,
+    make_epoch,
+    make_photo,
+    make_report,
+    section,
+    section_text,
+    visible_text,
+)
 
 
 @pytest.mark.parametrize("name", EVALUATION_SECTIONS)
@@ -49,7 +57,8 @@ def test_text_from_data_is_escaped_everywhere():
     report.history = {evil: [make_epoch(1, 0.5)]}
     report.masking[0].caption = evil
     report.mistakes[0] = Mistake(photo=make_photo(), key=evil, label=evil, predicted=evil, confidence=0.5)
-    report.quarantined = {evil: 1}
+    report.quarantined = {evil: {evil: 1}}
+    report.missing_source = evil
     page = render(report)
     assert "<img src=x" not in page
     assert page.count("&lt;img src=x onerror=alert(1)&gt;") > 12
@@ -67,7 +76,8 @@ def test_content_policy_allows_the_page_script_only():
         ("curves", "history", {"frozen": []}, "No training history"),
         ("masking", "masking", [], "no masking samples"),
         ("mistakes", "mistakes", [], "No mistakes to show"),
-        ("data", "quarantined", {}, "No photo of the dataset was quarantined"),
+        ("data", "quarantined", {"v1 (ingest)": {}}, "No photo of v1 (ingest) was quarantined"),
+        ("data", "missing_source", "v1", "are not listed: dataset v1 is gone"),
     ],
 )
 def test_an_empty_section_has_a_note(name, field, empty, sentence):
@@ -110,9 +120,36 @@ def test_the_same_report_renders_to_the_same_bytes():
     assert render(make_report()) == render(make_report())
 
 
-def test_best_epoch_is_the_first_with_the_highest_validation_accuracy():
-    history = {"frozen": [make_epoch(1, 0.7)], "unfrozen": [make_epoch(1, 0.9), make_epoch(2, 0.9)]}
-    assert best_epoch(history) == (1, "unfrozen", make_epoch(1, 0.9))
+def test_the_ringed_epoch_is_that_of_the_evaluated_model():
+    report = make_report()
+    report.model = ("frozen", 2)
+    text = section_text(render(report), "curves")
+    assert "The evaluated model is epoch 2 of stage frozen, with a validation accuracy of 40.0 %" in text
+    assert "Epoch 1 of stage unfrozen reached 70.0 %" in text
+    assert find_epoch(report.history, "frozen", 2) == (1, make_epoch(2, 0.4))
+
+
+def test_the_best_epoch_is_not_contradicted():
+    assert "No epoch is better on validation." in section_text(render(make_report()), "curves")
+
+
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_the_accuracy_has_the_name_of_its_split(split: str):
+    report = make_report()
+    report.split = split
+    assert f"{split.capitalize()} accuracy" in section_text(render(report), "summary")
+
+
+def test_the_calibration_of_the_probabilities_is_named():
+    assert "Probabilities are calibrated: temperature 1.2." in section_text(render(make_report()), "calibration")
+
+
+def test_quarantined_photos_are_listed_by_the_job_that_found_them():
+    report = make_report()
+    report.quarantined = {"v1 (ingest)": {"truncated": 3}, "v2 (masking)": {"doubtful_mask": 2}}
+    text = section_text(render(report), "data")
+    assert "3 photos of v1 (ingest) were quarantined" in text
+    assert "2 photos of v2 (masking) were quarantined" in text
 
 
 def test_a_diverged_run_is_drawn_with_gaps_and_reported():
@@ -126,19 +163,20 @@ def test_a_diverged_run_is_drawn_with_gaps_and_reported():
 
 def test_a_gap_splits_a_curve_in_two():
     history = {"frozen": [make_epoch(i, value) for i, value in enumerate([0.1, 0.2, np.inf, 0.3, 0.4])]}
-    svg = ET.fromstring(curve_chart(history, "accuracy", percent=True))
+    svg = ET.fromstring(curve_chart(history, "accuracy", None, percent=True))
     assert len(svg.findall("polyline[@class='curve val']")) == 2
 
 
 def test_a_chart_shows_the_boundary_and_the_names_of_stages():
-    svg = ET.fromstring(curve_chart(make_report().history, "loss", percent=False))
+    svg = ET.fromstring(curve_chart(make_report().history, "loss", None, percent=False))
     assert len(svg.findall("line[@class='boundary']")) == 1
     assert [text.text for text in svg.findall("text[@class='stage middle']")] == ["frozen", "unfrozen"]
 
 
 def test_a_single_epoch_is_drawn_as_dots():
-    svg = ET.fromstring(curve_chart({"frozen": [make_epoch(1, 0.5)]}, "accuracy", percent=True))
-    assert len(svg.findall("circle")) == 3  # training, validation, best
+    history = {"frozen": [make_epoch(1, 0.5)]}
+    svg = ET.fromstring(curve_chart(history, "accuracy", find_epoch(history, "frozen", 1), percent=True))
+    assert len(svg.findall("circle")) == 3  # training, validation, ring
 
 
 def test_heat_map_with_a_class_without_photos():

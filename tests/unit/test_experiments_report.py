@@ -76,11 +76,13 @@ def test_no_finished_run_is_an_error_with_a_remedy(runs):
         render_comparison(make_comparison(runs))
 
 
-def test_best_epoch_is_earliest_of_equals_in_last_stage():
-    frozen, unfrozen = make_epochs(0.9, 3), make_epochs(0.5, 4, "unfrozen")
+@pytest.mark.parametrize(("frozen", "best"), [(0.5, ("unfrozen", 2)), (0.9, ("frozen", 2))])
+def test_best_epoch_is_earliest_of_equals_over_the_stages(frozen: float, best: tuple[str, int]):
+    unfrozen = make_epochs(0.5, 4, "unfrozen")
     for row, value in zip(unfrozen, (0.3, 0.6, 0.6, math.nan), strict=True):
         row["val_accuracy"] = value
-    assert make_run(epochs=[*frozen, *unfrozen]).best_epoch == 2
+    row = make_run(epochs=[*make_epochs(frozen, 3), *unfrozen]).best_row
+    assert (row["stage"], row["epoch"]) == best
 
 
 # Sections

@@ -8,6 +8,7 @@ import torch
 
 from carclass.config.schema import AugmentationSettings, FrozenSettings, ModelSettings, TrainSettings, UnfrozenSettings
 from carclass.data import formats
+from carclass.errors import UserError
 from carclass.models import resnet
 from carclass.models.preprocessing import decode_photos
 from carclass.runs.run import Run
@@ -46,6 +47,13 @@ def train(loader: loop.Loader, module: torch.nn.Module) -> list[loop.Metrics]:
     return epochs
 
 
+@pytest.mark.parametrize("damage", [b"", b"\0" * 100])
+def test_damaged_features_are_named_with_a_way_out(tmp_path: Path, damage: bytes):
+    (tmp_path / "features.safetensors").write_bytes(damage)
+    with pytest.raises(UserError, match=r"features.safetensors is damaged .* Delete it and run the same command again"):
+        feature_cache.open_cache(str(tmp_path / "features.safetensors"), 8, CPU, seed=1)
+
+
 def test_training_on_cached_features_equals_training_on_photos(
     splits: tuple[PhotoSamples, PhotoSamples], tmp_path: Path
 ):
@@ -76,7 +84,8 @@ def uri_of(root: Path, views: int, **changes: object) -> str:
 def root(tmp_path: Path) -> Path:
     folder = tmp_path / "experiments" / "x"
     folder.mkdir(parents=True)
-    formats.write(f"{folder}/lineage.json", "lineage", {"parent_sha256": "0", "dataset_digest": "1"})
+    lineage = dict.fromkeys(("parent", "parent_sha256", "dataset", "dataset_digest", "code", "started"), "0")
+    formats.write(f"{folder}/lineage.json", "lineage", {**lineage, "environments": []})
     return tmp_path
 
 

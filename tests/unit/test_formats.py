@@ -1,6 +1,7 @@
 """Stored files: former formats are read, newer ones and damaged files are refused with a way out.
 
-format_1/ holds files of a small run and sweep as they were written before files had a format.
+format_1/ holds files of a small run and sweep as they were written before files had a format, and the settings of an
+early run. format_2/ holds those files of which that is the present format.
 """
 
 import json
@@ -11,22 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from carclass import storage
 from carclass.data import dataset, formats
 from carclass.errors import UserError
-from carclass.experiments.collect import evaluation_uri
-from carclass.experiments.status import RunStatus
 from carclass.masking import quality
-from carclass.prediction import calibration, predictions, run_preprocessing
-from carclass.runs import checkpoint_index, export
+from carclass.prediction import predictions
+from carclass.runs import checkpoint_index, export, preprocessing_record
+from carclass.runs.calibration_record import read_calibration
 from carclass.runs.metrics_log import MetricsLog
-from carclass.runs.run import Run, find_run
-from carclass.runs.saved_model import read_model
+from carclass.runs.report_record import read_report_metrics
+from carclass.runs.run import Run, find_run, flatten
+from carclass.runs.saved_model import load_network, read_model
 from carclass.training import checkpoint
 from carclass.tuning import trial_records
+from carclass.tuning.collect import collect_sweep
 from carclass.tuning.trial_records import load_records
 
 FORMAT_1 = Path(__file__).with_name("format_1")
+FORMAT_2 = Path(__file__).with_name("format_2")
 RUN = "experiments/run"
 SHA256 = "81e08061c1c9ef2a3a0e7232a0f853754e7d9e3f1c3b2d32dbe5d6241056d6fb"
 READERS: dict[str, Callable[[str], Any]] = {
@@ -34,17 +39,17 @@ READERS: dict[str, Callable[[str], Any]] = {
     f"{RUN}/config.yml": lambda root: find_run(root, "run"),
     f"{RUN}/lineage.json": lambda root: find_run(root, "run").lineage(),
     f"{RUN}/unfrozen/best.json": lambda root: find_run(root, "run").best_val_accuracy("unfrozen"),
+    f"{RUN}/model.json": lambda root: find_run(root, "run").best_stage,
     f"{RUN}/frozen/epoch-0001/checkpoint.json": lambda root: checkpoint.read_weights(f"{root}/{RUN}/frozen/epoch-0001"),
-    f"{RUN}/report/metrics.json": lambda root: formats.read(
-        evaluation_uri(RunStatus(find_run(root, "run"), "finished")), "evaluation"
-    ),
-    f"{RUN}/export/export.json": lambda root: export._exported_model_sha256(f"{root}/{RUN}/export"),
-    f"{RUN}/calibration.json": lambda root: calibration.read_calibration(f"{root}/{RUN}", SHA256),
-    f"{RUN}/preprocessing.json": lambda root: run_preprocessing.load_preprocessing(find_run(root, "run")),
+    f"{RUN}/report/metrics.json": lambda root: read_report_metrics(find_run(root, "run"), "unfrozen"),
+    f"{RUN}/export/export.json": lambda root: export._exported_identity(f"{root}/{RUN}/export"),
+    f"{RUN}/calibration.json": lambda root: read_calibration(f"{root}/{RUN}/unfrozen/best", SHA256),
+    f"{RUN}/preprocessing.json": lambda root: preprocessing_record.load_preprocessing(find_run(root, "run")),
     f"{RUN}/predictions/predictions/settings.json": lambda root: predictions.begin_predictions(
         f"{root}/{RUN}/predictions/predictions",
         json.loads((FORMAT_1 / RUN / "predictions/predictions/settings.json").read_text()),
     ),
+    "experiments/budget.json": lambda root: formats.read(f"{root}/experiments/budget.json", "budget"),
     "sweeps/head/search.yml": lambda root: load_records(root, "head"),
     "sweeps/head/trials.json": lambda root: load_records(root, "head"),
 }
@@ -87,6 +92,43 @@ def test_the_content_of_a_former_run_is_read():
     assert checkpoint_index.recorded_sha256(f"{FORMAT_1}/{RUN}/frozen/epoch-0001") is not None
 
 
+def test_settings_that_a_former_run_lacks_have_the_values_it_was_trained_with():
+    settings = find_run(str(FORMAT_1), "early").settings
+    assert settings.frozen is not None
+    assert settings.unfrozen is not None
+    assert (settings.frozen.ema_decay, settings.unfrozen.ema_decay, settings.unfrozen.clip_grad_norm) == (None,) * 3
+    assert (settings.unfrozen.layer_decay, settings.unfrozen.appearance) == (1.0, False)
+
+
+def test_the_lineage_of_a_former_run_has_no_environments():
+    lineage = find_run(str(FORMAT_1), "run").lineage()
+    assert (lineage["code"], lineage["started"], lineage["environments"]) == ("643bc8fcd13c", "unknown", [])
+
+
+def test_the_present_format_has_every_setting_of_training():
+    """A new setting needs a new format, and a value in the migration: that of the runs before it."""
+    stored = flatten(yaml.safe_load((FORMAT_2 / RUN / "config.yml").read_text()))
+    settings = find_run(str(FORMAT_2), "run").settings
+    assert {*stored} == {"format", *flatten(settings.model_dump(mode="json"))}
+    assert stored["format"] == formats.KINDS["run_config"].format
+
+
+def test_the_present_lineage_is_read():
+    assert [each["device"] for each in find_run(str(FORMAT_2), "run").lineage()["environments"]] == [
+        "CPU",
+        "NVIDIA H100 80GB HBM3",
+    ]
+
+
+def test_a_sweep_without_a_setting_of_its_format_is_refused(tmp_path: Path):
+    assert load_records(str(FORMAT_2), "head")
+    root = shutil.copytree(FORMAT_2, tmp_path / "root")
+    file = root / "sweeps" / "head" / "search.yml"
+    file.write_text(file.read_text().replace("    views: 3\n", ""))
+    with pytest.raises(UserError, match=r"search.yml: `train` lacks the setting `frozen.views`"):
+        load_records(str(root), "head")
+
+
 def test_a_former_run_is_still_on_its_dataset():
     lineage = find_run(str(FORMAT_1), "run").lineage()
     assert dataset.load_dataset(str(FORMAT_1), "v2").digest == lineage["dataset_digest"]
@@ -109,6 +151,12 @@ def test_what_is_written_is_read(tmp_path: Path):
     for file in ("x.json", "x.yml"):
         formats.write(f"{tmp_path}/{file}", "preprocessing", {"reading": {"é": "1e3"}, "mask": None})
         assert formats.read(f"{tmp_path}/{file}", "preprocessing")["reading"] == {"é": "1e3"}
+
+
+def test_a_trial_with_damaged_metrics_fails_beside_the_others(root: Path):
+    first, _ = (trial.name for trial in load_records(str(root), "head")[1].trials.values())
+    (root / "sweeps" / "head" / "trials" / first / "metrics.jsonl").write_text("{\n")
+    assert [each.trial.state for each in collect_sweep(str(root), "head").trials] == ["failed", "complete"]
 
 
 # Newer formats
@@ -272,6 +320,22 @@ def test_an_unknown_key_ends_in_no_traceback(root: Path, file: str):
             READERS[file](str(root))
     else:
         assert READERS[file](str(root)) is not None
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"dropout": 0.2', '"dropout": 0.2, "depth": 9', r"best.json: `model`: `depth` is not a setting"),
+        ('"stride_in_1x1": false,', "", r"best.json is damaged: `model.stride_in_1x1` is missing"),
+    ],
+)
+def test_a_model_of_another_version_is_refused_with_the_setting(root: Path, old: str, new: str, message: str):
+    facts = root / RUN / "unfrozen" / "best.json"
+    weights = b"\x02\x00\x00\x00\x00\x00\x00\x00{}"
+    facts.with_suffix(".safetensors").write_bytes(weights)
+    facts.write_text(facts.read_text().replace(old, new).replace(SHA256, storage.sha256(weights)))
+    with pytest.raises(UserError, match=message):
+        load_network(find_run(str(root), "run").model_uri("unfrozen"))
 
 
 def test_a_run_without_readable_model_facts_is_refused(root: Path):

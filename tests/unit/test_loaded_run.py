@@ -1,22 +1,35 @@
 """load_run: a finished run with its model, metrics, lineage and predictions."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image, ImageOps
 
 import carclass
-from carclass.config.schema import ModelSettings, TrainSettings
-from carclass.data import dataset
+from carclass.config.schema import DetectorSettings, ExcludeSettings, MaskSettings, ModelSettings, TrainSettings
+from carclass.data import dataset, formats, photo
 from carclass.errors import UserError
+from carclass.evaluation.calibration import apply_temperature, fit_calibration
+from carclass.masking import networks
 from carclass.models import preprocessing, resnet
+from carclass.prediction.loaded_run import LoadedRun
+from carclass.prediction.predictions import PREDICTION
+from carclass.runs.calibration_record import write_calibration
 from carclass.runs.metrics_log import MetricsLog
+from carclass.runs.preprocessing_record import record_preprocessing
 from carclass.runs.run import Run, begin_run
-from carclass.runs.saved_model import publish_model
+from carclass.runs.saved_model import publish_model, read_model
+from carclass.sample.background import SCENES
+from carclass.sample.draw import draw_photo, mask_to_box
+from carclass.sample.models import MODELS
 
 HOUSE = Path(__file__).parents[2]
 CLASSES = ["one", "two", "three"]
@@ -35,7 +48,14 @@ def begun(tmp_path: Path) -> Run:
 def finished(begun: Run) -> tuple[Run, torch.nn.Module]:
     torch.manual_seed(3)
     net = resnet.build(MODEL, len(CLASSES)).eval()
-    facts = {"model": MODEL.model_dump(), "classes": CLASSES, "precision": "fp32"}
+    facts = {
+        "stage": "frozen",
+        "epoch": 1,
+        "val_accuracy": 0.5,
+        "model": MODEL.model_dump(),
+        "classes": CLASSES,
+        "precision": "fp32",
+    }
     publish_model(begun.model_uri("frozen"), net, facts)
     return begun, net
 
@@ -52,7 +72,8 @@ def test_the_model_returns_the_logits_of_the_network(finished: tuple[Run, torch.
 
 def test_settings_lineage_and_metrics_are_loaded(finished: tuple[Run, torch.nn.Module]):
     run, _ = finished
-    MetricsLog(run, "frozen", 0).add({"epoch": 1, "time": 0.0, "val_accuracy": 0.5}, [])
+    figures = dict.fromkeys(("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds"), 0.5)
+    MetricsLog(run, "frozen", 0).add({"epoch": 1, "time": 0.0, **figures}, [])
     loaded = carclass.load_run(Path(run.uri))
     assert loaded.settings == run.settings
     assert loaded.lineage["parent_sha256"] == "0" * 64
@@ -64,6 +85,11 @@ def test_predictions_are_loaded_after_an_evaluation(finished: tuple[Run, torch.n
     assert carclass.load_run(run.uri).predictions is None
     table = pa.table({"key": ["a"], "label": ["one"]})
     Path(run.uri, "report").mkdir()
+    formats.write(
+        f"{run.uri}/report/metrics.json",
+        "evaluation",
+        {"accuracy": 1.0, "num_photos": 1, "model_sha256": run.model_facts("frozen")["sha256"]},
+    )
     pq.write_table(table, Path(run.uri, "report", "predictions.parquet"))
     assert carclass.load_run(run.uri).predictions == table
 
@@ -84,6 +110,236 @@ def test_a_folder_without_a_run_is_an_error(tmp_path: Path):
 def test_an_unfinished_run_is_an_error(begun: Run):
     with pytest.raises(UserError, match="has not finished this stage"):
         carclass.load_run(begun.uri)
+
+
+# The model's input
+
+
+@pytest.mark.parametrize(
+    ("photos", "found"),
+    [
+        (torch.rand(2, 3, 64, 64), r"float32 \(2,3,64,64\)"),
+        (torch.zeros(2, 3, 64, 64, dtype=torch.int64), r"int64 \(2,3,64,64\)"),
+        (torch.zeros(2, 3, 32, 64, dtype=torch.uint8), r"uint8 \(2,3,32,64\)"),
+        (torch.zeros(2, 64, 64, 3, dtype=torch.uint8), r"uint8 \(2,64,64,3\)"),
+        (torch.zeros(3, 64, 64, dtype=torch.uint8), r"uint8 \(3,64,64\)"),
+        (torch.ones(2, 3, 64, 64, dtype=torch.uint8), "uint8 with values of at most 1"),
+        (np.zeros((2, 3, 64, 64), np.uint8), "an object of type ndarray"),
+    ],
+)
+def test_other_input_is_refused(finished: tuple[Run, torch.nn.Module], photos: Any, found: str):
+    model = carclass.load_run(finished[0].uri).model
+    with pytest.raises(UserError, match=rf"`run.model` takes uint8 \(N,3,64,64\) .* but got {found}.*`run.predict`"):
+        model(photos)
+
+
+def test_no_photos_give_no_logits(finished: tuple[Run, torch.nn.Module]):
+    photos = torch.zeros(0, 3, 64, 64, dtype=torch.uint8)
+    assert carclass.load_run(finished[0].uri).model(photos).shape == (0, len(CLASSES))
+
+
+def test_the_model_can_be_exported(finished: tuple[Run, torch.nn.Module]):
+    photos = torch.randint(2, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    model = carclass.load_run(finished[0].uri).model
+    exported = torch.export.export(model, (photos,)).module()
+    assert torch.allclose(exported(photos), model(photos), atol=1e-4)
+
+
+# Prediction in this process
+
+READING = {"min_side": 16, "max_pixels": 1_000_000, "max_side": 80, "quality": 92}
+TEMPERATURE = 0.1
+
+
+@pytest.fixture
+def predicting(finished: tuple[Run, torch.nn.Module]) -> LoadedRun:
+    """Load a calibrated run on unmasked photos."""
+    run, _ = finished
+    source = dataset.Dataset("", {"kind": "photos", "settings": READING, "classes": CLASSES})
+    record_preprocessing(run, source)
+    model_uri = run.model_uri("frozen")
+    calibrated = fit_calibration(np.array([0, 1]), np.full((2, 2), 0.5), read_model(model_uri)[1]["sha256"])
+    write_calibration(model_uri, dataclasses.replace(calibrated, temperature=TEMPERATURE))
+    return carclass.load_run(run.uri)
+
+
+@pytest.fixture
+def image() -> Image.Image:
+    """Return an image of 120 x 90 pixels with a gradient and noise."""
+    rng = np.random.default_rng(1)
+    gradient = np.linspace(0, 200, 120)[None, :, None] * np.array([1, 0.5, 0.2])
+    return Image.fromarray((gradient + rng.integers(0, 50, (90, 120, 3))).astype(np.uint8))
+
+
+def probability(table: pa.Table) -> list[float]:
+    return table["top5_probabilities"].combine_chunks().flatten().to_pylist()
+
+
+def test_a_file_is_read_shrunk_and_calibrated(
+    predicting: LoadedRun, finished: tuple[Run, torch.nn.Module], image: Image.Image, tmp_path: Path
+):
+    image.save(tmp_path / "car.png")
+    (row,) = predicting.predict([tmp_path / "car.png"]).to_pylist()
+    stored, _, _ = photo.reencode((tmp_path / "car.png").read_bytes(), **READING)
+    pixels = torch.from_numpy(preprocessing.decode_photos([stored], 64)).permute(0, 3, 1, 2)
+    with torch.inference_mode(), resnet.autocast("fp32", torch.device("cpu")):
+        raw = finished[1](preprocessing.normalise(pixels)).softmax(1).numpy()
+    (expected,) = apply_temperature(raw, TEMPERATURE)
+    assert row["label"] == CLASSES[expected.argmax()]
+    assert row["top5_probabilities"] == pytest.approx(sorted(expected, reverse=True), abs=1e-4)
+    assert (row["key"], row["reason"], row["outcome"]) == (str(tmp_path / "car.png"), None, None)
+
+
+def test_the_table_has_the_columns_of_the_job_without_rejection(predicting: LoadedRun, image: Image.Image):
+    assert predicting.predict(image).schema.names == [name for name in PREDICTION.names if name != "rejected"]
+
+
+@pytest.mark.parametrize("name", ["car.jpg", "car.png", "grey16.png", "turned.jpg", "alpha.png", "cmyk.jpg", "car.gif"])
+def test_an_opened_image_is_predicted_as_its_file(predicting: LoadedRun, image: Image.Image, tmp_path: Path, name: str):
+    write_photo(image, tmp_path / name)
+    with Image.open(tmp_path / name) as opened:
+        of_image = predicting.predict([opened])
+    of_file = predicting.predict(tmp_path / name)
+    assert of_image.drop(["key"]) == of_file.drop(["key"])
+    assert of_file["reason"].to_pylist() == [None]
+
+
+@pytest.mark.parametrize("name", ["car.png", "grey16.png", "turned.png", "alpha.png", "palette.png"])
+def test_a_loaded_image_is_predicted_as_its_file(predicting: LoadedRun, image: Image.Image, tmp_path: Path, name: str):
+    write_photo(image, tmp_path / name)
+    with Image.open(tmp_path / name) as opened:
+        opened.load()
+    assert probability(predicting.predict(opened)) == probability(predicting.predict(str(tmp_path / name)))
+
+
+def write_photo(image: Image.Image, path: Path) -> None:
+    """Write an image in the way that the file's name tells."""
+    exif, kind = Image.Exif(), path.stem
+    exif[0x0112] = 6 if kind == "turned" else 1
+    if kind == "grey16":
+        image = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 256 + 77)
+    modes = {"alpha": "RGBA", "cmyk": "CMYK", "palette": "P"}
+    image = image.convert(modes[kind]) if kind in modes else image
+    if kind == "alpha":
+        image.putalpha(100)
+    image.save(path, exif=exif)
+
+
+def test_exif_orientation_matters(predicting: LoadedRun, image: Image.Image, tmp_path: Path):
+    write_photo(image.resize((80, 60)), tmp_path / "turned.png")
+    with Image.open(tmp_path / "turned.png") as opened:
+        upright = ImageOps.exif_transpose(opened)
+        flat = Image.fromarray(np.asarray(opened))
+    of_file = probability(predicting.predict(tmp_path / "turned.png"))
+    assert probability(predicting.predict(upright)) == of_file
+    assert probability(predicting.predict(flat)) != of_file
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "HSV", "LAB", "1", "LA", "La", "RGBa", "RGBX"])
+def test_images_of_all_modes_are_predicted(predicting: LoadedRun, image: Image.Image, mode: str):
+    converted = image.convert("RGBA").convert("RGBa") if mode == "RGBa" else image
+    converted = image.convert("LA").convert("La") if mode == "La" else converted
+    if mode == "LAB":
+        converted = Image.frombytes("LAB", image.size, image.tobytes())
+    elif mode not in ("RGBa", "La"):
+        converted = image.convert(mode)
+    assert converted.mode == mode
+    assert predicting.predict(converted)["reason"].to_pylist() == [None]
+
+
+def test_photos_that_fail_have_a_reason_and_the_others_a_label(
+    predicting: LoadedRun, image: Image.Image, tmp_path: Path
+):
+    (tmp_path / "text.jpg").write_text("no photo")
+    rows = predicting.predict([tmp_path / "none.jpg", image, tmp_path / "text.jpg", image.resize((8, 8))]).to_pylist()
+    assert [row["reason"] for row in rows] == ["unreadable", None, "not_an_image", "too_small"]
+    assert [row["label"] is None for row in rows] == [True, False, True, True]
+    assert [row["key"] for row in rows] == [f"{tmp_path}/none.jpg", "photo 1", f"{tmp_path}/text.jpg", "photo 3"]
+
+
+def test_an_image_of_a_closed_file_is_unreadable(predicting: LoadedRun, image: Image.Image, tmp_path: Path):
+    image.save(tmp_path / "car.jpg")
+    with Image.open(tmp_path / "car.jpg") as closed:
+        pass
+    (row,) = predicting.predict(closed).to_pylist()
+    assert (row["key"], row["reason"]) == (str(tmp_path / "car.jpg"), "unreadable")
+
+
+def test_the_shown_frame_of_an_animation_is_predicted(predicting: LoadedRun, image: Image.Image, tmp_path: Path):
+    image.save(tmp_path / "car.gif", save_all=True, append_images=[Image.new("RGB", image.size, "red")])
+    with Image.open(tmp_path / "car.gif") as opened:
+        opened.seek(1)
+        of_frame, of_copy = (probability(predicting.predict(one)) for one in (opened, opened.copy()))
+    assert of_frame == of_copy != probability(predicting.predict(tmp_path / "car.gif"))
+
+
+def test_more_photos_than_a_batch_keep_their_order(predicting: LoadedRun, image: Image.Image):
+    table = predicting.predict([image] * 70)
+    assert table["key"].to_pylist() == [f"photo {i}" for i in range(70)]
+    assert len(set(table["label"].to_pylist())) == 1
+
+
+@pytest.fixture
+def masking(predicting: LoadedRun, tmp_path: Path) -> LoadedRun:
+    """Load the run as if its photos were masked, without photos of no vehicle."""
+    predicting.predict([])  # reads the record that is replaced here
+    detector = DetectorSettings(model="sample", weights="sample", short_side=160, num_proposals=30)
+    detector = networks.pin_weights(detector, str(tmp_path))
+    mask = MaskSettings(detector=detector, exclude=ExcludeSettings(no_vehicle=True)).model_dump(mode="json")
+    mask["detector"]["weights"] = mask["detector"].pop("weights_sha256")
+    mask["detector"]["architecture"] = networks.architecture_digest(detector)
+    reading = {**READING, "max_side": 320}
+    changed = dataclasses.replace(
+        predicting.preprocessing, reading=reading, mask=mask, detector_weights=detector.weights
+    )
+    formats.write(f"{predicting.run.uri}/preprocessing.json", "preprocessing", dataclasses.asdict(changed))
+    return carclass.load_run(predicting.run.uri)
+
+
+def test_photos_are_masked_if_those_of_the_run_are(masking: LoadedRun, predicting: LoadedRun):
+    pixels, (vehicle, *_) = draw_photo((3, 1), MODELS[1], next(iter(SCENES)))
+    (row,) = masking.predict(Image.fromarray(pixels)).to_pylist()
+    assert row["outcome"] == "vehicle"
+    x1, y1, x2, y2 = mask_to_box(vehicle.mask)
+    scale = min(1, 320 / max(pixels.shape))
+    assert row["box"] == pytest.approx([x1 * scale, y1 * scale, x2 * scale, y2 * scale], abs=6)
+    assert row["top5_probabilities"] != probability(predicting.predict(Image.fromarray(pixels)))
+
+
+def test_photos_that_masking_excludes_are_not_classified(masking: LoadedRun):
+    (row,) = masking.predict(Image.new("RGB", (60, 60), "grey")).to_pylist()
+    assert (row["reason"], row["label"], row["probability"]) == ("doubtful_mask", None, None)
+
+
+def test_no_photos_give_no_rows(predicting: LoadedRun):
+    assert len(predicting.predict([])) == 0
+
+
+@pytest.mark.parametrize(
+    ("photos", "error"),
+    [
+        ([torch.zeros(3, 64, 64)], "photo 0 is of type Tensor"),
+        ([b"bytes"], "photo 0 is of type bytes"),
+        (b"bytes", "photo 0 is of type bytes"),
+        (None, "photo 0 is of type NoneType"),
+        (["car.jpg", np.zeros((9, 9, 3))], "photo 1 is of type ndarray"),
+        (Image.fromarray(np.zeros((20, 20), np.float32)), "PIL's mode F"),
+        (Image.fromarray(np.zeros((20, 20), np.int32)), "PIL's mode I"),
+    ],
+)
+def test_other_kinds_of_photos_are_refused(predicting: LoadedRun, photos: Any, error: str):
+    with pytest.raises(UserError, match=error):
+        predicting.predict(photos)
+
+
+def test_a_run_that_is_not_calibrated_predicts_nothing(predicting: LoadedRun, image: Image.Image):
+    Path(predicting.run.uri, "frozen", "calibration.json").unlink()
+    with pytest.raises(UserError, match=r"is not calibrated yet.*evaluate.py --run first"):
+        predicting.predict(image)
+
+
+def test_the_preprocessing_is_part_of_a_loaded_run(predicting: LoadedRun):
+    assert (predicting.preprocessing.reading, predicting.preprocessing.mask) == (READING, None)
 
 
 def test_importing_the_package_imports_no_large_library():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from carclass.config.schema import AugmentationSettings, ModelSettings, UnfrozenSettings
+from carclass.config.schema import AugmentationSettings, FrozenSettings, ModelSettings, StageSettings, UnfrozenSettings
 from carclass.models import resnet
 from carclass.runs.checkpoint_index import checkpoint_name
 from carclass.training import checkpoint, learner, loop
@@ -32,9 +32,10 @@ class Stage:
 
     def __init__(self, uri: str, kind: str, **settings: object) -> None:
         self.uri, self.kind = uri, kind
-        self.settings = UnfrozenSettings(
+        self.settings: StageSettings = UnfrozenSettings(
             **{"epochs": EPOCHS, "batch_size": 8, "lr": 1e-2, "warmup_epochs": 1, **settings}
         )
+        self.loader_batch_size = 8
         self.epochs: list[loop.Metrics] = []
         self.steps: list[tuple[float, loop.Metrics]] = []  # with their epoch
         self.learner: learner.Learner | None = None
@@ -49,12 +50,15 @@ class Stage:
             loader: loop.Loader = PhotoLoader(train, val, AugmentationSettings(), self.settings, torch.device("cpu"))
         else:
             features = torch.rand(2, 29, 512), torch.rand(1, 9, 512)
-            loader = FeatureLoader(train, val, features, 8, torch.device("cpu"))
+            loader = FeatureLoader(train, val, features, self.loader_batch_size, torch.device("cpu"))
         module = net if self.kind == "photos" else net.fc
         return learner.make_learner(module, self.settings, FP32, seed=1), loader
 
     def run(self, *, preempt_after: int | None = None, every: int | None = None) -> bool:
-        """Resume the stage in a new process. Return False if it is preempted, after preempt_after steps."""
+        """Resume the stage in a new process, with a checkpoint after `every` steps.
+
+        Return False if it is preempted, after preempt_after steps.
+        """
         trained, loader = self.begin()
         self.learner = trained
         newest = checkpoint.newest_valid(self.uri)
@@ -63,7 +67,7 @@ class Stage:
             state = loop.TrainState(**checkpoint.restore_checkpoint(f"{self.uri}/{newest}", trained))
         steps = iter(range(1, 10**6))
 
-        def save(state: loop.TrainState, required: bool) -> None:
+        def save(state: loop.TrainState) -> None:
             name = checkpoint_name(state.epoch, state.samples)
             checkpoint.write_checkpoint(self.uri, checkpoint.take_snapshot(name, trained, asdict(state)))
 
@@ -71,9 +75,11 @@ class Stage:
             self.epochs.append(metrics)
             self.steps += [(metrics["epoch"], row) for row in steps]
 
-        return loop.train_epochs(
-            trained, loader, state, loop.Callbacks(save, on_epoch_end, lambda: next(steps) == preempt_after, every)
-        )
+        def after_step() -> loop.StepSignal:
+            step = next(steps)
+            return loop.StepSignal(step == preempt_after, every is not None and step % every == 0)
+
+        return loop.train_epochs(trained, loader, state, loop.Callbacks(save, on_epoch_end, after_step))
 
     def losses(self) -> list[tuple[float, float, float, float]]:
         """Return (epoch, step, loss, lr) of all steps."""
@@ -162,7 +168,7 @@ def test_checkpoints_do_not_affect_training(stage: Callable[..., Stage]):
     assert_same(checkpointed, plain)
 
 
-def test_checkpoints_have_a_fixed_interval_and_the_number_of_samples_in_their_name(stage: Callable[..., Stage]):
+def test_checkpoints_have_the_number_of_samples_in_their_name(stage: Callable[..., Stage]):
     checkpointed = stage("checkpointed", epochs=3)  # of four steps each, the last with five samples
     checkpointed.run(every=3)
     assert checkpoint.names(checkpointed.uri) == [
@@ -212,7 +218,88 @@ def test_a_finished_stage_is_not_trained_further(stage: Callable[..., Stage]):
     assert state.val_accuracies == accuracies
 
 
+# Divergence
+
+DIVERGING = {"optimizer": "sgd", "lr": 1e30, "warmup_epochs": 0, "schedule": "constant"}
+
+
+def diverge(one: Stage, **options: int) -> str:
+    with pytest.raises(loop.DivergedError) as caught:
+        one.run(**options)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["features", "photos"])
+def test_a_loss_that_is_not_finite_ends_the_stage_with_a_remedy(stage: Callable[..., Stage], kind: str):
+    one = stage("one", kind, **DIVERGING)
+    message = diverge(one)
+    for part in (
+        "in the unfrozen stage: loss not finite in epoch 1, step", "of 4 (learning rate 1e+30)", "`train.name`",
+        "`train.unfrozen.lr`", "`warmup_epochs`", "`clip_grad_norm: 1`", "`train.precision: fp32`",
+    ):  # fmt: skip
+        assert part in message
+    assert one.epochs == []
+
+
+def test_the_frozen_stage_is_not_advised_a_precision_that_it_has(stage: Callable[..., Stage]):
+    one = stage("one", **DIVERGING)
+    one.settings = FrozenSettings(**one.settings.model_dump(include=FrozenSettings.model_fields.keys()))
+    message = diverge(one)
+    assert "`train.frozen.lr`" in message
+    assert "precision" not in message
+
+
+def test_weights_after_the_last_step_are_checked(stage: Callable[..., Stage]):
+    """The loss of the only step is of the weights before it."""
+    one = stage("one", **{**DIVERGING, "lr": 1e39, "epochs": 1, "batch_size": 29})
+    one.loader_batch_size = 29
+    assert "weights not finite in epoch 1, step 1 of 1" in diverge(one)
+
+
+def test_a_val_loss_that_is_not_finite_ends_the_stage(stage: Callable[..., Stage]):
+    one = stage("one")
+    trained, loader = one.begin()
+    loader.val_features = torch.full_like(loader.val_features, 3e38)
+    state = loop.TrainState()
+    with pytest.raises(loop.DivergedError, match=r"val loss not finite in epoch 1, step 4 of 4"):
+        loop.train_epochs(trained, loader, state, loop.Callbacks())
+    assert state.val_accuracies == []
+
+
+@pytest.mark.parametrize("options", [{"every": 1}, {"preempt_after": 4}])
+def test_a_diverged_state_is_not_saved(stage: Callable[..., Stage], options: dict[str, int]):
+    one = stage("one", **DIVERGING)
+    diverge(one, **options)
+    for name in checkpoint.names(one.uri):
+        assert all(tensor.isfinite().all() for tensor in checkpoint.read_weights(f"{one.uri}/{name}")[0].values())
+
+
+def test_a_moving_average_that_is_not_finite_ends_the_stage(stage: Callable[..., Stage]):
+    trained, loader = stage("one", ema_decay=0.9).begin()
+    assert trained.ema is not None
+    torch.nn.init.constant_(trained.ema[1].weight, float("inf"))
+    with pytest.raises(loop.DivergedError, match="weights not finite"):
+        loop.train_epochs(trained, loader, loop.TrainState(), loop.Callbacks())
+
+
+def test_gradients_are_clipped_to_a_norm(stage: Callable[..., Stage]):
+    trained, loader = stage("one", optimizer="sgd", clip_grad_norm=1e-3, weight_decay=0, warmup_epochs=0).begin()
+    before = [parameter.detach().clone() for parameter in trained.module.parameters()]
+    loop.train_step(trained, next(iter(loader.train(1))), 1, loader.num_steps)
+    changes = [(after - start).flatten() for after, start in zip(trained.module.parameters(), before, strict=True)]
+    rate = trained.optimizer.param_groups[0]["lr"]
+    assert (torch.cat(changes).norm() / rate).item() == pytest.approx(1e-3, rel=1e-3)
+
+
 # Learning rates
+
+
+@pytest.mark.parametrize("num_steps", [1, 4])
+def test_every_step_trains(num_steps: int):
+    stage = UnfrozenSettings(epochs=2, warmup_epochs=0, lr=1.0)
+    rates = [learner.step_rate(stage, step, num_steps) for step in range(1, 2 * num_steps + 1)]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] == pytest.approx(0.5 * (1 + np.cos(np.pi * (1 - 0.25 / num_steps))))
 
 
 def test_layer_decay_lowers_the_learning_rate_from_block_to_block(stage: Callable[..., Stage]):

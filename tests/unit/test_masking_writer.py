@@ -1,5 +1,7 @@
 """Rows of detections of large photos, and the parts written of them."""
 
+import struct
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,3 +69,16 @@ def test_large_masked_photos_are_written_in_several_parts(
 def test_detectors_on_gpus_get_fewer_photos_if_these_are_large():
     sizes = [detector_batch_size(SETTINGS, max_side, use_gpu=True) for max_side in (800, 2400, 10_000, None)]
     assert sizes == [8 * SETTINGS.batch_size, 15, CPU_BATCH, CPU_BATCH]
+
+
+def test_photos_of_any_size_that_ingestion_permits_are_decoded():
+    """A header of 102 megapixels without pixels: the size is checked before them."""
+    header = struct.pack(">IIBBBBB", 10_200, 10_000, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", b""), (b"IEND", b"")]
+    png = b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+    row = {"key": "a.png", "image_id": "0", "label": "A", "split": "train", "width": 10_200, "height": 10_000}
+    rows = pa.Table.from_pylist([row | {"image": b"\x89PNG\r\n\x1a\n" + png}], dataset.ROW)
+    (reason,) = decode_rows(rows, Unguarded())["reason"].to_pylist()  # type: ignore[arg-type]
+    assert reason in ("truncated", "corrupt")

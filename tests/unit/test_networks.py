@@ -16,7 +16,7 @@ from carclass import storage
 from carclass.config.schema import DetectorSettings
 from carclass.errors import UserError
 from carclass.masking import detectron, networks
-from carclass.masking.torchvision_rcnn import COCO_IDS
+from carclass.masking.torchvision_rcnn import COCO_IDS, TorchvisionMaskRCNN
 from carclass.models import weights
 
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES  # isort: skip - after detectron
@@ -259,6 +259,23 @@ def test_a_batch_may_hold_photos_of_several_sizes(
 ):
     net = build(make_settings(networks.TORCHVISION))
     assert [instances.image_size for instances in run(net, photo, photo[:, :96])] == [(128, 160), (96, 160)]
+
+
+C4 = """
+  BACKBONE: {NAME: build_resnet_backbone}
+  RESNETS: {OUT_FEATURES: [res4]}
+  ANCHOR_GENERATOR: {SIZES: [[32, 64]]}
+  RPN: {IN_FEATURES: [res4]}
+  ROI_HEADS: {NAME: Res5ROIHeads, IN_FEATURES: [res4]}
+"""
+
+
+@pytest.mark.parametrize(("name", "canvas"), [("c4", 1), ("sample", 32), (networks.TORCHVISION, 32)])
+def test_a_network_declares_the_multiple_that_it_pads_photos_to(tmp_path: Path, name: str, canvas: int):
+    (tmp_path / "c4.yaml").write_text(f"_BASE_: {SAMPLE}\nMODEL: {C4}")
+    model = str(tmp_path / "c4.yaml") if name == "c4" else name
+    build = TorchvisionMaskRCNN if name == networks.TORCHVISION else detectron.build_network
+    assert build(DetectorSettings(model=model)).canvas == canvas
 
 
 def test_torchvision_labels_are_coco_category_ids():

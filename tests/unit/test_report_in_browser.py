@@ -1,13 +1,16 @@
 """Reports in a browser: they load without console messages, and their scripts sort and filter."""
 
+import json
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from carclass.evaluation.report import render
 from carclass.masking.report import render as render_masking
 from carclass.tuning.report import render_analysis
-from tests.helpers.browser import BROWSER, open_page
+from tests.helpers.browser import BROWSER, PHONE_WIDTH, open_page, photograph_page
 from tests.helpers.pages import (
     COMPARISON_SECTIONS,
     EVALUATION_SECTIONS,
@@ -104,3 +107,55 @@ def test_a_comparison_opens_with_all_sections_and_a_silent_console(tmp_path):
     dom, console = open_page(comparison_page(), tmp_path)
     assert console == []
     assert [name for name in COMPARISON_SECTIONS if f'<section id="{name}"' not in dom] == []
+
+
+SET_WIDTH = f"document.body.style.width = '{PHONE_WIDTH}px';"  # a window is at least 485 pixels wide
+FIND_HIDDEN_COLUMNS = f"""
+    {SET_WIDTH}
+    const wide = [...document.querySelectorAll("body *")].filter(
+      (element) => element.scrollWidth > element.clientWidth + 1 && getComputedStyle(element).overflowX === "auto");
+    const bare = wide.filter((element) => !getComputedStyle(element).backgroundAttachment.includes("local"));
+    const found = [wide.length, bare.map((element) => element.outerHTML.slice(0, 80)), document.body.scrollWidth];
+    document.title = JSON.stringify(found);
+"""
+PAGES = {
+    "evaluation": lambda: render(make_report(12, num_photos=400)),
+    "masking": lambda: render_masking(make_masking_report()),
+    "sweep": lambda: render_analysis(make_sweep()),
+    "comparison": comparison_page,
+}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_everything_wider_than_a_phone_scrolls_with_a_hint(tmp_path: Path, name: str):
+    dom, _ = open_page(with_script(PAGES[name](), FIND_HIDDEN_COLUMNS), tmp_path, PHONE_WIDTH)
+    num_wide, bare, page_width = json.loads(re.search("<title>(.*?)</title>", dom)[1])
+    assert num_wide > 0
+    assert bare == []
+    assert page_width <= PHONE_WIDTH
+
+
+def show_edges(page: str, selector: str, folder: Path, place: int) -> tuple[int, int]:
+    """Scroll an element and return the brightness at its left and right edge, the median over its upper rows."""
+    script = f"""
+        {SET_WIDTH}
+        const element = document.querySelector("{selector}");
+        const around = element.closest("section, nav");
+        document.body.replaceChildren(around);
+        around.replaceChildren(element);
+        around.style.cssText = element.style.cssText = "margin: 0; padding: 0; border: 0; position: static";
+        element.scrollLeft = {place};
+    """
+    rows = photograph_page(with_script(page, script), folder)[4:24].mean(axis=2)
+    return tuple(int(np.median(rows[:, column])) for column in (0, -1))
+
+
+@pytest.mark.parametrize(
+    ("name", "selector"),
+    [("evaluation", "#confusion .scroll"), ("comparison", "#runs .scroll"), ("comparison", "nav ul")],
+)
+def test_an_edge_is_shaded_while_there_is_more_beyond_it(tmp_path: Path, name: str, selector: str):
+    start, end = (show_edges(PAGES[name](), selector, tmp_path, place) for place in (0, 100_000))
+    assert start[1] < start[0] - 30
+    assert end[0] < end[1] - 30
+    assert (start[0], end[1]) >= (240, 240)

@@ -1,14 +1,24 @@
 """Runs on storage: metrics after an interruption, and settings that may differ when a run is resumed."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from carclass.config.schema import TrainSettings
+from carclass.config.schema import TrainSettings, UnfrozenSettings
 from carclass.data import dataset
 from carclass.errors import UserError
 from carclass.runs.metrics_log import MetricsLog
 from carclass.runs.run import Run, begin_run
+from tests.helpers.runs import MODEL, finish
+
+OF_MACHINES = (
+    {"num_workers": (1, 2)},
+    {"checkpoint_seconds": 7},
+    {"keep_checkpoints": 5},
+    {"unfrozen": UnfrozenSettings(micro_batch_size=4)},
+)
+FIGURES = ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds")
 
 
 def begin(root: Path, **changes: object) -> Run:
@@ -20,7 +30,7 @@ def add(run: Run, stage: str, epochs: range, loss: float = 1.0) -> None:
     log = MetricsLog(run, stage, epochs[0] - 1)
     for epoch in epochs:
         steps = [{"step": step, "loss": loss, "lr": 0.1} for step in (1, 2)]
-        log.add({"epoch": epoch, "train_loss": loss, "time": 1e9 + epoch}, steps)
+        log.add({**dict.fromkeys(FIGURES, loss), "epoch": epoch, "time": 1e9 + epoch}, steps)
 
 
 def test_metrics_have_a_row_per_epoch_of_both_stages(tmp_path: Path):
@@ -54,10 +64,28 @@ def test_every_epoch_writes_the_same_number_of_bytes(tmp_path: Path):
     assert max(sizes) - min(sizes) < 16
 
 
-@pytest.mark.parametrize("change", [{"num_workers": (1, 2)}, {"checkpoint_steps": 7}, {"keep_checkpoints": 5}])
+@pytest.mark.parametrize("change", OF_MACHINES)
 def test_settings_of_machines_may_differ_when_a_run_is_resumed(tmp_path: Path, change: dict):
     begin(tmp_path)
     assert begin(tmp_path, **change).settings == TrainSettings(name="one", **change)
+
+
+@pytest.mark.parametrize(("key", "skipped"), [("frozen", "unfrozen"), ("unfrozen", "frozen")])
+def test_more_epochs_of_a_finished_run_are_trained_from_its_last_epoch(tmp_path: Path, key: str, skipped: str):
+    stages = {key: {"epochs": 5}, skipped: None}
+    finish(begin(tmp_path, model=MODEL, **stages))
+    hint = rf"`train.parent: one@last`, `train.{skipped}: null`, `train.{key}.epochs: 3`"
+    with pytest.raises(UserError, match=rf"other settings \({key}.epochs\).* for 3 more epochs, .*{hint}"):
+        begin(tmp_path, model=MODEL, **{**stages, key: {"epochs": 8}})
+
+
+@pytest.mark.parametrize("changes", [{"frozen": {"epochs": 3}}, {"frozen": {"epochs": 8}, "seed": 5}])
+def test_other_changes_of_a_finished_run_have_no_such_advice(tmp_path: Path, changes: dict[str, Any]):
+    settings = {"model": MODEL, "frozen": {"epochs": 5}, "unfrozen": None}
+    finish(begin(tmp_path, **settings))
+    with pytest.raises(UserError) as caught:
+        begin(tmp_path, **{**settings, **changes})
+    assert "@last" not in str(caught.value)
 
 
 def test_other_settings_of_a_begun_run_are_an_error(tmp_path: Path):

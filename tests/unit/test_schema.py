@@ -68,6 +68,11 @@ def test_a_former_name_is_refused_with_the_new_one(values: dict[str, Any], messa
     assert message in str(caught.value)
 
 
+def test_the_steps_between_checkpoints_are_now_seconds():
+    with pytest.raises(UserError, match=r"`train.checkpoint_steps` is now `checkpoint_seconds`"):
+        config_of(train={"name": "x", "checkpoint_steps": 100})
+
+
 def test_a_setting_of_a_deeper_section_is_suggested():
     with pytest.raises(UserError, match=r"`train.lr` is not a setting; did you mean `frozen.lr` or `unfrozen.lr`\?"):
         config_of(train={"name": "x", "lr": 1e-3})
@@ -109,7 +114,7 @@ def test_a_missing_required_setting_is_named():
         ({"train": {"name": "x", "num_workers": True}}, "train.num_workers"),
         ({"train": {"name": "x", "num_workers": [4, 1]}}, "train.num_workers"),
         ({"train": {"name": "x", "num_workers": [1, 2, 3]}}, "train.num_workers"),
-        ({"train": {"name": "x", "checkpoint_steps": 0}}, "train.checkpoint_steps"),
+        ({"train": {"name": "x", "checkpoint_seconds": -1}}, "train.checkpoint_seconds"),
         ({"train": {"name": "x", "frozen": {"lr": 0}}}, "train.frozen.lr"),
         ({"train": {"name": "x", "unfrozen": {"optimizer": "lion"}}}, "train.unfrozen.optimizer"),
         ({"evaluate": {"split": "train"}}, "evaluate.split"),

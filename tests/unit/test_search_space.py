@@ -33,6 +33,25 @@ def refuse(folder: Path, message: str, *args: Any, **more: Any) -> None:
         load(folder, *args, **more)
 
 
+# Settings without effect
+
+
+def test_a_warm_up_beyond_its_stage_is_refused(tmp_path: Path):
+    experiment = {**EXPERIMENT, "train": {"name": "one", "unfrozen": {"epochs": 4}}}
+    message = r"`space.train.unfrozen.warmup_epochs`: `unfrozen.warmup_epochs` is 6 and the stage has 4 epoch"
+    refuse(tmp_path, message, {"train.unfrozen.warmup_epochs": {"min": 0, "max": 6}}, experiment)
+
+
+def test_epochs_down_to_the_default_warm_up_are_accepted(tmp_path: Path):
+    assert dimension(tmp_path, "train.unfrozen.epochs", min=1, max=4).low == 1
+
+
+def test_flips_of_the_mirrored_view_may_be_varied(tmp_path: Path):
+    experiment = {"root": "results", "train": {"name": "one", "unfrozen": None, "frozen": {"views": 2}}}
+    space = load(tmp_path, {"train.augmentation.flip": {"choices": ["none", "horizontal"]}}, experiment)
+    assert space.dimensions[0].choices == ("none", "horizontal")
+
+
 # Types
 
 

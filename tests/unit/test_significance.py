@@ -1,11 +1,13 @@
 """Significance of differences in accuracy: McNemar's test and the paired bootstrap."""
 
+from collections import Counter
 from functools import partial
 from itertools import product
 from math import comb
 
 import numpy as np
 import pytest
+from scipy.stats import multinomial
 
 from carclass.experiments.significance import compare, difference_interval, mcnemar
 
@@ -89,10 +91,43 @@ def test_result_has_difference_of_accuracies():
 
 @pytest.mark.parametrize(
     ("only_first", "only_second", "verdict"),
-    [(90, 10, "better"), (10, 90, "worse"), (52, 48, "no clear difference"), (0, 0, "no clear difference")],
+    [
+        (90, 10, "better"),
+        (10, 90, "worse"),
+        (52, 48, "no clear difference"),
+        (0, 0, "no clear difference"),
+        (6, 0, "better"),
+        (0, 6, "worse"),
+    ],
 )
-def test_verdict_depends_on_the_interval(only_first, only_second, verdict):
+def test_verdict_follows_interval_and_mcnemar(only_first, only_second, verdict):
     assert compare(*make_correct(only_first, only_second, 50, 50), seed=1).verdict == verdict
+
+
+def test_five_disagreements_are_too_few_for_a_verdict():
+    """Use counts whose interval excludes 0, at a p-value of 0.0625."""
+    result = compare(*make_correct(5, 0, 50, 50), seed=1)
+    assert result.low > 0
+    assert result.verdict == "no clear difference"
+
+
+@pytest.mark.parametrize("disagreement", [0.4, 0.6, 0.8])
+def test_equal_classifiers_are_rarely_called_different(disagreement):
+    """Sum the probabilities of all counts with a verdict, among 8 photos and classifiers of equal accuracy."""
+    shares, rates = (disagreement / 2, disagreement / 2, 1 - disagreement), Counter[str]()
+    for first, second in product(range(9), repeat=2):
+        if first + second <= 8:
+            counts = (first, second, 8 - first - second)
+            verdict = compare(*make_correct(*counts), seed=1).verdict
+            rates[verdict] += multinomial.pmf(counts, 8, shares)
+    assert rates["better"] <= 0.025
+    assert rates["better"] + rates["worse"] <= 0.05
+
+
+def test_different_classifiers_are_told_apart():
+    generator = np.random.default_rng(0)
+    tables = generator.multinomial(300, (0.2, 0.05, 0.6, 0.15), 50)
+    assert sum(compare(*make_correct(*table), seed=1).verdict == "better" for table in tables) > 45
 
 
 @pytest.mark.parametrize("function", [mcnemar, partial(compare, seed=1), partial(difference_interval, seed=1)])

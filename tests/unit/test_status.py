@@ -1,5 +1,6 @@
 """Status of experiments: progress, and runs that are stale by settings, parents or data."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import pytest
 from carclass import storage
 from carclass.config.schema import TrainSettings
 from carclass.experiments import status, tree_view
+from carclass.experiments.collect import collect_comparison, read_test
+from carclass.experiments.replaced_runs import set_aside_run
 from carclass.experiments.tree import Budget, Experiment, Tree
 from tests.helpers.runs import FROZEN, MODEL, begin, finish, publish_dataset
 
@@ -57,7 +60,7 @@ def test_edited_settings_make_run_and_descendants_stale(root: Path):
 
 
 def test_other_parent_weights_make_a_child_stale(root: Path):
-    status.set_aside_run(status.tree_status(make_tree(root, FIRST))["first"].run)
+    set_aside_run(status.tree_status(make_tree(root, FIRST))["first"].run)
     finish(begin(root, FIRST), kept=(2, 3, 5))
     storage.delete_folder(f"{root}/experiments/first/frozen/epoch-0002")
     Path(root, "experiments/first/frozen/epoch-0003").rename(root / "experiments/first/frozen/epoch-0002")
@@ -73,33 +76,46 @@ def test_machine_settings_do_not_make_runs_stale(root: Path):
     assert run_states(make_tree(root, FIRST.model_copy(update={"keep_checkpoints": 7}))) == ["finished"]
 
 
-def test_run_that_is_set_aside_keeps_its_records(root: Path):
-    run = status.tree_status(make_tree(root, FIRST))["first"].run
-    rows = run.metrics()
-    target = Path(status.set_aside_run(run))
-    assert sorted(path.name for path in target.iterdir()) == ["config.yml", "lineage.json", "metrics.jsonl"]
-    assert len((target / "metrics.jsonl").read_text().splitlines()) == len(rows)
-    assert not Path(run.uri, "config.yml").exists()
+@pytest.mark.parametrize(
+    ("file", "old", "new", "reason"),
+    [
+        (
+            "config.yml",
+            "seed: 123",
+            "seed: 123\nsurprise: 1",
+            r"`surprise` is not a setting.*another version of carclass",
+        ),
+        ("config.yml", "  dropout: 0.2\n", "", r"lacks the setting `model.dropout`.*another version of carclass"),
+        ("config.yml", "format: 2", "format: 99", "a newer version of carclass"),
+        ("lineage.json", None, None, r"lineage.json is missing\. Restore it"),
+        ("lineage.json", "dataset", "data", "`dataset` is missing"),
+        ("metrics.jsonl", "val_accuracy", "accuracy", "`val_accuracy` is missing"),
+        ("frozen/best.json", "{", "", r"best.json is damaged"),
+        ("frozen/epoch-0002/checkpoint.json", "{", "", None),
+    ],
+)
+def test_a_damaged_run_ends_no_listing_of_the_others(
+    root: Path, file: str, old: str | None, new: str, reason: str | None
+):
+    path = root / "experiments" / "first" / file
+    path.unlink() if old is None else path.write_text(path.read_text().replace(old, new))
+    tree = make_tree(root, FIRST, CHILD, GRANDCHILD)
+    statuses = status.tree_status(tree)
+    first, *others = statuses.values()
+    assert (first.state, [each.state for each in others]) == ("unreadable" if reason else "finished", ["finished"] * 2)
+    assert re.search(reason or "None", str(first.reason))
+    assert first.state in tree_view.draw_tree(tree).splitlines()[0]
+    assert first.state in tree_view.describe_run(tree, "first")
+    assert len(collect_comparison(tree, statuses).runs) == 3
 
 
-def test_a_file_of_the_user_stays_in_the_folder_of_a_run_set_aside(root: Path):
-    run = status.tree_status(make_tree(root, FIRST))["first"].run
-    notes = Path(run.uri, "notes.txt")
-    notes.write_text("lr 3e-4 was too high")
-    status.set_aside_run(run)
-    assert [path for path in Path(run.uri).rglob("*") if path.is_file()] == [notes]
-
-
-def test_interrupted_removal_leaves_no_model_to_a_new_run(root: Path, monkeypatch: pytest.MonkeyPatch):
-    run = status.tree_status(make_tree(root, FIRST))["first"].run
-
-    def fail(uri: str) -> None:
-        raise OSError("storage is away")
-
-    monkeypatch.setattr(storage, "delete", fail)
-    with pytest.raises(OSError, match="storage is away"):
-        status.set_aside_run(run)
-    assert Path(run.uri, "config.yml").exists() or run.unfinished_stages
+def test_a_damaged_evaluation_is_done_anew(root: Path):
+    first = status.tree_status(make_tree(root, FIRST))["first"]
+    assert read_test(first) is None
+    Path(first.run.uri, "report").mkdir()
+    Path(first.run.uri, "report", "metrics.json").write_text('{"accuracy": 0.5, "num_photos": 2}')
+    Path(first.run.uri, "report", "predictions.parquet").write_text("PAR1")
+    assert read_test(first) is None
 
 
 def test_tree_shows_parent_dataset_state_and_accuracy(root: Path):

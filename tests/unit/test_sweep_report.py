@@ -26,6 +26,7 @@ from tests.helpers.sweeps import (
     make_result,
     make_sweep,
     with_repeats,
+    with_seeds,
 )
 
 
@@ -57,18 +58,20 @@ def test_unchanged_experiment_can_be_best():
 
 def test_best_is_compared_with_unchanged_experiment_over_seeds():
     match = re.search(
-        r"it reaches 8\d\.\d ± 0\.3 %; the unchanged experiment reaches 80\.0 ± 0\.3 %, (\S+) p",
+        r"it reaches 8\d\.\d ± 0\.4 %; the unchanged experiment reaches 80\.0 ± 0\.4 %, (\S+) p",
         summary_text(make_sweep()),
     )
     assert float(match[1]) > 5
 
 
 def test_lead_beyond_seed_variation_is_a_gain():
-    assert "This is a gain" in summary_text(make_sweep())
+    assert "This is a gain on these val photos (p below 0.001, one-sided, by Dunnett's test" in summary_text(
+        make_sweep()
+    )
 
 
 def test_lead_within_seed_variation_may_be_chance():
-    assert "This may be chance" in summary_text(with_repeats(make_sweep(repeats=False), apart=0.08))
+    assert "This may be chance (p = 0." in summary_text(with_repeats(make_sweep(repeats=False), apart=0.08))
 
 
 def test_similar_trials_are_listed():
@@ -79,8 +82,39 @@ def test_lead_over_next_best_trials():
     assert "Its lead over the next best trials is larger" in summary_text(with_repeats(make_best({}), apart=0.001))
 
 
-def test_single_seed_allows_no_conclusion():
-    assert "trained with a single seed, so the difference may be chance" in summary_text(make_sweep(repeats=False))
+@pytest.mark.parametrize(
+    "sweep", [make_sweep(repeats=False), with_seeds(make_sweep(repeats=False), [[0.9]] * 4)], ids=["one", "two"]
+)
+def test_less_than_three_seeds_allow_no_conclusion(sweep):
+    text = summary_text(sweep)
+    assert "Nothing can be said about differences between these trials" in text
+    assert "`num_seeds: 3`" in text
+    assert not re.search("is a gain|larger than the variation", text)
+
+
+def test_repeat_that_failed_allows_no_conclusion():
+    sweep = make_sweep()
+    failed = replace(sweep.trials[-1], trial=replace(sweep.trials[-1].trial, state="failed"))
+    text = summary_text(replace(sweep, trials=[*sweep.trials[:-1], failed]))
+    assert "chance: some repeats with other seeds failed" in text
+    assert "is a gain" not in text
+
+
+def test_seeds_with_equal_accuracies_allow_no_conclusion():
+    text = summary_text(with_repeats(make_sweep(repeats=False), apart=0.0))
+    assert "every seed reaches the same accuracy" in text
+
+
+def test_seed_of_the_search_is_no_evidence():
+    """Let the search flatter its finalists by ten points, which further seeds don't confirm."""
+    text = summary_text(with_seeds(make_best({}), [[0.803, 0.797], [0.8, 0.806], [0.797, 0.8], [0.806, 0.8]]))
+    assert "is a gain" not in text
+    assert "reaches 80.3 ± 0.4 %; the unchanged experiment reaches 80.3" in text
+
+
+def test_finalist_with_best_mean_over_other_seeds_is_the_best_trial():
+    sweep = with_seeds(make_sweep(repeats=False), [[0.80, 0.81], [0.82, 0.83], [0.81, 0.82], [0.80, 0.80]])
+    assert sweep.best is sweep.complete[1]
 
 
 def test_selection_bias_is_mentioned():
@@ -169,6 +203,14 @@ def test_default_recommendation():
 def test_no_complete_trial_is_an_error_with_a_remedy(function):
     results = [make_result(0, [], state="begun"), make_result(1, make_epochs(0.5, 2), state="pruned")]
     with pytest.raises(UserError, match=r"no trial of sweep `lr-and-dropout` has finished.*Run the same command again"):
+        function(make_sweep(trials=results, repeats=False))
+
+
+@pytest.mark.parametrize("function", [report.summarise, report.render_analysis])
+def test_a_sweep_whose_trials_all_failed_ends_with_the_first_reason(function):
+    reasons = ("training diverged in the frozen stage", "out of memory")
+    results = [make_result(number, [], state="failed", reason=reason) for number, reason in enumerate(reasons)]
+    with pytest.raises(UserError, match=r"all 2 trials of sweep `lr-and-dropout` failed.* training diverged in the"):
         function(make_sweep(trials=results, repeats=False))
 
 
@@ -297,11 +339,9 @@ def test_page_shows_reason_of_failure():
 
 
 def test_page_lists_accuracies_by_seed():
-    sweep = make_sweep()
-    text = visible_text(section(report.render_analysis(sweep), "seeds"))
-    seeds = sweep.seed_repeats(0).accuracies
-    figures = " ".join(f"{value * 100:.1f}\u00a0%" for value in seeds)
-    assert figures in text
+    sweep = with_seeds(make_sweep(repeats=False), [[0.91, 0.93], [0.9, 0.9], [0.9, 0.9], [0.9, 0.9]])
+    text = visible_text(section(report.render_analysis(sweep), "seeds")).replace("\u00a0", " ")
+    assert f"{sweep.best.accuracy * 100:.1f} % 91.0 % 93.0 % 92.0 % 1.4 points" in text
 
 
 def test_page_reports_too_few_trials_for_importance():

@@ -62,11 +62,25 @@ def test_machine_settings_may_change_on_resume(tmp_path: Path, change: dict[str,
     trial_records.find_records(load(tmp_path, **change), resume=False)
 
 
-@pytest.mark.parametrize("change", [{"num_trials": 3}, {"seed": 5}, {"scheduler": "median"}])
+@pytest.mark.parametrize("change", [{"num_trials": 15}, {"seed": 5}, {"scheduler": "median"}])
 def test_other_search_of_the_same_name_is_refused(tmp_path: Path, change: dict[str, Any]):
     trial_records.begin_records(load(tmp_path))
     with pytest.raises(UserError, match=f"other settings \\({next(iter(change))}.*another `name`"):
         trial_records.find_records(load(tmp_path, **change), resume=False)
+
+
+def test_a_search_may_grow(tmp_path: Path):
+    trial_records.begin_records(load(tmp_path, num_trials=2))
+    grown = trial_records.find_records(load(tmp_path, num_trials=4), resume=True)
+    assert grown.searched(4) == [0, 1, 2, 3, 4]
+
+
+def test_a_finished_search_that_grows_keeps_the_numbers_of_its_trials_and_repeats(tmp_path: Path):
+    records = TrialRecords(str(tmp_path))
+    for number, repeats in enumerate((None, None, None, 1, 2)):
+        records.put(Trial(number=number, values={}, seed=1, repeats=repeats, state="complete"))
+    assert records.searched(2) == [0, 1, 2]
+    assert records.searched(4) == [0, 1, 2, 5, 6]
 
 
 def test_search_of_other_experiment_is_refused(tmp_path: Path):

@@ -247,7 +247,9 @@ def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             requests.append(self.path)
-            self.send_response(200 if self.path == "/w.safetensors" else 404)
+            self.send_response(404 if "nothing" in self.path else 200)
+            if "cut" in self.path:
+                self.send_header("Content-Length", "1000000")
             self.end_headers()
             self.wfile.write(save(STATE))
 
@@ -268,6 +270,25 @@ def test_a_download_is_cached_and_fetched_once(web: tuple[str, list[str]]):
         tensors, _ = load(f"{address}/w.safetensors", storage.sha256(save(STATE)))
     assert torch.equal(tensors["conv.weight"], STATE["conv.weight"])
     assert requests == ["/w.safetensors"]
+
+
+@pytest.mark.parametrize("damage", [b"", save(STATE)[:-1]])
+def test_a_damaged_download_in_the_cache_is_fetched_again(web: tuple[str, list[str]], tmp_path: Path, damage: bytes):
+    address, requests = web
+    digest = storage.sha256(save(STATE))
+    cached = tmp_path / "cache" / "carclass" / digest
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(damage)
+    for _ in range(2):
+        assert torch.equal(load(f"{address}/w.safetensors", digest)[0]["conv.weight"], STATE["conv.weight"])
+    assert requests == ["/w.safetensors"]
+    assert cached.read_bytes() == save(STATE)
+
+
+def test_a_download_that_is_cut_is_named_in_the_error(web: tuple[str, list[str]], tmp_path: Path):
+    address, _ = web
+    with pytest.raises(UserError, match=r"cut.safetensors cannot be read \(IncompleteRead"):
+        load(f"{address}/cut.safetensors", "0" * 64)
 
 
 def test_a_download_is_cached_on_storage_as_safetensors(web: tuple[str, list[str]], tmp_path: Path):

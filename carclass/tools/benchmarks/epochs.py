@@ -1,8 +1,8 @@
 """Benchmark of per-epoch overhead: checkpoints, metrics, TensorBoard and bookkeeping.
 
 Epochs of the unfrozen stage with all their output on disk alternate with the same steps and the same validation alone.
-The time until everything is written counts. Every sixth epoch also writes a checkpoint of 0.4 GB to resume from, so the
-mean is the relevant figure. Few photos of 64 px, 16 steps of ResNet50 per epoch, make the fixed cost visible.
+The time until everything is written counts. Few photos of 64 px, 16 steps of ResNet50 per epoch, make the fixed cost
+visible.
 """
 
 import time
@@ -24,8 +24,6 @@ from carclass.training.learner import Learner
 
 BATCH_SIZE, NUM_STEPS, NUM_VAL, SIZE = 8, 16, 64, 64
 TURNS = 48
-CHECKPOINT_STEPS = 6 * NUM_STEPS
-"""The default, 100, rounded to whole epochs."""
 
 
 def run(photos: Path | None, weights: Path | None, folder: Path) -> dict[str, float]:
@@ -37,7 +35,6 @@ def run(photos: Path | None, weights: Path | None, folder: Path) -> dict[str, fl
         model=ModelSettings(stride_in_1x1=True, image_size=SIZE),
         frozen=None,
         unfrozen=UnfrozenSettings(batch_size=BATCH_SIZE, epochs=TURNS + 1),
-        checkpoint_steps=CHECKPOINT_STEPS,
     )
     assert settings.unfrozen is not None
     splits = labelled.choose_photos(photos, {"train": BATCH_SIZE * NUM_STEPS, "val": NUM_VAL})
@@ -45,7 +42,9 @@ def run(photos: Path | None, weights: Path | None, folder: Path) -> dict[str, fl
     loader = PhotoLoader(train, val, settings.augmentation, settings.unfrozen, device)
     learner, state = unfrozen_learner(settings, labelled.num_classes(splits), device), loop.TrainState()
     writer = CheckpointWriter(Run(str(folder), settings), "unfrozen", learner, state)
-    callbacks = loop.Callbacks(writer.save, writer.finish_epoch, checkpoint_steps=CHECKPOINT_STEPS)
+    callbacks = loop.Callbacks(
+        writer.save, writer.finish_epoch, lambda: loop.StepSignal(is_checkpoint_due=writer.is_checkpoint_due())
+    )
     epochs, steps = [], []
     for turn in range(TURNS + 1):  # the first is a warm-up
         steps.append(_measure(lambda: _steps_alone(learner, loader)))

@@ -3,7 +3,6 @@
 It should depend neither on their number nor on the size of their files.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from carclass.data import photo
+from carclass.data.formats import json_text
 from carclass.errors import UserError
 from carclass.progress import print_line
 from carclass.sample.background import SCENES
@@ -88,7 +88,7 @@ def _run_job(job: str, root: Path, jobs: Path) -> dict[str, float]:
     ingest = {"photos": str(root / "photos")}
     mask = {"detector": {"model": "sample", "weights": "sample", "short_side": 96, "num_proposals": 10}}
     config = root / f"{job}.yml"
-    config.write_text(json.dumps({"root": str(root), job: {"ingest": ingest, "mask": mask}[job]}))
+    config.write_text(json_text({"root": str(root), job: {"ingest": ingest, "mask": mask}[job]}))
     return measure_peaks([sys.executable, str(jobs / f"{job}.py"), "--config", str(config)], root / f"{job}.log")
 
 

@@ -24,7 +24,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 from carclass.config.schema import ModelSettings, TrainSettings
 from carclass.models import preprocessing, resnet
 from carclass.tools.benchmarks.timing import ThroughputClock
-from carclass.training.learner import learning_rate
+from carclass.training.learner import step_rate
 
 MAX_DATALOADER_WORKERS = 16
 """Or the number of cores, if lower."""
@@ -78,7 +78,7 @@ class HeadTrainer:
         """Update the classifier on a batch."""
         self.steps += 1
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.stage, self.steps / self.steps_per_epoch)
+            group["lr"] = step_rate(self.stage, self.steps, self.steps_per_epoch)
         self.head.train()
         loss = functional.cross_entropy(self.head(features), labels, label_smoothing=self.stage.label_smoothing)
         self.optimizer.zero_grad()

@@ -23,14 +23,15 @@ from torch import nn
 from carclass.cluster import connection
 from carclass.config.schema import IngestSettings, MaskSettings, ModelSettings, PredictSettings, TrainSettings
 from carclass.errors import UserError
+from carclass.evaluation.calibrate import calibrate_run
 from carclass.ingestion.ingest import ingest_photos
 from carclass.masking import mask as masking
 from carclass.models import resnet, weights
-from carclass.prediction.predict import calibrate_run, predict_photos
+from carclass.prediction.predict import predict_photos
 from carclass.progress import print_line
 from carclass.runs.predictor import PhotoClassifier
 from carclass.runs.run import Run, begin_run
-from carclass.runs.saved_model import publish_model, read_model
+from carclass.runs.saved_model import publish_model
 from carclass.tools.benchmarks import plain_prediction
 from carclass.tools.benchmarks.labelled import backbone_file
 from carclass.tools.benchmarks.plain_masking import detector_file, detector_settings, save_checkpoint
@@ -110,9 +111,16 @@ def _publish_runs(files: list[Path], weights_file: Path, net: nn.Module, folder:
     for name, source in (("masked", masked), ("whole", whole)):
         run = Run(root, TrainSettings(name=name, dataset=source.name, model=MODEL, unfrozen=None))
         begin_run(run, source, "0" * 64)
-        facts = {"model": MODEL.model_dump(), "classes": source.classes, "precision": "bf16"}
+        facts = {
+            "stage": "frozen",
+            "epoch": 1,
+            "val_accuracy": 0.5,
+            "model": MODEL.model_dump(),
+            "classes": source.classes,
+            "precision": "bf16",
+        }
         publish_model(run.model_uri("frozen"), net, facts)
-        calibrate_run(run, read_model(run.model_uri("frozen"))[1], batch_size=64)
+        calibrate_run(run, run.model_uri("frozen"), run.model_facts("frozen"), batch_size=64)
 
 
 def _run_job(folder: Path, name: str) -> Rates:

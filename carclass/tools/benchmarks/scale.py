@@ -1,6 +1,5 @@
 """Benchmark of listing and ingest from an S3 server: throughput and peak memory over 10,000 to a million keys."""
 
-import json
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from carclass import s3
 from carclass.cluster import connection
 from carclass.data import dataset, photo
+from carclass.data.formats import json_text
 from carclass.errors import UserError
 from carclass.ingestion import listing
 from carclass.progress import print_line
@@ -125,7 +125,7 @@ def _measure_listing(count: int) -> float:
 def _measure_ingest(root: Path, count: int, jobs: Path) -> dict[str, float]:
     """Run the ingest job and return its photos per second and peak memory in MB."""
     settings = {"photos": "s3://photos", "labels": str(root / "labels.csv")}
-    (root / "ingest.yml").write_text(json.dumps({"root": str(root), "ingest": settings}))
+    (root / "ingest.yml").write_text(json_text({"root": str(root), "ingest": settings}))
     started = time.perf_counter()
     peaks = memory.measure_peaks(
         [sys.executable, str(jobs / "ingest.py"), "--config", str(root / "ingest.yml")], root / "log.txt"

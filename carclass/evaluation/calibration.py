@@ -4,44 +4,37 @@ Networks are overconfident on photos outside their train split, or underconfiden
 divided by one scalar, the temperature. This does not change the order of the classes, and so no prediction.
 """
 
-import dataclasses
-from dataclasses import dataclass
-
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from carclass import storage
-from carclass.data import formats
 from carclass.evaluation import metrics
+from carclass.runs.calibration_record import Calibration
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
 """Bounds of the fit: if every val photo is classified correctly, the loss has no minimum."""
-FILE = "calibration.json"
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """A temperature, with the metrics on the val photos before and after; log losses are in nats."""
-
-    temperature: float
-    num_photos: int
-    log_loss_before: float
-    log_loss_after: float
-    expected_calibration_error_before: float
-    expected_calibration_error_after: float
-    model_sha256: str
+MIN_USED_TEMPERATURE = 2 * MIN_TEMPERATURE
+"""A lower one is at the bound of the fit, as the photos do not determine it."""
 
 
 def fit_calibration(labels: np.ndarray, probabilities: np.ndarray, model_sha256: str) -> Calibration:
-    """Fit the calibration of a network. labels: int (N,); probabilities: float (N,C), uncalibrated."""
-    temperature = fit_temperature(labels, probabilities)
+    """Fit the calibration of a network. labels: int (N,); probabilities: float (N,C), uncalibrated.
+
+    A temperature that does not lower both log loss and calibration error is not used, nor one at the lower bound of the
+    fit, as all photos are classified correctly there.
+    """
+    fitted = fit_temperature(labels, probabilities)
+    losses = log_loss(labels, probabilities), log_loss(labels, probabilities, fitted)
+    calibrated = apply_temperature(probabilities, fitted)
+    errors = calibration_error(labels, probabilities), calibration_error(labels, calibrated)
+    is_used = fitted > MIN_USED_TEMPERATURE and losses[1] < losses[0] and errors[1] < errors[0]
     return Calibration(
-        temperature=temperature,
+        temperature=fitted if is_used else 1.0,
+        fitted_temperature=fitted,
         num_photos=len(labels),
-        log_loss_before=log_loss(labels, probabilities),
-        log_loss_after=log_loss(labels, probabilities, temperature),
-        expected_calibration_error_before=calibration_error(labels, probabilities),
-        expected_calibration_error_after=calibration_error(labels, apply_temperature(probabilities, temperature)),
+        log_loss_before=losses[0],
+        log_loss_after=losses[1],
+        expected_calibration_error_before=errors[0],
+        expected_calibration_error_after=errors[1],
         model_sha256=model_sha256,
     )
 
@@ -76,22 +69,6 @@ def calibration_error(labels: np.ndarray, probabilities: np.ndarray) -> float:
     """Return the expected calibration error of labels, int (N,), and probabilities, float (N,C), as in the report."""
     correct = probabilities.argmax(1) == labels
     return metrics.expected_calibration_error(metrics.calibration_bins(probabilities.max(1), correct))
-
-
-def read_calibration(run_uri: str, model_sha256: str) -> Calibration | None:
-    """Read the calibration of a run; return None if there is none, or it belongs to another network."""
-    uri = storage.join(run_uri, FILE)
-    try:
-        values = formats.read(uri, "calibration")
-    except FileNotFoundError:
-        return None
-    calibration = formats.build(Calibration, values, "calibration", uri)
-    return calibration if calibration.model_sha256 == model_sha256 else None
-
-
-def write_calibration(run_uri: str, calibration: Calibration) -> None:
-    """Write the calibration of a run."""
-    formats.write(storage.join(run_uri, FILE), "calibration", dataclasses.asdict(calibration))
 
 
 def _scaled_log_softmax(probabilities: np.ndarray, temperature: float) -> np.ndarray:

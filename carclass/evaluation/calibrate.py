@@ -1,0 +1,75 @@
+"""Calibration of a run's model on the val photos of its dataset, once per model."""
+
+import logging
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from carclass.cluster import connection
+from carclass.config.schema import EvaluateSettings
+from carclass.data.dataset import Dataset
+from carclass.errors import UserError
+from carclass.evaluation import calibration
+from carclass.evaluation.classification import predict_split
+from carclass.evaluation.collect import to_arrays
+from carclass.runs.calibration_record import Calibration, read_calibration, write_calibration
+from carclass.runs.preprocessing_record import training_dataset
+from carclass.runs.run import Run
+from carclass.storage import StorageError
+
+log = logging.getLogger(__name__)
+
+
+def calibrate_run(run: Run, model_uri: str, facts: dict[str, Any], batch_size: int) -> Calibration:
+    """Return the calibration of a run's model, fitted on the val photos and stored at the first call.
+
+    Raise UserError if it is not stored and the run's val photos are gone. facts: of the model, see saved_model.
+    """
+    if (stored := read_calibration(model_uri, facts["sha256"])) is not None:
+        return stored
+    source = _val_dataset(run)
+    connection.connect({"root": run.uri})
+    settings = EvaluateSettings(run=run.settings.name, split="val", batch_size=batch_size)
+    table = predict_split(source, settings, model_uri)
+    fitted = calibration.fit_calibration(*to_arrays(table, facts["classes"]), facts["sha256"])
+    write_calibration(model_uri, fitted)
+    log.info("calibration: temperature %s", fitted.text)
+    return fitted
+
+
+def calibrate_if_possible(run: Run, model_uri: str, facts: dict[str, Any], batch_size: int) -> Calibration | None:
+    """Return the calibration of a run's model; None, with a warning, if it is not stored and the val photos are gone.
+
+    facts: of the model, see saved_model.
+    """
+    if read_calibration(model_uri, facts["sha256"]) is None:
+        try:
+            _val_dataset(run)
+        except StorageError:
+            raise
+        except UserError as error:
+            log.warning("evaluate: probabilities are not calibrated: %s", error)
+            return None
+    return calibrate_run(run, model_uri, facts, batch_size)
+
+
+def calibrate_predictions(predictions: pa.Table, temperature: float) -> pa.Table:
+    """Return predictions of predict_split with calibrated probabilities and confidences."""
+    raw = np.stack(predictions["probabilities"].to_numpy())
+    probabilities = calibration.apply_temperature(raw, temperature).astype(np.float32)
+    columns = {"confidence": pa.array(probabilities.max(1)), "probabilities": pa.array([*probabilities])}
+    for name, values in columns.items():
+        predictions = predictions.set_column(predictions.schema.get_field_index(name), name, values)
+    return predictions
+
+
+def _val_dataset(run: Run) -> Dataset:
+    """Return the dataset of a run. Raise UserError if it is gone or has no val photos."""
+    source = training_dataset(run)
+    if not source.manifest["splits"]["val"]:
+        raise UserError(
+            f"dataset `{source.name}` has no val photos to calibrate run `{run.settings.name}` on. "
+            "Choose a run whose dataset has a val split."
+        )
+    return source

@@ -1,0 +1,60 @@
+"""Classification of all photos of a split, by Ray Data, with the preprocessing of training."""
+
+import math
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import torch
+
+from carclass.cluster import resources
+from carclass.config.schema import EvaluateSettings
+from carclass.data import dataset, streaming
+from carclass.data.crash_guard import CrashGuard
+from carclass.runs.predictor import Predictor
+
+
+def predict_split(source: dataset.Dataset, settings: EvaluateSettings, model_uri: str) -> pa.Table:
+    """Return key, label, predicted, confidence and probabilities of every photo of a split, ordered by key."""
+    use_gpu = resources.decide_gpus(None, 1, "evaluate", None)
+    resources.check_cpus(1, "evaluate")
+    num_batches = math.ceil(source.manifest["splits"][settings.split] / settings.batch_size)
+    count = min(resources.count_slots("GPU" if use_gpu else "CPU", 1), num_batches)
+    rows = streaming.stream_rows(source, ["key", "label", "image"], settings.split)
+    predicted = rows.map_batches(
+        ClassifyRows,
+        fn_constructor_kwargs={"model_uri": model_uri, "crash_guard": CrashGuard(), "use_gpu": use_gpu},
+        compute=ray.data.ActorPoolStrategy(size=count),
+        batch_size=settings.batch_size,
+        batch_format="pyarrow",
+        num_cpus=streaming.TASK_CPUS,
+        num_gpus=1 if use_gpu else 0,
+    )
+    table = pa.concat_tables(ray.get(predicted.to_arrow_refs())).sort_by("key")
+    expected = source.read(["key", "split"]).filter(pc.field("split") == settings.split)["key"].to_pylist()
+    assert table["key"].to_pylist() == sorted(expected), "a photo was classified twice or not at all"
+    probabilities = np.stack(table["probabilities"].to_numpy())
+    names = np.array(source.classes)[probabilities.argmax(1)]
+    table = table.add_column(2, "predicted", pa.array(names.tolist()))
+    return table.add_column(3, "confidence", pa.array(probabilities.max(1)))
+
+
+class ClassifyRows:
+    """A classifier actor: rows with an encoded image → key, label and class probabilities."""
+
+    def __init__(self, model_uri: str, crash_guard: CrashGuard, *, use_gpu: bool) -> None:
+        if not use_gpu:
+            torch.set_num_threads(1)
+        self.predictor, self.crash_guard = Predictor(model_uri, use_gpu=use_gpu), crash_guard
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Classify rows of `key`, `label` and `image`. Raise UserError for a photo that crashes workers."""
+        images = batch["image"].to_pylist()
+        probabilities = self.crash_guard.run_strictly(
+            "classify",
+            batch["key"].to_pylist(),
+            lambda indices: self.predictor.probabilities([images[i] for i in indices]),
+        )
+        column = pa.array(probabilities, pa.list_(pa.float32()))
+        return pa.table({"key": batch["key"], "label": batch["label"], "probabilities": column})

@@ -1,0 +1,75 @@
+"""Calibration of a published model, stored beside it as `<stage>/calibration.json`."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from carclass import storage
+from carclass.data import formats
+from carclass.errors import UserError
+from carclass.runs.run import Run
+
+FILE = "calibration.json"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A temperature, with metrics on the val photos without and with the fitted one; log losses are in nats.
+
+    The temperature is the fitted one if that improves the probabilities, else 1, which leaves them as they are.
+    """
+
+    temperature: float
+    fitted_temperature: float
+    num_photos: int
+    log_loss_before: float
+    log_loss_after: float
+    expected_calibration_error_before: float
+    expected_calibration_error_after: float
+    model_sha256: str
+
+    @property
+    def text(self) -> str:
+        """Return the temperature in words, with the reason if it is not the fitted one."""
+        source = f"from {self.num_photos:,} val photos"
+        if self.temperature == self.fitted_temperature:
+            return f"{self.temperature:.3f}, {source}"
+        errors = self.expected_calibration_error_before, self.expected_calibration_error_after
+        reason = f"would change the calibration error from {errors[0]:.3f} to {errors[1]:.3f}"
+        if errors[1] < errors[0]:
+            reason = "is the lower bound of the fit: every photo is classified correctly"
+        return f"{self.temperature:g}, uncalibrated: {self.fitted_temperature:.3f}, {source}, {reason}"
+
+
+def read_calibration(model_uri: str, model_sha256: str) -> Calibration | None:
+    """Return the calibration of a model; None if there is none, or it belongs to another network.
+
+    model_uri: as of Run.model_uri. Earlier versions stored it in the run's folder, for the last stage.
+    """
+    folder = model_uri.rsplit("/", 1)[0]
+    for uri in (storage.join(folder, FILE), storage.join(folder.rsplit("/", 1)[0], FILE)):
+        try:
+            values = formats.read(uri, "calibration")
+        except FileNotFoundError:
+            continue
+        calibration = formats.build(Calibration, values, "calibration", uri)
+        if calibration.model_sha256 == model_sha256:
+            return calibration
+    return None
+
+
+def require_calibration(run: Run, model_uri: str, model_sha256: str) -> Calibration:
+    """Return the calibration of a run's model. Raise UserError if there is none."""
+    if (calibration := read_calibration(model_uri, model_sha256)) is None:
+        name, stage = run.settings.name, model_uri.rsplit("/", 2)[-2]
+        raise UserError(
+            f"the model of run `{name}` (stage {stage}) is not calibrated yet, so its probabilities would not be those "
+            f"of jobs/predict.py. Run jobs/evaluate.py --run {name} --stage {stage} first, which fits the temperature "
+            "on the val photos."
+        )
+    return calibration
+
+
+def write_calibration(model_uri: str, calibration: Calibration) -> None:
+    """Store the calibration of a model."""
+    uri = storage.join(model_uri.rsplit("/", 1)[0], FILE)
+    formats.write(uri, "calibration", dataclasses.asdict(calibration))

@@ -1,0 +1,36 @@
+"""Reports of evaluations: the folder of each, and the model that its metrics are of."""
+
+from typing import Any
+
+from carclass import storage
+from carclass.data import formats
+from carclass.runs.run import Run
+
+
+def report_uri(run: Run, dataset: str, split: str, stage: str) -> str:
+    """Return the folder of a report: `report` for the run's model on the test photos of its dataset, else its own.
+
+    That has the names of dataset and split, and of the stage if it is not that of the run's model.
+    """
+    suffix = run.stage_suffix(stage)
+    is_default = dataset == run.settings.dataset and split == "test" and not suffix
+    return storage.join(run.uri, "report" if is_default else f"report-{dataset}-{split}{suffix}")
+
+
+def read_report_metrics(run: Run, stage: str) -> dict[str, Any] | None:
+    """Return the metrics of a finished stage's model on the test photos of the run's dataset; None if there are none.
+
+    Earlier versions always evaluated the last stage and did not record the model.
+    """
+    try:
+        metrics = formats.read(storage.join(own_report_uri(run, stage), "metrics.json"), "evaluation")
+    except FileNotFoundError:
+        return None
+    evaluated = metrics["model_sha256"]
+    is_same = stage == run.stages[-1] if evaluated is None else evaluated == run.model_facts(stage)["sha256"]
+    return metrics if is_same else None
+
+
+def own_report_uri(run: Run, stage: str) -> str:
+    """Return the folder of the report of a stage's model on the test photos of the run's dataset."""
+    return report_uri(run, run.settings.dataset, "test", stage)

@@ -1,0 +1,79 @@
+"""Contents of an evaluation report: quarantine of all jobs, calibrated probabilities, folder by model."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from carclass import storage
+from carclass.config.schema import TrainSettings
+from carclass.data import dataset, publishing
+from carclass.evaluation import calibrate, calibration, collect
+from carclass.runs.report_record import report_uri
+from tests.helpers.runs import MODEL, begin, finish, publish_dataset
+
+
+def publish(root: Path, name: str, reasons: dict[str, int], **manifest: Any) -> dataset.Dataset:
+    """Publish a dataset without photos."""
+    facts = {"classes": ["a", "b"], "splits": {}, "parts": {}, "reasons": reasons, "format": 2}
+    complete = dataset.Dataset(dataset.dataset_uri(str(root), name), {**facts, **manifest})
+    return publishing.publish_manifest(complete, dataset.find_dataset(str(root), name))
+
+
+@pytest.fixture
+def masked(tmp_path: Path) -> dataset.Dataset:
+    """Publish a dataset and one masked from it, with different reasons in their quarantines."""
+    source = publish(tmp_path, "v1", {"truncated": 3, "crashed": 1}, kind="photos", settings={})
+    made_from = {"settings": {"source": "v1"}, "source_digest": source.digest}
+    return publish(tmp_path, "v2", {"doubtful_mask": 2, "crashed": 1}, kind="masked", **made_from)
+
+
+def test_photos_quarantined_by_ingest_and_by_masking_are_both_listed(masked: dataset.Dataset):
+    assert collect.quarantined(masked) == {
+        "v1 (ingest)": {"truncated": 3, "crashed": 1},
+        "v2 (masking)": {"doubtful_mask": 2, "crashed": 1},
+    }
+
+
+def test_the_quarantine_of_a_source_that_has_changed_is_left_out(masked: dataset.Dataset, tmp_path: Path):
+    publish(tmp_path, "v1", {"truncated": 9}, kind="photos", settings={}, classes=["a", "c"])
+    assert [*collect.quarantined(masked)] == ["v2 (masking)"]
+
+
+def test_the_quarantine_of_a_source_that_is_gone_is_left_out(masked: dataset.Dataset, tmp_path: Path):
+    storage.delete_folder(f"{tmp_path}/datasets/v1")
+    assert [*collect.quarantined(masked)] == ["v2 (masking)"]
+
+
+def test_probabilities_of_a_report_are_calibrated_as_those_of_predictions():
+    raw = np.array([[0.9, 0.1], [0.4, 0.6]], np.float32)
+    columns = {"key": ["a", "b"], "label": ["x", "y"], "predicted": ["x", "y"], "confidence": [0.9, 0.6]}
+    table = pa.table({**columns, "probabilities": pa.array([*raw])})
+    calibrated = calibrate.calibrate_predictions(table, 2.0)
+    expected = calibration.apply_temperature(raw, 2.0)
+    assert np.stack(calibrated["probabilities"].to_numpy()) == pytest.approx(expected)
+    assert calibrated["confidence"].to_pylist() == pytest.approx(expected.max(1).tolist())
+    assert calibrated.select(["key", "label", "predicted"]) == table.select(["key", "label", "predicted"])
+
+
+@pytest.mark.parametrize(
+    ("dataset_name", "split", "stage", "folder"),
+    [
+        ("v2", "test", None, "report"),
+        ("v2", "test", "frozen", "report"),
+        ("v2", "test", "unfrozen", "report-v2-test-unfrozen"),
+        ("v2", "val", None, "report-v2-val"),
+        ("v1", "test", "unfrozen", "report-v1-test-unfrozen"),
+    ],
+)
+def test_every_model_and_split_has_a_report_of_its_own(
+    tmp_path: Path, dataset_name: str, split: str, stage: str | None, folder: str
+):
+    publish_dataset(tmp_path)
+    run = begin(tmp_path, TrainSettings(name="both", parent="sample", model=MODEL))
+    finish(run, stage="frozen", scale=6)
+    finish(run, stage="unfrozen", scale=10)
+    uri = report_uri(run, dataset_name, split, run.select_stage(stage))
+    assert uri == f"{run.uri}/{folder}"

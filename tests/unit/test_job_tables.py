@@ -1,0 +1,63 @@
+"""Tables that jobs print: figures under the name of their split and model."""
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from carclass.config.schema import Config, TrainSettings
+from carclass.errors import UserError
+from carclass.evaluation.evaluate import Evaluation
+
+JOBS = Path(__file__).parents[2] / "jobs"
+
+
+def functions(job: str) -> dict[str, Any]:
+    """Return the functions of a job."""
+    return runpy.run_path(str(JOBS / f"{job}.py"))
+
+
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_a_pipeline_names_accuracies_after_the_evaluated_split(split: str):
+    evaluation = Evaluation(0.5, {"split": split}, "")
+    name_accuracy = functions("pipeline")["name_accuracy"]
+    assert name_accuracy(evaluation) == {f"{split}_accuracy": 0.5}
+    assert name_accuracy(evaluation, "_unmasked") == {f"{split}_accuracy_unmasked": 0.5}
+
+
+def test_a_pipeline_without_photos_to_evaluate_on_stops_before_training():
+    check_split = functions("pipeline")["check_split"]
+    check_split(Config(root="/r"), {"splits": {"test": 1, "val": 0}})
+    with pytest.raises(UserError, match=r"`evaluate.split` is test, but no photo is in test.*--evaluate.split val\."):
+        check_split(Config(root="/r"), {"splits": {"test": 0, "val": 1}})
+
+
+def test_a_pipeline_counts_the_quarantine_of_ingest_and_of_masking():
+    manifests = [{"inputs": 10, "rows": 8, "quarantined": 2}, {"inputs": 8, "rows": 5, "quarantined": 3}]
+    count_photos = functions("pipeline")["count_photos"]
+    assert count_photos(manifests) == {"photos_in": 10, "rows": 5, "quarantined": 5}
+    assert count_photos(manifests[:1]) == {"photos_in": 10, "rows": 8, "quarantined": 2}
+
+
+def test_an_evaluation_prints_its_split_photos_and_model():
+    metrics = {"split": "val", "dataset": "v2", "num_photos": 1234, "accuracy": 0.5, "top5_accuracy": 0.9, "top5_k": 3}
+    assert functions("evaluate")["metrics_rows"]({**metrics, "stage": "frozen", "epoch": 7}) == [
+        ("val accuracy", "0.500"),
+        ("val top-3 accuracy", "0.900"),
+        ("photos", "1,234 of v2"),
+        ("model", "frozen epoch 7"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "message"),
+    [
+        ({"stage": "unfrozen"}, "`evaluate.stage` is unfrozen, but `train.unfrozen` is null"),
+        ({"dataset": "v1"}, "`evaluate.dataset` is v1, but a pipeline evaluates on the dataset it trains on, v2"),
+    ],
+)
+def test_a_pipeline_refuses_an_evaluation_that_it_would_not_do(evaluate: dict[str, str], message: str):
+    settings, train = Config(root="/r", evaluate=evaluate), TrainSettings(name="a", unfrozen=None)
+    with pytest.raises(UserError, match=message):
+        functions("pipeline")["check_evaluation"](settings, train)
