@@ -187,7 +187,7 @@ def decode(data: bytes, kind: str, uri: str) -> Row:
         content = yaml_file.parse(data.decode(), uri) if uri.endswith(".yml") else _parse_json(data)
     except (ValueError, RecursionError) as error:
         cause = str(error).removeprefix(f"{uri} is ") if data.strip() else "it is empty"
-        raise _damaged(kind, uri, cause) from error
+        raise damaged(kind, uri, cause) from error
     return _upgrade(content, kind, uri)
 
 
@@ -219,7 +219,7 @@ def decode_lines(data: bytes, kind: str, uri: str) -> list[Row]:
         except ValueError as error:
             if number > len(lines):
                 break
-            raise _damaged(kind, uri, f"line {number}: {error}") from error
+            raise damaged(kind, uri, f"line {number}: {error}") from error
         row = {key: math.nan if value is None else value for key, value in _as_mapping(content, kind, uri).items()}
         rows.append(_upgrade(row, kind, uri))
         rows[-1].pop("format", None)
@@ -232,7 +232,7 @@ def build(cls: type[T], values: Row, kind: str, uri: str) -> T:
     try:
         return cls(**{name: value for name, value in _as_mapping(values, kind, uri).items() if name in names})
     except TypeError as error:
-        raise _damaged(kind, uri, str(error)) from error
+        raise damaged(kind, uri, str(error)) from error
 
 
 def replace_not_finite(value: Any) -> Any:
@@ -251,7 +251,7 @@ def _upgrade(content: Any, kind: str, uri: str) -> Row:
     if isinstance(number, str) and number.isdecimal():  # YAML's values are text
         number = int(number)
     if not isinstance(number, int) or number < 1:
-        raise _damaged(kind, uri, f"`format` is {number!r}")
+        raise damaged(kind, uri, f"`format` is {number!r}")
     if number > known.format:
         raise UserError(
             f"{uri} has format {number} and was written by a newer version of carclass; this version reads formats up "
@@ -266,15 +266,16 @@ def _upgrade(content: Any, kind: str, uri: str) -> Row:
         for name in key.split("."):
             value = value.get(name) if isinstance(value, dict) else None
         if not isinstance(value, types):
-            raise _damaged(kind, uri, f"`{key}` is {'missing' if value is None else 'of another type'}")
+            raise damaged(kind, uri, f"`{key}` is {'missing' if value is None else 'of another type'}")
     return values
 
 
 def _as_mapping(content: Any, kind: str, uri: str) -> Row:
     if not isinstance(content, dict):
-        raise _damaged(kind, uri, "it holds no keys and values")
+        raise damaged(kind, uri, "it holds no keys and values")
     return content
 
 
-def _damaged(kind: str, uri: str, cause: str) -> DamagedFileError:
+def damaged(kind: str, uri: str, cause: str) -> DamagedFileError:
+    """Return the error of a damaged file, with the remedy of its kind."""
     return DamagedFileError(f"{uri} is damaged: {' '.join(cause.split())}. {KINDS[kind].remedy}")
