@@ -215,9 +215,7 @@ def test_no_complete_trial_is_an_error_with_a_remedy(function):
 def test_a_sweep_whose_trials_all_failed_ends_with_the_first_reason(function):
     reasons = ("training diverged in the frozen stage", "out of memory")
     results = [make_result(number, [], state="failed", reason=reason) for number, reason in enumerate(reasons)]
-    with pytest.raises(
-        UserError, match=r"all 2 trials of sweep `lr-and-dropout` failed.* training diverged"
-    ):
+    with pytest.raises(UserError, match=r"all 2 trials of sweep `lr-and-dropout` failed.* training diverged"):
         function(make_sweep(trials=results, repeats=False))
 
 
