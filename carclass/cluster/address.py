@@ -6,6 +6,7 @@ import re
 import grpc
 import ray
 from ray._private import services
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.grpc_utils import init_grpc_channel
 from ray.core.generated.gcs_service_pb2 import CheckAliveRequest  # type: ignore[attr-defined]  # protobuf adds it
 from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
@@ -34,6 +35,8 @@ def cluster_address() -> str:
         raise UserError(
             f"RAY_ADDRESS is {given}, the cluster on this machine, but {cause}. Set it to host:port, {UNSET}."
         ) from error
+    if given == AUTO:  # for which Ray finds the token by itself
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     _check_answer(given, address)
     return given
 
@@ -45,14 +48,12 @@ def _check_answer(given: str, address: str) -> None:
     except AuthenticationError as error:  # there is no token
         raise refused_token(address) from error
     except grpc.RpcError as error:
-        if error.code() != grpc.StatusCode.UNAUTHENTICATED:
-            raise UserError(
-                f"RAY_ADDRESS is {given}, but no Ray cluster answers at {address} ({error.details()}). It may have "
-                f"ended: set RAY_ADDRESS to host:port of a running one (its port is 6379 by default), {UNSET}."
-            ) from error
-        if given != AUTO:  # for which Ray finds the token by itself
+        if error.code() == grpc.StatusCode.UNAUTHENTICATED:
             raise refused_token(address) from error
-        return
+        raise UserError(
+            f"RAY_ADDRESS is {given}, but no Ray cluster answers at {address} ({error.details()}). It may have ended: "
+            f"set RAY_ADDRESS to host:port of a running one (its port is 6379 by default), {UNSET}."
+        ) from error
     if version != ray.__version__:
         raise UserError(
             f"RAY_ADDRESS is {given}, a cluster of Ray {version}, and this environment has Ray {ray.__version__}. Use "

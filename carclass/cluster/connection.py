@@ -33,6 +33,12 @@ def connect(folders: Mapping[str, str] | None = None) -> None:
     check_shared(folders or {})
 
 
+def check_cluster() -> None:
+    """Raise UserError if `connect` would find no cluster: before photos are listed and weights are downloaded."""
+    if not ray.is_initialized():
+        cluster_address()
+
+
 def _join() -> None:
     # Otherwise Ray Data drops the error that a batch failed with, and with it the remedy.
     ray.data.DataContext.get_current().raise_original_map_exception = True
@@ -60,7 +66,7 @@ def _join() -> None:
     except (ConnectionError, RuntimeError) as error:
         if address == LOCAL:
             raise
-        cause = str(error.__cause__ or error).strip().splitlines()[0]
+        cause = " ".join(str(error.__cause__ or error).split())[:200]
         raise UserError(
             f"joining the Ray cluster at {address} (RAY_ADDRESS) failed ({cause}). A job runs on a machine of "
             f"the cluster. {SUBMIT}."

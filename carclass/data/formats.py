@@ -208,7 +208,7 @@ def decode(data: bytes, kind: str, uri: str) -> Row:
         content = yaml_file.parse(data.decode(), uri) if uri.endswith(".yml") else _parse_json(data)
     except (ValueError, RecursionError) as error:
         cause = str(error).removeprefix(f"{uri} is ") if data.strip() else "it is empty"
-        raise _damaged(kind, uri, cause) from error
+        raise damaged(kind, uri, cause) from error
     return _upgrade(content, kind, uri)
 
 
@@ -240,7 +240,7 @@ def decode_lines(data: bytes, kind: str, uri: str) -> list[Row]:
         except ValueError as error:
             if number > len(lines):
                 break
-            raise _damaged(kind, uri, f"line {number}: {error}") from error
+            raise damaged(kind, uri, f"line {number}: {error}") from error
         row = {key: math.nan if value is None else value for key, value in _as_mapping(content, kind, uri).items()}
         rows.append(_upgrade(row, kind, uri))
         rows[-1].pop("format", None)
@@ -257,7 +257,7 @@ def build(cls: type[T], values: Row, kind: str, uri: str) -> T:
     try:
         return cls(**given)
     except TypeError as error:
-        raise _damaged(kind, uri, str(error)) from error
+        raise damaged(kind, uri, str(error)) from error
 
 
 def replace_not_finite(value: Any) -> Any:
@@ -276,7 +276,7 @@ def _upgrade(content: Any, kind: str, uri: str) -> Row:
     if uri.endswith(".yml") and isinstance(number, str) and number.isdecimal():  # YAML's values are text
         number = int(number)
     if type(number) is not int or number < 1:
-        raise _damaged(kind, uri, f"`format` is {number!r}")
+        raise damaged(kind, uri, f"`format` is {number!r}")
     if number > known.format:
         raise UserError(
             f"{uri} has format {number} and was written by a newer version of carclass; this version reads formats up "
@@ -290,7 +290,7 @@ def _upgrade(content: Any, kind: str, uri: str) -> Row:
         value: Any = values
         for name in key.split("."):
             if not isinstance(value, dict) or name not in value:
-                raise _damaged(kind, uri, f"`{key}` is missing")
+                raise damaged(kind, uri, f"`{key}` is missing")
             value = value[name]
         _check_type(value, type_, key, kind, uri)
     for key, type_ in TYPES.get(kind, {}).items():
@@ -306,9 +306,9 @@ def _check_type(value: Any, type_: Any, key: str, kind: str, uri: str) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join([key, *map(str, first["loc"])])
-        found = json.dumps(replace_not_finite(first["input"]), ensure_ascii=False, default=repr)
+        found = json_text(replace_not_finite(first["input"]))
         cause = f"`{place}` {first['msg'].removeprefix('Input ')}, but is {found[:40]}"
-        raise _damaged(kind, uri, cause) from error
+        raise damaged(kind, uri, cause) from error
 
 
 @cache
@@ -318,9 +318,10 @@ def _adapter(type_: Any) -> TypeAdapter[Any]:
 
 def _as_mapping(content: Any, kind: str, uri: str) -> Row:
     if not isinstance(content, dict):
-        raise _damaged(kind, uri, "it holds no keys and values")
+        raise damaged(kind, uri, "it holds no keys and values")
     return content
 
 
-def _damaged(kind: str, uri: str, cause: str) -> DamagedFileError:
+def damaged(kind: str, uri: str, cause: str) -> DamagedFileError:
+    """Return the error of a damaged file, with the remedy of its kind."""
     return DamagedFileError(f"{uri} is damaged: {' '.join(cause.split())}. {KINDS[kind].remedy}")

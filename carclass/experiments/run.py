@@ -80,6 +80,7 @@ def run_experiments(tree: Tree, requested: Sequence[Experiment], replace: Collec
         else:
             progress.failed[name] = str(status.reason)
     if progress.waiting:
+        connection.check_cluster()
         _check_parents(tree, requested)
         make_datasets(tree, {experiment.settings.dataset for experiment in progress.waiting})
         _check_replacements(tree, progress.waiting, replace)

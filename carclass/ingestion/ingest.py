@@ -51,6 +51,7 @@ def ingest_photos(root: str, settings: IngestSettings, *, update: bool = False) 
     identity = {**settings.model_dump(mode="json", exclude=IRRELEVANT), "photos": _spelled_once(settings.photos)}
     dataset.find_same_dataset(root, settings.dataset, identity)
     storage.check_root(root)
+    connection.check_cluster()
     if settings.photos == "sample":
         sample_uris = sample.ensure_sample(root)
         settings = settings.model_copy(update={"photos": sample_uris.photos, "labels": sample_uris.labels})

@@ -85,6 +85,7 @@ def _check_settings(root: str, settings: MaskSettings, source: dataset.Dataset) 
     Raise UserError if the cutout mode or the true masks need masks that the detector lacks, or the true masks are not
     those of the source's photos.
     """
+    connection.check_cluster()
     settings = settings.model_copy(update={"detector": networks.pin_weights(settings.detector, root)})
     model, mode = settings.detector.model, settings.cutout.mode
     if ("mask" in mode or settings.truth is not None) and not Detector(settings.detector).finds_masks:

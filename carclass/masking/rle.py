@@ -11,6 +11,8 @@ Rle = dict[str, Any]
 """Compressed COCO RLE: `size` (height, width) and `counts` (bytes)."""
 MAX_OVERHANG = 1.0
 """Share of a photo's side by which a polygon may reach beyond it."""
+MAX_SIDE = 2**16
+"""Largest side of a mask in pixels: no photo has more."""
 CHAR_OFFSET, CHAR_BITS = 48, 5
 """Value and number of bits of a character of COCO's compressed run lengths; above the bits is a continuation flag."""
 
@@ -75,8 +77,8 @@ def rle_area(rle: Rle) -> int:
 def _check_shape(height: Any, width: Any) -> tuple[int, int]:
     """Return a mask's shape. Raise ValueError if a side is no positive integer."""
     for side in (height, width):
-        if not isinstance(side, int) or isinstance(side, bool) or side < 1:
-            raise ValueError("its image has no `height` and `width` in whole pixels")
+        if not isinstance(side, int) or isinstance(side, bool) or not 1 <= side <= MAX_SIDE:
+            raise ValueError(f"its image has no `height` and `width` in whole pixels up to {MAX_SIDE}")
     return height, width
 
 

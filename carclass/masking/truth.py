@@ -20,7 +20,7 @@ class CocoFile(NamedTuple):
     uri: str
     images: dict[Any, dict[str, Any]]  # by id
     annotations: list[dict[str, Any]]
-    vehicle_categories: set[Any]  # ids of the detector's classes; empty if the file has none of them
+    vehicle_categories: list[Any]  # ids of the detector's classes; empty if the file has none of them
 
 
 def load_truth(uri: str, photos: dataset.Dataset, classes: Collection[str]) -> dict[str, Rle]:
@@ -101,6 +101,8 @@ def _choose_masks(coco: CocoFile, keys: dict[str, str]) -> dict[str, Rle]:
     for number, annotation in enumerate(coco.annotations):
         image = coco.images[annotation["image_id"]]
         key, is_main = keys.get(image["file_name"]), annotation.get("main")
+        if is_main not in (None, True, False):  # 0 and 1 equal them
+            raise _no_coco(coco.uri, f"`main` of annotations[{number}] is {is_main!r}")
         is_vehicle = not coco.vehicle_categories or annotation.get("category_id") in coco.vehicle_categories
         is_candidate = is_main or (is_main is None and is_vehicle and not annotation.get("iscrowd"))
         if key is None or not is_candidate or annotation["segmentation"] == []:  # a box without a mask
@@ -147,7 +149,9 @@ def _read_coco(uri: str, classes: Collection[str]) -> CocoFile:
     if unknown := [number for number, item in enumerate(annotations) if item["image_id"] not in by_id]:
         raise _no_coco(uri, f"no image has the `image_id` of annotations[{unknown[0]}]")
     categories = _entries(uri, {"categories": [], **lists}, "categories", ("id", "name"))
-    return CocoFile(uri, by_id, annotations, {item["id"] for item in categories if item["name"] in classes})
+    names = [name.lower() for name in classes]
+    vehicles = [item["id"] for item in categories if str(item["name"]).lower() in names]
+    return CocoFile(uri, by_id, annotations, vehicles)
 
 
 def _entries(uri: str, content: dict[str, Any], name: str, required: Collection[str]) -> list[dict[str, Any]]:
@@ -159,7 +163,7 @@ def _entries(uri: str, content: dict[str, Any], name: str, required: Collection[
         for field in required:
             if not isinstance(entry, dict) or field not in entry:
                 raise _no_coco(uri, f"{name}[{number}] has no `{field}`")
-            if field.endswith("id") and not isinstance(entry[field], int | str):
+            if field.endswith("id") and not isinstance(entry[field], int | float | str):
                 raise _no_coco(uri, f"`{field}` of {name}[{number}] is {entry[field]!r}")
     return entries
 

@@ -15,6 +15,7 @@ from carclass import storage
 from carclass.config.schema import StageName, TrainSettings
 from carclass.data import dataset
 from carclass.errors import UserError
+from carclass.runs.calibration_record import Calibration, read_calibration
 from carclass.runs.predictor import PhotoClassifier
 from carclass.runs.preprocessing_record import Preprocessing, load_preprocessing
 from carclass.runs.report_record import own_report_uri, read_report_metrics
@@ -66,6 +67,7 @@ class LoadedRun:
     predictions: pa.Table | None  # of the model on the run's test photos; None if it was not evaluated
     classes: list[str]
     model: CheckedClassifier  # best epoch over the stages, in eval mode: uint8 (N,3,S,S) RGB → float32 (N,C) logits
+    calibration: Calibration | None  # of the model's probabilities; None if it was not evaluated
     run: Run
     stage: str  # of the model
 
@@ -115,6 +117,7 @@ def load_run(uri: str | os.PathLike[str], stage: str | None = None) -> LoadedRun
         predictions=_predictions(run, selected),
         classes=facts["classes"],
         model=CheckedClassifier(net, facts["model"]["image_size"]),
+        calibration=read_calibration(run.model_uri(selected), facts["sha256"]),
         run=run,
         stage=selected,
     )

@@ -54,8 +54,9 @@ class PhotoPredictor:
 
     def __call__(self, photos: PhotoSource | Iterable[PhotoSource]) -> pa.Table:
         """Return rows of PREDICTION without `rejected`, in the order of the photos."""
-        is_one = isinstance(photos, str | bytes | os.PathLike | Image.Image) or not isinstance(photos, Iterable)
-        sources: list[Any] = [photos] if is_one else [*photos]
+        sources: list[Any] = [photos]
+        if isinstance(photos, Iterable) and not isinstance(photos, str | bytes | os.PathLike | Image.Image):
+            sources = [*photos]
         check_sources(sources)
         rows: list[Row] = []
         for start in range(0, len(sources), BATCH_SIZE):

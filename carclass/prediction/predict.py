@@ -48,6 +48,7 @@ def predict_photos(root: str, settings: PredictSettings) -> PredictionResult:
     model_uri = run.model_uri(run.select_stage(settings.stage))
     _, facts = read_model(model_uri)
     storage.check_root(root)
+    connection.check_cluster()
     uri = predictions.predictions_uri(run.uri, settings.name)
     with hold_lease(uri, "predict") as lease, Inventory() as inventory:
         list_photos(settings.photos, inventory, "predict.photos", root=root)

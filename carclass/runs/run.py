@@ -89,10 +89,13 @@ class Run:
         """
         if not self.is_finished(self.stages[-1]):
             raise unfinished_stage(self.model_uri(self.stages[-1]))
+        uri = storage.join(self.uri, MODEL)
         try:
-            recorded: StageName = formats.read(storage.join(self.uri, MODEL), "run_model")["stage"]
+            recorded: StageName = formats.read(uri, "run_model")["stage"]
         except FileNotFoundError:
             return find_best_stage(self)
+        if recorded not in self.stages:
+            raise formats.damaged("run_model", uri, f"the run has no stage `{recorded}`")
         return recorded
 
     def select_stage(self, stage: str | None) -> StageName:
@@ -121,9 +124,12 @@ class Run:
         """Return the run's parent and dataset with their hashes, seed, start, code version and environments."""
         uri = storage.join(self.uri, "lineage.json")
         try:
-            return formats.read(uri, "lineage")
+            lineage = formats.read(uri, "lineage")
         except FileNotFoundError as error:
             raise formats.DamagedFileError(f"{uri} is missing. {formats.RUN_REMEDY}") from error
+        if not all(isinstance(each, dict) and isinstance(each.get("stage"), str) for each in lineage["environments"]):
+            raise formats.damaged("lineage", uri, "`environments` is no list of the stages' environments")
+        return lineage
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return one row per epoch of all stages, oldest first; empty before the first epoch."""

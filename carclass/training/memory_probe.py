@@ -1,5 +1,7 @@
 """Probe of the memory that steps of the unfrozen stage take on a GPU."""
 
+import gc
+
 import numpy as np
 import torch
 
@@ -39,6 +41,7 @@ def peak_bytes(settings: TrainSettings, num_classes: int, num_photos: int) -> in
     """Return the most bytes of tensors that are on the GPU in a step."""
     assert settings.unfrozen is not None
     device, size = torch.device("cuda"), settings.model.image_size
+    gc.collect()
     torch.cuda.empty_cache()  # of an earlier attempt
     net = resnet.build(settings.model, num_classes).to(device)
     resnet.prepare_stage(net, "unfrozen")

@@ -51,8 +51,10 @@ def train_run(root: str, settings: TrainSettings) -> Run:
 
     Raise UserError if settings, data, weights or cluster don't fit, before anything is written.
     """
-    source, parent_sha256 = load_run_inputs(root, settings)
     run = Run(root, settings)
+    if run.unfinished_stages:
+        connection.check_cluster()
+    source, parent_sha256 = load_run_inputs(root, settings)
     if not run.unfinished_stages:
         begin_run(run, source, parent_sha256)
         log.info("train: run %s is finished, nothing to do", settings.name)

@@ -84,7 +84,8 @@ def _describe_best(sweep: SweepResult) -> str:
     best = sweep.best
     accuracy = f"val accuracy {percent_text(best.accuracy)} in epoch {best.best_epoch} of the search"
     if best.trial.number == 0:
-        return f"No trial is better than the unchanged experiment, {best.trial.title}: {accuracy}."
+        seeds = "" if best is sweep.complete[0] else " over other seeds than the search's"
+        return f"No trial is better than the unchanged experiment{seeds}, {best.trial.title}: {accuracy}."
     return f"The best trial is trial {best.trial.number}, {best.trial.title}: {accuracy}."
 
 
@@ -95,7 +96,7 @@ def _describe_confidence(sweep: SweepResult) -> Iterator[str]:
     if base is not None:
         yield _compare_means(sweep.best, best, base, sweep.seed_repeats(0))
     elif best.accuracies:
-        yield f"Over {_seeds_text(best)} it reaches {mean_std_text(best)} (mean ± standard deviation)."
+        yield f"{_over_seeds(best)} it reaches {mean_std_text(best)}."
     if len(sweep.repeated) == 1:
         return
     if (obstacle := significance.find_obstacle(sweep)) is not None:
@@ -111,16 +112,18 @@ def _describe_confidence(sweep: SweepResult) -> Iterator[str]:
 def _compare_means(best: TrialResult, repeats: SeedRepeats, base: TrialResult, base_repeats: SeedRepeats) -> str:
     """Compare the best trial with trial 0 over other seeds, or in the search if one of them has no other."""
     if repeats.accuracies and base_repeats.accuracies:
-        start = f"Over {_seeds_text(repeats)} (mean ± standard deviation) it reaches {mean_std_text(repeats)}; the"
+        start = f"{_over_seeds(repeats)} it reaches {mean_std_text(repeats)}; the"
         text, gap = mean_std_text(base_repeats), repeats.mean - base_repeats.mean
     else:
         start, text, gap = "In the search the", percent_text(base.accuracy), best.accuracy - base.accuracy
     return f"{start} unchanged experiment reaches {text}, {_points(abs(gap))} {'less' if gap >= 0 else 'more'}."
 
 
-def _seeds_text(repeats: SeedRepeats) -> str:
+def _over_seeds(repeats: SeedRepeats) -> str:
     count = len(repeats.accuracies)
-    return f"{count} {'seed' if count == 1 else 'seeds'} other than the search's"
+    if count == 1:
+        return "With one seed other than the search's"
+    return f"Over {count} seeds other than the search's (mean ± standard deviation)"
 
 
 def _p_text(p_value: float) -> str:

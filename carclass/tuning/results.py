@@ -104,14 +104,10 @@ class SweepResult:
         return sorted(complete, key=lambda result: (-result.accuracy, result.trial.number))
 
     @property
-    def finalists(self) -> list[TrialResult]:
-        """Return the NUM_REPEATED best complete trials of the search, best first."""
-        return self.complete[:NUM_REPEATED]
-
-    @property
     def repeated(self) -> list[TrialResult]:
-        """Return the complete trials to repeat with other seeds: the finalists, and trial 0."""
-        return [*self.finalists, *(result for result in self.complete[NUM_REPEATED:] if result.trial.number == 0)]
+        """Return the complete trials to repeat with other seeds: the NUM_REPEATED best, the finalists, and trial 0."""
+        rest = [result for result in self.complete[NUM_REPEATED:] if result.trial.number == 0]
+        return [*self.complete[:NUM_REPEATED], *rest]
 
     def seed_repeats(self, number: int) -> SeedRepeats:
         """Return the accuracies of a trial's settings over other seeds than the search's."""
@@ -121,15 +117,13 @@ class SweepResult:
 
     @property
     def best(self) -> TrialResult:
-        """Return the best finalist by its mean over other seeds than the search's; there must be a complete trial.
+        """Return the best repeated trial by its mean over other seeds than the search's, trial 0 if none is better.
 
-        Without repeats it is the best trial of the search.
+        Without repeats it is the best trial of the search. There must be a complete trial.
         """
-        means = {result.trial.number: self.seed_repeats(result.trial.number) for result in self.finalists}
-        repeated = [result for result in self.finalists if means[result.trial.number].accuracies]
-        if not repeated:
-            return self.finalists[0]
-        return max(repeated, key=lambda result: (means[result.trial.number].mean, -result.trial.number))
+        groups = [(result, self.seed_repeats(result.trial.number)) for result in self.repeated]
+        ranked = [(group.mean, -result.trial.number, result) for result, group in groups if group.accuracies]
+        return max(ranked)[2] if ranked else self.complete[0]
 
     @property
     def device_seconds(self) -> float:

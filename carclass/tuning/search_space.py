@@ -129,7 +129,7 @@ def _check_key(key: str, source: str) -> None:
             f"{source}: `{key}`: a sweep trains on existing datasets, so the keys it varies begin with `train.`. To "
             "compare ways of masking, publish a dataset for each and list them as choices of `train.dataset`."
         )
-    if steps[0] in NOT_VARIED:
+    if steps[0] in NOT_VARIED or ".".join(steps) in NOT_VARIED:
         raise UserError(f"{source}: `{key}` is set by the sweep itself or does not change accuracy. Leave it out.")
 
 

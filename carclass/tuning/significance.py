@@ -20,11 +20,11 @@ MIN_REPEATS = 2
 
 def find_obstacle(sweep: SweepResult) -> str | None:
     """Return the reason why the repeated trials can't be compared over seeds; None if they can."""
-    groups = [sweep.seed_repeats(result.trial.number) for result in sweep.repeated]
+    groups = _seed_repeats(sweep)
     if any(group.num_missing for group in groups):
         return "some repeats with other seeds failed or are not finished"
     if min(len(group.accuracies) for group in groups) < MIN_REPEATS:
-        return f"that takes {MIN_REPEATS} seeds that did not choose the best trial (`num_seeds: {MIN_REPEATS + 1}`)"
+        return f"it takes {MIN_REPEATS} seeds that did not choose the best trial (`num_seeds: {MIN_REPEATS + 1}`)"
     if not any(variance(group.accuracies) for group in groups):
         return "every seed reaches the same accuracy, so the variation between seeds is unknown"
     return None
@@ -35,7 +35,7 @@ def gain_p_value(sweep: SweepResult) -> float:
 
     Dunnett's test (1955, JASA 50:1096-1121) of all finalists accounts for the choice among them.
     """
-    finalists = [group for group in _finalists(sweep) if group.number != 0]
+    finalists = [group for group in _seed_repeats(sweep) if group.number != 0]
     with warnings.catch_warnings(action="ignore"):  # of a group whose seeds are alike; the pooled variance counts
         result = dunnett(
             *(group.accuracies for group in finalists),
@@ -52,14 +52,14 @@ def lead_p_values(sweep: SweepResult) -> dict[int, float]:
     Tukey's test (1949, Biometrics 5:99-114) of all pairs accounts for the choice of the best. Empty if there is no
     other; there must be no obstacle.
     """
-    finalists, best = _finalists(sweep), sweep.best.trial.number
-    others = [i for i, group in enumerate(finalists) if group.number not in (0, best)]
+    groups, best = _seed_repeats(sweep), sweep.best.trial.number
+    others = [i for i, group in enumerate(groups) if group.number not in (0, best)]
     if not others:
         return {}
-    p_values = tukey_hsd(*(group.accuracies for group in finalists)).pvalue
-    first = [group.number for group in finalists].index(best)
-    return {finalists[i].number: float(p_values[first, i]) for i in others}
+    p_values = tukey_hsd(*(group.accuracies for group in groups)).pvalue
+    first = [group.number for group in groups].index(best)
+    return {groups[i].number: float(p_values[first, i]) for i in others}
 
 
-def _finalists(sweep: SweepResult) -> list[SeedRepeats]:
-    return [sweep.seed_repeats(result.trial.number) for result in sweep.finalists]
+def _seed_repeats(sweep: SweepResult) -> list[SeedRepeats]:
+    return [sweep.seed_repeats(result.trial.number) for result in sweep.repeated]

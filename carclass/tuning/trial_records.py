@@ -22,7 +22,7 @@ from carclass.config.section import Section, validate
 from carclass.data import formats
 from carclass.errors import UserError, unknown_name
 from carclass.formatting import Value
-from carclass.runs.run import MAY_CHANGE_ON_RESUME, Run, stored_settings
+from carclass.runs.run import Run, changed_settings, stored_settings
 from carclass.tuning.search_space import SearchSpace, make_space, settings_text
 
 State = Literal["begun", "complete", "pruned", "failed"]
@@ -136,8 +136,7 @@ def find_records(space: SearchSpace, *, resume: bool) -> TrialRecords:
         changed = sorted(_changed_fields(recorded.search, space.search) - MAY_CHANGE)
         if recorded.search.num_trials < space.search.num_trials:
             changed.remove("num_trials")  # a search may grow
-        changed_train = _changed_fields(recorded.base_settings, space.base_settings) - {*MAY_CHANGE_ON_RESUME}
-        changed += sorted(f"train.{key}" for key in changed_train)
+        changed += [f"train.{key}" for key in changed_settings(recorded.base_settings, space.base_settings)]
         if changed:
             raise UserError(
                 f"sweep `{name}` in {space.root} was begun with other settings ({', '.join(changed)}). "

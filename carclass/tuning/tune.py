@@ -17,6 +17,7 @@ from ray.tune import schedulers
 from ray.tune.trainable.function_trainable import wrap_function
 
 from carclass import storage
+from carclass.cluster import connection
 from carclass.cluster.ray_storage import ray_filesystem
 from carclass.data import dataset
 from carclass.data.lease import hold_lease
@@ -74,6 +75,7 @@ def _run_search(space: SearchSpace, records: TrialRecords, scheduler: schedulers
 def prepare_sweep(space: SearchSpace, records: TrialRecords) -> SweepContext:
     """Connect to the cluster, train the frozen stage of trial 0 and load the photos that trials share."""
     settings = space.trial_settings(space.base_values, "trial-0", space.base_settings.seed)
+    connection.check_cluster()
     source, parent_sha256 = load_run_inputs(space.root, settings)
     use_gpu = check_resources(space.root, settings, source)
     devices_per_worker, limit = space.search.devices_per_worker, space.search.max_concurrent_trials

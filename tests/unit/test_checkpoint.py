@@ -156,7 +156,9 @@ def test_a_stage_without_checkpoints_has_none_to_resume_from(tmp_path: Path):
 def test_damage_of_all_checkpoints_is_an_error_with_a_remedy(tmp_path: Path):
     for epoch in (1, 2):
         flip(write(tmp_path, epoch, 64) / WEIGHTS)
-    with pytest.raises(UserError, match=r"all checkpoints in .* are damaged or not finite. Restore one .* or delete"):
+    with pytest.raises(
+        UserError, match=r"all checkpoints in .* are damaged or not finite. Restore one .* or delete this folder"
+    ):
         checkpoint.newest_valid(str(tmp_path))
     assert len(checkpoint.names(str(tmp_path))) == 2
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from pathlib import Path
 
@@ -19,7 +19,10 @@ from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 from carclass.cluster import address, job_submission
 from carclass.cluster.address import cluster_address
+from carclass.config.schema import IngestSettings, TrainSettings
 from carclass.errors import UserError
+from carclass.ingestion.ingest import ingest_photos
+from carclass.training.train import train_run
 
 LOOPBACK = "127.0.0.1"
 
@@ -172,6 +175,24 @@ def test_a_missing_token_is_an_error(tmp_path: Path, head: tuple[Head, str], var
     code = "from carclass.cluster.address import cluster_address; cluster_address()"
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **token}, capture_output=True, text=True)
     assert "refuses the token. Set the cluster's token in RAY_AUTH_TOKEN" in done.stderr.splitlines()[-1]
+
+
+def ingest(root: str) -> None:
+    ingest_photos(root, IngestSettings(photos="sample"))
+
+
+def train(root: str) -> None:
+    train_run(root, TrainSettings(name="one", parent="s3://bucket/large.safetensors"))
+
+
+@pytest.mark.parametrize("job", [ingest, train])
+def test_the_cluster_is_checked_before_photos_are_listed_and_weights_are_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, job: Callable[[str], None]
+):
+    monkeypatch.setenv("RAY_ADDRESS", f"{LOOPBACK}:{closed_port()}")
+    with pytest.raises(UserError, match=r"RAY_ADDRESS is .*, but no Ray cluster answers"):
+        job(str(tmp_path))
+    assert [*tmp_path.rglob("*.jpg")] == []
 
 
 # Dashboards, to which jobs are submitted

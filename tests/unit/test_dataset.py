@@ -1,7 +1,6 @@
 """Writing, publishing and reading of datasets: complete, without duplicates, idempotent."""
 
 import json
-import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,17 +50,6 @@ def write_quarantine(uri: str, keys: Sequence[str], settings: dict[str, Any] = S
 def publish(uri: str, inputs: Sequence[str], **overrides: Any) -> dataset.Dataset:
     args = {"settings": SETTINGS, "classes": ["a", "b"], "facts": {"kind": "photos"}} | overrides
     return publishing.publish_manifest(inventories.complete_dataset(uri, inputs, **args))
-
-
-def test_the_logged_counts_are_those_of_the_manifest(uri: str, caplog: pytest.LogCaptureFixture):
-    write_rows(uri, ["a", "b"])
-    write_quarantine(uri, ["c"])
-    with Inventory() as inventory, caplog.at_level(logging.INFO, "carclass"):
-        add_keys(inventory, ["a", "b", "c"])
-        writing = Draft(uri, SETTINGS, inventory)
-        manifest = writing.publish(writing.complete(["a", "b"], {"kind": "photos"})).manifest
-    assert (manifest["inputs"], manifest["rows"], manifest["quarantined"]) == (3, 2, 1)
-    assert f"{uri} is published: 3 inputs, 2 rows, 1 quarantined" in caplog.messages
 
 
 def keys_in(uri: str, folder: str) -> list[str]:

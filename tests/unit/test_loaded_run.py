@@ -338,8 +338,10 @@ def test_a_run_that_is_not_calibrated_predicts_nothing(predicting: LoadedRun, im
         predicting.predict(image)
 
 
-def test_the_preprocessing_is_part_of_a_loaded_run(predicting: LoadedRun):
+def test_preprocessing_and_temperature_are_parts_of_a_loaded_run(predicting: LoadedRun):
     assert (predicting.preprocessing.reading, predicting.preprocessing.mask) == (READING, None)
+    assert predicting.calibration is not None
+    assert predicting.calibration.temperature == TEMPERATURE
 
 
 def test_importing_the_package_imports_no_large_library():

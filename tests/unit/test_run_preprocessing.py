@@ -68,7 +68,9 @@ def test_detector_settings_of_another_version_are_refused(tmp_path: Path, change
 
 def publish(root: Path, **manifest: Any) -> tuple[Run, dataset.Dataset]:
     """Return a run and its dataset, both unfinished, with the manifest's settings."""
-    source = dataset.Dataset(dataset.dataset_uri(str(root), "v2"), {"classes": ["a", "b"], "parts": {}, **manifest})
+    counts = {"inputs": 0, "rows": 0, "quarantined": 0, "splits": {}, "reasons": {}}
+    facts = {"classes": ["a", "b"], **counts, "parts": []}
+    source = dataset.Dataset(dataset.dataset_uri(str(root), "v2"), {**facts, **manifest})
     return Run(str(root), TrainSettings(name="first", model=runs.MODEL)), source  # type: ignore[arg-type]
 
 

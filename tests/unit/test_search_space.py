@@ -134,7 +134,7 @@ def test_keys_outside_of_train_are_refused(tmp_path: Path, key: str):
     refuse(tmp_path, "begin with `train.`", {key: {"min": 0, "max": 1}})
 
 
-@pytest.mark.parametrize("key", ["train.name", "train.seed", "train.num_workers"])
+@pytest.mark.parametrize("key", ["train.name", "train.seed", "train.num_workers", "train.unfrozen.micro_batch_size"])
 def test_settings_without_effect_on_accuracy_are_refused(tmp_path: Path, key: str):
     refuse(tmp_path, f"`{key}`.*Leave it out", {key: {"choices": [1, 2]}})
 

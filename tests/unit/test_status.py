@@ -11,6 +11,7 @@ from carclass.experiments import status, tree_view
 from carclass.experiments.collect import collect_comparison, read_test
 from carclass.experiments.replaced_runs import set_aside_run
 from carclass.experiments.tree import Budget, Experiment, Tree
+from carclass.runs.run import record_best_stage
 from tests.helpers.runs import FROZEN, MODEL, begin, finish, publish_dataset
 
 FIRST = TrainSettings(name="first", **{**FROZEN, "frozen": {"epochs": 5, "keep_epochs": [2]}})
@@ -28,7 +29,9 @@ def make_tree(root: Path, *settings: TrainSettings) -> Tree:
 def root(tmp_path: Path) -> Path:
     """Publish the finished runs `first`, `child` and `grandchild`."""
     publish_dataset(tmp_path)
-    finish(begin(tmp_path, FIRST))
+    first = begin(tmp_path, FIRST)
+    finish(first)
+    record_best_stage(first)
     for settings in (CHILD, GRANDCHILD):
         finish(begin(tmp_path, settings, status.parent_sha256(str(tmp_path), settings.parent) or ""))
     return tmp_path
@@ -89,6 +92,8 @@ def test_machine_settings_do_not_make_runs_stale(root: Path):
         ("config.yml", "format: 2", "format: 99", "a newer version of carclass"),
         ("lineage.json", None, None, r"lineage.json is missing\. Restore it"),
         ("lineage.json", "dataset", "data", "`dataset` is missing"),
+        ("lineage.json", '"environments": []', '"environments": [7]', "`environments` is no list"),
+        ("model.json", '"stage": "frozen"', '"stage": "thawed"', "the run has no stage `thawed`"),
         ("metrics.jsonl", "val_accuracy", "accuracy", "`val_accuracy` is missing"),
         ("frozen/best.json", "{", "", r"best.json is damaged"),
         ("frozen/epoch-0002/checkpoint.json", "{", "", None),

@@ -62,6 +62,11 @@ def test_machine_settings_may_change_on_resume(tmp_path: Path, change: dict[str,
     trial_records.find_records(load(tmp_path, **change), resume=False)
 
 
+def test_the_size_of_forward_passes_may_change_on_resume(tmp_path: Path):
+    trial_records.begin_records(load(tmp_path))
+    trial_records.find_records(load(tmp_path, {"unfrozen": {"micro_batch_size": 4}}), resume=True)
+
+
 @pytest.mark.parametrize("change", [{"num_trials": 15}, {"seed": 5}, {"scheduler": "median"}])
 def test_other_search_of_the_same_name_is_refused(tmp_path: Path, change: dict[str, Any]):
     trial_records.begin_records(load(tmp_path))

@@ -53,7 +53,7 @@ def publish(tmp_path: Path) -> Callable[..., dataset.Dataset]:
         keys: Sequence[str], masks: Sequence[np.ndarray | None] | None = None, **fields: Any
     ) -> dataset.Dataset:
         name, schema = ("v1", dataset.ROW) if masks is None else ("v2", dataset.MASKED_ROW)
-        photos = {"image_id": "0", "label": "A", "split": "test", "height": HEIGHT, "width": WIDTH, "image": b""}
+        photos = {"image_id": "00", "label": "A", "split": "test", "height": HEIGHT, "width": WIDTH, "image": b""}
         rows = [{"key": key, **photos, **fields} for key in keys]
         for row, mask in zip(rows, masks or [], strict=False):
             row |= {"source_height": HEIGHT, "source_width": WIDTH, "mask": None if mask is None else encode_mask(mask)}
@@ -106,6 +106,7 @@ def test_random_masks_survive_their_encoding(seed: int):
         ({"size": [HEIGHT, WIDTH], "counts": [700, -100]}, "don't add up"),
         ({"size": [HEIGHT, WIDTH], "counts": "ö"}, "have the character"),
         ({"size": [HEIGHT, WIDTH], "counts": "P"}, "are cut"),
+        ({"size": [10**9, 10**9], "counts": [10**18]}, "whole pixels up to 65536"),
         ({"size": [HEIGHT, WIDTH]}, "neither text nor a list"),
         ({"counts": "0"}, "no `size`"),
         ("0", "neither a list of polygons nor an RLE"),
@@ -139,8 +140,8 @@ def test_the_mask_with_main_is_preferred_to_a_larger_one(publish, load, main: An
 
 
 def test_other_classes_than_the_detectors_are_no_vehicles(publish, load):
-    categories = [{"id": 1, "name": "person"}, {"id": 3, "name": "car"}]
-    annotations = [annotation(MASK, category_id=1), annotation(SMALL, category_id=3)]
+    categories = [{"id": 1, "name": "Person"}, {"id": 3, "name": "Car"}]
+    annotations = [annotation(MASK, category_id=1), annotation(MASK, category_id=[]), annotation(SMALL, category_id=3)]
     masks = load(publish(["1.jpg"]), [image("1.jpg")], annotations, categories=categories)
     np.testing.assert_array_equal(masks["1.jpg"], SMALL)
 
@@ -207,6 +208,7 @@ def test_a_file_without_masks_is_an_error(publish, load, annotations: list[Any])
         ([{"id": 1}], [], r"images\[0\] has no `file_name`"),
         ([{"id": [], "file_name": "1.jpg"}], [], r"`id` of images\[0\] is \[\]"),
         ([image("1.jpg"), {"id": 2, "file_name": 7}], [], r"`file_name` of images\[1\] is 7"),
+        ([image("1.jpg")], [annotation(MASK, main="no")], r"`main` of annotations\[0\] is 'no'"),
         ([image("1.jpg")], [{"image_id": 1}], r"annotations\[0\] has no `segmentation`"),
         ([image("1.jpg")], [annotation(MASK, 2)], r"no image has the `image_id` of annotations\[0\]"),
         ([image("1.jpg")], [{"image_id": 1, "segmentation": [[1]]}], r"annotations\[0\] of 1.jpg: a polygon"),
