@@ -20,7 +20,7 @@ from carclass.runs.preprocessing_record import record_preprocessing
 from carclass.runs.run import Run, begin_run, record_best_stage
 from carclass.runs.saved_model import publish_model
 from carclass.training import checkpoint, feature_cache, preflight, pretrained
-from carclass.training.loop import Metrics, TrainState
+from carclass.training.loop import DivergedError, Metrics, TrainState
 from carclass.training.memory_probe import measure_step
 from carclass.training.photo_store import BlockRefs, PhotoStore
 from carclass.training.preemption import TorchConfig
@@ -183,7 +183,10 @@ def _count_threads(job: StageJob, train_resources: TrainResources) -> int:
 
 
 def _run_workers(job: StageJob, train_resources: TrainResources) -> bool:
-    """Run a group of workers until the end of the stage. Return False if they are preempted."""
+    """Run a group of workers until the end of the stage. Return False if they are preempted.
+
+    Raise DivergedError if training diverges.
+    """
     use_gpu = train_resources.use_gpu
     if train_resources.in_process:
         return train_stage_in_process(job, use_gpu=use_gpu)
@@ -210,6 +213,8 @@ def _run_workers(job: StageJob, train_resources: TrainResources) -> bool:
         ),
     )
     result: Any = trainer.fit()
+    if isinstance(result.return_value, str):
+        raise DivergedError(result.return_value)
     return bool(result.return_value)
 
 

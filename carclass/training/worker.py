@@ -44,13 +44,19 @@ class StageJob(NamedTuple):
     verbose: bool = True
 
 
-def run_train_worker(job_fields: dict[str, Any]) -> bool:
-    """Train a stage in a worker of Ray Train. Return False if preempted."""
+def run_train_worker(job_fields: dict[str, Any]) -> bool | str:
+    """Train a stage in a worker of Ray Train. Return False if preempted, and the message if training diverged.
+
+    All workers find that at once. Ray Train would print an error with its traceback.
+    """
     context = ray.train.get_context()
     worker = WorkerContext(
         context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device(), _is_node_draining
     )
-    return train_stage(StageJob(**job_fields), worker)
+    try:
+        return train_stage(StageJob(**job_fields), worker)
+    except loop.DivergedError as error:
+        return str(error)
 
 
 def _is_node_draining() -> bool:

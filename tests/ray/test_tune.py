@@ -12,8 +12,9 @@ from ray.tune import schedulers
 
 from carclass import storage
 from carclass.config import cli
-from carclass.config.schema import Config
+from carclass.config.schema import Config, TrainSettings
 from carclass.errors import UserError
+from carclass.runs.run import Run
 from carclass.training.photo_store import open_block
 from carclass.training.train import train_run
 from carclass.tuning import results, search_space, trial_records
@@ -182,6 +183,34 @@ def test_finished_sweep_trains_nothing_when_run_again(
 def test_trials_that_hyperband_pauses_end(root: str, tmp_path: Path):
     sweep = run(root, tmp_path, "hyperband", HEAD_LR, HEAD, num_trials=4, num_seeds=1, scheduler="hyperband")
     assert "begun" not in states(sweep)
+
+
+@pytest.mark.slow  # 40 s
+def test_trials_that_diverge_fail_and_the_sweep_goes_on_and_grows(root: str, tmp_path: Path):
+    """Trial 0 diverges too, in the stage that is trained before the others start."""
+    train = {**HEAD, "frozen": {**HEAD["frozen"], "optimizer": "sgd", "lr": 1e30}}
+    rates = {"train.frozen.lr": {"choices": [1e-3, 1e30]}}
+    options = {"num_seeds": 1, "max_concurrent_trials": 1, "sampler": "random", "scheduler": "none"}
+    begun = run(root, tmp_path, "diverging", rates, train, num_trials=1, **options)
+    grown = run(root, tmp_path, "diverging", rates, train, num_trials=6, **options)
+    assert (len(begun.searched), len(grown.searched)) == (2, 7)
+    assert states(grown) == [
+        "failed" if result.trial.values["train.frozen.lr"] == 1e30 else "complete" for result in grown.searched
+    ]
+    assert {"failed", "complete"} == {*states(grown)}
+    failed = [result.trial for result in grown.searched if result.trial.state == "failed"]
+    assert all("training diverged in the frozen stage: " in str(trial.reason) for trial in failed)
+
+
+@pytest.mark.slow  # 20 s
+def test_diverged_training_of_several_workers_ends_with_one_paragraph(root: str):
+    stage = {"optimizer": "sgd", "lr": 1e30, "warmup_epochs": 0, "batch_size": 16}
+    settings = TrainSettings(**{**TRAIN, "name": "diverged", "frozen": None, "unfrozen": stage, "num_workers": 2})
+    with pytest.raises(UserError, match=r"training diverged in the unfrozen stage: .* not finite in epoch 1, step \d"):
+        train_run(root, settings)
+    run = Run(root, settings)
+    assert run.metrics() == []
+    assert not run.is_finished("unfrozen")
 
 
 @pytest.mark.parametrize(
