@@ -145,7 +145,8 @@ def report_damage(uri: str) -> Iterator[None]:
     except (OSError, pa.ArrowInvalid) as error:
         cause = str(error).splitlines()[0]
         raise UserError(
-            f"{uri} is missing or damaged ({cause}). Restore it, or delete what it belongs to and run that job again."
+            f"{uri} is missing or damaged ({cause}). Restore it; or delete this one file and run the job that wrote it "
+            "again, with the same settings: it makes missing files anew."
         ) from error
 
 

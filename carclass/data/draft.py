@@ -85,6 +85,9 @@ class Draft:
             log.warning("%s recorded no inputs (format 1), so it is taken as it is; --update makes it anew", self.uri)
             return True
         if self._has_same_inputs(read_image_ids):
+            if missing := self.published_paths.difference(publishing.list_parts(self.uri)):
+                log.warning("%s lacks %d of its files, such as %s; made again", self.uri, len(missing), min(missing))
+                return False
             num_unreadable = manifest["reasons"].get(Reason.UNREADABLE, 0)
             if num_unreadable and not update:
                 log.warning("%s: %d photos were unreadable; --update tries them again", self.uri, num_unreadable)

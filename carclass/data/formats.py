@@ -238,7 +238,7 @@ def decode_lines(data: bytes, kind: str, uri: str) -> list[Row]:
         try:
             content = json.loads(line)
         except ValueError as error:
-            if number > len(lines):
+            if number > len(lines) and line.startswith(b"{"):
                 break
             raise damaged(kind, uri, f"line {number}: {error}") from error
         row = {key: math.nan if value is None else value for key, value in _as_mapping(content, kind, uri).items()}

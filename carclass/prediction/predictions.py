@@ -86,7 +86,7 @@ def begin_predictions(uri: str, settings: dict[str, Any]) -> bool:
         raise UserError(
             f"{uri} was begun with other settings ({', '.join(changed)}). Choose another `predict.name`, or delete it."
         )
-    return storage.exists(storage.join(uri, TABLE))
+    return all(storage.exists(storage.join(uri, file)) for file in (TABLE, CSV))
 
 
 def prediction_columns(probabilities: np.ndarray, classes: Sequence[str], threshold: float) -> list[dict[str, Any]]:

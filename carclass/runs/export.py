@@ -92,7 +92,7 @@ def export_run(root: str, name: str, stage: str | None = None) -> str:
     temperature = require_calibration(run, run.model_uri(selected), facts["sha256"]).temperature
     description = ModelDescription(facts, load_preprocessing(run), temperature)
     identity = {"model_sha256": facts["sha256"], "description_sha256": description.digest}
-    if _exported_identity(uri) == identity:
+    if _exported_identity(uri) == identity and _is_whole(uri):
         log.info("export: %s is finished, nothing to do", uri)
         return uri
     with hold_lease(uri, "export") as lease:
@@ -114,6 +114,16 @@ def _exported_identity(uri: str) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     return {key: index.get(key) for key in ("model_sha256", "description_sha256")}
+
+
+def _is_whole(uri: str) -> bool:
+    """Return True if all files of a finished export are there and as they were written."""
+    index = formats.read(storage.join(uri, "export.json"), "export")
+    try:
+        digests = {name: storage.sha256(storage.read_bytes(storage.join(uri, name))) for name in index["files"]}
+    except FileNotFoundError:
+        return False
+    return all(digests[name] == facts["sha256"] for name, facts in index["files"].items())
 
 
 def _compare(file: str, data: bytes, net: nn.Module, description: ModelDescription) -> float:

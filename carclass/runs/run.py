@@ -69,8 +69,12 @@ class Run:
 
     @property
     def unfinished_stages(self) -> list[StageName]:
-        """Return the stages whose best model is not published, in order."""
-        return [stage for stage in self.stages if not self.is_finished(stage)]
+        """Return the stages whose best model is not published or has lost its weights, in order."""
+        return [
+            stage
+            for stage in self.stages
+            if not (self.is_finished(stage) and storage.exists(f"{self.model_uri(stage)}.safetensors"))
+        ]
 
     def model_facts(self, stage: str) -> dict[str, Any]:
         """Return the facts of a finished stage's best model, such as its epoch, as publish_model recorded them."""

@@ -61,7 +61,10 @@ def read_model(uri: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except FileNotFoundError as error:
         raise unfinished_stage(uri) from error
     if storage.sha256(data) != facts["sha256"]:
-        raise UserError(f"{uri}.safetensors is damaged: its sha256 is not the one in {uri}.json. Train the run again.")
+        raise UserError(
+            f"{uri}.safetensors is damaged: its sha256 is not the one in {uri}.json. Delete both files and run "
+            "jobs/train.py again with the run's settings: finished epochs are kept."
+        )
     tensors = load(data)
     if (name := first_not_finite(tensors)) is not None:
         raise UserError(

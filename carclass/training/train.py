@@ -18,7 +18,7 @@ from carclass.errors import UserError, find_user_error
 from carclass.models import resnet
 from carclass.runs.preprocessing_record import record_preprocessing
 from carclass.runs.run import Run, begin_run, record_best_stage
-from carclass.runs.saved_model import publish_model
+from carclass.runs.saved_model import publish_model, read_model
 from carclass.training import checkpoint, feature_cache, preflight, pretrained
 from carclass.training.loop import DivergedError, Metrics, TrainState
 from carclass.training.memory_probe import measure_step
@@ -57,6 +57,8 @@ def train_run(root: str, settings: TrainSettings) -> Run:
     source, parent_sha256 = load_run_inputs(root, settings)
     if not run.unfinished_stages:
         begin_run(run, source, parent_sha256)
+        for stage in run.stages:
+            read_model(run.model_uri(stage))  # an error if it is damaged
         log.info("train: run %s is finished, nothing to do", settings.name)
         warn_if_unfreezing_hurt(run)
         return run

@@ -20,9 +20,11 @@ MODEL = {"architecture": "resnet26-narrow", "image_size": 32}
 FROZEN: dict[str, Any] = {"model": MODEL, "frozen": {"epochs": 5}, "unfrozen": None, "parent": "sample"}
 
 
-def publish_dataset(root: Path, name: str = "v2", classes: list[str] = CLASSES, seed: int = 1) -> dataset.Dataset:
-    """Publish a dataset without photos."""
-    counts = {"inputs": 0, "rows": 0, "quarantined": 0, "splits": {}, "reasons": {}}
+def publish_dataset(
+    root: Path, name: str = "v2", classes: list[str] = CLASSES, seed: int = 1, splits: dict[str, int] | None = None
+) -> dataset.Dataset:
+    """Publish a dataset without photos. splits: the numbers of photos that it claims."""
+    counts = {"inputs": 0, "rows": 0, "quarantined": 0, "splits": splits or {}, "reasons": {}}
     manifest = {"classes": classes, "kind": "photos", "settings": {"seed": seed}, "parts": [], **counts}
     complete = dataset.Dataset(dataset.dataset_uri(str(root), name), manifest)
     return publishing.publish_manifest(complete, dataset.find_dataset(str(root), name))

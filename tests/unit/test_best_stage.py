@@ -19,7 +19,7 @@ from carclass.experiments.tree import Budget, Experiment, Tree
 from carclass.models import resnet
 from carclass.runs.run import Run, find_run, record_best_stage
 from carclass.training import pretrained
-from carclass.training.train import warn_if_unfreezing_hurt
+from carclass.training.train import load_run_inputs, train_run, warn_if_unfreezing_hurt
 from tests.helpers.runs import CLASSES, MODEL, begin, finish, publish_dataset
 
 BOTH = {"model": MODEL, "parent": "sample", "frozen": {"epochs": 5}, "unfrozen": {"epochs": 2}}
@@ -193,6 +193,22 @@ def test_a_run_that_is_no_worse_after_unfreezing_is_not_warned_about(
     with caplog.at_level(logging.WARNING, "carclass"):
         warn_if_unfreezing_hurt(make_run(tmp_path, 50, unfrozen))
     assert not caplog.records
+
+
+def test_a_model_whose_file_is_gone_is_unfinished(worse: Run):
+    storage.delete(f"{worse.model_uri('frozen')}.safetensors")
+    assert worse.unfinished_stages == ["frozen"]
+
+
+def test_training_a_finished_run_whose_model_is_damaged_is_an_error(tmp_path: Path):
+    publish_dataset(tmp_path, splits={"train": 1, "val": 1})
+    run = begin(tmp_path, SETTINGS, load_run_inputs(str(tmp_path), SETTINGS)[1])
+    for stage in run.stages:
+        finish(run, stage=stage)
+    train_run(run.root, SETTINGS)
+    Path(f"{run.model_uri('frozen')}.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"frozen/best.safetensors is damaged: .* Delete both files and run jobs/train"):
+        train_run(run.root, SETTINGS)
 
 
 def test_a_run_from_before_the_record_is_found_with_its_best_stage(worse: Run):

@@ -428,3 +428,12 @@ def test_a_class_whose_photos_are_all_in_quarantine_is_named_and_left_out(job: J
 def test_changes_are_written_in_words():
     found = [changes.Change("added", 2, ["a", "b"]), changes.Change("removed", 1200, ["c"])]
     assert changes.changes_text(found) == "2 added (a, b), 1,200 removed (c, …)"
+
+
+def test_a_file_that_was_deleted_is_made_again(job: Job):
+    published = job()
+    storage.delete(storage.join(published.uri, min(published.manifest["parts"])))
+    again = job()
+    assert again.digest == published.digest
+    assert {*again.manifest["parts"]} <= {*publishing.list_parts(published.uri)}
+    assert job.read

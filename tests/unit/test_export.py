@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -351,6 +352,17 @@ def test_an_export_of_a_former_format_is_replaced(tmp_path: Path, photos: list[b
     former = {"model_sha256": read_model(run.model_uri("unfrozen"))[1]["sha256"], "tolerance": TOLERANCE, "files": {}}
     storage.write_bytes(f"{run.uri}/export/export.json", json.dumps(former).encode())
     assert (Path(export_run(str(tmp_path), "first")) / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(file.read_bytes()[:-1] + b"?")])
+def test_a_missing_or_damaged_file_is_exported_again(
+    tmp_path: Path, photos: list[bytes], only_safetensors: None, damage: Callable[[Path], object]
+):
+    finish(begin(tmp_path, photos), make_net())
+    file = Path(export_run(str(tmp_path), "first"), "model.safetensors")
+    damage(file)
+    files = json.loads(storage.read_bytes(f"{export_run(str(tmp_path), 'first')}/export.json"))["files"]
+    assert storage.sha256(file.read_bytes()) == files[file.name]["sha256"]
 
 
 # Errors

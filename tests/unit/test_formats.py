@@ -369,7 +369,7 @@ def test_a_truth_file_that_is_no_coco_file_is_named(tmp_path: Path, content: str
 def test_a_damaged_table_is_named_with_a_way_out(tmp_path: Path, data: bytes | None):
     if data is not None:
         (tmp_path / "predictions.parquet").write_bytes(data)
-    with pytest.raises(UserError, match=r"predictions.parquet is missing or damaged .* run that job again"):
+    with pytest.raises(UserError, match=r"predictions.parquet is missing or damaged .* run the job that wrote it"):
         predictions.read_counts(str(tmp_path))
 
 
@@ -381,6 +381,13 @@ def test_a_cut_last_line_is_left_out(root: Path, cut: int):
     path = root / RUN / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-cut])
     assert [row["epoch"] for row in metrics_of(root)] == ([1, 2, 1] if cut == 1 else [1, 2])
+
+
+def test_lines_overwritten_with_zeros_are_an_error(root: Path):
+    path = root / RUN / "metrics.jsonl"
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(UserError, match=r"metrics.jsonl is damaged: line 1"):
+        metrics_of(root)
 
 
 def test_a_damaged_line_is_named(root: Path):

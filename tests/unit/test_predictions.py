@@ -96,6 +96,16 @@ def test_a_missing_or_unknown_key_fails_an_assertion(tmp_path: Path, keys: list[
     assert not (tmp_path / predictions.TABLE).exists()
 
 
+@pytest.mark.parametrize("lost", [predictions.TABLE, predictions.CSV])
+def test_predictions_without_one_of_their_tables_are_unfinished(tmp_path: Path, lost: str):
+    predictions.begin_predictions(str(tmp_path), {})
+    write(tmp_path, [predicted("a")])
+    publish(tmp_path, ["a"])
+    assert predictions.begin_predictions(str(tmp_path), {})
+    (tmp_path / lost).unlink()
+    assert not predictions.begin_predictions(str(tmp_path), {})
+
+
 def test_a_photo_in_two_parts_is_listed_once(tmp_path: Path):
     """Cover workers that write after their job was killed and resumed."""
     write(tmp_path, [predicted("a"), predicted("b")], [predicted("b"), predicted("c")], [predicted("b")])
