@@ -235,6 +235,8 @@ def remedy(error: Exception) -> str:
         region = headers.get("x-amz-bucket-region")
         place = f"region {region}: set AWS_REGION={region}" if region else "another region: set AWS_REGION to it"
         return f"The bucket is in {place}."
+    if "Quota" in code:
+        return "Free some space or raise the quota, and run the same command again: finished work is kept."
     if status == 403:
         return (
             "The credentials lack a permission (s3:GetObject, s3:ListBucket, s3:PutObject or s3:DeleteObject, and "
@@ -245,7 +247,7 @@ def remedy(error: Exception) -> str:
             f"It failed {NUM_ATTEMPTS} times: check the network and AWS_ENDPOINT_URL, and run the same command again "
             "once the storage responds: finished work is kept."
         )
-    return "Correct it, and run the same command again: finished work is kept."
+    return "Correct the cause that the storage names, and run the same command again: finished work is kept."
 
 
 def list_keys(uri: str) -> Iterator[str]:
