@@ -387,7 +387,7 @@ def check_root(uri: str) -> None:
         write_bytes(probe, b"")
         delete(probe)
     except StorageError as error:
-        raise StorageError(f"`root`: {str(error).replace(probe, uri)}") from error
+        raise StorageError(f"`root`: {str(error).replace(probe, f'a file in {uri}')}") from error
     except FileNotFoundError as error:  # as below /proc
         raise StorageError(f"`root`: {uri} cannot be written to. Check the path.") from error
 
