@@ -34,7 +34,8 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(3000),  # the first test waits for all of it
     pytest.mark.skipif(missing_requirement() is not None, reason=str(missing_requirement())),
-]  # 400 s
+]  # 20 s for the cluster
+nightly = pytest.mark.nightly  # 450 s: the pipeline with losses, and again on a single host
 
 
 class Site:
@@ -180,17 +181,20 @@ def alone(site: Site, many: tuple[int, str]) -> None:
     assert status == 0, output[-5000:]
 
 
+@nightly
 def test_a_job_succeeds_although_hosts_are_disconnected_and_killed(many):
     status, output = many
     assert status == 0, output[-5000:]
 
 
+@nightly
 @pytest.mark.parametrize("name", ["v1", "v2"])
 def test_datasets_equal_those_of_a_single_host(many, alone, contents, name):
     ours, reference = (contents(dataset.load_dataset(f"s3://{BUCKET}/{root}", name)) for root in ("many", "alone"))
     assert ours == reference
 
 
+@nightly
 @pytest.mark.parametrize("stage", ["frozen", "unfrozen"])
 def test_weights_equal_those_of_a_single_host_bit_for_bit(many, alone, stage):
     uris = [f"s3://{BUCKET}/{root}/experiments/{RUN}/{stage}/best.safetensors" for root in ("many", "alone")]
