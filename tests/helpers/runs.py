@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from carclass import storage
-from carclass.config.schema import TrainSettings
+from carclass.config.schema import ModelSettings, TrainSettings
 from carclass.data import dataset, publishing
 from carclass.models import resnet
 from carclass.runs.checkpoint_index import WEIGHTS, checkpoint_name
@@ -66,3 +67,11 @@ def finish(
     facts = {"run": run.settings.name, "stage": stage, "epoch": epochs, "val_accuracy": epochs / scale}
     facts |= {"classes": classes, "model": run.settings.model.model_dump(), "precision": run.settings.precision}
     publish_model(run.model_uri(stage), net, facts)
+
+
+def publish_frozen_run(root: str, source: dataset.Dataset, name: str, model: ModelSettings, net: nn.Module) -> None:
+    """Publish a network as a run of a frozen stage on a dataset."""
+    settings = TrainSettings(name=name, dataset=source.name, parent="sample", model=model, unfrozen=None)
+    run = begin_run(Run(root, settings), source, "0" * 64)
+    facts = {"stage": "frozen", "epoch": 1, "val_accuracy": 0.5, "classes": source.classes, "precision": "fp32"}
+    publish_model(run.model_uri("frozen"), net, {**facts, "model": model.model_dump()})

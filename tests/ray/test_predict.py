@@ -17,7 +17,7 @@ import yaml
 
 import carclass
 from carclass import storage
-from carclass.config.schema import ModelSettings, PredictSettings, TrainSettings
+from carclass.config.schema import ModelSettings, PredictSettings
 from carclass.data import dataset, publishing
 from carclass.errors import UserError
 from carclass.evaluation import calibration
@@ -29,10 +29,11 @@ from carclass.prediction.predict import PredictionResult, predict_photos
 from carclass.runs import calibration_record, preprocessing_record
 from carclass.runs.calibration_record import read_calibration
 from carclass.runs.predictor import Predictor
-from carclass.runs.run import Run, begin_run, find_run, run_uri
-from carclass.runs.saved_model import publish_model, read_model
+from carclass.runs.run import find_run, run_uri
+from carclass.runs.saved_model import read_model
 from carclass.sample.generate import BROKEN_KINDS, ODDITIES
 from tests.helpers.clusters import start, wait_for
+from tests.helpers.runs import publish_frozen_run
 
 Rows = list[dict[str, Any]]
 RUNS = {"masked": "v2", "unmasked": "v1"}
@@ -68,17 +69,7 @@ def publish_run(root: str, name: str, source: dataset.Dataset) -> None:
         torch.nn.functional.cross_entropy(head(features), labels).backward()
         optimizer.step()
     net.fc = torch.nn.Sequential(torch.nn.Dropout(0.2), head)
-    settings = TrainSettings(name=name, dataset=source.name, parent="sample", model=MODEL, unfrozen=None)
-    run = begin_run(Run(root, settings), source, "0" * 64)
-    facts = {
-        "stage": "frozen",
-        "epoch": 1,
-        "val_accuracy": 0.5,
-        "model": MODEL.model_dump(),
-        "classes": source.classes,
-        "precision": "fp32",
-    }
-    publish_model(run.model_uri("frozen"), net, facts)
+    publish_frozen_run(root, source, name, MODEL, net)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -24,14 +24,12 @@ from carclass.config.schema import (
     MaskSettings,
     ModelSettings,
     PredictSettings,
-    TrainSettings,
 )
 from carclass.data import dataset
 from carclass.models import resnet
 from carclass.prediction import predictions
-from carclass.runs.run import Run, begin_run
-from carclass.runs.saved_model import publish_model
 from tests.helpers.faulty_s3 import RESET, TRUNCATED, Fault, Proxy
+from tests.helpers.runs import publish_frozen_run
 
 Rows = list[dict[str, Any]]
 MASK = MaskSettings(
@@ -121,18 +119,8 @@ def prepare(cars: str) -> Callable[[str], None]:
         assert run("ingest", cars).returncode == 0
         root = f"s3://{cars}/out"
         source = dataset.load_dataset(root, "v1")
-        settings = TrainSettings(name="sample", dataset="v1", parent="sample", model=MODEL, unfrozen=None)
-        begun = begin_run(Run(root, settings), source, "0" * 64)
-        facts = {
-            "stage": "frozen",
-            "epoch": 1,
-            "val_accuracy": 0.5,
-            "model": MODEL.model_dump(),
-            "classes": source.classes,
-            "precision": "fp32",
-        }
         torch.manual_seed(1)
-        publish_model(begun.model_uri("frozen"), resnet.build(MODEL, len(source.classes)), facts)
+        publish_frozen_run(root, source, "sample", MODEL, resnet.build(MODEL, len(source.classes)))
 
     return prepare
 

@@ -5,22 +5,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from carclass import storage
-from carclass.data import dataset, draft, publishing, streaming
-from carclass.data.changes import Correction
+from carclass.data import dataset, draft, publishing
 from carclass.data.draft import Draft
 from carclass.data.inventory import Inventory
 from carclass.errors import UserError
-from carclass.prediction import predictions
-from tests.helpers import inventories
 from tests.helpers.inventories import add_keys
-
-SETTINGS = {"photos": "s3://bucket/photos", "seed": 1}
+from tests.helpers.parts import SETTINGS, finished_keys, publish, row, write_quarantine, write_rows
 
 
 @pytest.fixture
@@ -28,39 +23,8 @@ def uri(tmp_path: Path) -> str:
     return dataset.dataset_uri(str(tmp_path), "v1")
 
 
-def row(key: str, **columns: Any) -> dict[str, Any]:
-    default = {"image_id": key * 2, "key": key, "label": "a", "split": "train", "width": 1, "height": 1, "image": b"x"}
-    return default | columns
-
-
-def quarantined(key: str, reason: str = "leakage") -> dict[str, Any]:
-    return {"key": key, "image_id": None, "reason": reason, "detail": "", "attempts": 0}
-
-
-def write_rows(uri: str, keys: Sequence[str], settings: dict[str, Any] = SETTINGS, **columns: Any) -> None:
-    rows = pa.Table.from_pylist([row(key, **columns) for key in keys], dataset.ROW)
-    publishing.write_part(uri, "parts", rows, settings)
-
-
-def write_quarantine(uri: str, keys: Sequence[str], settings: dict[str, Any] = SETTINGS) -> None:
-    rows = pa.Table.from_pylist([quarantined(key) for key in keys], dataset.QUARANTINE)
-    publishing.write_part(uri, "quarantine", rows, settings)
-
-
-def publish(uri: str, inputs: Sequence[str], **overrides: Any) -> dataset.Dataset:
-    args = {"settings": SETTINGS, "classes": ["a", "b"], "facts": {"kind": "photos"}} | overrides
-    return publishing.publish_manifest(inventories.complete_dataset(uri, inputs, **args))
-
-
 def keys_in(uri: str, folder: str) -> list[str]:
     return sorted(publishing.read_written(uri, folder, ["key"])["key"].to_pylist())
-
-
-def finished_keys(uri: str) -> set[str]:
-    """Return the keys that a job with SETTINGS has written."""
-    with Inventory() as inventory:
-        Draft(uri, SETTINGS, inventory).sync()
-        return {key for (key,) in inventory.query("SELECT key FROM written")}
 
 
 def withdraw(uri: str, keys: Sequence[str]) -> None:
@@ -212,65 +176,6 @@ def test_an_unreadable_root_is_reported(tmp_path: Path, uri: str):
     manifest_path(uri).mkdir(parents=True)
     with pytest.raises(UserError, match=r"datasets/v1/manifest\.json cannot be read"):
         dataset.find_dataset(str(tmp_path), "v1")
-
-
-# Damage
-
-
-@pytest.fixture
-def damaged(uri: str) -> dataset.Dataset:
-    """A published dataset with a changed byte in the middle of a photo."""
-    image = np.random.default_rng(0).bytes(5000)
-    write_rows(uri, "a", image=image)
-    published = publish(uri, "a")
-    path = Path(published.part_uris[0])
-    damage(path, path.read_bytes().index(image[2000:2100]))
-    return published
-
-
-def damage(path: Path, position: int) -> None:
-    """Change a byte of a file."""
-    data = bytearray(path.read_bytes())
-    data[position] ^= 1
-    path.write_bytes(data)
-
-
-READS: dict[str, Callable[[dataset.Dataset], Any]] = {
-    "all rows": lambda published: published.read(["image"]),
-    "rows by key": lambda published: published.rows(["a"], ["image"]),
-    "rows by position": lambda published: dataset.take_rows(published.part_uris[0], [0], ["image"]),
-    "rows of a split": lambda published: streaming.read_part_rows(
-        pa.table({"part": published.part_uris}), ["image"], "train"
-    ),
-    "a part to correct": lambda published: draft.correct_part(
-        Correction(next(iter(published.manifest["parts"])), frozenset("b"), {}), published.uri, SETTINGS, None
-    ),
-    "a part of predictions": lambda published: [
-        *predictions._read_parts(published.uri, list(published.manifest["parts"]), ["image"])
-    ],
-}
-
-
-@pytest.mark.parametrize("read", READS)
-def test_a_photo_with_a_changed_byte_is_refused_by_every_reader(damaged: dataset.Dataset, read: str):
-    with pytest.raises(UserError, match=r"\.parquet is missing or damaged \(.*CRC.*\)\. Restore it, or delete"):
-        READS[read](damaged)
-
-
-def test_a_part_with_a_changed_byte_in_a_key_is_made_again(uri: str):
-    write_rows(uri, [storage.sha256(b"key")])
-    (path,) = Path(uri, "parts").iterdir()
-    column = pq.read_metadata(path).row_group(0).column(dataset.ROW.names.index("key"))
-    damage(path, column.data_page_offset - 10)  # the end of the page with the values
-    assert finished_keys(uri) == set()
-    assert not path.exists()
-
-
-def test_parts_of_earlier_versions_have_no_checksums_and_are_read(uri: str):
-    write_rows(uri, "a", image=b"pixels")
-    (path,) = Path(uri, "parts").iterdir()
-    pq.write_table(pq.read_table(path), path)
-    assert dataset.read_part(str(path), ["image"])["image"].to_pylist() == [b"pixels"]
 
 
 # Idempotence

@@ -12,113 +12,22 @@ from carclass.data.draft import Draft
 from carclass.data.inventory import Inventory, Listed
 from carclass.data.quarantine import Reason, quarantine_row
 from carclass.errors import UserError
-
-SETTINGS = {"max_side": 800}
-Labels = dict[str, tuple[str, str]]
-"""Key → (label, subset)."""
-LABELS: Labels = {"a": ("x", "train"), "b": ("y", "train"), "c": ("x", "test")}
-VERSIONS = dict.fromkeys("abc", "1")
-
-
-def keep_split(subset: str, image_id: str) -> str:
-    return subset
-
-
-class Job:
-    """A small ingestion: photos are their keys and versions."""
-
-    def __init__(self, uri: str, settings: dict[str, Any] = SETTINGS) -> None:
-        self.uri, self.settings = uri, settings
-        self.read: list[str] = []
-        self.contents: dict[str, str] = {}
-
-    def __call__(
-        self,
-        labels: Labels = LABELS,
-        versions: dict[str, str] = VERSIONS,
-        *,
-        update: bool = False,
-        fail: str = "",
-        touched: str = "",
-    ) -> dataset.Dataset:
-        """Publish the photos with these labels and versions.
-
-        fail: keys that storage cannot deliver. touched: keys of photos with the content that they had in the first run.
-        """
-        root, _, name = self.uri.rpartition("/datasets/")
-        self.read = []
-        if not self.contents:
-            self.contents = {key: image_id(key, version) for key, version in versions.items()}
-        compared = {key: image_id(key, version) for key, version in versions.items()}
-        compared |= {key: self.contents[key] for key in touched}
-        with Inventory() as inventory:
-            inventory.add_inputs(Listed(key, 1, version) for key, version in versions.items())
-            for key in versions:
-                label, subset = labels.get(key, (None, None))
-                reason = "NULL" if label else "'no_label'"
-                update_sql = f"UPDATE input SET label = ?, subset = ?, reason = {reason} WHERE key = ?"
-                list(inventory.query(update_sql, label, subset, key))
-            published = dataset.find_same_dataset(root, name, self.settings)
-            draft = Draft(self.uri, self.settings, inventory, published)
-            if draft.is_current(
-                update=update,
-                read_image_ids=lambda tables: (
-                    (key, None if key in fail else compared[key])
-                    for table in tables
-                    for key in table["key"].to_pylist()
-                ),
-            ):
-                assert published is not None
-                return published
-            draft.begin()
-            draft.reconcile(keep_split)
-            draft.write_missing(lambda: self.write_pending(draft, fail))
-            return draft.publish(draft.complete(sorted({label for label, _ in labels.values()}), {"kind": "photos"}))
-
-    def write_pending(self, draft: Draft, fail: str) -> None:
-        for table in draft.inventory.pending(2):
-            sources = table.to_pylist()
-            self.read += [source["key"] for source in sources]
-            rows = [photo_row(source) for source in sources if source["key"] not in fail]
-            failed = [
-                {**quarantine_row(source["key"], Reason.UNREADABLE, "404", source["fingerprint"]), "attempts": 1}
-                for source in sources
-                if source["key"] in fail
-            ]
-            for folder, written in (("parts", rows), ("quarantine", failed)):
-                if written:
-                    publishing.write_rows(self.uri, folder, written, self.settings)
-        rejected = [quarantine_row(*row) for row in draft.inventory.rejected_inputs()]
-        if rejected:
-            publishing.write_rows(self.uri, "quarantine", rejected, self.settings)
-
-
-def image_id(key: str, version: str) -> str:
-    return storage.sha256(f"{key}{Listed(key, 1, version).fingerprint}".encode())
-
-
-def photo_row(source: dict[str, Any]) -> dict[str, Any]:
-    image = f"{source['key']}{source['fingerprint']}".encode()
-    columns = {"image_id": storage.sha256(image), "width": 1, "height": 1, "image": image}
-    return {**columns, **source, "split": source["subset"]}
+from tests.helpers.small_ingestion import (
+    LABELS,
+    RELABELLED,
+    SETTINGS,
+    VERSIONS,
+    Job,
+    Labels,
+    keep_split,
+    reasons,
+    rows,
+)
 
 
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
     return Job(dataset.dataset_uri(str(tmp_path), "v1"))
-
-
-def rows(published: dataset.Dataset) -> dict[str, tuple[str, str]]:
-    table = published.read(["key", "label", "split"]).to_pylist()
-    return {row["key"]: (row["label"], row["split"]) for row in sorted(table, key=lambda row: row["key"])}
-
-
-def reasons(published: dataset.Dataset) -> dict[str, str]:
-    table = publishing.read_written(published.uri, "quarantine", ["key", "reason"]).to_pylist()
-    return {row["key"]: row["reason"] for row in table}
-
-
-RELABELLED = {**LABELS, "b": ("x", "test")}
 
 
 # Digests
@@ -204,66 +113,6 @@ def test_many_changes_are_counted_with_a_few_examples(job: Job):
     job()
     with pytest.raises(UserError, match=r"11 added \(d10, d11, d12, …\)"):
         job({**LABELS, "d9": ("x", "train")}, {**VERSIONS, **{f"d{i}": "1" for i in range(10, 21)}})
-
-
-# Photos whose time of modification alone has changed
-
-TOUCHED = dict.fromkeys("abc", "2")
-
-
-@pytest.mark.parametrize("update", [False, True])
-def test_photos_with_a_new_time_alone_make_no_new_version(job: Job, update: bool, files_below: Callable[[str], dict]):
-    published, before = job(), files_below(job.uri)
-    assert job(versions=TOUCHED, touched="abc", update=update).manifest == published.manifest
-    assert (job.read, files_below(job.uri)) == ([], before)
-
-
-def test_photos_with_a_new_time_alone_are_not_named_among_the_changes(job: Job):
-    job()
-    changed = {**TOUCHED, "d": "1"}
-    with pytest.raises(UserError, match=r"Since then: 1 added \(d\), 1 replaced \(b\)\. Run again"):
-        job({**LABELS, "d": ("x", "train")}, changed, touched="ac")
-
-
-def test_an_update_reads_no_photos_with_a_new_time_alone(job: Job):
-    job()
-    changed: Any = ({**RELABELLED, "d": ("y", "train")}, {**TOUCHED, "d": "1"})
-    updated = job(*changed, update=True, touched="abc")
-    assert (job.read, rows(updated)["b"]) == (["d"], ("x", "test"))
-    assert job(*changed, touched="abc").manifest == updated.manifest
-
-
-def test_a_photo_that_cannot_be_read_counts_as_replaced(job: Job):
-    job()
-    with pytest.raises(UserError, match=r"Since then: 1 replaced \(a\)\."):
-        job(versions=TOUCHED, touched="abc", fail="a")
-
-
-def test_files_that_are_not_read_have_no_content_to_compare(job: Job):
-    published = job(labels={"a": LABELS["a"], "c": LABELS["c"]})
-    assert reasons(published) == {"b": "no_label"}
-    again = job(labels={"a": LABELS["a"], "c": LABELS["c"]}, versions={**VERSIONS, "b": "2"})
-    assert again.manifest == published.manifest
-
-
-def test_a_touched_photo_that_is_read_again_for_another_reason_is_current_afterwards(
-    job: Job, monkeypatch: pytest.MonkeyPatch
-):
-    job()
-    write_missing = Draft.write_missing
-
-    def with_conflict(draft: Draft, write: Callable[[], None]) -> None:
-        """Read a photo again, as one in conflict is when others have changed."""
-        files = [path for key, path in draft.inventory.files_by_key() if key == "a"]
-        draft._correct(changes.Correction(path, frozenset("a"), {}) for path in files)
-        write_missing(draft, write)
-
-    changed: Any = ({**LABELS, "d": ("y", "train")}, {**TOUCHED, "d": "1"})
-    with monkeypatch.context() as patched:
-        patched.setattr(Draft, "write_missing", with_conflict)
-        updated = job(*changed, update=True, touched="abc")
-        assert sorted(job.read) == ["a", "d"]
-    assert job(*changed, touched="bc").manifest == updated.manifest
 
 
 def test_a_new_label_of_a_photo_in_quarantine_is_a_change(job: Job):

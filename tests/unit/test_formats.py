@@ -21,9 +21,8 @@ from carclass.masking import quality
 from carclass.prediction import predictions
 from carclass.runs import checkpoint_index, export, preprocessing_record
 from carclass.runs.calibration_record import read_calibration
-from carclass.runs.metrics_log import MetricsLog
 from carclass.runs.report_record import read_report_metrics
-from carclass.runs.run import Run, find_run, flatten
+from carclass.runs.run import find_run, flatten
 from carclass.runs.saved_model import load_network, read_model
 from carclass.training import checkpoint
 from carclass.tuning import trial_records
@@ -373,47 +372,7 @@ def test_a_damaged_table_is_named_with_a_way_out(tmp_path: Path, data: bytes | N
         predictions.read_counts(str(tmp_path))
 
 
-# Lines
-
-
-@pytest.mark.parametrize("cut", [1, 10, 150])
-def test_a_cut_last_line_is_left_out(root: Path, cut: int):
-    path = root / RUN / "metrics.jsonl"
-    path.write_bytes(path.read_bytes()[:-cut])
-    assert [row["epoch"] for row in metrics_of(root)] == ([1, 2, 1] if cut == 1 else [1, 2])
-
-
-def test_lines_overwritten_with_zeros_are_an_error(root: Path):
-    path = root / RUN / "metrics.jsonl"
-    path.write_bytes(bytes(path.stat().st_size))
-    with pytest.raises(UserError, match=r"metrics.jsonl is damaged: line 1"):
-        metrics_of(root)
-
-
-def test_a_damaged_line_is_named(root: Path):
-    path = root / RUN / "metrics.jsonl"
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0], lines[1][:20], lines[2], ""]))
-    with pytest.raises(UserError, match=r"metrics.jsonl is damaged: line 2: .* Restore it"):
-        metrics_of(root)
-
-
-def test_lines_of_a_newer_format_are_refused(root: Path):
-    path = root / RUN / "metrics.jsonl"
-    path.write_text(path.read_text().replace('{"stage"', '{"format": 2, "stage"'))
-    with pytest.raises(UserError, match="newer version"):
-        metrics_of(root)
-
-
-def test_a_loss_that_is_not_finite_is_null_on_storage_and_nan_in_memory(root: Path):
-    run: Run = find_run(str(root), "run")
-    log = MetricsLog(run, "unfrozen", 1)
-    rows = [{**log.rows[-1], "epoch": 2, "val_loss": value} for value in (math.nan, math.inf)]
-    path = root / RUN / "metrics.jsonl"
-    path.write_bytes(formats.encode_lines("metrics", rows))
-    for line in path.read_text().splitlines():
-        assert json.loads(line, parse_constant=pytest.fail)["val_loss"] is None
-    assert all(math.isnan(row["val_loss"]) for row in run.metrics())
+# Numbers that are not finite
 
 
 def test_numbers_that_are_not_finite_are_not_written_as_json():

@@ -1,0 +1,78 @@
+"""Damaged files of a dataset: every reader refuses them with a way out, and jobs make them again."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from carclass import storage
+from carclass.data import dataset, draft, streaming
+from carclass.data.changes import Correction
+from carclass.errors import UserError
+from carclass.prediction import predictions
+from tests.helpers.parts import SETTINGS, finished_keys, publish, write_rows
+
+
+@pytest.fixture
+def uri(tmp_path: Path) -> str:
+    return dataset.dataset_uri(str(tmp_path), "v1")
+
+
+@pytest.fixture
+def damaged(uri: str) -> dataset.Dataset:
+    """A published dataset with a changed byte in the middle of a photo."""
+    image = np.random.default_rng(0).bytes(5000)
+    write_rows(uri, "a", image=image)
+    published = publish(uri, "a")
+    path = Path(published.part_uris[0])
+    damage(path, path.read_bytes().index(image[2000:2100]))
+    return published
+
+
+def damage(path: Path, position: int) -> None:
+    """Change a byte of a file."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+READS: dict[str, Callable[[dataset.Dataset], Any]] = {
+    "all rows": lambda published: published.read(["image"]),
+    "rows by key": lambda published: published.rows(["a"], ["image"]),
+    "rows by position": lambda published: dataset.take_rows(published.part_uris[0], [0], ["image"]),
+    "rows of a split": lambda published: streaming.read_part_rows(
+        pa.table({"part": published.part_uris}), ["image"], "train"
+    ),
+    "a part to correct": lambda published: draft.correct_part(
+        Correction(next(iter(published.manifest["parts"])), frozenset("b"), {}), published.uri, SETTINGS, None
+    ),
+    "a part of predictions": lambda published: [
+        *predictions._read_parts(published.uri, list(published.manifest["parts"]), ["image"])
+    ],
+}
+
+
+@pytest.mark.parametrize("read", READS)
+def test_a_photo_with_a_changed_byte_is_refused_by_every_reader(damaged: dataset.Dataset, read: str):
+    with pytest.raises(UserError, match=r"\.parquet is missing or damaged \(.*CRC.*\)\. Restore it; or delete"):
+        READS[read](damaged)
+
+
+def test_a_part_with_a_changed_byte_in_a_key_is_made_again(uri: str):
+    write_rows(uri, [storage.sha256(b"key")])
+    (path,) = Path(uri, "parts").iterdir()
+    column = pq.read_metadata(path).row_group(0).column(dataset.ROW.names.index("key"))
+    damage(path, column.data_page_offset - 10)  # the end of the page with the values
+    assert finished_keys(uri) == set()
+    assert not path.exists()
+
+
+def test_parts_of_earlier_versions_have_no_checksums_and_are_read(uri: str):
+    write_rows(uri, "a", image=b"pixels")
+    (path,) = Path(uri, "parts").iterdir()
+    pq.write_table(pq.read_table(path), path)
+    assert dataset.read_part(str(path), ["image"])["image"].to_pylist() == [b"pixels"]
