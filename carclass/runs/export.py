@@ -92,12 +92,13 @@ def export_run(root: str, name: str, stage: str | None = None) -> str:
     temperature = require_calibration(run, run.model_uri(selected), facts["sha256"]).temperature
     description = ModelDescription(facts, load_preprocessing(run), temperature)
     identity = {"model_sha256": facts["sha256"], "description_sha256": description.digest}
-    if _exported_identity(uri) == identity and _is_whole(uri):
+    if _is_current(uri, identity):
         log.info("export: %s is finished, nothing to do", uri)
         return uri
     with hold_lease(uri, "export") as lease:
         files = {file: kind.write(PhotoClassifier(net), description) for file, kind in FORMATS.items()}
-        differences = {file: _compare(file, data, net, description) for file, data in files.items()}
+        photos = _draw_photos(description.preprocessing.image_size)
+        differences = {file: _compare(file, data, net, description, photos) for file, data in files.items()}
         lease.check()
         index: dict[str, Any] = {**identity, "tolerance": TOLERANCE, "files": {}}
         for file, data in files.items():
@@ -107,31 +108,24 @@ def export_run(root: str, name: str, stage: str | None = None) -> str:
     return uri
 
 
-def _exported_identity(uri: str) -> dict[str, Any] | None:
-    """Return the hashes of the model and the description of a finished export; None if there is no export."""
+def _is_current(uri: str, identity: dict[str, str]) -> bool:
+    """Return True if a finished export has this identity, and all of its files are as they were written."""
     try:
         index = formats.read(storage.join(uri, "export.json"), "export")
-    except FileNotFoundError:
-        return None
-    return {key: index.get(key) for key in ("model_sha256", "description_sha256")}
-
-
-def _is_whole(uri: str) -> bool:
-    """Return True if all files of a finished export are there and as they were written."""
-    index = formats.read(storage.join(uri, "export.json"), "export")
-    try:
-        digests = {name: storage.sha256(storage.read_bytes(storage.join(uri, name))) for name in index["files"]}
+        return all(index.get(key) == value for key, value in identity.items()) and all(
+            storage.sha256(storage.read_bytes(storage.join(uri, file))) == facts["sha256"]
+            for file, facts in index["files"].items()
+        )
     except FileNotFoundError:
         return False
-    return all(digests[name] == facts["sha256"] for name, facts in index["files"].items())
 
 
-def _compare(file: str, data: bytes, net: nn.Module, description: ModelDescription) -> float:
+def _compare(file: str, data: bytes, net: nn.Module, description: ModelDescription, photos: Tensor) -> float:
     """Return the largest difference of a file from the network. Raise AssertionError if it exceeds TOLERANCE."""
     error = largest_difference(
         FORMATS[file].read(data),
-        lambda photos: _outputs(net(normalise(photos)), description.temperature),
-        _draw_photos(description.preprocessing.image_size),
+        lambda batch: _outputs(net(normalise(batch)), description.temperature),
+        photos,
     )
     assert error <= TOLERANCE, (
         f"{file} of run {description.facts['run']} differs by {error:.2g} from the network, nothing is published"

@@ -41,7 +41,7 @@ READERS: dict[str, Callable[[str], Any]] = {
     f"{RUN}/model.json": lambda root: find_run(root, "run").best_stage,
     f"{RUN}/frozen/epoch-0001/checkpoint.json": lambda root: checkpoint.read_weights(f"{root}/{RUN}/frozen/epoch-0001"),
     f"{RUN}/report/metrics.json": lambda root: read_report_metrics(find_run(root, "run"), "unfrozen"),
-    f"{RUN}/export/export.json": lambda root: export._exported_identity(f"{root}/{RUN}/export"),
+    f"{RUN}/export/export.json": lambda root: export._is_current(f"{root}/{RUN}/export", {}),
     f"{RUN}/calibration.json": lambda root: read_calibration(f"{root}/{RUN}/unfrozen/best", SHA256),
     f"{RUN}/preprocessing.json": lambda root: preprocessing_record.load_preprocessing(find_run(root, "run")),
     f"{RUN}/predictions/predictions/settings.json": lambda root: predictions.begin_predictions(
