@@ -22,11 +22,13 @@ def main() -> None:
 
 def metrics_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the accuracies under the name of their split, with the photos and the model that they are of."""
+    from carclass.runs.run import epoch_text
+
     return [
         (f"{metrics['split']} accuracy", f"{metrics['accuracy']:.3f}"),
         (f"{metrics['split']} top-{metrics['top5_k']} accuracy", f"{metrics['top5_accuracy']:.3f}"),
         ("photos", f"{metrics['num_photos']:,} of {metrics['dataset']}"),
-        ("model", f"{metrics['stage']} epoch {metrics['epoch']}"),
+        ("model", epoch_text(metrics)),
     ]
 
 

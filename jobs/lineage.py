@@ -46,6 +46,7 @@ def main() -> None:
         print("\n".join(compare_runs(tree)))
     else:
         names = choose_experiments(tree, args)
+        tree.with_parents(names)  # an unknown name claims no root
         if names:
             budget_root.claim_root(tree.budget.root, file.stem)
         train_tree(tree, names, replace=args.verb == "rerun-stale")
@@ -80,7 +81,10 @@ def find_budget(budget: str) -> Path:
 
 
 def choose_experiments(tree: "Tree", args: argparse.Namespace) -> list[str]:
-    """Return the names of the experiments to train. Raise UserError, which lists the stale runs, if there are none."""
+    """Return the names of the experiments to train.
+
+    Raise UserError, which lists the stale runs, if `rerun-stale` has neither names nor `--yes`.
+    """
     if args.verb == "run":
         return [each.name for each in tree.experiments] if args.names == ["all"] else args.names
     if args.names:
@@ -90,9 +94,9 @@ def choose_experiments(tree: "Tree", args: argparse.Namespace) -> list[str]:
     stale = find_stale(tree)
     if stale and not args.yes:
         raise UserError(
-            f"stale in {tree.budget.root}: {'; '.join(f'{name} ({reason})' for name, reason in stale.items())}. Name "
-            f"those to train again, as in `{Path(sys.argv[0]).name} rerun-stale {next(iter(stale))}`, or all of them "
-            "by `--yes`. Their old runs are moved to `replaced/` in the root, with their weights."
+            f"stale in {tree.budget.root}: {'; '.join(f'{name} ({reason})' for name, reason in stale.items())}. Add "
+            f"the names of those to train again to the command, as in `rerun-stale {next(iter(stale))}`, or `--yes` "
+            "for all of them. Their old runs are moved to `replaced/` in the root, with their weights."
         )
     return list(stale)
 

@@ -36,10 +36,12 @@ def main() -> None:
         )
     started = time.monotonic()
     import_verbs()
+    from carclass.runs.run import epoch_text
+
     summary = make_datasets(settings, update=args.update)
     run, evaluation = train_and_evaluate(settings, settings.train)
     summary |= {f"{stage}_val_accuracy": run.best_val_accuracy(stage) for stage in run.stages}
-    summary["model"] = f"{evaluation.metrics['stage']} epoch {evaluation.metrics['epoch']}"
+    summary["model"] = epoch_text(evaluation.metrics)
     summary |= name_accuracy(evaluation)
     if settings.compare_unmasked:
         changes = {"name": f"{settings.train.name}-unmasked", "dataset": settings.ingest.dataset}

@@ -34,7 +34,6 @@ def main() -> None:
     result = collect_sweep(space.root, search.name)
     uris = publish_sweep(space.root, result)
     best = result.best
-    warn_if_unfreezing_hurt(trial_records.trial_run(space, best.trial))
     states = Counter(trial.trial.state for trial in result.trials)
     rows = [
         *((state, f"{count}") for state, count in states.items()),
@@ -45,6 +44,8 @@ def main() -> None:
     print(progress.table(rows, title=f"sweep {search.name}"))
     print("\n".join(textwrap.fill(line, 100) for line in report.summarise(result)))
     print("\n".join(uris))
+    recorded, _ = trial_records.load_records(space.root, search.name)
+    warn_if_unfreezing_hurt(trial_records.trial_run(recorded, best.trial))
 
 
 if __name__ == "__main__":

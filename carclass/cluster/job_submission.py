@@ -75,8 +75,9 @@ def connect(address: str) -> JobSubmissionClient:
     except AuthenticationError as error:
         raise refused_token(address) from error
     except (ConnectionError, RuntimeError, KeyError, requests.RequestException) as error:
+        cause = " ".join(str(error).split())[:200]
         raise UserError(
-            f"no cluster answers at {address}. Is its dashboard's port forwarded (docs/cluster.md)? "
+            f"no cluster answers at {address} ({cause}). Is its dashboard's port forwarded (docs/cluster.md)? "
             "Otherwise give --address."
         ) from error
 

@@ -12,9 +12,9 @@ SCHEDULERS = ("asha", "hyperband", "median", "none")
 class Range(Section):
     """Values of one varied setting: an interval from `min` to `max`, or `choices`."""
 
-    min: float | None = Field(None)
+    min: float | None = None
     """Lowest value of the interval."""
-    max: float | None = Field(None)
+    max: float | None = None
     """Highest value of the interval."""
     log: bool = False
     """Sample on a logarithmic scale."""

@@ -103,7 +103,7 @@ class Dataset:
         parts: its digest is, as it was, the sha256 of the manifest.
         """
         if self.manifest.get("format", 1) == 1:
-            return storage.sha256(to_json(self.manifest))
+            return storage.sha256(to_json({key: self.manifest[key] for key in self.manifest if key != "format"}))
         content = sum(int(part, 16) for part in self.manifest["parts"].values()) % 2**256
         return storage.sha256(to_json([self.classes, f"{content:064x}"]))
 

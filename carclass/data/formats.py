@@ -89,6 +89,8 @@ def _choose_temperature(values: Any) -> Row:
         return {}
     before, after = (values.get(f"expected_calibration_error_{when}", 0.0) for when in ("before", "after"))
     fitted = values.get("temperature")
+    if not all(isinstance(error, int | float) for error in (before, after)):
+        return {}
     return {**values, "fitted_temperature": fitted, "temperature": fitted if after <= before else 1.0}
 
 
@@ -163,9 +165,8 @@ KINDS = {
 """All kinds of stored files."""
 TYPES: dict[str, dict[str, Any]] = {
     "manifest": {"outcomes": COUNTS, "source_digest": str, "detector_weights": str},
-    "metrics": dict.fromkeys(("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds"), float),
     "steps": {"accuracy": float, "lr": float},
-    "model": {"classes": list[str], "val_accuracy": float, "epoch": int, "run": str, "stage": str, "precision": str},
+    "model": {"classes": list[str], "run": str},
     "checkpoint": {"val_accuracies": list[float], "sha256": dict[str, str]},
     "export": {"files": dict[str, dict[str, Any]]},
     "trials": {"trials": list[dict[str, Any]]},
@@ -190,12 +191,12 @@ def create(uri: str, kind: str, values: Row) -> bool:
 
 
 def to_json(values: Any) -> bytes:
-    """Return a value as strict JSON. Raise ValueError for numbers that are not finite."""
+    """Return a value as an indented JSON file, see json_text."""
     return json_text(values, indent=1, ensure_ascii=False).encode()
 
 
 def json_text(value: Any, **options: Any) -> str:
-    """Return a value as strict JSON in one line, see to_json. options: of json.dumps."""
+    """Return a value as strict JSON. options: of json.dumps. Raise ValueError for numbers that are not finite."""
     return json.dumps(value, allow_nan=False, **options)
 
 

@@ -13,9 +13,9 @@ FOLDERS = frozenset((
 FILES = frozenset((
     "analysis.html", "best.json", "best.safetensors", "best.yml", "calibration.json", "checkpoint.json", "config.yml",
     "contact_sheet.jpg", "draft.json", "export.json", "lease.json", "lineage.json", "manifest.json", "metrics.json",
-    "metrics.jsonl", "model.onnx", "model.pt2", "model.safetensors", "optimizer.safetensors", "predictions.csv",
-    "predictions.parquet", "preprocessing.json", "report.html", "search.yml", "settings.json", "summary.json",
-    "trials.json", "trials.parquet", "weights.safetensors",
+    "metrics.jsonl", "model.json", "model.onnx", "model.pt2", "model.safetensors", "optimizer.safetensors",
+    "predictions.csv", "predictions.parquet", "preprocessing.json", "report.html", "search.yml", "settings.json",
+    "summary.json", "trials.json", "trials.parquet", "weights.safetensors",
 ))  # fmt: skip
 
 

@@ -24,34 +24,27 @@ log = logging.getLogger(__name__)
 def calibrate_run(run: Run, model_uri: str, facts: dict[str, Any], batch_size: int) -> Calibration:
     """Return the calibration of a run's model, fitted on the val photos and stored at the first call.
 
-    Raise UserError if it is not stored and the run's val photos are gone. facts: of the model, see saved_model.
+    Raise UserError if it is not stored and the run's dataset is gone. facts: of the model, see saved_model.
     """
-    if (stored := read_calibration(model_uri, facts["sha256"])) is not None:
-        return stored
-    source = _val_dataset(run)
-    connection.connect({"root": run.uri})
-    settings = EvaluateSettings(run=run.settings.name, split="val", batch_size=batch_size)
-    table = predict_split(source, settings, model_uri)
-    fitted = calibration.fit_calibration(*to_arrays(table, facts["classes"]), facts["sha256"])
-    write_calibration(model_uri, fitted)
-    log.info("calibration: temperature %s", fitted.text)
-    return fitted
+    stored = read_calibration(model_uri, facts["sha256"])
+    return stored or _fit(run, training_dataset(run), model_uri, facts, batch_size)
 
 
 def calibrate_if_possible(run: Run, model_uri: str, facts: dict[str, Any], batch_size: int) -> Calibration | None:
-    """Return the calibration of a run's model; None, with a warning, if it is not stored and the val photos are gone.
+    """Return the calibration of a run's model; None, with a warning, if it is not stored and the dataset is gone.
 
     facts: of the model, see saved_model.
     """
-    if read_calibration(model_uri, facts["sha256"]) is None:
-        try:
-            _val_dataset(run)
-        except StorageError:
-            raise
-        except UserError as error:
-            log.warning("evaluate: probabilities are not calibrated: %s", error)
-            return None
-    return calibrate_run(run, model_uri, facts, batch_size)
+    if (stored := read_calibration(model_uri, facts["sha256"])) is not None:
+        return stored
+    try:
+        source = training_dataset(run)
+    except StorageError:
+        raise
+    except UserError as error:
+        log.warning("evaluate: probabilities are not calibrated: %s", error)
+        return None
+    return _fit(run, source, model_uri, facts, batch_size)
 
 
 def calibrate_predictions(predictions: pa.Table, temperature: float) -> pa.Table:
@@ -64,12 +57,12 @@ def calibrate_predictions(predictions: pa.Table, temperature: float) -> pa.Table
     return predictions
 
 
-def _val_dataset(run: Run) -> Dataset:
-    """Return the dataset of a run. Raise UserError if it is gone or has no val photos."""
-    source = training_dataset(run)
-    if not source.manifest["splits"]["val"]:
-        raise UserError(
-            f"dataset `{source.name}` has no val photos to calibrate run `{run.settings.name}` on. "
-            "Choose a run whose dataset has a val split."
-        )
-    return source
+def _fit(run: Run, source: Dataset, model_uri: str, facts: dict[str, Any], batch_size: int) -> Calibration:
+    """Fit and store the calibration of a model on the val photos of its run's dataset."""
+    connection.connect({"root": run.uri})
+    settings = EvaluateSettings(run=run.settings.name, split="val", batch_size=batch_size)
+    table = predict_split(source, settings, model_uri)
+    fitted = calibration.fit_calibration(*to_arrays(table, facts["classes"]), facts["sha256"])
+    write_calibration(model_uri, fitted)
+    log.info("calibration: temperature %s", fitted.text)
+    return fitted

@@ -36,6 +36,12 @@ def set_aside_run(run: Run) -> str:
     return target
 
 
+def is_half_moved(run: Run) -> bool:
+    """Return True if set_aside_run was interrupted."""
+    last = [path for path in LAST if storage.exists(storage.join(run.uri, path))]
+    return bool(last) and storage.exists(storage.join(_target(run, last[-1]), last[-1]))
+
+
 def names_of_replaced_runs(root: str) -> set[str]:
     """Return the names of all runs of which one was moved aside."""
     return {path.split("/")[0] for path in storage.list_files(storage.join(root, "replaced"))}

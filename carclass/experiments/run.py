@@ -17,7 +17,7 @@ from carclass.config.schema import TrainSettings
 from carclass.data import dataset
 from carclass.data.lease import Lease, hold_lease
 from carclass.errors import UserError
-from carclass.experiments.replaced_runs import names_of_replaced_runs, set_aside_run
+from carclass.experiments.replaced_runs import is_half_moved, names_of_replaced_runs, set_aside_run
 from carclass.experiments.status import RunStatus, tree_status
 from carclass.experiments.tree import Experiment, Tree
 from carclass.ingestion.ingest import ingest_photos
@@ -76,7 +76,7 @@ def run_experiments(tree: Tree, requested: Sequence[Experiment], replace: Collec
         elif name in replace or status.state in ("missing", "begun"):
             progress.waiting.append(experiment)
         elif status.state == "stale":
-            progress.failed[name] = f"stale ({status.reason}): `jobs/lineage.py rerun-stale {name}` retrains it"
+            progress.failed[name] = f"stale ({status.reason}): the same command with `rerun-stale {name}` retrains it"
         else:
             progress.failed[name] = str(status.reason)
     if progress.waiting:
@@ -115,7 +115,7 @@ def rerun_stale(tree: Tree, names: Sequence[str]) -> TreeProgress:
         if status.state == "stale" and experiment.name not in names:
             raise UserError(
                 f"{experiment.name} is stale ({status.reason}), and {' '.join(names)} would start from it. Retrain it "
-                f"too: `jobs/lineage.py rerun-stale {experiment.name} {' '.join(names)}`."
+                f"too: the same command with `rerun-stale {experiment.name} {' '.join(names)}`."
             )
     return run_experiments(tree, requested, names)
 
@@ -177,13 +177,14 @@ def _run_tasks(tree: Tree, progress: TreeProgress, replace: Collection[str]) -> 
     with ExitStack() as held:
         while not progress.is_over:
             for experiment in take_ready(tree, progress):
-                old = tree_status(tree)[experiment.name] if experiment.name in replace else None
-                if old is not None and old.state == "finished":  # its parent has the same weights again
-                    progress.finished.append(experiment.name)
-                    continue
                 lease = leases[experiment.name] = hold_lease(_run(tree, experiment).uri, "lineage")
                 try:
                     held.enter_context(lease)
+                    old = tree_status(tree)[experiment.name] if experiment.name in replace else None
+                    if old is not None and old.state == "finished":  # its parent has the same weights again
+                        lease.release()
+                        progress.finished.append(experiment.name)
+                        continue
                     task = _start_task(tree, experiment, stores, old)
                 except UserError as error:
                     lease.release()
@@ -243,11 +244,11 @@ def _start_task(
 ) -> Any:
     """Submit an experiment to the cluster and return its future. Raise UserError if it can't be trained.
 
-    old: status of a run to be replaced, which is moved aside if it is stale or unreadable.
+    old: status of a run to be replaced, which is moved aside if it is stale or unreadable, or a kill interrupted that.
     """
     root, settings, devices_per_worker = tree.budget.root, experiment.settings, tree.budget.devices_per_worker
     source, use_gpu = _check_trainable(tree, experiment)
-    if old is not None and old.state in ("stale", "unreadable"):
+    if old is not None and (old.state in ("stale", "unreadable") or is_half_moved(old.run)):
         load_run_inputs(root, settings)
         log.info("lineage: the old run %s, %s, is moved to %s", experiment.name, old.state, set_aside_run(old.run))
     store = stores.setdefault((settings.dataset, settings.model.image_size), PhotoStore(settings, source))

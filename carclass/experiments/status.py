@@ -28,13 +28,7 @@ class RunStatus(NamedTuple):
     run: Run
     state: State
     reason: str | None = None  # for the states stale and unreadable
-
-    @property
-    def best(self) -> dict[str, Any] | None:
-        """Return the facts of the run's model; None if its last stage is not finished."""
-        if self.state == "unreadable" or not self.run.is_finished(self.run.stages[-1]):
-            return None
-        return self.run.model_facts(self.run.best_stage)
+    best: dict[str, Any] | None = None  # facts of the run's model, see find_model
 
 
 def tree_status(tree: Tree) -> dict[str, RunStatus]:
@@ -59,12 +53,20 @@ def _run_status(
         return RunStatus(planned, "missing")
     try:
         status = _compare_run(Run(root, read_run_settings(planned.uri)), experiment, parent_status, dataset_digest)
-        assert [status.best, status.run.metrics()]  # read once here: one damaged run does not end a listing of all
+        status.run.metrics()  # read once here: one damaged run does not end a listing of all
+        return status._replace(best=find_model(status.run))
     except storage.StorageError:
         raise
     except UserError as error:
         return RunStatus(planned, "unreadable", str(error))
-    return status
+
+
+def find_model(run: Run) -> dict[str, Any] | None:
+    """Return the facts of a run's model; None if its last stage is not finished, or while the run is moved aside."""
+    if not run.is_finished(run.stages[-1]):
+        return None
+    best = run.best_stage
+    return run.model_facts(best) if run.is_finished(best) else None
 
 
 def _compare_run(
@@ -96,7 +98,7 @@ def parent_sha256(root: str, parent: str) -> str | None:
 
 def _epoch_sha256(run: Run, start: ParentEpoch) -> str | None:
     if start.epoch == "best":
-        best = RunStatus(run, "finished").best
+        best = find_model(run)
         return None if best is None else str(best["sha256"])
     stage = run.stages[-1]
     if start.epoch == "last":

@@ -39,7 +39,7 @@ class Detection(NamedTuple):
     stability: float | None
 
 
-MEASURES = ("score", "num_vehicles", "several_vehicles", "touches_border", "area_fraction", "stability")
+_MEASURES = ("score", "num_vehicles", "several_vehicles", "touches_border", "area_fraction", "stability")
 
 
 def detection_columns(detection: Detection | None, classes: Mapping[int, str]) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def detection_columns(detection: Detection | None, classes: Mapping[int, str]) -
         "outcome": "vehicle",
         "vehicle_class": classes[detection.category],
         "box": detection.box.tolist(),
-        **{name: getattr(detection, name) for name in MEASURES},
+        **{name: getattr(detection, name) for name in _MEASURES},
         # Encoded here, as rows of large photos accumulate until a part is written.
         "mask": None if detection.mask is None else encode_mask(detection.mask),
     }
@@ -76,7 +76,7 @@ class Detector:
     def __call__(self, photos: Sequence[np.ndarray], batch_size: int = 1) -> list[Detection | None]:
         """Return each photo's main vehicle or None. photos: uint8 (H,W,3) RGB; batch_size: photos per forward pass."""
         detections: list[Detection | None] = [None] * len(photos)
-        for batch in self._batches(photos, min(batch_size, self.max_batch)):
+        for batch in self._batches(photos, batch_size):
             with report_out_of_memory(OUT_OF_MEMORY_REMEDY):
                 outputs = self._forward_in_parts([photos[i] for i in batch])
                 for i, instances in zip(batch, outputs, strict=True):
@@ -104,12 +104,15 @@ class Detector:
             return [output["instances"] for output in self.network(inputs)]
 
     def _batches(self, photos: Sequence[np.ndarray], batch_size: int) -> Iterator[list[int]]:
-        """Yield indices of photos that share a canvas, at most batch_size at a time."""
+        """Yield indices of photos that share a canvas, at most batch_size and max_batch at a time."""
         groups = defaultdict(list)
         for i, photo in enumerate(photos):
             groups[tuple(-(-side // self.network.canvas) for side in self._scaled_size(photo))].append(i)
         for group in groups.values():
-            yield from (group[start : start + batch_size] for start in range(0, len(group), batch_size))
+            while group:
+                size = min(batch_size, self.max_batch)  # which may have been lowered meanwhile
+                yield group[:size]
+                del group[:size]
 
     def _scaled_size(self, photo: np.ndarray) -> tuple[int, int]:
         """Return height and width of the network's input."""

@@ -22,7 +22,7 @@ STABILITY_LOGIT = 1.0
 """Offset of the two mask thresholds in logits, as in SAM (Kirillov et al. 2023)."""
 VERSION = 1
 """Version of the selection. Raise it with every change that selects another vehicle: it is part of the identity of
-masked datasets, except 1, which those of earlier code have."""
+masked datasets, except 1, which those of earlier code have (where an empty mask could be selected)."""
 SelectionRule = Literal["largest", "central", "highest_score"]
 
 

@@ -46,7 +46,7 @@ from carclass.sample.models import MODELS
 
 log = logging.getLogger(__name__)
 TOLERANCE = 1e-3
-"""Largest difference of a logit between a published file and the network: at most 0.0005 of a probability."""
+"""Largest difference of a logit or a probability between a published file and the network."""
 NUM_PHOTOS = 4
 """Number of drawn photos the files are compared on, as one batch and as a single photo."""
 OUTPUTS = ["logits", "probabilities"]

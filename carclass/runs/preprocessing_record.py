@@ -1,6 +1,6 @@
 """Preprocessing of a run's photos, stored as `<run>/preprocessing.json` when training begins.
 
-It is all that predictions and exports need of the run's datasets, so these may be deleted.
+It is all that predictions and exports need of the datasets of an evaluated run, so these may be deleted.
 """
 
 import dataclasses
@@ -50,8 +50,12 @@ def record_preprocessing(run: Run, source: dataset.Dataset) -> None:
 
     Warn if it cannot be repeated for new photos: training and evaluation don't need it.
     """
+    if storage.exists(storage.join(run.uri, FILE)):
+        return
     try:
         store_preprocessing(run, dataset_preprocessing(run, source))
+    except storage.StorageError:
+        raise
     except UserError as error:
         log.warning("train: run %s will not be able to predict new photos: %s", run.settings.name, error)
 
@@ -71,13 +75,11 @@ def load_preprocessing(run: Run) -> Preprocessing:
     except FileNotFoundError:
         return dataset_preprocessing(run, training_dataset(run))
     if stored.get("format", 1) == 1:
-        facts = run.model_facts(run.stages[-1])
+        facts = run.model_facts(run.best_stage)
         detector = _detector(stored.get("mask"), stored.get("detector_weights"))
         stored |= detector | _network_input(run, facts["classes"])
     if missing := [name for name in READING if name not in stored["reading"]]:
-        raise formats.DamagedFileError(
-            f"{uri} is damaged: `reading.{missing[0]}` is missing. {formats.KINDS['preprocessing'].remedy}"
-        )
+        raise formats.damaged("preprocessing", uri, f"`reading.{missing[0]}` is missing")
     return formats.build(Preprocessing, stored, "preprocessing", uri)
 
 
@@ -132,6 +134,8 @@ def masking_difference(run: Run, source: dataset.Dataset) -> str | None:
     """Return in words how a dataset is masked otherwise than a run's photos; None if it is not, or it is not known."""
     try:
         trained = load_preprocessing(run).mask
+    except storage.StorageError:
+        raise
     except UserError:
         return None
     other = source.manifest["settings"] if source.manifest["kind"] == "masked" else None

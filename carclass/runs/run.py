@@ -2,11 +2,12 @@
 
 <root>/experiments/<name>/config.yml      the run's settings, fully resolved
 <root>/experiments/<name>/lineage.json    parent and dataset with their hashes, code, libraries and device
+<root>/experiments/<name>/preprocessing.json  all steps from a photo's file to the network's input
 <root>/experiments/<name>/metrics.jsonl   a line per epoch
 <root>/experiments/<name>/model.json      the run's model: the best epoch over its stages, written when training ends
 <root>/experiments/<name>/steps/<stage>/  a file per epoch, a line per step
 <root>/experiments/<name>/tensorboard/    metrics and steps as TensorBoard events
-<root>/experiments/<name>/<stage>/        checkpoints and the best model of a stage
+<root>/experiments/<name>/<stage>/        checkpoints, the best model of a stage and its calibration.json
 <root>/experiments/<name>/report/         report of the evaluation
 """
 
@@ -77,8 +78,14 @@ class Run:
         ]
 
     def model_facts(self, stage: str) -> dict[str, Any]:
-        """Return the facts of a finished stage's best model, such as its epoch, as publish_model recorded them."""
-        return formats.read(f"{self.model_uri(stage)}.json", "model")
+        """Return the facts of a stage's best model, such as its epoch, as publish_model recorded them.
+
+        Raise UserError if the stage is not finished.
+        """
+        try:
+            return formats.read(f"{self.model_uri(stage)}.json", "model")
+        except FileNotFoundError as error:
+            raise unfinished_stage(self.model_uri(stage)) from error
 
     def best_val_accuracy(self, stage: str) -> float:
         """Return the val accuracy of a finished stage's best epoch."""
@@ -108,9 +115,10 @@ class Run:
         Raise UserError if the run has no such stage.
         """
         if stage is None:
+            best = self.best_stage
             if len(self.stages) > 1:
-                log.info("run %s: its model is of the %s stage, the best on val", self.settings.name, self.best_stage)
-            return self.best_stage
+                log.info("run %s: its model is of the %s stage, the best on val", self.settings.name, best)
+            return best
         for known in self.stages:
             if stage == known:
                 return known
@@ -164,7 +172,12 @@ def record_best_stage(run: Run) -> None:
 
 def model_text(facts: dict[str, Any]) -> str:
     """Return a model's epoch in words: "frozen epoch 12, val accuracy 0.808". facts: see Run.model_facts."""
-    return f"{facts['stage']} epoch {facts['epoch']}, val accuracy {facts['val_accuracy']:.3f}"
+    return f"{epoch_text(facts)}, val accuracy {facts['val_accuracy']:.3f}"
+
+
+def epoch_text(facts: dict[str, Any]) -> str:
+    """Return an epoch with its stage in words: "frozen epoch 12"."""
+    return f"{facts['stage']} epoch {facts['epoch']}"
 
 
 def unfinished_stage(model_uri: str) -> UserError:
@@ -248,7 +261,8 @@ def stored_settings(values: dict[str, Any], kind: type[S], source: str) -> S:
         settings = validate(values, kind, source=source, base=Path("/"))
     except UserError as error:
         raise UserError(f"{error}. {way_out}") from error
-    if missing := [key for key in flatten(settings.model_dump(mode="json")) if key not in flatten(values)]:
+    stored = flatten(values)
+    if missing := [key for key in flatten(settings.model_dump(mode="json")) if key not in stored]:
         raise UserError(f"{source} lacks the setting `{missing[0]}`, which its format has. {way_out}")
     return settings
 

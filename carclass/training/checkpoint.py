@@ -123,7 +123,7 @@ def newest_valid(uri: str) -> str | None:
     damaged: list[str] = []
     for name in reversed(resumable_names(uri)):
         try:
-            verify(storage.join(uri, name))
+            _load_finite(storage.join(uri, name), verify(storage.join(uri, name))[WEIGHTS])
         except DamagedError as error:
             print_line(f"warning: {error}; falling back to the previous checkpoint")
             damaged.append(name)

@@ -1,9 +1,10 @@
-"""Asynchronous writing of a stage's checkpoints and metrics, in a background thread. Without Ray."""
+"""Asynchronous writing of a stage's checkpoints and metrics, in two background threads. Without Ray."""
 
 import os
 import sys
 import threading
 import time
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 
@@ -73,9 +74,11 @@ class CheckpointWriter:
             self.pending_metrics.result()
 
     def wait(self) -> None:
-        """Return when everything is written."""
-        while self.pending:
-            self.pending.pop(0).result()
+        """Return when everything is written. Raise the first error of a write, once all others have ended."""
+        pending, self.pending = self.pending, []
+        futures.wait(pending)
+        for future in pending:
+            future.result()
 
     def _submit_checkpoint(self, state: TrainState) -> Future[None]:
         name = checkpoint_name(state.epoch, state.samples)

@@ -21,7 +21,6 @@ from carclass.training.learner import (
     Learner,
     clip_gradients,
     has_finite_weights,
-    learning_rate,
     set_learning_rate,
     step_rate,
     update_ema,
@@ -138,8 +137,9 @@ def _diverged(stage: StageSettings, what: str, epoch: int, step: int, num_steps:
     precision = ", `train.precision: fp32`" if stage.name == "unfrozen" else ""
     return DivergedError(
         f"training diverged in the {stage.name} stage: {what} not finite in epoch {epoch}, step {step} of {num_steps} "
-        f"(learning rate {rate:.3g}). Nothing of this epoch is kept. Start a run of another `train.name` with a lower "
-        f"`train.{stage.name}.lr`, more `warmup_epochs`, `clip_grad_norm: 1`{precision}, or several of these."
+        f"(learning rate {rate:.3g}). Nothing after the last checkpoint is kept. Start a run of another `train.name` "
+        f"with a lower `train.{stage.name}.lr`, more `warmup_epochs`, `clip_grad_norm: 1`{precision}, or several of "
+        "these."
     )
 
 
@@ -191,7 +191,7 @@ def finish_epoch(learner: Learner, loader: Loader, state: TrainState) -> tuple[M
     started, epoch, num_steps = time.perf_counter(), state.epoch + 1, loader.num_steps
     loss, hits, count = (math.fsum(column) for column in zip(*state.steps, strict=True))
     metrics: Metrics = {"epoch": epoch, "train_loss": loss / count, "train_accuracy": hits / count}
-    metrics |= {"lr": learning_rate(learner.stage, epoch), **validate(learner, loader)}
+    metrics |= {"lr": step_rate(learner.stage, epoch * num_steps, num_steps), **validate(learner, loader)}
     if not math.isfinite(metrics["val_loss"]):
         raise _diverged(learner.stage, "val loss", epoch, num_steps, num_steps)
     metrics["seconds"] = state.seconds + time.perf_counter() - started

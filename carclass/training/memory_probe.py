@@ -13,10 +13,11 @@ from carclass.training.learner import make_learner
 from carclass.training.preflight import StepMemory, photos_per_pass, weight_bytes
 
 
-def measure_step(settings: TrainSettings, num_classes: int) -> StepMemory | None:
-    """Train steps of two sizes on this process' GPU and return the memory they take; None if not even one photo fits.
+def measure_step(settings: TrainSettings, num_classes: int) -> StepMemory:
+    """Train steps of two sizes on this process' GPU and return the memory they take.
 
-    The larger size is that of a worker's forward pass, or the half, quarter, … of it that fits.
+    The larger size is that of a worker's forward pass, or the half, quarter, … of it that fits. If not even one photo
+    does, it takes all of the GPU's memory.
     """
     assert settings.unfrozen is not None
     # DDP keeps the gradients in its buckets too.
@@ -34,7 +35,7 @@ def measure_step(settings: TrainSettings, num_classes: int) -> StepMemory | None
     try:
         return StepMemory(buckets, peak_bytes(settings, num_classes, 1))
     except torch.cuda.OutOfMemoryError:
-        return None
+        return StepMemory(buckets, torch.cuda.get_device_properties(0).total_memory)
 
 
 def peak_bytes(settings: TrainSettings, num_classes: int, num_photos: int) -> int:

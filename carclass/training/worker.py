@@ -1,6 +1,7 @@
 """One worker's part of a training stage."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from carclass import storage
 from carclass.cluster import telemetry
 from carclass.config.schema import StageName
 from carclass.data import formats
+from carclass.errors import UserError
 from carclass.models import resnet
 from carclass.models.gpu_memory import report_out_of_memory
 from carclass.runs.environment import record_environment
@@ -25,10 +27,12 @@ from carclass.training.learner import Learner, make_learner
 from carclass.training.photo_store import BlockRefs, get_blocks
 from carclass.training.preemption import StepCheck, WorkerContext
 
-OUT_OF_MEMORY_REMEDY = (
-    "Set a lower `train.unfrozen.micro_batch_size`, which may change when a run resumes, or use GPUs with more memory, "
-    "and run the same command again."
-)
+OUT_OF_MEMORY_REMEDIES: dict[str, str] = {
+    "frozen": "Use fewer `train.frozen.views` or a smaller `train.model.image_size`, under another `train.name`, or "
+    "GPUs with more memory.",
+    "unfrozen": "Set a lower `train.unfrozen.micro_batch_size`, which may change when a run resumes, or use GPUs with "
+    "more memory, and run the same command again.",
+}
 
 
 class StageJob(NamedTuple):
@@ -69,9 +73,13 @@ def train_stage_in_process(job: StageJob, *, use_gpu: bool) -> bool:
     return train_stage(job, WorkerContext(0, 1, device, lambda: False))
 
 
-@report_out_of_memory(OUT_OF_MEMORY_REMEDY)
 def train_stage(job: StageJob, worker: WorkerContext) -> bool:
     """Train a stage from its newest checkpoint. Return False if preempted."""
+    with report_out_of_memory(OUT_OF_MEMORY_REMEDIES[job.stage]):
+        return _train_from_checkpoint(job, worker)
+
+
+def _train_from_checkpoint(job: StageJob, worker: WorkerContext) -> bool:
     settings, stage = job.run.settings, getattr(job.run.settings, job.stage)
     torch.set_num_threads(job.num_threads)
     net = pretrained.initial_network(job.run, job.stage, job.classes).to(worker.device)
@@ -145,6 +153,8 @@ def _train(job: StageJob, worker: WorkerContext, learner: Learner, loader: loop.
     except loop.DivergedError:
         if job.run.folder == "experiments":
             telemetry.report_divergence(job.run.settings.name, job.stage)
+        with suppress(UserError):  # of a write: the divergence is the cause to tell
+            writer.wait()
         raise
     finally:
         writer.wait()

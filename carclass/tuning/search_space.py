@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from carclass.config import yaml_file
-from carclass.config.effects import check_stage_effect
+from carclass.config.effects import check_stage_effect, required_views
 from carclass.config.schema import Config, StageName, StageSettings, TrainSettings, with_changes
 from carclass.config.search import Range, Search
 from carclass.config.section import Section, validate
@@ -102,7 +102,12 @@ def load_space(path: Path, search: Search) -> SearchSpace:
         raise UserError(f"{source}: `{both[0]}` is given twice, in `fixed` and in `space`. Delete one.")
     folder = Path(os.path.abspath(path)).parent
     base_settings = with_changes(experiment.train, search.fixed, source=f"{source}: `fixed`", base=folder)
-    return make_space(search, base_settings, root, source, folder)
+    space = make_space(search, base_settings, root, source, folder)
+    for key, each in search.space.items():  # of a user's file only: a stored one holds defaults too
+        _check_effect(key, base_settings, source)
+        for changed in _settings_of(key, each, base_settings, source, folder):
+            _check_schedule_effect(key, changed, source)
+    return space
 
 
 def make_space(search: Search, base_settings: TrainSettings, root: str, source: str, folder: Path) -> SearchSpace:
@@ -137,20 +142,21 @@ def _make_dimension(key: str, values: Range, base: TrainSettings, source: str, f
     """Return a range or choices in the setting's own type; validate each value as part of the settings."""
     if isinstance(get_setting(base, key), bool | str) and values.choices is None:
         raise UserError(f"{source}: `space.{key}` is not a number; give `choices` instead of `min` and `max`.")
-    raw = [values.min, values.max] if values.choices is None else values.choices
-    where = f"{source}: `space`"
-    changed = [with_changes(base, {key: _to_int(value)}, source=where, base=folder) for value in raw]
-    typed = [get_setting(settings, key) for settings in changed]
+    typed = [get_setting(settings, key) for settings in _settings_of(key, values, base, source, folder)]
     if get_setting(base, key.rsplit(".", 1)[0]) is None:
         raise UserError(f"{source}: `space.{key}`: the experiment skips that stage (it is null). Vary another setting.")
     if any(isinstance(value, Section) for value in (get_setting(base, key), *typed)):
         raise UserError(f"{source}: `space.{key}` is a section; name one of its settings.")
-    _check_effect(key, base, source)
-    for settings in changed:
-        _check_schedule_effect(key, settings, source)
     if values.choices is not None:
         return Dimension(key=key, choices=tuple(typed))
     return Dimension(key=key, low=typed[0], high=typed[1], log=values.log)
+
+
+def _settings_of(key: str, values: Range, base: TrainSettings, source: str, folder: Path) -> list[TrainSettings]:
+    """Return the experiment's settings with each end of a range, or each choice."""
+    raw = [values.min, values.max] if values.choices is None else values.choices
+    where = f"{source}: `space`"
+    return [with_changes(base, {key: _to_int(value)}, source=where, base=folder) for value in raw]
 
 
 def _to_int(value: Any) -> Any:
@@ -162,7 +168,7 @@ def _check_effect(key: str, base: TrainSettings, source: str) -> None:
     """Raise UserError for augmentation settings that no photo of the frozen stage's cached views uses."""
     if key.startswith("train.augmentation.") and base.unfrozen is None:
         assert base.frozen is not None
-        min_views = 2 if key.endswith(".flip") else 3
+        min_views = required_views(key.rsplit(".", 1)[1])
         if base.frozen.views < min_views:
             raise UserError(
                 f"{source}: `space.{key}` would change nothing: the experiment trains only the classifier, on "

@@ -21,7 +21,7 @@ MIN_REPEATS = 2
 def find_obstacle(sweep: SweepResult) -> str | None:
     """Return the reason why the repeated trials can't be compared over seeds; None if they can."""
     groups = _seed_repeats(sweep)
-    if any(group.num_missing for group in groups):
+    if any(group.num_missing for group in groups) or len({len(group.accuracies) for group in groups}) > 1:
         return "some repeats with other seeds failed or are not finished"
     if min(len(group.accuracies) for group in groups) < MIN_REPEATS:
         return f"it takes {MIN_REPEATS} seeds that did not choose the best trial (`num_seeds: {MIN_REPEATS + 1}`)"

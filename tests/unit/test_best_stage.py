@@ -136,7 +136,7 @@ def test_the_status_of_an_unfinished_run_has_no_model(tmp_path: Path):
     publish_dataset(tmp_path)
     run = begin(tmp_path, SETTINGS)
     finish(run, stage="frozen")
-    assert RunStatus(run, "begun").best is None
+    assert status.find_model(run) is None
 
 
 # Reports
@@ -158,20 +158,20 @@ def test_a_report_from_before_the_choice_is_of_the_last_stage(
     write_report(run, "report")
     path = Path(run.uri, "report", "metrics.json")
     path.write_text('{"accuracy": 1.0, "num_photos": 1}')
-    assert (read_test(RunStatus(run, "finished")) is not None) == is_known
+    assert (read_test(RunStatus(run, "finished", best=status.find_model(run))) is not None) == is_known
     assert (load_run(run.uri).predictions is not None) == is_known
 
 
 def test_a_report_of_a_named_stage_is_not_that_of_the_run(worse: Run):
     write_report(worse, "report-v2-test-unfrozen", model_sha256=worse.model_facts("unfrozen")["sha256"])
-    assert read_test(RunStatus(worse, "finished")) is None
+    assert read_test(RunStatus(worse, "finished", best=status.find_model(worse))) is None
     assert load_run(worse.uri).predictions is None
     assert load_run(worse.uri, stage="unfrozen").predictions is not None
 
 
 def test_a_report_of_the_model_of_the_run_is_read(worse: Run):
     write_report(worse, "report", model_sha256=worse.model_facts("frozen")["sha256"])
-    assert read_test(RunStatus(worse, "finished")) is not None
+    assert read_test(RunStatus(worse, "finished", best=status.find_model(worse))) is not None
     assert load_run(worse.uri).predictions is not None
 
 
@@ -193,6 +193,12 @@ def test_a_run_that_is_no_worse_after_unfreezing_is_not_warned_about(
     with caplog.at_level(logging.WARNING, "carclass"):
         warn_if_unfreezing_hurt(make_run(tmp_path, 50, unfrozen))
     assert not caplog.records
+
+
+def test_a_run_is_listed_while_it_is_moved_aside(worse: Run):
+    record_best_stage(worse)
+    storage.delete(f"{worse.model_uri('frozen')}.json")
+    assert status.find_model(worse) is None
 
 
 def test_a_model_whose_file_is_gone_is_unfinished(worse: Run):

@@ -52,7 +52,8 @@ def test_a_detection_is_independent_of_the_batch(detect: Detector, photos: list[
         np.testing.assert_array_equal(alone.mask, batched.mask)
 
 
-def test_only_photos_of_the_same_canvas_share_a_batch(detect: Detector):
+def test_only_photos_of_the_same_canvas_share_a_batch(detect: Detector, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(detect, "max_batch", 8)  # as on a GPU
     shapes = [(200, 300), (300, 200), (202, 300), (200, 300), (100, 400)]
     groups = list(detect._batches([np.zeros((*shape, 3), np.uint8) for shape in shapes], 2))
     assert groups == [[0, 2], [3], [1], [4]]
@@ -62,6 +63,7 @@ def test_only_photos_of_the_same_canvas_share_a_batch(detect: Detector):
 def test_photos_that_a_network_pads_to_other_sizes_share_no_batch(detect: Detector, canvas: int, monkeypatch):
     """Without a feature pyramid (C4, DC5), a network pads to the largest photo of a batch only."""
     monkeypatch.setattr(detect.network, "canvas", canvas)
+    monkeypatch.setattr(detect, "max_batch", 8)  # as on a GPU
     shapes = [(200, 300), (200, 320), (201, 300), (400, 600), (200, 300)]
     groups = list(detect._batches([np.zeros((*shape, 3), np.uint8) for shape in shapes], 8))
     sizes = [

@@ -39,13 +39,15 @@ WITHOUT_EFFECT: list[tuple[dict[str, Any], str]] = [
         r"`augmentation.rotation` has no effect: .* Set `frozen.views` to 3",
     ),
     (
-        {"train": {"frozen": {"views": 1}, "unfrozen": None, "augmentation": {"flip": "horizontal"}}},
+        {"train": {"frozen": {"views": 1}, "unfrozen": None, "augmentation": {"flip": "horizontal+vertical"}}},
         r"`augmentation.flip` has no effect: .* Set `frozen.views` to 2",
     ),
     ({"mask": {"cutout": {"mode": "mask", "margin": 0.1}}}, r"`mask`: `cutout.margin` has no effect"),
     ({"mask": {"cutout": {"mode": "crop", "fill": [0, 0, 0]}}}, r"`mask`: `cutout.fill` has no effect"),
 ]
 WITH_EFFECT: list[dict[str, Any]] = [
+    {"train": {"unfrozen": {"epochs": 1, "warmup_epochs": 1}}},  # as in a file that carclass wrote whole
+    {"train": {"frozen": {"views": 1}, "unfrozen": None, "augmentation": {"flip": "horizontal"}}},
     {"train": {"unfrozen": {"epochs": 1}}},  # the default warm-up, of which preflight warns
     {"train": {"unfrozen": {"epochs": 3, "warmup_epochs": 2.5}}},
     {"train": {"unfrozen": {"epochs": 5, "patience": 3, "keep_epochs": [4]}}},

@@ -107,6 +107,7 @@ def test_a_move_that_is_interrupted_at_any_step_loses_nothing_and_is_completed_b
                 replaced_runs.set_aside_run(run)
         moved = [content for path in (tmp_path / "replaced").glob("first/*") for content in contents(path).values()]
         assert {*expected.values()} <= {*moved, *contents(folder).values()}, count
+        assert replaced_runs.is_half_moved(run) == (count > 1), count  # from the copy of the last file on
         if (folder / "config.yml").exists():  # else a new run may begin here
             replaced_runs.set_aside_run(run)
         (target,) = (tmp_path / "replaced" / "first").iterdir()
@@ -160,7 +161,9 @@ def test_a_run_that_was_moved_aside_but_not_trained_again_is_found(tree: Tree):
 
 
 def test_a_stale_parent_that_is_not_named_is_refused(tree: Tree):
-    with pytest.raises(UserError, match=r"first is stale .*Retrain it too: `jobs/lineage.py rerun-stale first child`"):
+    with pytest.raises(
+        UserError, match=r"first is stale .*Retrain it too: the same command with `rerun-stale first child`"
+    ):
         rerun_stale(tree, ["child"])
     assert is_untouched(tree)
 
@@ -188,5 +191,5 @@ def lineage(file: Path, *words: str) -> "subprocess.CompletedProcess[str]":
 def test_stale_runs_are_listed_and_kept_without_names_and_yes(file: Path, tree: Tree):
     done = lineage(file, "rerun-stale")
     assert done.returncode == 2
-    assert "first (other settings: seed); child (first is stale). Name those to train again" in done.stderr
+    assert "first (other settings: seed); child (first is stale). Add the names of those to train" in done.stderr
     assert is_untouched(tree)

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from carclass.config import cli
+from carclass.config.schema import TrainSettings
 from carclass.errors import UserError
 from carclass.tuning import search_space
 
@@ -50,6 +51,13 @@ def test_flips_of_the_mirrored_view_may_be_varied(tmp_path: Path):
     experiment = {"root": "results", "train": {"name": "one", "unfrozen": None, "frozen": {"views": 2}}}
     space = load(tmp_path, {"train.augmentation.flip": {"choices": ["none", "horizontal"]}}, experiment)
     assert space.dimensions[0].choices == ("none", "horizontal")
+
+
+def test_a_stored_space_is_read_although_defaults_are_without_effect(tmp_path: Path):
+    experiment = {"root": "results", "train": {"name": "one", "unfrozen": {"epochs": 1}}}
+    space = load(tmp_path, {LR: {"min": 1e-4, "max": 1e-3}}, experiment)
+    stored = TrainSettings.model_validate(space.base_settings.model_dump(mode="json"))
+    assert search_space.make_space(space.search, stored, "results", "search.yml", tmp_path).dimensions
 
 
 # Types
