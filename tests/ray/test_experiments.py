@@ -174,7 +174,7 @@ def start(file: Path, *words: str) -> subprocess.Popen:
     return subprocess.Popen(command, start_new_session=True, stdout=log, stderr=log, env=environment)
 
 
-@pytest.mark.slow  # 60 s
+@pytest.mark.slow  # 90 s
 def test_killed_tree_is_resumed(trained, photos_folder: Path, tmp_path: Path):
     requested = {name: EXPERIMENTS[name] for name in ("first", "child")}
     file = write(tmp_path, photos_folder, requested)
@@ -199,7 +199,7 @@ def test_killed_tree_is_resumed(trained, photos_folder: Path, tmp_path: Path):
         assert sha256[0] == sha256[1], name
 
 
-@pytest.mark.slow  # 60 s
+@pytest.mark.nightly  # 100 s
 def test_a_killed_rerun_of_stale_runs_is_resumed_and_keeps_the_old_runs(trained, photos_folder: Path, tmp_path: Path):
     root, old = tmp_path / "root", Path(trained.tree.budget.root, "experiments")
     shutil.copytree(trained.tree.budget.root, root)

@@ -108,6 +108,7 @@ def test_a_killed_controller_does_not_change_the_result(
     assert_same(run, uninterrupted)
 
 
+@pytest.mark.nightly  # 60 s
 def test_a_worker_checkpoints_on_sigterm(root: str, uninterrupted: Run, caplog: pytest.LogCaptureFixture):
     """The only checkpoint to resume from is the one on preemption."""
     name = f"sigterm-{uuid4().hex[:8]}"
@@ -140,6 +141,7 @@ def assert_close(root: str, name: str, other: Run) -> None:
     np.testing.assert_allclose(rows[20:, 2], expected[20:, 2], rtol=2e-2)
 
 
+@pytest.mark.nightly  # 80 s
 def test_the_number_of_workers_may_change_between_resumes(root: str, uninterrupted: Run):
     """With micro-batches, unlike the uninterrupted run."""
     name, unfrozen = f"changed-{uuid4().hex[:8]}", {**TRAIN["unfrozen"], "micro_batch_size": 3}
