@@ -27,7 +27,7 @@ def start(config_file: Path) -> subprocess.Popen:
 
 
 def wait_for_epoch(metrics: Path, epoch: int, job: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 400
     while not metrics.exists() or len(metrics.read_text().splitlines()) < epoch:
         assert time.monotonic() < deadline, "no epoch before the deadline"
         assert job.poll() is None, "the job ended before it was killed"
