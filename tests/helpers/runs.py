@@ -25,7 +25,8 @@ def publish_dataset(
     root: Path, name: str = "v2", classes: list[str] = CLASSES, seed: int = 1, splits: dict[str, int] | None = None
 ) -> dataset.Dataset:
     """Publish a dataset without photos. splits: the numbers of photos that it claims."""
-    counts = {"inputs": 0, "rows": 0, "quarantined": 0, "splits": splits or {}, "reasons": {}}
+    rows = sum((splits or {}).values())
+    counts = {"inputs": rows, "rows": rows, "quarantined": 0, "splits": splits or {}, "reasons": {}}
     manifest = {"classes": classes, "kind": "photos", "settings": {"seed": seed}, "parts": [], **counts}
     complete = dataset.Dataset(dataset.dataset_uri(str(root), name), manifest)
     return publishing.publish_manifest(complete, dataset.find_dataset(str(root), name))

@@ -26,10 +26,10 @@ def start(config_file: Path) -> subprocess.Popen:
     return subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
 
 
-def wait_for_epoch(metrics: Path, epoch: int, job: subprocess.Popen) -> None:
+def wait_for_checkpoint(stage: Path, epoch: int, job: subprocess.Popen) -> None:
     deadline = time.monotonic() + 400
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < epoch:
-        assert time.monotonic() < deadline, "no epoch before the deadline"
+    while not (names := checkpoint.resumable_names(str(stage))) or int(names[-1].split("-")[1]) < epoch:
+        assert time.monotonic() < deadline, "no checkpoint before the deadline"
         assert job.poll() is None, "the job ended before it was killed"
         time.sleep(0.05)
 
@@ -56,7 +56,7 @@ def killed_and_resumed(ray_cluster, photos_folder: Path, tmp_path_factory) -> tu
     config_file.write_text(yaml.safe_dump({"root": str(root), "train": train}))
     metrics = root / "experiments" / "killed" / "metrics.jsonl"
     job = start(config_file)
-    wait_for_epoch(metrics, 4, job)
+    wait_for_checkpoint(root / "experiments" / "killed" / "unfrozen", 3, job)
     assert not find_by_title(descendants(job.pid), "ray::RayTrainWorker")  # one worker trains in the job's process
     os.killpg(job.pid, signal.SIGKILL)
     job.wait()
