@@ -66,7 +66,7 @@ def train_run(root: str, settings: TrainSettings) -> Run:
     use_gpu = check_resources(root, settings, source, probe=True)
     with hold_lease(run.uri, "train"):
         begin_run(run, source, parent_sha256)
-        # Ray Train's processes start in half a minute, and could not outlive this one on a cluster of its own.
+        # Ray Train's processes take long to start, and could not outlive this one on a cluster of its own.
         in_process = settings.workers == (1, 1) and not use_gpu and connection.has_own_cluster()
         train_resources = TrainResources(use_gpu, in_process=in_process)
         train_stages(run, source, PhotoStore(settings, source).get, train_resources, run.unfinished_stages)
