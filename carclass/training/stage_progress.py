@@ -33,7 +33,7 @@ class StageProgress:
     def report_epoch(self, metrics: Metrics) -> None:
         """Print a line if one is due, and at the last epoch."""
         epoch = int(metrics["epoch"])
-        self.steps.is_ready()  # the next line of a step waits from here
+        self.steps = Throttle(STEP_INTERVAL)  # the next line of a step waits from here
         if self.epochs.is_ready() or epoch == self.stage.epochs:
             figures = f"loss {metrics['train_loss']:.3f}, val accuracy {metrics['val_accuracy']:.3f}"
             left = "" if epoch == self.stage.epochs else f", {self._time_left(epoch * self.num_steps)}"
