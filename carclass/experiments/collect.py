@@ -80,14 +80,16 @@ def read_test(status: RunStatus) -> TestResult | None:
     try:
         if (metrics := read_report_metrics(run, best["stage"])) is None:
             return None
-        table = dataset.read_part(predictions_uri, ["key", "label", "predicted"])
+        table = dataset.read_part(predictions_uri)
     except storage.StorageError:
         raise
     except UserError:
         return None
-    rows = table.sort_by("key").to_pydict()
+    columns = {"key", "label", "predicted", "image_id"}.intersection(table.column_names)
+    rows = table.select(sorted(columns)).sort_by("key").to_pydict()
     return TestResult(
         keys=rows["key"],
+        image_ids=rows.get("image_id"),
         correct=np.array(rows["label"]) == np.array(rows["predicted"]),
         metrics=metrics,
         report=f"../experiments/{run.settings.name}/report/report.html",
