@@ -1,5 +1,7 @@
 """Results of a tree of experiments, read from storage."""
 
+import logging
+
 import numpy as np
 
 from carclass import storage
@@ -13,6 +15,7 @@ from carclass.runs.environment import code_version
 from carclass.runs.report_record import own_report_uri, read_report_metrics
 from carclass.runs.run import flatten
 
+log = logging.getLogger(__name__)
 BOOTSTRAP_SEED = 123
 
 
@@ -25,6 +28,9 @@ def collect_comparison(tree: Tree, statuses: dict[str, RunStatus]) -> Comparison
         ("root", tree.budget.root),
         ("code", code_version()),
     ]
+    unknown = [] if baseline is None else sorted(baseline.figures.keys() - statuses.keys())
+    if unknown:
+        log.warning("lineage: the baseline has figures of runs that the tree does not have: %s", ", ".join(unknown))
     datasets = {experiment.settings.dataset for experiment in tree.experiments}
     treatments = {name: dataset_treatment(tree, name) for name in datasets}
     return Comparison(
