@@ -24,7 +24,7 @@ UNSET = "or unset RAY_ADDRESS to start Ray on this machine"
 
 def cluster_address() -> str:
     """Return RAY_ADDRESS: `local`, `auto` or host:port. Raise UserError if no cluster answers there in PROBE_S."""
-    given = os.environ.get("RAY_ADDRESS") or LOCAL
+    given = os.environ.get("RAY_ADDRESS", "").strip() or LOCAL
     if given == LOCAL:
         return LOCAL
     _check_spelling(given)

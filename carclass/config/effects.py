@@ -66,7 +66,7 @@ def _check_views_effect(views: int, augmentation: Any) -> None:
 def _check_augmentation_effect(views: int, augmentation: Any) -> None:
     """Raise ValueError for augmentation that no cached view uses, where only the classifier is trained."""
     for key in sorted(augmentation.model_fields_set):
-        required = required_views(key)
+        required = required_views(key, getattr(augmentation, key))
         if views < required and _is_chosen(augmentation, key):
             raise ValueError(
                 f"`augmentation.{key}` has no effect: only the classifier is trained, on {views} cached view(s) of "
@@ -74,9 +74,12 @@ def _check_augmentation_effect(views: int, augmentation: Any) -> None:
             )
 
 
-def required_views(key: str) -> int:
-    """Return the fewest cached views of a photo among which a setting of `augmentation` has an effect."""
-    return MIRRORED_VIEWS if key == "flip" else RANDOM_VIEWS
+def required_views(key: str, value: Any) -> int:
+    """Return the fewest cached views of a photo among which a value of `augmentation` differs from others.
+
+    The second view is the mirror image, whatever is flipped vertically.
+    """
+    return MIRRORED_VIEWS if key == "flip" and value in ("none", "horizontal") else RANDOM_VIEWS
 
 
 def _is_chosen(section: Any, key: str) -> bool:
@@ -92,4 +95,9 @@ def check_mask_effect(settings: Any) -> Any:
     unused = {"mask": "margin", "crop": "fill"}.get(settings.cutout.mode)
     if unused in settings.cutout.model_fields_set:
         raise ValueError(f"`cutout.{unused}` has no effect with `cutout.mode: {settings.cutout.mode}`. Leave it out")
+    if settings.detector.num_detections == 1 and settings.exclude.several_vehicles:
+        raise ValueError(
+            "`exclude.several_vehicles` has no effect with `detector.num_detections: 1`: no photo has several. Raise "
+            "it, or leave `several_vehicles` out"
+        )
     return settings

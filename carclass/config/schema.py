@@ -188,7 +188,7 @@ class ModelSettings(Section):
     """Stride in a block's 1x1 convolution: true for Keras' and MSRA's weights, false for torchvision's."""
     image_size: int = Field(224, ge=32)
     """Side in pixels of the square input."""
-    dropout: Share = 0.2
+    dropout: float = Field(0.2, ge=0, lt=1)
     """Dropout before the classifier."""
 
 

@@ -8,25 +8,26 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 
 from carclass.evaluation import metrics
-from carclass.runs.calibration_record import Calibration
+from carclass.runs.calibration_record import MIN_USED_TEMPERATURE, Calibration
 
-MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
+MIN_TEMPERATURE, MAX_TEMPERATURE = MIN_USED_TEMPERATURE / 2, 20.0
 """Bounds of the fit: if every val photo is classified correctly, the loss has no minimum."""
-MIN_USED_TEMPERATURE = 2 * MIN_TEMPERATURE
-"""A lower one is at the bound of the fit, as the photos do not determine it."""
+NUM_FOLDS = 5
 
 
 def fit_calibration(labels: np.ndarray, probabilities: np.ndarray, model_sha256: str) -> Calibration:
     """Fit the calibration of a network. labels: int (N,); probabilities: float (N,C), uncalibrated.
 
     A temperature that does not lower both log loss and calibration error is not used, nor one at the lower bound of the
-    fit, as all photos are classified correctly there.
+    fit, as all photos are classified correctly there, nor any if temperatures that are fitted on some of the photos do
+    not lower the log loss of the others.
     """
     fitted = fit_temperature(labels, probabilities)
     losses = log_loss(labels, probabilities), log_loss(labels, probabilities, fitted)
     calibrated = apply_temperature(probabilities, fitted)
     errors = calibration_error(labels, probabilities), calibration_error(labels, calibrated)
     is_used = fitted > MIN_USED_TEMPERATURE and losses[1] < losses[0] and errors[1] < errors[0]
+    is_used = is_used and held_out_log_loss(labels, probabilities) < losses[0]
     return Calibration(
         temperature=fitted if is_used else 1.0,
         fitted_temperature=fitted,
@@ -37,6 +38,19 @@ def fit_calibration(labels: np.ndarray, probabilities: np.ndarray, model_sha256:
         expected_calibration_error_after=errors[1],
         model_sha256=model_sha256,
     )
+
+
+def held_out_log_loss(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    """Return the mean log loss under temperatures fitted on the other photos: cross-validation with NUM_FOLDS folds.
+
+    labels: int (N,), in any order that does not depend on correctness; probabilities: float (N,C).
+    """
+    folds, total = np.arange(len(labels)) % NUM_FOLDS, 0.0
+    for fold in range(min(NUM_FOLDS, len(labels))):
+        held_out, others = folds == fold, folds != fold
+        temperature = fit_temperature(labels[others], probabilities[others]) if others.any() else 1.0
+        total += log_loss(labels[held_out], probabilities[held_out], temperature) * held_out.sum()
+    return total / len(labels)
 
 
 def fit_temperature(labels: np.ndarray, probabilities: np.ndarray) -> float:

@@ -16,12 +16,12 @@ from carclass.runs.predictor import Predictor
 
 
 def predict_split(source: dataset.Dataset, settings: EvaluateSettings, model_uri: str) -> pa.Table:
-    """Return key, label, predicted, confidence and probabilities of every photo of a split, ordered by key."""
+    """Return key, label, predicted, confidence, probabilities and image_id of every photo of a split, by key."""
     use_gpu = resources.decide_gpus(None, 1, "evaluate", None)
     resources.check_cpus(1, "evaluate")
     num_batches = math.ceil(source.manifest["splits"][settings.split] / settings.batch_size)
     count = min(resources.count_slots("GPU" if use_gpu else "CPU", 1), num_batches)
-    rows = streaming.stream_rows(source, ["key", "label", "image"], settings.split)
+    rows = streaming.stream_rows(source, ["key", "label", "image", "image_id"], settings.split)
     predicted = rows.map_batches(
         ClassifyRows,
         fn_constructor_kwargs={"model_uri": model_uri, "crash_guard": CrashGuard(), "use_gpu": use_gpu},
@@ -41,7 +41,7 @@ def predict_split(source: dataset.Dataset, settings: EvaluateSettings, model_uri
 
 
 class ClassifyRows:
-    """A classifier actor: rows with an encoded image → key, label and class probabilities."""
+    """A classifier actor: rows with an encoded image → key, label, class probabilities and image_id."""
 
     def __init__(self, model_uri: str, crash_guard: CrashGuard, *, use_gpu: bool) -> None:
         if not use_gpu:
@@ -49,7 +49,7 @@ class ClassifyRows:
         self.predictor, self.crash_guard = Predictor(model_uri, use_gpu=use_gpu), crash_guard
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Classify rows of `key`, `label` and `image`. Raise UserError for a photo that crashes workers."""
+        """Classify rows of `key`, `label`, `image` and `image_id`. Raise UserError for a photo that crashes workers."""
         images = batch["image"].to_pylist()
         probabilities = self.crash_guard.run_strictly(
             "classify",
@@ -57,4 +57,5 @@ class ClassifyRows:
             lambda indices: self.predictor.probabilities([images[i] for i in indices]),
         )
         column = pa.array(probabilities, pa.list_(pa.float32()))
-        return pa.table({"key": batch["key"], "label": batch["label"], "probabilities": column})
+        columns = {"key": batch["key"], "label": batch["label"], "probabilities": column}
+        return pa.table({**columns, "image_id": batch["image_id"]})

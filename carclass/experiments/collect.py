@@ -1,5 +1,7 @@
 """Results of a tree of experiments, read from storage."""
 
+import logging
+
 import numpy as np
 
 from carclass import storage
@@ -13,6 +15,7 @@ from carclass.runs.environment import code_version
 from carclass.runs.report_record import own_report_uri, read_report_metrics
 from carclass.runs.run import flatten
 
+log = logging.getLogger(__name__)
 BOOTSTRAP_SEED = 123
 
 
@@ -25,6 +28,9 @@ def collect_comparison(tree: Tree, statuses: dict[str, RunStatus]) -> Comparison
         ("root", tree.budget.root),
         ("code", code_version()),
     ]
+    unknown = [] if baseline is None else sorted(baseline.figures.keys() - statuses.keys())
+    if unknown:
+        log.warning("lineage: the baseline has figures of runs that the tree does not have: %s", ", ".join(unknown))
     datasets = {experiment.settings.dataset for experiment in tree.experiments}
     treatments = {name: dataset_treatment(tree, name) for name in datasets}
     return Comparison(
@@ -80,14 +86,16 @@ def read_test(status: RunStatus) -> TestResult | None:
     try:
         if (metrics := read_report_metrics(run, best["stage"])) is None:
             return None
-        table = dataset.read_part(predictions_uri, ["key", "label", "predicted"])
+        table = dataset.read_part(predictions_uri)
     except storage.StorageError:
         raise
     except UserError:
         return None
-    rows = table.sort_by("key").to_pydict()
+    columns = {"key", "label", "predicted", "image_id"}.intersection(table.column_names)
+    rows = table.select(sorted(columns)).sort_by("key").to_pydict()
     return TestResult(
         keys=rows["key"],
+        image_ids=rows.get("image_id"),
         correct=np.array(rows["label"]) == np.array(rows["predicted"]),
         metrics=metrics,
         report=f"../experiments/{run.settings.name}/report/report.html",

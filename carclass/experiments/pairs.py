@@ -34,10 +34,13 @@ class RecipeGroup(NamedTuple):
 
 
 def compare_pair(first: ComparedRun, second: ComparedRun, reason: str, seed: int) -> Pair:
-    """Compare two runs on the test photos whose keys both have. seed: of the bootstrap."""
+    """Compare two runs on the test photos that both have, by key and content. seed: of the bootstrap."""
     if first.test is None or second.test is None:
         return Pair(first, second, reason, None)
     _, i, j = np.intersect1d(first.test.keys, second.test.keys, assume_unique=True, return_indices=True)
+    if first.test.image_ids is not None and second.test.image_ids is not None:
+        is_same = np.array(first.test.image_ids)[i] == np.array(second.test.image_ids)[j]
+        i, j = i[is_same], j[is_same]
     result = compare(first.test.correct[i], second.test.correct[j], seed) if len(i) else None
     return Pair(first, second, reason, result)
 

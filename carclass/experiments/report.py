@@ -26,7 +26,7 @@ def render_comparison(comparison: Comparison) -> str:
     if not comparison.finished:
         raise UserError(
             f"none of the {len(comparison.runs)} experiments of `{comparison.title}` has finished, so there is "
-            "nothing to compare. Run `python jobs/lineage.py run all`, then compare again."
+            "nothing to compare. Run `python jobs/lineage.py run all` with the same `--budget`, then compare again."
         )
     return page.render(
         Path(__file__).with_name("report.html.j2"),

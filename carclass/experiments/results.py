@@ -26,6 +26,8 @@ class TestResult:
 
     keys: list[str]
     """Source keys of the photos, sorted; equal for the same photos in all datasets."""
+    image_ids: list[str] | None
+    """Hashes of the photos' content, in the order of the keys; None in evaluations of former versions."""
     correct: np.ndarray
     """bool (N,): correctly classified photos, in the order of the keys."""
     metrics: dict[str, Any]

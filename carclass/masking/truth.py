@@ -12,6 +12,8 @@ from carclass.masking.rle import Rle, rle_area, segmentation_rle
 
 KEY = "mask.truth"
 ADVICE = "Correct it, or leave `truth` out."
+MAX_LISTED = 5
+"""Categories named in an error."""
 
 
 class CocoFile(NamedTuple):
@@ -20,7 +22,7 @@ class CocoFile(NamedTuple):
     uri: str
     images: dict[Any, dict[str, Any]]  # by id
     annotations: list[dict[str, Any]]
-    vehicle_categories: list[Any]  # ids of the detector's classes; empty if the file has none of them
+    vehicle_categories: list[Any]  # ids of the detector's classes; empty if the file has no categories
 
 
 def load_truth(uri: str, photos: dataset.Dataset, classes: Collection[str]) -> dict[str, Rle]:
@@ -149,8 +151,14 @@ def _read_coco(uri: str, classes: Collection[str]) -> CocoFile:
     if unknown := [number for number, item in enumerate(annotations) if item["image_id"] not in by_id]:
         raise _no_coco(uri, f"no image has the `image_id` of annotations[{unknown[0]}]")
     categories = _entries(uri, {"categories": [], **lists}, "categories", ("id", "name"))
-    names = [name.lower() for name in classes]
-    vehicles = [item["id"] for item in categories if str(item["name"]).lower() in names]
+    names = [name.strip().lower() for name in classes]
+    vehicles = [item["id"] for item in categories if str(item["name"]).strip().lower() in names]
+    if categories and not vehicles and not any(annotation.get("main") for annotation in annotations):
+        found = ", ".join(str(item["name"]) for item in categories[:MAX_LISTED])
+        raise UserError(
+            f"`{KEY}`: no category of {uri} ({found}) is one of the detector's classes ({', '.join(classes)}), and no "
+            "annotation has `main`. Name the vehicles' categories as in `mask.detector.classes`, or set `main`."
+        )
     return CocoFile(uri, by_id, annotations, vehicles)
 
 

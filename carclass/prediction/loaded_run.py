@@ -46,7 +46,7 @@ class CheckedClassifier(PhotoClassifier):
             found = f"an object of type {type(photos).__name__}"
         elif photos.dtype != torch.uint8 or photos.ndim != 4 or photos.shape[1:] != expected:
             found = f"{str(photos.dtype).removeprefix('torch.')} ({','.join(map(str, photos.shape))})"
-        elif photos.numel() and photos.max() <= 1:
+        elif photos.numel() and photos.max() == 1:
             found = "uint8 with values of at most 1, as of photos scaled to 0 to 1"
         else:
             return

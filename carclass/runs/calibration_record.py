@@ -9,6 +9,8 @@ from carclass.errors import UserError
 from carclass.runs.run import Run
 
 FILE = "calibration.json"
+MIN_USED_TEMPERATURE = 0.1
+"""A fitted temperature below it is at the lower bound of the fit, as the photos do not determine it."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Calibration:
         errors = self.expected_calibration_error_before, self.expected_calibration_error_after
         reason = f"would change the calibration error from {errors[0]:.3f} to {errors[1]:.3f}"
         if errors[1] < errors[0]:
+            reason = "does not improve val photos that it is not fitted on"
+        if self.fitted_temperature <= MIN_USED_TEMPERATURE:
             reason = "is the lower bound of the fit: every photo is classified correctly"
         return f"{self.temperature:g}, uncalibrated: {self.fitted_temperature:.3f}, {source}, {reason}"
 

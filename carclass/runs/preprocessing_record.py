@@ -80,7 +80,18 @@ def load_preprocessing(run: Run) -> Preprocessing:
         stored |= detector | _network_input(run, facts["classes"])
     if missing := [name for name in READING if name not in stored["reading"]]:
         raise formats.damaged("preprocessing", uri, f"`reading.{missing[0]}` is missing")
-    return formats.build(Preprocessing, stored, "preprocessing", uri)
+    preprocessing = formats.build(Preprocessing, stored, "preprocessing", uri)
+    _check_network_input(run, preprocessing, uri)
+    return preprocessing
+
+
+def _check_network_input(run: Run, preprocessing: Preprocessing, uri: str) -> None:
+    """Raise DamagedFileError if the record contradicts the models of the run's finished stages."""
+    finished = [stage for stage in run.stages if run.is_finished(stage)]
+    classes = run.model_facts(finished[-1])["classes"] if finished else preprocessing.classes
+    for name, value in _network_input(run, classes).items():
+        if getattr(preprocessing, name) != value:
+            raise formats.damaged("preprocessing", uri, f"`{name}` is not that of the run's model")
 
 
 def dataset_preprocessing(run: Run, source: dataset.Dataset) -> Preprocessing:

@@ -19,7 +19,7 @@ from carclass.errors import UserError
 from carclass.formatting import Value, value_text
 from carclass.runs.run import MAY_CHANGE_ON_RESUME
 
-NOT_VARIED = ("name", "seed", *MAY_CHANGE_ON_RESUME)
+NOT_VARIED = ("name", "seed", "frozen.keep_epochs", "unfrozen.keep_epochs", *MAY_CHANGE_ON_RESUME)
 """Settings of `train` that a sweep sets itself or that do not change accuracy."""
 
 
@@ -104,8 +104,8 @@ def load_space(path: Path, search: Search) -> SearchSpace:
     base_settings = with_changes(experiment.train, search.fixed, source=f"{source}: `fixed`", base=folder)
     space = make_space(search, base_settings, root, source, folder)
     for key, each in search.space.items():  # of a user's file only: a stored one holds defaults too
-        _check_effect(key, base_settings, source)
         for changed in _settings_of(key, each, base_settings, source, folder):
+            _check_effect(key, get_setting(changed, key), base_settings, source)
             _check_schedule_effect(key, changed, source)
     return space
 
@@ -148,6 +148,8 @@ def _make_dimension(key: str, values: Range, base: TrainSettings, source: str, f
     if any(isinstance(value, Section) for value in (get_setting(base, key), *typed)):
         raise UserError(f"{source}: `space.{key}` is a section; name one of its settings.")
     if values.choices is not None:
+        if len({repr(value) for value in typed}) < len(typed):
+            raise UserError(f"{source}: `space.{key}.choices` has a value twice: {values.choices}. Delete one.")
         return Dimension(key=key, choices=tuple(typed))
     return Dimension(key=key, low=typed[0], high=typed[1], log=values.log)
 
@@ -164,11 +166,11 @@ def _to_int(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _check_effect(key: str, base: TrainSettings, source: str) -> None:
+def _check_effect(key: str, value: Any, base: TrainSettings, source: str) -> None:
     """Raise UserError for augmentation settings that no photo of the frozen stage's cached views uses."""
     if key.startswith("train.augmentation.") and base.unfrozen is None:
         assert base.frozen is not None
-        min_views = required_views(key.rsplit(".", 1)[1])
+        min_views = required_views(key.rsplit(".", 1)[1], value)
         if base.frozen.views < min_views:
             raise UserError(
                 f"{source}: `space.{key}` would change nothing: the experiment trains only the classifier, on "

@@ -73,6 +73,7 @@ def make_test_result(
     probabilities[np.arange(num_photos), predicted] = 0.8
     return TestResult(
         keys=[f"car_ims/{i:06d}.jpg" for i in range(num_photos)],
+        image_ids=[f"{i:064x}" for i in range(num_photos)],
         correct=correct,
         metrics=classification_metrics(labels, probabilities, CLASSES),
         report=report,

@@ -72,6 +72,19 @@ def test_a_temperature_at_the_lower_bound_of_the_fit_is_not_used():
     assert "0.055, from 6 val photos, is the lower bound of the fit" in fitted.text
 
 
+def test_a_temperature_that_does_not_help_other_photos_is_not_used():
+    """Few photos of a calibrated network: the fit improves them by chance."""
+    used, chances = 0, range(200)
+    for seed in chances:
+        generator = np.random.default_rng(seed)
+        logits = generator.normal(0, 1.5, (24, 5))
+        labels = (generator.random((24, 1)) > softmax(logits).cumsum(1)).sum(1).clip(max=4)
+        fitted = calibration.fit_calibration(labels, softmax(logits), "f" * 64)
+        used += fitted.temperature != 1
+        assert fitted.temperature != 1 or "uncalibrated" in fitted.text
+    assert used < 0.2 * len(chances)
+
+
 def test_a_network_that_has_learnt_nothing_is_calibrated_to_chance():
     labels = np.arange(40) % 4
     fitted = calibration.fit_calibration(labels, softmax(np.tile([3.0, 0, 0, 0], (40, 1))), "f" * 64)

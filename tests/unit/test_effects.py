@@ -40,7 +40,15 @@ WITHOUT_EFFECT: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"train": {"frozen": {"views": 1}, "unfrozen": None, "augmentation": {"flip": "horizontal+vertical"}}},
-        r"`augmentation.flip` has no effect: .* Set `frozen.views` to 2",
+        r"`augmentation.flip` has no effect: .* Set `frozen.views` to 3",
+    ),
+    (
+        {"train": {"frozen": {"views": 2}, "unfrozen": None, "augmentation": {"flip": "horizontal+vertical"}}},
+        r"`augmentation.flip` has no effect: .* Set `frozen.views` to 3",
+    ),
+    (
+        {"mask": {"detector": {"num_detections": 1}, "exclude": {"several_vehicles": True}}},
+        r"`mask`: `exclude.several_vehicles` has no effect with `detector.num_detections: 1`",
     ),
     ({"mask": {"cutout": {"mode": "mask", "margin": 0.1}}}, r"`mask`: `cutout.margin` has no effect"),
     ({"mask": {"cutout": {"mode": "crop", "fill": [0, 0, 0]}}}, r"`mask`: `cutout.fill` has no effect"),

@@ -244,9 +244,23 @@ def test_page_has_difference_with_interval():
 def test_photos_are_matched_by_key():
     first, second = make_test_result(0.7), make_test_result(0.7)
     kept = np.arange(500, 2000)
-    second = replace(second, keys=second.keys[500:], correct=second.correct[kept])
+    second = replace(second, keys=second.keys[500:], image_ids=second.image_ids[500:], correct=second.correct[kept])
     pair = compare_pair(make_run(test=first), make_run(test=second), "", 1)
     assert (pair.result.num_photos, pair.result.only_first, pair.result.only_second) == (1500, 0, 0)
+
+
+def test_other_photos_of_the_same_names_are_not_compared():
+    first, other = make_test_result(0.7), make_test_result(0.7)
+    other = replace(other, image_ids=[f"{i + 1500:064x}" for i in range(2000)])
+    assert compare_pair(make_run(test=first), make_run(test=other), "", 1).result is None
+
+
+@pytest.mark.parametrize("changed", ["first", "second"])
+def test_evaluations_of_former_versions_are_matched_by_key_alone(changed: str):
+    tests = {"first": make_test_result(0.7), "second": make_test_result(0.7)}
+    tests[changed] = replace(tests[changed], image_ids=None)
+    pair = compare_pair(make_run(test=tests["first"]), make_run(test=tests["second"]), "", 1)
+    assert pair.result.num_photos == 2000
 
 
 def test_runs_without_common_photos_are_not_compared():

@@ -133,6 +133,11 @@ def test_other_input_is_refused(finished: tuple[Run, torch.nn.Module], photos: A
         model(photos)
 
 
+def test_a_black_photo_is_classified(finished: tuple[Run, torch.nn.Module]):
+    photos = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    assert carclass.load_run(finished[0].uri).model(photos).shape == (1, len(CLASSES))
+
+
 def test_no_photos_give_no_logits(finished: tuple[Run, torch.nn.Module]):
     photos = torch.zeros(0, 3, 64, 64, dtype=torch.uint8)
     assert carclass.load_run(finished[0].uri).model(photos).shape == (0, len(CLASSES))

@@ -136,6 +136,19 @@ def test_a_record_that_lacks_a_key_is_damaged(tmp_path: Path, key: str):
         load_preprocessing(run)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("classes", ["b", "a"]), ("image_size", 96), ("mean", [0.0, 0.0, 0.0]), ("std", [1.0, 1.0, 1.0])]
+)
+def test_a_record_that_contradicts_the_model_is_damaged(tmp_path: Path, key: str, value: Any):
+    root = shutil.copytree(FORMAT_1, tmp_path / "root")
+    run = find_run(str(root), "run")
+    path = Path(run.uri, FILE)
+    stored = {**json.loads(path.read_text()), **dataclasses.asdict(load_preprocessing(run)), "format": 2}
+    path.write_text(json.dumps({**stored, key: value}))
+    with pytest.raises(UserError, match=rf"preprocessing.json is damaged: `{key}` is not that of the run's model"):
+        load_preprocessing(run)
+
+
 def test_an_unknown_setting_of_reading_is_named(tmp_path: Path):
     run, source = publish(tmp_path, kind="photos", settings=READING)
     stored = dataclasses.replace(dataset_preprocessing(run, source), reading={**READING, "gamma": 2})

@@ -53,6 +53,21 @@ def test_flips_of_the_mirrored_view_may_be_varied(tmp_path: Path):
     assert space.dimensions[0].choices == ("none", "horizontal")
 
 
+def test_vertical_flips_are_not_varied_for_the_mirrored_view_alone(tmp_path: Path):
+    experiment = {"root": "results", "train": {"name": "one", "unfrozen": None, "frozen": {"views": 2}}}
+    space = {"train.augmentation.flip": {"choices": ["horizontal", "horizontal+vertical"]}}
+    refuse(tmp_path, r"`space.train.augmentation.flip` would change nothing: .*views: 3", space, experiment)
+
+
+@pytest.mark.parametrize(("key", "choices"), [(LR, ["1e-3", "0.001"]), ("train.unfrozen.weight_decay", [0, 0.0])])
+def test_choices_that_are_one_value_in_two_spellings_are_refused(tmp_path: Path, key: str, choices: list[Any]):
+    refuse(tmp_path, rf"`space.{key}.choices` has a value twice", {key: {"choices": choices}})
+
+
+def test_epochs_to_keep_are_not_varied(tmp_path: Path):
+    refuse(tmp_path, "does not change accuracy", {"train.unfrozen.keep_epochs": {"choices": [[1], [2]]}})
+
+
 def test_a_stored_space_is_read_although_defaults_are_without_effect(tmp_path: Path):
     experiment = {"root": "results", "train": {"name": "one", "unfrozen": {"epochs": 1}}}
     space = load(tmp_path, {LR: {"min": 1e-4, "max": 1e-3}}, experiment)
@@ -124,7 +139,7 @@ def test_impossible_range_is_refused(tmp_path: Path, values: dict[str, Any], mes
 
 
 def test_invalid_value_of_setting_is_refused(tmp_path: Path):
-    refuse(tmp_path, r"`train.model.dropout`: .*less than or equal to 1", {"train.model.dropout": {"min": 0, "max": 2}})
+    refuse(tmp_path, r"`train.model.dropout`: .*less than 1", {"train.model.dropout": {"min": 0, "max": 2}})
 
 
 def test_fraction_for_integer_setting_is_refused(tmp_path: Path):

@@ -139,6 +139,23 @@ def test_the_mask_with_main_is_preferred_to_a_larger_one(publish, load, main: An
     np.testing.assert_array_equal(masks["1.jpg"], SMALL)
 
 
+@pytest.mark.parametrize("names", [["bicycle", "airplane"], ["person"]])
+def test_a_file_without_a_category_of_the_detectors_classes_is_refused(
+    publish: Callable[..., dataset.Dataset], load: Callable[..., dict[str, np.ndarray]], names: list[str]
+):
+    categories = [{"id": number, "name": name} for number, name in enumerate(names)]
+    with pytest.raises(UserError, match=rf"no category .*{names[0]}.* is one of the detector's classes \(car, truck\)"):
+        load(publish(["1.jpg"]), [image("1.jpg")], [annotation(MASK, category_id=0)], categories=categories)
+
+
+def test_categories_do_not_matter_where_main_vehicles_are_marked(
+    publish: Callable[..., dataset.Dataset], load: Callable[..., dict[str, np.ndarray]]
+):
+    marked = [annotation(MASK, category_id=0, main=True)]
+    masks = load(publish(["1.jpg"]), [image("1.jpg")], marked, categories=[{"id": 0, "name": "vehicle"}])
+    assert list(masks) == ["1.jpg"]
+
+
 def test_other_classes_than_the_detectors_are_no_vehicles(publish, load):
     categories = [{"id": 1, "name": "Person"}, {"id": 3, "name": "Car"}]
     annotations = [annotation(MASK, category_id=1), annotation(MASK, category_id=[]), annotation(SMALL, category_id=3)]
