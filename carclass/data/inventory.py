@@ -42,8 +42,8 @@ PRAGMAS = ("journal_mode = OFF", "synchronous = OFF", "temp_store = FILE", f"cac
 TABLES = """
 CREATE TABLE input (
 id INTEGER PRIMARY KEY, key TEXT, label TEXT, subset TEXT, size INTEGER, fingerprint TEXT, reason TEXT, detail TEXT,
-position INTEGER, recorded TEXT);
-CREATE TABLE labels (id INTEGER PRIMARY KEY, name TEXT, label TEXT, subset TEXT);
+position INTEGER, recorded TEXT, photo_group TEXT);
+CREATE TABLE labels (id INTEGER PRIMARY KEY, name TEXT, label TEXT, subset TEXT, photo_group TEXT);
 CREATE TABLE part (id INTEGER PRIMARY KEY, path TEXT UNIQUE, content TEXT, removed INTEGER);
 CREATE TABLE written (key TEXT, image BLOB, label TEXT, split TEXT, reason TEXT, fingerprint TEXT, quarantined INTEGER,
 part INTEGER);
@@ -146,9 +146,9 @@ class Inventory:
         """Add inputs with unique numbers chosen by the caller, as (number, key, fingerprint, label, subset)."""
         self._insert("INSERT INTO input (id, key, fingerprint, label, subset) VALUES (?, ?, ?, ?, ?)", rows)
 
-    def add_labels(self, labels: Iterable[tuple[str, str, str]]) -> None:
-        """Add labels in the order of their source, as (name of the photo, class, subset)."""
-        self._insert("INSERT INTO labels (name, label, subset) VALUES (?, ?, ?)", labels)
+    def add_labels(self, labels: Iterable[tuple[str, str, str, str | None]]) -> None:
+        """Add labels in the order of their source, as (name of the photo, class, subset, group)."""
+        self._insert("INSERT INTO labels (name, label, subset, photo_group) VALUES (?, ?, ?, ?)", labels)
 
     def duplicate_input(self) -> str | None:
         """Return a key that was added more than once, or None."""

@@ -72,7 +72,7 @@ def ingest_photos(root: str, settings: IngestSettings, *, update: bool = False) 
 
 
 def _connect(root: str, settings: IngestSettings) -> None:
-    connection.connect({"root": root, "ingest.photos": settings.photos})
+    connection.connect({"root": root, "ingest.photos": archive.split_folder(settings.photos)[0]})
 
 
 def _read_image_ids(

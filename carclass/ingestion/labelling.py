@@ -1,13 +1,16 @@
 """Labels of an ingestion: read and checked before the photos are listed, then assigned to them."""
 
 import logging
+from collections.abc import Iterator
 from functools import partial
 
-from carclass.config.schema import IngestSettings
+from carclass import storage
+from carclass.config.ingest_settings import TABLE_SUFFIXES, IngestSettings
 from carclass.data.inventory import Inventory
 from carclass.data.quarantine import Reason
 from carclass.errors import UserError
-from carclass.ingestion import label_matching, labels, names
+from carclass.ingestion import label_matching, label_table, labels, names
+from carclass.ingestion.devkit import read_devkit
 from carclass.ingestion.folder_labels import ClassFolders, find_classes
 
 log = logging.getLogger(__name__)
@@ -26,10 +29,10 @@ def read_labels(settings: IngestSettings, inventory: Inventory) -> None:
     """
     if settings.labels is None:
         return
-    inventory.add_labels(label for _, label in labels.read_labels(settings.labels))
+    inventory.add_labels(label for _, label in _open_labels(settings, settings.labels))
     inventory.execute("CREATE INDEX labels_name ON labels (name)")
     if contradicted := list(inventory.query(CONTRADICTED)):
-        located = labels.read_labels(settings.labels)
+        located = _open_labels(settings, settings.labels)
         labels.raise_contradictions(located, [name for name, _ in contradicted], contradicted[0][1])
     num_classes = inventory.scalar("SELECT count(DISTINCT label) FROM labels")
     if num_classes < (expected := settings.num_classes or 2):
@@ -38,6 +41,26 @@ def read_labels(settings: IngestSettings, inventory: Inventory) -> None:
             f"{'training needs at least' if settings.num_classes is None else '`ingest.num_classes` is'} {expected}. "
             "Check the labels for missing or misspelt classes."
         )
+
+
+def _open_labels(settings: IngestSettings, source: str) -> Iterator[labels.LocatedLabel]:
+    """Yield the labels of a table or of the devkit's folder. Raise UserError if they cannot be read or parsed."""
+    try:
+        if label_table.is_table(source):
+            with storage.open_stream(source) as stream:
+                yield from label_table.parse_table(stream, source=source, columns=settings.columns)
+        elif storage.exists(source):
+            raise UserError(
+                f"`ingest.labels`: {source} is a file, but not a {', '.join(TABLE_SUFFIXES)}. Labels are such a "
+                f"file with the columns {','.join(label_table.COLUMNS.values())}, or a folder with Stanford's devkit."
+            )
+        else:
+            yield from read_devkit(source)
+    except OSError as error:
+        raise UserError(
+            f"`ingest.labels`: {source} cannot be read ({error}). Set it to a .csv or a folder with Stanford's devkit "
+            "(cars_meta.mat and cars_train_annos.mat), or omit it for photos in one folder per class."
+        ) from error
 
 
 def label_photos(settings: IngestSettings, inventory: Inventory) -> None:
