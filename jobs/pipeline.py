@@ -38,6 +38,7 @@ def main() -> None:
     import_verbs()
     from carclass.runs.run import epoch_text
 
+    check_weights(settings, settings.train)
     summary = make_datasets(settings, update=args.update)
     run, evaluation = train_and_evaluate(settings, settings.train)
     summary |= {f"{stage}_val_accuracy": run.best_val_accuracy(stage) for stage in run.stages}
@@ -71,6 +72,16 @@ def import_verbs() -> None:
     import carclass.evaluation.evaluate
     import carclass.masking.mask
     import carclass.training.train  # noqa: F401
+
+
+def check_weights(settings: Config, train: TrainSettings) -> None:
+    """Fetch and check the weights of every step before the first one. Raise UserError if they are unusable."""
+    from carclass.masking.mask import pin_detector
+    from carclass.training.pretrained import check_parent
+
+    if settings.mask is not None:
+        pin_detector(settings.root, settings.mask)
+    check_parent(settings.root, train)
 
 
 def make_datasets(settings: Config, *, update: bool) -> dict[str, int | float | str]:

@@ -24,7 +24,7 @@ from carclass.ingestion.ingest import ingest_photos
 from carclass.models import resnet
 from carclass.progress import Throttle
 from carclass.runs.run import MetricsRow, Run, begin_run, find_run
-from carclass.training import feature_cache, placement, preflight
+from carclass.training import feature_cache, placement, preflight, pretrained
 from carclass.training.photo_store import BlockRefs, PhotoStore
 from carclass.training.train import (
     MALLOC_ENV,
@@ -82,6 +82,7 @@ def run_experiments(tree: Tree, requested: Sequence[Experiment], replace: Collec
     if progress.waiting:
         connection.check_cluster()
         _check_parents(tree, requested)
+        _check_weights(tree, progress.waiting)
         make_datasets(tree, {experiment.settings.dataset for experiment in progress.waiting})
         _check_replacements(tree, progress.waiting, replace)
         _run_tasks(tree, progress, replace)
@@ -157,6 +158,22 @@ def _check_parents(tree: Tree, experiments: Sequence[Experiment]) -> None:
                 f"({len(other.classes)} classes) of `train.parent` {experiment.settings.parent} have different "
                 "classes. Choose datasets of the same classes, or start from `imagenet`."
             )
+
+
+def _check_weights(tree: Tree, waiting: Sequence[Experiment]) -> None:
+    """Fetch and check the weights files of experiments, and those of the detectors of their missing datasets."""
+    root, names = tree.budget.root, {experiment.settings.dataset for experiment in waiting}
+    starts = {
+        (settings.parent, settings.parent_sha256, settings.model.architecture): settings
+        for settings in (experiment.settings for experiment in waiting if experiment.parent_epoch is None)
+    }
+    for settings in starts.values():
+        pretrained.check_parent(root, settings)
+    for mask in tree.budget.masks:
+        if mask.dataset in names and dataset.find_dataset(root, mask.dataset) is None:
+            from carclass.masking.mask import pin_detector  # imported late: training needs no detector
+
+            pin_detector(root, mask)
 
 
 def _check_replacements(tree: Tree, waiting: Sequence[Experiment], replace: Collection[str]) -> None:

@@ -50,7 +50,7 @@ def _find_weights(preprocessing: Preprocessing, root: str, uri: str | None, sha2
     cache, original = storage.join(root, "weights"), preprocessing.detector_source_sha256
     candidates = [(uri or preprocessing.detector_weights, sha256)]
     if original is not None:
-        zoo = networks.zoo_uri(preprocessing.mask["detector"]["model"], original)
+        zoo = networks.ZOO.get(preprocessing.mask["detector"]["model"])
         candidates += [(uri, original)] if uri else [(storage.join(cache, f"{original}.safetensors"), sha256)]
         candidates += [] if uri else [(zoo, original)]
     errors = []
