@@ -12,13 +12,15 @@ from carclass.errors import UserError
 from carclass.ingestion import label_matching, label_table, labels, names
 from carclass.ingestion.devkit import read_devkit
 from carclass.ingestion.folder_labels import ClassFolders, find_classes
+from carclass.ingestion.grouping import find_group_column, group_photos
 
 log = logging.getLogger(__name__)
 MAX_LISTED = 5
 """Contradictions, classes or groups of classes named in a message."""
 CONTRADICTED = """
 SELECT name, count(*) OVER () FROM labels GROUP BY name
-HAVING min(label) != max(label) OR min(subset) != max(subset) ORDER BY min(id) LIMIT 5
+HAVING min(label) != max(label) OR min(subset) != max(subset)
+OR min(coalesce(photo_group, '')) != max(coalesce(photo_group, '')) ORDER BY min(id) LIMIT 5
 """
 
 
@@ -48,7 +50,8 @@ def _open_labels(settings: IngestSettings, source: str) -> Iterator[labels.Locat
     try:
         if label_table.is_table(source):
             with storage.open_stream(source) as stream:
-                yield from label_table.parse_table(stream, source=source, columns=settings.columns)
+                group = find_group_column(settings)
+                yield from label_table.parse_table(stream, source=source, columns=settings.columns, group=group)
         elif storage.exists(source):
             raise UserError(
                 f"`ingest.labels`: {source} is a file, but not a {', '.join(TABLE_SUFFIXES)}. Labels are such a "
@@ -75,6 +78,7 @@ def label_photos(settings: IngestSettings, inventory: Inventory) -> None:
     label_matching.match_labels(inventory, settings.photos)
     if settings.labels is not None:
         _check_matches(settings, inventory)
+    group_photos(settings, inventory)
     _warn(inventory, f"reason = '{Reason.JUNK}'", "files are junk", logging.INFO)
     _warn(inventory, f"reason = '{Reason.NO_LABEL}'", "files have no label")
     _warn(inventory, f"reason = '{Reason.BAD_NAME}'", "names cannot be used")
