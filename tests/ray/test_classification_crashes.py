@@ -72,7 +72,7 @@ def drive(root: Path) -> None:
     classification.ClassifyRows, classify.ClassifyPhotos = CrashingRows, CrashingPhotos  # type: ignore[misc]
     photo_store.to_block_columns = to_block_or_crash
     ray.init(address="local", num_cpus=2, include_dashboard=False)
-    source = ingest_photos(str(root), IngestSettings(photos=str(root / "photos"), val_fraction=0.5))
+    source = ingest_photos(str(root), IngestSettings(photos=str(root / "photos")))
     run = runs.begin(root, TrainSettings(**runs.FROZEN, name="r", dataset="v1"))
     runs.finish(run, classes=source.classes)
     evaluated = partial(evaluate.evaluate_run, str(root), EvaluateSettings(run="r"))
@@ -106,7 +106,7 @@ class Crashed(NamedTuple):
 def crashed(tmp_path_factory: pytest.TempPathFactory) -> Crashed:
     root = tmp_path_factory.mktemp("crashed")
     for i in range(16):
-        key = f"{'test' if i < 6 else 'train'}/{'AB'[i % 2]}/{i}.png"
+        key = f"{'test' if i < 6 else 'train' if i < 12 else 'val'}/{'AB'[i % 2]}/{i}.png"
         file = root / "photos" / key
         file.parent.mkdir(parents=True, exist_ok=True)
         pixels = np.random.default_rng(i).integers(0, 200, (32 + i, 32, 3), np.uint8)
