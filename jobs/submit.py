@@ -11,6 +11,7 @@ job.
 
 import os
 import sys
+from pathlib import Path
 
 from carclass.config import cli, installation
 from carclass.errors import UserError
@@ -32,7 +33,8 @@ def main() -> None:
     from carclass.runs.environment import CODE_VERSION, code_version
 
     # The cluster has carclass' dependencies; its code, and so the command `carclass`, comes with the job.
-    command = ["python", "-m", *args.command] if args.command[0] == "carclass" else args.command
+    program, *rest = args.command
+    command = ["python", "-m", "carclass", *rest] if Path(program).name == "carclass" else args.command
     sys.exit(job_submission.submit_and_follow(args.address, command, CODE, {CODE_VERSION: code_version()}))
 
 

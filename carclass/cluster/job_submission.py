@@ -97,12 +97,15 @@ def _named_files(command: Sequence[str], folder: Path) -> dict[str, Path]:
         if not full.is_relative_to(folder.resolve()):
             if full.suffix in CONFIG_SUFFIXES:
                 raise UserError(f"{path} is outside {folder} and would not be uploaded. Move it there.")
-            continue  # may be on a shared file system; else the job reports that it is missing
+            continue  # it may be on a shared file system; else the job reports that it is missing
+        relative = full.relative_to(folder.resolve())
+        if path.is_absolute() and full.suffix in CONFIG_SUFFIXES:
+            raise UserError(f"{path} is uploaded by its path in the working directory. Write {relative}.")
         if full.stat().st_size > MAX_FILE_BYTES:
             raise UserError(
                 f"{path} has {full.stat().st_size:,} bytes: only code and configs are uploaded. Put it on S3."
             )
-        files[str(full.relative_to(folder.resolve()))] = full
+        files[str(relative)] = full
     return files
 
 

@@ -105,5 +105,5 @@ def test_a_job_that_masks_names_the_command_before_any_work(job: str, tmp_path: 
     ],
 )
 def test_work_without_masks_needs_no_detectron2(code: str):
-    done = run_without_detectron2(code)
+    done = run_without_detectron2(code, "pipeline")
     assert done.returncode == 0, done.stderr
