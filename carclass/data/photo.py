@@ -296,9 +296,8 @@ def _decode_jpeg(data: bytes, limits: _Limits) -> _Decoded:
     profile = jpeg.profile()
     if jpeg.num_channels == 4:
         pixels, profile = _cmyk_to_rgb(pixels, profile), b""
-    plain = plain if jpeg.num_channels == 3 else None
-    mode = "L" if jpeg.num_channels == 1 else "RGB"
-    return _Decoded(pixels, jpeg.height, jpeg.width, jpeg.orientation(), plain, profile, mode)
+    stored, mode = plain if jpeg.num_channels == 3 else None, "L" if jpeg.num_channels == 1 else "RGB"
+    return _Decoded(pixels, jpeg.height, jpeg.width, jpeg.orientation(), stored, profile, mode)
 
 
 def _dct_factor(height: int, width: int, max_side: int | None) -> int:

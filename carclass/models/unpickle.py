@@ -71,7 +71,7 @@ def read_arrays(data: bytes) -> dict[str, np.ndarray]:
     """Return the arrays of a pickled {"model": {name: array}}; raise an error if it holds anything else there."""
     content = ArrayUnpickler(io.BytesIO(data), encoding="latin1").load()
     arrays = content.get("model") if type(content) is dict else None
-    if type(arrays) not in (dict, collections.OrderedDict):
+    if not isinstance(arrays, dict):
         raise _NotAnArrayError("it has no dict `model` of arrays")
     for name, array in arrays.items():
         if type(name) is not str or type(array) is not np.ndarray or array.dtype.kind not in "biuf":
