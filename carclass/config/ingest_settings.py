@@ -9,6 +9,7 @@ from carclass.config.section import Name, Section, Share, Uri
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
 """Endings of tables of labels, in lower case."""
+ColumnRole = Literal["name", "class", "subset"]
 ColumnName = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
@@ -32,7 +33,7 @@ class IngestSettings(Section):
     labels: Uri | None = None
     """Table (.csv, .tsv, .jsonl with img_name,class,subset) or folder of Stanford's devkit; by default the folder of a
     photo is its class."""
-    columns: dict[Literal["name", "class", "subset"], ColumnName] = Field({})
+    columns: dict[ColumnRole, ColumnName] = Field({})
     """Other names of the table's columns, such as `{name: file, class: model, subset: split}`."""
     num_classes: int | None = Field(None, ge=2)
     """Expected number of classes; any other number is an error."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import BinaryIO
 
-from carclass.config.ingest_settings import TABLE_SUFFIXES
+from carclass.config.ingest_settings import TABLE_SUFFIXES, ColumnRole
 from carclass.ingestion.labels import Label, LabelsError, LocatedLabel, make_label
 from carclass.ingestion.names import is_utf8, remove_invisible
 
@@ -29,7 +29,7 @@ def is_table(uri: str) -> bool:
 
 
 def parse_table(
-    stream: BinaryIO, *, source: str, columns: Mapping[str, str] | None = None, group: str | None = None
+    stream: BinaryIO, *, source: str, columns: Mapping[ColumnRole, str] | None = None, group: str | None = None
 ) -> Iterator[LocatedLabel]:
     """Parse a table with the columns `img_name,class,subset` in any order; other columns are ignored.
 
@@ -39,8 +39,8 @@ def parse_table(
     whose ending tells JSON from others. columns: other names, see COLUMNS. group: column of the groups. Raise
     LabelsError with the existing columns or, after all lines are parsed, the numbers of bad lines.
     """
-    names = {**COLUMNS, **(columns or {})}
-    chosen = {*(columns or {})}
+    given: dict[str, str] = dict((columns or {}).items())
+    names, chosen = {**COLUMNS, **given}, {*given}
     if group is not None:
         names, chosen = {**names, "group": group}, {*chosen, "group"}
     with io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="") as text:
@@ -64,6 +64,8 @@ def _parse_rows(
 ) -> Iterator[LocatedLabel]:
     """Yield the labels of rows, the first of which has the names of the columns."""
     location, header = next(rows, (f"{source}, line 1", []))
+    if isinstance(header, LabelsError):
+        raise header
     _check_text(header, location)
     indices = _find_columns(header, source, names, chosen)
     has_labels, num_bad = False, 0
@@ -135,10 +137,8 @@ def _json_text(value: object) -> str:
     return str(value) if is_plain else ""
 
 
-def _find_columns(header: Fields, source: str, names: Mapping[str, str], chosen: set[str]) -> dict[str, int]:
+def _find_columns(header: list[str], source: str, names: Mapping[str, str], chosen: set[str]) -> dict[str, int]:
     """Return the indices of the columns of a label. Raise LabelsError if one is missing."""
-    if isinstance(header, LabelsError):
-        raise header
     found = [remove_invisible(name) for name in header]
     folded = [name.lower() for name in found]
     indices = {
@@ -177,9 +177,9 @@ def _parse_row(fields: Fields, num_columns: int, indices: Mapping[str, int], loc
     return make_label(values["name"], values["class"], subset, location, values.get("group", ""))
 
 
-def _check_text(fields: Fields | Sequence[str], location: str) -> None:
+def _check_text(fields: Sequence[str], location: str) -> None:
     """Raise LabelsError if fields are not UTF-8, which are decoded as surrogates, or have a NUL."""
-    text = "" if isinstance(fields, LabelsError) else "".join(fields)
+    text = "".join(fields)
     if not text.isascii() and not is_utf8(text):
         raise LabelsError(f"{location}: not UTF-8; save it as UTF-8.")
     if "\0" in text:

@@ -45,10 +45,10 @@ def list_photos(photos: str, inventory: Inventory, setting: str = "ingest.photos
     Raise UserError, naming the setting, if there are none.
     """
     if archive.is_archive(photos):
-        if not storage.exists(path := archive.split_folder(photos)[0]):
+        if not storage.exists(archive_uri := archive.split_folder(photos)[0]):
             raise UserError(
-                f"`{setting}`: no archive {path}. Set it to an existing folder, s3:// prefix or archive; the name of "
-                "a folder that ends like that of an archive needs a slash at its end."
+                f"`{setting}`: no archive {archive_uri}. Set it to an existing folder, s3:// prefix or archive; the "
+                "name of a folder that ends like that of an archive needs a slash at its end."
             )
         pages = chunks(archive.list_members(photos, setting), PAGE_KEYS)
     elif (path := storage.local_path(photos)) is not None and os.path.isfile(path):
