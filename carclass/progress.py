@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from carclass.formatting import duration_text
 
 log = logging.getLogger(__name__)
+CLOCK = "%H:%M:%S"
+"""Format of the time that begins each line."""
 
 
 class Throttle:
@@ -54,8 +56,8 @@ class Progress:
 
 
 def print_line(line: str) -> None:
-    """Write a line to stdout from a training worker; Ray Train would show output of `print` twice."""
-    sys.stdout.write(line + "\n")
+    """Write a line with the time to stdout from a training worker; Ray Train would show output of `print` twice."""
+    sys.stdout.write(f"{time.strftime(CLOCK)} {line}\n")
     sys.stdout.flush()
 
 

@@ -28,7 +28,10 @@ from tests.helpers.faulty_s3 import Proxy
 
 Rows = list[dict[str, Any]]
 SHARE_A_CLUSTER = ("tests/ray/", "tests/s3/test_s3.py", "tests/s3/test_throttling.py")
-OWN_CLUSTERS = ("tests/ray/test_autoscaling.py", "tests/ray/test_masking_kills.py")
+OWN_CLUSTERS = tuple(
+    f"tests/ray/test_{name}.py"
+    for name in ("autoscaling", "classification_crashes", "ingest_crashes", "masking_kills", "rival_ingests")
+)
 
 
 @pytest.hookimpl(optionalhook=True)

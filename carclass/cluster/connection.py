@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 DASHBOARD_PORT = 8265
 """Ray's default port."""
+_owns_cluster = False
 
 
 def connect(folders: Mapping[str, str] | None = None) -> None:
@@ -33,6 +34,11 @@ def connect(folders: Mapping[str, str] | None = None) -> None:
     check_shared(folders or {})
 
 
+def has_own_cluster() -> bool:
+    """Return True if this process has started the cluster, which then ends with it."""
+    return _owns_cluster
+
+
 def check_cluster() -> None:
     """Raise UserError if `connect` would find no cluster: before photos are listed and weights are downloaded."""
     if not ray.is_initialized():
@@ -40,6 +46,7 @@ def check_cluster() -> None:
 
 
 def _join() -> None:
+    global _owns_cluster
     # Otherwise Ray Data drops the error that a batch failed with, and with it the remedy.
     ray.data.DataContext.get_current().raise_original_map_exception = True
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it logs the error that it raises
@@ -71,6 +78,7 @@ def _join() -> None:
             f"joining the Ray cluster at {address} (RAY_ADDRESS) failed ({cause}). A job runs on a machine of "
             f"the cluster. {SUBMIT}."
         ) from error
+    _owns_cluster = address == LOCAL
     telemetry.watch_nodes()
     ray.data.DataContext.get_current().enable_progress_bars = False
     available = ray.cluster_resources()

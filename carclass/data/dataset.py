@@ -203,11 +203,22 @@ def find_dataset(root: str, name: str) -> Dataset | None:
     """Return a published dataset, or None. Raise UserError if its URI cannot be read."""
     uri = dataset_uri(root, name)
     try:
-        return Dataset(uri, formats.read(storage.join(uri, "manifest.json"), "manifest"))
+        manifest = formats.read(storage.join(uri, "manifest.json"), "manifest")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise UserError(f"`root`: {uri} cannot be read ({error}). Check the URI and your credentials.") from error
+    _check_counts(manifest, storage.join(uri, "manifest.json"))
+    return Dataset(uri, manifest)
+
+
+def _check_counts(manifest: dict[str, Any], uri: str) -> None:
+    """Raise DamagedFileError if the counts of a manifest contradict each other."""
+    for total, parts in (("rows", manifest["splits"]), ("quarantined", manifest["reasons"])):
+        if manifest[total] != sum(parts.values()):
+            raise formats.damaged("manifest", uri, f"`{total}` is {manifest[total]}, not the sum of {parts}")
+    if manifest["inputs"] != manifest["rows"] + manifest["quarantined"]:
+        raise formats.damaged("manifest", uri, f"`inputs` is {manifest['inputs']}, not `rows` + `quarantined`")
 
 
 def load_dataset(root: str, name: str) -> Dataset:

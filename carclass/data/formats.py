@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple, TypeVar, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
 
 from carclass import storage
 from carclass.config import yaml_file
@@ -44,10 +44,10 @@ class Kind(NamedTuple):
 RUN_REMEDY = "Restore it from a backup, or delete the run's folder and run jobs/train.py again."
 SWEEP_REMEDY = "Restore it from a backup, or delete the sweep's folder and run jobs/tune.py again."
 PREDICT_REMEDY = "Delete the file and run jobs/predict.py again, which writes it anew."
-COUNTS = dict[str, int]
+COUNTS = dict[str, NonNegativeInt]
 MANIFEST_KEYS = {
-    **{"settings": dict, "classes": list[str], "kind": str, "inputs": int, "rows": int, "quarantined": int},
-    **{"splits": COUNTS, "reasons": COUNTS, "parts": list[str]},
+    **{"settings": dict, "classes": list[str], "kind": str, "parts": list[str], "splits": COUNTS, "reasons": COUNTS},
+    **dict.fromkeys(("inputs", "rows", "quarantined"), NonNegativeInt),
 }
 ADDED_SETTINGS: dict[str, Row] = {
     "frozen": {"ema_decay": None, "clip_grad_norm": None, "keep_epochs": []},
@@ -119,26 +119,27 @@ KINDS = {
     ),
     "metrics": Kind(
         {
-            **{"stage": str, "epoch": int},
+            **{"stage": str, "epoch": PositiveInt},
             **dict.fromkeys(
                 ("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds", "time"), NUMBER
             ),
         },
         RUN_REMEDY,
     ),
-    "steps": Kind({"step": int, "loss": NUMBER}, RUN_REMEDY),
+    "steps": Kind({"step": PositiveInt, "loss": NUMBER}, RUN_REMEDY),
     "model": Kind(
         {
-            **{"stage": str, "epoch": int, "val_accuracy": NUMBER, "classes": list, "precision": str, "sha256": str},
+            **{"stage": str, "epoch": PositiveInt, "val_accuracy": NUMBER},
+            **{"classes": list, "precision": str, "sha256": str},
             **{"model.architecture": str, "model.stride_in_1x1": bool},
-            **{"model.image_size": int, "model.dropout": NUMBER},
+            **{"model.image_size": PositiveInt, "model.dropout": NUMBER},
         },
         "Delete the file and run jobs/train.py again: finished epochs are kept.",
     ),
     "run_model": Kind({"stage": str, "sha256": str}, "Delete the file: it is found again from the stages' models."),
-    "checkpoint": Kind({"epoch": int, "val_accuracies": list, "sha256": dict}, RUN_REMEDY),
+    "checkpoint": Kind({"epoch": NonNegativeInt, "val_accuracies": list, "sha256": dict}, RUN_REMEDY),
     "evaluation": Kind(
-        {"accuracy": NUMBER, "num_photos": int},
+        {"accuracy": NUMBER, "num_photos": PositiveInt},
         "Run jobs/evaluate.py again.",
         format=2,  # has the model, the dataset and the split
         migrations={1: lambda values: {"model_sha256": None, **values} if isinstance(values, dict) else {}},
@@ -147,7 +148,7 @@ KINDS = {
     "budget": Kind({"budget": str}, "Delete the file: the next jobs/lineage.py run writes it again."),
     "summary": Kind({"seconds": NUMBER}, "Run jobs/pipeline.py again.", format=2),  # has the model
     "calibration": Kind(
-        {"temperature": NUMBER, "model_sha256": str},
+        {"temperature": PositiveFloat, "model_sha256": str},
         PREDICT_REMEDY,
         format=2,  # has the temperature that was fitted beside the one to use
         migrations={1: _choose_temperature},

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from carclass import storage
 from carclass.config.schema import EvaluateSettings
 from carclass.data import dataset
 from carclass.evaluation.metrics import confusion_matrix
@@ -47,6 +48,7 @@ def collect_report(
         masking=_masking_samples(source, settings.split),
         mistakes=_mistakes(source, predictions),
         quarantined=quarantined(source),
+        dataset_pages=_dataset_pages(source),
         missing_source=_source_name(source) if _is_masked(source) and _find_source(source) is None else None,
     )
 
@@ -119,6 +121,16 @@ def quarantined(source: dataset.Dataset) -> dict[str, dict[str, int]]:
     before = _find_source(source)
     earlier = {} if before is None else quarantined(before)
     return {**earlier, f"{source.name} (masking)": source.manifest["reasons"]}
+
+
+def _dataset_pages(source: dataset.Dataset) -> list[tuple[str, str]]:
+    """Return (name, link from a run's report) of the pages of a dataset and of the one it was masked from."""
+    before = _find_source(source) if _is_masked(source) else None
+    return [
+        (each.name, f"../../../datasets/{each.name}/report.html")
+        for each in (before, source)
+        if each is not None and storage.exists(storage.join(each.uri, "report.html"))
+    ]
 
 
 def _masking_samples(source: dataset.Dataset, split: str) -> list[MaskingSample]:

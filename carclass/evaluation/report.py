@@ -68,6 +68,8 @@ class Report:
     """Highest confidence first. May be empty."""
     quarantined: dict[str, dict[str, int]]
     """By dataset and the job that made it, the first one first: reason → number of photos in quarantine."""
+    dataset_pages: list[tuple[str, str]]
+    """(name, link) of the pages of the datasets."""
     missing_source: str | None
     """Name of the dataset that the photos were masked from, if it is gone or has changed since."""
 

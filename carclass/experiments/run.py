@@ -27,7 +27,6 @@ from carclass.runs.run import MetricsRow, Run, begin_run, find_run
 from carclass.training import feature_cache, placement, preflight, pretrained
 from carclass.training.photo_store import BlockRefs, PhotoStore
 from carclass.training.train import (
-    MALLOC_ENV,
     TrainResources,
     check_resources,
     load_run_inputs,
@@ -290,7 +289,7 @@ def _start_task(
     if in_process and use_gpu:
         options |= {"num_gpus": devices_per_worker, "num_cpus": 1}
     elif in_process:
-        options |= {"num_cpus": devices_per_worker, "runtime_env": {"env_vars": MALLOC_ENV}}
+        options |= {"num_cpus": devices_per_worker}
     task: Any = ray.remote(train_experiment).options(name=experiment.name, **options)
     resources = TrainResources(use_gpu, devices_per_worker, in_process=in_process, verbose=False)
     return task.remote(root, settings, store.get(), resources)

@@ -27,7 +27,7 @@ from carclass.data.inventory import Inventory, chunks
 from carclass.data.lease import hold_lease
 from carclass.data.publishing import WrittenPart
 from carclass.errors import UserError
-from carclass.ingestion import archive, leakage
+from carclass.ingestion import archive, collect, leakage
 from carclass.ingestion.labelling import label_photos, read_labels
 from carclass.ingestion.listing import list_photos
 from carclass.ingestion.reading import GuardedRun, read_groups, read_image_ids
@@ -101,6 +101,7 @@ def _write_dataset(draft: Draft, settings: IngestSettings, shares: dict[str, flo
     quarantine.check_quarantined(complete.manifest, settings.max_quarantined, "ingest.max_quarantined")
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in complete.manifest["reasons"].items())
     _check_classes(complete.classes, settings, f"photos that are not in quarantine ({reasons})")
+    collect.write_report(complete, settings)
     published = draft.publish(complete)
     quarantine.log_counts("ingest", published.manifest)
     _warn_about_few_val(inventory, complete.classes)

@@ -9,7 +9,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 
 from carclass import storage
-from carclass.progress import print_line
 from carclass.runs.checkpoint_index import checkpoint_name
 from carclass.runs.metrics_log import MetricsLog
 from carclass.runs.run import Run
@@ -24,11 +23,11 @@ LOWEST_PRIORITY = 19
 class CheckpointWriter:
     """Writer of metrics and checkpoints; training waits only for the copy to the host's memory, and at the end.
 
-    Errors of the threads are raised at the end of the next epoch, or at the end. verbose: print a line per epoch.
+    Errors of the threads are raised at the end of the next epoch, or at the end.
     """
 
-    def __init__(self, run: Run, stage: str, learner: Learner, state: TrainState, *, verbose: bool = True) -> None:
-        self.run, self.stage, self.learner, self.verbose = run, stage, learner, verbose
+    def __init__(self, run: Run, stage: str, learner: Learner, state: TrainState) -> None:
+        self.run, self.stage, self.learner = run, stage, learner
         self.uri = storage.join(run.uri, stage)
         self.metrics_log = MetricsLog(run, stage, state.epoch)
         self.metrics_thread, self.checkpoint_thread = (
@@ -54,8 +53,6 @@ class CheckpointWriter:
 
     def finish_epoch(self, state: TrainState, metrics: Metrics, steps: list[Metrics]) -> None:
         """Save an epoch's metrics, and its weights if they are to be kept."""
-        if self.verbose:
-            self._report(metrics)
         for future in [future for future in self.pending if future.done()]:
             self.pending.remove(future)
             future.result()
@@ -105,13 +102,6 @@ class CheckpointWriter:
         last = {state.epoch} if is_done(stage, state) else set()
         kept = {*best[: self.run.settings.keep_checkpoints], *stage.keep_epochs} | last
         return {checkpoint_name(epoch) for epoch in kept}
-
-    def _report(self, metrics: Metrics) -> None:
-        settings = self.run.settings
-        print_line(
-            f"{settings.name} {self.stage} {metrics['epoch']}/{getattr(settings, self.stage).epochs}: "
-            f"loss {metrics['train_loss']:.3f}, val accuracy {metrics['val_accuracy']:.3f}, {metrics['seconds']:.1f} s"
-        )
 
 
 def _lower_priority() -> None:

@@ -79,7 +79,7 @@ class Callbacks(NamedTuple):
 
     save: Callable[[TrainState], None] = lambda _: None  # a checkpoint to resume from
     on_epoch_end: Callable[[TrainState, Metrics, list[Metrics]], None] = lambda *_: None  # (state, epoch's, steps')
-    after_step: Callable[[], StepSignal] = StepSignal
+    after_step: Callable[[int], StepSignal] = lambda _: StepSignal()  # (step of the stage, from 1)
 
 
 def train_epochs(learner: Learner, loader: Loader, state: TrainState, callbacks: Callbacks) -> bool:
@@ -109,7 +109,7 @@ def train_epoch(learner: Learner, loader: Loader, state: TrainState, callbacks: 
     for batch in loader.train(state.epoch + 1, state.samples):
         step = state.epoch * loader.num_steps + len(state.steps) + len(tallies) + 1
         tallies.append(train_step(learner, batch, step, loader.num_steps))
-        signal = callbacks.after_step()
+        signal = callbacks.after_step(step)
         if any(signal):
             _record_steps(learner, loader, state, tallies, started)
             callbacks.save(state)

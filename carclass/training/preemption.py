@@ -38,7 +38,7 @@ class StepCheck:
         self.group = distributed.new_group(backend="gloo") if worker.num_workers > 1 else None
         self.checked = time.monotonic()
 
-    def __call__(self) -> StepSignal:
+    def __call__(self, _step: int) -> StepSignal:
         """Return the interruptions that any worker asks for; called by every worker after every step."""
         asks_ray = self.worker.rank == 0 and time.monotonic() - self.checked > DRAIN_CHECK_SECONDS
         is_preempted, asks_ray, is_due = self._any(_sigterm_received.is_set(), asks_ray, self.is_checkpoint_due())

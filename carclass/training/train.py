@@ -1,4 +1,7 @@
-"""Training of a run: one Ray Train run per stage, frozen then unfrozen, each resumed from its checkpoints."""
+"""Training of a run, frozen then unfrozen, each stage resumed from its checkpoints.
+
+A stage is a run of Ray Train; with a single worker on CPUs of a cluster of the job's own, it is trained in the job.
+"""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -20,7 +23,8 @@ from carclass.runs.preprocessing_record import record_preprocessing
 from carclass.runs.run import Run, begin_run, record_best_stage
 from carclass.runs.saved_model import publish_model, read_model
 from carclass.training import checkpoint, feature_cache, preflight, pretrained
-from carclass.training.loop import DivergedError, Metrics, TrainState
+from carclass.training.allocator import WORKER_ENV
+from carclass.training.loop import Metrics, TrainState
 from carclass.training.memory_probe import measure_step
 from carclass.training.photo_store import BlockRefs, PhotoStore
 from carclass.training.preemption import TorchConfig
@@ -29,9 +33,6 @@ from carclass.training.worker import StageJob, run_train_worker, train_stage_in_
 log = logging.getLogger(__name__)
 MAX_RESTARTS_WITHOUT_PROGRESS = 3
 """Failures of the workers in a row without a new checkpoint after which the error is raised."""
-MALLOC_ENV = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000000", "MALLOC_ARENA_MAX": "1"}
-"""Environment of workers on CPUs: glibc keeps freed memory for the next step. By default it returns large tensors to
-the system and gets cleared pages back, which takes a tenth of a step's time."""
 
 
 class TrainResources(NamedTuple):
@@ -65,7 +66,10 @@ def train_run(root: str, settings: TrainSettings) -> Run:
     use_gpu = check_resources(root, settings, source, probe=True)
     with hold_lease(run.uri, "train"):
         begin_run(run, source, parent_sha256)
-        train_stages(run, source, PhotoStore(settings, source).get, TrainResources(use_gpu), run.unfinished_stages)
+        # Ray Train's processes start in half a minute, and could not outlive this one on a cluster of its own.
+        in_process = settings.workers == (1, 1) and not use_gpu and connection.has_own_cluster()
+        train_resources = TrainResources(use_gpu, in_process=in_process)
+        train_stages(run, source, PhotoStore(settings, source).get, train_resources, run.unfinished_stages)
     warn_if_unfreezing_hurt(run)
     return run
 
@@ -185,10 +189,7 @@ def _count_threads(job: StageJob, train_resources: TrainResources) -> int:
 
 
 def _run_workers(job: StageJob, train_resources: TrainResources) -> bool:
-    """Run a group of workers until the end of the stage. Return False if they are preempted.
-
-    Raise DivergedError if training diverges.
-    """
+    """Run a group of workers until the end of the stage. Return False if they are preempted."""
     use_gpu = train_resources.use_gpu
     if train_resources.in_process:
         return train_stage_in_process(job, use_gpu=use_gpu)
@@ -210,14 +211,12 @@ def _run_workers(job: StageJob, train_resources: TrainResources) -> bool:
             storage_path=path,
             storage_filesystem=filesystem,
             callbacks=[*train_resources.callbacks],
-            logging_config=ray.train.LoggingConfig(log_level="WARNING"),  # workers log a line per epoch themselves
-            worker_runtime_env={} if use_gpu else {"env_vars": MALLOC_ENV},
+            # Workers print lines about epochs, and errors are told here; Ray's own stay in the logs of its session.
+            logging_config=ray.train.LoggingConfig(log_level="CRITICAL"),
+            worker_runtime_env={} if use_gpu else {"env_vars": WORKER_ENV},
         ),
     )
-    result: Any = trainer.fit()
-    if isinstance(result.return_value, str):
-        raise DivergedError(result.return_value)
-    return bool(result.return_value)
+    return bool(trainer.fit().return_value)  # type: ignore[attr-defined]  # mypy sees Train V1's
 
 
 def ray_run_name(run: Run, stage: str) -> str:

@@ -1,7 +1,7 @@
 """One worker's part of a training stage."""
 
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,11 +21,13 @@ from carclass.models.gpu_memory import report_out_of_memory
 from carclass.runs.environment import record_environment
 from carclass.runs.run import Run
 from carclass.training import checkpoint, cuda_graphs, feature_cache, loop, pretrained
+from carclass.training.allocator import keep_freed_memory
 from carclass.training.checkpoint_writer import CheckpointWriter
 from carclass.training.dataloader import PhotoLoader, PhotoSamples
 from carclass.training.learner import Learner, make_learner
 from carclass.training.photo_store import BlockRefs, get_blocks
 from carclass.training.preemption import StepCheck, WorkerContext
+from carclass.training.stage_progress import StageProgress
 
 OUT_OF_MEMORY_REMEDIES: dict[str, str] = {
     "frozen": "Use fewer `train.frozen.views` or a smaller `train.model.image_size`, under another `train.name`, or "
@@ -48,19 +50,13 @@ class StageJob(NamedTuple):
     verbose: bool = True
 
 
-def run_train_worker(job_fields: dict[str, Any]) -> bool | str:
-    """Train a stage in a worker of Ray Train. Return False if preempted, and the message if training diverged.
-
-    All workers find that at once. Ray Train would print an error with its traceback.
-    """
+def run_train_worker(job_fields: dict[str, Any]) -> bool:
+    """Train a stage in a worker of Ray Train. Return False if preempted."""
     context = ray.train.get_context()
     worker = WorkerContext(
         context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device(), _is_node_draining
     )
-    try:
-        return train_stage(StageJob(**job_fields), worker)
-    except loop.DivergedError as error:
-        return str(error)
+    return train_stage(StageJob(**job_fields), worker)
 
 
 def _is_node_draining() -> bool:
@@ -70,7 +66,8 @@ def _is_node_draining() -> bool:
 def train_stage_in_process(job: StageJob, *, use_gpu: bool) -> bool:
     """Train a stage by a single worker in this process, without Ray Train. Return False if preempted."""
     device = torch.device("cuda" if use_gpu else "cpu")
-    return train_stage(job, WorkerContext(0, 1, device, lambda: False))
+    with nullcontext() if use_gpu else keep_freed_memory():
+        return train_stage(job, WorkerContext(0, 1, device, lambda: False))
 
 
 def train_stage(job: StageJob, worker: WorkerContext) -> bool:
@@ -136,10 +133,19 @@ def _train(job: StageJob, worker: WorkerContext, learner: Learner, loader: loop.
         callbacks = loop.Callbacks(on_epoch_end=partial(_report_epoch, job), after_step=StepCheck(worker))
         return loop.train_epochs(learner, loader, state, callbacks)
     record_environment(job.run.uri, job.stage, worker.device)
-    writer = CheckpointWriter(job.run, job.stage, learner, state, verbose=job.verbose)
+    writer = CheckpointWriter(job.run, job.stage, learner, state)
+    check = StepCheck(worker, writer.is_checkpoint_due)
+    progress = StageProgress(f"{job.run.settings.name} {job.stage}", learner.stage, loader.num_steps, state)
+
+    def after_step(step: int) -> loop.StepSignal:
+        if job.verbose:
+            progress.report_step(step)
+        return check(step)
 
     def on_epoch_end(state: loop.TrainState, metrics: loop.Metrics, steps: list[loop.Metrics]) -> None:
         """Write, then report: the report may end this process at once."""
+        if job.verbose:
+            progress.report_epoch(metrics)
         writer.finish_epoch(state, metrics, steps)
         if job.run.folder == "experiments":  # a sweep exports the metrics of its trials itself
             telemetry.report_epoch(job.run.settings.name, job.stage, metrics)
@@ -147,7 +153,7 @@ def _train(job: StageJob, worker: WorkerContext, learner: Learner, loader: loop.
             writer.wait_for_metrics()
             _report_epoch(job, state, metrics, steps)
 
-    callbacks = loop.Callbacks(writer.save, on_epoch_end, StepCheck(worker, writer.is_checkpoint_due))
+    callbacks = loop.Callbacks(writer.save, on_epoch_end, after_step)
     try:
         return loop.train_epochs(learner, loader, state, callbacks)
     except loop.DivergedError:

@@ -213,7 +213,7 @@ REQUEST = """
 import sys, urllib.error, urllib.request
 headers = {"Authorization": f"Bearer {sys.argv[2]}"} if sys.argv[2] else {}
 try:
-    print(urllib.request.urlopen(urllib.request.Request(sys.argv[1], headers=headers), timeout=5).status)
+    print(urllib.request.urlopen(urllib.request.Request(sys.argv[1], headers=headers), timeout=20).status)
 except urllib.error.HTTPError as error:
     print(error.code)
 except OSError:

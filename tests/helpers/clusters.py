@@ -115,7 +115,7 @@ class Cluster:
         return process
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen, log: Path, seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen, log: Path, seconds: float = 300) -> None:
     """Wait until a condition is met while a process runs."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -132,7 +132,7 @@ class Job(NamedTuple):
 
     def end(self) -> None:
         """Wait for the job and assert that it succeeds."""
-        assert self.process.wait(timeout=180) == 0, self.log.read_text()
+        assert self.process.wait(timeout=400) == 0, self.log.read_text()
 
 
 def start(name: str, config_file: Path, environment: dict[str, str], *options: str) -> Job:

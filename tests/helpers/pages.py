@@ -10,6 +10,7 @@ from PIL import Image
 from carclass.evaluation.metrics import classification_metrics, confusion_matrix
 from carclass.evaluation.report import MaskingSample, Mistake, Report
 from carclass.experiments.report import render_comparison
+from carclass.ingestion.report import DatasetReport, Rejected, Sample
 from carclass.masking.contact_sheet import CELL_HEIGHT, CELL_WIDTH, MaskedPhoto
 from carclass.masking.report import MaskingReport, histogram
 from tests.helpers.trees import sixteen
@@ -17,6 +18,7 @@ from tests.helpers.trees import sixteen
 EVALUATION_SECTIONS = [
     "summary", "curves", "confusion", "pairs", "classes", "mistakes", "calibration", "masking", "data"
 ]  # fmt: skip
+DATASET_SECTIONS = ["summary", "classes", "sizes", "sample", "quarantine"]
 MASKING_SECTIONS = ["summary", "detections", "measures", "doubtful", "sample", "data"]
 SWEEP_SECTIONS = ["summary", "seeds", "trials", "curves", "parallel", "importance", "slices", "cost"]
 COMPARISON_SECTIONS = ["summary", "tree", "curves", "runs", "changes", "better", "treatments", "test"]
@@ -90,6 +92,7 @@ def make_report(num_classes: int = 4, num_photos: int = 60, num_mistakes: int = 
             for i in range(num_mistakes)
         ],
         quarantined={"v1 (ingest)": {"truncated": 3, "too_small": 11}, "v2 (masking)": {}},
+        dataset_pages=[("v1", "../../../datasets/v1/report.html")],
         missing_source=None,
     )
 
@@ -139,6 +142,26 @@ def make_masking_report(num_photos: int = 2, **changes: object) -> MaskingReport
         "sheet": [make_masked_photo(seed=i + 50) for i in range(num_photos)],
     }
     return MaskingReport(**{**values, **changes})
+
+
+def make_dataset_report(**changes: object) -> DatasetReport:
+    """Return the report of a dataset of two classes."""
+    values = {
+        "title": "Dataset v1",
+        "facts": [("Photos", "s3://bucket/photos"), ("Labels", "one folder per class")],
+        "classes": {"Ardo Coupe": {"train": 30, "val": 8, "test": 12}, "Belmar Wagon": {"train": 1200, "val": 300}},
+        "sides": {"up to 128 px": 50, "257 to 512 px": 1500},
+        "samples": {
+            name: [Sample(f"{name}/{i}.jpg", make_photo(i)) for i in range(4)]
+            for name in ("Ardo Coupe", "Belmar Wagon")
+        },
+        "reasons": {"truncated": 3, "no_label": 1},
+        "rejected": [
+            Rejected("train/Ardo Coupe/5.jpg", "truncated", "the end of the JPEG file is missing", None),
+            Rejected("a/long/folder/" * 6 + "9.jpg", "no_label", "", make_photo(9)),
+        ],
+    }
+    return DatasetReport(**{**values, **changes})
 
 
 @cache

@@ -76,7 +76,7 @@ def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Poisoned:
         file.write_bytes(photo.encode(pixels) + (POISON + f"{key};".encode() if key in BAD else b""))
     command = [sys.executable, __file__, str(root), str(root / "crashes")]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     published = dataset.load_dataset(str(root), "v1")
     rows = publishing.read_written(published.uri, "quarantine", dataset.QUARANTINE.names).to_pylist()

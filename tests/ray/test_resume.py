@@ -14,6 +14,7 @@ import yaml
 from carclass.config.schema import IngestSettings
 from carclass.ingestion.ingest import ingest_photos
 from carclass.training import checkpoint
+from tests.helpers.clusters import descendants, find_by_title
 
 EPOCHS = 12
 JOBS = Path(__file__).parents[2] / "jobs"
@@ -26,7 +27,7 @@ def start(config_file: Path) -> subprocess.Popen:
 
 
 def wait_for_epoch(metrics: Path, epoch: int, job: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 400
     while not metrics.exists() or len(metrics.read_text().splitlines()) < epoch:
         assert time.monotonic() < deadline, "no epoch before the deadline"
         assert job.poll() is None, "the job ended before it was killed"
@@ -56,6 +57,7 @@ def killed_and_resumed(ray_cluster, photos_folder: Path, tmp_path_factory) -> tu
     metrics = root / "experiments" / "killed" / "metrics.jsonl"
     job = start(config_file)
     wait_for_epoch(metrics, 4, job)
+    assert not find_by_title(descendants(job.pid), "ray::RayTrainWorker")  # one worker trains in the job's process
     os.killpg(job.pid, signal.SIGKILL)
     job.wait()
     newest = checkpoint.resumable_names(str(root / "experiments" / "killed" / "unfrozen"))[-1]

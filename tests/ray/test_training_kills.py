@@ -182,6 +182,7 @@ def test_training_continues_with_fewer_workers_after_the_loss_of_a_node(
     cluster.lose_node()
     job.end()
     assert "workers were lost" in job.log.read_text()
+    assert "Traceback" not in job.log.read_text()
     assert_close(root, name, uninterrupted)
 
 
@@ -197,6 +198,7 @@ def test_workers_checkpoint_when_their_node_is_drained(cluster: Cluster, root: s
     cluster.node.terminate()  # as when a pod is deleted: Ray drains the node
     job.end()
     assert "workers were preempted; resuming from epoch" in job.log.read_text()
+    assert "Traceback" not in job.log.read_text()
     assert [row["epoch"] for row in find_run(root, name).metrics()] == list(range(1, 41))
 
 

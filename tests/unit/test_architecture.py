@@ -44,6 +44,7 @@ RAY_MODULES = {
     "data.streaming",
     "evaluation.classification",
     "experiments.run",
+    "ingestion.collect",
     "ingestion.ingest",
     "masking.mask",
     "prediction.classify",

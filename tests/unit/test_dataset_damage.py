@@ -1,5 +1,6 @@
 """Damaged files of a dataset: every reader refuses them with a way out, and jobs make them again."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,3 +77,11 @@ def test_parts_of_earlier_versions_have_no_checksums_and_are_read(uri: str):
     (path,) = Path(uri, "parts").iterdir()
     pq.write_table(pq.read_table(path), path)
     assert dataset.read_part(str(path), ["image"])["image"].to_pylist() == [b"pixels"]
+
+
+@pytest.mark.parametrize(("key", "value"), [("rows", 2), ("quarantined", 1), ("inputs", 7), ("inputs", -1)])
+def test_counts_that_contradict_each_other_are_refused(damaged: dataset.Dataset, tmp_path: Path, key: str, value: int):
+    path = Path(damaged.uri, "manifest.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(UserError, match=rf"manifest.json is damaged: `{key}` .*Delete the file"):
+        dataset.find_dataset(str(tmp_path), "v1")

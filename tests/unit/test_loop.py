@@ -75,7 +75,7 @@ class Stage:
             self.epochs.append(metrics)
             self.steps += [(metrics["epoch"], row) for row in steps]
 
-        def after_step() -> loop.StepSignal:
+        def after_step(_step: int) -> loop.StepSignal:
             step = next(steps)
             return loop.StepSignal(step == preempt_after, every is not None and step % every == 0)
 

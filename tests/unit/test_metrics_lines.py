@@ -48,6 +48,14 @@ def test_a_damaged_line_is_named(root: Path):
         metrics_of(root)
 
 
+@pytest.mark.parametrize("epoch", [0, -3])
+def test_an_epoch_below_one_is_refused(root: Path, epoch: int):
+    path = root / RUN / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"epoch": 2', f'"epoch": {epoch}'))
+    with pytest.raises(UserError, match=r"metrics.jsonl is damaged: `epoch` should be greater than 0, but is"):
+        metrics_of(root)
+
+
 def test_lines_of_a_newer_format_are_refused(root: Path):
     path = root / RUN / "metrics.jsonl"
     path.write_text(path.read_text().replace('{"stage"', '{"format": 2, "stage"'))

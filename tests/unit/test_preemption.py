@@ -16,14 +16,14 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("is_due", [False, True])
 def test_a_checkpoint_is_due_when_the_writer_says_so(is_due: bool):
     check = StepCheck(WorkerContext(0, 1, CPU, lambda: False), lambda: is_due)
-    assert check() == StepSignal(is_preempted=False, is_checkpoint_due=is_due)
+    assert check(1) == StepSignal(is_preempted=False, is_checkpoint_due=is_due)
 
 
 def test_a_draining_node_is_asked_for_now_and_then():
     check = StepCheck(WorkerContext(0, 1, CPU, lambda: True))
-    assert not check().is_preempted
+    assert not check(1).is_preempted
     check.checked -= DRAIN_CHECK_SECONDS + 1
-    assert check().is_preempted
+    assert check(1).is_preempted
 
 
 def signal_of_rank(rank: int, file: str, results: Any) -> None:
@@ -31,7 +31,7 @@ def signal_of_rank(rank: int, file: str, results: Any) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     is_due = iter([False, True])
     check = StepCheck(WorkerContext(rank, 2, CPU, lambda: False), lambda: next(is_due) if rank == 0 else False)
-    results.put((rank, [tuple(check()) for _ in range(2)]))
+    results.put((rank, [tuple(check(1)) for _ in range(2)]))
     distributed.destroy_process_group()
 
 

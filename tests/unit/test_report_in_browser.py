@@ -8,15 +8,18 @@ import numpy as np
 import pytest
 
 from carclass.evaluation.report import render
+from carclass.ingestion.report import render as render_dataset
 from carclass.masking.report import render as render_masking
 from carclass.tuning.report import render_analysis
 from tests.helpers.browser import BROWSER, PHONE_WIDTH, open_page, photograph_page
 from tests.helpers.pages import (
     COMPARISON_SECTIONS,
+    DATASET_SECTIONS,
     EVALUATION_SECTIONS,
     MASKING_SECTIONS,
     SWEEP_SECTIONS,
     comparison_page,
+    make_dataset_report,
     make_masking_report,
     make_report,
 )
@@ -42,6 +45,12 @@ def test_a_report_opens_with_all_sections_and_a_silent_console(tmp_path, num_cla
     dom, console = open_page(render(make_report(num_classes, num_photos=400)), tmp_path)
     assert console == []
     assert [name for name in EVALUATION_SECTIONS if f'<section id="{name}"' not in dom] == []
+
+
+def test_the_page_of_a_dataset_opens_with_all_sections_and_a_silent_console(tmp_path):
+    dom, console = open_page(render_dataset(make_dataset_report()), tmp_path)
+    assert console == []
+    assert [name for name in DATASET_SECTIONS if f'<section id="{name}"' not in dom] == []
 
 
 def test_a_masking_report_opens_with_all_sections_and_a_silent_console(tmp_path):
@@ -120,6 +129,7 @@ FIND_HIDDEN_COLUMNS = f"""
 """
 PAGES = {
     "evaluation": lambda: render(make_report(12, num_photos=400)),
+    "dataset": lambda: render_dataset(make_dataset_report()),
     "masking": lambda: render_masking(make_masking_report()),
     "sweep": lambda: render_analysis(make_sweep()),
     "comparison": comparison_page,

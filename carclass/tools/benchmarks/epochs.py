@@ -43,7 +43,7 @@ def run(photos: Path | None, weights: Path | None, folder: Path) -> dict[str, fl
     learner, state = unfrozen_learner(settings, labelled.num_classes(splits), device), loop.TrainState()
     writer = CheckpointWriter(Run(str(folder), settings), "unfrozen", learner, state)
     callbacks = loop.Callbacks(
-        writer.save, writer.finish_epoch, lambda: loop.StepSignal(is_checkpoint_due=writer.is_checkpoint_due())
+        writer.save, writer.finish_epoch, lambda _: loop.StepSignal(is_checkpoint_due=writer.is_checkpoint_due())
     )
     epochs, steps = [], []
     for turn in range(TURNS + 1):  # the first is a warm-up

@@ -18,8 +18,8 @@ from carclass.cluster import connection, resources
 from carclass.config.schema import TrainSettings
 from carclass.progress import print_line
 from carclass.tools.benchmarks import labelled, plain_training, train_in_process
+from carclass.training.allocator import WORKER_ENV
 from carclass.training.dataloader import PhotoBlock
-from carclass.training.train import MALLOC_ENV
 
 
 def run(photos: Path | None, weights: Path | None, folder: Path) -> dict[str, float]:
@@ -63,7 +63,7 @@ def _run_ray_train(config: dict[str, Any], use_gpu: bool, folder: Path) -> dict[
             name="turn",
             storage_path=str(folder),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
-            worker_runtime_env={} if use_gpu else {"env_vars": MALLOC_ENV},
+            worker_runtime_env={} if use_gpu else {"env_vars": WORKER_ENV},
         ),
     )
     return dict(trainer.fit().return_value)  # type: ignore[attr-defined]
