@@ -2,7 +2,7 @@
 
 import difflib
 import errno
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 
 
@@ -42,21 +42,26 @@ class FullDiskReport:
         pass
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
-        if error is None or isinstance(error, UserError) or (full := _find_full_disk(error)) is None:
+        if error is None or isinstance(error, UserError) or (full := find_cause(error, _is_full_disk)) is None:
             return
+        line = next(iter(str(full).splitlines()), type(full).__name__)
         raise UserError(
-            f"no space left on a disk ({full}). Free some space there, or set TMPDIR, XDG_CACHE_HOME or RAY_TMPDIR to "
+            f"no space left on a disk ({line}). Free some space there, or set TMPDIR, XDG_CACHE_HOME or RAY_TMPDIR to "
             "a folder on a larger disk. The same command resumes."
         ) from error
 
 
-def _find_full_disk(error: BaseException) -> str | None:
-    """Return the first line of the error of a full disk that caused an error, or None."""
+def find_cause(error: BaseException, matches: Callable[[BaseException], bool]) -> BaseException | None:
+    """Return an error if it matches, or else the first match among its causes, those on other machines included."""
+    if matches(error):
+        return error
+    causes = (find_cause(cause, matches) for cause in (*_remote_causes(error), error.__cause__) if cause is not None)
+    return next((cause for cause in causes if cause is not None), None)
+
+
+def _is_full_disk(error: BaseException) -> bool:
     is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if is_full or type(error).__name__ == "OutOfDiskError":  # Ray's, which this module must not import
-        return next(iter(str(error).splitlines()), type(error).__name__)
-    found = (_find_full_disk(cause) for cause in (*_remote_causes(error), error.__cause__) if cause is not None)
-    return next((text for text in found if text is not None), None)
+    return is_full or type(error).__name__ == "OutOfDiskError"  # Ray's, which this module must not import
 
 
 def suggest_names(name: str, known: Iterable[str], prefix: str = "") -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import get_args
 
 from carclass import progress
-from carclass.config import cli
+from carclass.config import cli, installation
 from carclass.config.schema import Config, StageName
 
 SAMPLE = Path(__file__).parent / "experiments" / "sample.yml"
@@ -35,7 +35,7 @@ def main() -> None:
         "--stage", choices=get_args(StageName), help="stage whose best epoch to export [best over stages]"
     )
     args = parser.parse()
-    root = cli.load_config(args.config, {"root": args.root} if args.root else {}, Config).root
+    root = cli.load_config(installation.find_config(args.config), {"root": args.root} if args.root else {}, Config).root
     from carclass import storage
     from carclass.runs.export import FORMATS, export_run
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from carclass import progress
-from carclass.config import cli
+from carclass.config import cli, installation
 from carclass.errors import UserError, unknown_name
 
 if TYPE_CHECKING:
@@ -75,9 +75,9 @@ def find_budget(budget: str) -> Path:
     known = {path.stem: path for path in sorted(BUDGETS.glob("*.yml"))}
     if budget in known:
         return known[budget]
-    if not Path(budget).exists():
+    if not (path := installation.find_config(budget)).exists():
         raise unknown_name("budget", budget, list(known), str(BUDGETS), "Or give the path of a YAML file.")
-    return Path(budget)
+    return path
 
 
 def choose_experiments(tree: "Tree", args: argparse.Namespace) -> list[str]:

@@ -35,9 +35,10 @@ def main() -> None:
             "Train on the masked one (`mask.dataset`), or leave `compare_unmasked` out."
         )
     started = time.monotonic()
-    import_verbs()
+    import_verbs(settings)
     from carclass.runs.run import epoch_text
 
+    check_weights(settings, settings.train)
     summary = make_datasets(settings, update=args.update)
     run, evaluation = train_and_evaluate(settings, settings.train)
     summary |= {f"{stage}_val_accuracy": run.best_val_accuracy(stage) for stage in run.stages}
@@ -63,14 +64,27 @@ def check_evaluation(settings: Config, train: TrainSettings) -> None:
         )
 
 
-def import_verbs() -> None:
+def import_verbs(settings: Config) -> None:
     """Import every verb before work begins: a broken installation shows at once, and PyTorch is loaded before Ray.
 
     In an environment without the packages that only GPU code calls, MKL cannot load PyTorch's library after Ray.
     """
     import carclass.evaluation.evaluate
-    import carclass.masking.mask
-    import carclass.training.train  # noqa: F401
+    import carclass.training.train
+
+    if settings.mask is not None:
+        import carclass.masking.mask  # noqa: F401 - it needs Detectron2
+
+
+def check_weights(settings: Config, train: TrainSettings) -> None:
+    """Fetch and check the weights of every step before the first one. Raise UserError if they are unusable."""
+    from carclass.training.pretrained import check_parent
+
+    if settings.mask is not None:
+        from carclass.masking.mask import pin_detector
+
+        pin_detector(settings.root, settings.mask)
+    check_parent(settings.root, train)
 
 
 def make_datasets(settings: Config, *, update: bool) -> dict[str, int | float | str]:

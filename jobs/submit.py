@@ -3,21 +3,22 @@
   python jobs/submit.py -- python jobs/pipeline.py --config my.yml --root s3://bucket/carclass
   python jobs/submit.py --address http://127.0.0.1:8265 -- python jobs/train.py --config my.yml
 
-Only code is uploaded: carclass/, jobs/ and the files that the command names. The same command again follows the job if
-it is still running, and otherwise resumes it. The token is RAY_AUTH_TOKEN, or the content of ~/.ray/auth_token with
-RAY_AUTH_MODE=token. A lost connection, or the end of this program, does not stop the job.
+Only code is uploaded: carclass/, jobs/ and the files that the command names, which are in the working directory. The
+same command again follows the job if it is still running, and otherwise resumes it. The token is RAY_AUTH_TOKEN, or the
+content of ~/.ray/auth_token with RAY_AUTH_MODE=token. A lost connection, or the end of this program, does not stop the
+job.
 """
 
 import os
 import sys
 from pathlib import Path
 
-from carclass.config import cli
+from carclass.config import cli, installation
 from carclass.errors import UserError
 
 DASHBOARD = "http://127.0.0.1:8265"
-CODE = ("carclass", "jobs")
-"""Folders of the checkout to upload."""
+CODE = {"carclass": installation.PACKAGE, "jobs": installation.JOBS}
+"""Folders to upload."""
 
 
 def main() -> None:
@@ -31,8 +32,10 @@ def main() -> None:
     from carclass.cluster import job_submission
     from carclass.runs.environment import CODE_VERSION, code_version
 
-    checkout, variables = Path(__file__).resolve().parents[1], {CODE_VERSION: code_version()}
-    sys.exit(job_submission.submit_and_follow(args.address, args.command, checkout, CODE, variables))
+    # The cluster has carclass' dependencies; its code, and so the command `carclass`, comes with the job.
+    program, *rest = args.command
+    command = ["python", "-m", "carclass", *rest] if Path(program).name == "carclass" else args.command
+    sys.exit(job_submission.submit_and_follow(args.address, command, CODE, {CODE_VERSION: code_version()}))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A dataset and a search file → a sweep: many short trainings, the effect of each setting, and the best experiment.
 
-  python jobs/tune.py --config jobs/experiments/searches/both.yml              on the sample, after `make demo`
+  python jobs/tune.py --config jobs/experiments/searches/both.yml              on the sample, after jobs/pipeline.py
   python jobs/tune.py --config jobs/experiments/searches/both.yml --experiment my.yml --name mine --num_trials 32
   python jobs/tune.py --config FILE --analyse                                  analyse existing trials, train nothing
 

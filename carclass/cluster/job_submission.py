@@ -34,14 +34,15 @@ CONNECTION_ERRORS = (ConnectionError, requests.RequestException, aiohttp.ClientE
 
 
 def submit_and_follow(
-    address: str, command: Sequence[str], checkout: Path, code: Sequence[str], variables: Mapping[str, str]
+    address: str, command: Sequence[str], code: Mapping[str, Path], variables: Mapping[str, str]
 ) -> int:
     """Submit a command, or find it running, and follow it; return its exit status.
 
-    The cluster runs it in a copy of the folders `code` of the checkout and of the files that the command names, with
-    these environment variables. Raise UserError if the cluster is out of reach or refuses the token.
+    The cluster runs it with these environment variables, in a folder with copies of the folders `code`, by name, and of
+    the files of the working directory that the command names. Raise UserError if the cluster is out of reach or refuses
+    the token.
     """
-    files = [path for path in _named_files(command, checkout) if path.parts[0] not in code]
+    uploads = {**code, **_named_files(command, Path.cwd())}
     client = connect(address)
     entrypoint = shlex.join(command)
     same = [job for job in client.list_jobs() if job.entrypoint == entrypoint and not job.status.is_terminal()]
@@ -49,7 +50,7 @@ def submit_and_follow(
         submission_id = running[0]
         log.info("submit: the same command is already running as %s; following it", submission_id)
     else:
-        submission_id = _submit(client, entrypoint, checkout, [*map(Path, code), *files], variables)
+        submission_id = _submit(client, entrypoint, uploads, variables)
         log.info("submit: submitted as %s to %s", submission_id, address)
     try:
         return asyncio.run(LogFollower(client, submission_id).follow())
@@ -82,37 +83,40 @@ def connect(address: str) -> JobSubmissionClient:
         ) from error
 
 
-def _named_files(command: Sequence[str], checkout: Path) -> list[Path]:
-    """Return the files of the checkout that a command names, relative to it.
+def _named_files(command: Sequence[str], folder: Path) -> dict[str, Path]:
+    """Return the files of a folder that a command names, by their paths relative to it.
 
     Raise UserError for config files outside of it, which would be missing on the cluster, and for large files.
     """
-    files = []
+    files = {}
     for word in command:
         path = Path(word.split("=", 1)[-1] if word.startswith("--") else word)
         if not path.is_file():
             continue
         full = path.resolve()
-        if not full.is_relative_to(checkout):
+        if not full.is_relative_to(folder.resolve()):
             if full.suffix in CONFIG_SUFFIXES:
-                raise UserError(f"{path} is outside {checkout} and would not be uploaded. Move it there.")
-            continue  # may be on a shared file system; else the job reports that it is missing
+                raise UserError(f"{path} is outside {folder} and would not be uploaded. Move it there.")
+            continue  # it may be on a shared file system; else the job reports that it is missing
+        relative = full.relative_to(folder.resolve())
+        if path.is_absolute() and full.suffix in CONFIG_SUFFIXES:
+            raise UserError(f"{path} is uploaded by its path in the working directory. Write {relative}.")
         if full.stat().st_size > MAX_FILE_BYTES:
             raise UserError(
                 f"{path} has {full.stat().st_size:,} bytes: only code and configs are uploaded. Put it on S3."
             )
-        files.append(full.relative_to(checkout))
+        files[str(relative)] = full
     return files
 
 
 def _submit(
-    client: JobSubmissionClient, entrypoint: str, checkout: Path, paths: Sequence[Path], variables: Mapping[str, str]
+    client: JobSubmissionClient, entrypoint: str, uploads: Mapping[str, Path], variables: Mapping[str, str]
 ) -> str:
-    """Upload files and folders of the checkout, submit the job and return its unique id."""
+    """Upload files and folders, by path in the job's folder, submit the job and return its unique id."""
     submission_id = f"carclass-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     with tempfile.TemporaryDirectory() as folder:
-        for path in paths:
-            source, target = checkout / path, Path(folder, path)
+        for path, source in uploads.items():
+            target = Path(folder, path)
             if source.is_dir():
                 shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
             else:

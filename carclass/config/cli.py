@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, NoReturn
 import yaml
 
 from carclass.config import yaml_file
+from carclass.config.installation import MissingPackageReport, find_config
 from carclass.config.schema import Config
 from carclass.config.section import (
     CommandLineText,
@@ -28,6 +30,8 @@ from carclass.formatting import terminal_text, value_text
 
 Flags = Mapping[str, dict[str, Any]]
 """Options of a job that are not settings: name → keyword arguments of `add_argument`."""
+SCRIPT = re.compile(r"(?<![\w./-])(?:python )?jobs/(\w+)\.py")
+"""A job as texts name it."""
 
 
 class JobParser(argparse.ArgumentParser):
@@ -40,7 +44,7 @@ class JobParser(argparse.ArgumentParser):
         self.removed = removed or {}
         super().__init__(
             usage=usage,
-            description=doc,
+            description=name_commands(doc),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
@@ -132,7 +136,7 @@ def _parse(
     args = parser.parse(argv)
     if args.config == "":
         raise UserError("`--config` is empty; give a YAML file")
-    path = Path(args.config) if default is None or args.config else default
+    path = find_config(args.config) if default is None or args.config else default
     values = {key: getattr(args, key) for key in (*sections, *(setting.key for setting in settings))}
     given = {key: text for key, text in values.items() if text is not None}
     if both := [key for key in given if any(key.startswith(f"{name}.") for name in sections if name in given)]:
@@ -171,12 +175,17 @@ def _parse_value(text: str) -> Any:
         return CommandLineText(text)
 
 
+def name_commands(text: str) -> str:
+    """Return a text that names jobs as they were started: `carclass train` instead of `python jobs/train.py`."""
+    return SCRIPT.sub(r"carclass \1", text) if sys.argv[0].startswith("carclass ") else text
+
+
 class LineFormatter(logging.Formatter):
     """Formatter of log lines for a terminal: names of photos may contain its control characters."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line with control characters escaped."""
-        return terminal_text(super().format(record))
+        return terminal_text(name_commands(super().format(record)))
 
 
 def main(job: Callable[[], None]) -> None:
@@ -188,11 +197,11 @@ def main(job: Callable[[], None]) -> None:
     logger.setLevel(logging.INFO)
     logger.propagate = False  # Ray adds a handler to the root logger: lines would appear twice
     try:
-        with FullDiskReport():
+        with FullDiskReport(), MissingPackageReport():
             job()
     except UserError as error:
         cause = find_user_error(error)  # the text of a task's error has its traceback
-        print(f"error: {terminal_text(str(cause))}", file=sys.stderr)
+        print(f"error: {terminal_text(name_commands(str(cause)))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; the same command resumes", file=sys.stderr)

@@ -26,7 +26,7 @@ def check_train_effect(settings: Any) -> Any:
 
 def check_stage_effect(stage: Any) -> None:
     """Raise ValueError for a warm-up, patience or micro-batch of StageSettings beyond the stage or the batch."""
-    if _is_chosen(stage, "warmup_epochs") and stage.warmup_epochs >= stage.epochs:
+    if is_chosen(stage, "warmup_epochs") and stage.warmup_epochs >= stage.epochs:
         raise ValueError(
             f"`{stage.name}.warmup_epochs` is {stage.warmup_epochs:g} and the stage has {stage.epochs} epoch(s): all "
             f"of it would be warm-up, and `schedule` without effect. Give less than {stage.epochs}"
@@ -67,7 +67,7 @@ def _check_augmentation_effect(views: int, augmentation: Any) -> None:
     """Raise ValueError for augmentation that no cached view uses, where only the classifier is trained."""
     for key in sorted(augmentation.model_fields_set):
         required = required_views(key, getattr(augmentation, key))
-        if views < required and _is_chosen(augmentation, key):
+        if views < required and is_chosen(augmentation, key):
             raise ValueError(
                 f"`augmentation.{key}` has no effect: only the classifier is trained, on {views} cached view(s) of "
                 f"each photo. Set `frozen.views` to {required} or more, or leave it out"
@@ -82,7 +82,7 @@ def required_views(key: str, value: Any) -> int:
     return MIRRORED_VIEWS if key == "flip" and value in ("none", "horizontal") else RANDOM_VIEWS
 
 
-def _is_chosen(section: Any, key: str) -> bool:
+def is_chosen(section: Any, key: str) -> bool:
     """Return True if a setting is given, and not by its default, as in a file that carclass wrote whole."""
     default = type(section).model_fields[key].get_default(call_default_factory=True)
     return key in section.model_fields_set and getattr(section, key) != default

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from carclass.config import yaml_file
 from carclass.config.effects import check_mask_effect, check_train_effect
+from carclass.config.ingest_settings import IngestSettings as IngestSettings
 from carclass.config.section import Name, Parent, Section, Sha256, Share, Uri, validate
 from carclass.errors import UserError
 
@@ -45,47 +46,6 @@ def _parse_workers(value: Any) -> Any:
     return numbers[0] if len(numbers) == 1 else tuple(numbers)
 
 
-class IngestSettings(Section):
-    """Photos and labels → a dataset."""
-
-    dataset: Name = "v1"
-    """Name of the dataset to publish."""
-    photos: Uri
-    """Folder, s3:// prefix, tar or zip archive of photos; `sample`: drawn cars with their labels."""
-    labels: Uri | None = None
-    """CSV (img_name,class,subset) or folder of Stanford's devkit; by default the folder of a photo is its class."""
-    num_classes: int | None = Field(None, ge=2)
-    """Expected number of classes; any other number is an error."""
-    val_fraction: Share = 0.2
-    """Share of the train subset held out for validation, decided per photo by its content."""
-    max_side: int | None = Field(800, ge=16)
-    """Longest side of a stored photo in pixels; larger photos are shrunk."""
-    quality: int = Field(92, ge=50, le=100)
-    """JPEG quality of re-encoded photos; upright RGB JPEGs that are not shrunk keep their coded pixels."""
-    keep_metadata: bool = False
-    """Store the bytes of upright RGB JPEGs that are not shrunk as they are; by default EXIF with GPS, thumbnails,
-    colour profiles and bytes after the image are removed."""
-    min_side: int = Field(16, ge=1)
-    """Photos with a shorter side in pixels, before or after shrinking, are quarantined."""
-    max_pixels: int = Field(100_000_000, ge=1)
-    """Photos with more pixels are quarantined without decoding (decompression bombs)."""
-    max_quarantined: Share = 0.05
-    """Largest share of photos in quarantine because they could not be read from storage or crashed their workers; with
-    more, nothing is published."""
-    part_rows: int = Field(256, ge=1)
-    """Photos per Parquet file: about 25 MB, a few seconds of work."""
-    seed: int = 123
-    """Decides, together with the content, which photos are held out for validation; 123 as in the Keras project."""
-
-    @model_validator(mode="after")
-    def _check_settings(self) -> "IngestSettings":
-        if self.photos == "sample" and self.labels is not None:
-            raise ValueError("`photos: sample` includes its labels: leave `labels` out")
-        if self.max_side is not None and self.max_side < self.min_side:
-            raise ValueError("`max_side` is below `min_side`: every photo would be quarantined as too small")
-        return self
-
-
 class DetectorSettings(Section):
     """Detector of vehicles."""
 
@@ -95,7 +55,7 @@ class DetectorSettings(Section):
     weights: Uri = "zoo"
     """`zoo` (downloaded once), `sample` (in the package), or the URI of a .safetensors, .pth or .pkl file."""
     weights_sha256: Sha256 | None = None
-    """Checked before the weights are opened; required for `zoo`, http(s) and every .pkl."""
+    """Checked before the weights are opened; by default the one recorded at the first use of a download or .pkl."""
     classes: dict[int, str] = Field({2: "car", 5: "bus", 7: "truck"}, min_length=1)
     """COCO classes, counted from 0, that are vehicles, and their names in the dataset."""
     score_threshold: Share = 0.5
@@ -286,7 +246,7 @@ class TrainSettings(Section):
     the same root, including its classifier: `exp_002@best` (its model, the best epoch over its stages), `exp_002@12`
     or `exp_002@last` (epochs of its last stage)."""
     parent_sha256: Sha256 | None = None
-    """Checked before the weights are opened; required for http(s)."""
+    """Checked before the weights are opened; by default the one recorded at the first use of a download or .pkl."""
     model: ModelSettings = ModelSettings()
     augmentation: AugmentationSettings = AugmentationSettings()
     frozen: FrozenSettings | None = FrozenSettings()

@@ -1,6 +1,5 @@
 """Base class of all settings: typed, strict about keys, with paths relative to the file that contains them."""
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, get_origin
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
 from pydantic.fields import FieldInfo
 
+from carclass.config.installation import resolve_path
 from carclass.config.yaml_file import FileValues
 from carclass.errors import UserError, suggest_names
 
@@ -36,7 +36,7 @@ def _resolve(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, str) or is_name or "://" in value:
         return value
     base = Path.cwd() if isinstance(value, CommandLineText) else (info.context or {}).get("base", Path.cwd())
-    return str(Path(os.path.normpath(base / Path(value).expanduser())))
+    return str(resolve_path(Path(value).expanduser(), base))
 
 
 def _resolve_parent(value: Any, info: ValidationInfo) -> Any:

@@ -24,8 +24,8 @@ ReadImageIds = Callable[[Iterator[pa.Table]], Iterator[tuple[str, str | None]]]
 """Rows of inventory.INPUT → (key, image_id) of each; None for a photo that cannot be read."""
 OTHER_LABEL = "input.reason IS NULL AND NOT written.quarantined AND input.label != written.label"
 OTHER_SPLIT = """input.reason IS NULL AND NOT written.quarantined
-AND CASE input.subset WHEN 'train' THEN written.split = 'test' ELSE input.subset != written.split END"""
-"""Train photos may be in train or, held out, in val; other subsets are splits."""
+AND input.subset != written.split AND (input.subset != 'train' OR written.split NOT IN (SELECT split FROM held_out))"""
+"""Train photos may be held out; other subsets are splits."""
 RELABELLED = f"({OTHER_LABEL} OR {OTHER_SPLIT})"
 OTHER_REASON = f"""(input.reason NOT NULL AND coalesce(written.reason, '') != input.reason
 OR input.reason IS NULL AND written.reason IN ({_LISTING}))"""
@@ -54,7 +54,7 @@ class Correction(NamedTuple):
 
     path: str
     stale: frozenset[str]  # keys of rows to remove
-    labels: dict[str, tuple[str, str]]  # key → new (label, subset) of a row
+    labels: dict[str, tuple[str, str]]  # key → new (label, split) of a row
 
 
 def find_changes(inventory: Inventory) -> list[Change]:

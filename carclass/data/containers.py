@@ -1,4 +1,4 @@
-"""PNG, WebP and GIF files: integrity checks, and files without the parts that pixels don't need.
+"""PNG, WebP, GIF, HEIF and TIFF files: integrity checks, and files without the parts that pixels don't need.
 
 PIL stops at damaged metadata, and doesn't check the pixel data's lengths and checksums.
 """
@@ -22,7 +22,12 @@ _PNG_PASSES = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4,
 _WEBP_PIXELS = frozenset({b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM", b"ANMF"})
 _WEBP_CHUNKS = _WEBP_PIXELS | {b"ICCP", b"EXIF", b"XMP "}
 _XMP_KEYWORD = b"XML:com.adobe.xmp\0"
-MAX_METADATA = 1_000_000
+_SUBFILE_TYPE, _TILE_WIDTH, _TILE_HEIGHT, _DNG_VERSION = 254, 322, 323, 50706
+"""Tags of a TIFF; a camera's raw photo is one, and begins with a reduced copy or has the last tag."""
+_TIFF_PIECES = ((273, 279), (324, 325))
+"""Tags of offsets and sizes of a TIFF's strips and of its tiles."""
+_TIFF_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "I;16", "I;16B"})
+MAX_METADATA = 4_000_000
 """Bytes of compressed metadata that are read."""
 
 
@@ -33,6 +38,7 @@ class Plain(NamedTuple):
     height: int
     width: int
     orientation: int
+    profile: bytes  # of colours; empty if there is none
 
     def open(self) -> BinaryIO:
         """Return the file of these pieces."""
@@ -76,7 +82,7 @@ def plain_png(data: bytes) -> Plain:
     """
     view = memoryview(data)
     pieces: list[bytes | memoryview] = [data[:8]]
-    exif, xmp = [], []
+    exif, xmp, profile = [], [], b""
     at, kind = 8, b""
     while kind != b"IEND":
         end = at + 12 + int.from_bytes(data[at : at + 4], "big")
@@ -92,11 +98,13 @@ def plain_png(data: bytes) -> Plain:
             exif.append(bytes(body).removeprefix(b"Exif\0\0"))
         elif kind == b"iTXt" and body[: len(_XMP_KEYWORD)] == _XMP_KEYWORD:
             xmp.append(_international_text(bytes(body[len(_XMP_KEYWORD) :])))
+        elif kind == b"iCCP" and sound:
+            profile = _inflate(bytes(body).partition(b"\0")[2][1:])
         at = end
     if data[12:16] != b"IHDR" or data[8:12] != b"\0\0\0\x0d":
         raise PhotoError(Reason.CORRUPT, "PNG: the first chunk is no header")
     width, height = struct.unpack_from(">II", data, 16)
-    return Plain([*pieces, _PNG_END], height, width, read_orientation(exif, xmp))
+    return Plain([*pieces, _PNG_END], height, width, read_orientation(exif, xmp), profile)
 
 
 def check_png_pixels(plain: Plain) -> None:
@@ -130,9 +138,14 @@ def _international_text(body: bytes) -> bytes:
     """Return the text of an iTXt chunk's body after its keyword, with the names before it; empty if it is damaged."""
     if body[:1] != b"\1":
         return body
+    return _inflate(body[2:].split(b"\0", 2)[-1])
+
+
+def _inflate(data: bytes) -> bytes:
+    """Return the first MAX_METADATA bytes of compressed metadata; empty if they are damaged."""
     try:
-        return zlib.decompressobj().decompress(body[2:].split(b"\0", 2)[2], MAX_METADATA)
-    except (zlib.error, IndexError):
+        return zlib.decompressobj().decompress(data, MAX_METADATA)
+    except zlib.error:
         return b""
 
 
@@ -152,7 +165,8 @@ def plain_webp(data: bytes) -> Plain:
     exif = [body.removeprefix(b"Exif\0\0") for kind, body in chunks if kind == b"EXIF"]
     orientation = read_orientation(exif, [body for kind, body in chunks if kind == b"XMP "])
     body = b"".join(kind + struct.pack("<I", len(body)) + body + bytes(len(body) % 2) for kind, body in chunks)
-    return Plain([b"RIFF" + struct.pack("<I", len(body) + 4) + b"WEBP", body], height, width, orientation)
+    profile = next((body for kind, body in chunks if kind == b"ICCP"), b"")
+    return Plain([b"RIFF" + struct.pack("<I", len(body) + 4) + b"WEBP", body], height, width, orientation, profile)
 
 
 def _webp_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
@@ -169,6 +183,40 @@ def _webp_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
         at, needed = end + end % 2, needed and kind not in (b"VP8 ", b"VP8L", b"ANMF")
     if needed:
         raise PhotoError(Reason.TRUNCATED, f"WEBP: {len(data)} bytes are fewer than the header states")
+
+
+def check_boxes(data: bytes, kind: str) -> None:
+    """Raise PhotoError if a HEIF or AVIF file ends before its pixels; other bytes may follow these."""
+    at, found = 0, set()
+    while at + 8 <= len(data):
+        size, name = struct.unpack_from(">I4s", data, at)
+        if size == 1 and at + 16 <= len(data):
+            (size,) = struct.unpack_from(">Q", data, at + 8)
+        size = size or len(data) - at
+        if not 8 <= size <= len(data) - at:
+            break
+        at += size
+        found.add(name)
+    if not found & {b"meta", b"moov"} or (at < len(data) and b"mdat" not in found):
+        raise PhotoError(Reason.TRUNCATED, f"{kind}: {len(data)} bytes end within a box")
+
+
+def check_tiff(image: Any, num_bytes: int, max_pixels: int) -> None:
+    """Raise PhotoError for a TIFF, opened by PIL, that is a camera's raw photo, has other samples or is cut off."""
+    tags = image.tag_v2
+    if _DNG_VERSION in tags or tags.get(_SUBFILE_TYPE, 0) & 1:
+        detail = "a camera's raw format is not supported: convert it to JPEG, PNG or WebP"
+        raise PhotoError(Reason.UNSUPPORTED_FORMAT, detail)
+    if image.mode not in _TIFF_MODES:
+        detail = f"TIFF with pixels of kind {image.mode}: save it with 8 or 16 bits, as RGB or grey"
+        raise PhotoError(Reason.UNSUPPORTED_FORMAT, detail)
+    for offsets, sizes in _TIFF_PIECES:
+        ends = [start + size for start, size in zip(tags.get(offsets, ()), tags.get(sizes, ()), strict=False)]
+        if ends and max(ends) > num_bytes:
+            raise PhotoError(Reason.TRUNCATED, f"TIFF: {num_bytes} bytes end before the pixels")
+    width, height = tags.get(_TILE_WIDTH, 0), tags.get(_TILE_HEIGHT, 0)
+    if width * height > max_pixels:
+        raise PhotoError(Reason.TOO_LARGE, f"TIFF with tiles of {width}x{height} pixels")
 
 
 def check_gif(data: bytes) -> None:

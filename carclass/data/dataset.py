@@ -108,6 +108,14 @@ class Dataset:
         return storage.sha256(to_json([self.classes, f"{content:064x}"]))
 
     @property
+    def held_out(self) -> dict[str, float]:
+        """Return the splits whose photos come from the source's train subset, with their shares of it."""
+        # Former formats held out val alone.
+        former = {"val": float(self.manifest["settings"].get("val_fraction", 0))}
+        shares: dict[str, float] = self.manifest.get("held_out", former)
+        return {split: share for split, share in shares.items() if share}
+
+    @property
     def source_digest(self) -> str:
         """Return the digest of the dataset that a masked dataset was made from."""
         digest: str = self.manifest.get("source_digest") or self.manifest["settings"]["source_digest"]
@@ -243,13 +251,19 @@ def to_json(value: Any) -> bytes:
     return json_text(value, indent=1, sort_keys=True, ensure_ascii=False).encode()
 
 
+def _origin_text(published: Dataset, split: str) -> str:
+    """Return a remark for a test split that the source does not have itself."""
+    share = published.held_out.get(split)
+    return f" ({share:.0%} of train)" if split == "test" and share else ""
+
+
 def dataset_table(published: Dataset, **extra_rows: str) -> str:
     """Return the counts of a dataset as the table that a job prints at its end."""
     manifest = published.manifest
     counts = {
         "inputs": manifest["inputs"],
         "rows": manifest["rows"],
-        **{f"  {split}": number for split, number in manifest["splits"].items()},
+        **{f"  {split}{_origin_text(published, split)}": number for split, number in manifest["splits"].items()},
         "quarantined": manifest["quarantined"],
         **{f"  {reason}": number for reason, number in manifest["reasons"].items()},
         **{f"outcome {name}": number for name, number in manifest.get("outcomes", {}).items()},

@@ -31,8 +31,6 @@ DELETIONS_PER_CHECK = 64
 NOTES = "draft.json"
 """Settings of an unfinished dataset."""
 RunTasks = Callable[[Callable[[Correction], str], Iterable[Correction]], Iterator[str]]
-AssignSplit = Callable[[str, str], str]
-"""(subset of an input, image_id) → split."""
 
 
 def run_here(function: Callable[[Correction], str], items: Iterable[Correction]) -> Iterator[str]:
@@ -98,7 +96,10 @@ class Draft:
             return True
         if not update:
             self.sync()
-            found = changes.changes_text(changes.find_changes(self.inventory)) or "labels of photos in quarantine"
+            found = (
+                changes.changes_text(changes.find_changes(self.inventory))
+                or "labels of photos in quarantine, or groups"
+            )
             raise UserError(
                 f"{self.uri} was published from other photos or labels. Since then: {found}. Run again with --update "
                 "to publish a new version, in which only new photos are read, or choose another name."
@@ -169,29 +170,30 @@ class Draft:
             self.lease.check()
         publishing.check_manifest(self.uri, self.published)
 
-    def reconcile(self, assign_split: AssignSplit) -> None:
+    def reconcile(self) -> None:
         """Correct the rows whose inputs were removed, replaced or relabelled since they were written.
 
-        Photos that storage could not deliver become pending again.
+        Relabelled rows are in the split of their subset. Photos that storage could not deliver become pending again.
         """
         self.sync()
         found = [change for change in changes.find_changes(self.inventory) if change.kind != "added" or self.published]
         if found:
             log.info("%s: since it was written: %s", self.uri, changes.changes_text(found))
         if found or self.inventory.count_pending():  # conflicts depend on other photos too
-            self._correct(changes.rows_with_reason(self.inventory, Reason.LABEL_CONFLICT, Reason.LEAKAGE))
-        self._correct(changes.find_corrections(self.inventory), assign_split)
+            self.correct(changes.rows_with_reason(self.inventory, Reason.LABEL_CONFLICT, Reason.LEAKAGE))
+        self.correct(changes.find_corrections(self.inventory))
 
     def retry_unreadable(self) -> None:
         """Remove the rows of photos that storage could not deliver, so that they are read again."""
-        self._correct(changes.rows_with_reason(self.inventory, Reason.UNREADABLE))
+        self.correct(changes.rows_with_reason(self.inventory, Reason.UNREADABLE))
 
     def finish_withdrawals(self) -> None:
         """Remove rows that are in quarantine from their parts."""
-        self._correct(Correction(path, frozenset(keys), {}) for path, keys in self.inventory.withdrawn_rows())
+        self.correct(Correction(path, frozenset(keys), {}) for path, keys in self.inventory.withdrawn_rows())
 
-    def _correct(self, corrections: Iterable[Correction], assign_split: AssignSplit | None = None) -> None:
-        correct = partial(correct_part, uri=self.uri, settings=self.settings, assign_split=assign_split)
+    def correct(self, corrections: Iterable[Correction]) -> None:
+        """Write files again with corrected rows, and delete the old ones."""
+        correct = partial(correct_part, uri=self.uri, settings=self.settings)
         paths = list(self.run_tasks(correct, corrections))
         if paths:
             self.discard(paths)
@@ -248,7 +250,7 @@ class Draft:
 
     def _written_classes(self, classes: Sequence[str]) -> list[str]:
         """Return the classes that have photos, and name the others, whose photos are all in quarantine."""
-        written = {label for split in SPLITS for label in self.inventory.classes_in_split(split)}
+        written = {label for split in SPLITS for label in self.inventory.class_counts(split)}
         if empty := [name for name in classes if name not in written]:
             names = ", ".join(map(repr, empty[:10])) + (" …" if len(empty) > 10 else "")
             log.warning("%s: classes left out, as all their photos are in quarantine: %s", self.uri, names)
@@ -270,7 +272,7 @@ class Draft:
         storage.delete(storage.join(self.uri, NOTES))
 
 
-def correct_part(correction: Correction, uri: str, settings: dict[str, Any], assign_split: AssignSplit | None) -> str:
+def correct_part(correction: Correction, uri: str, settings: dict[str, Any]) -> str:
     """Write a file again without its stale rows and with new labels, and return the path of the old file.
 
     A row that quarantine has already is removed from its part afterwards: a job that is killed in between finishes the
@@ -281,20 +283,18 @@ def correct_part(correction: Correction, uri: str, settings: dict[str, Any], ass
     rows = publishing.add_fingerprints(rows).replace_schema_metadata()
     kept = rows.filter(pa.array([key not in correction.stale for key in rows["key"].to_pylist()], pa.bool_()))
     if correction.labels:
-        kept = _relabel(kept, correction, assign_split)
+        kept = _relabel(kept, correction)
     if len(kept):
         publishing.write_part(uri, path.split("/")[0], kept, settings)
     return path
 
 
-def _relabel(rows: pa.Table, correction: Correction, assign_split: AssignSplit | None) -> pa.Table:
-    """Return the rows with new labels and the splits that follow from them."""
-    assert assign_split is not None
+def _relabel(rows: pa.Table, correction: Correction) -> pa.Table:
+    """Return the rows with new labels and splits."""
     labels, splits = rows["label"].to_pylist(), rows["split"].to_pylist()
-    for i, (key, image_id) in enumerate(zip(rows["key"].to_pylist(), rows["image_id"].to_pylist(), strict=True)):
+    for i, key in enumerate(rows["key"].to_pylist()):
         if key in correction.labels:
-            labels[i], subset = correction.labels[key]
-            splits[i] = assign_split(subset, image_id)
+            labels[i], splits[i] = correction.labels[key]
     for name, values in (("label", labels), ("split", splits)):
         rows = rows.set_column(rows.schema.get_field_index(name), name, pa.array(values, pa.string()))
     return rows

@@ -98,7 +98,7 @@ KINDS = {
     "manifest": Kind(
         {**MANIFEST_KEYS, "parts": dict[str, str], "quarantine": dict[str, str], "listing": str},
         "Delete the file and run the same job again: the dataset's finished parts are kept.",
-        format=2,  # has the hash of every file and the digest of the inputs
+        format=3,  # 2: has the hash of every file and the digest of the inputs; 3: the splits held out from train
         former_keys={1: MANIFEST_KEYS},
     ),
     "draft": Kind({"settings": dict}, "Delete the file and run the same job again."),
@@ -165,7 +165,7 @@ KINDS = {
 }
 """All kinds of stored files."""
 TYPES: dict[str, dict[str, Any]] = {
-    "manifest": {"outcomes": COUNTS, "source_digest": str, "detector_weights": str},
+    "manifest": {"held_out": dict[str, float], "outcomes": COUNTS, "source_digest": str, "detector_weights": str},
     "steps": {"accuracy": float, "lr": float},
     "model": {"classes": list[str], "run": str},
     "checkpoint": {"val_accuracies": list[float], "sha256": dict[str, str]},

@@ -42,15 +42,17 @@ PRAGMAS = ("journal_mode = OFF", "synchronous = OFF", "temp_store = FILE", f"cac
 TABLES = """
 CREATE TABLE input (
 id INTEGER PRIMARY KEY, key TEXT, label TEXT, subset TEXT, size INTEGER, fingerprint TEXT, reason TEXT, detail TEXT,
-position INTEGER, recorded TEXT);
-CREATE TABLE labels (id INTEGER PRIMARY KEY, name TEXT, label TEXT, subset TEXT);
+position INTEGER, recorded TEXT, photo_group TEXT);
+CREATE TABLE labels (id INTEGER PRIMARY KEY, name TEXT, label TEXT, subset TEXT, photo_group TEXT);
+CREATE TABLE held_out (split TEXT);
 CREATE TABLE part (id INTEGER PRIMARY KEY, path TEXT UNIQUE, content TEXT, removed INTEGER);
 CREATE TABLE written (key TEXT, image BLOB, label TEXT, split TEXT, reason TEXT, fingerprint TEXT, quarantined INTEGER,
 part INTEGER);
 CREATE TABLE staged AS SELECT * FROM written;
 """
-"""input: all keys, with a reason for those that cannot become a row. labels: labels as read. part: files with the
-hash of their content. written: rows of these files. staged: rows that are not in `written` and its index yet.
+"""input: all keys, with a reason for those that cannot become a row. labels: labels as read. held_out: splits that
+train photos may be in. part: files with the hash of their content. written: rows of these files. staged: rows that are
+not in `written` and its index yet. photo_group: photos with the same one share a split.
 fingerprint: see `Listed`. recorded: fingerprint under which the same content is written. image: image_id in bytes."""
 INDICES = """
 CREATE INDEX IF NOT EXISTS input_key ON input (key);
@@ -115,7 +117,8 @@ class Inventory:
         """Return the first value of a query's first row, or None without rows."""
         return next(self.query(query), (None,))[0]
 
-    def _insert(self, statement: str, rows: Iterable[tuple[Any, ...]]) -> None:
+    def insert(self, statement: str, rows: Iterable[tuple[Any, ...]]) -> None:
+        """Execute a statement once per row, in one transaction."""
         self.execute("BEGIN")
         with self._disk_errors():
             self._db.executemany(statement, rows)
@@ -140,15 +143,19 @@ class Inventory:
         """Add files in the order of their source."""
         rows = ((f.key, f.size, f.fingerprint, f.reason, f.detail, f.position) for f in files)
         columns = "key, size, fingerprint, reason, detail, position"
-        self._insert(f"INSERT INTO input ({columns}) VALUES (?, ?, ?, ?, ?, ?)", rows)  # noqa: S608 - constant
+        self.insert(f"INSERT INTO input ({columns}) VALUES (?, ?, ?, ?, ?, ?)", rows)  # noqa: S608 - constant
 
     def add_numbered_inputs(self, rows: Iterable[tuple[int, str, str, str, str]]) -> None:
         """Add inputs with unique numbers chosen by the caller, as (number, key, fingerprint, label, subset)."""
-        self._insert("INSERT INTO input (id, key, fingerprint, label, subset) VALUES (?, ?, ?, ?, ?)", rows)
+        self.insert("INSERT INTO input (id, key, fingerprint, label, subset) VALUES (?, ?, ?, ?, ?)", rows)
 
-    def add_labels(self, labels: Iterable[tuple[str, str, str]]) -> None:
-        """Add labels in the order of their source, as (name of the photo, class, subset)."""
-        self._insert("INSERT INTO labels (name, label, subset) VALUES (?, ?, ?)", labels)
+    def add_labels(self, labels: Iterable[tuple[str, str, str, str | None]]) -> None:
+        """Add labels in the order of their source, as (name of the photo, class, subset, group)."""
+        self.insert("INSERT INTO labels (name, label, subset, photo_group) VALUES (?, ?, ?, ?)", labels)
+
+    def set_held_out(self, splits: Iterable[str]) -> None:
+        """Record the splits into which photos of the train subset may be put."""
+        self.insert("INSERT INTO held_out VALUES (?)", ((split,) for split in splits))
 
     def duplicate_input(self) -> str | None:
         """Return a key that was added more than once, or None."""
@@ -160,9 +167,14 @@ class Inventory:
         return (key for (key,) in self.query("SELECT key FROM input WHERE reason IS NULL ORDER BY key"))
 
     def digest(self) -> str:
-        """Return the sha256 of all inputs: their keys, fingerprints, labels, subsets and reasons, sorted by key."""
+        """Return the sha256 of all inputs: their keys, fingerprints, labels, subsets and reasons, sorted by key.
+
+        Groups count too, if there are any.
+        """
         digest = hashlib.sha256()
         columns = "key, coalesce(recorded, fingerprint), label, subset, reason"
+        if self.scalar("SELECT 1 FROM input WHERE photo_group NOT NULL") is not None:
+            columns += ", photo_group"
         for row in self.query(f"SELECT {columns} FROM input ORDER BY key"):  # noqa: S608 - constant
             digest.update(f"{json_text(row)}\n".encode())
         return digest.hexdigest()
@@ -213,7 +225,7 @@ class Inventory:
     def keep_recorded(self, keys: Iterable[str]) -> None:
         """Give inputs, whose content is the written one, the fingerprint under which it is written."""
         recorded = "SELECT fingerprint FROM written WHERE written.key = input.key"
-        self._insert(f"UPDATE input SET recorded = ({recorded}) WHERE key = ?", ((key,) for key in keys))  # noqa: S608
+        self.insert(f"UPDATE input SET recorded = ({recorded}) WHERE key = ?", ((key,) for key in keys))  # noqa: S608
 
     def forget_recorded(self) -> None:
         """Give inputs that were written again meanwhile their own fingerprints."""
@@ -231,13 +243,13 @@ class Inventory:
 
         The rows are staged: they count after the next `commit_parts`.
         """
-        self._insert("INSERT INTO part (path, content) VALUES (?, ?)", [(path, content)])
+        self.insert("INSERT INTO part (path, content) VALUES (?, ?)", [(path, content)])
         available = {name: rows[name].to_pylist() for name in rows.column_names}
         columns = [available.get(name, [None] * len(rows)) for name in WRITTEN]
         columns[1] = [image_id and bytes.fromhex(image_id) for image_id in columns[1]]  # half the space of text
         quarantined = [path.startswith("quarantine/")] * len(rows)
         statement = "INSERT INTO staged VALUES (?, ?, ?, ?, ?, ?, ?, (SELECT max(id) FROM part))"
-        self._insert(statement, zip(*columns, quarantined, strict=True))
+        self.insert(statement, zip(*columns, quarantined, strict=True))
 
     def commit_parts(self, removed: Collection[str]) -> None:
         """Count the staged rows, and drop the rows of removed files. removed: paths."""
@@ -245,7 +257,7 @@ class Inventory:
             return
         self.execute("DROP INDEX IF EXISTS written_key", "DROP INDEX IF EXISTS written_image")
         self.execute("INSERT INTO written SELECT * FROM staged", "DELETE FROM staged")
-        self._insert("UPDATE part SET removed = 1 WHERE path = ?", ((path,) for path in removed))
+        self.insert("UPDATE part SET removed = 1 WHERE path = ?", ((path,) for path in removed))
         self.execute(
             "DELETE FROM written WHERE part IN (SELECT id FROM part WHERE removed)", "DELETE FROM part WHERE removed"
         )
@@ -283,10 +295,10 @@ class Inventory:
         rows, quarantined = sum(by_split.values()), sum(by_reason.values())
         return {"rows": rows, "quarantined": quarantined, "splits": by_split, "reasons": by_reason}
 
-    def classes_in_split(self, split: str) -> set[str]:
-        """Return the labels of a split's rows."""
-        query = "SELECT DISTINCT label FROM written WHERE split = ? AND NOT quarantined"
-        return {label for (label,) in self.query(query, split)}
+    def class_counts(self, split: str) -> dict[str, int]:
+        """Return the number of a split's rows by label."""
+        query = "SELECT label, count(*) FROM written WHERE split = ? AND NOT quarantined GROUP BY label"
+        return dict(self.query(query, split))
 
     def files_by_key(self) -> Iterator[tuple[str, str]]:
         """Yield each written key with the first of its files, in the order of keys."""

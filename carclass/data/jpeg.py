@@ -18,12 +18,13 @@ from carclass.data.huffman import continues_image
 from carclass.data.orientation import read_orientation
 from carclass.data.quarantine import PhotoError, Reason
 
-APP0, APP1, APP14, DHT, DQT, DRI, SOS, EOI = 0xE0, 0xE1, 0xEE, 0xC4, 0xDB, 0xDD, 0xDA, 0xD9
+APP0, APP1, APP2, APP14, DHT, DQT, DRI, SOS, EOI = 0xE0, 0xE1, 0xE2, 0xEE, 0xC4, 0xDB, 0xDD, 0xDA, 0xD9
 FRAMES = frozenset(range(0xC0, 0xD0)) - {DHT, 0xC8, 0xCC}
 PROGRESSIVE = 0xC2
 _PLAIN = FRAMES | {DHT, DQT, DRI, SOS, APP0, APP14}
 _WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xD9)})
 _MARKER = re.compile(rb"\xff+([^\0\xff])", re.DOTALL)
+_ICC = b"ICC_PROFILE\0"
 _XMP = b"http://ns.adobe.com/xap/1.0/\0"
 _EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker 0x(\w+)")
 
@@ -50,6 +51,14 @@ class Jpeg(NamedTuple):
         payloads = [segment.payload for segment in self.segments if segment.marker == APP1]
         exif = [payload[6:] for payload in payloads if payload.startswith(b"Exif\0")]
         return read_orientation(exif, [payload for payload in payloads if payload.startswith(_XMP)])
+
+    def profile(self) -> bytes:
+        """Return the colour profile, joined from its segments; empty if there is none or a segment is missing."""
+        payloads = [segment.payload for segment in self.segments if segment.marker == APP2]
+        pieces = {payload[12]: payload for payload in payloads if payload.startswith(_ICC) and len(payload) > 14}
+        if not pieces or sorted(pieces) != list(range(1, pieces[min(pieces)][13] + 1)):
+            return b""
+        return b"".join(pieces[number][14:] for number in sorted(pieces))
 
 
 def parse_jpeg(data: bytes) -> Jpeg:

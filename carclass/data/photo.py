@@ -1,14 +1,15 @@
 """Strict decoding, encoding and resizing of photos: a uint8 RGB array, or a PhotoError with a reason.
 
-Supported formats: JPEG (8 bits: RGB, grey, CMYK; baseline and progressive), PNG, WebP, BMP and GIF, detected by their
-first bytes, not by the file name. Everything else is `unsupported_format` or `not_an_image`.
+Supported formats: JPEG (8 bits: RGB, grey, CMYK; baseline and progressive), PNG, WebP, HEIC, AVIF, TIFF, BMP and GIF,
+detected by their first bytes, not by the file name. Everything else is `unsupported_format` or `not_an_image`.
 - The size is checked in the header, before any pixel is decoded or allocated.
-- EXIF's orientation is applied, or else XMP's. Colour profiles are ignored: pixels are interpreted as sRGB.
-- An animation is reduced to its first frame, as in TensorFlow's `decode_image`.
+- EXIF's orientation is applied, or else XMP's; of HEIC and AVIF, that of the container.
+- Colours are converted to sRGB where the profile changes them. Photos of a dataset are interpreted as sRGB.
+- An animation is reduced to its first frame, as in TensorFlow's `decode_image`; a TIFF to its first page.
 - Transparent images are composited over white. 16-bit samples keep their high byte.
 - Integrity is checked as far as the format allows: JPEG's entropy coding and scans, PNG's checksums, lengths and end
-  marks of all formats. Damage that decodes to valid pixels (in a BMP, a WebP, or a few bytes of a JPEG whose entropy
-  coding resynchronizes) cannot be detected.
+  marks of all formats. Damage that decodes to valid pixels (in a BMP, WebP, HEIC, AVIF or TIFF, or a few bytes of a
+  JPEG whose entropy coding resynchronizes) cannot be detected.
 - Faults that leave all pixels intact are ignored: bytes after the end or between segments, damaged metadata.
 """
 
@@ -16,39 +17,42 @@ import io
 import math
 import re
 import struct
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from carclass.data.containers import check_gif, check_png_pixels, plain_png, plain_webp
+from carclass.data.colour import STRIP_ROWS, find_transform, transform_pixels
+from carclass.data.containers import check_boxes, check_gif, check_png_pixels, check_tiff, plain_png, plain_webp
 from carclass.data.jpeg import decode_jpeg, parse_jpeg, plain_jpeg
-from carclass.data.orientation import make_upright
+from carclass.data.orientation import make_upright, read_orientation
 from carclass.data.quarantine import PhotoError, Reason
 
+# Printed for each damaged TIFF, which is quarantined with its reason.
+warnings.filterwarnings("ignore", module=r"PIL\.TiffImagePlugin")
 # Disables PIL's limit: `_check_size` enforces ours before PIL decodes anything.
 Image.MAX_IMAGE_PIXELS = None
 
 MAX_JPEG_SIDE = 65_500
 """libjpeg's limit: larger photos can be read from a PNG, but not encoded as a JPEG."""
 
-STRIP_ROWS = 256
-"""Rows converted at a time, so that temporary copies of large photos stay small."""
-
 _MAGIC = {
     b"\xff\xd8\xff": "JPEG",
     b"\x89PNG\r\n\x1a\n": "PNG",
     b"GIF87a": "GIF",
     b"GIF89a": "GIF",
-}
-_UNSUPPORTED = {
     b"II*\0": "TIFF",
     b"MM\0*": "TIFF",
     b"II+\0": "TIFF",
     b"MM\0+": "TIFF",
+}
+_HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
+_AVIF_BRANDS = frozenset({b"avif", b"avis"})
+_UNSUPPORTED = {
     b"\0\0\1\0": "ICO",
     b"8BPS": "PSD",
     b"IIRO": "a camera's raw format",
@@ -87,6 +91,8 @@ class _Decoded(NamedTuple):
     width: int
     orientation: int
     plain: bytes | None = None  # an RGB JPEG without metadata
+    profile: bytes = b""  # of the colours of these pixels
+    mode: str = "RGB"  # or L, if all channels are equal
 
 
 def decode(
@@ -99,12 +105,13 @@ def decode(
     complete, undamaged photo of a permitted size, `min_side` before and after shrinking.
     """
     limits = _Limits(min_side, max_pixels, max_side)
-    return _finish(_decode_file(data, limits), limits)
+    return _finish(_to_srgb(_decode_file(data, limits)), limits)
 
 
 def decode_stored(data: bytes) -> np.ndarray:
-    """Decode a photo of a dataset as `decode` does: ingestion has checked its size, by the limits of its settings."""
-    return decode(data, min_side=1, max_pixels=MAX_JPEG_SIDE**2)
+    """Decode a photo of a dataset: ingestion has checked its size and converted its colours."""
+    limits = _Limits(min_side=1, max_pixels=MAX_JPEG_SIDE**2)
+    return _finish(_decode_file(data, limits), limits)
 
 
 def encode(pixels: np.ndarray, *, quality: int = 92) -> bytes:
@@ -124,11 +131,11 @@ def reencode(
     """Convert a source photo to the form datasets store, and return (JPEG bytes, width, height).
 
     This is an upright RGB JPEG within `max_side`. A photo in this form is decoded as a check, but keeps its coded
-    pixels; `keep_metadata` keeps the file as it is, else metadata, thumbnails, colour profile and trailing bytes are
-    removed. Raise PhotoError as `decode` does.
+    pixels, unless its colours are converted; `keep_metadata` keeps the file as it is, else metadata, thumbnails, colour
+    profile and trailing bytes are removed. Raise PhotoError as `decode` does.
     """
     limits = _Limits(min_side, max_pixels, max_side)
-    decoded = _decode_file(data, limits)
+    decoded = _to_srgb(_decode_file(data, limits))
     pixels = _finish(decoded, limits)
     height, width = pixels.shape[:2]
     if decoded.plain is None or decoded.orientation != 1 or (height, width) != (decoded.height, decoded.width):
@@ -220,7 +227,12 @@ def _detect_format(data: bytes) -> str:
         return "BMP"
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WEBP"
-    unsupported = "HEIF or AVIF" if data[4:8] == b"ftyp" and data[8:10] in (b"he", b"mi", b"ms", b"av") else None
+    brands = _read_brands(data)
+    if brands & _AVIF_BRANDS:
+        return "AVIF"
+    if brands & _HEIF_BRANDS:
+        return "HEIF"
+    unsupported = None
     for magic, kind in _UNSUPPORTED.items():
         if data.startswith(magic):
             unsupported = kind
@@ -230,6 +242,14 @@ def _detect_format(data: bytes) -> str:
         detail = f"{unsupported} is not supported: convert it to JPEG, PNG or WebP"
         raise PhotoError(Reason.UNSUPPORTED_FORMAT, detail)
     raise PhotoError(Reason.NOT_AN_IMAGE, f"{len(data)} bytes that start with {data[:16]!r}")
+
+
+def _read_brands(data: bytes) -> set[bytes]:
+    """Return the brands in the first box of a file; none if it has no such box."""
+    if data[4:8] != b"ftyp":
+        return set()
+    end = min(len(data), int.from_bytes(data[:4], "big"))
+    return {data[8:12], *(data[at : at + 4] for at in range(16, end - 3, 4))}
 
 
 def _check_size(height: int, width: int, limits: _Limits) -> None:
@@ -250,6 +270,14 @@ def _decode_file(data: bytes, limits: _Limits) -> _Decoded:
     return _decode_jpeg(data, limits) if kind == "JPEG" else _decode_with_pil(data, kind, limits)
 
 
+def _to_srgb(decoded: _Decoded) -> _Decoded:
+    """Convert the colours of pixels to sRGB."""
+    transform = find_transform(decoded.profile, decoded.mode) if decoded.profile else None
+    if transform is None:
+        return decoded
+    return decoded._replace(pixels=transform_pixels(decoded.pixels, transform), plain=None)
+
+
 def _finish(decoded: _Decoded, limits: _Limits) -> np.ndarray:
     """Shrink pixels and turn them upright."""
     pixels = decoded.pixels
@@ -265,9 +293,11 @@ def _decode_jpeg(data: bytes, limits: _Limits) -> _Decoded:
     jpeg = parse_jpeg(data)
     _check_size(jpeg.height, jpeg.width, limits)
     pixels, plain = decode_jpeg(plain_jpeg(jpeg), _dct_factor(jpeg.height, jpeg.width, limits.max_side))
+    profile = jpeg.profile()
     if jpeg.num_channels == 4:
-        pixels = _cmyk_to_rgb(pixels)
-    return _Decoded(pixels, jpeg.height, jpeg.width, jpeg.orientation(), plain if jpeg.num_channels == 3 else None)
+        pixels, profile = _cmyk_to_rgb(pixels, profile), b""
+    stored, mode = plain if jpeg.num_channels == 3 else None, "L" if jpeg.num_channels == 1 else "RGB"
+    return _Decoded(pixels, jpeg.height, jpeg.width, jpeg.orientation(), stored, profile, mode)
 
 
 def _dct_factor(height: int, width: int, max_side: int | None) -> int:
@@ -281,8 +311,10 @@ def _dct_factor(height: int, width: int, max_side: int | None) -> int:
     return next((factor for factor in (8, 4, 2) if -(-longest // factor) >= max_side), 1)
 
 
-def _cmyk_to_rgb(cmyk: np.ndarray) -> np.ndarray:
+def _cmyk_to_rgb(cmyk: np.ndarray, profile: bytes) -> np.ndarray:
     """Convert (H, W, 4) uint8 CMYK to (H, W, 3) RGB. JPEG stores it inverted (255 is no ink), so channels multiply."""
+    if profile and (transform := find_transform(profile, "CMYK")) is not None:
+        return transform_pixels(~cmyk, transform)
     rgb = np.empty((*cmyk.shape[:2], 3), np.uint8)
     for top in range(0, len(cmyk), STRIP_ROWS):
         strip = cmyk[top : top + STRIP_ROWS]
@@ -295,25 +327,41 @@ def _cmyk_to_rgb(cmyk: np.ndarray) -> np.ndarray:
 
 def _decode_with_pil(data: bytes, kind: str, limits: _Limits) -> _Decoded:
     file: BinaryIO = io.BytesIO(data)
-    orientation = 1
+    orientation, profile = 1, b""
     if kind in ("PNG", "WEBP"):
         plain = plain_png(data) if kind == "PNG" else plain_webp(data)
         _check_size(plain.height, plain.width, limits)  # PIL allocates a WebP's canvas when it opens the file
-        file, orientation = plain.open(), plain.orientation
+        file, orientation, profile = plain.open(), plain.orientation, plain.profile
     elif kind == "GIF":
         check_gif(data)
+    elif kind in ("HEIF", "AVIF"):
+        check_boxes(data, kind)
     with _pil_errors(kind):
-        image = Image.open(file, formats=[kind])
+        image = _open_heif(file) if kind == "HEIF" else Image.open(file, formats=[kind])
     _check_size(image.height, image.width, limits)
     height, width = image.height, image.width
     target = (height, width) if limits.max_side is None else _fit(height, width, limits.max_side)
     with _pil_errors(kind):
+        if kind in ("HEIF", "AVIF", "TIFF"):
+            profile = image.info.get("icc_profile") or b""
+        if kind == "TIFF":
+            check_tiff(image, len(data), limits.max_pixels)
+        elif kind == "AVIF":  # PIL states the container's orientation as EXIF; others are upright when they are loaded
+            orientation = read_orientation([image.info.get("exif", b"").removeprefix(b"Exif\0\0")], [])
         image.load()
-        to_rgb = _rgb_converter(image)
+        to_rgb = _rgb_converter(image, profile)
         pixels = _read_strips(lambda top, bottom: to_rgb(image.crop((0, top, width, bottom))), (height, width), target)
     if kind == "PNG":
         check_png_pixels(plain)
-    return _Decoded(pixels, height, width, orientation)
+    mode = "L" if image.mode[0] in "L1I" else "RGB"
+    return _Decoded(pixels, height, width, orientation, profile=b"" if image.mode == "CMYK" else profile, mode=mode)
+
+
+def _open_heif(file: BinaryIO) -> Image.Image:
+    import pillow_heif  # takes a tenth of a second, and most datasets have no photos of this format
+
+    pillow_heif.register_heif_opener(thumbnails=False, decode_threads=1)
+    return Image.open(file, formats=["HEIF"])
 
 
 @contextmanager
@@ -321,15 +369,21 @@ def _pil_errors(kind: str) -> Iterator[None]:
     """Convert PIL's exceptions to PhotoError."""
     try:
         yield
+    except PhotoError:
+        raise
+    except UnidentifiedImageError as error:
+        raise PhotoError(Reason.CORRUPT, f"{kind}: its structure is damaged or unknown") from error
     except PIL_ERRORS as error:
         reason = Reason.TRUNCATED if "truncated" in str(error).lower() else Reason.CORRUPT
         raise PhotoError(reason, f"{kind}: {error}") from error
 
 
-def _rgb_converter(image: Image.Image) -> Callable[[Image.Image], Image.Image]:
-    """Return the conversion of an image's strips to RGB."""
+def _rgb_converter(image: Image.Image, profile: bytes) -> Callable[[Image.Image], Image.Image]:
+    """Return the conversion of an image's strips to RGB. profile: applied here if it is one of CMYK."""
     if image.mode.startswith("I;16"):  # 16-bit grey, which PIL's conversion saturates
         return lambda strip: Image.fromarray((np.asarray(strip) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "CMYK" and profile and (transform := find_transform(profile, "CMYK")) is not None:
+        return lambda strip: transform.apply(strip)
     unused_alpha = image.format == "BMP" and image.mode == "RGBA" and image.getchannel("A").getextrema() == (0, 0)
     if image.has_transparency_data and not unused_alpha:
         return lambda strip: Image.alpha_composite(

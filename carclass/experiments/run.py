@@ -24,7 +24,7 @@ from carclass.ingestion.ingest import ingest_photos
 from carclass.models import resnet
 from carclass.progress import Throttle
 from carclass.runs.run import MetricsRow, Run, begin_run, find_run
-from carclass.training import feature_cache, placement, preflight
+from carclass.training import feature_cache, placement, preflight, pretrained
 from carclass.training.photo_store import BlockRefs, PhotoStore
 from carclass.training.train import (
     TrainResources,
@@ -81,6 +81,8 @@ def run_experiments(tree: Tree, requested: Sequence[Experiment], replace: Collec
     if progress.waiting:
         connection.check_cluster()
         _check_parents(tree, requested)
+        _check_weights(tree, progress)
+    if progress.waiting:
         make_datasets(tree, {experiment.settings.dataset for experiment in progress.waiting})
         _check_replacements(tree, progress.waiting, replace)
         _run_tasks(tree, progress, replace)
@@ -156,6 +158,37 @@ def _check_parents(tree: Tree, experiments: Sequence[Experiment]) -> None:
                 f"({len(other.classes)} classes) of `train.parent` {experiment.settings.parent} have different "
                 "classes. Choose datasets of the same classes, or start from `imagenet`."
             )
+
+
+def _check_weights(tree: Tree, progress: TreeProgress) -> None:
+    """Fetch and check the weights files of the waiting experiments, and those of detectors, before any work.
+
+    An experiment with unusable weights fails. Raise UserError for those of the detector of a missing dataset.
+    """
+    root, reasons = tree.budget.root, dict[Any, str | None]()
+    for experiment in [experiment for experiment in progress.waiting if experiment.parent_epoch is None]:
+        settings = experiment.settings
+        key = settings.parent, settings.parent_sha256, settings.model.architecture
+        if key not in reasons:
+            reasons[key] = _unusable_weights(root, settings)
+        if (reason := reasons[key]) is not None:
+            progress.waiting.remove(experiment)
+            progress.fail(experiment, reason)
+    names = {experiment.settings.dataset for experiment in progress.waiting}
+    for mask in tree.budget.masks:
+        if mask.dataset in names and dataset.find_dataset(root, mask.dataset) is None:
+            from carclass.masking.mask import pin_detector  # imported late: training needs no detector
+
+            pin_detector(root, mask)
+
+
+def _unusable_weights(root: str, settings: TrainSettings) -> str | None:
+    """Return the reason if the weights that an experiment starts from are unusable."""
+    try:
+        pretrained.check_parent(root, settings)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _check_replacements(tree: Tree, waiting: Sequence[Experiment], replace: Collection[str]) -> None:

@@ -1,6 +1,7 @@
 """Photos in a tar or zip archive, which are read sequentially and so by one process."""
 
 import lzma
+import re
 import sqlite3
 import struct
 import tarfile
@@ -16,7 +17,7 @@ import pyarrow as pa
 from carclass import storage
 from carclass.data.inventory import INPUT, Listed
 from carclass.errors import UserError
-from carclass.ingestion.members import ArchiveError, Catalogue, Member, UnreadableMemberError
+from carclass.ingestion.members import ArchiveError, Catalogue, Member, UnreadableMemberError, clean_name
 from carclass.ingestion.tar_archive import read_tar
 from carclass.ingestion.zip_archive import read_zip
 from carclass.progress import Progress
@@ -39,8 +40,15 @@ TAR_MAGIC_AT = 257
 AFTER_END = ("data after its end", "Not a gzipped file", "Unknown frame descriptor")
 """Parts of errors about data after the end of an archive."""
 _SUFFIXES = sorted((*TAR_SUFFIXES, ZIP_SUFFIX), key=len, reverse=True)
+_ARCHIVE = f"(?P<archive>.+?(?:{'|'.join(map(re.escape, _SUFFIXES))}))"
+FOLDER = re.compile(f"{_ARCHIVE}!(?P<folder>/.*)?", re.IGNORECASE | re.DOTALL)
+"""URI of a folder in an archive."""
+PATH_INTO = re.compile(f"{_ARCHIVE}/(?P<folder>.+)", re.IGNORECASE | re.DOTALL)
+"""URI that goes on after the name of an archive."""
 LOADED = pa.schema([*INPUT, ("data", pa.large_binary()), ("error", pa.string())])
 """A photo's bytes, or the storage error that replaces them."""
+MAX_LISTED = 5
+"""Folders that are named in an error."""
 BATCH_BYTES = 64 * 2**20
 """Bytes of photos after which a batch ends, so that large photos do not fill the memory."""
 DAMAGED = (
@@ -51,18 +59,51 @@ DAMAGED = (
 
 
 def is_archive(uri: str) -> bool:
-    """Return True if the name is that of an archive."""
-    return uri.lower().endswith((*TAR_SUFFIXES, ZIP_SUFFIX))
+    """Return True if the name is that of an archive, or of a folder in one: `photos.tgz!/cars`."""
+    return split_folder(uri)[0].lower().endswith((*TAR_SUFFIXES, ZIP_SUFFIX))
+
+
+def split_folder(uri: str) -> tuple[str, str]:
+    """Return the URI of an archive and the folder in it, which is empty for the whole archive and for other URIs."""
+    whole = FOLDER.fullmatch(uri)
+    return (uri, "") if whole is None else (whole["archive"], clean_name(whole["folder"] or ""))
+
+
+def suggest_folder(uri: str) -> str | None:
+    """Return the spelling of a folder in an archive for a path that goes on after an archive's name, or None."""
+    path = PATH_INTO.fullmatch(uri)
+    return None if path is None or not storage.exists(path["archive"]) else f"{path['archive']}!/{path['folder']}"
 
 
 def list_members(uri: str, setting: str) -> Iterator[Listed]:
-    """Yield an archive's files, with links resolved. Raise UserError, naming the setting, if it is damaged."""
+    """Yield an archive's files, with links resolved. Raise UserError, naming the setting, if it is damaged.
+
+    Of a folder in the archive, the keys are relative to the folder.
+    """
+    uri, folder = split_folder(uri)
     progress = Progress("list", "members of the archive")
     with Catalogue() as catalogue, _archive_errors(uri, setting):
         for position, member in enumerate(_members(uri)):
             catalogue.add(position, member)
             progress.add(1)
-        yield from catalogue.files()
+        yield from _below(folder, catalogue.files(), uri, setting)
+
+
+def _below(folder: str, files: Iterator[Listed], uri: str, setting: str) -> Iterator[Listed]:
+    """Yield the files below a folder, "" for all, their keys relative to it. Raise UserError if there are none."""
+    if not folder:
+        yield from files
+        return
+    found, others = False, dict[str, None]()
+    for file in files:
+        if file.key.startswith(f"{folder}/"):
+            found = True
+            yield file._replace(key=file.key.removeprefix(f"{folder}/"))
+        elif len(others) < MAX_LISTED:
+            others[file.key.rpartition("/")[0]] = None
+    if not found:
+        names = ", ".join(filter(None, others)) or "none"
+        raise UserError(f"`{setting}`: {uri} has no files in the folder {folder}; its folders: {names}.")
 
 
 def read_photos(uri: str, requested: pa.Table, batch_rows: int, setting: str) -> Iterator[pa.Table]:
@@ -70,6 +111,7 @@ def read_photos(uri: str, requested: pa.Table, batch_rows: int, setting: str) ->
 
     requested: rows of INPUT. Raise UserError, naming the setting, if the archive is damaged or not the one listed.
     """
+    uri, _ = split_folder(uri)
     requested = requested.sort_by("position")
     inputs = (row for batch in requested.to_batches(max_chunksize=batch_rows) for row in batch.to_pylist())
     loaded: list[dict[str, Any]] = []

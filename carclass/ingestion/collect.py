@@ -52,7 +52,7 @@ def collect_report(complete: dataset.Dataset, settings: IngestSettings) -> Datas
                 chosen[label].append((uri, position))
     return DatasetReport(
         title=f"Dataset {complete.name}",
-        facts=_facts(settings),
+        facts=_facts(complete, settings),
         classes={name: dict(counts) for name, counts in classes.items()},
         sides={_range_text(index): sides[index] for index in range(len(SIDE_EDGES) + 1) if sides[index]},
         samples=_read_samples(chosen),
@@ -61,14 +61,15 @@ def collect_report(complete: dataset.Dataset, settings: IngestSettings) -> Datas
     )
 
 
-def _facts(settings: IngestSettings) -> list[tuple[str, str]]:
+def _facts(complete: dataset.Dataset, settings: IngestSettings) -> list[tuple[str, str]]:
     sides = f"from {settings.min_side} px on the shorter side"
     sides += "" if settings.max_side is None else f", shrunk to {settings.max_side} px on the longer"
     return [
         ("Photos", settings.photos),
         ("Labels", settings.labels or "one folder per class"),
         ("Size", sides),
-        ("Val", f"{settings.val_fraction:g} of the train photos, seed {settings.seed}"),
+        *((f"Held out for {split}", f"{share:g} of each class") for split, share in complete.held_out.items()),
+        ("Seed", str(settings.seed)),
     ]
 
 

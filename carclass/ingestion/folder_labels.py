@@ -7,11 +7,10 @@ from itertools import takewhile
 from typing import NamedTuple
 
 from carclass.data.quarantine import Reason
-from carclass.ingestion.labels import SUBSETS, VALIDATION_NAMES, LabelsError, LocatedLabel, make_label
+from carclass.ingestion.labels import SUBSETS, SUBSETS_TEXT, LabelsError, LocatedLabel, make_label
 from carclass.ingestion.names import has_control_characters, is_junk, may_be_photo, normalise_key
 
 log = logging.getLogger(__name__)
-SUBSET_NAMES = (*SUBSETS, *VALIDATION_NAMES)
 MAX_MISPLACED = 0.1
 """Largest share of photos that may be at another depth than the rest; they get no label."""
 MAX_EXAMPLES = 3
@@ -54,7 +53,7 @@ class ClassFolders(NamedTuple):
             return Reason.NO_LABEL, "outside of the folders of classes"
         if len(folders) > len(self.shared) + self.depth:
             return Reason.NO_LABEL, "deeper than the folders of classes"
-        if self.depth == 1 and folders[-1].lower() in SUBSET_NAMES:
+        if self.depth == 1 and folders[-1].lower() in SUBSETS:
             return Reason.NO_LABEL, "in the folder of a subset, outside of the folders of classes"
         if self._is_beside_subsets(folders) and not may_be_photo(key):
             return Reason.NO_LABEL, f"not a photo by its name, in {folders[-2]!r} beside the folders of subsets"
@@ -63,7 +62,7 @@ class ClassFolders(NamedTuple):
         return None
 
     def _is_beside_subsets(self, folders: list[str]) -> bool:
-        return self.depth == 2 and folders[-2].lower() not in SUBSET_NAMES
+        return self.depth == 2 and folders[-2].lower() not in SUBSETS
 
     def labels(self, keys: Iterable[str], source: str) -> Iterator[LocatedLabel]:
         """Yield the labels of the photos in folders of classes. Raise LabelsError for an unknown subset."""
@@ -72,7 +71,7 @@ class ClassFolders(NamedTuple):
                 location = f"{source}, {key}"
                 if self._is_beside_subsets(folders):
                     raise LabelsError(
-                        f"{location}: the subset is {folders[-2]!r}; expected train or test. Move the folder "
+                        f"{location}: the subset is {folders[-2]!r}; expected {SUBSETS_TEXT}. Move the folder "
                         f"{'/'.join(folders[:-1])} out of {source}, or its classes into the folder of a subset."
                     )
                 yield location, make_label(key, folders[-1], folders[-2] if self.depth == 2 else "train", location)
@@ -93,7 +92,7 @@ def find_classes(keys: Callable[[], Iterable[str]], *, source: str) -> ClassFold
         )
     depth, most = max(levels.items(), key=lambda item: item[1].number)
     shared = (most.shared or [])[: depth - 1]
-    count = next((i for i, name in enumerate(shared) if name.lower() in SUBSET_NAMES), len(shared))
+    count = next((i for i, name in enumerate(shared) if name.lower() in SUBSETS), len(shared))
     others = {other: level for other, level in levels.items() if other != depth}
     num_others = sum(level.number for level in others.values())
     if depth - count > 2 or num_others > MAX_MISPLACED * (most.number + num_others):
@@ -107,7 +106,7 @@ def _find_levels(keys: Iterable[str]) -> dict[int, _Level]:
     """Return the photos in folders of classes by depth."""
     levels: dict[int, _Level] = {}
     for key in keys:
-        if (folders := _folders(key)) and folders[-1].lower() not in SUBSET_NAMES:
+        if (folders := _folders(key)) and folders[-1].lower() not in SUBSETS:
             levels.setdefault(len(folders), _Level()).add(key, folders)
     return levels
 
@@ -118,7 +117,7 @@ def _depths_text(source: str, others: dict[int, _Level], depth: int, most: _Leve
     found = [f"{level.number:,} {_deep(other)} ({', '.join(level.examples)})" for other, level in fewest]
     found.append(f"{most.number:,} {_deep(depth)}" + ("" if others else f" ({', '.join(most.examples)})"))
     tops = {example.split("/")[0].lower() for level in others.values() for example in level.examples}
-    advice = SLASH_ADVICE if tops.isdisjoint(SUBSET_NAMES) else SUBSET_ADVICE
+    advice = SLASH_ADVICE if tops.isdisjoint(SUBSETS) else SUBSET_ADVICE
     return (
         f"{source}: expected <class>/<file> or <subset>/<class>/<file> throughout, but of the photos, "
         f"{' and '.join(found)}. {advice}"

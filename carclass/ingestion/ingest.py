@@ -31,15 +31,17 @@ from carclass.ingestion import archive, collect, leakage
 from carclass.ingestion.labelling import label_photos, read_labels
 from carclass.ingestion.listing import list_photos
 from carclass.ingestion.reading import GuardedRun, read_groups, read_image_ids
-from carclass.ingestion.split import split_of
+from carclass.ingestion.split import check_shares, find_shares, hold_out
 from carclass.sample import source as sample
 
 log = logging.getLogger(__name__)
 QUARANTINE_ROWS = 10_000
 """Rows per file of quarantine, for rows that need no photo to be read."""
 ARCHIVE_PREFETCH_PARTS = 4
-IRRELEVANT = {"dataset", "labels", "max_quarantined", "num_classes", "part_rows"}
-"""Settings that change no row by themselves: labels are compared photo by photo."""
+MIN_VAL_PHOTOS = 10
+"""Photos of a class: with fewer, one photo moves its accuracy by more than 10 points."""
+IRRELEVANT = {"columns", "dataset", "labels", "max_quarantined", "num_classes", "part_rows", "test_fraction"}
+"""Settings that change no row by themselves: labels are compared photo by photo, and so are held-out splits."""
 
 
 def ingest_photos(root: str, settings: IngestSettings, *, update: bool = False) -> dataset.Dataset:
@@ -48,7 +50,8 @@ def ingest_photos(root: str, settings: IngestSettings, *, update: bool = False) 
     update: publish a new version if they have changed, reading only photos that are new. Raise UserError if photos,
     labels or settings are unusable, or have changed.
     """
-    identity = {**settings.model_dump(mode="json", exclude=IRRELEVANT), "photos": _spelled_once(settings.photos)}
+    irrelevant = IRRELEVANT | ({"group"} if settings.group is None else set())
+    identity = {**settings.model_dump(mode="json", exclude=irrelevant), "photos": _spelled_once(settings.photos)}
     dataset.find_same_dataset(root, settings.dataset, identity)
     storage.check_root(root)
     connection.check_cluster()
@@ -62,17 +65,19 @@ def ingest_photos(root: str, settings: IngestSettings, *, update: bool = False) 
         list_photos(settings.photos, inventory, root=root)
         label_photos(settings, inventory)
         _check_classes(inventory.classes(), settings, "labelled photos")
+        shares = find_shares(inventory, settings)
+        check_shares(published, shares)
         draft = Draft(uri, identity, inventory, published, run_tasks, lease)
         if draft.is_current(update=update, read_image_ids=partial(_read_image_ids, root=root, settings=settings)):
             assert published is not None
             log.info("ingest: dataset %s is published, nothing to do", settings.dataset)
             return published
         _connect(root, settings)
-        return _write_dataset(draft, settings)
+        return _write_dataset(draft, settings, shares)
 
 
 def _connect(root: str, settings: IngestSettings) -> None:
-    connection.connect({"root": root, "ingest.photos": settings.photos})
+    connection.connect({"root": root, "ingest.photos": archive.split_folder(settings.photos)[0]})
 
 
 def _read_image_ids(
@@ -84,21 +89,22 @@ def _read_image_ids(
         yield from image_ids
 
 
-def _write_dataset(draft: Draft, settings: IngestSettings) -> dataset.Dataset:
-    """Write what is missing in the draft and publish it."""
+def _write_dataset(draft: Draft, settings: IngestSettings, shares: dict[str, float]) -> dataset.Dataset:
+    """Write what is missing in the draft and publish it. shares: see `split.find_shares`."""
     inventory, classes = draft.inventory, draft.inventory.classes()
     draft.begin()
-    draft.reconcile(partial(split_of, seed=settings.seed, val_fraction=settings.val_fraction))
+    draft.reconcile()
     draft.write_missing(lambda: _write_inputs(draft, settings))
     _quarantine_leaks(draft)
-    complete = draft.complete(classes, {"kind": "photos"})
+    hold_out(draft, shares, settings.seed)
+    complete = draft.complete(classes, {"kind": "photos", "held_out": shares})
     quarantine.check_quarantined(complete.manifest, settings.max_quarantined, "ingest.max_quarantined")
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in complete.manifest["reasons"].items())
     _check_classes(complete.classes, settings, f"photos that are not in quarantine ({reasons})")
     collect.write_report(complete, settings)
     published = draft.publish(complete)
     quarantine.log_counts("ingest", published.manifest)
-    _warn_about_missing_val(inventory, complete.classes)
+    _warn_about_few_val(inventory, complete.classes)
     _warn_about_test_conflicts(inventory)
     return published
 
@@ -200,11 +206,18 @@ def _check_classes(classes: Sequence[str], settings: IngestSettings, photos: str
         raise UserError(f"{source}: the {photos} have {len(classes)} class(es); training needs at least two.")
 
 
-def _warn_about_missing_val(inventory: Inventory, classes: Sequence[str]) -> None:
-    in_val = inventory.classes_in_split("val")
-    missing = [name for name in classes if name not in in_val]
-    if missing:
-        log.warning("ingest: %d classes have no val photo: %s", len(missing), ", ".join(missing[:10]))
+def _warn_about_few_val(inventory: Inventory, classes: Sequence[str]) -> None:
+    """Warn about classes with so few val photos that their accuracy says little."""
+    counts = inventory.class_counts("val")
+    few = {name: counts.get(name, 0) for name in classes if counts.get(name, 0) < MIN_VAL_PHOTOS}
+    if few:
+        names = [f"{name} {number}" for name, number in sorted(few.items(), key=lambda item: item[1])[:10]]
+        log.warning(
+            "ingest: %d of %d classes have fewer than %d val photos (%s): of n photos, each moves the val accuracy of "
+            "its class by 1/n. Compare models by the accuracy over all classes, add photos, or set a larger "
+            "`ingest.val_fraction`",
+            len(few), len(classes), MIN_VAL_PHOTOS, ", ".join(names) + (", …" if len(few) > len(names) else ""),
+        )  # fmt: skip
 
 
 def _warn_about_test_conflicts(inventory: Inventory) -> None:

@@ -135,7 +135,7 @@ JOIN labels ON labels.id = matches.label_id JOIN input ON input.id = first.photo
 WHERE labels.label != earlier.label OR labels.subset != earlier.subset ORDER BY labels.id
 """
 ASSIGN_LABELS = f"""
-UPDATE input SET label = labels.label, subset = labels.subset
+UPDATE input SET label = labels.label, subset = labels.subset, photo_group = labels.photo_group
 FROM matches JOIN labels ON labels.id = matches.label_id WHERE input.id = matches.photo;
 INSERT INTO input (key, reason, detail) SELECT name, '{Reason.MISSING_FILE}',
 CASE photos WHEN 0 THEN 'labelled ' || label || ', ' || coalesce(hint, 'no such photo')

@@ -1,21 +1,26 @@
 """Labels of an ingestion: read and checked before the photos are listed, then assigned to them."""
 
 import logging
+from collections.abc import Iterator
 from functools import partial
 
-from carclass.config.schema import IngestSettings
+from carclass import storage
+from carclass.config.ingest_settings import TABLE_SUFFIXES, IngestSettings
 from carclass.data.inventory import Inventory
 from carclass.data.quarantine import Reason
 from carclass.errors import UserError
-from carclass.ingestion import label_matching, labels, names
+from carclass.ingestion import label_matching, label_table, labels, names
+from carclass.ingestion.devkit import read_devkit
 from carclass.ingestion.folder_labels import ClassFolders, find_classes
+from carclass.ingestion.grouping import find_group_column, group_photos
 
 log = logging.getLogger(__name__)
 MAX_LISTED = 5
 """Contradictions, classes or groups of classes named in a message."""
 CONTRADICTED = """
 SELECT name, count(*) OVER () FROM labels GROUP BY name
-HAVING min(label) != max(label) OR min(subset) != max(subset) ORDER BY min(id) LIMIT 5
+HAVING min(label) != max(label) OR min(subset) != max(subset)
+OR min(coalesce(photo_group, '')) != max(coalesce(photo_group, '')) ORDER BY min(id) LIMIT 5
 """
 
 
@@ -26,10 +31,10 @@ def read_labels(settings: IngestSettings, inventory: Inventory) -> None:
     """
     if settings.labels is None:
         return
-    inventory.add_labels(label for _, label in labels.read_labels(settings.labels))
+    inventory.add_labels(label for _, label in _open_labels(settings, settings.labels))
     inventory.execute("CREATE INDEX labels_name ON labels (name)")
     if contradicted := list(inventory.query(CONTRADICTED)):
-        located = labels.read_labels(settings.labels)
+        located = _open_labels(settings, settings.labels)
         labels.raise_contradictions(located, [name for name, _ in contradicted], contradicted[0][1])
     num_classes = inventory.scalar("SELECT count(DISTINCT label) FROM labels")
     if num_classes < (expected := settings.num_classes or 2):
@@ -38,6 +43,27 @@ def read_labels(settings: IngestSettings, inventory: Inventory) -> None:
             f"{'training needs at least' if settings.num_classes is None else '`ingest.num_classes` is'} {expected}. "
             "Check the labels for missing or misspelt classes."
         )
+
+
+def _open_labels(settings: IngestSettings, source: str) -> Iterator[labels.LocatedLabel]:
+    """Yield the labels of a table or of the devkit's folder. Raise UserError if they cannot be read or parsed."""
+    try:
+        if label_table.is_table(source):
+            with storage.open_stream(source) as stream:
+                group = find_group_column(settings)
+                yield from label_table.parse_table(stream, source=source, columns=settings.columns, group=group)
+        elif storage.exists(source):
+            raise UserError(
+                f"`ingest.labels`: {source} is a file, but not a {', '.join(TABLE_SUFFIXES)}. Labels are such a "
+                f"file with the columns {','.join(label_table.COLUMNS.values())}, or a folder with Stanford's devkit."
+            )
+        else:
+            yield from read_devkit(source)
+    except OSError as error:
+        raise UserError(
+            f"`ingest.labels`: {source} cannot be read ({error}). Set it to a .csv or a folder with Stanford's devkit "
+            "(cars_meta.mat and cars_train_annos.mat), or omit it for photos in one folder per class."
+        ) from error
 
 
 def label_photos(settings: IngestSettings, inventory: Inventory) -> None:
@@ -52,6 +78,7 @@ def label_photos(settings: IngestSettings, inventory: Inventory) -> None:
     label_matching.match_labels(inventory, settings.photos)
     if settings.labels is not None:
         _check_matches(settings, inventory)
+    group_photos(settings, inventory)
     _warn(inventory, f"reason = '{Reason.JUNK}'", "files are junk", logging.INFO)
     _warn(inventory, f"reason = '{Reason.NO_LABEL}'", "files have no label")
     _warn(inventory, f"reason = '{Reason.BAD_NAME}'", "names cannot be used")

@@ -45,10 +45,10 @@ def list_photos(photos: str, inventory: Inventory, setting: str = "ingest.photos
     Raise UserError, naming the setting, if there are none.
     """
     if archive.is_archive(photos):
-        if not storage.exists(photos):
+        if not storage.exists(archive_uri := archive.split_folder(photos)[0]):
             raise UserError(
-                f"`{setting}`: no archive {photos}. Set it to an existing folder, s3:// prefix or archive; the name of "
-                "a folder that ends like that of an archive needs a slash at its end."
+                f"`{setting}`: no archive {archive_uri}. Set it to an existing folder, s3:// prefix or archive; the "
+                "name of a folder that ends like that of an archive needs a slash at its end."
             )
         pages = chunks(archive.list_members(photos, setting), PAGE_KEYS)
     elif (path := storage.local_path(photos)) is not None and os.path.isfile(path):
@@ -56,6 +56,8 @@ def list_photos(photos: str, inventory: Inventory, setting: str = "ingest.photos
         raise UserError(
             f"`{setting}`: {photos} is a file. Set it to a folder, an s3:// prefix or an archive ({suffixes})."
         )
+    elif (suggested := archive.suggest_folder(photos)) is not None:
+        raise UserError(f"`{setting}`: {photos} leads into an archive. Write {suggested} for a folder in it.")
     else:
         pages = list_pages(photos)
         if root is not None:

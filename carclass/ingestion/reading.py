@@ -10,7 +10,6 @@ from carclass import storage
 from carclass.config.schema import IngestSettings
 from carclass.data import photo, publishing
 from carclass.data.quarantine import PhotoError, Reason
-from carclass.ingestion.split import split_of
 
 Row = dict[str, Any]
 GuardedRun = Callable[[str, Sequence[str], Callable[[list[int]], Iterable[Row]]], Iterator[Row | PhotoError]]
@@ -60,7 +59,10 @@ def read_image_ids(sources: pa.Table, photos: str) -> list[tuple[str, str | None
 
 
 def to_row(source: Row, settings: IngestSettings) -> Row:
-    """Convert a row of LOADED to a row of a dataset and its fingerprint. Raise PhotoError if the photo is unusable."""
+    """Convert a row of LOADED to a row of a dataset and its fingerprint. Raise PhotoError if the photo is unusable.
+
+    The row is in the split of its subset.
+    """
     data = source["data"]
     if data is None:
         raise PhotoError(Reason.UNREADABLE, source["error"])
@@ -73,7 +75,7 @@ def to_row(source: Row, settings: IngestSettings) -> Row:
         "image_id": image_id,
         "key": source["key"],
         "label": source["label"],
-        "split": split_of(source["subset"], image_id, seed=settings.seed, val_fraction=settings.val_fraction),
+        "split": source["subset"],
         "width": width,
         "height": height,
         "image": image,

@@ -11,7 +11,7 @@ from carclass.config.schema import MaskSettings
 from carclass.data import dataset, photo
 from carclass.data.crash_guard import CrashGuard
 from carclass.data.quarantine import PhotoError
-from carclass.masking.detector import Detector, detection_columns
+from carclass.masking.detection import detection_columns
 from carclass.masking.writer import DETECTED, FAILURE
 
 SOURCE_SIZE = pa.schema([("source_width", pa.int32()), ("source_height", pa.int32())])
@@ -71,6 +71,8 @@ class DetectPhotos:
     """A detector actor: rows of DECODED → rows of DETECTED."""
 
     def __init__(self, settings: MaskSettings, crash_guard: CrashGuard, *, use_gpu: bool) -> None:
+        from carclass.masking.detector import Detector  # imported late: predictions without masks need no Detectron2
+
         if not use_gpu:
             torch.set_num_threads(1)
         self.settings, self.crash_guard = settings, crash_guard

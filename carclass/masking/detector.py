@@ -2,8 +2,7 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -11,8 +10,8 @@ from torch import Tensor, nn
 
 from carclass.config.schema import DetectorSettings
 from carclass.masking import networks
+from carclass.masking.detection import Detection
 from carclass.masking.detectron import Instances, paste_masks_in_image
-from carclass.masking.rle import encode_mask
 from carclass.masking.selection import SelectionRule, select_vehicle, stability, touches_border
 from carclass.models.gpu_memory import report_out_of_memory
 from carclass.models.resnet import autocast, fold
@@ -23,37 +22,6 @@ OUT_OF_MEMORY_REMEDY = (
     "A single photo does not fit: lower `mask.detector.short_side` or `mask.detector.num_proposals`, ingest smaller "
     "photos (`ingest.max_side`), or set `mask.use_gpu: false`."
 )
-
-
-class Detection(NamedTuple):
-    """The main vehicle of a photo, in the photo's pixels."""
-
-    category: int  # of COCO's 80 classes
-    score: float
-    box: np.ndarray  # float32 (4,): x1, y1, x2, y2
-    mask: np.ndarray | None  # bool (H, W); None from a network without a mask head
-    num_vehicles: int
-    several_vehicles: bool
-    touches_border: bool
-    area_fraction: float
-    stability: float | None
-
-
-_MEASURES = ("score", "num_vehicles", "several_vehicles", "touches_border", "area_fraction", "stability")
-
-
-def detection_columns(detection: Detection | None, classes: Mapping[int, str]) -> dict[str, Any]:
-    """Return a detection as columns of dataset.DETECTION. classes: names by number."""
-    if detection is None:
-        return {"outcome": "no_vehicle", "num_vehicles": 0}
-    return {
-        "outcome": "vehicle",
-        "vehicle_class": classes[detection.category],
-        "box": detection.box.tolist(),
-        **{name: getattr(detection, name) for name in _MEASURES},
-        # Encoded here, as rows of large photos accumulate until a part is written.
-        "mask": None if detection.mask is None else encode_mask(detection.mask),
-    }
 
 
 class Detector:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from carclass import storage
 from carclass.config import yaml_file
+from carclass.config.installation import MissingPackageReport
 from carclass.config.schema import DetectorSettings
 from carclass.errors import UserError
 
@@ -39,11 +40,12 @@ def _shim() -> None:
 
 
 _shim()
-from detectron2.config import CfgNode, get_cfg  # noqa: E402
-from detectron2.layers import DeformConv, ModulatedDeformConv, ROIAlignRotated  # noqa: E402
-from detectron2.layers.mask_ops import paste_masks_in_image  # noqa: E402
-from detectron2.modeling import GeneralizedRCNN, RetinaNet, build_model  # noqa: E402
-from detectron2.structures import Boxes, Instances  # noqa: E402
+with MissingPackageReport():
+    from detectron2.config import CfgNode, get_cfg
+    from detectron2.layers import DeformConv, ModulatedDeformConv, ROIAlignRotated
+    from detectron2.layers.mask_ops import paste_masks_in_image
+    from detectron2.modeling import GeneralizedRCNN, RetinaNet, build_model
+    from detectron2.structures import Boxes, Instances
 
 __all__ = ["Boxes", "Instances", "Network", "build", "build_network", "load_config", "paste_masks_in_image"]
 

@@ -82,13 +82,23 @@ def preview_masks(root: str, settings: MaskSettings, num_photos: int) -> str:
 def _check_settings(root: str, settings: MaskSettings, source: dataset.Dataset) -> MaskSettings:
     """Return the settings with pinned detector weights.
 
-    Raise UserError if the cutout mode or the true masks need masks that the detector lacks, or the true masks are not
-    those of the source's photos.
+    Raise UserError as pin_detector does, or if the true masks are not those of the source's photos.
     """
     connection.check_cluster()
+    settings = pin_detector(root, settings)
+    quality.check_truth(root, settings, source)
+    return settings
+
+
+def pin_detector(root: str, settings: MaskSettings) -> MaskSettings:
+    """Return the settings with pinned detector weights, which are fetched and checked.
+
+    Raise UserError if they are unusable, or the cutout mode or the true masks need masks that the detector lacks.
+    """
     settings = settings.model_copy(update={"detector": networks.pin_weights(settings.detector, root)})
     model, mode = settings.detector.model, settings.cutout.mode
-    if ("mask" in mode or settings.truth is not None) and not Detector(settings.detector).finds_masks:
+    finds_masks = Detector(settings.detector).finds_masks
+    if ("mask" in mode or settings.truth is not None) and not finds_masks:
         if "mask" in mode:
             raise UserError(
                 f"`mask.cutout.mode` is {mode}, but {model} detects boxes only. Set it to `crop`, or choose a detector "
@@ -98,7 +108,6 @@ def _check_settings(root: str, settings: MaskSettings, source: dataset.Dataset) 
             f"`mask.truth` is compared with masks, but {model} detects boxes only. Leave it out, or choose a detector "
             "with masks."
         )
-    quality.check_truth(root, settings, source)
     return settings
 
 
@@ -127,7 +136,7 @@ def _write_dataset(draft: Draft, source: dataset.Dataset, settings: MaskSettings
     """Write what is missing in the draft and return the complete dataset, which is not published yet."""
     connection.connect({"root": draft.uri})
     draft.begin()
-    draft.reconcile(_keep_split)
+    draft.reconcile()
     draft.write_missing(lambda: _write_pending(draft, source, settings))
     parts = [path for path in draft.inventory.contents() if path.startswith("parts/")]
     outcomes = Counter(publishing.read_written(draft.uri, "parts", ["outcome"], parts)["outcome"].to_pylist())
@@ -139,10 +148,6 @@ def _write_dataset(draft: Draft, source: dataset.Dataset, settings: MaskSettings
         "detector_weights": settings.detector.weights,
     }
     return draft.complete(source.classes, facts)
-
-
-def _keep_split(split: str, _image_id: str) -> str:
-    return split
 
 
 def _write_pending(draft: Draft, source: dataset.Dataset, settings: MaskSettings) -> None:

@@ -19,7 +19,7 @@ ZOO = {
     "faster_rcnn_r101_fpn": f"{_DETECTRON2}/COCO-Detection/faster_rcnn_R_101_FPN_3x/137851257/model_final_f6e8b1.pkl",
     TORCHVISION: "https://download.pytorch.org/models/maskrcnn_resnet50_fpn_v2_coco-73cbd019.pth",
 }
-"""Network → URI of its `zoo` weights. They have no published sha256: the user sets the hash of a trusted copy."""
+"""Network → URI of its `zoo` weights. They have no published sha256, but the start of a hash in their names."""
 SAMPLE = "detector.safetensors"
 KEY = "mask.detector.weights"
 
@@ -38,19 +38,13 @@ def build_network(settings: DetectorSettings) -> Network:
 def pin_weights(settings: DetectorSettings, root: str) -> DetectorSettings:
     """Return the settings with verified weights that every node can open, by URI and sha256.
 
-    Downloads and pickles are converted once to .safetensors below `<root>/weights/`. Raise UserError for weights that
-    are missing or have another hash.
+    Downloads and pickles are converted once to .safetensors below `<root>/weights/`, where their sha256 is recorded if
+    none is set. Raise UserError for weights that are missing or have another hash.
     """
     file = weights.cache_weights(
         _weights_uri(settings), settings.weights_sha256, sample=SAMPLE, cache=storage.join(root, "weights"), key=KEY
     )
     return settings.model_copy(update={"weights": file.uri, "weights_sha256": file.sha256})
-
-
-def zoo_uri(model: str, sha256: str) -> str | None:
-    """Return the URI of a network's zoo weights, if their file has this hash, which begins in its name."""
-    uri = ZOO.get(model)
-    return uri if uri is not None and sha256[:6] in uri else None
 
 
 def architecture_digest(settings: DetectorSettings) -> str:

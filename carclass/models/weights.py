@@ -1,5 +1,10 @@
-"""Pretrained weights: named ones and files, verified by sha256 before they are opened."""
+"""Pretrained weights: named ones and files, verified by sha256 before they are opened.
 
+Downloads and pickles of unknown sha256 are trusted on first use: the publisher's prefix in the file name is checked,
+and the sha256 is recorded and required from then on.
+"""
+
+import hashlib
 import http.client
 import io
 import os
@@ -7,7 +12,6 @@ import pickle
 import re
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -20,6 +24,7 @@ from safetensors.torch import save as save_safetensors
 
 from carclass import storage
 from carclass.errors import UserError
+from carclass.models.download import fetch
 
 UNPICKLE_SECONDS = 300
 """Time limit for reading a pickle; the largest of the zoo takes seconds."""
@@ -44,19 +49,27 @@ NAMED_WEIGHTS = {
     ),
 }
 
+PUBLISHED_PREFIX = re.compile(r"(?:model_final_([0-9a-f]{6})\.pkl|-(?=\d*[a-f])([0-9a-f]{8})\.pth)$")
+"""Start of a file's md5 in the names of Detectron2's model zoo, and of its sha256 in those of torch hub. Eight digits
+without a letter are a date."""
+
 # Raised by the readers for damaged bytes and for pickles that would run code.
 _READ_ERRORS = (SafetensorError, pickle.UnpicklingError, EOFError, LookupError, RuntimeError, TypeError)
 
 
-def load_weights(uri: str, sha256: str | None, *, sample: str, key: str) -> tuple[dict[str, torch.Tensor], str]:
+def load_weights(
+    uri: str, sha256: str | None, *, sample: str, key: str, cache: str | None = None
+) -> tuple[dict[str, torch.Tensor], str]:
     """Return the state dict of a weights file, in the file's dtypes, and the file's sha256.
 
     uri: a name in NAMED_WEIGHTS, `sample` for the file named by the argument `sample` in carclass.sample, or the URI
     of a .safetensors, .pth, .pt or .pkl file; of a Detectron2 training checkpoint, `model` is read. key: the setting,
-    for error messages. Raise UserError if the file is missing, has another hash, or requires a hash and none is given.
+    for error messages. cache: a folder or s3:// prefix, where the unknown sha256 of a download or pickle is recorded.
+    Raise UserError if the file is missing or damaged, or has another hash.
     """
     uri, sha256 = _resolve(uri, sha256, sample)
-    data, actual = _read_verified(uri, sha256, key)
+    record = _record_uri(uri, cache) if sha256 is None and cache is not None and _is_pinned(uri) else None
+    data, actual = _read_verified(uri, sha256, key, record)
     try:
         tensors = _parse(uri, data, key)
     except _READ_ERRORS as error:
@@ -65,6 +78,8 @@ def load_weights(uri: str, sha256: str | None, *, sample: str, key: str) -> tupl
         ) from error
     if (name := first_not_finite(tensors)) is not None:
         raise UserError(f"`{key}`: {uri} has values that are not finite (first: {name}). Choose other weights.")
+    if record is not None and not storage.create(record, f"{actual}  {uri}\n".encode()):
+        _check_sha256(actual, _recorded_sha256(record, key), uri, key, record)  # by another job meanwhile
     return tensors, actual
 
 
@@ -80,14 +95,14 @@ def cache_weights(uri: str, sha256: str | None, *, sample: str, cache: str, key:
     or damaged. cache: a folder or s3:// prefix; other parameters and errors as in load_weights.
     """
     resolved, expected = _resolve(uri, sha256, sample)
-    if not _requires_sha256(resolved):
+    if not _is_pinned(resolved):
         return WeightsFile("sample" if uri == "sample" else resolved, _read_verified(resolved, expected, key)[1])
-    _check_has_sha256(resolved, expected, key)
+    expected = expected or _recorded_sha256(_record_uri(resolved, cache), key)
     cached = storage.join(cache, f"{expected}.safetensors")
-    if (digest := _verified_digest(cached)) is None:
-        tensors, _ = load_weights(resolved, expected, sample=sample, key=key)
+    if expected is None or (digest := _verified_digest(cached)) is None:
+        tensors, expected = load_weights(resolved, sha256, sample=sample, key=key, cache=cache)
         data = save_safetensors({name: tensor.contiguous().clone() for name, tensor in tensors.items()})
-        digest = storage.sha256(data)
+        cached, digest = storage.join(cache, f"{expected}.safetensors"), storage.sha256(data)
         storage.write_bytes(cached, data)
         storage.write_bytes(f"{cached}.sha256", f"{digest}  {expected}.safetensors\n".encode())
     return WeightsFile(cached, digest)
@@ -117,25 +132,62 @@ def _resolve(uri: str, sha256: str | None, sample: str) -> tuple[str, str | None
     return uri, sha256
 
 
-def _requires_sha256(uri: str) -> bool:
+def _is_pinned(uri: str) -> bool:
+    """Return True for downloads and pickles, which are opened with the sha256 of their first use only."""
     return uri.startswith("http") or uri.endswith(".pkl")
 
 
-def _check_has_sha256(uri: str, sha256: str | None, key: str) -> None:
-    if sha256 is None and _requires_sha256(uri):
-        raise UserError(
-            f"`{key}`: {uri} is opened only with a known sha256. Download it, check it, and set `{key}_sha256`."
-        )
+def _record_uri(uri: str, cache: str) -> str:
+    """Return the URI of the record of a file's sha256."""
+    return storage.join(cache, "first_use", f"{storage.sha256(uri.encode())[:16]}.sha256")
 
 
-def _read_verified(uri: str, sha256: str | None, key: str) -> tuple[bytes, str]:
-    """Return a file's bytes and sha256; raise UserError if another is expected."""
-    _check_has_sha256(uri, sha256, key)
-    data = _read(uri, sha256, key)
+def _recorded_sha256(record: str, key: str) -> str | None:
+    """Return the sha256 in a record; None if there is no record. Raise UserError if it is damaged."""
+    try:
+        text = storage.read_bytes(record).decode(errors="replace")
+    except FileNotFoundError:
+        return None
+    if (match := re.match(r"([0-9a-f]{64}) ", text)) is None:
+        raise UserError(f"`{key}`: {record}, the record of the weights' sha256, is damaged. Delete it.")
+    return match[1]
+
+
+def _read_verified(uri: str, sha256: str | None, key: str, record: str | None = None) -> tuple[bytes, str]:
+    """Return a file's bytes and sha256; raise UserError if another is given, recorded or published."""
+    expected = sha256 or (record and _recorded_sha256(record, key)) or None
+    data = _read(uri, expected, key)
     actual = storage.sha256(data)
-    if sha256 not in (None, actual):
-        raise UserError(f"`{key}`: {uri} has sha256 {actual}, expected {sha256}. The file was changed or damaged.")
+    _check_sha256(actual, expected, uri, key, record)
+    if expected is None and _is_pinned(uri):
+        _check_published(uri, data, actual, key)
     return data, actual
+
+
+def _check_sha256(actual: str, expected: str | None, uri: str, key: str, record: str | None) -> None:
+    """Raise UserError if a file has another sha256. record: of the expected one, None if it is a setting."""
+    if expected in (None, actual):
+        return
+    if record is None:
+        raise UserError(f"`{key}`: {uri} has sha256 {actual}, expected {expected}. The file was changed or damaged.")
+    raise UserError(
+        f"`{key}`: {uri} has sha256 {actual}, but had {expected} at its first use, recorded in {record}. The file was "
+        f"changed or damaged. Restore it, or set `{key}_sha256` to the new hash if you trust it."
+    )
+
+
+def _check_published(uri: str, data: bytes, sha256: str, key: str) -> None:
+    """Raise UserError if the start of the hash in a file's name is not that of its bytes."""
+    match = PUBLISHED_PREFIX.search(uri)
+    if match is None:
+        return
+    md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
+    for kind, actual, prefix in (("md5", md5, match[1]), ("sha256", sha256, match[2])):
+        if prefix is not None and not actual.startswith(prefix):
+            raise UserError(
+                f"`{key}`: {uri} has the {kind} {actual}, which by its name begins with {prefix}. The file was changed "
+                f"or damaged: fetch it again, or set `{key}_sha256` to {sha256} if you trust it."
+            )
 
 
 def _read(uri: str, sha256: str | None, key: str) -> bytes:
@@ -148,13 +200,15 @@ def _read(uri: str, sha256: str | None, key: str) -> bytes:
 
 def _download(uri: str, sha256: str | None) -> bytes:
     """Return the bytes of a download from the cache; fetch them if they are missing or damaged there."""
-    cached = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "carclass" / f"{sha256}"
-    if cached.exists() and storage.sha256(data := cached.read_bytes()) == sha256:
-        return data
-    with urllib.request.urlopen(uri, timeout=60) as response:  # noqa: S310 - a URI set by the user or in NAMED_WEIGHTS
-        data = bytes(response.read())
-    if storage.sha256(data) == sha256:  # other bytes are rejected by the caller; a retry downloads them again
-        storage.write_bytes(str(cached), data)
+    folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "carclass"
+    if sha256 is not None and (folder / sha256).exists():
+        data = (folder / sha256).read_bytes()
+        if storage.sha256(data) == sha256:
+            return data
+    data = fetch(uri)
+    actual = storage.sha256(data)
+    if sha256 in (None, actual):  # other bytes are rejected by the caller; a retry downloads them again
+        storage.write_bytes(str(folder / actual), data)
     return data
 
 

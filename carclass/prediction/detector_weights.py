@@ -6,7 +6,7 @@ from carclass import storage
 from carclass.config.schema import RENAMED_CHOICES, DetectorSettings, MaskSettings
 from carclass.config.section import validate
 from carclass.errors import UserError
-from carclass.masking import networks, selection
+from carclass.masking import selection
 from carclass.models import weights
 from carclass.runs.preprocessing_record import Preprocessing
 from carclass.runs.run import stored_settings
@@ -24,6 +24,8 @@ def mask_settings(preprocessing: Preprocessing, root: str, uri: str | None = Non
         if uri is not None:
             raise UserError(f"`{KEY}` has no effect: the run's photos are not masked. Leave it out.")
         return None
+    from carclass.masking import networks  # imported late: predictions without masks need no Detectron2
+
     if (version := preprocessing.mask.get("choice_version", 1)) != selection.VERSION:
         raise UserError(
             f"the run's photos were masked with version {version} of `mask.choice`, and this version of carclass has "
@@ -46,11 +48,13 @@ def mask_settings(preprocessing: Preprocessing, root: str, uri: str | None = Non
 
 def _find_weights(preprocessing: Preprocessing, root: str, uri: str | None, sha256: str) -> weights.WeightsFile:
     """Return the first file found that has the recorded hash, or was converted from the file with the recorded one."""
+    from carclass.masking import networks
+
     assert preprocessing.mask is not None
     cache, original = storage.join(root, "weights"), preprocessing.detector_source_sha256
     candidates = [(uri or preprocessing.detector_weights, sha256)]
     if original is not None:
-        zoo = networks.zoo_uri(preprocessing.mask["detector"]["model"], original)
+        zoo = networks.ZOO.get(preprocessing.mask["detector"]["model"])
         candidates += [(uri, original)] if uri else [(storage.join(cache, f"{original}.safetensors"), sha256)]
         candidates += [] if uri else [(zoo, original)]
     errors = []

@@ -15,7 +15,7 @@ from carclass.data.quarantine import PhotoError
 from carclass.errors import UserError
 from carclass.evaluation import calibration
 from carclass.ingestion.reading import failed_row, to_row
-from carclass.masking.detector import Detector, detection_columns
+from carclass.masking.detection import detection_columns
 from carclass.masking.writer import DETECTED, cut_rows
 from carclass.prediction.detector_weights import mask_settings
 from carclass.prediction.predictions import PREDICTION, prediction_columns
@@ -50,7 +50,11 @@ class PhotoPredictor:
         self.mask = mask_settings(preprocessing, run.root)
         self.classifier = Predictor(model_uri, use_gpu=device == "cuda")
         self.temperature = require_calibration(run, model_uri, self.classifier.sha256).temperature
-        self.detector = None if self.mask is None else Detector(self.mask.detector, self.mask.choice, device)
+        self.detector = None
+        if self.mask is not None:
+            from carclass.masking.detector import Detector  # imported late: it needs Detectron2
+
+            self.detector = Detector(self.mask.detector, self.mask.choice, device)
 
     def __call__(self, photos: PhotoSource | Iterable[PhotoSource]) -> pa.Table:
         """Return rows of PREDICTION without `rejected`, in the order of the photos."""

@@ -16,6 +16,7 @@ from carclass.data.inventory import Inventory
 from carclass.data.lease import hold_lease
 from carclass.errors import UserError
 from carclass.evaluation.calibrate import calibrate_run
+from carclass.ingestion.archive import split_folder
 from carclass.ingestion.listing import list_photos
 from carclass.prediction import predictions
 from carclass.prediction.classify import PredictionJob, stream_predictions
@@ -88,7 +89,7 @@ def _identity(
 
 def _write_predictions(draft: Draft, job: PredictionJob) -> None:
     """Write parts with the pending photos, then the tables of all photos."""
-    connection.connect({"root": draft.uri, "predict.photos": job.settings.photos})
+    connection.connect({"root": draft.uri, "predict.photos": split_folder(job.settings.photos)[0]})
     uri, inventory = draft.uri, draft.inventory
     draft.sync()
     draft.retry_unreadable()

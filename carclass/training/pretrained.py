@@ -24,6 +24,15 @@ def initial_network(run: Run, stage: StageName, classes: list[str]) -> resnet.Fo
     return net
 
 
+def check_parent(root: str, settings: TrainSettings) -> None:
+    """Raise UserError for a parent that is missing or damaged, as far as it can be known before there is a dataset."""
+    parent = parse_parent(settings.parent)
+    if parent is None:
+        load_backbone(resnet.build(settings.model, 1), settings, storage.join(root, "weights"))
+    else:
+        find_run(root, parent.run)
+
+
 def load_pretrained(net: ResNet, root: str, settings: TrainSettings, classes: list[str]) -> str:
     """Load the parent's weights into a network and return the sha256 of their file.
 
@@ -33,7 +42,7 @@ def load_pretrained(net: ResNet, root: str, settings: TrainSettings, classes: li
     """
     parent = parse_parent(settings.parent)
     if parent is None:
-        return load_backbone(net, settings)
+        return load_backbone(net, settings, storage.join(root, "weights"))
     run = find_run(root, parent.run)
     best, facts = read_model(run.model_uri(run.best_stage if parent.epoch == "best" else run.stages[-1]))
     _check_parent(settings, facts, classes)
@@ -88,13 +97,14 @@ def _check_parent(settings: TrainSettings, facts: dict, classes: list[str]) -> N
             )
 
 
-def load_backbone(net: ResNet, settings: TrainSettings) -> str:
+def load_backbone(net: ResNet, settings: TrainSettings, cache: str | None = None) -> str:
     """Load a file's weights into everything but the classifier and return the file's sha256.
 
-    Raise UserError if the file is of another architecture.
+    cache: a folder or s3:// prefix, where the sha256 of a download is recorded if none is set. Raise UserError if the
+    file is of another architecture.
     """
     state, sha256 = weights.load_weights(
-        settings.parent, settings.parent_sha256, sample="backbone.safetensors", key="train.parent"
+        settings.parent, settings.parent_sha256, sample="backbone.safetensors", key="train.parent", cache=cache
     )
     state = {name: value.float() for name, value in state.items() if not name.startswith("fc.")}
     expected = {name: value for name, value in net.state_dict().items() if not name.startswith("fc.")}

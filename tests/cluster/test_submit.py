@@ -17,6 +17,7 @@ import pytest
 from carclass.runs.environment import code_version
 from tests.helpers.clusters import RAY, Job, free_port, kill, wait_for
 from tests.helpers.tunnel import Tunnel
+from tests.helpers.wheels import unpack_wheel
 
 REPO = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow  # 90 s
@@ -85,10 +86,14 @@ def status(url: str, token: str | None) -> int:
 SUBMIT = REPO / "jobs" / "submit.py"
 
 
-def submit(url: str, token: str | None, home: Path, *job: str) -> subprocess.CompletedProcess:
-    """Run jobs/submit.py."""
-    command, env = [sys.executable, SUBMIT, "--address", url, "--", *job], environment(token, home)
-    return subprocess.run(command, env=env, cwd=REPO, capture_output=True, text=True, timeout=400, check=False)
+def submit(
+    url: str, token: str | None, home: Path, *job: str, cwd: Path = REPO, site: Path | None = None
+) -> subprocess.CompletedProcess:
+    """Run jobs/submit.py, or `carclass submit` of the package in the folder `site`."""
+    env = environment(token, home) | ({} if site is None else {"PYTHONPATH": str(site)})
+    program = [SUBMIT] if site is None else ["-m", "carclass", "submit"]
+    command = [sys.executable, *program, "--address", url, "--", *job]
+    return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=400, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +127,9 @@ def follow(head: Head, tmp_path_factory) -> Callable[..., subprocess.CompletedPr
     return follow
 
 
-def test_a_user_mistake_fails_the_job_with_its_own_exit_status(head: Head, tmp_path: Path):
-    done = submit(head.url, head.token, tmp_path, "python", "jobs/ingest.py", "--config", "no-such-file.yml")
+@pytest.mark.parametrize("job", [("python", "jobs/ingest.py"), ("carclass", "ingest")], ids=["script", "command"])
+def test_a_user_mistake_fails_the_job_with_its_own_exit_status(head: Head, tmp_path: Path, job: tuple[str, str]):
+    done = submit(head.url, head.token, tmp_path, *job, "--config", "no-such-file.yml")
     assert done.returncode == 2
     assert "config file no-such-file.yml" in done.stdout
 
@@ -145,6 +151,23 @@ def test_only_code_and_named_files_are_uploaded(head: Head, tmp_path: Path):
     done = submit(head.url, head.token, tmp_path, "python", "-c", code, "build/named.yml")
     config_file.unlink()
     assert "['build', 'carclass', 'jobs'] root: here" in done.stdout
+
+
+def test_an_installed_package_submits_its_code_and_a_config_of_the_working_directory(head: Head, tmp_path: Path):
+    (tmp_path / "mine.yml").write_text("root: results\nmask: {batch: 1}\n")
+    site = unpack_wheel(tmp_path)
+    job = ("carclass", "mask", "--config", "mine.yml")
+    done = submit(head.url, head.token, tmp_path, *job, cwd=tmp_path, site=site)
+    assert done.returncode == 2
+    assert "error: mine.yml: `mask.batch` is not a setting" in done.stdout
+
+
+def test_a_config_named_by_an_absolute_path_is_refused(head: Head, tmp_path: Path):
+    (tmp_path / "mine.yml").write_text("root: here")
+    job = ("carclass", "train", "--config", str(tmp_path / "mine.yml"))
+    done = submit(head.url, head.token, tmp_path, *job, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.endswith("by its path in the working directory. Write mine.yml.\n")
 
 
 def test_a_config_outside_the_checkout_is_refused(head: Head, tmp_path: Path):

@@ -122,7 +122,7 @@ def publish(root: str, settings: dict[str, Any], image: bytes = b"x") -> dataset
             assert published is not None
             return published
         draft.begin()
-        draft.reconcile(lambda split, _: split)
+        draft.reconcile()
         draft.write_missing(lambda: _write_pending(draft, image))
         return draft.publish(draft.complete(["a"], {"kind": "photos"}))
 

@@ -15,10 +15,6 @@ LABELS: Labels = {"a": ("x", "train"), "b": ("y", "train"), "c": ("x", "test")}
 VERSIONS = dict.fromkeys("abc", "1")
 
 
-def keep_split(subset: str, image_id: str) -> str:
-    return subset
-
-
 class Job:
     """A small ingestion: photos are their keys and versions."""
 
@@ -66,7 +62,7 @@ class Job:
                 assert published is not None
                 return published
             draft.begin()
-            draft.reconcile(keep_split)
+            draft.reconcile()
             draft.write_missing(lambda: self.write_pending(draft, fail))
             return draft.publish(draft.complete(sorted({label for label, _ in labels.values()}), {"kind": "photos"}))
 

@@ -34,17 +34,17 @@ BAD = ("test/A/0.png", "train/B/7.png")
 
 def crash_on_white(log: str, job: str) -> None:
     """Patch decoding to log white photos with the job, and crash the process."""
-    decode = photo.decode
+    decode = photo.decode_stored
 
-    def decode_or_crash(data: bytes, **more: Any) -> np.ndarray:
-        pixels = decode(data, **more)
+    def decode_or_crash(data: bytes) -> np.ndarray:
+        pixels = decode(data)
         if pixels.min() == 255:
             with open(log, "a") as file:
                 file.write(f"{job}\n")
             signal.raise_signal(signal.SIGSEGV)  # in this thread, which must not go on meanwhile
         return pixels
 
-    photo.decode = decode_or_crash
+    photo.decode_stored = decode_or_crash
 
 
 def drive(root: Path) -> None:
@@ -64,7 +64,7 @@ def drive(root: Path) -> None:
             super().__init__(*args, **kwargs)
 
     def to_block_or_crash(*args: Any, **kwargs: Any) -> Any:
-        if photo.decode.__name__ == "decode":
+        if photo.decode_stored.__name__ == "decode_stored":
             crash_on_white(log, "train")
         return to_block_columns(*args, **kwargs)
 
@@ -72,7 +72,7 @@ def drive(root: Path) -> None:
     classification.ClassifyRows, classify.ClassifyPhotos = CrashingRows, CrashingPhotos  # type: ignore[misc]
     photo_store.to_block_columns = to_block_or_crash
     ray.init(address="local", num_cpus=2, include_dashboard=False)
-    source = ingest_photos(str(root), IngestSettings(photos=str(root / "photos"), val_fraction=0.5))
+    source = ingest_photos(str(root), IngestSettings(photos=str(root / "photos")))
     run = runs.begin(root, TrainSettings(**runs.FROZEN, name="r", dataset="v1"))
     runs.finish(run, classes=source.classes)
     evaluated = partial(evaluate.evaluate_run, str(root), EvaluateSettings(run="r"))
@@ -106,7 +106,7 @@ class Crashed(NamedTuple):
 def crashed(tmp_path_factory: pytest.TempPathFactory) -> Crashed:
     root = tmp_path_factory.mktemp("crashed")
     for i in range(16):
-        key = f"{'test' if i < 6 else 'train'}/{'AB'[i % 2]}/{i}.png"
+        key = f"{'test' if i < 6 else 'train' if i < 12 else 'val'}/{'AB'[i % 2]}/{i}.png"
         file = root / "photos" / key
         file.parent.mkdir(parents=True, exist_ok=True)
         pixels = np.random.default_rng(i).integers(0, 200, (32 + i, 32, 3), np.uint8)

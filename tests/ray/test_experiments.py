@@ -132,6 +132,23 @@ def test_other_classes_than_the_parent_are_refused_before_training(trained, phot
     assert not (tmp_path / "root" / "experiments").exists()
 
 
+def test_unusable_weights_are_found_before_photos_are_read(photos_folder: Path, tmp_path: Path):
+    loaded = tree.load_tree(write(tmp_path, photos_folder, {"lost": EXPERIMENTS["lost"]}), {})
+    progress = run_experiments(loaded, loaded.experiments)
+    assert "nowhere.safetensors cannot be read" in progress.failed["lost"]
+    assert not (tmp_path / "root" / "datasets").exists()
+
+
+def test_unusable_detector_weights_are_found_before_photos_are_read(photos_folder: Path, tmp_path: Path):
+    file = write(tmp_path, photos_folder, {"masked": {**FROZEN, "dataset": "v2"}})
+    detector = {"model": "sample", "weights": str(tmp_path / "nowhere.pkl")}
+    file.write_text(file.read_text() + yaml.safe_dump({"masks": [{"dataset": "v2", "detector": detector}]}))
+    loaded = tree.load_tree(file, {})
+    with pytest.raises(UserError, match=r"`mask.detector.weights`: .*nowhere.pkl cannot be read"):
+        run_experiments(loaded, loaded.experiments)
+    assert not (tmp_path / "root" / "datasets").exists()
+
+
 def test_missing_parent_is_refused_before_training(photos_folder: Path, tmp_path: Path):
     loaded = tree.load_tree(write(tmp_path, photos_folder, {"child": {**CHILD, "parent": "nobody@best"}}), {})
     with pytest.raises(UserError, match=r"exp_child.yml: `train.parent` is nobody@best, but no run `nobody` in .*root"):

@@ -23,7 +23,6 @@ from carclass.data.quarantine import Reason
 from carclass.errors import UserError
 from carclass.ingestion import ingest
 from carclass.ingestion.ingest import ingest_photos
-from carclass.ingestion.split import is_held_out
 from carclass.sample.generate import FIRST_ODDITY, ODDITIES, file_name
 from carclass.sample.models import MODELS
 from carclass.tools.benchmarks import scale
@@ -39,6 +38,14 @@ Contents = Callable[[dataset.Dataset], tuple[Rows, Rows]]
 def settings(folder: Path, **overrides: Any) -> IngestSettings:
     default = {"photos": str(folder / "photos"), "labels": str(folder / "labels.csv")}
     return IngestSettings.model_validate(default | overrides)
+
+
+def assert_exact_shares(rows: Rows) -> None:
+    """Check that a fifth of the train photos of each class, to one photo, is in val."""
+    counts = Counter((row["label"], row["split"]) for row in rows)
+    for label in {label for label, _ in counts}:
+        number = counts[label, "val"] + counts[label, "train"]
+        assert abs(counts[label, "val"] - 0.2 * number) <= 1
 
 
 def odd_keys(kind: str) -> list[str]:
@@ -97,13 +104,12 @@ def test_an_ordinary_photo_keeps_its_bytes_and_is_identified_by_them(
     assert (row["image"], row["image_id"]) == (source, storage.sha256(source))
 
 
-def test_splits_depend_on_subset_and_content(ingested: dataset.Dataset, contents: Contents, photos_folder: Path):
+def test_val_is_an_exact_share_of_the_train_photos(ingested: dataset.Dataset, contents: Contents, photos_folder: Path):
     lines = (photos_folder / "labels.csv").read_text().splitlines()[1:]
     subsets = {key: subset for key, _, subset in (line.rsplit(",", 2) for line in lines)}
     rows = contents(ingested)[0]
-    for row in rows:
-        held_out = subsets[row["key"]] == "train" and is_held_out(row["image_id"], 123, 0.2)
-        assert row["split"] == ("val" if held_out else subsets[row["key"]])
+    assert all((row["split"] == "test") == (subsets[row["key"]] == "test") for row in rows)
+    assert_exact_shares(rows)
     assert ingested.manifest["splits"] == dict(Counter(row["split"] for row in rows))
     assert ingested.manifest["splits"]["test"] == 21  # two of each class, and one with a copy in train
 
@@ -246,15 +252,13 @@ def test_thousands_of_photos_have_one_row_each_with_the_right_label_and_split(ra
     expected = {}
     for row in csv.DictReader((tmp_path / "many/labels.csv").open()):
         path = next((tmp_path / "many/buckets/photos").glob(f"{row['class'].replace(' ', '_')}/*/{row['img_name']}"))
-        image_id = storage.sha256(path.read_bytes())
-        held_out = row["subset"] == "train" and is_held_out(
-            image_id, ingest_settings.seed, ingest_settings.val_fraction
-        )
         key = str(path.relative_to(tmp_path / "many/buckets/photos"))
-        expected[key] = (image_id, row["class"], "val" if held_out else row["subset"])
+        expected[key] = (storage.sha256(path.read_bytes()), row["class"], row["subset"])
     rows = published.read(["key", "image_id", "label", "split"]).to_pylist()
     assert len(rows) == 4000
-    assert {row["key"]: (row["image_id"], row["label"], row["split"]) for row in rows} == expected
+    subsets = {"val": "train", "train": "train", "test": "test"}
+    assert {row["key"]: (row["image_id"], row["label"], subsets[row["split"]]) for row in rows} == expected
+    assert_exact_shares(rows)
     assert len(published.part_uris) == 40
 
 

@@ -84,7 +84,7 @@ def test_finished_attempts_are_removed():
 
 def inject_crashes(log: str) -> None:
     """Patch detection and decoding to log photos with a coloured corner and crash the process."""
-    detect, decode = Detector.__call__, photo.decode
+    detect, decode = Detector.__call__, photo.decode_stored
 
     def crash_on_marked(stage: str, photos: Sequence[np.ndarray]) -> None:
         corners = [pixels[: CORNER // 2, : CORNER // 2].mean((0, 1)) for pixels in photos]
@@ -99,12 +99,12 @@ def inject_crashes(log: str) -> None:
         crash_on_marked("detect", photos)
         return detect(self, photos, batch_size)
 
-    def decode_or_crash(data: bytes, **more: Any) -> np.ndarray:
-        pixels = decode(data, **more)
+    def decode_or_crash(data: bytes) -> np.ndarray:
+        pixels = decode(data)
         crash_on_marked("decode", [pixels])
         return pixels
 
-    Detector.__call__, photo.decode = detect_or_crash, decode_or_crash  # type: ignore[method-assign]
+    Detector.__call__, photo.decode_stored = detect_or_crash, decode_or_crash  # type: ignore[method-assign]
 
 
 def drive(root: str, log: str) -> None:

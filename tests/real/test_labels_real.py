@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from carclass.ingestion.labels import Label, parse_csv, parse_devkit
+from carclass.ingestion.devkit import parse_devkit
+from carclass.ingestion.label_table import parse_table
+from carclass.ingestion.labels import Label
 
 CARS = Path(__file__).parents[3] / "shared" / "cars196"
 
@@ -14,7 +16,7 @@ pytestmark = pytest.mark.skipif(not CARS.is_dir(), reason="needs ../shared/cars1
 
 def read_csv(name: str) -> list[Label]:
     with (CARS / name).open("rb") as stream:
-        return [label for _, label in parse_csv(stream, source=name)]
+        return [label for _, label in parse_table(stream, source=name)]
 
 
 def test_the_original_csv_has_all_16185_photos():

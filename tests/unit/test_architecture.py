@@ -18,6 +18,7 @@ PATHS = {
 }
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in PATHS.items()}
 FLOORS = (
+    {"__main__"},
     {"tools"},
     {"prediction", "experiments", "tuning"},
     {"evaluation", "training"},
@@ -133,6 +134,8 @@ def test_imports_have_no_cycle():
 @pytest.mark.parametrize("name", LIBRARY)
 def test_the_library_neither_imports_nor_opens_what_lies_outside_of_it(name: str):
     assert {item for item in imports(name) if item.split(".")[0] in ("jobs", "tests", "docs")} == set()
+    if name == "carclass.config.installation":  # a wheel holds the jobs within the package
+        return
     strings = [node.value for node in ast.walk(TREES[name]) if isinstance(node, ast.Constant)]
     assert {"jobs", "tests", "docs"} & {value for value in strings if isinstance(value, str)} == set()
 

@@ -1,6 +1,7 @@
 """Photos in archives made by the usual tools."""
 
 import gzip
+import io
 import os
 import shutil
 import subprocess
@@ -157,3 +158,52 @@ def test_only_requested_photos_are_read(tmp_path: Path):
     assert [len(table) for table in tables] == [2, 1]
     read_keys = {row["key"] for table in tables for row in table.to_pylist()}
     assert read_keys == set(requested["key"].to_pylist())
+
+
+# A folder in an archive
+
+
+def nested(folder: Path, suffix: str) -> str:
+    """Return an archive of the photos in `x/cars`, beside others."""
+    files = {"README": b"text", **{f"x/cars/{key}": data for key, data in PHOTOS.items()}, "x/cars2/a/9.jpg": NOISE}
+    if suffix == "zip":
+        return str(zipped(files, folder / "photos.zip"))
+    (folder / f"photos.{suffix}").write_bytes(COMPRESSORS.get(suffix, bytes)(tar(files)))
+    return str(folder / f"photos.{suffix}")
+
+
+@pytest.mark.parametrize("part", ["!/x/cars", "!/x/cars/", "!/./x//cars"])
+@pytest.mark.parametrize("suffix", ["tar", "tgz", "zip"])
+def test_a_folder_of_an_archive_is_read_with_keys_below_it(tmp_path: Path, suffix: str, part: str):
+    assert read(nested(tmp_path, suffix) + part) == (PHOTOS, {})
+
+
+@pytest.mark.parametrize("part", ["!", "!/"])
+def test_the_top_folder_of_an_archive_is_all_of_it(tmp_path: Path, part: str):
+    assert read(nested(tmp_path, "zip") + part) == read(nested(tmp_path, "zip"))
+
+
+@pytest.mark.parametrize("part", ["!/cars", "!/x/car", "!/README"])
+def test_a_folder_that_an_archive_lacks_is_refused_with_those_it_has(tmp_path: Path, part: str):
+    with pytest.raises(UserError, match=rf"photos.tgz has no files in the folder {part[2:]}; its folders: .*x/cars/a"):
+        read(nested(tmp_path, "tgz") + part)
+
+
+def test_a_missing_archive_with_a_folder_is_named(tmp_path: Path):
+    with pytest.raises(UserError, match=r"`ingest.photos`: no archive \S+/gone.zip\."):
+        read(str(tmp_path / "gone.zip!/x"))
+
+
+def test_a_path_into_an_archive_gets_the_spelling(tmp_path: Path):
+    path = nested(tmp_path, "tgz")
+    with pytest.raises(UserError, match=rf"`ingest.photos`: .* leads into an archive\. Write {path}!/x/cars"):
+        read(f"{path}/x/cars")
+
+
+def test_links_out_of_a_folder_of_an_archive_are_followed(tmp_path: Path):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as file:
+        add(file, "pool/1.jpg", NOISE)
+        add(file, "cars/a/1.jpg", type=tarfile.SYMTYPE, linkname="../../pool/1.jpg")
+    (tmp_path / "photos.tar").write_bytes(buffer.getvalue())
+    assert read(str(tmp_path / "photos.tar!/cars")) == ({"a/1.jpg": NOISE}, {})

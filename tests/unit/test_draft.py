@@ -19,7 +19,6 @@ from tests.helpers.small_ingestion import (
     VERSIONS,
     Job,
     Labels,
-    keep_split,
     reasons,
     rows,
 )
@@ -117,7 +116,7 @@ def test_many_changes_are_counted_with_a_few_examples(job: Job):
 
 def test_a_new_label_of_a_photo_in_quarantine_is_a_change(job: Job):
     job({**LABELS, "b": ("y", "train")}, fail="b")
-    with pytest.raises(UserError, match=r"Since then: labels of photos in quarantine\. Run again with --update"):
+    with pytest.raises(UserError, match=r"Since then: labels of photos in quarantine, or groups\. Run again"):
         job({**LABELS, "b": ("x", "train")})
 
 
@@ -261,7 +260,7 @@ def test_conflicts_are_decided_again_when_any_input_changes(job: Job):
     with Inventory() as inventory:
         draft = Draft(job.uri, SETTINGS, inventory, published)
         inventory.add_inputs([Listed("b", 1, "1"), Listed("c", 1, "2"), Listed("a", 1, "1")])
-        draft.reconcile(keep_split)
+        draft.reconcile()
         assert list(inventory.query("SELECT key FROM written WHERE reason = 'label_conflict'")) == []
 
 

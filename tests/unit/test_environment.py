@@ -111,5 +111,5 @@ class RecordingClient:
 
 def test_a_submitted_job_gets_the_code_version(tmp_path: Path):
     client: Any = RecordingClient()
-    job_submission._submit(client, "python x.py", tmp_path, [], {CODE_VERSION: "0123456789ab"})
+    job_submission._submit(client, "python x.py", {}, {CODE_VERSION: "0123456789ab"})
     assert client.options["runtime_env"]["env_vars"] == {CODE_VERSION: "0123456789ab"}

@@ -1,7 +1,8 @@
 """Stored files: former formats are read, newer ones and damaged files are refused with a way out.
 
 format_1/ holds files of a small run and sweep as they were written before files had a format, the settings of an early
-run, and files that were added later in their first format. format_2/ holds settings, lineage and search as of today.
+run, and files that were added later in their first format. format_2/ holds settings, lineage and search as of today,
+and a manifest of its second format.
 """
 
 import json
@@ -89,6 +90,12 @@ def test_the_content_of_a_former_run_is_read():
     assert run.steps("frozen", 2)[0]["step"] == 1
     assert run.best_val_accuracy("unfrozen") == pytest.approx(2 / 11)
     assert checkpoint_index.recorded_sha256(f"{FORMAT_1}/{RUN}/frozen/epoch-0001") is not None
+
+
+def test_a_dataset_of_a_former_format_held_out_val_alone():
+    published = dataset.load_dataset(str(FORMAT_2), "v1")
+    assert (published.held_out, published.digest[:8]) == ({"val": 0.2}, "727ee3a8")
+    assert dataset.find_same_dataset(str(FORMAT_2), "v1", published.manifest["settings"]) == published
 
 
 def test_settings_that_a_former_run_lacks_have_the_values_it_was_trained_with():

@@ -1,4 +1,4 @@
-"""Ingestion without a cluster: splits, rows and labels."""
+"""Ingestion without a cluster: rows and labels."""
 
 import os
 from pathlib import Path
@@ -20,50 +20,11 @@ from carclass.ingestion.archive import LOADED
 from carclass.ingestion.ingest import write_photos
 from carclass.ingestion.labels import Label
 from carclass.ingestion.reading import to_row
-from carclass.ingestion.split import is_held_out
 from tests.helpers.inventories import add_keys, run_all
 
 
 def settings(**overrides: Any) -> IngestSettings:
     return IngestSettings(photos="/photos", **overrides)
-
-
-# Splitting
-
-
-def ids(count: int) -> list[str]:
-    return [storage.sha256(str(i).encode()) for i in range(count)]
-
-
-def test_the_requested_fraction_is_held_out():
-    num_held_out = sum(is_held_out(image_id, 123, 0.2) for image_id in ids(5000))
-    assert num_held_out == pytest.approx(1000, abs=100)  # 3.5 standard deviations
-
-
-def test_the_same_fraction_of_every_class_is_held_out():
-    shares = [sum(is_held_out(i, 123, 0.2) for i in ids(10_000)[start::10]) / 1000 for start in range(10)]
-    assert shares == pytest.approx([0.2] * 10, abs=0.045)
-
-
-def test_holding_out_depends_on_content_and_seed_only():
-    few = {image_id for image_id in ids(100) if is_held_out(image_id, 1, 0.2)}
-    many = {image_id for image_id in ids(1000) if is_held_out(image_id, 1, 0.2)}
-    assert few == many & set(ids(100))
-
-
-def test_a_larger_fraction_holds_out_a_superset():
-    smaller, larger = ({i for i in ids(500) if is_held_out(i, 1, fraction)} for fraction in (0.1, 0.3))
-    assert smaller < larger
-
-
-def test_another_seed_holds_out_other_photos():
-    first, second = ({i for i in ids(500) if is_held_out(i, seed, 0.2)} for seed in (1, 2))
-    assert len(first & second) < len(first) / 2
-
-
-@pytest.mark.parametrize(("fraction", "count"), [(0.0, 0), (1.0, 200)])
-def test_fractions_zero_and_one_hold_out_none_and_all(fraction: float, count: int):
-    assert sum(is_held_out(image_id, 1, fraction) for image_id in ids(200)) == count
 
 
 # Rows
@@ -100,14 +61,9 @@ def test_a_large_photo_is_shrunk_and_keeps_the_hash_of_its_source():
     assert photo.decode(row["image"]).shape == (20, 30, 3)
 
 
-@pytest.mark.parametrize(("subset", "split"), [("train", "val"), ("test", "test")])
-def test_only_train_photos_are_held_out(subset: str, split: str):
-    assert to_row(loaded(jpeg(), subset), settings(val_fraction=1))["split"] == split
-
-
-def test_copies_are_in_the_same_split():
-    rows = [to_row(loaded(jpeg(seed=seed)), settings(val_fraction=0.5)) for seed in (*range(20), *range(20))]
-    assert [row["split"] for row in rows[:20]] == [row["split"] for row in rows[20:]]
+@pytest.mark.parametrize("subset", ["train", "val", "test"])
+def test_a_row_is_read_into_the_split_of_its_subset(subset: str):
+    assert to_row(loaded(jpeg(), subset), settings())["split"] == subset
 
 
 def test_image_ids_are_those_of_rows(tmp_path: Path):
@@ -209,9 +165,7 @@ def test_the_ending_of_a_csv_may_be_in_upper_case(tmp_path: Path):
 
 def test_a_csv_without_the_columns_is_refused_with_its_columns(tmp_path: Path):
     (tmp_path / "labels.csv").write_text("file,class\nx.jpg,A\n")
-    with pytest.raises(
-        UserError, match=r"labels.csv: no column img_name, subset; the first line has \['file', 'class'\]"
-    ):
+    with pytest.raises(UserError, match=r"labels.csv: no column img_name; the first line has \['file', 'class'\]"):
         labels_of(settings(labels=str(tmp_path / "labels.csv")), [])
 
 
@@ -224,7 +178,7 @@ def test_missing_labels_are_reported_with_a_remedy(tmp_path: Path, name: str):
 @pytest.mark.parametrize("name", ["l.txt", "labels.csv.gz", "labels.xlsx"])
 def test_labels_in_another_kind_of_file_are_refused_as_such(tmp_path: Path, name: str):
     (tmp_path / name).touch()
-    with pytest.raises(UserError, match=rf"`ingest.labels`: .*{name} is a file, but not a .csv\. Labels are a .csv"):
+    with pytest.raises(UserError, match=rf"`ingest.labels`: .*{name} is a file, but not a \.csv, \.tsv, \.jsonl"):
         labels_of(settings(labels=str(tmp_path / name)), [])
 
 

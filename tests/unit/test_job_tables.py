@@ -1,6 +1,7 @@
 """Tables that jobs print: figures under the name of their split and model."""
 
 import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +62,13 @@ def test_a_pipeline_refuses_an_evaluation_that_it_would_not_do(evaluate: dict[st
     settings, train = Config(root="/r", evaluate=evaluate), TrainSettings(name="a", unfrozen=None)
     with pytest.raises(UserError, match=message):
         functions("pipeline")["check_evaluation"](settings, train)
+
+
+@pytest.mark.parametrize("key", ["mask.detector.weights", "train.parent"])
+def test_a_pipeline_checks_all_weights_before_it_reads_photos(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "argv", ["pipeline.py", "--root", str(tmp_path / "root"), f"--{key}", "/nowhere/w.pth"])
+    with pytest.raises(UserError, match=f"`{key}`: /nowhere/w.pth cannot be read"):
+        functions("pipeline")["main"]()
+    assert not (tmp_path / "root" / "datasets").exists()

@@ -24,7 +24,7 @@ def match(keys: list[str], labels: list[Label], source: str = "/data/cars") -> M
         inventory.add_labels(labels)
         label_matching.match_labels(inventory, source)
         photos = [
-            Label(*(row[name] for name in Label._fields))
+            Label(*(row[name] for name in Label._fields[:3]))
             for table in inventory.pending(100)
             for row in table.to_pylist()
         ]

@@ -7,7 +7,9 @@ import pytest
 from scipy.io import savemat
 
 from carclass.errors import UserError
-from carclass.ingestion.labels import Label, LabelsError, parse_csv, parse_devkit, raise_contradictions
+from carclass.ingestion.devkit import parse_devkit
+from carclass.ingestion.label_table import parse_table
+from carclass.ingestion.labels import Label, LabelsError, raise_contradictions
 
 HEADER = b"img_name,class,subset\n"
 SEDAN = Label("1.jpg", "Audi Sedan", "train")
@@ -18,7 +20,7 @@ def csv_labels(rows: bytes) -> list[Label]:
 
 
 def parsed(data: bytes) -> list[Label]:
-    return [label for _, label in parse_csv(io.BytesIO(data), source="labels.csv")]
+    return [label for _, label in parse_table(io.BytesIO(data), source="labels.csv")]
 
 
 # CSV
@@ -45,9 +47,13 @@ def test_csv_dialects_are_supported(data):
     assert parsed(data) == [SEDAN]
 
 
-@pytest.mark.parametrize("subset", ["Train", "TRAIN", "training", "Training"])
-def test_subsets_have_several_spellings(subset: str):
-    assert csv_labels(f"1.jpg,Audi Sedan,{subset}\n".encode()) == [SEDAN]
+@pytest.mark.parametrize(
+    ("spelling", "subset"),
+    [("Train", "train"), ("TRAIN", "train"), ("Training", "train"), ("test", "test"), ("TESTING", "test"),
+     ("val", "val"), ("Valid", "val"), ("VALIDATION", "val"), ("dev", "val")],
+)  # fmt: skip
+def test_subsets_have_several_spellings(spelling: str, subset: str):
+    assert [label.subset for label in csv_labels(f"1.jpg,Audi Sedan,{spelling}\n".encode())] == [subset]
 
 
 def test_classes_are_in_unicode_normal_form():
@@ -62,7 +68,7 @@ def test_csv_names_may_contain_commas_slashes_and_accents():
 
 
 def test_a_csv_without_a_column_is_refused_with_the_existing_columns():
-    with pytest.raises(LabelsError, match=r"labels\.csv: no column class, subset;.*'img_name', 'label'"):
+    with pytest.raises(LabelsError, match=r"labels\.csv: no column class;.*'img_name', 'label'"):
         parsed(b"img_name,label\n1.jpg,Audi\n")
 
 
@@ -71,8 +77,8 @@ def test_a_csv_without_a_column_is_refused_with_the_existing_columns():
     [
         (b",Audi,train\n", "line 3: the photo's name is empty"),
         (b"2.jpg, ,train\n", "line 3: the class of 2.jpg is empty"),
-        (b"2.jpg,Audi,learn\n", "line 3: the subset is 'learn'; expected train or test"),
-        (b"2.jpg,Audi,val\n", "line 3: the subset is 'val'; use train"),
+        (b"2.jpg,Audi,learn\n", "line 3: the subset is 'learn'; expected train, val or test"),
+        (b"2.jpg,Audi,\n", "line 3: the subset is ''; expected train, val or test"),
         (b"2.jpg,Audi, Coupe,train\n", "line 3: 4 fields, but the first line has 3.*quotes"),
         (b"2.jpg,Audi\n", "line 3: 2 fields"),
         (b'2.jpg,"Audi,train\n', "line 3: not valid CSV"),
@@ -113,13 +119,13 @@ def test_an_empty_csv_is_an_error(data, message):
 def test_a_contradiction_is_reported_with_both_lines(row: bytes, message: str):
     data = io.BytesIO(HEADER + b"1.jpg,Audi Sedan,train\n1.jpg,Audi Sedan,train\n" + row)
     with pytest.raises(LabelsError, match=message):
-        raise_contradictions(parse_csv(data, source="labels.csv"), ["1.jpg"], 1)
+        raise_contradictions(parse_table(data, source="labels.csv"), ["1.jpg"], 1)
 
 
 def test_contradictions_are_reported_together():
     rows = b"".join(b"%d.jpg,%s,train\n" % (i, label) for i in range(3) for label in (b"Audi", b"BMW"))
     with pytest.raises(LabelsError, match=r"line 3: 0.jpg is BMW.*line 7: 2.jpg is BMW.*; and 4 more\. Keep"):
-        raise_contradictions(parse_csv(io.BytesIO(HEADER + rows), source="labels.csv"), ["0.jpg", "2.jpg"], 6)
+        raise_contradictions(parse_table(io.BytesIO(HEADER + rows), source="labels.csv"), ["0.jpg", "2.jpg"], 6)
 
 
 def test_a_labels_error_is_a_user_error():

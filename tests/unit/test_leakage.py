@@ -23,11 +23,8 @@ def written(*rows: tuple[str, str, str, str]) -> pa.Table:
 def leak_rows(*rows: tuple[str, str, str, str]) -> list[dict[str, Any]]:
     """Return the quarantine rows of leaks. rows: see `written`."""
     with Inventory() as inventory:
-        inventory.add_part(
-            "parts/a.parquet",
-            written(*rows),
-            "",
-        )
+        inventory.add_numbered_inputs((i, key, "", label, subset) for i, (key, _, label, subset) in enumerate(rows))
+        inventory.add_part("parts/a.parquet", written(*rows), "")
         inventory.commit_parts(removed=[])
         return [row for _, row in leakage.find_leaks(inventory)]
 
@@ -42,6 +39,15 @@ def test_a_train_photo_with_the_bytes_of_a_test_photo_leaks_and_the_test_photo_s
 
 def test_a_val_photo_with_the_bytes_of_a_test_photo_leaks():
     assert leak_reasons(("a", "1", "A", "val"), ("b", "1", "A", "test")) == {"a": "leakage"}
+
+
+def test_a_train_photo_with_the_bytes_of_a_val_photo_of_the_source_leaks_and_the_val_photo_stays():
+    (row,) = leak_rows(("a", "1", "A", "train"), ("b", "1", "A", "val"))
+    assert (row["key"], row["reason"], row["detail"]) == ("a", "leakage", "same bytes as the val photo b")
+
+
+def test_copies_within_a_val_split_of_the_source_stay():
+    assert leak_reasons(("a", "1", "A", "val"), ("b", "1", "A", "val")) == {}
 
 
 def test_all_copies_of_a_photo_with_two_labels_are_in_conflict():
@@ -79,6 +85,7 @@ def test_the_detail_of_a_conflict_names_a_few_of_many_copies():
 
 def test_quarantined_photos_cause_no_leaks():
     with Inventory() as inventory:
+        inventory.add_numbered_inputs([(1, "a", "", "A", "train"), (2, "b", "", "A", "train")])
         rows = {"key": ["a"], "image_id": [ID], "label": ["A"], "split": ["train"]}
         inventory.add_part("parts/a.parquet", pa.table(rows), "")
         inventory.add_part(

@@ -297,13 +297,6 @@ def test_an_unknown_class_is_named_in_the_error(make_settings: Callable[..., Det
 # Weights
 
 
-@pytest.mark.parametrize("name", list(networks.ZOO))
-def test_zoo_weights_require_a_hash(name: str, tmp_path: Path):
-    uri = networks.ZOO[name].replace(".", r"\.")
-    with pytest.raises(UserError, match=rf"`mask.detector.weights`: {uri} is opened only with a known sha256"):
-        networks.pin_weights(DetectorSettings(model=name, weights="zoo"), str(tmp_path))
-
-
 @pytest.mark.parametrize("model", ["sample", "/nets/net.yaml"])
 def test_other_networks_have_no_zoo_weights(model: str, tmp_path: Path):
     with pytest.raises(

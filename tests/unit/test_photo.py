@@ -170,14 +170,13 @@ def test_other_bytes_are_not_an_image(data):
     assert reason_of(data) == Reason.NOT_AN_IMAGE
 
 
-@pytest.mark.parametrize("kind", ["TIFF", "JPEG2000", "AVIF"])
-def test_other_image_formats_are_unsupported(kind):
-    assert reason_of(saved(scene(), kind)) == Reason.UNSUPPORTED_FORMAT
+def test_other_image_formats_are_unsupported():
+    assert reason_of(saved(scene(), "JPEG2000")) == Reason.UNSUPPORTED_FORMAT
 
 
 @pytest.mark.parametrize(
     "start",
-    [b"\0\0\1\0\1\0", b"8BPS\0\1", b"<svg xmlns=", b"II+\0\x08\0", b"\0\0\0\x18ftypmsf1", b"\0\0\0\x18ftypcrx "],
+    [b"\0\0\1\0\1\0", b"8BPS\0\1", b"<svg xmlns=", b"\0\0\0\x0cJXL ", b"\0\0\0\x18ftypcrx "],
 )
 def test_formats_are_known_by_their_first_bytes(start: bytes):
     assert reason_of(start + bytes(100)) == Reason.UNSUPPORTED_FORMAT

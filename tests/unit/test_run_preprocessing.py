@@ -242,8 +242,7 @@ def test_the_zoos_own_file_replaces_a_lost_or_damaged_converted_one(
 def test_the_zoos_file_is_fetched_again_by_its_hash(
     tmp_path: Path, pinned: Preprocessing, zoo: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ):
-    named = zoo[0].rename(zoo[0].with_name(f"model_final_{zoo[1][:6]}.pkl"))
-    monkeypatch.setitem(networks.ZOO, "sample", str(named))
+    monkeypatch.setitem(networks.ZOO, "sample", str(zoo[0].rename(zoo[0].with_name("model_final_f10217.pkl"))))
     shutil.rmtree(tmp_path / "root" / "weights")
     assert mask_settings(pinned, str(tmp_path / "root")) is not None
 

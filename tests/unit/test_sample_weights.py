@@ -9,7 +9,8 @@ import torch
 
 from carclass import sample
 from carclass.config.schema import DetectorSettings, ModelSettings, TrainSettings
-from carclass.masking.detector import Detection, Detector
+from carclass.masking.detection import Detection
+from carclass.masking.detector import Detector
 from carclass.masking.rle import mask_iou
 from carclass.models import resnet
 from carclass.sample.background import SCENES

@@ -71,7 +71,7 @@ def test_a_touched_photo_that_is_read_again_for_another_reason_is_current_afterw
     def with_conflict(draft: Draft, write: Callable[[], None]) -> None:
         """Read a photo again, as one in conflict is when others have changed."""
         files = [path for key, path in draft.inventory.files_by_key() if key == "a"]
-        draft._correct(changes.Correction(path, frozenset("a"), {}) for path in files)
+        draft.correct(changes.Correction(path, frozenset("a"), {}) for path in files)
         write_missing(draft, write)
 
     changed: Any = ({**LABELS, "d": ("y", "train")}, {**TOUCHED, "d": "1"})

@@ -1,12 +1,10 @@
 """Pretrained weights: verified by hash, and never allowed to run code."""
 
-import http.server
+import hashlib
 import io
 import pickle
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -101,13 +99,6 @@ def test_a_file_with_another_hash_is_rejected_before_it_is_opened(write: Any, tm
     with pytest.raises(UserError, match=r"`train.parent`: .*w.pkl has sha256 [0-9a-f]{64}, expected 0{64}"):
         load(path, "0" * 64)
     assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize("uri", ["/data/w.pkl", "s3://bucket/w.pkl", "https://example.org/w.pth"])
-@pytest.mark.parametrize("job", [load, cache_file])
-def test_downloads_and_pickles_require_a_hash(uri: str, job: Any):
-    with pytest.raises(UserError, match=r"opened only with a known sha256.* set `train.parent_sha256`"):
-        job(uri)
 
 
 @pytest.mark.parametrize("trap_in", ["whole file", "weights", "beside the weights"])
@@ -236,81 +227,97 @@ def test_the_sample_weights_are_not_copied(tmp_path: Path):
     assert (cached.uri, cached.sha256) == ("sample", load("sample")[1])
 
 
-# Downloads
+# First use
 
 
-@pytest.fixture
-def web(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, list[str]]]:
-    """Address of a web server with /w.safetensors, and its list of requests; the user's cache is empty."""
-    requests: list[str] = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            requests.append(self.path)
-            self.send_response(404 if "nothing" in self.path else 200)
-            if "cut" in self.path:
-                self.send_header("Content-Length", "1000000")
-            self.end_headers()
-            self.wfile.write(save(STATE))
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", requests
-        server.shutdown()
+def test_a_pickle_without_a_hash_is_converted_and_its_hash_recorded(write: Any, tmp_path: Path):
+    path = write("w.pkl", to_pkl())
+    cached = cache_file(path, None, tmp_path / "cache")
+    assert cached == cache_file(path, storage.sha256(to_pkl()), tmp_path / "cache")
+    (record,) = (tmp_path / "cache" / "first_use").iterdir()
+    assert record.read_text() == f"{storage.sha256(to_pkl())}  {path}\n"
 
 
-def test_a_download_is_cached_and_fetched_once(web: tuple[str, list[str]]):
-    address, requests = web
-    for _ in range(2):
-        tensors, _ = load(f"{address}/w.safetensors", storage.sha256(save(STATE)))
-    assert torch.equal(tensors["conv.weight"], STATE["conv.weight"])
-    assert requests == ["/w.safetensors"]
+def test_a_recorded_pickle_is_not_needed_again(write: Any, tmp_path: Path):
+    path = write("w.pkl", to_pkl())
+    cached = cache_file(path, None, tmp_path / "cache")
+    path.unlink()
+    assert cache_file(path, None, tmp_path / "cache") == cached
 
 
-@pytest.mark.parametrize("damage", [b"", save(STATE)[:-1]])
-def test_a_damaged_download_in_the_cache_is_fetched_again(web: tuple[str, list[str]], tmp_path: Path, damage: bytes):
-    address, requests = web
-    digest = storage.sha256(save(STATE))
-    cached = tmp_path / "cache" / "carclass" / digest
-    cached.parent.mkdir(parents=True)
-    cached.write_bytes(damage)
-    for _ in range(2):
-        assert torch.equal(load(f"{address}/w.safetensors", digest)[0]["conv.weight"], STATE["conv.weight"])
-    assert requests == ["/w.safetensors"]
-    assert cached.read_bytes() == save(STATE)
+def test_another_pickle_than_the_recorded_one_is_refused(write: Any, tmp_path: Path):
+    cached = cache_file(write("w.pkl", to_pkl()), None, tmp_path / "cache")
+    Path(cached.uri).unlink()
+    changed = pickle.dumps({"model": {"conv.weight": torch.zeros(2, 3).numpy()}})
+    with pytest.raises(UserError, match=rf"w.pkl has sha256 {storage.sha256(changed)}, but had .* at its first use"):
+        cache_file(write("w.pkl", changed), None, tmp_path / "cache")
 
 
-def test_a_download_that_is_cut_is_named_in_the_error(web: tuple[str, list[str]], tmp_path: Path):
-    address, _ = web
-    with pytest.raises(UserError, match=r"cut.safetensors cannot be read \(IncompleteRead"):
-        load(f"{address}/cut.safetensors", "0" * 64)
+def test_a_given_hash_overrules_the_recorded_one(write: Any, tmp_path: Path):
+    cache_file(write("w.pkl", to_pkl()), None, tmp_path / "cache")
+    changed = pickle.dumps({"model": {"conv.weight": torch.zeros(2, 3).numpy()}})
+    cached = cache_file(write("w.pkl", changed), storage.sha256(changed), tmp_path / "cache")
+    assert list(load(cached.uri)[0]) == ["conv.weight"]
 
 
-def test_a_download_is_cached_on_storage_as_safetensors(web: tuple[str, list[str]], tmp_path: Path):
-    address, requests = web
-    digest = storage.sha256(save(STATE))
-    cached = cache_file(f"{address}/w.safetensors", digest, tmp_path / "root")
-    assert cached.uri == str(tmp_path / "root" / f"{digest}.safetensors")
-    assert torch.equal(load(cached.uri, cached.sha256)[0]["conv.weight"], STATE["conv.weight"])
-    assert requests == ["/w.safetensors"]
+def test_files_of_one_name_have_records_of_their_own(write: Any, tmp_path: Path):
+    for folder, data in (("a", to_pkl(2)), ("b", to_pkl(3))):
+        (tmp_path / folder).mkdir()
+        cached = cache_file(write(f"{folder}/w.pkl", data), None, tmp_path / "cache")
+        assert weights.converted_from(cached.uri) == storage.sha256(data)
 
 
-def test_a_download_with_another_hash_is_rejected_and_not_cached(web: tuple[str, list[str]], tmp_path: Path):
-    address, _ = web
-    with pytest.raises(UserError, match=r"expected 0{64}"):
-        load(f"{address}/w.safetensors", "0" * 64)
-    assert storage.list_files(str(tmp_path / "cache")) == []
+def test_a_damaged_record_is_named_in_the_error(write: Any, tmp_path: Path):
+    path = write("w.pkl", to_pkl())
+    cache_file(path, None, tmp_path / "cache")
+    (record,) = (tmp_path / "cache" / "first_use").iterdir()
+    record.write_bytes(b"")
+    with pytest.raises(UserError, match=rf"{record}, the record of the weights' sha256, is damaged. Delete it"):
+        cache_file(path, None, tmp_path / "cache")
 
 
-def test_a_missing_download_is_named_in_the_error(web: tuple[str, list[str]]):
-    address, _ = web
-    with pytest.raises(UserError, match=r"nothing.pth cannot be read \(HTTP Error 404"):
-        load(f"{address}/nothing.pth", "0" * 64)
+@pytest.mark.parametrize("data", [b"hello", pickle.dumps(Trap(Path("ran")))])
+def test_a_file_that_cannot_be_read_is_not_recorded(write: Any, tmp_path: Path, data: bytes):
+    with pytest.raises(UserError, match="is damaged"):
+        cache_file(write("w.pkl", data), None, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_of_two_first_uses_the_later_one_is_checked(write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path, parse = write("w.pkl", to_pkl()), weights._parse
+
+    def parse_slowly(*args: Any) -> Any:
+        monkeypatch.setattr(weights, "_parse", parse)
+        cache_file(write("w.pkl", to_pkl(2)), None, tmp_path / "cache")  # by another job meanwhile
+        return parse(*args)
+
+    monkeypatch.setattr(weights, "_parse", parse_slowly)
+    with pytest.raises(UserError, match="at its first use"):
+        cache_file(path, None, tmp_path / "cache")
+
+
+# The publisher's prefix
+
+
+def md5(data: bytes) -> str:
+    return hashlib.md5(data).hexdigest()
+
+
+def test_a_pickle_of_the_zoo_begins_with_the_md5_in_its_name(write: Any, tmp_path: Path):
+    cached = cache_file(write(f"model_final_{md5(to_pkl())[:6]}.pkl", to_pkl()), None, tmp_path / "cache")
+    assert weights.converted_from(cached.uri) == storage.sha256(to_pkl())
+
+
+def test_a_pickle_of_the_zoo_with_another_md5_is_refused(write: Any, tmp_path: Path):
+    path = write("model_final_f10217.pkl", to_pkl())
+    with pytest.raises(UserError, match=rf"the md5 {md5(to_pkl())}, which by its name begins with f10217"):
+        cache_file(path, None, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_given_hash_overrules_the_published_prefix(write: Any, tmp_path: Path):
+    path = write("model_final_f10217.pkl", to_pkl())
+    assert cache_file(path, storage.sha256(to_pkl()), tmp_path / "cache").sha256
 
 
 def test_named_weights_have_the_hash_in_their_file_name():

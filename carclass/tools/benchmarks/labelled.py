@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from carclass.errors import UserError
-from carclass.ingestion import labels
+from carclass.ingestion.label_table import parse_table
 from carclass.models.preprocessing import decode_photos
 from carclass.training.dataloader import PhotoBlock
 
@@ -35,7 +35,7 @@ def choose_photos(folder: Path | None, counts: dict[str, int]) -> Splits:
         problem = "is missing" if folder is None else f"{folder} holds no labels.csv"
         raise UserError(f"--photos {problem}; give a folder with photos/ and labels.csv.")
     with (folder / "labels.csv").open("rb") as stream:
-        labelled = [row for _, row in labels.parse_csv(stream, source=str(folder / "labels.csv"))]
+        labelled = [row for _, row in parse_table(stream, source=str(folder / "labels.csv"))]
     rows = [row for row in labelled if row.subset == "train" and (folder / "photos" / row.key).exists()]
     required = sum(counts.values())
     if len(rows) < required:
