@@ -107,7 +107,11 @@ class Lease:
         return self
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, __: TracebackType | None) -> None:
-        self.release()
+        try:
+            self.release()
+        except KeyboardInterrupt:  # by the thread, while this one had already found the loss
+            if not self.is_lost:
+                raise
         # An interrupt by the thread, or a file that the next holder has removed.
         if self.is_lost and error is not None and not isinstance(error, UserError):
             raise self._lost_error() from error
@@ -116,7 +120,8 @@ class Lease:
         """End the lease, if it is held. A job that wrote nothing leaves no folder behind."""
         if self._released.is_set() or not self._thread.is_alive():
             return
-        self._released.set()
+        with self._lock:  # after which the thread does not interrupt
+            self._released.set()
         self._thread.join()
         with suppress(UserError, OSError):  # if storage is out of reach, the lease expires by itself
             try:
@@ -206,8 +211,9 @@ class Lease:
                 self.check()
             except LeaseLostError as error:
                 log.warning("%s: %s", self.holder.job, error)
-                if self._in_main_thread and not self._released.is_set():
-                    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                with self._lock:
+                    if self._in_main_thread and not self._released.is_set():
+                        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
                 return
             except (UserError, OSError) as error:  # storage is out of reach: tried again
                 log.warning("%s: the lease of %s could not be renewed: %s", self.holder.job, self.uri, error)

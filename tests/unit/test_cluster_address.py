@@ -130,7 +130,6 @@ def test_the_port_of_a_web_server_is_an_error(monkeypatch: pytest.MonkeyPatch, w
         (":6379", "neither host:port"),
         ("127.0.0.1:port", "neither host:port"),
         ("127.0.0.1:66666", "neither host:port"),
-        ("127.0.0.1:6379 ", "neither host:port"),
         ("Auto", "neither host:port"),
         ("head 6379", "neither host:port"),
     ],

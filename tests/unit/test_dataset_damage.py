@@ -49,7 +49,7 @@ READS: dict[str, Callable[[dataset.Dataset], Any]] = {
         pa.table({"part": published.part_uris}), ["image"], "train"
     ),
     "a part to correct": lambda published: draft.correct_part(
-        Correction(next(iter(published.manifest["parts"])), frozenset("b"), {}), published.uri, SETTINGS, None
+        Correction(next(iter(published.manifest["parts"])), frozenset("b"), {}), published.uri, SETTINGS
     ),
     "a part of predictions": lambda published: [
         *predictions._read_parts(published.uri, list(published.manifest["parts"]), ["image"])

@@ -323,6 +323,21 @@ def test_a_loss_ends_the_work_with_its_reason(uri: str):
         work()
 
 
+@pytest.mark.usefixtures("brief")
+def test_a_loss_found_by_both_threads_is_told_once(uri: str, monkeypatch: pytest.MonkeyPatch):
+    kill = lease.signal.pthread_kill
+
+    def kill_late(*target: int) -> None:
+        held._released.wait(0.5)
+        kill(*target)
+
+    monkeypatch.setattr(lease.signal, "pthread_kill", kill_late)
+    with pytest.raises(LeaseLostError, match="no longer leased"), hold_lease(uri, "ingest") as held:
+        change_holder(uri, owner="other")
+        time.sleep(0.2)
+        held.check()
+
+
 def test_a_file_removed_by_the_next_holder_is_explained(uri: str):
     def work() -> None:
         change_holder(uri, owner="other")
