@@ -331,11 +331,15 @@ def test_a_loss_found_by_both_threads_is_told_once(uri: str, monkeypatch: pytest
         held._released.wait(0.5)
         kill(*target)
 
-    monkeypatch.setattr(lease.signal, "pthread_kill", kill_late)
-    with pytest.raises(LeaseLostError, match="no longer leased"), hold_lease(uri, "ingest") as held:
+    def work() -> None:
         change_holder(uri, owner="other")
         time.sleep(0.2)
         held.check()
+
+    monkeypatch.setattr(lease.signal, "pthread_kill", kill_late)
+    held = hold_lease(uri, "ingest")
+    with pytest.raises(LeaseLostError, match="no longer leased"), held:
+        work()
 
 
 def test_a_file_removed_by_the_next_holder_is_explained(uri: str):
