@@ -191,7 +191,7 @@ def start(file: Path, *words: str) -> subprocess.Popen:
     return subprocess.Popen(command, start_new_session=True, stdout=log, stderr=log, env=environment)
 
 
-@pytest.mark.slow  # 90 s
+@pytest.mark.nightly  # 90 s
 def test_killed_tree_is_resumed(trained, photos_folder: Path, tmp_path: Path):
     requested = {name: EXPERIMENTS[name] for name in ("first", "child")}
     file = write(tmp_path, photos_folder, requested)

@@ -24,11 +24,11 @@ KILLS = "node, detector, driver"
 CASES = [
     (KILLS, 0),
     *(pytest.param((KILLS, seed), marks=pytest.mark.nightly) for seed in (1, 2, 3, 4)),  # 60 s each
-    ("node", 5),
-    ("machine", 6),
+    pytest.param(("node", 5), marks=pytest.mark.nightly),  # 60 s
+    pytest.param(("machine", 6), marks=pytest.mark.nightly),  # 80 s
 ]
 PART_ROWS = 20
-pytestmark = pytest.mark.slow  # 130 s
+pytestmark = pytest.mark.slow  # 70 s
 CONFIG = """
 root: {folder}/root
 ingest: {{photos: {folder}/photos, labels: {folder}/labels.csv}}

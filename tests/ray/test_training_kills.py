@@ -191,7 +191,7 @@ def test_workers_checkpoint_when_their_node_is_drained(cluster: Cluster, root: s
     name = f"drained-{uuid4().hex[:8]}"
     cluster.environment["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "0.5"
     cluster.environment["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "15"  # of workers on the drained node
-    job = start_training(cluster, tmp_path, root, name, "[1, 2]", epochs=40, checkpoint_seconds=1000)
+    job = start_training(cluster, tmp_path, root, name, "[1, 2]", epochs=24, checkpoint_seconds=1000)
     wait_for(lambda: has_checkpoint(root, name, "epoch-0002"), job.process, job.log)
     assert cluster.node is not None
     assert find_by_title(descendants(cluster.node.pid), "ray::RayTrainWorker")
@@ -199,7 +199,7 @@ def test_workers_checkpoint_when_their_node_is_drained(cluster: Cluster, root: s
     job.end()
     assert "workers were preempted; resuming from epoch" in job.log.read_text()
     assert "Traceback" not in job.log.read_text()
-    assert [row["epoch"] for row in find_run(root, name).metrics()] == list(range(1, 41))
+    assert [row["epoch"] for row in find_run(root, name).metrics()] == list(range(1, 25))
 
 
 # Storage

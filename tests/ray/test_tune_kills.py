@@ -23,7 +23,7 @@ SEARCH: dict[str, Any] = {
         "train.frozen.lr": {"min": 1e-4, "max": 3e-2, "log": True},
         "train.frozen.ema_decay": {"choices": [None, 0.9]},
     },
-    "num_trials": 8,
+    "num_trials": 6,
     "num_seeds": 2,
     "min_epochs": 2,
     # One at a time: suggestions to concurrent trials depend on the order in which these finish.
@@ -34,7 +34,7 @@ TRAIN: dict[str, Any] = {
     "dataset": "v1",
     "parent": "sample",
     "model": {"architecture": "resnet26-narrow", "image_size": 64},
-    "frozen": {"epochs": 30, "batch_size": 8},
+    "frozen": {"epochs": 16, "batch_size": 8},
     "unfrozen": None,
     "checkpoint_seconds": 0,
 }
