@@ -1,8 +1,8 @@
 """Splits that a source leaves open: test and val photos are held out from train, class by class.
 
-The share of each class is exact to one photo, and one stays in train. Photos with the same bytes, and those of one group (`ingest.group`), stay
-together, and a photo of a published version keeps its split: only new ones are assigned, in the order of a hash of seed
-and content, until their classes have their shares.
+The share of each class is exact to one photo, and one stays in train. Photos with the same bytes, and those of one
+group (`ingest.group`), stay together, and a photo of a published version keeps its split: only new ones are assigned,
+in the order of a hash of seed and content, until their classes have their shares.
 """
 
 import logging
