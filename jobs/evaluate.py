@@ -24,9 +24,11 @@ def metrics_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the accuracies under the name of their split, with the photos and the model that they are of."""
     from carclass.runs.run import epoch_text
 
+    split, top_k = metrics["split"], metrics["top5_k"]
+    has_top_k = metrics["num_classes"] > top_k  # of k classes, the label is always among the first k
     return [
-        (f"{metrics['split']} accuracy", f"{metrics['accuracy']:.3f}"),
-        (f"{metrics['split']} top-{metrics['top5_k']} accuracy", f"{metrics['top5_accuracy']:.3f}"),
+        (f"{split} accuracy", f"{metrics['accuracy']:.3f}"),
+        *([(f"{split} top-{top_k} accuracy", f"{metrics['top5_accuracy']:.3f}")] if has_top_k else []),
         ("photos", f"{metrics['num_photos']:,} of {metrics['dataset']}"),
         ("model", epoch_text(metrics)),
     ]

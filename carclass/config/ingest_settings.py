@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
-from carclass.config.section import Name, Section, Share, Uri
+from carclass.config.section import Name, ProperShare, Section, Share, Uri
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
 """Endings of tables of labels, in lower case."""
@@ -37,9 +37,9 @@ class IngestSettings(Section):
     """Other names of the table's columns, such as `{name: file, class: model, subset: split}`."""
     num_classes: int | None = Field(None, ge=2)
     """Expected number of classes; any other number is an error."""
-    test_fraction: Share = 0.2
+    test_fraction: ProperShare = 0.2
     """Share of each class held out for test from the train subset, if the source has no test subset."""
-    val_fraction: Share = 0.2
+    val_fraction: ProperShare = 0.2
     """Share of each class held out for validation from the train photos, if the source has no val subset."""
     group: str | None = Field(None, min_length=1)
     """Photos to keep in one split: the name of a column of `labels`, whose values are the groups, or a regular

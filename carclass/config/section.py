@@ -70,6 +70,7 @@ Uri = Annotated[str, BeforeValidator(_resolve)]
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Parent = Annotated[str, BeforeValidator(_resolve_parent)]
 Share = Annotated[float, Field(ge=0, le=1)]
+ProperShare = Annotated[float, Field(ge=0, lt=1)]
 Sha256 = Annotated[str, Field(pattern=SHA256_PATTERN)]
 
 

@@ -39,11 +39,14 @@ class Kind(NamedTuple):
     """By format: the content of the file → that of the next format. Without one, the format is read as it is."""
     former_keys: Mapping[int, dict[str, Any]] = {}
     """By format that is read as it is: its required keys, if they are others."""
+    is_sealed: bool = False
+    """A file of the written format has the sha256 of its other values, as an edited one would change predictions."""
 
 
 RUN_REMEDY = "Restore it from a backup, or delete the run's folder and run jobs/train.py again."
 SWEEP_REMEDY = "Restore it from a backup, or delete the sweep's folder and run jobs/tune.py again."
 PREDICT_REMEDY = "Delete the file and run jobs/predict.py again, which writes it anew."
+SEAL = "record_sha256"
 COUNTS = dict[str, NonNegativeInt]
 MANIFEST_KEYS = {
     **{"settings": dict, "classes": list[str], "kind": str, "parts": list[str], "splits": COUNTS, "reasons": COUNTS},
@@ -150,10 +153,12 @@ KINDS = {
     "calibration": Kind(
         {"temperature": PositiveFloat, "model_sha256": str},
         PREDICT_REMEDY,
-        format=2,  # has the temperature that was fitted beside the one to use
+        format=3,  # 2: has the temperature that was fitted beside the one to use; 3: sealed
         migrations={1: _choose_temperature},
+        is_sealed=True,
     ),
-    "preprocessing": Kind({"reading": dict}, PREDICT_REMEDY, format=2),  # has all up to the network's input
+    # 2: has all up to the network's input; 3: sealed
+    "preprocessing": Kind({"reading": dict}, PREDICT_REMEDY, format=3, is_sealed=True),
     "predictions": Kind({}, "Delete the folder, or choose another `predict.name`."),
     "search": Kind(
         {"search": dict, "train.seed": str},
@@ -183,6 +188,8 @@ def read(uri: str, kind: str) -> Row:
 def write(uri: str, kind: str, values: Row) -> None:
     """Write a file with its format; as YAML if its name ends with .yml, else as JSON."""
     content = {"format": KINDS[kind].format, **values}
+    if KINDS[kind].is_sealed:
+        content[SEAL] = _sealing_sha256(content)
     storage.write_bytes(uri, yaml_file.dump(content) if uri.endswith(".yml") else to_json(content))
 
 
@@ -284,6 +291,8 @@ def _upgrade(content: Any, kind: str, uri: str) -> Row:
             f"{uri} has format {number} and was written by a newer version of carclass; this version reads formats up "
             f"to {known.format}. Update carclass, or use the version that wrote it."
         )
+    if known.is_sealed and number == known.format and content.get(SEAL) != _sealing_sha256(content):
+        raise damaged(kind, uri, f"its values are not those that were written, whose sha256 is `{SEAL}`")
     for step in range(number, known.format):
         if step in known.migrations:
             content = {**_as_mapping(known.migrations[step](content), kind, uri), "format": step + 1}
@@ -299,6 +308,12 @@ def _upgrade(content: Any, kind: str, uri: str) -> Row:
         if key in values:
             _check_type(values[key], type_, key, kind, uri)
     return values
+
+
+def _sealing_sha256(content: Row) -> str:
+    """Return the sha256 of a file's values without the seal, in any order of the keys."""
+    values = {key: value for key, value in content.items() if key != SEAL}
+    return storage.sha256(json_text(values, sort_keys=True).encode())
 
 
 def _check_type(value: Any, type_: Any, key: str, kind: str, uri: str) -> None:

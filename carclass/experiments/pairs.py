@@ -53,7 +53,8 @@ def pairs_with_best(comparison: Comparison) -> list[Pair]:
         reasons[parent.name] = ["its parent"]
     others = comparison.finished[1:]
     if others:
-        reasons.setdefault(others[0].name, []).append("second best on val")
+        place = "equal on val" if comparison.tied else "second best on val"
+        reasons.setdefault(others[0].name, []).append(place)
     for treatment in dict.fromkeys(run.treatment for run in others if run.treatment != best.treatment):
         run = next(run for run in others if run.treatment == treatment)
         reasons.setdefault(run.name, []).append(f"best with {run.treatment_label}")

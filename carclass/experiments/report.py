@@ -83,6 +83,9 @@ def summarise(comparison: Comparison) -> list[str]:
     sentences = [
         f"The best run is {best.name}, on {best.dataset} ({best.treatment_label}), from {best.parent}: {accuracy}."
     ]
+    if comparison.tied:
+        names = ", ".join(run.name for run in comparison.tied)
+        sentences.append(f"Val does not tell it from {names}, with the same accuracy: it is the first in the tree.")
     if best.test:
         correct, low, high = map(percent_text, (best.test.accuracy, *best.test.interval))
         sentences.append(f"Its test accuracy is {correct} (95 % interval {low} to {high}).")

@@ -136,8 +136,13 @@ class Comparison:
 
     @property
     def best(self) -> ComparedRun:
-        """Return the finished run with the highest val accuracy."""
+        """Return the finished run with the highest val accuracy, the first of equals."""
         return self.finished[0]
+
+    @property
+    def tied(self) -> list[ComparedRun]:
+        """Return the other finished runs with the val accuracy of the best one, which is the first of them."""
+        return [run for run in self.finished[1:] if run.rank == self.best.rank]
 
     @property
     def best_baseline(self) -> ComparedRun | None:

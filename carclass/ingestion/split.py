@@ -1,8 +1,8 @@
 """Splits that a source leaves open: test and val photos are held out from train, class by class.
 
-The share of each class is exact to one photo. Photos with the same bytes, and those of one group (`ingest.group`), stay
-together, and a photo of a published version keeps its split: only new ones are assigned, in the order of a hash of seed
-and content, until their classes have their shares.
+The share of each class is exact to one photo, and one stays in train. Photos with the same bytes, and those of one
+group (`ingest.group`), stay together, and a photo of a published version keeps its split: only new ones are assigned,
+in the order of a hash of seed and content, until their classes have their shares.
 """
 
 import logging
@@ -140,7 +140,8 @@ def _assign(inventory: Inventory, split: str, share: float) -> None:
     """Give units without a split this one, until each class has its share."""
     numbers = dict(inventory.query(COUNTS.format(condition=BASES[split])))
     taken = dict(inventory.query(COUNTS.format(condition="split = ?"), split))
-    quotas = {label: int(share * number + 0.5) - taken.get(label, 0) for label, number in numbers.items()}
+    totals = {label: min(int(share * number + 0.5), number - 1) for label, number in numbers.items()}  # one stays
+    quotas = {label: total - taken.get(label, 0) for label, total in totals.items()}
     order = "DESC" if split == "test" else "ASC"
     inventory.execute("DROP TABLE IF EXISTS chosen", "CREATE TABLE chosen (name TEXT PRIMARY KEY)")
     for is_last in (False, True):

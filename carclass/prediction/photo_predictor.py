@@ -3,11 +3,12 @@
 import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
 from carclass import storage
 from carclass.data import photo
@@ -97,7 +98,7 @@ class PhotoPredictor:
 
 
 def check_sources(sources: Sequence[Any]) -> None:
-    """Raise UserError for the first one that is no path, URI or image."""
+    """Raise UserError for the first one that is no path, URI or image, or a reduced image."""
     for number, item in enumerate(sources):
         if not isinstance(item, str | os.PathLike | Image.Image):
             raise UserError(
@@ -106,6 +107,26 @@ def check_sources(sources: Sequence[Any]) -> None:
             )
         if isinstance(item, Image.Image) and item.mode not in PHOTO_MODES:
             raise UserError(f"photo {number} has PIL's mode {item.mode}, whose range is unknown: convert it to RGB.")
+        if isinstance(item, ImageFile.ImageFile) and _is_reduced(item):
+            raise UserError(
+                f"photo {number} has another size or mode than its file: PIL's `draft` or `thumbnail` reduced it "
+                f"to {item.width} x {item.height} {item.mode}, so its prediction is not that of the file. Give the "
+                "path, an image that is not reduced, or its `copy()` to predict the reduced pixels."
+            )
+
+
+def _is_reduced(image: ImageFile.ImageFile) -> bool:
+    """Return True if a loaded image was reduced in place. One that is not loaded is read as its file."""
+    if image.tile or image.tell() != 0:
+        return False
+    scale, *_ = getattr(image, "decoderconfig", None) or (1,)
+    try:
+        with Image.open(image.filename) as file:
+            is_same_mode = file.mode == image.mode or image.format != "JPEG"  # others' modes may change as they load
+            is_same_size = sorted(file.size) == sorted(image.size)  # turned in place by EXIF, it is not reduced
+            return scale > 1 or not is_same_size or not is_same_mode
+    except photo.PIL_ERRORS:  # of an image from memory, or whose file is gone
+        return bool(scale > 1)
 
 
 def load_sources(sources: Sequence[PhotoSource], start: int = 0) -> Iterator[Row]:
@@ -121,7 +142,7 @@ def load_sources(sources: Sequence[PhotoSource], start: int = 0) -> Iterator[Row
 
 
 def encode_image(image: Image.Image) -> bytes | Exception:
-    """Return the bytes of an image's file if it is opened but not loaded, else a PNG of its pixels and orientation.
+    """Return the bytes of an image's file if it has the image's pixels, else a PNG of its pixels and orientation.
 
     Return the error of an image that cannot be loaded any more, as its file is closed or damaged.
     """
@@ -139,9 +160,23 @@ def _encode_image(image: Image.Image) -> bytes:
         data = bytes(file.read())
         file.seek(position)
         return data
+    if isinstance(image, ImageFile.ImageFile) and (unchanged := _read_unchanged(image)) is not None:
+        return unchanged
     exif, buffer = Image.Exif(), io.BytesIO()
     exif[ORIENTATION] = image.getexif().get(ORIENTATION, 1)
     if image.mode not in PNG_MODES:
         image = image.convert(ALPHA_MODES.get(image.mode, "RGB"))
     image.save(buffer, "PNG", exif=exif)
     return buffer.getvalue()
+
+
+def _read_unchanged(image: ImageFile.ImageFile) -> bytes | None:
+    """Return the bytes of a loaded image's file; None if it cannot be read, or the image was changed since."""
+    try:
+        data = Path(image.filename).read_bytes()
+        with Image.open(io.BytesIO(data)) as original:
+            original.load()
+            is_same = original == image and original.getexif().get(ORIENTATION) == image.getexif().get(ORIENTATION)
+            return data if is_same else None
+    except photo.PIL_ERRORS:
+        return None

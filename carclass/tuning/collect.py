@@ -26,6 +26,7 @@ def collect_sweep(root: str, name: str) -> SweepResult:
         dimensions=space.dimensions,
         trials=[_collect_trial(space, trial) for trial in records.trials.values()],
         seed=space.search.seed,
+        num_seeds=space.search.num_seeds,
     )
 
 

@@ -11,7 +11,7 @@ from carclass.formatting import device_time_text, percent_text, value_text
 from carclass.tuning import significance
 from carclass.tuning.importance import Importance
 from carclass.tuning.marks import setting_axis
-from carclass.tuning.results import SeedRepeats, SweepResult, TrialResult
+from carclass.tuning.results import NUM_REPEATED, SeedRepeats, SweepResult, TrialResult
 from carclass.tuning.search_space import Dimension, short_names
 
 EDGE = 0.1
@@ -28,6 +28,7 @@ def describe_results(sweep: SweepResult) -> list[str]:
     """Return the results of a sweep in sentences; there must be a complete trial."""
     return [
         _describe_best(sweep),
+        *_describe_ties(sweep),
         *_describe_confidence(sweep),
         *_describe_selection_bias(sweep),
         describe_pruning(sweep),
@@ -87,6 +88,22 @@ def _describe_best(sweep: SweepResult) -> str:
         seeds = "" if best is sweep.complete[0] else " over other seeds than the search's"
         return f"No trial is better than the unchanged experiment{seeds}, {best.trial.title}: {accuracy}."
     return f"The best trial is trial {best.trial.number}, {best.trial.title}: {accuracy}."
+
+
+def _describe_ties(sweep: SweepResult) -> Iterator[str]:
+    """Name the trials that equal the best one, and those that equal the last finalist but were not repeated."""
+    if sweep.tied:
+        yield f"It is the first of equals, with {_trials_text(sweep.tied)}."
+    finalists, others = sweep.distinct[:NUM_REPEATED], sweep.distinct[NUM_REPEATED:]
+    missed = [result for result in others if result.accuracy == finalists[-1].accuracy and result.trial.number != 0]
+    if missed and any(sweep.seed_repeats(result.trial.number).accuracies for result in finalists):
+        last = f"trial {finalists[-1].trial.number}"
+        yield f"Equal to {last} in the search, but not trained with other seeds: {_trials_text(missed)}."
+
+
+def _trials_text(results: Sequence[TrialResult]) -> str:
+    numbers = [str(result.trial.number) for result in results]
+    return f"trial {numbers[0]}" if len(numbers) == 1 else f"trials {', '.join(numbers[:-1])} and {numbers[-1]}"
 
 
 def _describe_confidence(sweep: SweepResult) -> Iterator[str]:
@@ -150,8 +167,8 @@ def _describe_selection_bias(sweep: SweepResult) -> Iterator[str]:
 
 
 def _describe_unfinished(sweep: SweepResult) -> Iterator[str]:
-    failed = sum(result.trial.state == "failed" for result in sweep.trials)
-    begun = sum(result.trial.state == "begun" for result in sweep.trials)
+    failed = sum(result.trial.state == "failed" for result in sweep.counted)
+    begun = sum(result.trial.state == "begun" for result in sweep.counted)
     if failed:
         yield f"{failed} {'trial' if failed == 1 else 'trials'} failed; the table lists the reasons."
     if begun:

@@ -29,7 +29,7 @@ def render_analysis(sweep: SweepResult) -> str:
         baseline=next((result for result in sweep.complete if result.trial.number == 0), None),
         results=sorted(sweep.trials, key=lambda result: (not result.epochs, -result.accuracy, result.trial.number)),
         seed_rows=_seed_rows(sweep),
-        seeds=sorted({result.trial.seed for result in sweep.trials}),
+        seeds=sorted({result.trial.seed for result in sweep.counted}),
         sentences=findings.describe_results(sweep),
         recommendations=findings.recommend(sweep, ranked),
         ranked=ranked,
@@ -109,7 +109,7 @@ def _seed_rows(sweep: SweepResult) -> list[dict[str, Any]]:
     rows = []
     for repeated in sweep.repeated:
         number = repeated.trial.number
-        group = [result for result in sweep.trials if number in (result.trial.number, result.trial.repeats)]
+        group = [result for result in sweep.counted if number in (result.trial.number, result.trial.repeats)]
         by_seed = {result.trial.seed: result.accuracy for result in group if result.trial.state == "complete"}
         rows.append({"trial": repeated.trial, "by_seed": by_seed, "repeats": sweep.seed_repeats(number)})
     return rows

@@ -86,6 +86,8 @@ class SweepResult:
     trials: Sequence[TrialResult]
     """By number, from trial 0, the unchanged experiment; repeats with other seeds included."""
     seed: int
+    num_seeds: int
+    """Number of seeds with which the best settings are trained; the results of further ones are not counted."""
 
     @property
     def searched(self) -> list[TrialResult]:
@@ -104,14 +106,32 @@ class SweepResult:
         return sorted(complete, key=lambda result: (-result.accuracy, result.trial.number))
 
     @property
+    def distinct(self) -> list[TrialResult]:
+        """Return the complete trials, best first, without those that have the settings of an earlier one."""
+        first: dict[str, int] = {}
+        for result in sorted(self.complete, key=lambda result: result.trial.number):
+            first.setdefault(repr(sorted(result.trial.values.items())), result.trial.number)
+        return [result for result in self.complete if result.trial.number in first.values()]
+
+    @property
     def repeated(self) -> list[TrialResult]:
-        """Return the complete trials to repeat with other seeds: the NUM_REPEATED best, the finalists, and trial 0."""
-        rest = [result for result in self.complete[NUM_REPEATED:] if result.trial.number == 0]
-        return [*self.complete[:NUM_REPEATED], *rest]
+        """Return the distinct trials to repeat with other seeds: the NUM_REPEATED best, the finalists, and trial 0."""
+        rest = [result for result in self.distinct[NUM_REPEATED:] if result.trial.number == 0]
+        return [*self.distinct[:NUM_REPEATED], *rest]
+
+    @property
+    def counted(self) -> list[TrialResult]:
+        """Return the searched trials, and the repeats of those in `repeated` with up to `num_seeds` seeds."""
+        last_seed = {result.trial.number: result.trial.seed + self.num_seeds - 1 for result in self.repeated}
+        return [
+            result
+            for result in self.trials
+            if result.trial.repeats is None or result.trial.seed <= last_seed.get(result.trial.repeats, -1)
+        ]
 
     def seed_repeats(self, number: int) -> SeedRepeats:
         """Return the accuracies of a trial's settings over other seeds than the search's."""
-        repeats = [result for result in self.trials if result.trial.repeats == number]
+        repeats = [result for result in self.counted if result.trial.repeats == number]
         accuracies = tuple(result.accuracy for result in repeats if result.trial.state == "complete")
         return SeedRepeats(number=number, accuracies=accuracies, num_missing=len(repeats) - len(accuracies))
 
@@ -123,7 +143,17 @@ class SweepResult:
         """
         groups = [(result, self.seed_repeats(result.trial.number)) for result in self.repeated]
         ranked = [(group.mean, -result.trial.number, result) for result, group in groups if group.accuracies]
-        return max(ranked)[2] if ranked else self.complete[0]
+        return max(ranked)[2] if ranked else self.distinct[0]
+
+    @property
+    def tied(self) -> list[TrialResult]:
+        """Return the other distinct trials that equal the best one in the figure that it was chosen by."""
+        repeats = self.seed_repeats(self.best.trial.number)
+        others = [result for result in self.distinct if result.trial.number != self.best.trial.number]
+        if not repeats.accuracies:
+            return [result for result in others if result.accuracy == self.best.accuracy]
+        groups = [(result, self.seed_repeats(result.trial.number)) for result in others]
+        return [result for result, group in groups if group.accuracies and group.mean == repeats.mean]
 
     @property
     def device_seconds(self) -> float:

@@ -12,6 +12,8 @@ from carclass.tuning.trial_records import State
 
 MAX_STARTUP_TRIALS = 10
 """Largest number of random trials before the estimator is used; Optuna's default."""
+MAX_DRAWS = 30
+"""Largest number of draws for settings that no earlier trial has; of small spaces all may have been tried."""
 STATES = {
     "begun": optuna.trial.TrialState.RUNNING,
     "complete": optuna.trial.TrialState.COMPLETE,
@@ -52,6 +54,7 @@ def suggest_values(
     """Return the settings of trial `number` of `num_trials`, by dotted key.
 
     Each trial has its own random generator, so an interrupted sweep suggests the same settings as an uninterrupted one.
+    Settings of an earlier trial are not suggested again as long as others are found: their result is known.
     observed: earlier trials; those outside of the dimensions, as trial 0 may be, are ignored.
     """
     distributions = {dimension.key: distribution(dimension) for dimension in dimensions}
@@ -67,7 +70,12 @@ def suggest_values(
                     intermediate_values=trial.accuracies,
                 )
             )
-    return dict(study.ask(distributions).params)
+    former = [trial.values for trial in observed]
+    for _ in range(MAX_DRAWS):
+        values = dict(study.ask(distributions).params)  # counts as a running trial, so that the next one differs
+        if values not in former:
+            break
+    return values
 
 
 def _make_sampler(name: str, seed: int, number: int, num_trials: int) -> optuna.samplers.BaseSampler:

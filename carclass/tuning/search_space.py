@@ -4,6 +4,8 @@ A search file names an experiment file and the varied settings, by dotted keys s
 are checked against the types of the settings before the sweep starts.
 """
 
+import logging
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from carclass.errors import UserError
 from carclass.formatting import Value, value_text
 from carclass.runs.run import MAY_CHANGE_ON_RESUME
 
+log = logging.getLogger(__name__)
 NOT_VARIED = ("name", "seed", "frozen.keep_epochs", "unfrozen.keep_epochs", *MAY_CHANGE_ON_RESUME)
 """Settings of `train` that a sweep sets itself or that do not change accuracy."""
 
@@ -37,6 +40,15 @@ class Dimension:
     def is_int(self) -> bool:
         """Return True for a range of integers."""
         return isinstance(self.low, int)
+
+    @property
+    def num_values(self) -> int | None:
+        """Return the number of values; None for a range of real numbers."""
+        if self.choices is not None:
+            return len(self.choices)
+        assert self.low is not None
+        assert self.high is not None
+        return int(self.high - self.low) + 1 if self.is_int else None
 
     def contains(self, value: Value) -> bool:
         """Return True if the value is in the range or among the choices."""
@@ -107,7 +119,19 @@ def load_space(path: Path, search: Search) -> SearchSpace:
         for changed in _settings_of(key, each, base_settings, source, folder):
             _check_effect(key, get_setting(changed, key), base_settings, source)
             _check_schedule_effect(key, changed, source)
+    _warn_about_repetition(space)
     return space
+
+
+def _warn_about_repetition(space: SearchSpace) -> None:
+    """Warn if there are fewer combinations of settings than trials, so that some are trained again."""
+    sizes = [dimension.num_values for dimension in space.dimensions]
+    number = math.prod(size for size in sizes if size is not None)
+    if None not in sizes and number < space.search.num_trials:
+        log.warning(
+            "tune: `num_trials` is %d, but `space` has only %d combinations: others repeat them, with the same results",
+            space.search.num_trials, number,
+        )  # fmt: skip
 
 
 def make_space(search: Search, base_settings: TrainSettings, root: str, source: str, folder: Path) -> SearchSpace:

@@ -65,6 +65,7 @@ def _run_search(space: SearchSpace, records: TrialRecords, scheduler: schedulers
         context = prepare_sweep(space, records)
         log.info("tune: %d trials, %d at a time", len(numbers), context.max_concurrent)
         _run_trials(context, records, numbers, scheduler)
+    trial_records.begin_records(space)  # again: `num_seeds` may have changed since
     repeats = _add_repeats(space, records)
     if records.unfinished(repeats):
         context = context or prepare_sweep(space, records)

@@ -81,6 +81,7 @@ def make_sweep(num_trials: int = 20, repeats: bool = True, **changes: Any) -> Sw
         "device": "GPU",
         "dimensions": DIMENSIONS,
         "seed": 123,
+        "num_seeds": 3,
         "trials": results,
     }
     sweep = SweepResult(**{**values, **changes})
@@ -102,7 +103,7 @@ def with_seeds(sweep: SweepResult, accuracies: Iterable[Iterable[float]]) -> Swe
                 {**row, "val_accuracy": row["val_accuracy"] - repeated.accuracy + accuracy} for row in repeated.epochs
             ]
             results.append(make_result(len(results), epochs, **repeats))
-    return replace(sweep, trials=results)
+    return replace(sweep, trials=results, num_seeds=1 + max(result.trial.seed - 123 for result in results))
 
 
 def make_best(values: dict[str, Any], epochs: list[dict[str, Any]] | None = None) -> SweepResult:

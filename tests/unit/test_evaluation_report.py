@@ -28,11 +28,17 @@ def test_every_section_exists_and_is_linked_at_the_top(name):
 
 
 def test_headline_shows_accuracy_with_its_interval():
-    report = make_report()
+    report = make_report(num_classes=6)
     low, high = report.metrics["accuracy_interval"]
     text = visible_text(section(render(report), "summary"))
     for value in (report.metrics["accuracy"], low, high, report.metrics["top5_accuracy"]):
         assert f"{value * 100:.1f}\u00a0%" in text
+
+
+@pytest.mark.parametrize(("num_classes", "is_shown"), [(4, False), (5, False), (6, True)])
+def test_top_5_accuracy_is_shown_of_more_than_five_classes(num_classes: int, is_shown: bool):
+    text = section_text(render(make_report(num_classes=num_classes)), "summary")
+    assert ("Top-" in text) == is_shown
 
 
 def test_facts_are_shown_in_their_order():

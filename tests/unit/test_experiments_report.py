@@ -70,6 +70,17 @@ def test_first_of_equal_runs_is_best():
     assert make_comparison([make_run("first"), make_run("second")]).best.name == "first"
 
 
+def test_runs_that_equal_the_best_one_are_named():
+    comparison = make_comparison([make_run("first"), make_run("low", 0.5), make_run("second"), make_run("third")])
+    assert "Val does not tell it from second, third, with the same accuracy" in " ".join(summarise(comparison))
+    assert "60.0 % val accuracy of first and of 2 others" in section_text(render_comparison(comparison), "summary")
+
+
+def test_a_run_that_equals_the_best_one_is_not_called_second_best():
+    comparison = make_comparison([make_run("first"), make_run("second")])
+    assert [pair.reason for pair in pairs_with_best(comparison)] == ["equal on val"]
+
+
 @pytest.mark.parametrize("runs", [[], [make_run(state="begun")], [make_run(val=math.nan)]])
 def test_no_finished_run_is_an_error_with_a_remedy(runs):
     with pytest.raises(UserError, match=r"has finished.*python jobs/lineage.py run all"):

@@ -2,7 +2,7 @@
 
 format_1/ holds files of a small run and sweep as they were written before files had a format, the settings of an early
 run, and files that were added later in their first format. format_2/ holds settings, lineage and search as of today,
-and a manifest of its second format.
+and a manifest, preprocessing and calibration of their second format.
 """
 
 import json
@@ -155,14 +155,22 @@ def test_a_written_file_has_its_format_first(tmp_path: Path, kind: str):
 
 def test_what_is_written_is_read(tmp_path: Path):
     for file in ("x.json", "x.yml"):
-        formats.write(f"{tmp_path}/{file}", "preprocessing", {"reading": {"é": "1e3"}, "mask": None})
-        assert formats.read(f"{tmp_path}/{file}", "preprocessing")["reading"] == {"é": "1e3"}
+        formats.write(f"{tmp_path}/{file}", "draft", {"settings": {"é": "1e3"}, "mask": None})
+        assert formats.read(f"{tmp_path}/{file}", "draft")["settings"] == {"é": "1e3"}
 
 
 def test_a_trial_with_damaged_metrics_fails_beside_the_others(root: Path):
     first, _ = (trial.name for trial in load_records(str(root), "head")[1].trials.values())
     (root / "sweeps" / "head" / "trials" / first / "metrics.jsonl").write_text("{\n")
     assert [each.trial.state for each in collect_sweep(str(root), "head").trials] == ["failed", "complete"]
+
+
+def test_preprocessing_and_calibration_without_a_seal_are_read():
+    run = find_run(str(FORMAT_2), "run")
+    calibrated = read_calibration(run.model_uri("unfrozen"), SHA256)
+    assert calibrated is not None
+    assert calibrated.temperature == pytest.approx(16.6, rel=0.01)
+    assert preprocessing_record.load_preprocessing(run).mask
 
 
 # Newer formats
@@ -193,6 +201,33 @@ def test_a_format_that_is_no_number_is_damage(root: Path, number: Any):
 
 
 # Damage
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        (f"{RUN}/preprocessing.json", "mask", None),
+        (f"{RUN}/preprocessing.json", "reading", {"min_side": 16, "max_pixels": 1, "max_side": 80, "quality": 92}),
+        (f"{RUN}/preprocessing.json", formats.SEAL, None),
+        (f"{RUN}/calibration.json", "temperature", 5.0),
+        (f"{RUN}/calibration.json", "model_sha256", "0" * 64),
+    ],
+)
+def test_an_edited_record_that_predictions_depend_on_is_refused(root: Path, file: str, key: str, value: Any):
+    kind = Path(file).stem
+    content = READERS[file](str(root)).__dict__
+    formats.write(f"{root}/{file}", kind, content)
+    assert READERS[file](str(root)) is not None
+    rewrite(root / file, lambda content: {**content, key: value})
+    with pytest.raises(UserError, match=rf"{kind}.json is damaged: its values are not those that were written"):
+        READERS[file](str(root))
+
+
+def test_a_sealed_record_may_be_formatted_anew(root: Path):
+    path = root / RUN / "calibration.json"
+    formats.write(str(path), "calibration", READERS[f"{RUN}/calibration.json"](str(root)).__dict__)
+    path.write_text(json.dumps(json.loads(path.read_text()), sort_keys=True, indent=7))
+    assert READERS[f"{RUN}/calibration.json"](str(root))
 
 
 @every_file

@@ -42,13 +42,21 @@ def test_a_pipeline_counts_the_quarantine_of_ingest_and_of_masking():
 
 
 def test_an_evaluation_prints_its_split_photos_and_model():
-    metrics = {"split": "val", "dataset": "v2", "num_photos": 1234, "accuracy": 0.5, "top5_accuracy": 0.9, "top5_k": 3}
-    assert functions("evaluate")["metrics_rows"]({**metrics, "stage": "frozen", "epoch": 7}) == [
+    metrics = {"split": "val", "dataset": "v2", "num_photos": 1234, "stage": "frozen", "epoch": 7}
+    accuracies = {"accuracy": 0.5, "top5_accuracy": 0.9, "top5_k": 5, "num_classes": 6}
+    assert functions("evaluate")["metrics_rows"](metrics | accuracies) == [
         ("val accuracy", "0.500"),
-        ("val top-3 accuracy", "0.900"),
+        ("val top-5 accuracy", "0.900"),
         ("photos", "1,234 of v2"),
         ("model", "frozen epoch 7"),
     ]
+
+
+@pytest.mark.parametrize("num_classes", [2, 5])
+def test_an_evaluation_of_five_classes_or_fewer_prints_no_top_5_accuracy(num_classes: int):
+    metrics = {"split": "test", "dataset": "v2", "num_photos": 9, "stage": "frozen", "epoch": 7}
+    accuracies = {"accuracy": 0.5, "top5_accuracy": 1.0, "top5_k": num_classes, "num_classes": num_classes}
+    assert [name for name, _ in functions("evaluate")["metrics_rows"](metrics | accuracies)][1] == "photos"
 
 
 @pytest.mark.parametrize(

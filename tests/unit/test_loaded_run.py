@@ -1,6 +1,7 @@
 """load_run: a finished run with its model, metrics, lineage and predictions."""
 
 import dataclasses
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -209,12 +210,49 @@ def test_an_opened_image_is_predicted_as_its_file(predicting: LoadedRun, image: 
     assert of_file["reason"].to_pylist() == [None]
 
 
-@pytest.mark.parametrize("name", ["car.png", "grey16.png", "turned.png", "alpha.png", "palette.png"])
+@pytest.mark.parametrize(
+    "name", ["car.png", "grey16.png", "turned.png", "alpha.png", "palette.png", "car.jpg", "turned.jpg", "cmyk.jpg"]
+)
 def test_a_loaded_image_is_predicted_as_its_file(predicting: LoadedRun, image: Image.Image, tmp_path: Path, name: str):
-    write_photo(image, tmp_path / name)
+    write_photo(image.resize((80, 60)), tmp_path / name)  # not shrunk when it is read
     with Image.open(tmp_path / name) as opened:
         opened.load()
     assert probability(predicting.predict(opened)) == probability(predicting.predict(str(tmp_path / name)))
+
+
+def test_an_image_that_was_changed_after_loading_is_predicted_as_it_is(
+    predicting: LoadedRun, image: Image.Image, tmp_path: Path
+):
+    write_photo(image, tmp_path / "car.png")
+    with Image.open(tmp_path / "car.png") as opened:
+        opened.paste((255, 0, 0), (0, 0, 100, 60))
+    assert probability(predicting.predict(opened)) == probability(predicting.predict(opened.copy()))
+
+
+def test_a_drafted_image_that_is_not_loaded_is_predicted_as_its_file(
+    predicting: LoadedRun, image: Image.Image, tmp_path: Path
+):
+    write_photo(image, tmp_path / "car.jpg")
+    with Image.open(tmp_path / "car.jpg") as opened:
+        opened.draft("RGB", (40, 30))
+        assert probability(predicting.predict(opened)) == probability(predicting.predict(tmp_path / "car.jpg"))
+
+
+@pytest.mark.parametrize("way", ["draft", "grey draft", "thumbnail", "draft in memory"])
+def test_an_image_that_was_reduced_in_place_is_refused(
+    predicting: LoadedRun, image: Image.Image, tmp_path: Path, way: str
+):
+    path = tmp_path / "car.jpg"
+    write_photo(image, path)
+    with Image.open(io.BytesIO(path.read_bytes()) if way == "draft in memory" else path) as opened:
+        if way == "thumbnail":
+            opened.thumbnail((100, 80))
+        else:
+            opened.draft("L" if way == "grey draft" else "RGB", None if way == "grey draft" else (40, 30))
+        opened.load()
+    with pytest.raises(UserError, match=r"photo 1 has another size or mode than its file.*`copy\(\)`"):
+        predicting.predict([image, opened])
+    assert predicting.predict(opened.copy())["reason"].to_pylist() == [None]
 
 
 def write_photo(image: Image.Image, path: Path) -> None:
@@ -237,6 +275,8 @@ def test_exif_orientation_matters(predicting: LoadedRun, image: Image.Image, tmp
         flat = Image.fromarray(np.asarray(opened))
     of_file = probability(predicting.predict(tmp_path / "turned.png"))
     assert probability(predicting.predict(upright)) == of_file
+    ImageOps.exif_transpose(opened, in_place=True)
+    assert probability(predicting.predict(opened)) == of_file
     assert probability(predicting.predict(flat)) != of_file
 
 

@@ -78,8 +78,9 @@ def test_the_record_has_all_steps_up_to_the_networks_input(tmp_path: Path):
     run, source = publish(tmp_path, kind="photos", settings=READING)
     record_preprocessing(run, source)
     stored = formats.read(f"{run.uri}/{FILE}", "preprocessing")
+    assert len(stored.pop("record_sha256")) == 64
     assert stored == {
-        "format": 2, "reading": READING, "mask": None, "detector_weights": None, "detector_source_sha256": None,
+        "format": 3, "reading": READING, "mask": None, "detector_weights": None, "detector_source_sha256": None,
         "image_size": 32, "mean": [*preprocessing.MEAN], "std": [*preprocessing.STD], "classes": ["a", "b"],
     }  # fmt: skip
 
@@ -129,7 +130,7 @@ def test_a_record_that_lacks_a_key_is_damaged(tmp_path: Path, key: str):
     run, source = publish(tmp_path, kind="photos", settings=READING)
     record_preprocessing(run, source)
     path = Path(run.uri, FILE)
-    stored = json.loads(path.read_text())
+    stored = {**json.loads(path.read_text()), "format": 2}  # without a seal
     _ = stored["reading"].pop("max_side") if key == "reading.max_side" else stored.pop(key)
     path.write_text(json.dumps(stored))
     with pytest.raises(UserError, match=rf"preprocessing.json is damaged: .*{key.split('.')[-1]}.* Delete the file"):

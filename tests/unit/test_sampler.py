@@ -67,6 +67,22 @@ def test_unfinished_trials_are_accepted(state: str):
     assert suggest(15, observed)
 
 
+@pytest.mark.parametrize("kind", ["tpe", "random"])
+def test_no_settings_are_tried_twice_while_others_are_left(kind: str):
+    flags = tuple(Dimension(key=f"train.unfrozen.{name}", choices=(False, True)) for name in "abc")
+    observed: list[ObservedTrial] = []
+    for number in range(8):
+        values = sampler.suggest_values(flags, observed, kind, 1, number, 8)
+        observed.append(ObservedTrial(values, "complete", {1: 0.9 if all(values.values()) else 0.1}))
+    assert len({str(trial.values) for trial in observed}) == 8
+
+
+def test_settings_are_repeated_where_no_others_are_left():
+    flag = (Dimension(key="train.unfrozen.appearance", choices=(False, True)),)
+    observed = [ObservedTrial({flag[0].key: value}, "complete", {1: 0.5}) for value in (False, True)]
+    assert sampler.suggest_values(flag, observed, "tpe", 1, 2, 9)
+
+
 def test_experiment_outside_of_the_space_is_ignored():
     outside = {**suggest(1, []), "train.unfrozen.lr": 1.0}
     assert suggest(12, [ObservedTrial(outside, "complete", {1: 0.9})]) == suggest(12, [])

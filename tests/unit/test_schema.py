@@ -102,6 +102,8 @@ def test_a_missing_required_setting_is_named():
         ({"ingest": {"photos": "p", "num_classes": "many"}}, "ingest.num_classes"),
         ({"ingest": {"photos": "p", "val_fraction": 1.2}}, "ingest.val_fraction"),
         ({"ingest": {"photos": "p", "val_fraction": float("nan")}}, "ingest.val_fraction"),
+        ({"ingest": {"photos": "p", "val_fraction": 1}}, "ingest.val_fraction"),
+        ({"ingest": {"photos": "p", "test_fraction": 1.0}}, "ingest.test_fraction"),
         ({"ingest": {"photos": "p", "part_rows": 2.5}}, "ingest.part_rows"),
         ({"ingest": {"photos": "p", "dataset": "a/b"}}, "ingest.dataset"),
         ({"mask": {"cutout": {"mode": "blur"}}}, "mask.cutout.mode"),

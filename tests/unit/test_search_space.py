@@ -37,6 +37,20 @@ def refuse(folder: Path, message: str, *args: Any, **more: Any) -> None:
 # Settings without effect
 
 
+def test_more_trials_than_combinations_of_settings_are_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    space = {"train.unfrozen.appearance": {"choices": [False, True]}, "train.unfrozen.epochs": {"min": 8, "max": 10}}
+    load(tmp_path, space, num_trials=7)
+    assert "`num_trials` is 7, but `space` has only 6 combinations" in caplog.text
+
+
+@pytest.mark.parametrize("other", [{}, {LR: {"min": 1e-4, "max": 1e-2}}])
+def test_trials_of_different_settings_are_not_warned_about(
+    tmp_path: Path, other: dict[str, Any], caplog: pytest.LogCaptureFixture
+):
+    load(tmp_path, {"train.unfrozen.epochs": {"min": 8, "max": 10}, **other}, num_trials=3 if not other else 9)
+    assert not caplog.text
+
+
 def test_a_warm_up_beyond_its_stage_is_refused(tmp_path: Path):
     experiment = {**EXPERIMENT, "train": {"name": "one", "unfrozen": {"epochs": 4}}}
     message = r"`space.train.unfrozen.warmup_epochs`: `unfrozen.warmup_epochs` is 6 and the stage has 4 epoch"

@@ -34,6 +34,11 @@ def test_the_share_of_each_class_is_exact_to_one_photo(tmp_path: Path):
         assert abs(found["val"] - 0.2 * (CARS[name] - found["test"])) <= 0.5
 
 
+@pytest.mark.parametrize("shares", [{"val": 0.95}, {"test": 0.95}, {"test": 0.5, "val": 0.5}])
+def test_a_large_share_leaves_a_train_photo_of_each_class(tmp_path: Path, shares: dict[str, float]):
+    assert all(found["train"] for found in counts(publish(tmp_path, cars(CARS), shares)).values())
+
+
 def test_without_a_share_no_photo_is_held_out(tmp_path: Path):
     assert {*splits(publish(tmp_path, cars(CARS), {})).values()} == {"train"}
 

@@ -74,6 +74,49 @@ def test_lead_within_seed_variation_may_be_chance():
     assert "This may be chance (p = 0." in summary_text(with_repeats(make_sweep(repeats=False), apart=0.08))
 
 
+def test_a_trial_with_the_settings_of_another_is_no_finalist():
+    sweep = make_sweep(repeats=False)
+    again = make_result(20, sweep.best.epochs, values=sweep.best.trial.values)
+    doubled = replace(sweep, trials=[*sweep.trials, again])
+    assert [each.trial.number for each in doubled.repeated] == [each.trial.number for each in sweep.repeated]
+
+
+def test_trial_0_is_repeated_although_a_later_trial_with_its_settings_was_luckier():
+    twin = make_result(20, make_epochs(0.99))
+    sweep = make_sweep(repeats=False)
+    assert 20 not in [each.trial.number for each in replace(sweep, trials=[*sweep.trials, twin]).repeated]
+
+
+def test_trials_that_equal_the_best_one_are_named():
+    equal = [make_result(n, make_epochs(0.95), values={**BASE_VALUES, LR: n / 1000}) for n in (20, 21, 22)]
+    sweep = make_sweep(repeats=False)
+    tied = replace(sweep, trials=[*sweep.trials, *equal])
+    assert "It is the first of equals, with trials 21 and 22." in summary_text(tied)
+    assert "It is the first of equals, with trials 21 and 22." in summary_text(with_repeats(tied))
+
+
+def test_trials_that_equal_a_finalist_but_were_not_repeated_are_named():
+    equal = [make_result(n, make_epochs(0.95), values={**BASE_VALUES, LR: n / 1000}) for n in (20, 21, 22, 23)]
+    sweep = make_sweep(repeats=False)
+    text = summary_text(with_repeats(replace(sweep, trials=[*sweep.trials, *equal])))
+    assert "Equal to trial 22 in the search, but not trained with other seeds: trial 23." in text
+
+
+def test_repeats_with_more_seeds_than_those_of_the_sweep_are_not_counted():
+    sweep = with_seeds(make_sweep(repeats=False), [[0.8, 0.81, 0.99, 0.99]] * 4)
+    best = sweep.best.trial.number
+    assert sweep.seed_repeats(best).accuracies == (0.8, 0.81, 0.99, 0.99)
+    assert replace(sweep, num_seeds=3).seed_repeats(best).accuracies == (0.8, 0.81)
+
+
+def test_an_unfinished_repeat_beyond_the_seeds_of_the_sweep_does_not_leave_it_unfinished():
+    sweep = with_repeats(make_sweep(repeats=False))
+    begun = make_result(len(sweep.trials), [], seed=126, repeats=sweep.best.trial.number, state="begun")
+    text = summary_text(replace(sweep, trials=[*sweep.trials, begun]))
+    assert "not finished" not in text
+    assert "Nothing can be said" not in text
+
+
 def test_similar_trials_are_listed():
     assert "Its lead over trials" in summary_text(with_repeats(make_sweep(repeats=False), apart=0.08))
 

@@ -6,7 +6,7 @@ from scipy.stats import binom
 
 from carclass.tuning.results import SweepResult
 from carclass.tuning.significance import GAIN_LEVEL, LEAD_LEVEL, gain_p_value, lead_p_values
-from tests.helpers.sweeps import make_epochs, make_result, make_sweep, with_seeds
+from tests.helpers.sweeps import LR, make_epochs, make_result, make_sweep, with_seeds
 
 MEAN, DEVIATION = 0.8, 0.01
 NUM_TRIALS = 12
@@ -17,7 +17,8 @@ def simulate(generator: np.random.Generator, gain: float = 0.0, num_repeats: int
     means = np.full(NUM_TRIALS, MEAN)
     means[1] += gain
     curves = ([{**make_epochs(1.0, 1)[0], "val_accuracy": one}] for one in generator.normal(means, DEVIATION))
-    sweep = make_sweep(trials=[make_result(i, epochs) for i, epochs in enumerate(curves)], repeats=False)
+    trials = [make_result(i, epochs, values={LR: (i + 1) / 1000}) for i, epochs in enumerate(curves)]
+    sweep = make_sweep(trials=trials, repeats=False)
     numbers = [result.trial.number for result in sweep.repeated]
     return with_seeds(sweep, generator.normal(means[numbers, None], DEVIATION, (len(numbers), num_repeats)))
 

@@ -1,5 +1,7 @@
 """Records of a sweep: storage, conflicts of names, and names of trials."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,8 @@ import yaml
 
 from carclass.config import cli
 from carclass.errors import UserError
-from carclass.tuning import search_space, trial_records
+from carclass.tuning import search_space, trial_records, tune
+from carclass.tuning.collect import collect_sweep
 from carclass.tuning.trial_records import Trial, TrialRecords
 
 LR = "train.unfrozen.lr"
@@ -60,6 +63,14 @@ def test_sweep_is_resumed_with_the_same_search(tmp_path: Path):
 def test_machine_settings_may_change_on_resume(tmp_path: Path, change: dict[str, Any]):
     trial_records.begin_records(load(tmp_path))
     trial_records.find_records(load(tmp_path, **change), resume=False)
+
+
+def test_a_finished_sweep_is_analysed_with_the_seeds_that_it_was_last_run_with(tmp_path: Path):
+    root = str(shutil.copytree(Path(__file__).with_name("format_1"), tmp_path / "root"))
+    space, records = trial_records.load_records(root, "head")  # with one seed
+    trial_records.begin_records(replace(space, search=space.search.model_copy(update={"num_seeds": 2})))
+    tune._run_search(space, records, tune.make_scheduler(space))
+    assert collect_sweep(root, "head").num_seeds == 1
 
 
 def test_the_size_of_forward_passes_may_change_on_resume(tmp_path: Path):
