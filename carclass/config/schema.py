@@ -249,6 +249,9 @@ class TrainSettings(Section):
     """Checked before the weights are opened; by default the one recorded at the first use of a download or .pkl."""
     model: ModelSettings = ModelSettings()
     augmentation: AugmentationSettings = AugmentationSettings()
+    sampling: Literal["uniform", "balanced"] = "uniform"
+    """Photos of an epoch: `uniform` takes every training photo once; `balanced` takes equally many of each class, for
+    rare classes. Either way an epoch has as many photos, `balanced` rounded up to a multiple of the classes."""
     frozen: FrozenSettings | None = FrozenSettings()
     """null skips the stage."""
     unfrozen: UnfrozenSettings | None = UnfrozenSettings()
