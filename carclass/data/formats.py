@@ -61,8 +61,8 @@ ADDED_SETTINGS: dict[str, Row] = {
     },
 }
 """Settings that format 1 of a run's config may lack, by stage, at the values that the run was trained with then."""
-ADDED_RUN_SETTINGS: Row = {"sampling": "uniform"}
-"""Settings of both stages that format 2 lacks, likewise."""
+ADDED_RUN_SETTINGS: Row = {"sampling": "uniform", "loggers": ["tensorboard"]}
+"""Settings of whole runs that format 2 lacks, likewise."""
 
 
 def _complete_settings(values: Any) -> Row:
