@@ -38,7 +38,7 @@ def main() -> None:
     import_verbs(settings)
     from carclass.runs.run import epoch_text
 
-    check_weights(settings, settings.train)
+    check_requirements(settings, settings.train)
     summary = make_datasets(settings, update=args.update)
     run, evaluation = train_and_evaluate(settings, settings.train)
     summary |= {f"{stage}_val_accuracy": run.best_val_accuracy(stage) for stage in run.stages}
@@ -76,10 +76,12 @@ def import_verbs(settings: Config) -> None:
         import carclass.masking.mask  # noqa: F401 - it needs Detectron2
 
 
-def check_weights(settings: Config, train: TrainSettings) -> None:
-    """Fetch and check the weights of every step before the first one. Raise UserError if they are unusable."""
+def check_requirements(settings: Config, train: TrainSettings) -> None:
+    """Fetch and check the weights of every step, and the run's loggers. Raise UserError if they are unusable."""
+    from carclass.runs.metrics_loggers import check_loggers
     from carclass.training.pretrained import check_parent
 
+    check_loggers(settings.root, train)
     if settings.mask is not None:
         from carclass.masking.mask import pin_detector
 

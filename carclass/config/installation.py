@@ -58,7 +58,7 @@ class MissingPackageReport:
             ) from error
         raise UserError(
             f"the Python package `{name}` is missing. Install what carclass needs: "
-            f"{_pip_command(*(_missing_requirements() or [name]))}"
+            f"{pip_command(*(_missing_requirements() or [name]))}"
         ) from error
 
 
@@ -67,7 +67,7 @@ def _is_missing_package(error: BaseException) -> bool:
     return name is not None and name.split(".")[0] != "carclass"
 
 
-def _pip_command(*requirements: str) -> str:
+def pip_command(*requirements: str) -> str:
     """Return the command that installs requirements into this Python's environment, by uv where pip is missing."""
     has_pip = importlib.util.find_spec("pip") is not None
     pip = [sys.executable, "-m", "pip", "install"] if has_pip else ["uv", "pip", "install", "--python", sys.executable]
@@ -78,7 +78,7 @@ def _detectron2_command() -> str:
     """Return the command of cluster/image/install.sh that installs Detectron2 without its compiled extension."""
     image = find_folder("cluster/image")
     options = ("--no-deps", "--no-build-isolation", "--require-hashes", "-r", str(image / "detectron2.lock"))
-    return f"PYTHONPATH={shlex.quote(str(image / 'torch_stub'))} {_pip_command(*options)}"
+    return f"PYTHONPATH={shlex.quote(str(image / 'torch_stub'))} {pip_command(*options)}"
 
 
 def _missing_requirements() -> list[str]:

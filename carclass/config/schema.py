@@ -22,6 +22,8 @@ from carclass.errors import UserError
 
 StageName = Literal["frozen", "unfrozen"]
 """The stages of training, by the names of their sections."""
+LoggerName = Literal["tensorboard", "mlflow", "wandb"]
+"""Receivers of a run's metrics besides its own files."""
 Byte = Annotated[int, Field(ge=0, le=255)]
 PROFILES = {
     "exact": {"short_side": 800, "num_proposals": 1000, "num_detections": 100},
@@ -249,6 +251,9 @@ class TrainSettings(Section):
     """Checked before the weights are opened; by default the one recorded at the first use of a download or .pkl."""
     model: ModelSettings = ModelSettings()
     augmentation: AugmentationSettings = AugmentationSettings()
+    sampling: Literal["uniform", "balanced"] = "uniform"
+    """Photos of an epoch: `uniform` takes every training photo once; `balanced` takes equally many of each class, for
+    rare classes. Either way an epoch has as many photos, `balanced` rounded up to a multiple of the classes."""
     frozen: FrozenSettings | None = FrozenSettings()
     """null skips the stage."""
     unfrozen: UnfrozenSettings | None = UnfrozenSettings()
@@ -265,11 +270,20 @@ class TrainSettings(Section):
     """Number of epochs whose weights are kept, the best by val accuracy."""
     seed: int = Field(123, ge=0)
     """Seed of initial weights, order, augmentation and dropout."""
+    loggers: tuple[LoggerName, ...] = ("tensorboard",)
+    """Receivers of metrics besides `metrics.jsonl`: `tensorboard`, `mlflow`, `wandb`. The latter two are extras
+    (`pip install carclass[mlflow]`) and set up by their environment variables; [] for none."""
 
     @model_validator(mode="after")
     def _check_stages(self) -> "TrainSettings":
         if self.frozen is None and self.unfrozen is None:
             raise ValueError("`frozen` and `unfrozen` are both null, so nothing would be trained; keep one")
+        return self
+
+    @model_validator(mode="after")
+    def _check_loggers(self) -> "TrainSettings":
+        if repeated := [name for name in self.loggers if self.loggers.count(name) > 1]:
+            raise ValueError(f"`loggers` has {repeated[0]} twice")
         return self
 
     @model_validator(mode="after")

@@ -64,6 +64,8 @@ ADDED_SETTINGS: dict[str, Row] = {
     },
 }
 """Settings that format 1 of a run's config may lack, by stage, at the values that the run was trained with then."""
+ADDED_RUN_SETTINGS: Row = {"sampling": "uniform", "loggers": ["tensorboard"]}
+"""Settings of whole runs that format 2 lacks, likewise."""
 
 
 def _complete_settings(values: Any) -> Row:
@@ -78,8 +80,14 @@ def _complete_settings(values: Any) -> Row:
     return settings
 
 
-def _complete_search(values: Any) -> Row:
-    return {**values, "train": _complete_settings(values.get("train"))} if isinstance(values, dict) else {}
+def _add_run_settings(values: Any) -> Row:
+    """Return a run's settings of format 2 with all settings of format 3."""
+    return {**ADDED_RUN_SETTINGS, **values} if isinstance(values, dict) else {}
+
+
+def _upgrade_train(upgrade: Callable[[Any], Row]) -> Callable[[Any], Row]:
+    """Return the migration of a search whose settings of training are migrated by a function."""
+    return lambda values: {**values, "train": upgrade(values.get("train"))} if isinstance(values, dict) else {}
 
 
 def _complete_lineage(values: Any) -> Row:
@@ -108,8 +116,8 @@ KINDS = {
     "run_config": Kind(
         {"name": str, "dataset": str, "parent": str, "seed": str},
         RUN_REMEDY,
-        format=2,
-        migrations={1: _complete_settings},
+        format=3,
+        migrations={1: _complete_settings, 2: _add_run_settings},
     ),
     "lineage": Kind(
         {
@@ -163,8 +171,8 @@ KINDS = {
     "search": Kind(
         {"search": dict, "train.seed": str},
         SWEEP_REMEDY,
-        format=2,
-        migrations={1: _complete_search},
+        format=3,
+        migrations={1: _upgrade_train(_complete_settings), 2: _upgrade_train(_add_run_settings)},
     ),
     "trials": Kind({"trials": list}, SWEEP_REMEDY, format=2, migrations={1: lambda rows: {"trials": rows}}),
 }

@@ -66,6 +66,7 @@ def _facts(
         ("Trained on", f"{run.settings.dataset} (sha256 {lineage['dataset_digest'][:12]}…)"),
         ("Evaluated on", f"{source.name}, {settings.split}: {source.manifest['splits'][settings.split]:,} photos"),
         *([("Masking", f"differs: {difference}")] if difference is not None else []),
+        *([("Sampling", "balanced: each class equally often")] if run.settings.sampling == "balanced" else []),
         ("Seed", str(run.settings.seed)),
         ("Code", lineage["code"]),
     ]

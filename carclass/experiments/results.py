@@ -16,7 +16,10 @@ DASH = "\u2013"
 STATES = ("finished", "stale", "begun", "missing", "failed", "unreadable")
 TREATMENTS = {"none": "whole photo", "crop": "crop", "mask": "mask", "crop+mask": "crop and mask"}
 """Names of the modes of `cutout`; `none` is a dataset without masks."""
-NOT_IN_RECIPE = ("name", "parent", "parent_sha256", "dataset", "seed", "num_workers", "use_gpu", "checkpoint_seconds")
+NOT_IN_RECIPE = (
+    *("name", "parent", "parent_sha256", "dataset", "seed"),
+    *("num_workers", "use_gpu", "checkpoint_seconds", "loggers"),
+)
 """Settings that do not belong to a recipe, like all that begin with `keep_`."""
 
 

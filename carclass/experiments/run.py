@@ -23,6 +23,7 @@ from carclass.experiments.tree import Experiment, Tree
 from carclass.ingestion.ingest import ingest_photos
 from carclass.models import resnet
 from carclass.progress import Throttle
+from carclass.runs.metrics_loggers import check_loggers
 from carclass.runs.run import MetricsRow, Run, begin_run, find_run
 from carclass.training import feature_cache, placement, preflight, pretrained
 from carclass.training.photo_store import BlockRefs, PhotoStore
@@ -81,6 +82,8 @@ def run_experiments(tree: Tree, requested: Sequence[Experiment], replace: Collec
     if progress.waiting:
         connection.check_cluster()
         _check_parents(tree, requested)
+        for settings in {one.settings.loggers: one.settings for one in progress.waiting}.values():
+            check_loggers(tree.budget.root, settings)
         _check_weights(tree, progress)
     if progress.waiting:
         make_datasets(tree, {experiment.settings.dataset for experiment in progress.waiting})

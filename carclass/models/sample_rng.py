@@ -8,9 +8,10 @@ def uniforms(seed: int, epoch: int, ids: np.ndarray, count: int) -> np.ndarray:
     return (random_bits(seed, epoch, ids, count) >> np.uint64(11)) * 2.0**-53
 
 
-def random_bits(seed: int, epoch: int, ids: np.ndarray, count: int) -> np.ndarray:
+def random_bits(seed: int, epoch: int | np.ndarray, ids: np.ndarray, count: int) -> np.ndarray:
     """Draw uint64 (N,count) of independent random bits, a function of seed, epoch and each id alone. ids: uint64 (N,).
 
+    epoch: of all ids, or int64 (N,) of each.
     SplitMix64 (Steele, Lea and Flood 2014) over a state hashed from the three.
     """
     with np.errstate(over="ignore"):

@@ -28,8 +28,11 @@ from carclass.runs.environment import code_version
 
 log = logging.getLogger(__name__)
 STAGES: tuple[StageName, ...] = ("frozen", "unfrozen")
-MAY_CHANGE_ON_RESUME = ("num_workers", "use_gpu", "checkpoint_seconds", "keep_checkpoints", "unfrozen.micro_batch_size")
-"""Settings of machines and checkpoints, which may differ when a run is resumed."""
+MAY_CHANGE_ON_RESUME = (
+    *("num_workers", "use_gpu", "checkpoint_seconds", "keep_checkpoints", "loggers"),
+    "unfrozen.micro_batch_size",
+)
+"""Settings of machines, checkpoints and logging, which may differ when a run is resumed."""
 MODEL = "model.json"
 MetricsRow = dict[str, Any]
 

@@ -71,9 +71,13 @@ class CheckpointWriter:
             self.pending_metrics.result()
 
     def wait(self) -> None:
-        """Return when everything is written. Raise the first error of a write, once all others have ended."""
+        """Return when everything is written, and end the loggers.
+
+        Raise the first error of a write, once all others have ended.
+        """
         pending, self.pending = self.pending, []
         futures.wait(pending)
+        self.metrics_log.close()
         for future in pending:
             future.result()
 

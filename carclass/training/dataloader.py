@@ -18,10 +18,9 @@ from carclass.models.preprocessing import decode_photos, photos_to_device, to_de
 from carclass.models.sample_rng import uniforms
 from carclass.training import augmentation
 from carclass.training.augmentation import warp_photos
+from carclass.training.sample_order import APPEARANCE, AUGMENT, VIEW, SampleOrder, Share
 
 T = TypeVar("T")
-ORDER, VIEW, AUGMENT, DROPOUT, APPEARANCE = range(5)
-"""Offsets of the seed, one for each use of random numbers."""
 READ_AHEAD = 4
 """Batches that are read ahead, each in a thread."""
 SMALL_STEP_PIXELS = 64 * 224**2
@@ -54,44 +53,12 @@ class Batch(NamedTuple):
 
     inputs: Tensor
     labels: Tensor  # int64 (N,)
-    weight: float  # of each sample's loss: makes the mean over workers the mean over the step's samples
+    weight: float  # of each sample's loss, see Share
     ids: np.ndarray  # uint64 (N,)
 
 
-class SampleOrder:
-    """The samples of a split and their order, sharded over workers.
-
-    ids: uint64 (N,). labels: int64 (N,). rank, num_workers: the worker's shard of every step.
-    """
-
-    def __init__(self, ids: np.ndarray, labels: np.ndarray, *, seed: int, rank: int = 0, num_workers: int = 1) -> None:
-        self.ids, self.labels = ids, labels
-        self.seed, self.rank, self.num_workers = seed, rank, num_workers
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def order(self, epoch: int | None) -> np.ndarray:
-        """Return sample positions in the order of an epoch; None: by id, for validation."""
-        if epoch is None:
-            return np.argsort(self.ids)
-        return np.lexsort((self.ids, uniforms(self.seed + ORDER, epoch, self.ids, 1)[:, 0]))
-
-    def steps(self, epoch: int | None, batch_size: int, start: int = 0) -> Iterator[tuple[np.ndarray, float]]:
-        """Yield (positions, weight) of this worker's share of every step, each sample once over all workers.
-
-        batch_size: over all workers. start: samples of the epoch to skip, in whole steps. If the last step has fewer
-        samples than workers, the others repeat a sample with weight 0, so that all take the same number of steps.
-        """
-        order = self.order(epoch)
-        for first in range(start, len(order), batch_size):
-            step = order[first : first + batch_size]
-            share = step[self.rank :: self.num_workers]
-            yield (share, self.num_workers / len(step)) if len(share) else (step[:1], 0.0)
-
-
 class PhotoSamples(SampleOrder):
-    """Samples with their photos. share: seed, rank, num_workers of SampleOrder."""
+    """Samples with their photos. share: seed, rank, num_workers, balanced of SampleOrder."""
 
     def __init__(self, blocks: Sequence[PhotoBlock], **share: int) -> None:
         # Blocks of Ray are in shared memory: concatenated pixels would be a copy.
@@ -137,7 +104,7 @@ class PhotoLoader:
     ) -> None:
         self.train_samples, self.val_samples = train, val
         self.settings, self.stage, self.device = settings, stage, device
-        self.num_steps = -(-len(train) // stage.batch_size)
+        self.num_steps = train.num_steps(stage.batch_size)
 
     def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch after its first `start` samples."""
@@ -156,21 +123,23 @@ class PhotoLoader:
         samples, stage = self.val_samples, self.stage
         # Without gradients, four times the photos of a forward pass take less memory.
         num_photos = min(stage.batch_size, (stage.micro_batch_size or stage.batch_size) * samples.num_workers)
-        for indices, weight, pixels in samples.read(samples.steps(None, 4 * num_photos)):
-            yield _batch(to_network_input(pixels, self.device), samples, indices, weight)
+        steps = ((share.positions, share) for share in samples.steps(None, 4 * num_photos))
+        for _, share, pixels in samples.read(steps):
+            yield _batch(to_network_input(pixels, self.device), samples, share)
 
-    def _augmented_batches(self, groups: Iterator[list[tuple[np.ndarray, float]]], epoch: int) -> Iterator[Batch]:
+    def _augmented_batches(self, groups: Iterator[list[Share]], epoch: int) -> Iterator[Batch]:
         """Yield the batches of groups of steps; a group is augmented at once, with the same result as step by step."""
         samples = self.train_samples
-        joined = ((np.concatenate([indices for indices, _ in group]), group) for group in groups)
-        for joined_indices, group, pixels in samples.read(joined):
-            photos = self._augment(pixels, joined_indices, epoch).split([len(indices) for indices, _ in group])
-            for inputs, (indices, weight) in zip(photos, group, strict=True):
-                yield _batch(inputs, samples, indices, weight)
+        joined = ((np.concatenate([share.positions for share in group]), group) for group in groups)
+        for _, group, pixels in samples.read(joined):
+            ids = np.concatenate([share.ids for share in group])
+            photos = self._augment(pixels, ids, epoch).split([len(share.ids) for share in group])
+            for inputs, share in zip(photos, group, strict=True):
+                yield _batch(inputs, samples, share)
 
-    def _augment(self, pixels: np.ndarray, indices: np.ndarray, epoch: int) -> Tensor:
-        """Return the augmented, normalised photos of an epoch. indices: their positions in the split."""
-        seed, ids = self.train_samples.seed, self.train_samples.ids[indices]
+    def _augment(self, pixels: np.ndarray, ids: np.ndarray, epoch: int) -> Tensor:
+        """Return the augmented, normalised photos of an epoch."""
+        seed = self.train_samples.seed
         photos = photos_to_device(pixels, self.device)
         if self.stage.appearance:
             photos = augmentation.change_appearance(photos.float(), uniforms(seed + APPEARANCE, epoch, ids, 2))
@@ -193,20 +162,20 @@ class FeatureLoader:
     ) -> None:
         self.train_samples, self.val_samples, self.batch_size = train, val, batch_size
         self.train_features, self.val_features = (split.to(device) for split in features)
-        self.num_steps = -(-len(train) // batch_size)
+        self.num_steps = train.num_steps(batch_size)
 
     def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch after its first `start` samples."""
         samples, features = self.train_samples, self.train_features
-        views = (uniforms(samples.seed + VIEW, epoch, samples.ids, 1)[:, 0] * len(features)).astype(np.int64)
-        for indices, weight in samples.steps(epoch, self.batch_size, start):
-            yield _batch(features[views[indices], indices], samples, indices, weight)
+        for share in samples.steps(epoch, self.batch_size, start):
+            views = (uniforms(samples.seed + VIEW, epoch, share.ids, 1)[:, 0] * len(features)).astype(np.int64)
+            yield _batch(features[views, share.positions], samples, share)
 
     def val(self) -> Iterator[Batch]:
         """Yield every val sample once over all workers."""
         samples = self.val_samples
-        for indices, weight in samples.steps(None, self.batch_size * 16):
-            yield _batch(self.val_features[0, indices], samples, indices, weight)
+        for share in samples.steps(None, self.batch_size * 16):
+            yield _batch(self.val_features[0, share.positions], samples, share)
 
 
 def feature_view(photos: Tensor, view: int, ids: np.ndarray, seed: int, settings: AugmentationSettings) -> Tensor:
@@ -232,5 +201,5 @@ def _wait_for_pixels(batch: tuple) -> tuple:
     return indices, item, pixels.result()
 
 
-def _batch(inputs: Tensor, samples: SampleOrder, indices: np.ndarray, weight: float) -> Batch:
-    return Batch(inputs, to_device(samples.labels[indices], inputs.device), weight, samples.ids[indices])
+def _batch(inputs: Tensor, samples: SampleOrder, share: Share) -> Batch:
+    return Batch(inputs, to_device(samples.labels[share.positions], inputs.device), share.weight, share.ids)

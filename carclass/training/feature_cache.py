@@ -23,8 +23,9 @@ from carclass.models import resnet
 from carclass.models.preprocessing import to_network_input
 from carclass.progress import print_line
 from carclass.runs.run import Run
-from carclass.training.dataloader import FeatureLoader, PhotoSamples, SampleOrder, feature_view
+from carclass.training.dataloader import FeatureLoader, PhotoSamples, feature_view
 from carclass.training.distributed import sum_over_workers, wait_for_workers
+from carclass.training.sample_order import SampleOrder
 
 SPLITS = ("train", "val")
 BATCH_SIZE = 64
@@ -81,7 +82,7 @@ def write_cache(
 
 
 def open_cache(uri: str, batch_size: int, device: torch.device, **share: int) -> FeatureLoader:
-    """Return a loader of published features. share: seed, rank, num_workers of SampleOrder.
+    """Return a loader of published features. share: seed, rank, num_workers, balanced of SampleOrder.
 
     Raise UserError if they are damaged.
     """

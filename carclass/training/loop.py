@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from carclass.config.schema import StageSettings
 from carclass.errors import UserError
 from carclass.models import resnet
-from carclass.training.dataloader import DROPOUT, Batch
+from carclass.training.dataloader import Batch
 from carclass.training.distributed import sum_over_workers
 from carclass.training.learner import (
     Learner,
@@ -25,6 +25,7 @@ from carclass.training.learner import (
     step_rate,
     update_ema,
 )
+from carclass.training.sample_order import DROPOUT
 
 Metrics = dict[str, float]
 """Of an epoch: `epoch`, `train_loss`, `train_accuracy`, `lr`, `val_loss`, `val_accuracy`, `seconds`. Of a step: `step`

@@ -7,6 +7,7 @@ measures, on a free GPU, what is otherwise estimated here.
 import copy
 import logging
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,7 +61,8 @@ def check_run(
     object_store: bytes of the largest node's object store. memory: bytes of one GPU, or on CPUs of all nodes together;
     None if unknown. step: see check_memory.
     """
-    check_classes(source)
+    counts = check_classes(source)
+    check_sampling(settings, counts)
     check_warmup(settings)
     check_object_store(settings, source, object_store)
     net = resnet.build(settings.model, len(source.classes))
@@ -69,10 +71,13 @@ def check_run(
         check_memory(settings, source, net, memory, use_gpu=use_gpu, step=step)
 
 
-def check_classes(source: dataset.Dataset) -> None:
-    """Warn about classes without train photos. Raise UserError if fewer than two classes have any."""
+def check_classes(source: dataset.Dataset) -> Counter[str]:
+    """Return the number of train photos of each class that has any, and warn about the others.
+
+    Raise UserError if fewer than two classes have any.
+    """
     table = source.read(["label", "split"]).to_pydict()
-    trained = {label for label, split in zip(table["label"], table["split"], strict=True) if split == "train"}
+    trained = Counter(label for label, split in zip(table["label"], table["split"], strict=True) if split == "train")
     missing = [name for name in source.classes if name not in trained]
     if len(trained) < 2:
         raise UserError(
@@ -83,6 +88,16 @@ def check_classes(source: dataset.Dataset) -> None:
     if missing:
         names = ", ".join(missing[:10]) + (", …" if len(missing) > 10 else "")
         log.warning("train: %d classes have no train photo and will never be predicted: %s", len(missing), names)
+    return trained
+
+
+def check_sampling(settings: TrainSettings, counts: Counter[str]) -> None:
+    """Warn if balanced sampling has no effect. counts: train photos by class."""
+    if settings.sampling == "balanced" and len({*counts.values()}) == 1:
+        log.warning(
+            "train: all classes have %d train photos, so `train.sampling: balanced` has no effect. Leave it out.",
+            next(iter(counts.values())),
+        )
 
 
 def check_warmup(settings: TrainSettings) -> None:

@@ -19,6 +19,7 @@ from carclass.data import dataset, formats
 from carclass.data.lease import hold_lease
 from carclass.errors import UserError, find_user_error
 from carclass.models import resnet
+from carclass.runs.metrics_loggers import check_loggers
 from carclass.runs.preprocessing_record import record_preprocessing
 from carclass.runs.run import Run, begin_run, record_best_stage
 from carclass.runs.saved_model import publish_model, read_model
@@ -89,6 +90,7 @@ def check_resources(root: str, settings: TrainSettings, source: dataset.Dataset,
 
     probe: measure the memory of a step on a free GPU, which takes some seconds, instead of estimating it.
     """
+    check_loggers(root, settings)
     connection.connect({"root": root})
     min_workers, _ = settings.workers
     use_gpu = resources.decide_gpus(settings.use_gpu, min_workers, "train.use_gpu", resources.TRAIN)

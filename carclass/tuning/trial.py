@@ -81,5 +81,5 @@ def _has_same_frozen(settings: TrainSettings, other: TrainSettings) -> bool:
     """Return True if the frozen stages of two runs train to the same weights."""
     if settings.frozen is None or feature_cache.cache_key(settings) != feature_cache.cache_key(other):
         return False
-    keys = ("frozen", "model", "seed", "parent", "dataset")
+    keys = ("frozen", "model", "sampling", "seed", "parent", "dataset")
     return all(getattr(settings, key) == getattr(other, key) for key in keys)

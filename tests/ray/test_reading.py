@@ -18,7 +18,8 @@ def load_samples(source: dataset.Dataset, size: int | None) -> PhotoSamples:
 def test_encoded_and_decoded_photos_give_the_same_epochs(ingested: dataset.Dataset):
     encoded, decoded = load_samples(ingested, None), load_samples(ingested, SIZE)
     assert len(encoded) == ingested.manifest["splits"]["train"]
-    for (encoded_step, _), (decoded_step, _) in zip(encoded.steps(1, 16), decoded.steps(1, 16), strict=True):
-        np.testing.assert_array_equal(encoded.ids[encoded_step], decoded.ids[decoded_step])
-        np.testing.assert_array_equal(encoded.labels[encoded_step], decoded.labels[decoded_step])
-        np.testing.assert_array_equal(encoded.pixels(encoded_step), decoded.pixels(decoded_step))
+    for encoded_step, decoded_step in zip(encoded.steps(1, 16), decoded.steps(1, 16), strict=True):
+        np.testing.assert_array_equal(encoded_step.ids, decoded_step.ids)
+        of_encoded, of_decoded = encoded_step.positions, decoded_step.positions
+        np.testing.assert_array_equal(encoded.labels[of_encoded], decoded.labels[of_decoded])
+        np.testing.assert_array_equal(encoded.pixels(of_encoded), decoded.pixels(of_decoded))

@@ -67,10 +67,11 @@ def test_batches_read_ahead_are_in_order():
     (samples,) = shard(23, 1)
     steps = list(samples.steps(0, 2))
     assert len(steps) > READ_AHEAD
-    for (indices, weight), (read_indices, item, pixels) in zip(steps, samples.read(iter(steps)), strict=True):
-        assert read_indices is indices
-        assert item == weight
-        np.testing.assert_array_equal(pixels, samples.pixels(indices))
+    read = samples.read((step.positions, step.weight) for step in steps)
+    for step, (read_positions, item, pixels) in zip(steps, read, strict=True):
+        assert read_positions is step.positions
+        assert item == step.weight
+        np.testing.assert_array_equal(pixels, samples.pixels(step.positions))
 
 
 # Steps
@@ -84,26 +85,26 @@ def test_every_sample_occurs_once_per_epoch_over_all_workers(
     seen = [
         index
         for samples in shard(count, num_workers)
-        for indices, weight in samples.steps(epoch, batch_size)
-        if weight > 0
-        for index in indices
+        for share in samples.steps(epoch, batch_size)
+        if share.weight > 0
+        for index in share.positions
     ]
     assert sorted(seen) == list(range(count))
 
 
 @shares
 def test_shares_of_all_workers_add_up_to_the_step_of_one_worker(count: int, batch_size: int, num_workers: int):
-    alone = [set(indices) for indices, _ in shard(count, 1)[0].steps(3, batch_size)]
+    alone = [set(share.positions) for share in shard(count, 1)[0].steps(3, batch_size)]
     shared: list[set[int]] = [set() for _ in alone]
     for samples in shard(count, num_workers):
-        for step, (indices, weight) in enumerate(samples.steps(3, batch_size)):
-            shared[step] |= set(indices) if weight else set()
+        for step, share in enumerate(samples.steps(3, batch_size)):
+            shared[step] |= set(share.positions) if share.weight else set()
     assert shared == alone
 
 
 @shares
 def test_all_workers_take_the_same_number_of_steps_and_none_is_empty(count: int, batch_size: int, num_workers: int):
-    lengths = [[len(indices) for indices, _ in samples.steps(0, batch_size)] for samples in shard(count, num_workers)]
+    lengths = [[len(share.ids) for share in samples.steps(0, batch_size)] for samples in shard(count, num_workers)]
     assert {len(steps) for steps in lengths} == {-(-count // batch_size)}
     assert min(min(steps) for steps in lengths) >= 1
 
@@ -111,9 +112,9 @@ def test_all_workers_take_the_same_number_of_steps_and_none_is_empty(count: int,
 @shares
 def test_the_mean_over_workers_is_the_mean_over_the_samples_of_the_step(count: int, batch_size: int, num_workers: int):
     loss = np.random.default_rng(2).uniform(0, 5, count)
-    alone = [loss[indices].mean() for indices, _ in shard(count, 1)[0].steps(3, batch_size)]
+    alone = [loss[share.positions].mean() for share in shard(count, 1)[0].steps(3, batch_size)]
     sums = [
-        [(loss[indices] * weight).sum() for indices, weight in samples.steps(3, batch_size)]
+        [(loss[share.positions] * share.weight).sum() for share in samples.steps(3, batch_size)]
         for samples in shard(count, num_workers)
     ]
     np.testing.assert_allclose(np.mean(sums, axis=0), alone)
@@ -128,12 +129,12 @@ def test_the_order_does_not_depend_on_blocks():
     shuffled = rng.permutation(ids)
     other = PhotoSamples([block(shuffled[:3]), block(shuffled[3:30]), block(shuffled[30:])], seed=1)
     for epoch in (None, 0, 5):
-        np.testing.assert_array_equal(one.ids[one.order(epoch)], other.ids[other.order(epoch)])
+        np.testing.assert_array_equal(one.order(epoch).ids, other.order(epoch).ids)
 
 
 def test_the_order_differs_between_epochs_and_seeds():
     one, other = PhotoSamples(blocks(40), seed=1), PhotoSamples(blocks(40), seed=2)
-    orders = {tuple(order) for order in (one.order(0), one.order(1), other.order(0))}
+    orders = {tuple(order.positions) for order in (one.order(0), one.order(1), other.order(0))}
     assert len(orders) == 3
 
 
@@ -141,7 +142,7 @@ def test_the_order_of_an_epoch_does_not_depend_on_previous_epochs():
     fresh, used = PhotoSamples(blocks(40), seed=1), PhotoSamples(blocks(40), seed=1)
     for epoch in range(4):
         list(used.steps(epoch, 8))
-    np.testing.assert_array_equal(fresh.order(4), used.order(4))
+    np.testing.assert_array_equal(fresh.order(4).positions, used.order(4).positions)
 
 
 def test_photos_are_read_by_position():
@@ -207,7 +208,7 @@ def test_labels_belong_to_their_photos():
 def test_validation_photos_are_not_augmented():
     val = PhotoSamples(blocks(6), seed=1)
     (batch,) = PhotoLoader(PhotoSamples(blocks(20), seed=1), val, AugmentationSettings(), PLAIN, CPU).val()
-    torch.testing.assert_close(batch.inputs, to_network_input(val.pixels(val.order(None)), CPU))
+    torch.testing.assert_close(batch.inputs, to_network_input(val.pixels(val.order(None).positions), CPU))
 
 
 @pytest.mark.parametrize(("micro_batch_size", "sizes"), [(None, [18]), (1, [4, 4, 4, 4, 2])])
@@ -269,6 +270,33 @@ def test_the_view_depends_on_the_epoch_but_not_on_the_number_of_workers():
 
     assert views(0, 1) == views(0, 3)
     assert views(0, 1) != views(1, 1)
+
+
+# Balanced sampling
+
+
+def rare_class(**share: int) -> PhotoSamples:
+    """Return two photos of a class and ten of another, of which an epoch has six each."""
+    ids = ids_of(12)
+    photos = block(ids)._replace(labels=np.repeat([0, 1], [2, 10]))
+    return PhotoSamples([photos], seed=1, balanced=True, **share)
+
+
+def test_repeated_photos_are_augmented_differently():
+    train, stage = rare_class(), PLAIN.model_copy(update={"batch_size": 12})
+    (batch,) = PhotoLoader(train, train, AugmentationSettings(), stage, CPU).train(1)
+    assert batch.labels.tolist().count(0) == 6
+    distances = torch.cdist(batch.inputs.flatten(1), batch.inputs.flatten(1)).fill_diagonal_(1.0)
+    assert distances.min() > 1e-3
+
+
+def test_repeated_photos_have_views_of_their_own():
+    train = rare_class()
+    pairs = [torch.stack([torch.full((12,), float(view)), torch.arange(12.0)], 1) for view in range(4)]
+    batches = FeatureLoader(train, train, (torch.stack(pairs), torch.zeros((1, 12, 2))), 12, CPU).train(1)
+    views = [view for batch in batches for view, position in batch.inputs.tolist() if position == 0]
+    assert len(views) == 3
+    assert len({*views}) > 1
 
 
 # Views and pixels

@@ -8,11 +8,11 @@ import pyarrow as pa
 import pytest
 
 from carclass import storage
-from carclass.config.schema import TrainSettings
+from carclass.config.schema import EvaluateSettings, TrainSettings
 from carclass.data import dataset, publishing
 from carclass.evaluation import calibrate, calibration, collect
 from carclass.runs.report_record import report_uri
-from tests.helpers.runs import MODEL, begin, finish, publish_dataset
+from tests.helpers.runs import FROZEN, MODEL, begin, finish, publish_dataset
 
 
 def publish(root: Path, name: str, reasons: dict[str, int], **manifest: Any) -> dataset.Dataset:
@@ -47,6 +47,15 @@ def test_the_quarantine_of_a_source_that_has_changed_is_left_out(masked: dataset
 def test_the_quarantine_of_a_source_that_is_gone_is_left_out(masked: dataset.Dataset, tmp_path: Path):
     storage.delete_folder(f"{tmp_path}/datasets/v1")
     assert [*collect.quarantined(masked)] == ["v2 (masking)"]
+
+
+@pytest.mark.parametrize(("sampling", "facts"), [("uniform", []), ("balanced", ["balanced: each class equally often"])])
+def test_a_report_names_balanced_sampling(tmp_path: Path, sampling: str, facts: list[str]):
+    source = publish_dataset(tmp_path, splits={"test": 1})
+    run = begin(tmp_path, TrainSettings(name="x", sampling=sampling, **FROZEN))
+    finish(run)
+    rows = collect._facts(run, source, EvaluateSettings(), run.model_facts("frozen"))
+    assert [value for name, value in rows if name == "Sampling"] == facts
 
 
 def test_probabilities_of_a_report_are_calibrated_as_those_of_predictions():

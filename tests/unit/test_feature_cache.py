@@ -12,9 +12,10 @@ from carclass.errors import UserError
 from carclass.models import resnet
 from carclass.models.preprocessing import decode_photos
 from carclass.runs.run import Run
-from carclass.training import feature_cache, loop, pretrained
+from carclass.training import feature_cache, loop, pretrained, worker
 from carclass.training.dataloader import PhotoBlock, PhotoLoader, PhotoSamples
 from carclass.training.learner import make_learner
+from carclass.training.preemption import WorkerContext
 
 CPU = torch.device("cpu")
 SETTINGS = TrainSettings(
@@ -73,6 +74,23 @@ def test_training_on_cached_features_equals_training_on_photos(
     for metrics, expected in zip(cached, uncached, strict=True):
         for name in ("train_loss", "train_accuracy", "val_loss", "val_accuracy"):
             assert metrics[name] == pytest.approx(expected[name], rel=1e-3)
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "balanced"])
+def test_a_worker_draws_features_as_its_run_is_set(root: Path, sampling: str):
+    run = Run(str(root), SETTINGS.model_copy(update={"sampling": sampling}))
+    net = resnet.build(SETTINGS.model, 2)
+    pixels, ids = np.zeros((12, 64, 64, 3), np.uint8), np.arange(12).astype(np.uint64)
+    splits = [PhotoSamples([PhotoBlock(pixels, np.repeat([0, 1], [2, 10]), ids.copy())], seed=1) for _ in range(2)]
+    feature_cache.write_cache(feature_cache.cache_uri(run, "digest"), net, splits, run, CPU)
+    job = worker.StageJob(run, "frozen", ["a", "b"], "digest", {}, 1)
+    loader = worker._make_loader(job, net, WorkerContext(0, 1, CPU, lambda: False))
+    drawn = torch.cat([batch.labels for batch in loader.train(1)])
+    assert drawn.bincount().tolist() == ([6, 6] if sampling == "balanced" else [2, 10])
+
+
+def test_features_do_not_depend_on_the_sampling(root: Path):
+    assert uri_of(root, 3) == uri_of(root, 3, sampling="balanced")
 
 
 def uri_of(root: Path, views: int, **changes: object) -> str:

@@ -1,8 +1,8 @@
 """Stored files: former formats are read, newer ones and damaged files are refused with a way out.
 
 format_1/ holds files of a small run and sweep as they were written before files had a format, the settings of an early
-run, and files that were added later in their first format. format_2/ holds settings, lineage and search as of today,
-and a manifest, preprocessing and calibration of their second format.
+run, and files that were added later in their first format. format_2/ holds the second format of settings, a search, a
+manifest, preprocessing and calibration, and the lineage of today. format_3/ holds settings and a search as of today.
 """
 
 import json
@@ -32,6 +32,7 @@ from carclass.tuning.trial_records import load_records
 
 FORMAT_1 = Path(__file__).with_name("format_1")
 FORMAT_2 = Path(__file__).with_name("format_2")
+FORMAT_3 = Path(__file__).with_name("format_3")
 RUN = "experiments/run"
 SHA256 = "81e08061c1c9ef2a3a0e7232a0f853754e7d9e3f1c3b2d32dbe5d6241056d6fb"
 READERS: dict[str, Callable[[str], Any]] = {
@@ -106,6 +107,12 @@ def test_settings_that_a_former_run_lacks_have_the_values_it_was_trained_with():
     assert (settings.unfrozen.layer_decay, settings.unfrozen.appearance) == (1.0, False)
 
 
+@pytest.mark.parametrize("folder", [FORMAT_1, FORMAT_2])
+def test_runs_and_sweeps_before_balanced_sampling_drew_every_photo_once(folder: Path):
+    assert find_run(str(folder), "run").settings.sampling == "uniform"
+    assert load_records(str(folder), "head")[0].base_settings.sampling == "uniform"
+
+
 def test_the_lineage_of_a_former_run_has_no_environments():
     lineage = find_run(str(FORMAT_1), "run").lineage()
     assert (lineage["code"], lineage["started"], lineage["environments"]) == ("643bc8fcd13c", "unknown", [])
@@ -113,8 +120,8 @@ def test_the_lineage_of_a_former_run_has_no_environments():
 
 def test_the_present_format_has_every_setting_of_training():
     """A new setting needs a new format, and a value in the migration: that of the runs before it."""
-    stored = flatten(yaml.safe_load((FORMAT_2 / RUN / "config.yml").read_text()))
-    settings = find_run(str(FORMAT_2), "run").settings
+    stored = flatten(yaml.safe_load((FORMAT_3 / RUN / "config.yml").read_text()))
+    settings = find_run(str(FORMAT_3), "run").settings
     assert {*stored} == {"format", *flatten(settings.model_dump(mode="json"))}
     assert stored["format"] == formats.KINDS["run_config"].format
 
@@ -127,8 +134,8 @@ def test_the_present_lineage_is_read():
 
 
 def test_a_sweep_without_a_setting_of_its_format_is_refused(tmp_path: Path):
-    assert load_records(str(FORMAT_2), "head")
-    root = shutil.copytree(FORMAT_2, tmp_path / "root")
+    assert load_records(str(FORMAT_3), "head")
+    root = shutil.copytree(FORMAT_3, tmp_path / "root")
     file = root / "sweeps" / "head" / "search.yml"
     file.write_text(file.read_text().replace("    views: 3\n", ""))
     with pytest.raises(UserError, match=r"search.yml: `train` lacks the setting `frozen.views`"):

@@ -19,12 +19,11 @@ MODEL = ModelSettings(architecture="resnet26-narrow", image_size=SIDE, dropout=0
 FP32 = resnet.autocast("fp32", torch.device("cpu"))
 
 
-def make_samples(count: int, seed: int) -> PhotoSamples:
+def make_samples(count: int, seed: int, *, balanced: bool = False) -> PhotoSamples:
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 256, (count, SIDE, SIDE, 3), np.uint8)
-    return PhotoSamples(
-        [PhotoBlock(pixels, rng.integers(0, 4, count), rng.integers(0, 2**63, count, np.uint64))], seed=1
-    )
+    block = PhotoBlock(pixels, rng.integers(0, 4, count), rng.integers(0, 2**63, count, np.uint64))
+    return PhotoSamples([block], seed=1, balanced=balanced)
 
 
 class Stage:
@@ -35,7 +34,7 @@ class Stage:
         self.settings: StageSettings = UnfrozenSettings(
             **{"epochs": EPOCHS, "batch_size": 8, "lr": 1e-2, "warmup_epochs": 1, **settings}
         )
-        self.loader_batch_size = 8
+        self.loader_batch_size, self.balanced = 8, False
         self.epochs: list[loop.Metrics] = []
         self.steps: list[tuple[float, loop.Metrics]] = []  # with their epoch
         self.learner: learner.Learner | None = None
@@ -45,7 +44,7 @@ class Stage:
         torch.manual_seed(0)
         net = resnet.build(MODEL, 4)
         resnet.prepare_stage(net, "frozen" if self.kind == "features" else "unfrozen")
-        train, val = make_samples(29, 1), make_samples(9, 2)
+        train, val = make_samples(29, 1, balanced=self.balanced), make_samples(9, 2)
         if self.kind == "photos":
             loader: loop.Loader = PhotoLoader(train, val, AugmentationSettings(), self.settings, torch.device("cpu"))
         else:
@@ -115,6 +114,16 @@ def test_a_resumed_stage_equals_an_uninterrupted_one(stage: Callable[..., Stage]
     assert uninterrupted.run()
     assert not resumed.run(preempt_after=preempt_after)
     assert resumed.run()
+    assert_same(resumed, uninterrupted)
+
+
+@pytest.mark.parametrize("kind", ["features", "photos"])
+def test_a_stage_with_balanced_sampling_is_resumed(stage: Callable[..., Stage], kind: str):
+    uninterrupted, resumed = stage("uninterrupted", kind), stage("resumed", kind)
+    uninterrupted.balanced = resumed.balanced = True
+    uninterrupted.run()
+    resumed.run(preempt_after=6)
+    resumed.run()
     assert_same(resumed, uninterrupted)
 
 

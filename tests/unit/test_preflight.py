@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
@@ -82,6 +83,19 @@ def test_fewer_than_two_classes_with_train_photos_are_an_error(tmp_path: Path):
         UserError, match=r"`train.dataset`: `v2` has train photos of 1 of its 3 classes, .* or choose another"
     ):
         preflight.check_classes(source)
+
+
+def test_balanced_sampling_of_equal_classes_is_a_warning(caplog: pytest.LogCaptureFixture):
+    preflight.check_sampling(train_settings(sampling="balanced"), Counter(a=3, b=3))
+    assert "all classes have 3 train photos, so `train.sampling: balanced` has no effect" in caplog.text
+
+
+@pytest.mark.parametrize(("sampling", "rare"), [("uniform", 3), ("balanced", 2)])
+def test_sampling_that_has_an_effect_or_is_the_default_is_no_warning(
+    caplog: pytest.LogCaptureFixture, sampling: str, rare: int
+):
+    preflight.check_sampling(train_settings(sampling=sampling), Counter(a=3, b=rare))
+    assert caplog.text == ""
 
 
 # Object store

@@ -88,7 +88,8 @@ def test_other_changes_of_a_finished_run_have_no_such_advice(tmp_path: Path, cha
     assert "@last" not in str(caught.value)
 
 
-def test_other_settings_of_a_begun_run_are_an_error(tmp_path: Path):
+@pytest.mark.parametrize(("key", "value"), [("seed", 5), ("sampling", "balanced")])
+def test_other_settings_of_a_begun_run_are_an_error(tmp_path: Path, key: str, value: Any):
     begin(tmp_path)
-    with pytest.raises(UserError, match=r"begun with other settings \(seed\)"):
-        begin(tmp_path, seed=5)
+    with pytest.raises(UserError, match=rf"begun with other settings \({key}\)"):
+        begin(tmp_path, **{key: value})

@@ -9,7 +9,7 @@ import yaml
 from carclass.config import cli
 from carclass.config.schema import TrainSettings
 from carclass.errors import UserError
-from carclass.tuning import search_space
+from carclass.tuning import search_space, trial
 
 EXPERIMENT = {"root": "results", "train": {"name": "one", "frozen": {"views": 2}}}
 LR = "train.unfrozen.lr"
@@ -158,6 +158,13 @@ def test_invalid_value_of_setting_is_refused(tmp_path: Path):
 
 def test_fraction_for_integer_setting_is_refused(tmp_path: Path):
     refuse(tmp_path, r"`train.frozen.views`: .*integer", {"train.frozen.views": {"min": 1.5, "max": 2}})
+
+
+def test_trials_with_other_sampling_have_a_frozen_stage_of_their_own():
+    uniform = TrainSettings(name="a")
+    balanced = TrainSettings(name="b", sampling="balanced")
+    assert trial._has_same_frozen(uniform, uniform.model_copy(update={"name": "c"}))
+    assert not trial._has_same_frozen(balanced, uniform)
 
 
 def test_range_of_text_setting_is_refused(tmp_path: Path):
