@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from carclass import storage
 from carclass.data import formats
@@ -28,6 +29,8 @@ class Calibration:
     expected_calibration_error_before: float
     expected_calibration_error_after: float
     model_sha256: str
+    coverage: list[dict[str, Any]]
+    """Coverage and accuracy by threshold at the temperature: evaluation.metrics.coverage_curve. Empty in former files."""
 
     @property
     def text(self) -> str:

@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
-from carclass.evaluation.metrics import classification_metrics, confusion_matrix
+from carclass.evaluation.metrics import classification_metrics, confusion_matrix, coverage_curve
 from carclass.evaluation.report import MaskingSample, Mistake, Report
 from carclass.experiments.report import render_comparison
 from carclass.ingestion.report import DatasetReport, Rejected, Sample
@@ -16,7 +16,8 @@ from carclass.masking.report import MaskingReport, histogram
 from tests.helpers.trees import sixteen
 
 EVALUATION_SECTIONS = [
-    "summary", "curves", "confusion", "pairs", "classes", "mistakes", "calibration", "masking", "data"
+    "summary", "curves", "confusion", "pairs", "classes", "mistakes", "calibration", "threshold", "masking",
+    "data",
 ]  # fmt: skip
 DATASET_SECTIONS = ["summary", "classes", "sizes", "sample", "quarantine"]
 MASKING_SECTIONS = ["summary", "detections", "measures", "doubtful", "sample", "data"]
@@ -77,6 +78,7 @@ def make_report(num_classes: int = 4, num_photos: int = 60, num_mistakes: int = 
         model=("unfrozen", 1),
         metrics=classification_metrics(labels, probabilities, names),
         calibration="Probabilities are calibrated: temperature 1.2.",
+        val_coverage=coverage_curve(probabilities.max(axis=1) ** 0.5, probabilities.argmax(axis=1) == labels),
         class_names=names,
         confusion=confusion_matrix(labels, probabilities.argmax(axis=1), num_classes),
         history={
