@@ -157,7 +157,11 @@ KINDS = {
         migrations={1: _choose_temperature, 2: lambda values: {"coverage": [], **values}},
     ),
     "preprocessing": Kind({"reading": dict}, PREDICT_REMEDY, format=2),  # has all up to the network's input
-    "predictions": Kind({}, "Delete the folder, or choose another `predict.name`."),
+    "predictions": Kind(
+        {},
+        "Delete the folder, or choose another `predict.name`.",
+        format=2,  # without the list of photos, which may grow; 1 is read as it is: its parts have the hash of it
+    ),
     "search": Kind(
         {"search": dict, "train.seed": str},
         SWEEP_REMEDY,

@@ -30,7 +30,7 @@ class Calibration:
     expected_calibration_error_after: float
     model_sha256: str
     coverage: list[dict[str, Any]]
-    """Coverage and accuracy by threshold at the temperature: evaluation.metrics.coverage_curve. Empty in former files."""
+    """Rows of evaluation.metrics.coverage_curve at the temperature; empty in files of former formats."""
 
     @property
     def text(self) -> str:
