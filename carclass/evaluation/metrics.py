@@ -22,12 +22,11 @@ def classification_metrics(labels: np.ndarray, probabilities: np.ndarray, class_
     The result is JSON-serialisable; all rates are fractions:
     - `num_photos`, `num_classes`, `accuracy` and `accuracy_interval`, its 95 % Wilson interval;
     - `top5_accuracy`: the label is among the `top5_k` = min(5, C) most probable classes, so it is 1 for C <= 5;
-    - `coverage`, see `coverage_curve`; `log_loss` in nats;
-    - `expected_calibration_error` with the `calibration_bins` it is computed from;
+    - `log_loss` in nats, and `expected_calibration_error` with the `calibration_bins` it is computed from;
     - `per_class`: name, precision, recall, f1 and support of every class in order, including those without photos;
     - `macro_average`, `weighted_average` of the same, as in scikit-learn's `classification_report`: a class without
       photos counts as 0 in the macro average;
-    - `most_confused_pairs`: see the function of that name.
+    - `coverage`, a `coverage_curve`, and `most_confused_pairs`: see the functions.
 
     Raise ValueError if shapes do not match, there are no rows, a label is out of range, class names repeat, or a row
     is not a probability distribution (NaN, negative, does not sum to 1).
