@@ -1,43 +1,81 @@
 """New photos and a run → predictions: class, calibrated probability, and rejection of uncertain photos.
 
-  python jobs/predict.py --config FILE --run NAME --photos s3://bucket/new/
-  python jobs/predict.py --config FILE --run NAME --photos DIR --threshold 0.5 --name monday
+  python jobs/predict.py car.jpg --config FILE --run NAME
+  python jobs/predict.py s3://bucket/new/ --config FILE --run NAME
+  python jobs/predict.py DIR --config FILE --run NAME --threshold 0.5 --name monday
 
 Photos are processed as the run's own: read, masked if its dataset is (by the same detector), classified. No labels are
-needed. Every file has one row in <run>/predictions/<name>/predictions.parquet and .csv: the most probable class and its
-probability, the five most probable classes, and the vehicle's box, or the reason for its quarantine.
+needed. Photos that are named one by one are predicted in seconds, and the result is printed alone. Of a folder, prefix
+or archive, every file has one row in <run>/predictions/<name>/predictions.parquet and .csv: the most probable class and
+its probability, the five most probable classes, and the vehicle's box, or the reason for its quarantine;
+predictions.html shows the photos, to be filtered. When there are more photos, the same command predicts these alone.
 
 Probabilities are calibrated: of the photos with 0.8, about 80 % should be right. The temperature is fitted on the
 run's val photos at its first evaluation or prediction and stored with the model; it is valid for similar photos. An
-interrupted job resumes.
+interrupted job resumes. The report of the run shows which threshold gives which accuracy.
 """
+
+import argparse
+from typing import TYPE_CHECKING
 
 from carclass import progress
 from carclass.config import cli
+from carclass.errors import UserError
+
+if TYPE_CHECKING:
+    from carclass.config.schema import PredictSettings
+    from carclass.prediction.predict import PredictionResult
 
 
 def main() -> None:
-    settings = cli.parse_job(__doc__, "predict")
+    config, args = cli.parse_job_with_flags(__doc__, "predict", {}, listed="photos")
+    settings = config.predict
+    assert settings is not None
+    if settings.run is None and config.train is not None:
+        settings = settings.model_copy(update={"run": config.train.name})
+    if settings.run is None:
+        raise UserError("`predict.run` is missing: name the run to use, e.g. --run sample.")
+    from carclass.prediction import few_photos
+
+    if photos := few_photos.find_photos(args.listed or [settings.photos]):
+        check_options(args, few_photos.STORED_ONLY)
+        rows = few_photos.describe_rows(few_photos.predict_few(config.root, settings, photos))
+    else:
+        from carclass.prediction.predict import predict_photos
+
+        rows = result_rows(settings, predict_photos(config.root, settings))
+    print(progress.table(rows, title=f"predictions of {settings.run}"))
+
+
+def check_options(args: argparse.Namespace, names: tuple[str, ...]) -> None:
+    """Raise UserError for an option that has no effect on predictions which are not stored."""
+    for name in names:
+        if getattr(args, name) is not None:
+            raise UserError(
+                f"`--{name}` has no effect on photos that are named one by one, whose predictions are printed and not "
+                "stored. Leave it out, or give their folder."
+            )
+
+
+def result_rows(settings: "PredictSettings", result: "PredictionResult") -> list[tuple[str, str]]:
+    """Return the counts, the calibration and the files of stored predictions."""
     from carclass import storage
     from carclass.prediction import predictions
-    from carclass.prediction.predict import predict_photos
 
-    assert settings.predict is not None
-    result = predict_photos(settings.root, settings.predict)
     counts, calibration = result.counts, result.calibration
     before, after = calibration.expected_calibration_error_before, calibration.expected_calibration_error_after
-    rows = [
+    return [
         ("inputs", f"{counts.photos:,}"),
         ("predicted", f"{counts.predicted:,}"),
-        (f"  below {settings.predict.threshold:g}, rejected", f"{counts.rejected:,}"),
+        (f"  below {settings.threshold:g}, rejected", f"{counts.rejected:,}"),
         ("quarantined", f"{sum(counts.reasons.values()):,}"),
         *((f"  {reason}", f"{number:,}") for reason, number in counts.reasons.items()),
         ("temperature", calibration.text),
         *([("calibration error (val)", f"{before:.3f} → {after:.3f}")] if calibration.temperature != 1 else []),
+        ("page", storage.join(result.uri, predictions.PAGE)),
         ("Parquet", storage.join(result.uri, predictions.TABLE)),
         ("CSV", storage.join(result.uri, predictions.CSV)),
     ]
-    print(progress.table(rows, title=f"predictions of {settings.predict.run}"))
 
 
 if __name__ == "__main__":

@@ -63,7 +63,9 @@ class JobParser(argparse.ArgumentParser):
                 raise UserError(f"`--{name}` is not an option of {self.prog}; {hint}")
             if names.count(name) > 1:
                 raise UserError(f"`--{name}` is given {names.count(name)} times. Give it once.")
-        return self.parse_args(arguments)
+        # Arguments of any number between options; not with subcommands.
+        has_list = any(action.nargs == "*" and not action.option_strings for action in self._actions)
+        return self.parse_intermixed_args(arguments) if has_list else self.parse_args(arguments)
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError, which cli.main reports with exit status 2."""
@@ -88,13 +90,23 @@ def parse_job(doc: str, section: str | None, argv: list[str] | None = None, *, d
 
 
 def parse_job_with_flags(
-    doc: str, section: str | None, flags: Flags, argv: list[str] | None = None, *, default: Path | None = None
+    doc: str,
+    section: str | None,
+    flags: Flags,
+    argv: list[str] | None = None,
+    *,
+    default: Path | None = None,
+    listed: str | None = None,
 ) -> tuple[Config, argparse.Namespace]:
-    """Return the settings of one job, as `parse_job` does, and the parsed arguments with its flags."""
+    """Return the settings of one job, as `parse_job` does, and the parsed arguments with its flags.
+
+    listed: setting whose values may be given without its name. The first one becomes the setting, and all are in the
+    arguments as `listed`.
+    """
     kind = Config if section is None else section_type(Config.model_fields[section].annotation)
     assert kind is not None
     shared = [] if section is None else [setting for setting in list_settings(Config) if setting.key == "root"]
-    path, overrides, args = _parse(doc, kind, [*shared, *list_settings(kind)], flags, argv, default)
+    path, overrides, args = _parse(doc, kind, [*shared, *list_settings(kind)], flags, argv, default, listed)
     prefix = "" if section is None else f"{section}."
     keys = {key: key if key == "root" else f"{prefix}{key}" for key in overrides}
     config = load_config(path, {keys[key]: text for key, text in overrides.items()}, Config)
@@ -118,30 +130,45 @@ def _parse(
     flags: Flags,
     argv: list[str] | None,
     default: Path | None,
+    listed: str | None = None,
 ) -> tuple[Path, dict[str, str], argparse.Namespace]:
     """Return the config file, the settings given on the command line as text, and all parsed arguments."""
     file = "--config FILE" if default is None else "[--config FILE]"
-    parser = JobParser(doc, f"%(prog)s {file} [--key VALUE ...]", removed_settings(kind))
+    names = "" if listed is None else f"[{listed.upper()} ...] "
+    parser = JobParser(doc, f"%(prog)s {names}{file} [--key VALUE ...]", removed_settings(kind))
     parser.add_argument("--config", metavar="FILE", required=default is None, help="YAML file with the settings")
+    if listed is not None:
+        parser.add_argument("listed", nargs="*", metavar=listed.upper(), help=f"as --{listed}, or several")
     for name, options in flags.items():
         parser.add_argument(f"--{name}", **options)
-    for setting in settings:
-        metavar = setting.type_name.upper().replace("|", " | ")
-        shown = "" if setting.default is None else f" [{default_text(setting.default)}]"
-        parser.add_argument(
-            f"--{setting.key}", metavar=metavar, help=f"{setting.explanation}{shown}".replace("%", "%%")
-        )
-    for key, explanation in (sections := optional_sections(kind)).items():
-        parser.add_argument(f"--{key}", type=_null_or_text, choices=["null"], help=explanation)
+    sections = _add_settings(parser, kind, settings)
     args = parser.parse(argv)
     if args.config == "":
         raise UserError("`--config` is empty; give a YAML file")
+    if listed is not None and args.listed:
+        if getattr(args, listed) is not None:
+            raise UserError(f"`--{listed}` is given, and {args.listed[0]} without it. Leave one of them out.")
+        setattr(args, listed, args.listed[0])
     path = find_config(args.config) if default is None or args.config else default
     values = {key: getattr(args, key) for key in (*sections, *(setting.key for setting in settings))}
     given = {key: text for key, text in values.items() if text is not None}
     if both := [key for key in given if any(key.startswith(f"{name}.") for name in sections if name in given)]:
         raise UserError(f"`--{both[0]}` has no effect, as its section is null on the command line too. Leave one out.")
     return path, given, args
+
+
+def _add_settings(parser: JobParser, kind: type[Section], settings: list[Setting]) -> dict[str, str]:
+    """Add an option per setting, and one per section that may be null; return the latter."""
+    for setting in settings:
+        metavar = setting.type_name.upper().replace("|", " | ")
+        shown = "" if setting.default is None else f" [{default_text(setting.default)}]"
+        parser.add_argument(
+            f"--{setting.key}", metavar=metavar, help=f"{setting.explanation}{shown}".replace("%", "%%")
+        )
+    sections = optional_sections(kind)
+    for key, explanation in sections.items():
+        parser.add_argument(f"--{key}", type=_null_or_text, choices=["null"], help=explanation)
+    return sections
 
 
 def default_text(value: Any) -> str:

@@ -318,12 +318,12 @@ class PredictSettings(Section):
     """Photos and a run → predictions."""
 
     run: Name | None = None
-    """Run whose network classifies the photos."""
+    """Run whose network classifies the photos; by default the one that the file trains."""
     stage: StageName | None = None
     """Stage whose best epoch classifies them; by default the run's model, the best epoch over its stages by val
     accuracy."""
     photos: Uri
-    """Folder, s3:// prefix, tar or zip archive of photos."""
+    """Folder, s3:// prefix, tar or zip archive of photos, or one photo, whose prediction is printed alone."""
     name: Name = "predictions"
     """Name of the result, below the run's folder; the same name resumes it."""
     threshold: Share = 0.0

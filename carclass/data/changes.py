@@ -104,7 +104,17 @@ def find_corrections(inventory: Inventory) -> Iterator[Correction]:
 def rows_with_reason(inventory: Inventory, *reasons: Reason) -> Iterator[Correction]:
     """Yield the files with rows of these reasons, to remove them, so that their photos are read again."""
     marks = ", ".join("?" * len(reasons))
-    rows = f"FROM written JOIN part ON part.id = part WHERE reason IN ({marks})"
-    query = f"SELECT path, key {rows} ORDER BY path"
-    for path, group in groupby(inventory.query(query, *reasons), key=lambda row: row[0]):
+    return _remove_rows(inventory, f"written.reason IN ({marks})", *reasons)
+
+
+def replaced_rows(inventory: Inventory) -> Iterator[Correction]:
+    """Yield the files with rows of inputs that have other content since, to remove these rows."""
+    return _remove_rows(inventory, REPLACED)
+
+
+def _remove_rows(inventory: Inventory, condition: str, *values: str) -> Iterator[Correction]:
+    """Yield the corrections that remove the rows of a condition."""
+    joined = f"{ROWS} JOIN part ON part.id = written.part"
+    query = f"SELECT part.path, written.key {joined} WHERE {condition} ORDER BY part.path"
+    for path, group in groupby(inventory.query(query, *values), key=lambda row: row[0]):
         yield Correction(path, frozenset(key for _, key in group), {})

@@ -152,8 +152,11 @@ KINDS = {
     "evaluation": Kind(
         {"accuracy": NUMBER, "num_photos": PositiveInt},
         "Run jobs/evaluate.py again.",
-        format=2,  # has the model, the dataset and the split
-        migrations={1: lambda values: {"model_sha256": None, **values} if isinstance(values, dict) else {}},
+        format=3,  # 2: has the model, the dataset and the split; 3: the coverage by threshold
+        migrations={
+            1: lambda values: {"model_sha256": None, **values} if isinstance(values, dict) else {},
+            2: lambda values: {"coverage": [], **values},
+        },
     ),
     "export": Kind({"model_sha256": str, "files": dict}, "Delete the file and run jobs/export.py again.", format=2),
     "budget": Kind({"budget": str}, "Delete the file: the next jobs/lineage.py run writes it again."),
@@ -161,13 +164,17 @@ KINDS = {
     "calibration": Kind(
         {"temperature": PositiveFloat, "model_sha256": str},
         PREDICT_REMEDY,
-        format=3,  # 2: has the temperature that was fitted beside the one to use; 3: sealed
-        migrations={1: _choose_temperature},
+        format=3,  # 2: has the temperature that was fitted beside the one to use; 3: coverage by threshold, sealed
+        migrations={1: _choose_temperature, 2: lambda values: {"coverage": [], **values}},
         is_sealed=True,
     ),
     # 2: has all up to the network's input; 3: sealed
     "preprocessing": Kind({"reading": dict}, PREDICT_REMEDY, format=3, is_sealed=True),
-    "predictions": Kind({}, "Delete the folder, or choose another `predict.name`."),
+    "predictions": Kind(
+        {},
+        "Delete the folder, or choose another `predict.name`.",
+        format=2,  # without the list of photos, which may grow; 1 is read as it is: its parts have the hash of it
+    ),
     "search": Kind(
         {"search": dict, "train.seed": str},
         SWEEP_REMEDY,

@@ -223,8 +223,8 @@ class Inventory:
         return self.query(f"SELECT key, reason, detail, fingerprint {rejected} ORDER BY reason, id")
 
     def keep_recorded(self, keys: Iterable[str]) -> None:
-        """Give inputs, whose content is the written one, the fingerprint under which it is written."""
-        recorded = "SELECT fingerprint FROM written WHERE written.key = input.key"
+        """Give inputs, whose content is the written one, the fingerprint under which it is written, "" without one."""
+        recorded = "SELECT coalesce(fingerprint, '') FROM written WHERE written.key = input.key"
         self.insert(f"UPDATE input SET recorded = ({recorded}) WHERE key = ?", ((key,) for key in keys))  # noqa: S608
 
     def forget_recorded(self) -> None:

@@ -28,6 +28,7 @@ def fit_calibration(labels: np.ndarray, probabilities: np.ndarray, model_sha256:
     errors = calibration_error(labels, probabilities), calibration_error(labels, calibrated)
     is_used = fitted > MIN_USED_TEMPERATURE and losses[1] < losses[0] and errors[1] < errors[0]
     is_used = is_used and held_out_log_loss(labels, probabilities) < losses[0]
+    used = calibrated if is_used else probabilities
     return Calibration(
         temperature=fitted if is_used else 1.0,
         fitted_temperature=fitted,
@@ -37,6 +38,7 @@ def fit_calibration(labels: np.ndarray, probabilities: np.ndarray, model_sha256:
         expected_calibration_error_before=errors[0],
         expected_calibration_error_after=errors[1],
         model_sha256=model_sha256,
+        coverage=metrics.coverage_curve(used.max(1), used.argmax(1) == labels),
     )
 
 

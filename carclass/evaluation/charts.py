@@ -12,7 +12,7 @@ from PIL import Image
 from carclass.evaluation.metrics import NUM_CALIBRATION_BINS
 from carclass.formatting import percent_text
 from carclass.reporting import svg
-from carclass.reporting.axes import fit_text
+from carclass.reporting.axes import Frame, accuracy_ticks, fit_text
 from carclass.reporting.svg import BOTTOM, LEFT, RIGHT, TOP
 
 HEAT_MAP_CELL = 4  # image pixels per class: sharp on dense screens, and 196 classes stay near 20 KB
@@ -86,6 +86,28 @@ def calibration_chart(bins: list[dict[str, Any]]) -> Markup:
         parts.append(svg.text("tick middle", LEFT + (RIGHT - LEFT) * tick, BOTTOM + 17, percent_text(tick, 0)))
     parts.append(svg.axis_name("confidence"))
     return svg.drawing("accuracy against the confidence of the prediction", parts)
+
+
+def coverage_chart(curves: dict[str, list[dict[str, Any]]]) -> Markup:
+    """Draw the accuracy of accepted photos against their share, a line per split with a dot per threshold.
+
+    curves: rows of `metrics.coverage_curve` by split; the first split is the one to choose on.
+    """
+    drawn = {split: [row for row in rows if row["count"]] for split, rows in curves.items()}
+    accuracies = [row["accuracy"] for rows in drawn.values() for row in rows]
+    frame = Frame(left=LEFT, right=RIGHT, top=TOP, bottom=BOTTOM, ticks=accuracy_ticks(accuracies))
+    parts = [frame.grid()]
+    for tick in (0, 0.25, 0.5, 0.75, 1):
+        parts.append(svg.text("tick middle", frame.x(tick), BOTTOM + 17, percent_text(tick, 0)))
+    dot = Markup('<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="3"><title>{}</title></circle>')
+    for css_class, (split, rows) in reversed([*zip(("val", "train"), drawn.items(), strict=False)]):
+        points = [(frame.x(row["coverage"]), frame.y(row["accuracy"])) for row in rows]
+        parts.append(svg.curve(points, f"curve {css_class}", None))
+        for point, row in zip(points, rows, strict=True):
+            figures = f"{percent_text(row['coverage'])} accepted, {percent_text(row['accuracy'])} of them correct"
+            parts.append(dot.format(css_class, *point, f"{split}, threshold {row['threshold']:g}: {figures}"))
+    parts.append(svg.axis_name("share of accepted photos"))
+    return svg.drawing("accuracy of accepted photos against their share", parts)
 
 
 def heat_map(confusion: np.ndarray, class_names: list[str]) -> Markup:

@@ -42,6 +42,7 @@ def collect_report(
         model=(model_facts["stage"], model_facts["epoch"]),
         metrics=metrics,
         calibration=_calibration_text(run, source, settings, calibrated),
+        val_coverage=[] if calibrated is None or settings.split == "val" else calibrated.coverage,
         class_names=source.classes,
         confusion=confusion_matrix(labels, probabilities.argmax(1), len(source.classes)),
         history=history,

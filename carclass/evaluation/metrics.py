@@ -10,6 +10,8 @@ import numpy as np
 
 NUM_CALIBRATION_BINS = 15  # as in Guo et al., 2017, for comparability
 NUM_CONFUSED_PAIRS = 20
+THRESHOLDS = (*(step / 20 for step in range(20)), 0.99)
+"""Confidences from which predictions may be accepted."""
 TOP_K = 5
 Z_95 = 1.959964  # two-sided 95 % quantile of the normal distribution
 
@@ -24,7 +26,7 @@ def classification_metrics(labels: np.ndarray, probabilities: np.ndarray, class_
     - `per_class`: name, precision, recall, f1 and support of every class in order, including those without photos;
     - `macro_average`, `weighted_average` of the same, as in scikit-learn's `classification_report`: a class without
       photos counts as 0 in the macro average;
-    - `most_confused_pairs`: see the function of that name.
+    - `coverage`, a `coverage_curve`, and `most_confused_pairs`: see the functions.
 
     Raise ValueError if shapes do not match, there are no rows, a label is out of range, class names repeat, or a row
     is not a probability distribution (NaN, negative, does not sum to 1).
@@ -36,9 +38,9 @@ def classification_metrics(labels: np.ndarray, probabilities: np.ndarray, class_
     if len(labels) != len(probabilities):
         raise ValueError(f"{len(labels)} labels but {len(probabilities)} rows of probabilities: pass one each")
 
-    predicted = probabilities.argmax(axis=1)
+    predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
     correct = predicted == labels
-    bins = calibration_bins(probabilities.max(axis=1), correct)
+    bins = calibration_bins(confidence, correct)
     top_k = min(TOP_K, num_classes)
     return {
         "num_photos": len(labels),
@@ -47,6 +49,7 @@ def classification_metrics(labels: np.ndarray, probabilities: np.ndarray, class_
         "accuracy_interval": list(wilson_interval(int(correct.sum()), len(labels))),
         "top5_k": top_k,
         "top5_accuracy": _top_k_accuracy(labels, probabilities, top_k),
+        "coverage": coverage_curve(confidence, correct),
         "log_loss": _log_loss(labels, probabilities),
         "expected_calibration_error": expected_calibration_error(bins),
         "calibration_bins": bins,
@@ -135,6 +138,26 @@ def expected_calibration_error(bins: list[dict[str, Any]]) -> float:
     filled = [b for b in bins if b["count"]]
     gaps = sum(b["count"] * abs(b["accuracy"] - b["confidence"]) for b in filled)
     return float(gaps / sum(b["count"] for b in filled))
+
+
+def coverage_curve(confidence: np.ndarray, correct: np.ndarray) -> list[dict[str, Any]]:
+    """Return the photos accepted at each of THRESHOLDS: threshold, count, coverage, their accuracy.
+
+    `confidence` is float (N,) in [0, 1], `correct` bool (N,). A photo is accepted if its confidence is not below the
+    threshold; `coverage` is the share of these. Without any, the accuracy is None.
+    """
+    curve = []
+    for threshold in THRESHOLDS:
+        accepted = correct[confidence >= threshold]
+        count, coverage = len(accepted), len(accepted) / len(correct)
+        accuracy = float(accepted.mean()) if count else None
+        curve.append({"threshold": threshold, "count": count, "coverage": coverage, "accuracy": accuracy})
+    return curve
+
+
+def find_threshold(curve: list[dict[str, Any]], accuracy: float) -> dict[str, Any] | None:
+    """Return the row of the lowest threshold whose accepted photos have at least an accuracy; None without."""
+    return next((row for row in curve if row["count"] and row["accuracy"] >= accuracy), None)
 
 
 def _averages_and_classes(labels: np.ndarray, predicted: np.ndarray, class_names: list[str]) -> dict[str, Any]:

@@ -7,11 +7,14 @@ from typing import Any
 import numpy as np
 
 from carclass.evaluation import charts
+from carclass.evaluation.metrics import find_threshold
 from carclass.reporting import page
 from carclass.runs.run import best_epoch_row
 
 LARGEST_CONFUSION_TABLE = 24
 """Number of classes up to which the confusion matrix is a table; above, it is a heat map."""
+WANTED_ACCURACIES = (0.9, 0.95, 0.99)
+"""Accuracies of accepted photos for which the report names a threshold."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -54,6 +57,8 @@ class Report:
     """Result of `classification_metrics`."""
     calibration: str
     """Sentence on the temperature of the probabilities."""
+    val_coverage: list[dict[str, Any]]
+    """Rows of `coverage_curve` of the run's val photos; empty if they are not known, or are those of the report."""
     class_names: list[str]
     confusion: np.ndarray
     """int64 (C,C), row = true label, column = predicted class."""
@@ -81,6 +86,9 @@ class Report:
 
 def render(report: Report) -> str:
     """Return the page as one HTML document, with photos embedded as data URIs."""
+    curves = {"val": report.val_coverage} if report.val_coverage else {}
+    curves |= {report.split: report.metrics["coverage"]}
+    chosen_on = next(iter(curves.values()))
     return page.render(
         Path(__file__).with_name("report.html.j2"),
         title=report.title,
@@ -92,6 +100,8 @@ def render(report: Report) -> str:
         ringed=charts.find_epoch(report.history, *report.model),
         best=best_epoch_row([{"stage": name, **row} for name, rows in report.history.items() for row in rows]),
         charts=charts,
+        curves=curves,
+        thresholds=[(wanted, find_threshold(chosen_on, wanted)) for wanted in WANTED_ACCURACIES],
         summary=_summary(report.metrics),
         confusion_as_table=len(report.class_names) <= LARGEST_CONFUSION_TABLE,
     )

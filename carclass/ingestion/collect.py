@@ -12,8 +12,9 @@ import ray
 
 from carclass import storage
 from carclass.config.schema import IngestSettings
-from carclass.data import dataset, photo, publishing
+from carclass.data import dataset, publishing
 from carclass.data.quarantine import PhotoError, Reason
+from carclass.data.thumbnail import thumbnail
 from carclass.ingestion import archive
 from carclass.ingestion.report import DatasetReport, Rejected, Sample, render
 
@@ -23,7 +24,7 @@ NUM_REJECTED, REJECTED_PER_REASON = 120, 30
 """Largest numbers of quarantined inputs on the page."""
 SHOWN_REASONS = (Reason.TOO_SMALL, Reason.NO_LABEL, Reason.LABEL_CONFLICT, Reason.LEAKAGE)
 """Reasons of photos that can usually be shown."""
-THUMBNAIL_SIDE, THUMBNAIL_QUALITY = 240, 75
+THUMBNAIL_SIDE = 240
 SIDE_EDGES = (128, 256, 512, 768, 1024, 2048)
 """Upper edges, in pixels, of ranges of the longer side."""
 
@@ -88,7 +89,7 @@ def _read_samples(chosen: dict[str, list[tuple[str, int]]]) -> dict[str, list[Sa
     samples: dict[str, list[Sample]] = {name: [] for name in sorted(chosen)}
     for uri, in_part in positions.items():
         for row in dataset.take_rows(uri, sorted(in_part), ["key", "label", "image"]).to_pylist():
-            samples[row["label"]].append(Sample(row["key"], thumbnail(row["image"])))
+            samples[row["label"]].append(Sample(row["key"], thumbnail(row["image"], THUMBNAIL_SIDE)))
     return samples
 
 
@@ -127,13 +128,7 @@ def read_thumbnails(photos: str, keys: Sequence[str]) -> dict[str, bytes]:
     for key, content in zip(keys, storage.read_many([storage.join(photos, key) for key in keys]), strict=True):
         if isinstance(content, bytes):
             try:
-                thumbnails[key] = thumbnail(content)
+                thumbnails[key] = thumbnail(content, THUMBNAIL_SIDE)
             except PhotoError:
                 continue
     return thumbnails
-
-
-def thumbnail(data: bytes) -> bytes:
-    """Return a photo as a small JPEG file. Raise PhotoError as `photo.decode` does."""
-    limits = {"min_side": 1, "max_pixels": photo.MAX_JPEG_SIDE**2, "max_side": THUMBNAIL_SIDE}
-    return photo.encode(photo.decode(data, **limits), quality=THUMBNAIL_QUALITY)

@@ -23,25 +23,30 @@ from carclass.data import dataset, publishing, streaming
 from carclass.data.crash_guard import CrashGuard
 from carclass.data.inventory import Inventory
 from carclass.data.quarantine import PhotoError
+from carclass.data.thumbnail import thumbnail
 from carclass.evaluation import calibration
 from carclass.ingestion import archive
 from carclass.ingestion.reading import read_groups
 from carclass.masking import detect
 from carclass.masking.writer import FAILURE, cut_rows
-from carclass.prediction.predictions import PREDICTION, prediction_columns
+from carclass.prediction.collect import THUMBNAIL_SIDE, is_shown
+from carclass.prediction.predictions import PREDICTED, PREDICTION, prediction_columns
 from carclass.runs.predictor import Predictor
 
 KEY_ROWS = 4096
 """Keys per block of the listing."""
 DETECTORS_PER_CLASSIFIER = 4
 """On CPUs, where detection takes about ten times as long as everything else."""
-READ = pa.schema([*dataset.ROW, *FAILURE])
+READ = pa.schema([*dataset.ROW, *FAILURE, publishing.FINGERPRINT])
 CLASSIFIER_INPUT = pa.schema(
     [
         ("key", pa.string()),
         ("image_id", pa.string()),
         ("image", pa.binary()),  # encoded as in the run's dataset; null if there is a reason
         *(PREDICTION.field(name) for name in ("outcome", "vehicle_class", "score", "box", "reason", "detail")),
+        publishing.FINGERPRINT,
+        ("photo", pa.binary()),  # thumbnails, see predictions.THUMBNAIL
+        ("cutout", pa.binary()),
     ]
 )
 
@@ -55,6 +60,7 @@ class PredictionJob(NamedTuple):
     model_uri: str
     classes: list[str]
     temperature: float
+    shown_share: float  # of the photos, which get thumbnails
 
 
 class ActorPools(NamedTuple):
@@ -69,12 +75,11 @@ class ActorPools(NamedTuple):
 
 
 def stream_predictions(inventory: Inventory, job: PredictionJob) -> ray.data.Dataset:
-    """Stream rows of PREDICTION for the pending photos. Raise UserError if the cluster is too small."""
+    """Stream rows of PREDICTED for the pending photos. Raise UserError if the cluster is too small."""
     pools = _plan_actor_pools(job)
     photos = stream_photos(job.settings.photos, inventory, pools.block_rows)
     read = photos.map_batches(partial(read_batch, crash_guard=CrashGuard(), settings=job.reading), **pools.task_options)
-    inputs = read.map_batches(select_input, **pools.task_options) if job.mask is None else _mask(read, job.mask, pools)
-    return inputs.map_batches(
+    return _to_inputs(read, job, pools).map_batches(
         ClassifyPhotos,
         fn_constructor_kwargs={"job": job, "crash_guard": CrashGuard(), "use_gpu": pools.use_gpu},
         compute=ray.data.ActorPoolStrategy(size=pools.num_classifiers),
@@ -124,40 +129,68 @@ def read_batch(batch: pa.Table, crash_guard: CrashGuard, settings: IngestSetting
         yield pa.Table.from_pylist(rows, READ)
 
 
-def _mask(read: ray.data.Dataset, settings: MaskSettings, pools: ActorPools) -> ray.data.Dataset:
-    """Stream rows of READ through the detectors: rows of CLASSIFIER_INPUT without backgrounds."""
+def _to_inputs(read: ray.data.Dataset, job: PredictionJob, pools: ActorPools) -> ray.data.Dataset:
+    """Convert a stream of READ to CLASSIFIER_INPUT: through the detectors and without backgrounds, if so trained."""
+    if job.mask is None:
+        return read.map_batches(partial(select_input, shown_share=job.shown_share), **pools.task_options)
     crash_guard = CrashGuard()
     decoded = read.map_batches(partial(decode_valid, crash_guard=crash_guard), **pools.task_options)
     detected = decoded.map_batches(
-        detect.DetectPhotos,
-        fn_constructor_kwargs={"settings": settings, "crash_guard": crash_guard, "use_gpu": pools.use_gpu},
+        DetectNewPhotos,
+        fn_constructor_kwargs={"settings": job.mask, "crash_guard": crash_guard, "use_gpu": pools.use_gpu},
         compute=ray.data.ActorPoolStrategy(size=pools.num_detectors),
         **pools.actor_options,
     )
-    return detected.map_batches(partial(cut_photos, settings=settings), **pools.task_options)
+    cut = partial(cut_photos, settings=job.mask, shown_share=job.shown_share)
+    return detected.map_batches(cut, **pools.task_options)
 
 
 def decode_valid(batch: pa.Table, crash_guard: CrashGuard) -> pa.Table:
-    """Convert rows of READ to rows of detect.DECODED; those with a reason get no pixels."""
+    """Convert rows of READ to rows of detect.DECODED with fingerprints; those with a reason get no pixels."""
     valid = pc.is_null(batch["reason"])
-    decoded = detect.decode_rows(batch.filter(valid).select(dataset.ROW.names), crash_guard)
-    failed = batch.filter(pc.invert(valid))
+    readable, failed = batch.filter(valid), batch.filter(pc.invert(valid))
+    decoded = detect.decode_rows(readable.select(dataset.ROW.names), crash_guard)
+    decoded = decoded.append_column(publishing.FINGERPRINT, readable["fingerprint"])
     return pa.concat_tables([decoded, failed], promote_options="default")
 
 
-def cut_photos(batch: pa.Table, settings: MaskSettings) -> Iterator[pa.Table]:
-    """Convert rows of writer.DETECTED to rows of CLASSIFIER_INPUT."""
-    for rows in publishing.split_by_bytes(cut_rows(batch, settings)):
-        yield pa.Table.from_pylist(rows, CLASSIFIER_INPUT)
+class DetectNewPhotos(detect.DetectPhotos):
+    """A detector actor: rows of DECODED → rows of DETECTED, both with fingerprints."""
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        return super().__call__(batch).append_column(publishing.FINGERPRINT, batch["fingerprint"])
 
 
-def select_input(batch: pa.Table) -> pa.Table:
+def cut_photos(batch: pa.Table, settings: MaskSettings, shown_share: float) -> Iterator[pa.Table]:
+    """Convert rows of writer.DETECTED with fingerprints to rows of CLASSIFIER_INPUT."""
+    rows = zip(cut_rows(batch, settings), batch["fingerprint"].to_pylist(), batch["image"], strict=True)
+    described = (
+        row | {"fingerprint": fingerprint} | _thumbnails(row, image.as_py(), shown_share)
+        for row, fingerprint, image in rows
+    )
+    for group in publishing.split_by_bytes(described):
+        yield pa.Table.from_pylist(group, CLASSIFIER_INPUT)
+
+
+def select_input(batch: pa.Table, shown_share: float) -> pa.Table:
     """Convert rows of READ to rows of CLASSIFIER_INPUT without masking."""
-    return pa.Table.from_pylist(batch.to_pylist(), CLASSIFIER_INPUT)
+    rows = (row | _thumbnails(row, row["image"], shown_share) for row in batch.to_pylist())
+    return pa.Table.from_pylist(list(rows), CLASSIFIER_INPUT)
+
+
+def _thumbnails(row: dict[str, Any], image: bytes, shown_share: float) -> dict[str, bytes | None]:
+    """Return the thumbnails of a photo and, if it differs, of the row's image, for a share of the photos."""
+    if row["reason"] is not None or not is_shown(row["key"], shown_share):
+        return {}
+    is_whole = row["image"] == image
+    return {
+        "photo": thumbnail(image, THUMBNAIL_SIDE),
+        "cutout": None if is_whole else thumbnail(row["image"], THUMBNAIL_SIDE),
+    }
 
 
 class ClassifyPhotos:
-    """A classifier actor: rows of CLASSIFIER_INPUT → rows of PREDICTION."""
+    """A classifier actor: rows of CLASSIFIER_INPUT → rows of PREDICTED."""
 
     def __init__(self, job: PredictionJob, crash_guard: CrashGuard, *, use_gpu: bool) -> None:
         if not use_gpu:
@@ -175,7 +208,7 @@ class ClassifyPhotos:
         )
         columns = iter(list(classified))
         rows = [row if row["reason"] else _add_columns(row, next(columns)) for row in rows]
-        return pa.Table.from_pylist(rows, PREDICTION)
+        return pa.Table.from_pylist(rows, PREDICTED)
 
     def _classify(self, images: list[bytes]) -> list[dict[str, Any]]:
         if not images:
@@ -188,5 +221,5 @@ class ClassifyPhotos:
 def _add_columns(row: dict[str, Any], result: dict[str, Any] | PhotoError) -> dict[str, Any]:
     """Return a row of CLASSIFIER_INPUT with the columns of its class, or those of a failed photo alone."""
     if isinstance(result, PhotoError):
-        return {"key": row["key"], "image_id": row["image_id"], **result.columns()}
+        return {name: row[name] for name in ("key", "image_id", "fingerprint")} | result.columns()
     return row | result

@@ -44,11 +44,11 @@ class PhotoPredictor:
     Raise UserError if the preprocessing of the run's photos cannot be repeated, or the model is not calibrated.
     """
 
-    def __init__(self, run: Run, model_uri: str) -> None:
+    def __init__(self, run: Run, model_uri: str, detector_weights: str | None = None) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         preprocessing = load_preprocessing(run)
         self.reading = preprocessing.ingest_settings(run.uri)  # the place is not used
-        self.mask = mask_settings(preprocessing, run.root)
+        self.mask = mask_settings(preprocessing, run.root, detector_weights)
         self.classifier = Predictor(model_uri, use_gpu=device == "cuda")
         self.temperature = require_calibration(run, model_uri, self.classifier.sha256).temperature
         self.detector = None

@@ -1,7 +1,9 @@
-"""Prediction job: new photos and a finished run → calibrated predictions in one table."""
+"""Prediction job: new photos and a finished run → calibrated predictions in one table and on a page."""
 
 import logging
 from functools import partial
+from itertools import chain
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -10,20 +12,22 @@ from carclass import storage
 from carclass.cluster import connection
 from carclass.cluster.telemetry import PhotoMeter
 from carclass.config.schema import PredictSettings
-from carclass.data import quarantine, streaming
+from carclass.data import changes, quarantine, streaming
 from carclass.data.draft import Draft
 from carclass.data.inventory import Inventory
 from carclass.data.lease import hold_lease
 from carclass.errors import UserError
 from carclass.evaluation.calibrate import calibrate_run
-from carclass.ingestion.archive import split_folder
+from carclass.ingestion.archive import is_archive, split_folder
 from carclass.ingestion.listing import list_photos
-from carclass.prediction import predictions
+from carclass.ingestion.reading import read_image_ids
+from carclass.prediction import collect, predictions
 from carclass.prediction.classify import PredictionJob, stream_predictions
 from carclass.prediction.detector_weights import mask_settings
+from carclass.prediction.report import render
 from carclass.runs.calibration_record import Calibration
 from carclass.runs.preprocessing_record import Preprocessing, load_preprocessing, store_preprocessing
-from carclass.runs.run import find_run
+from carclass.runs.run import Run, find_run
 from carclass.runs.saved_model import read_model
 
 log = logging.getLogger(__name__)
@@ -38,7 +42,7 @@ class PredictionResult(NamedTuple):
 
 
 def predict_photos(root: str, settings: PredictSettings) -> PredictionResult:
-    """Write `<run>/predictions/<name>/`; do nothing if it is finished.
+    """Write `<run>/predictions/<name>/`; do nothing if it is finished, and predict new photos alone if there are any.
 
     Raise UserError if the run is missing or unfinished, there are no photos, the name was used with other settings, or
     the preprocessing of the run's photos cannot be repeated.
@@ -56,28 +60,24 @@ def predict_photos(root: str, settings: PredictSettings) -> PredictionResult:
         preprocessing = load_preprocessing(run)
         store_preprocessing(run, preprocessing)
         calibrated = calibrate_run(run, model_uri, facts, settings.batch_size)
-        identity = _identity(settings, inventory, facts, preprocessing, calibrated)
-        if predictions.begin_predictions(uri, identity) and not predictions.read_counts(uri).reasons.get("unreadable"):
+        identity = predictions.begin_predictions(uri, _identity(settings, facts, preprocessing, calibrated))
+        if predictions.is_finished(uri, identity, inventory.digest()):
             log.info("predict: %s is finished, nothing to do", uri)
         else:
             reading = preprocessing.ingest_settings(settings.photos)
             mask = mask_settings(preprocessing, root, settings.detector_weights)
-            job = PredictionJob(settings, reading, mask, model_uri, facts["classes"], calibrated.temperature)
-            _write_predictions(Draft(uri, identity, inventory, lease=lease), job)
+            share = collect.shown_share(inventory.count_inputs())
+            job = PredictionJob(settings, reading, mask, model_uri, facts["classes"], calibrated.temperature, share)
+            _write_predictions(Draft(uri, identity, inventory, lease=lease), job, run)
     return PredictionResult(uri, predictions.read_counts(uri), calibrated)
 
 
 def _identity(
-    settings: PredictSettings,
-    inventory: Inventory,
-    facts: dict[str, Any],
-    preprocessing: Preprocessing,
-    calibrated: Calibration,
+    settings: PredictSettings, facts: dict[str, Any], preprocessing: Preprocessing, calibrated: Calibration
 ) -> dict[str, Any]:
-    """Return all settings that determine the rows, with hashes of the listing and the model."""
+    """Return all settings that determine the row of a photo, with the hash of the model."""
     return {
         "photos": settings.photos,
-        "list of photos": inventory.digest(),
         "threshold": settings.threshold,
         "batch_size": settings.batch_size,
         "model": facts["sha256"],
@@ -87,30 +87,72 @@ def _identity(
     }
 
 
-def _write_predictions(draft: Draft, job: PredictionJob) -> None:
-    """Write parts with the pending photos, then the tables of all photos."""
-    connection.connect({"root": draft.uri, "predict.photos": split_folder(job.settings.photos)[0]})
+def _write_predictions(draft: Draft, job: PredictionJob, run: Run) -> None:
+    """Write parts with the photos that are new or have changed, then the tables and the page of all photos."""
     uri, inventory = draft.uri, draft.inventory
-    draft.sync()
-    draft.retry_unreadable()
+    listing = inventory.digest()
+    _remove_outdated(draft, job.settings.photos, listing)
     predictions.write_unread(uri, inventory, draft.settings)
     draft.sync()
-    if num_pending := inventory.count_pending():
-        written = stream_predictions(inventory, job).map_batches(
-            partial(predictions.write_batch, uri=uri, settings=draft.settings),
-            batch_size=job.settings.part_rows,
-            batch_format="pyarrow",
-            num_cpus=streaming.TASK_CPUS,
-        )
-        with PhotoMeter("predict", num_pending) as meter:
-            for summary in written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-                assert isinstance(summary, pa.Table)
-                rejected = summary["rejected"].drop_null().to_pylist()
-                outcomes = ["rejected" if is_rejected else "accepted" for is_rejected in rejected]
-                meter.add(outcomes, summary["reason"].drop_null().to_pylist())
+    if inventory.count_pending():
+        _predict_pending(draft, job)
         draft.sync()
     draft.check_lease()
-    facts = {"inputs": inventory.count_inputs(), "reasons": inventory.reasons()}
+    num_gone = sum(change.number for change in changes.find_changes(inventory) if change.kind == "removed")
+    facts = {"inputs": inventory.count_inputs() + num_gone, "reasons": inventory.reasons()}
     quarantine.check_quarantined(facts, job.settings.max_quarantined, "predict.max_quarantined")
-    predictions.publish_predictions(uri, inventory)
+    predictions.publish_predictions(uri, inventory, listing, partial(_render_page, uri, job, run))
     quarantine.log_counts("predict", facts)
+
+
+def _remove_outdated(draft: Draft, photos: str, listing: str) -> None:
+    """Remove the rows of photos that storage could not deliver, or whose content has changed since.
+
+    Rows of photos that are gone are kept: they may have been moved away after their prediction. listing: digest of the
+    inputs.
+    """
+    draft.sync()
+    draft.retry_unreadable()
+    if draft.settings.get(predictions.LISTING) == listing:  # format 1, whose parts have no fingerprints
+        return
+    if not is_archive(photos):
+        read = partial(read_image_ids, photos=photos)
+        changes.recognize_unchanged(draft.inventory, lambda inputs: chain.from_iterable(map(read, inputs)))
+    if storage.exists(storage.join(draft.uri, predictions.TABLE)):
+        log.info("predict: since the last run: %s", changes.changes_text(changes.find_changes(draft.inventory)))
+    draft.correct(changes.replaced_rows(draft.inventory))
+
+
+def _predict_pending(draft: Draft, job: PredictionJob) -> None:
+    """Write parts with the pending photos."""
+    connection.connect({"root": draft.uri, "predict.photos": split_folder(job.settings.photos)[0]})
+    written = stream_predictions(draft.inventory, job).map_batches(
+        partial(predictions.write_batch, uri=draft.uri, settings=draft.settings),
+        batch_size=job.settings.part_rows,
+        batch_format="pyarrow",
+        num_cpus=streaming.TASK_CPUS,
+    )
+    with PhotoMeter("predict", draft.inventory.count_pending()) as meter:
+        for summary in written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            assert isinstance(summary, pa.Table)
+            rejected = summary["rejected"].drop_null().to_pylist()
+            outcomes = ["rejected" if is_rejected else "accepted" for is_rejected in rejected]
+            meter.add(outcomes, summary["reason"].drop_null().to_pylist())
+
+
+def _render_page(uri: str, job: PredictionJob, run: Run, table: Path) -> str:
+    """Return the page of the predictions in a local table."""
+    settings = job.settings
+    facts = [
+        ("Run", run.settings.name),
+        ("Model", f"{run.settings.model.architecture}, {run.settings.model.image_size} px"),
+        ("Photos", settings.photos),
+        ("Masking", "none" if job.mask is None else job.mask.cutout.mode),
+        ("Threshold", f"{settings.threshold:g}"),
+        ("Temperature", f"{job.temperature:.3f}"),
+    ]
+    has_report = storage.exists(storage.join(run.uri, "report", "report.html"))
+    link = "../../report/report.html#threshold" if has_report else None
+    title = f"Predictions of {run.settings.name}: {settings.name}"
+    report = collect.collect_report(uri, table, title, facts, threshold=settings.threshold, report_link=link)
+    return render(report)

@@ -1,16 +1,18 @@
 """Table of predictions: a row per photo, first in parts, then in one Parquet and one CSV file.
 
-<run>/predictions/<name>/settings.json         settings that determine the rows, written first
-<run>/predictions/<name>/parts/*.parquet       rows as they are made; a resumed job predicts the others
-<run>/predictions/<name>/predictions.csv       all rows ordered by key
-<run>/predictions/<name>/predictions.parquet   the same, written last: it marks the predictions as finished
+<run>/predictions/<name>/settings.json          settings that determine the rows, written first
+<run>/predictions/<name>/parts/*.parquet        rows as they are made; a resumed job predicts the others
+<run>/predictions/<name>/thumbnails/*.parquet   small pictures of photos and cutouts, for the page
+<run>/predictions/<name>/predictions.csv        all rows ordered by key
+<run>/predictions/<name>/predictions.html       a page of them
+<run>/predictions/<name>/predictions.parquet    all rows, written last: it marks the predictions as finished
 """
 
 import json
 import mmap
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,9 +25,10 @@ import pyarrow.parquet as pq
 
 from carclass import storage
 from carclass.data import formats, publishing
-from carclass.data.dataset import read_part, report_damage, with_plain_lists
+from carclass.data.dataset import open_parquet, read_part, report_damage, with_plain_lists
 from carclass.data.formats import json_text
 from carclass.data.inventory import Inventory, chunks
+from carclass.data.quarantine import Reason
 from carclass.errors import UserError
 
 PREDICTION = pa.schema(
@@ -45,7 +48,20 @@ PREDICTION = pa.schema(
         ("detail", pa.string()),
     ]
 )
-SETTINGS, TABLE, CSV = "settings.json", "predictions.parquet", "predictions.csv"
+THUMBNAIL = pa.schema(
+    [
+        ("key", pa.string()),
+        ("image_id", pa.string()),
+        ("fingerprint", pa.string()),  # see inventory.Listed
+        ("photo", pa.binary()),  # JPEG file
+        ("cutout", pa.binary()),  # JPEG file of the classifier's input; null if it is the whole photo
+    ]
+)
+PREDICTED = pa.unify_schemas([PREDICTION, THUMBNAIL])
+"""Columns of a predicted row, before its thumbnails are written apart; null for photos that the page does not show."""
+SETTINGS, TABLE, CSV, PAGE = "settings.json", "predictions.parquet", "predictions.csv", "predictions.html"
+LISTING = "list of photos"
+"""Key of format 1 of the settings, and of the table's metadata: digest of the inputs that the table has."""
 TOP_K = 5
 CHUNK_ROWS = 50_000
 """Rows in memory while the files are written: about 25 MB."""
@@ -70,23 +86,37 @@ def predictions_uri(run_uri: str, name: str) -> str:
     return storage.join(run_uri, "predictions", name)
 
 
-def begin_predictions(uri: str, settings: dict[str, Any]) -> bool:
-    """Begin or resume predictions, and return True if they are finished.
+def begin_predictions(uri: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Begin or resume predictions, and return their settings as they were stored first.
 
     Raise UserError if they were begun with other settings.
     """
+    new = json.loads(formats.to_json(settings))
     try:
         old = formats.read(storage.join(uri, SETTINGS), "predictions")
     except FileNotFoundError:
-        formats.write(storage.join(uri, SETTINGS), "predictions", settings)
-        return False
+        formats.write(storage.join(uri, SETTINGS), "predictions", new)
+        return dict(new)
     old.pop("format", None)
-    new = json.loads(formats.to_json(settings))
-    if changed := sorted(key for key in {*old, *new} if old.get(key) != new.get(key)):
+    keys = {*old, *new} - {LISTING}
+    if changed := sorted(key for key in keys if old.get(key) != new.get(key)):
         raise UserError(
             f"{uri} was begun with other settings ({', '.join(changed)}). Choose another `predict.name`, or delete it."
         )
-    return all(storage.exists(storage.join(uri, file)) for file in (TABLE, CSV))
+    return old
+
+
+def is_finished(uri: str, settings: dict[str, Any], listing: str) -> bool:
+    """Return True if nothing is left to do. settings: as stored; listing: digest of the inputs of today.
+
+    Photos that storage could not deliver are left to do.
+    """
+    if not all(storage.exists(storage.join(uri, file)) for file in (TABLE, CSV, PAGE)):
+        return False
+    with open_parquet(storage.join(uri, TABLE)) as file:
+        metadata = pq.read_schema(file).metadata or {}
+    recorded = metadata.get(LISTING.encode(), str(settings.get(LISTING)).encode()).decode()
+    return recorded == listing and not read_counts(uri).reasons.get(Reason.UNREADABLE)
 
 
 def prediction_columns(probabilities: np.ndarray, classes: Sequence[str], threshold: float) -> list[dict[str, Any]]:
@@ -109,41 +139,52 @@ def prediction_columns(probabilities: np.ndarray, classes: Sequence[str], thresh
 
 
 def write_batch(batch: pa.Table, uri: str, settings: dict[str, Any]) -> pa.Table:
-    """Write rows of PREDICTION as a part, and return their columns `rejected` and `reason`."""
-    publishing.write_part(uri, "parts", batch, settings)
+    """Write rows of PREDICTED as a part and their thumbnails as another, and return `rejected` and `reason`."""
+    pictures = [name for name in ("photo", "cutout") if name in batch.column_names]
+    publishing.write_part(uri, "parts", batch.drop(pictures), settings)
+    if pictures and len(shown := batch.filter(pc.is_valid(batch["photo"]))):
+        publishing.write_part(uri, "thumbnails", shown.select(THUMBNAIL.names), settings)
     return batch.select(["rejected", "reason"])
 
 
 def write_unread(uri: str, inventory: Inventory, settings: dict[str, Any]) -> None:
     """Write the inputs that are not read at all, such as those with names that are not UTF-8, with their reasons."""
+    names = ("key", "reason", "detail", "fingerprint")
     for rows in chunks(inventory.rejected_inputs(), CHUNK_ROWS):
-        unread = [{"key": key, "reason": reason, "detail": detail} for key, reason, detail, _ in rows]
-        write_batch(pa.Table.from_pylist(unread, PREDICTION), uri, settings)
+        unread = [dict(zip(names, row, strict=True)) for row in rows]
+        write_batch(pa.Table.from_pylist(unread, PREDICTED), uri, settings)
 
 
-def publish_predictions(uri: str, inventory: Inventory) -> None:
-    """Write the table of all parts as CSV and Parquet.
+def publish_predictions(uri: str, inventory: Inventory, listing: str, render: Callable[[Path], str]) -> None:
+    """Write all rows as CSV and Parquet, and the page before the latter. Rows of photos that are gone are kept.
 
     Workers of a killed job may write for a moment after its successor has listed the missing photos, so a photo may be
-    in two parts; their rows are equal, and one is used. Raise AssertionError if a key is missing or unknown.
+    in two parts; their rows are equal, and one is used. Raise AssertionError if an input is missing. listing: digest of
+    the inputs; render: local Parquet file → page.
     """
-    wrong = inventory.missing_keys() + inventory.unknown_keys()
-    assert not wrong, f"{uri}: keys are missing or unknown, such as {wrong}"
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as writers:
-        files = Path(folder, CSV), Path(folder, TABLE)
-        csv_writer = writers.enter_context(pyarrow.csv.CSVWriter(files[0], to_csv(PREDICTION.empty_table()).schema))
-        parquet_writer = writers.enter_context(
-            pq.ParquetWriter(files[1], PREDICTION, compression="zstd", write_page_checksum=True)
-        )
-        for rows in _rows_by_key(uri, inventory):
-            csv_writer.write_table(to_csv(rows))
-            parquet_writer.write_table(rows)
-        writers.close()
-        for file in files:
-            with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                view = memoryview(data)
-                storage.write_bytes(storage.join(uri, file.name), view)
-                view.release()
+    missing = inventory.missing_keys()
+    assert not missing, f"{uri}: keys are missing, such as {missing}"
+    with tempfile.TemporaryDirectory() as folder:
+        csv, table = Path(folder, CSV), Path(folder, TABLE)
+        with ExitStack() as writers:
+            csv_writer = writers.enter_context(pyarrow.csv.CSVWriter(csv, to_csv(PREDICTION.empty_table()).schema))
+            schema = PREDICTION.with_metadata({LISTING: listing})
+            options: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
+            parquet_writer = writers.enter_context(pq.ParquetWriter(table, schema, **options))
+            for rows in _rows_by_key(uri, inventory):
+                csv_writer.write_table(to_csv(rows))
+                parquet_writer.write_table(rows.cast(schema))
+        _publish_file(uri, csv)
+        storage.write_bytes(storage.join(uri, PAGE), render(table).encode())
+        _publish_file(uri, table)
+
+
+def _publish_file(uri: str, file: Path) -> None:
+    """Copy a file that is not empty from the local disk to the folder `uri`."""
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        view = memoryview(data)
+        storage.write_bytes(storage.join(uri, file.name), view)
+        view.release()
 
 
 def to_csv(rows: pa.Table) -> pa.Table:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from carclass import storage
 from carclass.data import formats
@@ -28,6 +29,8 @@ class Calibration:
     expected_calibration_error_before: float
     expected_calibration_error_after: float
     model_sha256: str
+    coverage: list[dict[str, Any]]
+    """Rows of evaluation.metrics.coverage_curve at the temperature; empty in files of former formats."""
 
     @property
     def text(self) -> str:

@@ -7,18 +7,21 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
-from carclass.evaluation.metrics import classification_metrics, confusion_matrix
+from carclass.evaluation.metrics import classification_metrics, confusion_matrix, coverage_curve
 from carclass.evaluation.report import MaskingSample, Mistake, Report
 from carclass.experiments.report import render_comparison
 from carclass.ingestion.report import DatasetReport, Rejected, Sample
 from carclass.masking.contact_sheet import CELL_HEIGHT, CELL_WIDTH, MaskedPhoto
 from carclass.masking.report import MaskingReport, histogram
+from carclass.prediction.report import FailedPhoto, PredictedClass, PredictionReport, ShownPhoto
 from tests.helpers.trees import sixteen
 
 EVALUATION_SECTIONS = [
-    "summary", "curves", "confusion", "pairs", "classes", "mistakes", "calibration", "masking", "data"
+    "summary", "curves", "confusion", "pairs", "classes", "mistakes", "calibration", "threshold", "masking",
+    "data",
 ]  # fmt: skip
 DATASET_SECTIONS = ["summary", "classes", "sizes", "sample", "quarantine"]
+PREDICTION_SECTIONS = ["summary", "photos", "classes", "quarantine"]
 MASKING_SECTIONS = ["summary", "detections", "measures", "doubtful", "sample", "data"]
 SWEEP_SECTIONS = ["summary", "seeds", "trials", "curves", "parallel", "importance", "slices", "cost"]
 COMPARISON_SECTIONS = ["summary", "tree", "curves", "runs", "changes", "better", "treatments", "test"]
@@ -77,6 +80,7 @@ def make_report(num_classes: int = 4, num_photos: int = 60, num_mistakes: int = 
         model=("unfrozen", 1),
         metrics=classification_metrics(labels, probabilities, names),
         calibration="Probabilities are calibrated: temperature 1.2.",
+        val_coverage=coverage_curve(probabilities.max(axis=1) ** 0.5, probabilities.argmax(axis=1) == labels),
         class_names=names,
         confusion=confusion_matrix(labels, probabilities.argmax(axis=1), num_classes),
         history={
@@ -162,6 +166,33 @@ def make_dataset_report(**changes: object) -> DatasetReport:
         ],
     }
     return DatasetReport(**{**values, **changes})
+
+
+def make_shown_photo(seed: int = 0, **changes: object) -> ShownPhoto:
+    """Return a classified photo with its cutout."""
+    names = ["Ardo Coupe", "Belmar Wagon", "Corvo Van", "Delta Pickup", "Elan Roadster"]
+    first = 0.3 + (seed * 37 % 70) / 100
+    top = [(names[(seed + i) % 5], first if i == 0 else (1 - first) / 2**i) for i in range(5)]
+    photo, cutout = make_photo(seed), make_photo(seed + 900)
+    values = {"key": f"new/{seed:04d}.jpg", "photo": photo, "cutout": cutout, "top": top}
+    return ShownPhoto(**{**values, "rejected": first < 0.5, "detection": "car, score 0.98", **changes})
+
+
+def make_prediction_report(num_photos: int = 6, **changes: object) -> PredictionReport:
+    """Return the page of predictions of a folder."""
+    shown = [make_shown_photo(seed) for seed in range(num_photos)]
+    classes = [PredictedClass("Ardo Coupe", num_photos - 2, 1, 0.8), PredictedClass("Belmar Wagon", 2, 1, 0.6)]
+    values = {
+        "title": "Predictions of first: monday",
+        "facts": [("Run", "first"), ("Threshold", "0.5")],
+        "threshold": 0.5,
+        "report_link": "../../report/report.html#threshold",
+        "classes": classes,
+        "shown": sorted(shown, key=lambda photo: photo.top[0][1]),
+        "reasons": {"truncated": 1, "empty": 1},
+        "failed": [FailedPhoto("a.jpg", "truncated", "the end is missing"), FailedPhoto("b.jpg", "empty", "")],
+    }
+    return PredictionReport(**{**values, **changes})
 
 
 @cache

@@ -231,8 +231,36 @@ def test_other_settings_under_the_same_name_are_rejected(
     shutil.copy(Path(settings.photos, sorted(os.listdir(settings.photos))[0]), tmp_path)
     with pytest.raises(UserError, match=r"other settings \(threshold\)\. Choose another `predict.name`"):
         predict_photos(root, settings.model_copy(update={"threshold": 0.9}))
-    with pytest.raises(UserError, match=r"other settings \(list of photos, photos\)"):
+    with pytest.raises(UserError, match=r"other settings \(photos\)"):
         predict_photos(root, settings.model_copy(update={"photos": str(tmp_path)}))
+
+
+@both_runs
+def test_the_page_shows_every_predicted_photo(name: str, result: PredictionResult):
+    page = Path(result.uri, predictions.PAGE).read_text(encoding="utf-8")
+    num_cutouts = sum(row["outcome"] == "vehicle" and row["label"] is not None for row in rows_of(result))
+    assert page.count("<figure data-class=") == result.counts.predicted
+    assert page.count('alt="cut out for the classifier"') == num_cutouts
+    assert (num_cutouts > 0) == (name == "masked")
+
+
+@pytest.mark.slow  # 25 s
+def test_new_and_changed_photos_of_a_folder_are_predicted_alone(
+    root: str, settings: PredictSettings, predicted: PredictionResult, tmp_path: Path
+):
+    by_key = {row["key"]: row for row in rows_of(predicted) if row["label"]}
+    kept, changed, new = [key for key in by_key if "/" not in key][:3]
+    box = settings.model_copy(update={"photos": str(tmp_path), "name": "box"})
+    for key in (kept, changed):
+        shutil.copy(Path(settings.photos, key), tmp_path)
+    predict_photos(root, box)
+    shutil.copy(Path(settings.photos, new), tmp_path)
+    shutil.copy(Path(settings.photos, new), tmp_path / changed)
+    result = predict_photos(root, box)
+    expected = [by_key[kept], {**by_key[new], "key": changed}, by_key[new]]
+    assert_equal_rows(rows_of(result), sorted(expected, key=lambda row: row["key"]))
+    parts = [pq.read_table(path)["key"].to_pylist() for path in Path(result.uri, "parts").iterdir()]
+    assert sorted(map(sorted, parts)) == sorted([[kept], sorted([changed, new])])
 
 
 @pytest.mark.slow  # 25 s

@@ -61,8 +61,8 @@ PLAIN = (
     "masking.selection", "masking.detector", "masking.writer", "masking.report", "evaluation.metrics",
     "evaluation.report", "training.loop", "training.dataloader", "training.checkpoint", "runs", "tuning.report",
     "tuning.search_space", "tuning.collect", "experiments.report", "experiments.tree", "experiments.status",
-    "evaluation.calibration", "prediction.predictions", "prediction.loaded_run", "ingestion.labels",
-    "ingestion.listing", "ingestion.reading",
+    "evaluation.calibration", "prediction.predictions", "prediction.loaded_run", "prediction.few_photos",
+    "prediction.collect", "prediction.report", "ingestion.labels", "ingestion.listing", "ingestion.reading",
 )  # fmt: skip
 """Packages and modules that work on arrays, tensors and files, without Ray."""
 MAX_MODULE, MAX_FUNCTION = 400, 40

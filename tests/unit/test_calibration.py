@@ -156,3 +156,13 @@ def test_each_stage_has_its_calibration(tmp_path: Path):
     for stage, calibrated in fitted.items():
         write_calibration(f"{tmp_path}/{stage}/best", calibrated)
     assert {stage: read_calibration(f"{tmp_path}/{stage}/best", stage) for stage in fitted} == fitted
+
+
+def test_the_coverage_of_the_val_photos_is_that_of_calibrated_probabilities():
+    labels, probabilities = draw(3.0, 500)
+    fitted = calibration.fit_calibration(labels, probabilities, "f" * 64)
+    calibrated = calibration.apply_temperature(probabilities, fitted.temperature).max(1)
+    assert fitted.temperature != 1
+    assert [row["count"] for row in fitted.coverage] == [
+        (calibrated >= row["threshold"]).sum() for row in fitted.coverage
+    ]

@@ -49,6 +49,41 @@ def run_job(*argv: str) -> "subprocess.CompletedProcess[str]":
 # Overrides
 
 
+def parse_listed(*argv: str) -> Any:
+    return cli.parse_job_with_flags("A job.", "predict", {}, list(argv), listed="photos")
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        ["a.jpg", "b.jpg", "--config", "FILE", "--run", "first"],
+        ["--config", "FILE", "a.jpg", "b.jpg", "--run", "first"],
+        ["--run", "first", "--config", "FILE", "a.jpg", "b.jpg"],
+        ["a.jpg", "--config", "FILE", "--run", "first", "b.jpg"],
+        ["--config=FILE", "--run", "first", "--", "a.jpg", "b.jpg"],
+    ],
+)
+def test_photos_are_given_without_an_option_in_any_place(config_file: str, order: list[str]):
+    config, args = parse_listed(*(argument.replace("FILE", config_file) for argument in order))
+    assert args.listed == ["a.jpg", "b.jpg"]
+    assert (config.predict.photos, config.predict.run) == (str(Path.cwd() / "a.jpg"), "first")
+
+
+def test_without_such_photos_the_setting_counts(config_file: str):
+    config, args = parse_listed("--config", config_file, "--photos", "new")
+    assert (args.listed, config.predict.photos) == ([], str(Path.cwd() / "new"))
+
+
+def test_photos_that_are_given_with_and_without_the_option_are_refused(config_file: str):
+    with pytest.raises(UserError, match=r"`--photos` is given, and a\.jpg without it"):
+        parse_listed("a.jpg", "--config", config_file, "--photos", "new")
+
+
+def test_a_job_without_a_list_refuses_arguments_without_options(config_file: str):
+    with pytest.raises(UserError, match=r"unrecognized arguments: a\.jpg"):
+        parse("evaluate", "a.jpg", "--config", config_file)
+
+
 @pytest.mark.parametrize(
     ("key", "text", "value"),
     [

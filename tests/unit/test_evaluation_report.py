@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from carclass.evaluation.charts import curve_chart, find_epoch, heat_map
+from carclass.evaluation.charts import coverage_chart, curve_chart, find_epoch, heat_map
 from carclass.evaluation.report import Mistake, Report, render
 from carclass.reporting.svg import nice_ticks
 from tests.helpers.pages import (
@@ -149,6 +149,41 @@ def test_the_accuracy_has_the_name_of_its_split(split: str):
 
 def test_the_calibration_of_the_probabilities_is_named():
     assert "Probabilities are calibrated: temperature 1.2." in section_text(render(make_report()), "calibration")
+
+
+def test_thresholds_are_listed_with_figures_of_val_and_of_the_evaluated_split():
+    report = make_report()
+    report.val_coverage = [{**row, "count": 1234} for row in report.metrics["coverage"]]
+    text = section_text(render(report), "threshold")
+    assert "Val accepted Val photos Val accuracy Test accepted Test photos Test accuracy 0.00" in text
+    assert text.count("1,234") == len(report.val_coverage)
+
+
+def test_a_threshold_is_named_for_each_wanted_accuracy():
+    report = make_report()
+    rows = [dict(row) for row in report.metrics["coverage"]]
+    for row, accuracy in zip(rows, [0.8] * 4 + [0.92] * 4 + [0.97] * 20, strict=False):
+        row |= {"count": 9, "coverage": 0.5, "accuracy": accuracy}
+    report.val_coverage = rows
+    text = section_text(render(report), "threshold")
+    assert "--threshold 0.2 : at least 90 % accuracy on val" in text
+    assert "--threshold 0.4 : at least 95 % accuracy on val, where 50.0 % of the photos" in text
+    assert "No threshold gives 99 % accuracy on val." in text
+
+
+def test_without_figures_of_val_the_report_says_how_to_get_them():
+    report = make_report()
+    report.val_coverage = []
+    text = section_text(render(report), "threshold")
+    assert "delete calibration.json in the stage's folder and evaluate again" in text
+    assert "accuracy on test" in text
+
+
+def test_the_coverage_chart_has_a_line_per_split_and_a_named_dot_per_threshold_with_photos():
+    rows = make_report().metrics["coverage"]
+    svg = ET.fromstring(coverage_chart({"val": rows, "test": rows}))
+    assert len(svg.findall("polyline")) == 2
+    assert len(svg.findall("circle/title")) == 2 * sum(row["count"] > 0 for row in rows)
 
 
 def test_quarantined_photos_are_listed_by_the_job_that_found_them():

@@ -2,7 +2,8 @@
 
 format_1/ holds files of a small run and sweep as they were written before files had a format, the settings of an early
 run, and files that were added later in their first format. format_2/ holds the second format of settings, a search, a
-manifest, preprocessing and calibration, and the lineage of today. format_3/ holds settings and a search as of today.
+manifest, preprocessing, calibration and metrics, and the lineage of today. format_3/ holds settings and a search as of
+today.
 """
 
 import json
@@ -131,6 +132,17 @@ def test_the_present_lineage_is_read():
         "CPU",
         "NVIDIA H100 80GB HBM3",
     ]
+
+
+def test_a_calibration_of_a_former_format_has_no_coverage():
+    calibration = read_calibration(f"{FORMAT_2}/{RUN}/unfrozen/best", SHA256)
+    assert calibration is not None
+    assert (calibration.temperature, calibration.coverage) == (1.0, [])
+
+
+def test_metrics_of_a_former_format_have_no_coverage():
+    metrics = formats.read(f"{FORMAT_2}/{RUN}/report/metrics.json", "evaluation")
+    assert (metrics["accuracy"], metrics["coverage"]) == (0.0, [])
 
 
 def test_a_sweep_without_a_setting_of_its_format_is_refused(tmp_path: Path):

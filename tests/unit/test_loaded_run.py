@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -381,6 +382,51 @@ def test_a_run_that_is_not_calibrated_predicts_nothing(predicting: LoadedRun, im
     Path(predicting.run.uri, "frozen", "calibration.json").unlink()
     with pytest.raises(UserError, match=r"is not calibrated yet.*evaluate.py --run first"):
         predicting.predict(image)
+
+
+def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["predict.py", *arguments])
+    runpy.run_path(str(HOUSE / "jobs" / "predict.py"))["main"]()
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> str:
+    (tmp_path / "my.yml").write_text(f"root: {tmp_path}\ntrain: {{name: first}}\n")
+    return str(tmp_path / "my.yml")
+
+
+def test_one_photo_is_predicted_by_its_name_with_the_run_of_the_config_file(
+    predicting: LoadedRun, image: Image.Image, config_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+    image.save(tmp_path / "car.png")
+    run_command(monkeypatch, str(tmp_path / "car.png"), "--config", config_file)
+    (row,) = predicting.predict(tmp_path / "car.png").to_pylist()
+    printed = capsys.readouterr().out
+    assert printed.startswith("predictions of first\n")
+    for name, share in zip(row["top5"], row["top5_probabilities"], strict=True):
+        assert f"{share:.3f}  {name}" in printed
+    assert not Path(predicting.run.uri, "predictions").exists()
+
+
+def test_several_photos_are_predicted_by_their_names_and_rejected_below_the_threshold(
+    predicting: LoadedRun, image: Image.Image, config_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+    image.save(tmp_path / "car.png")
+    (tmp_path / "text.jpg").write_text("no photo")
+    names = [str(tmp_path / name) for name in ("car.png", "text.jpg")]
+    run_command(monkeypatch, *names, "--config", config_file, "--threshold", "1")
+    _, _, first, second = capsys.readouterr().out.splitlines()
+    assert "(rejected: below the threshold)" in first
+    assert "not_an_image" in second
+
+
+def test_an_option_without_effect_on_single_photos_is_refused(
+    predicting: LoadedRun, config_file: str, monkeypatch: pytest.MonkeyPatch
+):
+    with pytest.raises(UserError, match="`--name` has no effect on photos that are named one by one"):
+        run_command(monkeypatch, config_file, "--config", config_file, "--name", "monday")
 
 
 def test_preprocessing_and_temperature_are_parts_of_a_loaded_run(predicting: LoadedRun):

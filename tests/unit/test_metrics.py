@@ -11,7 +11,9 @@ from carclass.evaluation.metrics import (
     calibration_bins,
     classification_metrics,
     confusion_matrix,
+    coverage_curve,
     expected_calibration_error,
+    find_threshold,
     most_confused_pairs,
     wilson_interval,
 )
@@ -173,3 +175,40 @@ def test_repeated_class_names_are_rejected():
 def test_predictions_out_of_range_are_rejected():
     with pytest.raises(ValueError, match="predicted: row 1 holds class 5"):
         confusion_matrix(np.array([0, 1]), np.array([0, 5]), 2)
+
+
+# Coverage by threshold
+
+
+def test_photos_below_a_threshold_are_not_accepted():
+    curve = coverage_curve(np.array([0.3, 0.5, 0.5, 0.97]), np.array([False, True, False, True]))
+    rows = {row["threshold"]: row for row in curve}
+    assert rows[0.0] == {"threshold": 0.0, "count": 4, "coverage": 1.0, "accuracy": 0.5}
+    assert (rows[0.5]["count"], rows[0.5]["accuracy"]) == (3, pytest.approx(2 / 3))
+    assert (rows[0.55]["coverage"], rows[0.55]["accuracy"]) == (0.25, 1.0)
+
+
+def test_a_threshold_that_accepts_no_photo_has_no_accuracy():
+    assert coverage_curve(np.array([0.5]), np.array([True]))[-1]["accuracy"] is None
+
+
+def test_a_confidence_in_float32_reaches_the_threshold_of_its_digits():
+    confidence = np.array([0.15, 0.35, 0.85], np.float32)
+    counts = {row["threshold"]: row["count"] for row in coverage_curve(confidence, np.ones(3, bool))}
+    assert (counts[0.15], counts[0.35], counts[0.85]) == (3, 2, 1)
+
+
+def test_the_lowest_threshold_of_an_accuracy_is_found():
+    curve = coverage_curve(np.array([0.3, 0.5, 0.6, 0.97]), np.array([False, True, False, True]))
+    assert find_threshold(curve, 0.5)["threshold"] == 0.0
+    assert find_threshold(curve, 0.9)["threshold"] == 0.65
+
+
+def test_an_accuracy_that_no_threshold_gives_is_not_found():
+    assert find_threshold(coverage_curve(np.array([0.5]), np.array([False])), 0.9) is None
+
+
+def test_the_coverage_is_a_part_of_the_metrics():
+    labels, probabilities, names = random_case(50, 4)
+    result = classification_metrics(labels, probabilities, names)
+    assert result["coverage"][0]["accuracy"] == result["accuracy"]

@@ -45,14 +45,24 @@ def failed(key: str) -> dict[str, Any]:
 
 def write(folder: Path, *parts: list[dict[str, Any]]) -> None:
     for rows in parts:
-        predictions.write_batch(pa.Table.from_pylist(rows, predictions.PREDICTION), str(folder), SETTINGS)
+        predictions.write_batch(pa.Table.from_pylist(rows, predictions.PREDICTED), str(folder), SETTINGS)
+
+
+def digest(keys: Sequence[str]) -> str:
+    with Inventory() as inventory:
+        add_keys(inventory, keys)
+        return inventory.digest()
+
+
+def is_finished(uri: Path | str, keys: Sequence[str], settings: dict[str, Any] = SETTINGS) -> bool:
+    return predictions.is_finished(str(uri), settings, digest(keys))
 
 
 def publish(uri: Path | str, keys: Sequence[str]) -> None:
     with Inventory() as inventory:
         add_keys(inventory, keys)
         Draft(str(uri), SETTINGS, inventory).sync()
-        predictions.publish_predictions(str(uri), inventory)
+        predictions.publish_predictions(str(uri), inventory, inventory.digest(), lambda _: "page")
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -88,22 +98,63 @@ def test_rows_are_ordered_by_key_across_parts(tmp_path: Path, monkeypatch: pytes
     assert [row["label"] for row in rows] == [None, "a", "c", "a", "a"]
 
 
-@pytest.mark.parametrize("keys", [["a"], ["a", "b", "c"]])
-def test_a_missing_or_unknown_key_fails_an_assertion(tmp_path: Path, keys: list[str]):
+def test_a_missing_key_fails_an_assertion(tmp_path: Path):
     write(tmp_path, [predicted("a"), predicted("b")])
-    with pytest.raises(AssertionError, match=r"keys are missing or unknown, such as \['[bc]'"):
-        publish(tmp_path, keys)
+    with pytest.raises(AssertionError, match=r"keys are missing, such as \['c'"):
+        publish(tmp_path, ["a", "b", "c"])
     assert not (tmp_path / predictions.TABLE).exists()
 
 
-@pytest.mark.parametrize("lost", [predictions.TABLE, predictions.CSV])
-def test_predictions_without_one_of_their_tables_are_unfinished(tmp_path: Path, lost: str):
-    predictions.begin_predictions(str(tmp_path), {})
+def test_rows_of_photos_that_are_gone_are_kept(tmp_path: Path):
+    write(tmp_path, [predicted("a"), predicted("b")])
+    publish(tmp_path, ["b"])
+    assert [row["key"] for row in read(tmp_path)] == ["a", "b"]
+
+
+@pytest.mark.parametrize("lost", [predictions.TABLE, predictions.CSV, predictions.PAGE])
+def test_predictions_without_one_of_their_files_are_unfinished(tmp_path: Path, lost: str):
     write(tmp_path, [predicted("a")])
     publish(tmp_path, ["a"])
-    assert predictions.begin_predictions(str(tmp_path), {})
+    assert is_finished(tmp_path, ["a"])
     (tmp_path / lost).unlink()
-    assert not predictions.begin_predictions(str(tmp_path), {})
+    assert not is_finished(tmp_path, ["a"])
+
+
+def test_predictions_are_unfinished_when_there_are_more_photos(tmp_path: Path):
+    write(tmp_path, [predicted("a")])
+    publish(tmp_path, ["a"])
+    assert not is_finished(tmp_path, ["a", "b"])
+
+
+def test_predictions_are_unfinished_while_photos_are_unreadable(tmp_path: Path):
+    write(tmp_path, [{**failed("a"), "reason": "unreadable"}])
+    publish(tmp_path, ["a"])
+    assert not is_finished(tmp_path, ["a"])
+
+
+def test_predictions_of_the_first_format_are_finished_for_the_photos_in_their_settings(tmp_path: Path):
+    write(tmp_path, [predicted("a")])
+    publish(tmp_path, ["a"])
+    table = pq.read_table(tmp_path / predictions.TABLE).replace_schema_metadata()
+    pq.write_table(table, tmp_path / predictions.TABLE, write_page_checksum=True)
+    settings = {**SETTINGS, predictions.LISTING: digest(["a"])}
+    assert is_finished(tmp_path, ["a"], settings)
+    assert not is_finished(tmp_path, ["a", "b"], settings)
+
+
+def test_thumbnails_are_written_apart_from_the_rows(tmp_path: Path):
+    write(tmp_path, [predicted("a", photo=b"1", cutout=b"2"), predicted("b")])
+    (part,) = (tmp_path / "parts").iterdir()
+    (pictures,) = (tmp_path / "thumbnails").iterdir()
+    assert not {"photo", "cutout"} & {*pq.read_schema(part).names}
+    assert pq.read_table(pictures).select(["key", "photo", "cutout"]).to_pylist() == [
+        {"key": "a", "photo": b"1", "cutout": b"2"}
+    ]
+
+
+def test_no_file_of_thumbnails_is_written_without_any(tmp_path: Path):
+    write(tmp_path, [predicted("a"), failed("b")])
+    assert not (tmp_path / "thumbnails").exists()
 
 
 def test_a_photo_in_two_parts_is_listed_once(tmp_path: Path):
@@ -163,7 +214,7 @@ def test_inputs_that_are_not_read_are_listed_with_their_reason(tmp_path: Path):
         write(tmp_path, [predicted("a.jpg")])
         predictions.write_unread(str(tmp_path), inventory, SETTINGS)
         Draft(str(tmp_path), SETTINGS, inventory).sync()
-        predictions.publish_predictions(str(tmp_path), inventory)
+        predictions.publish_predictions(str(tmp_path), inventory, "", lambda _: "page")
     assert [(row["key"], row["reason"]) for row in read(tmp_path)] == [("\\xff.jpg", "bad_name"), ("a.jpg", None)]
 
 
@@ -179,11 +230,10 @@ def test_a_table_of_failed_photos_only_is_counted(tmp_path: Path):
     assert predictions.read_counts(str(tmp_path)) == (1, 0, 0, {"empty": 1})
 
 
-def test_predictions_are_begun_resumed_and_finished(tmp_path: Path):
-    assert [predictions.begin_predictions(str(tmp_path), SETTINGS) for _ in range(2)] == [False, False]
-    write(tmp_path, [predicted("a")])
-    publish(tmp_path, ["a"])
-    assert predictions.begin_predictions(str(tmp_path), SETTINGS)
+def test_predictions_are_resumed_with_their_first_settings(tmp_path: Path):
+    former = {**SETTINGS, predictions.LISTING: "0" * 64}
+    assert predictions.begin_predictions(str(tmp_path), former) == former
+    assert predictions.begin_predictions(str(tmp_path), SETTINGS) == former
 
 
 def test_other_settings_under_the_same_name_are_rejected(tmp_path: Path):
@@ -196,7 +246,7 @@ def test_predictions_on_s3(bucket: str):
     uri = f"s3://{bucket}/run/predictions/monday"
     predictions.begin_predictions(uri, SETTINGS)
     for rows in ([predicted("b"), failed("c")], [predicted("a")]):
-        predictions.write_batch(pa.Table.from_pylist(rows, predictions.PREDICTION), uri, SETTINGS)
+        predictions.write_batch(pa.Table.from_pylist(rows, predictions.PREDICTED), uri, SETTINGS)
     publish(uri, ["a", "b", "c"])
-    assert predictions.begin_predictions(uri, SETTINGS)
+    assert is_finished(uri, ["a", "b", "c"])
     assert predictions.read_counts(uri) == (3, 2, 0, {"empty": 1})

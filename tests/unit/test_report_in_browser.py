@@ -10,6 +10,7 @@ import pytest
 from carclass.evaluation.report import render
 from carclass.ingestion.report import render as render_dataset
 from carclass.masking.report import render as render_masking
+from carclass.prediction.report import render as render_predictions
 from carclass.tuning.report import render_analysis
 from tests.helpers.browser import BROWSER, PHONE_WIDTH, open_page, photograph_page
 from tests.helpers.pages import (
@@ -17,10 +18,12 @@ from tests.helpers.pages import (
     DATASET_SECTIONS,
     EVALUATION_SECTIONS,
     MASKING_SECTIONS,
+    PREDICTION_SECTIONS,
     SWEEP_SECTIONS,
     comparison_page,
     make_dataset_report,
     make_masking_report,
+    make_prediction_report,
     make_report,
 )
 from tests.helpers.sweeps import make_sweep
@@ -57,6 +60,35 @@ def test_a_masking_report_opens_with_all_sections_and_a_silent_console(tmp_path)
     dom, console = open_page(render_masking(make_masking_report()), tmp_path)
     assert console == []
     assert [name for name in MASKING_SECTIONS if f'<section id="{name}"' not in dom] == []
+
+
+def test_the_page_of_predictions_opens_with_all_sections_and_a_silent_console(tmp_path):
+    dom, console = open_page(render_predictions(make_prediction_report()), tmp_path)
+    assert console == []
+    assert [name for name in PREDICTION_SECTIONS if f'<section id="{name}"' not in dom] == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "shown"),
+    [
+        ("class", "Belmar Wagon", ["new/0001.jpg"]),
+        ("words", "elan 0003", ["new/0003.jpg"]),
+        ("low", "70", ["new/0003.jpg", "new/0005.jpg"]),
+        ("result", "rejected", ["new/0000.jpg", "new/0002.jpg", "new/0004.jpg"]),
+        ("low", "", [f"new/{i:04d}.jpg" for i in range(6)]),
+    ],
+)
+def test_a_filter_shows_the_photos_that_pass_it(tmp_path, field, value, shown):
+    script = f"""
+        const field = document.querySelector("#{field}");
+        field.value = "{value}";
+        field.dispatchEvent(new Event("input", {{ bubbles: true }}));
+    """
+    dom, _ = open_page(with_script(render_predictions(make_prediction_report()), script), tmp_path)
+    figures = re.findall(r"<figure data-class[^>]*>.*?</figure>", dom, re.S)
+    found = [re.search(r'class="key">(.*?)<', one)[1] for one in figures if "hidden" not in one.split(">")[0]]
+    assert sorted(found) == shown
+    assert f"{len(shown)} of 6 photos" in dom
 
 
 def test_no_script_runs_in_a_masking_report(tmp_path):
@@ -130,6 +162,7 @@ FIND_HIDDEN_COLUMNS = f"""
 PAGES = {
     "evaluation": lambda: render(make_report(12, num_photos=400)),
     "dataset": lambda: render_dataset(make_dataset_report()),
+    "predictions": lambda: render_predictions(make_prediction_report()),
     "masking": lambda: render_masking(make_masking_report()),
     "sweep": lambda: render_analysis(make_sweep()),
     "comparison": comparison_page,
