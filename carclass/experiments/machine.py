@@ -17,12 +17,14 @@ class Machine(NamedTuple):
 
     cpus: int
     memory: int  # bytes
-    gpus: tuple[int, ...] = ()  # bytes of memory of each
+    gpus: tuple[int, ...] = ()  # bytes of memory of each, 0 if unknown
 
     @property
     def text(self) -> str:
         """Return the resources in words."""
-        gpus = f"{len(self.gpus)} GPU(s) of {self.gpus[0] / 1e9:.0f} GB" if self.gpus else "no GPU"
+        gpus = f"{len(self.gpus)} GPU(s)" if self.gpus else "no GPU"
+        if any(self.gpus):
+            gpus += f" of {min(self.gpus) / 1e9:.0f} GB"
         return f"{self.cpus} CPUs, {self.memory / 1e9:.0f} GB of memory, {gpus}"
 
 

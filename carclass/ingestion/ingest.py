@@ -27,10 +27,9 @@ from carclass.data.inventory import Inventory, chunks
 from carclass.data.lease import hold_lease
 from carclass.data.publishing import WrittenPart
 from carclass.ingestion import archive, collect, leakage
-from carclass.ingestion.inputs import check_classes, list_inputs
+from carclass.ingestion.inputs import ListedInputs, check_classes, list_inputs
 from carclass.ingestion.reading import GuardedRun, read_groups, read_image_ids
 from carclass.ingestion.split import MIN_VAL_PHOTOS, check_shares, hold_out
-from carclass.sample import source as sample
 
 log = logging.getLogger(__name__)
 QUARANTINE_ROWS = 10_000
@@ -40,24 +39,22 @@ IRRELEVANT = {"columns", "dataset", "labels", "max_quarantined", "num_classes", 
 """Settings that change no row by themselves: labels are compared photo by photo, and so are held-out splits."""
 
 
-def ingest_photos(root: str, settings: IngestSettings, *, update: bool = False) -> dataset.Dataset:
+def ingest_photos(
+    root: str, settings: IngestSettings, *, update: bool = False, listed: ListedInputs | None = None
+) -> dataset.Dataset:
     """Publish the dataset `<root>/datasets/<dataset>`, or return it if photos and labels are those it was made from.
 
-    update: publish a new version if they have changed, reading only photos that are new. Raise UserError if photos,
-    labels or settings are unusable, or have changed.
+    update: publish a new version if they have changed, reading only photos that are new. listed: the inputs, if they
+    are listed already. Raise UserError if photos, labels or settings are unusable, or have changed.
     """
-    irrelevant = IRRELEVANT | ({"group"} if settings.group is None else set())
-    identity = {**settings.model_dump(mode="json", exclude=irrelevant), "photos": _spelled_once(settings.photos)}
+    identity = identify_settings(settings)
     dataset.find_same_dataset(root, settings.dataset, identity)
     storage.check_root(root)
     connection.check_cluster()
-    if settings.photos == "sample":
-        sample_uris = sample.ensure_sample(root)
-        settings = settings.model_copy(update={"photos": sample_uris.photos, "labels": sample_uris.labels})
     uri = dataset.dataset_uri(root, settings.dataset)
-    with hold_lease(uri, "ingest") as lease, Inventory() as inventory:
+    with hold_lease(uri, "ingest") as lease, Inventory() as new:
         published = dataset.find_same_dataset(root, settings.dataset, identity)
-        shares = list_inputs(root, settings, inventory)
+        settings, inventory, shares = listed or list_inputs(root, settings, new)
         check_shares(published, shares)
         draft = Draft(uri, identity, inventory, published, run_tasks, lease)
         if draft.is_current(update=update, read_image_ids=partial(_read_image_ids, root=root, settings=settings)):
@@ -66,6 +63,12 @@ def ingest_photos(root: str, settings: IngestSettings, *, update: bool = False) 
             return published
         _connect(root, settings)
         return _write_dataset(draft, settings, shares)
+
+
+def identify_settings(settings: IngestSettings) -> dict[str, Any]:
+    """Return the settings that determine the rows of a dataset."""
+    irrelevant = IRRELEVANT | ({"group"} if settings.group is None else set())
+    return {**settings.model_dump(mode="json", exclude=irrelevant), "photos": _spelled_once(settings.photos)}
 
 
 def _connect(root: str, settings: IngestSettings) -> None:

@@ -1,6 +1,7 @@
 """Inputs of an ingestion: all files of the source with their labels and subsets, before any photo is read."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from carclass.config.ingest_settings import IngestSettings
 from carclass.data.inventory import Inventory
@@ -8,18 +9,30 @@ from carclass.errors import UserError
 from carclass.ingestion.labelling import label_photos, read_labels
 from carclass.ingestion.listing import list_photos
 from carclass.ingestion.split import find_shares
+from carclass.sample import source as sample
 
 
-def list_inputs(root: str, settings: IngestSettings, inventory: Inventory) -> dict[str, float]:
-    """Add the source's files with their labels to the inventory, and return the splits to hold out with their shares.
+class ListedInputs(NamedTuple):
+    """Files of a source with their labels."""
+
+    settings: IngestSettings  # with the URIs of the sample's files
+    inventory: Inventory
+    shares: dict[str, float]  # splits to hold out from train
+
+
+def list_inputs(root: str, settings: IngestSettings, inventory: Inventory) -> ListedInputs:
+    """Add the source's files with their labels to the inventory. The sample is drawn if it is missing.
 
     Raise UserError if photos or labels are unusable, as far as it can be known from their names.
     """
+    if settings.photos == "sample":
+        uris = sample.ensure_sample(root)
+        settings = settings.model_copy(update={"photos": uris.photos, "labels": uris.labels})
     read_labels(settings, inventory)  # its errors come before the listing of millions
     list_photos(settings.photos, inventory, root=root)
     label_photos(settings, inventory)
     check_classes(inventory.classes(), settings, "labelled photos")
-    return find_shares(inventory, settings)
+    return ListedInputs(settings, inventory, find_shares(inventory, settings))
 
 
 def check_classes(classes: Sequence[str], settings: IngestSettings, photos: str) -> None:

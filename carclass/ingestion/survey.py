@@ -129,7 +129,7 @@ def find_table(photos: str) -> str | None:
 
 def _survey(root: str, settings: IngestSettings) -> Survey:
     with Inventory() as inventory:
-        shares = list_inputs(root, settings, inventory)
+        shares = list_inputs(root, settings, inventory).shares
         subsets: dict[str, dict[str, int]] = {}
         for label, subset, number in inventory.query(CLASSES):
             subsets.setdefault(label, {})[subset] = number

@@ -97,7 +97,7 @@ def test_a_layout_is_recognised_and_counted_as_ingestion_counts(
     assert f"  {layout}" in printed
     assert settings.ingest is not None
     with Inventory() as inventory:
-        shares = list_inputs(settings.root, settings.ingest, inventory)
+        shares = list_inputs(settings.root, settings.ingest, inventory).shares
         number = inventory.scalar("SELECT count(*) FROM input WHERE label NOT NULL")
         found: Counter[str] = Counter()
         for subset, count in inventory.query(
