@@ -21,8 +21,7 @@ from carclass.experiments.machine import Machine, this_machine
 from carclass.formatting import bytes_text
 from carclass.ingestion import archive, ingest, split
 from carclass.ingestion.inputs import ListedInputs, list_inputs
-from carclass.models import resnet
-from carclass.runs.run import Run, check_same_settings, find_run, parse_parent
+from carclass.runs.run import Run, check_same_settings
 from carclass.training import preflight, pretrained, train
 
 log = logging.getLogger(__name__)
@@ -147,8 +146,8 @@ def _check_mask(settings: Config, mask: MaskSettings, planned: Planned, problems
 
 
 def _find(root: str, name: str, planned: Planned, problems: Problems) -> Dataset | None:
-    """Return a published dataset, or else one that is to be made, or None."""
-    return problems.result(dataset.find_dataset, root, name) or planned.get(name)
+    """Return a dataset that is to be made or updated, or else a published one, or None."""
+    return planned.get(name) or problems.result(dataset.find_dataset, root, name)
 
 
 def _unknown_dataset(key: str, name: str, made: list[str]) -> str:
@@ -168,28 +167,23 @@ def _check_run(settings: Config, run: TrainSettings, planned: Planned, problems:
         return
     problems.passes(preflight.check_splits, source)
     problems.passes(check_split, settings, source.manifest)
-    if isinstance(source, PlannedDataset):
-        problems.passes(check_parent_classes, root, run, source)
-    else:
-        net = resnet.build(run.model, len(source.classes))
-        problems.passes(pretrained.load_pretrained, net, root, run, source.classes)
+    problems.passes(check_parent_classes, root, run, source)
 
 
-def check_parent_classes(root: str, run: TrainSettings, planned: Dataset) -> None:
-    """Raise UserError if a run starts from one with classes that the labels lack.
+def check_parent_classes(root: str, run: TrainSettings, source: Dataset) -> None:
+    """Raise UserError if a run starts from one with other classes than its dataset.
 
-    A class that only the labels have is warned about: all of its photos may be unusable.
+    A class that only a planned dataset has is warned about: all of its photos may be unusable.
     """
-    if (start := parse_parent(run.parent)) is None:
+    if (classes := pretrained.parent_classes(root, run)) is None:
         return
-    parent = find_run(root, start.run)
-    known = set(parent.model_facts(parent.best_stage)["classes"])
-    if lost := sorted(known.difference(planned.classes)):
+    lost, added = (sorted(set(a).difference(b)) for a, b in ((classes, source.classes), (source.classes, classes)))
+    if lost or (added and not isinstance(source, PlannedDataset)):
         raise UserError(
-            f"`train.parent`: {run.parent} has {len(lost)} classes that `{planned.name}` will lack "
-            f"({', '.join(lost[:3])}). Start from a run with the same classes, or from `imagenet`."
+            f"`train.parent`: {run.parent} and the dataset `{source.name}` have different classes, such as "
+            f"{(lost or added)[0]}. Start from a run with the same classes, or from `imagenet`."
         )
-    if added := sorted(set(planned.classes).difference(known)):
+    if added:
         log.warning("train: %s lacks the class %s: it has to have all classes of the dataset", run.parent, added[0])
 
 

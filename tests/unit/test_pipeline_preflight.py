@@ -1,12 +1,15 @@
 """Preflight check of a pipeline: all problems at once, before any photo is read, and the plan."""
 
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from carclass.config import cli
 from carclass.config.pipeline_sections import check_sections
-from carclass.config.schema import Config
+from carclass.config.schema import Config, TrainSettings
 from carclass.data import dataset, formats, photo
 from carclass.data.dataset import SPLITS
 from carclass.data.inventory import Inventory
@@ -16,7 +19,9 @@ from carclass.experiments.machine import Machine
 from carclass.ingestion import ingest
 from carclass.ingestion.inputs import list_inputs
 from tests.helpers.photos import scene
+from tests.helpers.runs import FROZEN, begin, finish, publish_dataset
 
+JOBS = Path(__file__).parents[2] / "jobs"
 SMALL = {"architecture": "resnet26-narrow", "image_size": 64}
 TRAIN = {"name": "first", "parent": "sample", "model": SMALL, "unfrozen": {"epochs": 2, "warmup_epochs": 0}}
 MASK = {"detector": {"model": "sample", "weights": "sample"}}
@@ -103,15 +108,9 @@ def test_splits_and_classes_are_known_from_the_labels(
 
 
 def publish(root: Path, name: str, **facts: Any) -> None:
-    counts = {
-        "inputs": 0,
-        "rows": 0,
-        "quarantined": 0,
-        "splits": dict.fromkeys(SPLITS, 0),
-        "reasons": {},
-        "classes": [],
-    }
-    manifest = {"kind": "photos", "parts": {}, "quarantine": {}, "listing": "", **counts}
+    splits = dict.fromkeys(SPLITS, 0)
+    counts = {"inputs": 0, "rows": 0, "quarantined": 0, "splits": splits, "reasons": {}}
+    manifest = {"kind": "photos", "parts": {}, "quarantine": {}, "listing": "", "classes": [], **counts}
     formats.write(f"{dataset.dataset_uri(str(root), name)}/manifest.json", "manifest", {**manifest, **facts})
 
 
@@ -177,3 +176,36 @@ def test_a_limit_of_masks_leaves_the_masked_dataset_unplanned(tmp_path: Path, ph
     with Inventory() as inventory:
         listed = list_inputs(settings.root, settings.ingest, inventory)  # type: ignore[arg-type]
         assert [*pipeline_preflight.plan_datasets(settings, listed)] == ["v1"]
+
+
+@pytest.mark.parametrize(
+    ("classes", "parent", "message"),
+    [
+        (["audi", "bmw"], "other@3", "the weights of other@3 were not kept"),
+        (["audi", "fiat"], "other@2", "other@2 and the dataset `v2` have different classes, such as fiat"),
+    ],
+)
+def test_a_parent_that_does_not_fit_is_found(
+    tmp_path: Path, photos: Path, classes: list[str], parent: str, message: str
+):
+    root = tmp_path / "root"
+    publish_dataset(root, "old", classes)
+    finish(begin(root, TrainSettings(name="other", dataset="old", **FROZEN)), classes=classes)
+    assert message in problems(config(tmp_path, photos, train={**TRAIN, "parent": parent}))
+
+
+def test_a_file_written_by_init_passes(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch):
+    """With the sample's weights in place of those that are downloaded."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["init.py", "photos"])
+    runpy.run_path(str(JOBS / "init.py"))["main"]()
+    flags = {
+        "mask.detector.model": "sample",
+        "mask.detector.weights": "sample",
+        "train.parent": "sample",
+        "train.model.architecture": "resnet26-narrow",
+    }
+    arguments = [text for key, value in flags.items() for text in (f"--{key}", value)]
+    settings = cli.parse_job("", None, ["--config", "my.yml", *arguments])
+    check_sections(settings)
+    assert problems(settings).startswith("RAY_ADDRESS is nowhere")
