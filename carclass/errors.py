@@ -4,6 +4,9 @@ import difflib
 import errno
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class UserError(ValueError):
@@ -18,6 +21,38 @@ class UserError(ValueError):
 
     def __str__(self) -> str:
         return self.message  # Ray Data appends advice of its own to `args`
+
+
+class Problems:
+    """Errors of checks that do not depend on each other."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def add(self, text: str) -> None:
+        """Add a problem, unless another check has found it too."""
+        if text not in self.texts:
+            self.texts.append(text)
+
+    def result(self, check: Callable[..., T], *arguments: Any) -> T | None:
+        """Return the result of a check, or None if it raises UserError, which is added."""
+        try:
+            return check(*arguments)
+        except UserError as error:
+            self.add(str(error))
+            return None
+
+    def passes(self, check: Callable[..., object], *arguments: Any) -> bool:
+        """Return False if a check raises UserError, which is added."""
+        return self.result(lambda: (check(*arguments),)) is not None
+
+    def raise_all(self) -> None:
+        """Raise UserError with all problems, if there are any."""
+        if len(self.texts) == 1:
+            raise UserError(self.texts[0])
+        if self.texts:
+            lines = [f"\n  {number}. {text}" for number, text in enumerate(self.texts, start=1)]
+            raise UserError(f"{len(lines)} problems, all found before the first step:{''.join(lines)}")
 
 
 def find_user_error(error: BaseException) -> UserError | None:

@@ -54,7 +54,7 @@ class MissingPackageReport:
         if name == "detectron2":
             raise UserError(
                 "Detectron2 is missing, which finds the vehicles in photos. It is no dependency that pip can build by "
-                f"itself; run this once: {_detectron2_command()}"
+                f"itself; run this once: {detectron2_command()}"
             ) from error
         raise UserError(
             f"the Python package `{name}` is missing. Install what carclass needs: "
@@ -74,7 +74,7 @@ def pip_command(*requirements: str) -> str:
     return shlex.join([*pip, *requirements])
 
 
-def _detectron2_command() -> str:
+def detectron2_command() -> str:
     """Return the command of cluster/image/install.sh that installs Detectron2 without its compiled extension."""
     image = find_folder("cluster/image")
     options = ("--no-deps", "--no-build-isolation", "--require-hashes", "-r", str(image / "detectron2.lock"))

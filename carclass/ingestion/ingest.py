@@ -26,46 +26,35 @@ from carclass.data.draft import Draft
 from carclass.data.inventory import Inventory, chunks
 from carclass.data.lease import hold_lease
 from carclass.data.publishing import WrittenPart
-from carclass.errors import UserError
 from carclass.ingestion import archive, collect, leakage
-from carclass.ingestion.labelling import label_photos, read_labels
-from carclass.ingestion.listing import list_photos
+from carclass.ingestion.inputs import ListedInputs, check_classes, list_inputs
 from carclass.ingestion.reading import GuardedRun, read_groups, read_image_ids
-from carclass.ingestion.split import check_shares, find_shares, hold_out
-from carclass.sample import source as sample
+from carclass.ingestion.split import MIN_VAL_PHOTOS, check_shares, hold_out
 
 log = logging.getLogger(__name__)
 QUARANTINE_ROWS = 10_000
 """Rows per file of quarantine, for rows that need no photo to be read."""
 ARCHIVE_PREFETCH_PARTS = 4
-MIN_VAL_PHOTOS = 10
-"""Photos of a class: with fewer, one photo moves its accuracy by more than 10 points."""
 IRRELEVANT = {"columns", "dataset", "labels", "max_quarantined", "num_classes", "part_rows", "test_fraction"}
 """Settings that change no row by themselves: labels are compared photo by photo, and so are held-out splits."""
 
 
-def ingest_photos(root: str, settings: IngestSettings, *, update: bool = False) -> dataset.Dataset:
+def ingest_photos(
+    root: str, settings: IngestSettings, *, update: bool = False, listed: ListedInputs | None = None
+) -> dataset.Dataset:
     """Publish the dataset `<root>/datasets/<dataset>`, or return it if photos and labels are those it was made from.
 
-    update: publish a new version if they have changed, reading only photos that are new. Raise UserError if photos,
-    labels or settings are unusable, or have changed.
+    update: publish a new version if they have changed, reading only photos that are new. listed: the inputs, if they
+    are listed already. Raise UserError if photos, labels or settings are unusable, or have changed.
     """
-    irrelevant = IRRELEVANT | ({"group"} if settings.group is None else set())
-    identity = {**settings.model_dump(mode="json", exclude=irrelevant), "photos": _spelled_once(settings.photos)}
+    identity = identify_settings(settings)
     dataset.find_same_dataset(root, settings.dataset, identity)
     storage.check_root(root)
     connection.check_cluster()
-    if settings.photos == "sample":
-        sample_uris = sample.ensure_sample(root)
-        settings = settings.model_copy(update={"photos": sample_uris.photos, "labels": sample_uris.labels})
     uri = dataset.dataset_uri(root, settings.dataset)
-    with hold_lease(uri, "ingest") as lease, Inventory() as inventory:
+    with hold_lease(uri, "ingest") as lease, Inventory() as new:
         published = dataset.find_same_dataset(root, settings.dataset, identity)
-        read_labels(settings, inventory)  # its errors come before the listing of millions
-        list_photos(settings.photos, inventory, root=root)
-        label_photos(settings, inventory)
-        _check_classes(inventory.classes(), settings, "labelled photos")
-        shares = find_shares(inventory, settings)
+        settings, inventory, shares = listed or list_inputs(root, settings, new)
         check_shares(published, shares)
         draft = Draft(uri, identity, inventory, published, run_tasks, lease)
         if draft.is_current(update=update, read_image_ids=partial(_read_image_ids, root=root, settings=settings)):
@@ -74,6 +63,12 @@ def ingest_photos(root: str, settings: IngestSettings, *, update: bool = False) 
             return published
         _connect(root, settings)
         return _write_dataset(draft, settings, shares)
+
+
+def identify_settings(settings: IngestSettings) -> dict[str, Any]:
+    """Return the settings that determine the rows of a dataset."""
+    irrelevant = IRRELEVANT | ({"group"} if settings.group is None else set())
+    return {**settings.model_dump(mode="json", exclude=irrelevant), "photos": _spelled_once(settings.photos)}
 
 
 def _connect(root: str, settings: IngestSettings) -> None:
@@ -100,7 +95,7 @@ def _write_dataset(draft: Draft, settings: IngestSettings, shares: dict[str, flo
     complete = draft.complete(classes, {"kind": "photos", "held_out": shares})
     quarantine.check_quarantined(complete.manifest, settings.max_quarantined, "ingest.max_quarantined")
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in complete.manifest["reasons"].items())
-    _check_classes(complete.classes, settings, f"photos that are not in quarantine ({reasons})")
+    check_classes(complete.classes, settings, f"photos that are not in quarantine ({reasons})")
     collect.write_report(complete, settings)
     published = draft.publish(complete)
     quarantine.log_counts("ingest", published.manifest)
@@ -192,18 +187,6 @@ def _quarantine_leaks(draft: Draft) -> None:
         publishing.write_rows(draft.uri, "quarantine", rows, draft.settings)
     draft.sync()
     draft.finish_withdrawals()
-
-
-def _check_classes(classes: Sequence[str], settings: IngestSettings, photos: str) -> None:
-    """Raise UserError if the number of classes is not as set, or less than two. photos: in words."""
-    source = settings.labels or settings.photos
-    if settings.num_classes not in (None, len(classes)):
-        raise UserError(
-            f"`ingest.num_classes` is {settings.num_classes}, but the {photos} of {source} have {len(classes)} "
-            "classes. Correct the number, or check the labels for misspelt or missing classes."
-        )
-    if len(classes) < 2:
-        raise UserError(f"{source}: the {photos} have {len(classes)} class(es); training needs at least two.")
 
 
 def _warn_about_few_val(inventory: Inventory, classes: Sequence[str]) -> None:

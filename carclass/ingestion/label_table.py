@@ -16,6 +16,15 @@ COLUMNS = {"name": "img_name", "class": "class", "subset": "subset"}
 """Columns of a label, by their names in `ingest.columns`; the subset may be missing, then all photos are train."""
 SUBSET_SYNONYMS = ("split", "set", "partition", "fold", "usage")
 """Names of columns that probably have the subsets: one of them is not passed over in silence."""
+COLUMN_SYNONYMS: dict[ColumnRole, tuple[str, ...]] = {
+    "name": (
+        "image_name", "image", "img", "filename", "file_name", "file", "image_path", "img_path", "filepath",
+        "file_path", "path", "photo", "image_id", "id", "key",
+    ),
+    "class": ("class_name", "label", "model", "category", "make_model", "target"),
+    "subset": SUBSET_SYNONYMS,
+}  # fmt: skip
+"""Other names of the columns of a label that tables often have, the likeliest first."""
 DELIMITERS = (",", ";", "\t")
 MAX_LISTED = 5
 """Bad lines that are named in an error."""
@@ -57,6 +66,17 @@ def read_column_names(stream: BinaryIO, *, source: str) -> list[str]:
         if isinstance(names, LabelsError):
             raise names
         return [remove_invisible(name) for name in names]
+
+
+def guess_columns(found: Sequence[str]) -> dict[ColumnRole, str]:
+    """Return the columns of a label under other names than the usual ones, as `ingest.columns`."""
+    names = {name.lower(): name for name in reversed(found)}
+    guessed: dict[ColumnRole, str] = {}
+    for role, synonyms in COLUMN_SYNONYMS.items():
+        synonym = next((name for name in synonyms if name in names), None)
+        if COLUMNS[role] not in names and synonym is not None:
+            guessed[role] = names[synonym]
+    return guessed
 
 
 def _parse_rows(

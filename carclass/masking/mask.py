@@ -90,6 +90,25 @@ def _check_settings(root: str, settings: MaskSettings, source: dataset.Dataset) 
     return settings
 
 
+def check_target(root: str, settings: MaskSettings, source: dataset.Dataset) -> None:
+    """Raise UserError if the name of the dataset is used by one with other settings.
+
+    settings: see pin_detector. source: only its settings are used, so that it may be one that is yet to be made.
+    """
+    dataset.find_same_dataset(root, settings.dataset, _identity(settings, source))
+
+
+def decide_devices(settings: MaskSettings) -> tuple[bool, int]:
+    """Return True if GPUs are used, and the number of actors. Raise UserError if the cluster has too few devices."""
+    use_gpu = resources.decide_gpus(
+        settings.use_gpu, settings.num_actors or 1, "mask.use_gpu", resources.MASK, all_at_once=False
+    )
+    node_selector = resources.node_selector(resources.MASK) if use_gpu else None
+    num_actors = settings.num_actors or max(1, resources.count_slots("GPU" if use_gpu else "CPU", 1, node_selector))
+    resources.check_cpus(1 + (num_actors + 1) * streaming.TASK_CPUS, "mask.num_actors")  # 1: Ray's own repartitioning
+    return use_gpu, num_actors
+
+
 def pin_detector(root: str, settings: MaskSettings) -> MaskSettings:
     """Return the settings with pinned detector weights, which are fetched and checked.
 
@@ -153,14 +172,10 @@ def _write_dataset(draft: Draft, source: dataset.Dataset, settings: MaskSettings
 def _write_pending(draft: Draft, source: dataset.Dataset, settings: MaskSettings) -> None:
     """Stream the pending rows through the detectors into parts."""
     inventory = draft.inventory
-    use_gpu = resources.decide_gpus(
-        settings.use_gpu, settings.num_actors or 1, "mask.use_gpu", resources.MASK, all_at_once=False
-    )
+    use_gpu, num_actors = decide_devices(settings)
     node_selector = resources.node_selector(resources.MASK) if use_gpu else None
-    num_actors = settings.num_actors or max(1, resources.count_slots("GPU" if use_gpu else "CPU", 1, node_selector))
     if "batch_size" in settings.model_fields_set and not use_gpu:
         log.warning("mask: `mask.batch_size` has no effect without GPUs: on a CPU photos are processed one by one")
-    resources.check_cpus(1 + (num_actors + 1) * streaming.TASK_CPUS, "mask.num_actors")  # 1: Ray's own repartitioning
     max_side = source.manifest["settings"].get("max_side")
     crash_guard, block_rows = CrashGuard(), detector_batch_size(settings, max_side, use_gpu=use_gpu)
     pending = streaming.positions_by_part(source, inventory.pending_numbers())

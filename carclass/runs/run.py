@@ -220,7 +220,9 @@ def begin_run(run: Run, source: dataset.Dataset, parent_sha256: str) -> Run:
     }
     config_uri = storage.join(run.uri, "config.yml")
     if storage.exists(config_uri):
-        _check_same(run, read_run_settings(run.uri), lineage)
+        old = read_run_settings(run.uri)
+        changed = changed_inputs(run, lineage["dataset_digest"], lineage["parent_sha256"])
+        _refuse_changes(run, old, [*changed_settings(old, settings), *changed])
         return run
     formats.write(storage.join(run.uri, "lineage.json"), "lineage", lineage)
     formats.write(config_uri, "run_config", settings.model_dump(mode="json"))
@@ -295,9 +297,14 @@ def changed_inputs(run: Run, dataset_digest: str, parent_sha256: str | None) -> 
     return changed
 
 
-def _check_same(run: Run, old: TrainSettings, lineage: dict[str, Any]) -> None:
-    changed = changed_settings(old, run.settings)
-    changed += changed_inputs(run, lineage["dataset_digest"], lineage["parent_sha256"])
+def check_same_settings(run: Run) -> None:
+    """Raise UserError if the run exists with other settings, as `begin_run` does."""
+    if storage.exists(storage.join(run.uri, "config.yml")):
+        old = read_run_settings(run.uri)
+        _refuse_changes(run, old, changed_settings(old, run.settings))
+
+
+def _refuse_changes(run: Run, old: TrainSettings, changed: list[str]) -> None:
     if changed:
         raise UserError(
             f"run `{run.settings.name}` in {run.root} was begun with other settings ({', '.join(changed)}). "

@@ -100,6 +100,13 @@ def check_sampling(settings: TrainSettings, counts: Counter[str]) -> None:
         )
 
 
+def check_splits(source: dataset.Dataset) -> None:
+    """Raise UserError if a dataset has no train or no val photos."""
+    for split in ("train", "val"):
+        if not source.manifest["splits"][split]:
+            raise UserError(f"dataset `{source.name}` has no {split} photos: add some, or change its split.")
+
+
 def check_warmup(settings: TrainSettings) -> None:
     """Warn if a stage ends before its warm-up, as one of a single epoch does by default."""
     for stage in (settings.frozen, settings.unfrozen):

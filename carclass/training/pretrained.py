@@ -25,12 +25,22 @@ def initial_network(run: Run, stage: StageName, classes: list[str]) -> resnet.Fo
 
 
 def check_parent(root: str, settings: TrainSettings) -> None:
-    """Raise UserError for a parent that is missing or damaged, as far as it can be known before there is a dataset."""
+    """Raise UserError for a parent that is unusable, whatever the classes of the dataset."""
+    classes = parent_classes(root, settings) or []
+    load_pretrained(resnet.build(settings.model, len(classes) or 1), root, settings, classes)
+
+
+def parent_classes(root: str, settings: TrainSettings) -> list[str] | None:
+    """Return the classes of the run that a run starts from, None if it starts from a file.
+
+    Raise UserError if that run is missing or not finished.
+    """
     parent = parse_parent(settings.parent)
     if parent is None:
-        load_backbone(resnet.build(settings.model, 1), settings, storage.join(root, "weights"))
-    else:
-        find_run(root, parent.run)
+        return None
+    run = find_run(root, parent.run)
+    classes: list[str] = run.model_facts(run.best_stage)["classes"]
+    return classes
 
 
 def load_pretrained(net: ResNet, root: str, settings: TrainSettings, classes: list[str]) -> str:

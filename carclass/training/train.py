@@ -78,9 +78,7 @@ def train_run(root: str, settings: TrainSettings) -> Run:
 def load_run_inputs(root: str, settings: TrainSettings) -> tuple[dataset.Dataset, str]:
     """Return the dataset to train on and the sha256 of the parent's weights. Raise UserError if either is unusable."""
     source = dataset.load_dataset(root, settings.dataset)
-    for split in ("train", "val"):
-        if not source.manifest["splits"][split]:
-            raise UserError(f"dataset `{settings.dataset}` has no {split} photos: add some, or change its split.")
+    preflight.check_splits(source)
     net = resnet.build(settings.model, len(source.classes))
     return source, pretrained.load_pretrained(net, root, settings, source.classes)
 

@@ -63,6 +63,8 @@ PLAIN = (
     "tuning.search_space", "tuning.collect", "experiments.report", "experiments.tree", "experiments.status",
     "evaluation.calibration", "prediction.predictions", "prediction.loaded_run", "prediction.few_photos",
     "prediction.collect", "prediction.report", "ingestion.labels", "ingestion.listing", "ingestion.reading",
+    "ingestion.survey", "experiments.estimate", "experiments.first_config", "experiments.machine",
+    "experiments.survey_text",
 )  # fmt: skip
 """Packages and modules that work on arrays, tensors and files, without Ray."""
 MAX_MODULE, MAX_FUNCTION = 400, 40
@@ -157,6 +159,7 @@ def test_plain_modules_come_without_ray(name: str):
             "carclass.data.crash_guard, carclass.data.streaming, carclass.masking.writer", id="reading and writing"
         ),
         pytest.param("carclass.experiments.tree_view", id="the tree of experiments"),
+        pytest.param("carclass.experiments.first_config, carclass.experiments.survey_text", id="a first config file"),
     ],
 )
 def test_processes_without_networks_come_without_torch_and_scikit_learn(modules: str):

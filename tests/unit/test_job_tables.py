@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from carclass.config.pipeline_sections import check_evaluation
 from carclass.config.schema import Config, TrainSettings
 from carclass.errors import UserError
 from carclass.evaluation.evaluate import Evaluation
+from carclass.experiments.pipeline_preflight import check_split
 
 JOBS = Path(__file__).parents[2] / "jobs"
 
@@ -28,7 +30,6 @@ def test_a_pipeline_names_accuracies_after_the_evaluated_split(split: str):
 
 
 def test_a_pipeline_without_photos_to_evaluate_on_stops_before_training():
-    check_split = functions("pipeline")["check_split"]
     check_split(Config(root="/r"), {"splits": {"test": 1, "val": 0}})
     with pytest.raises(UserError, match=r"`evaluate.split` is test, but no photo is in test.*--evaluate.split val\."):
         check_split(Config(root="/r"), {"splits": {"test": 0, "val": 1}})
@@ -69,7 +70,7 @@ def test_an_evaluation_of_five_classes_or_fewer_prints_no_top_5_accuracy(num_cla
 def test_a_pipeline_refuses_an_evaluation_that_it_would_not_do(evaluate: dict[str, str], message: str):
     settings, train = Config(root="/r", evaluate=evaluate), TrainSettings(name="a", unfrozen=None)
     with pytest.raises(UserError, match=message):
-        functions("pipeline")["check_evaluation"](settings, train)
+        check_evaluation(settings, train)
 
 
 @pytest.mark.parametrize("key", ["mask.detector.weights", "train.parent"])

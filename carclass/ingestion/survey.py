@@ -1,0 +1,192 @@
+"""Survey of a source of photos before its ingestion: layout, classes, subsets, odd files, and a sample of photos."""
+
+import io
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from carclass import storage
+from carclass.config.ingest_settings import IngestSettings
+from carclass.config.section import NAMED_PARENTS, CommandLineText, validate
+from carclass.data.dataset import SPLITS
+from carclass.data.inventory import Inventory
+from carclass.data.quarantine import PhotoError
+from carclass.errors import UserError
+from carclass.ingestion import archive, label_table
+from carclass.ingestion.folder_labels import find_classes
+from carclass.ingestion.inputs import list_inputs
+from carclass.ingestion.listing import list_pages
+from carclass.ingestion.reading import load_photos, to_row
+from carclass.ingestion.split import count_held_out
+
+log = logging.getLogger(__name__)
+SAMPLE_PHOTOS, SAMPLE_SECONDS = 48, 3.0
+"""Limits of the sample."""
+MAX_EXAMPLES = 3
+"""Files that are named for each reason of quarantine."""
+CLASSES = "SELECT label, subset, count(*) FROM input WHERE label NOT NULL AND reason IS NULL GROUP BY label, subset"
+REJECTED = (
+    "SELECT reason, key, count(*) OVER (PARTITION BY reason) FROM input WHERE reason NOT NULL ORDER BY reason, id"
+)
+
+
+class PhotoSample(NamedTuple):
+    """Photos that were read as ingestion reads them."""
+
+    sides: list[tuple[int, int]]  # (shorter, longer) in pixels, before photos are shrunk
+    stored_bytes: int  # of a photo in the dataset, on average; 0 if no photo is usable
+    problems: dict[str, str]  # key → reason and detail of an unusable photo
+    seconds: float  # of a core to convert a photo, on average
+
+
+class Survey(NamedTuple):
+    """A source of photos as ingestion will list and label it."""
+
+    settings: IngestSettings
+    layout: str
+    subsets: dict[str, dict[str, int]]  # class → subset of the source → photos
+    shares: dict[str, float]  # splits to hold out from train
+    rejected: dict[str, tuple[int, list[str]]]  # reason → (inputs, the first of them)
+    sample: PhotoSample
+
+    @property
+    def class_sizes(self) -> dict[str, int]:
+        """Return the photos of each class."""
+        return {name: sum(counts.values()) for name, counts in self.subsets.items()}
+
+    @property
+    def class_splits(self) -> dict[str, dict[str, int]]:
+        """Return the photos of each class by split, if all are usable and none is a copy of another."""
+        return {
+            name: {**dict.fromkeys(SPLITS, 0), **counts, **count_held_out(counts.get("train", 0), self.shares)}
+            for name, counts in self.subsets.items()
+        }
+
+    @property
+    def splits(self) -> dict[str, int]:
+        """Return the photos of each split, as `class_splits`."""
+        return {split: sum(counts[split] for counts in self.class_splits.values()) for split in SPLITS}
+
+
+def survey_source(root: str, photos: str, labels: str | None) -> Survey:
+    """Return the survey of a source. root: of the results, whose files in the source are no photos.
+
+    labels: a table or the folder of a devkit; None: the folders of photos are their classes, or the only table beside
+    or among the photos has their labels. Raise UserError if the source cannot be ingested.
+    """
+    settings = make_settings(photos, labels)
+    try:
+        return _survey(root, settings)
+    except UserError:
+        table = None if labels is not None else find_table(settings.photos)
+        if table is None:
+            raise
+        log.info("init: no folders of classes; the labels are read from %s", table)
+    return _survey(root, make_settings(photos, table))
+
+
+def make_settings(photos: str, labels: str | None) -> IngestSettings:
+    """Return the settings of a source, given as on the command line. Raise UserError if they are wrong."""
+    place = os.path.abspath(photos) if photos in NAMED_PARENTS else photos  # a folder with the name of weights
+    values: dict[str, Any] = {"photos": CommandLineText(place)}
+    if labels is not None:
+        values |= {"labels": CommandLineText(labels)}
+    settings = validate(values, IngestSettings, source="command line", base=Path.cwd())
+    if settings.labels is None or not label_table.is_table(settings.labels):
+        return settings
+    try:
+        with storage.open_stream(settings.labels) as stream:
+            columns = label_table.guess_columns(label_table.read_column_names(stream, source=settings.labels))
+    except OSError:
+        return settings  # an error of ingestion, with a remedy
+    return settings.model_copy(update={"columns": columns}) if columns else settings
+
+
+def find_table(photos: str) -> str | None:
+    """Return the URI of the only table of labels among the photos, or else beside their folder; None if there is none.
+
+    Tables in folders below the first level do not count. Raise UserError if there are several.
+    """
+    if archive.is_archive(photos):
+        return None
+    keys = [file.key for page in list_pages(photos) for file in page if file.key.count("/") <= 1]
+    tables = [storage.join(photos, key) for key in keys if label_table.is_table(key)]
+    if not tables and (path := storage.local_path(photos)) is not None:
+        beside = filter(label_table.is_table, sorted(os.listdir(os.path.dirname(path)))) if keys else ()
+        tables = [os.path.join(os.path.dirname(path), name) for name in beside]
+    if len(tables) > 1:
+        raise UserError(
+            f"{photos} has no folders of classes, but several tables: {', '.join(sorted(tables)[:5])}. Name the one "
+            "with the labels: `--labels FILE`."
+        )
+    return tables[0] if tables else None
+
+
+def _survey(root: str, settings: IngestSettings) -> Survey:
+    with Inventory() as inventory:
+        shares = list_inputs(root, settings, inventory).shares
+        subsets: dict[str, dict[str, int]] = {}
+        for label, subset, number in inventory.query(CLASSES):
+            subsets.setdefault(label, {})[subset] = number
+        rejected: dict[str, tuple[int, list[str]]] = {}
+        for reason, key, number in inventory.query(REJECTED):
+            examples = rejected.setdefault(reason, (number, []))[1]
+            if len(examples) < MAX_EXAMPLES:
+                examples.append(key)
+        return Survey(
+            settings,
+            _describe_layout(settings, inventory),
+            subsets,
+            shares,
+            rejected,
+            _read_sample(settings, inventory),
+        )
+
+
+def _describe_layout(settings: IngestSettings, inventory: Inventory) -> str:
+    """Return the layout of a source in words."""
+    place = " in an archive" if archive.is_archive(settings.photos) else ""
+    if settings.labels is not None:
+        return f"photos{place}, labels in {'a table' if label_table.is_table(settings.labels) else 'a devkit'}"
+    folders = find_classes(inventory.keys, source=settings.photos)
+    within = f", below {'/'.join(folders.shared)}" if folders.shared else ""
+    kind = "one folder per class" if folders.depth == 1 else "folders of subsets, with one folder per class in each"
+    return f"{kind}{within}{',' if place else ''}{place}"
+
+
+def _read_sample(settings: IngestSettings, inventory: Inventory) -> PhotoSample:
+    """Read some photos, those of an archive from its start."""
+    sides: list[tuple[int, int]] = []
+    problems: dict[str, str] = {}
+    stored, seconds, started = 0, 0.0, time.monotonic()
+    for row in _load_sample(settings, inventory):
+        before = time.thread_time()
+        try:
+            stored += len(to_row(row, settings)["image"])
+        except PhotoError as error:
+            problems[row["key"]] = str(error)
+        else:
+            seconds += time.thread_time() - before
+            shorter, longer = sorted(Image.open(io.BytesIO(row["data"])).size)
+            sides.append((shorter, longer))
+        if time.monotonic() - started > SAMPLE_SECONDS:
+            break
+    number = max(1, len(sides))
+    return PhotoSample(sides, stored // number, problems, seconds / number)
+
+
+def _load_sample(settings: IngestSettings, inventory: Inventory) -> Iterator[dict[str, Any]]:
+    """Yield rows of LOADED."""
+    in_order = archive.is_archive(settings.photos)
+    for sources in inventory.pending(SAMPLE_PHOTOS, hash_order=not in_order):
+        if in_order:
+            for table in archive.read_photos(settings.photos, sources, 1, "ingest.photos"):
+                yield from table.to_pylist()
+        else:
+            yield from load_photos(sources, settings.photos, range(len(sources)))
+        return
