@@ -67,9 +67,7 @@ def train_run(root: str, settings: TrainSettings) -> Run:
     use_gpu = check_resources(root, settings, source, probe=True)
     with hold_lease(run.uri, "train"):
         begin_run(run, source, parent_sha256)
-        # Ray Train's processes take long to start, and could not outlive this one on a cluster of its own.
-        in_process = settings.workers == (1, 1) and not use_gpu and connection.has_own_cluster()
-        train_resources = TrainResources(use_gpu, in_process=in_process)
+        train_resources = all_resources(settings, use_gpu=use_gpu)
         train_stages(run, source, PhotoStore(settings, source).get, train_resources, run.unfinished_stages)
     warn_if_unfreezing_hurt(run)
     return run
@@ -98,6 +96,13 @@ def check_resources(root: str, settings: TrainSettings, source: dataset.Dataset,
         step = resources.run_on_gpu(measure_step, settings, len(source.classes))
     preflight.check_run(root, settings, source, use_gpu=use_gpu, object_store=object_store, memory=memory, step=step)
     return use_gpu
+
+
+def all_resources(settings: TrainSettings, *, use_gpu: bool) -> TrainResources:
+    """Return the resources of a run that has the cluster to itself."""
+    # Ray Train's processes take long to start, and could not outlive this one on a cluster of its own.
+    in_process = settings.workers == (1, 1) and not use_gpu and connection.has_own_cluster()
+    return TrainResources(use_gpu, in_process=in_process)
 
 
 def train_stages(

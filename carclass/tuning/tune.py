@@ -26,7 +26,7 @@ from carclass.runs.run import Run, begin_run
 from carclass.training import feature_cache, placement
 from carclass.training.loop import DivergedError
 from carclass.training.photo_store import PhotoStore
-from carclass.training.train import TrainResources, check_resources, load_run_inputs, train_stages
+from carclass.training.train import TrainResources, all_resources, check_resources, load_run_inputs, train_stages
 from carclass.tuning import trial_records
 from carclass.tuning.collect import collect_sweep
 from carclass.tuning.search_space import SearchSpace
@@ -104,7 +104,7 @@ def _train_shared_stage(
 ) -> None:
     """Train the frozen stage of trial 0. Raise DivergedError if it diverges, and that of all trials with it."""
     try:
-        train_stages(first_run, source, photos.get, TrainResources(use_gpu), ["frozen"])
+        train_stages(first_run, source, photos.get, all_resources(first_run.settings, use_gpu=use_gpu), ["frozen"])
     except DivergedError as error:
         if all(dimension.key.startswith("train.unfrozen.") for dimension in space.dimensions):
             raise
