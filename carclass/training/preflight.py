@@ -22,7 +22,8 @@ from carclass.data import dataset
 from carclass.errors import UserError
 from carclass.formatting import bytes_text
 from carclass.models import resnet
-from carclass.runs.run import run_uri
+from carclass.runs.run import find_run, parse_parent, run_uri
+from carclass.runs.seen_photos import find_seen_photos
 
 log = logging.getLogger(__name__)
 FLOAT_BYTES = 4
@@ -61,6 +62,7 @@ def check_run(
     None if unknown. step: see check_memory.
     """
     check_classes(source)
+    check_seen_photos(root, settings, source)
     check_warmup(settings)
     check_object_store(settings, source, object_store)
     net = resnet.build(settings.model, len(source.classes))
@@ -83,6 +85,19 @@ def check_classes(source: dataset.Dataset) -> None:
     if missing:
         names = ", ".join(missing[:10]) + (", …" if len(missing) > 10 else "")
         log.warning("train: %d classes have no train photo and will never be predicted: %s", len(missing), names)
+
+
+def check_seen_photos(root: str, settings: TrainSettings, source: dataset.Dataset) -> None:
+    """Warn if the parent of a run, or one of its ancestors, was trained on val or test photos of the run."""
+    if (parent := parse_parent(settings.parent)) is None:
+        return
+    for split in ("val", "test"):
+        if seen := find_seen_photos(find_run(root, parent.run), source, split).text:
+            log.warning(
+                "train: of the %s photos of dataset %s, %s, from which run %s starts: its %s accuracy will be too "
+                "high. Make datasets that grow by `--update`, which keeps each photo in its split",
+                split, source.name, seen, settings.name, split,
+            )  # fmt: skip
 
 
 def check_warmup(settings: TrainSettings) -> None:
