@@ -24,7 +24,7 @@ def duration_text(seconds: float) -> str:
 
 
 def percent_text(fraction: float, digits: int = 1) -> str:
-    """Return "84.2 %" for 0.842, with a non-breaking space; NaN and infinity unchanged. 0.9996 is 99.9 %, not 100.0 %."""
+    """Return "84.2 %" for 0.842, with a non-breaking space; NaN and infinity unchanged. 0.9996 is 99.9 %, not 100 %."""
     return f"{_round_below(fraction * 100, 100, digits)}\u00a0%" if math.isfinite(fraction) else str(fraction)
 
 

@@ -68,9 +68,6 @@ def _join() -> None:
     options: dict[str, Any] = {"logging_level": logging.WARNING, "logging_config": quiet}
     try:
         with hold_dashboard_port() if address == LOCAL else nullcontext() as port:
-            if port is not None:
-                # Ray Train's helper processes query this address, by default that of the cluster started last here.
-                os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
             context = ray.init(address=address, dashboard_port=port, **options)
     except AuthenticationError as error:
         raise refused_token(address) from error
@@ -97,7 +94,10 @@ def hold_dashboard_port() -> Iterator[int]:
     lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield free_port(DASHBOARD_PORT)
+        port = free_port(DASHBOARD_PORT)
+        # Ray Train's helper processes query this address, by default that of the cluster started last on this machine.
+        os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
+        yield port
     finally:
         os.close(lock)
 

@@ -63,4 +63,5 @@ def _planned_run(tree: Tree, experiment: Experiment) -> ComparedRun:
 
 
 def _epoch_text(row: dict[str, Any]) -> str:
-    return f"train loss {row['train_loss']:.3f}, val loss {row['val_loss']:.3f}, val accuracy {rate_text(row['val_accuracy'])}"
+    losses = f"train loss {row['train_loss']:.3f}, val loss {row['val_loss']:.3f}"
+    return f"{losses}, val accuracy {rate_text(row['val_accuracy'])}"

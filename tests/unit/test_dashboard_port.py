@@ -10,8 +10,13 @@ import pytest
 from carclass.cluster.connection import hold_dashboard_port
 
 
-def test_jobs_that_start_at_once_get_different_ports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture(autouse=True)
+def _own_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # so that it is restored
+
+
+def test_jobs_that_start_at_once_get_different_ports():
     second: list[int] = []
 
     def start() -> None:
@@ -31,9 +36,7 @@ def test_jobs_that_start_at_once_get_different_ports(tmp_path: Path, monkeypatch
     assert first not in second
 
 
-def test_the_lock_of_a_job_that_failed_to_start_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-
+def test_the_lock_of_a_job_that_failed_to_start_is_free():
     def fail() -> None:
         with hold_dashboard_port():
             raise RuntimeError
