@@ -24,8 +24,20 @@ def duration_text(seconds: float) -> str:
 
 
 def percent_text(fraction: float, digits: int = 1) -> str:
-    """Return "84.2 %" for 0.842, with a non-breaking space; NaN and infinity unchanged."""
-    return f"{fraction * 100:.{digits}f}\u00a0%" if math.isfinite(fraction) else str(fraction)
+    """Return "84.2 %" for 0.842, with a non-breaking space; NaN and infinity unchanged. 0.9996 is 99.9 %, not 100 %."""
+    return f"{_round_below(fraction * 100, 100, digits)}\u00a0%" if math.isfinite(fraction) else str(fraction)
+
+
+def rate_text(rate: float, digits: int = 3) -> str:
+    """Return an accuracy, F1 or another rate with its decimals; 1.000 only if it is 1: 0.9996 is 0.999."""
+    return _round_below(rate, 1, digits)
+
+
+def _round_below(value: float, whole: int, digits: int) -> str:
+    """Return a number with its decimals, rounded, but not up to the whole."""
+    text = f"{value:.{digits}f}"
+    is_rounded_up = text == f"{whole:.{digits}f}" and value < whole * (1 - 1e-9)
+    return f"{whole - 10**-digits:.{digits}f}" if is_rounded_up else text
 
 
 def bytes_text(size: float) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from carclass import progress
 from carclass.config import cli
+from carclass.formatting import rate_text
 
 
 def main() -> None:
@@ -27,8 +28,8 @@ def metrics_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     split, top_k = metrics["split"], metrics["top5_k"]
     has_top_k = metrics["num_classes"] > top_k  # of k classes, the label is always among the first k
     return [
-        (f"{split} accuracy", f"{metrics['accuracy']:.3f}"),
-        *([(f"{split} top-{top_k} accuracy", f"{metrics['top5_accuracy']:.3f}")] if has_top_k else []),
+        (f"{split} accuracy", rate_text(metrics["accuracy"])),
+        *([(f"{split} top-{top_k} accuracy", rate_text(metrics["top5_accuracy"]))] if has_top_k else []),
         ("photos", f"{metrics['num_photos']:,} of {metrics['dataset']}"),
         ("model", epoch_text(metrics)),
     ]

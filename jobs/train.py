@@ -9,6 +9,7 @@ accuracy.
 
 from carclass import progress
 from carclass.config import cli
+from carclass.formatting import rate_text
 
 
 def main() -> None:
@@ -18,7 +19,7 @@ def main() -> None:
 
     assert settings.train is not None
     run = train_run(settings.root, settings.train)
-    rows = [(f"{stage} val accuracy", f"{run.best_val_accuracy(stage):.3f}") for stage in run.stages]
+    rows = [(f"{stage} val accuracy", rate_text(run.best_val_accuracy(stage))) for stage in run.stages]
     rows += [("model", model_text(run.model_facts(run.best_stage))), ("run", run.uri)]
     print(progress.table(rows, title=f"run {settings.train.name}"))
 

@@ -14,6 +14,7 @@ from collections import Counter
 from carclass import progress
 from carclass.config import cli
 from carclass.config.search import Search
+from carclass.formatting import rate_text
 
 FLAGS = {
     "resume": {"action": "store_true", "help": "Resume only: an error if there is no sweep of this name."},
@@ -38,7 +39,7 @@ def main() -> None:
     rows = [
         *((state, f"{count}") for state, count in states.items()),
         ("best", best.trial.title),
-        (f"{result.stage} val accuracy", f"{best.accuracy:.3f}"),
+        (f"{result.stage} val accuracy", rate_text(best.accuracy)),
         ("trial", best.trial.name),
     ]
     print(progress.table(rows, title=f"sweep {search.name}"))

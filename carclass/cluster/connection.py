@@ -1,13 +1,15 @@
 """Connection to a Ray cluster: an existing one, or a local one."""
 
+import fcntl
 import logging
 import os
 import secrets
 import socket
-from collections.abc import Mapping
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import ray
 import ray.data
@@ -54,20 +56,19 @@ def _join() -> None:
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     if ray.is_initialized():
         return
-    address, port = cluster_address(), None
+    address = cluster_address()
     if address == LOCAL:
         _create_private_token()
         # Keep idle workers for the next step: starting one takes seconds of imports.
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
         # Silence the warning that a local cluster requires its token: that is intended.
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-        port = free_port(DASHBOARD_PORT)
-        # Ray Train's helper processes query this address, by default that of the cluster started last on this machine.
-        os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
     # Jobs report progress themselves; Ray's messages still go to the logs of its session.
     quiet = ray.LoggingConfig(log_level="WARNING")
+    options: dict[str, Any] = {"logging_level": logging.WARNING, "logging_config": quiet}
     try:
-        context = ray.init(address=address, dashboard_port=port, logging_level=logging.WARNING, logging_config=quiet)
+        with hold_dashboard_port() if address == LOCAL else nullcontext() as port:
+            context = ray.init(address=address, dashboard_port=port, **options)
     except AuthenticationError as error:
         raise refused_token(address) from error
     except (ConnectionError, RuntimeError) as error:
@@ -84,6 +85,21 @@ def _join() -> None:
     available = ray.cluster_resources()
     size = (available.get("CPU", 0), available.get("GPU", 0), len(ray.nodes()))
     log.info("Ray: %d CPUs, %d GPUs, %d node(s), dashboard %s", *size, context.dashboard_url or "off")
+
+
+@contextmanager
+def hold_dashboard_port() -> Iterator[int]:
+    """Hold a free port until Ray listens on it: other jobs of this user that start meanwhile wait, and get another."""
+    path = os.path.join(tempfile.gettempdir(), f"carclass-{os.getuid()}.lock")
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        port = free_port(DASHBOARD_PORT)
+        # Ray Train's helper processes query this address, by default that of the cluster started last on this machine.
+        os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
+        yield port
+    finally:
+        os.close(lock)
 
 
 def free_port(first: int) -> int:

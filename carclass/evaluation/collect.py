@@ -14,6 +14,7 @@ from carclass.evaluation.report import MaskingSample, Mistake, Report
 from carclass.runs.calibration_record import Calibration
 from carclass.runs.preprocessing_record import masking_difference
 from carclass.runs.run import Run, model_text
+from carclass.runs.seen_photos import find_seen_photos
 
 NUM_MISTAKES, NUM_MASKING_SAMPLES = 24, 12
 
@@ -59,6 +60,8 @@ def _facts(
 ) -> list[tuple[str, str]]:
     """Return (name, value) pairs for the head of the report."""
     lineage, difference = run.lineage(), masking_difference(run, source)
+    seen = find_seen_photos(run, source, settings.split)
+    unknown = f"not known of {', '.join(seen.unknown)}, whose dataset is gone or has changed"
     return [
         ("Run", run.settings.name),
         ("Model", f"{run.settings.model.architecture}, {run.settings.model.image_size} px"),
@@ -68,6 +71,8 @@ def _facts(
         ("Evaluated on", f"{source.name}, {settings.split}: {source.manifest['splits'][settings.split]:,} photos"),
         *([("Masking", f"differs: {difference}")] if difference is not None else []),
         *([("Sampling", "balanced: each class equally often")] if run.settings.sampling == "balanced" else []),
+        *([("Seen in training", f"{seen.text}: the accuracy is too high")] if seen.number else []),
+        *([("Train photos", unknown)] if seen.unknown else []),
         ("Seed", str(run.settings.seed)),
         ("Code", lineage["code"]),
     ]

@@ -20,8 +20,9 @@ from carclass.evaluation.report import render
 from carclass.runs.calibration_record import Calibration
 from carclass.runs.preprocessing_record import masking_difference
 from carclass.runs.report_record import report_uri
-from carclass.runs.run import find_run
+from carclass.runs.run import Run, find_run
 from carclass.runs.saved_model import read_model
+from carclass.runs.seen_photos import find_seen_photos
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +51,7 @@ def evaluate_run(root: str, settings: EvaluateSettings) -> Evaluation:
         )
     if not source.manifest["splits"][settings.split]:
         raise UserError(f"dataset `{source.name}` has no {settings.split} photos. Choose another `evaluate.split`.")
-    if (difference := masking_difference(run, source)) is not None:
-        log.warning("evaluate: dataset %s is not as run %s was trained: %s", source.name, settings.run, difference)
+    _warn_about_photos(run, source, settings.split)
     connection.connect({"root": root})
     uri = report_uri(run, source.name, settings.split, stage)
     with hold_lease(uri, "evaluate") as lease:
@@ -71,6 +71,15 @@ def evaluate_run(root: str, settings: EvaluateSettings) -> Evaluation:
         formats.write(storage.join(uri, "metrics.json"), "evaluation", metrics)
         storage.write_bytes(storage.join(uri, "report.html"), html.encode())
     return Evaluation(metrics["accuracy"], metrics, storage.join(uri, "report.html"))
+
+
+def _warn_about_photos(run: Run, source: dataset.Dataset, split: str) -> None:
+    """Warn of photos that are masked otherwise than in training, or that the run or its ancestors were trained on."""
+    name = run.settings.name
+    if (difference := masking_difference(run, source)) is not None:
+        log.warning("evaluate: dataset %s is not as run %s was trained: %s", source.name, name, difference)
+    if seen := find_seen_photos(run, source, split).text:
+        log.warning("evaluate: of the %s photos of dataset %s, %s: accuracy is too high", split, source.name, seen)
 
 
 def _describe(

@@ -13,6 +13,7 @@ from carclass.experiments import report
 from carclass.experiments.collect import collect_comparison, read_test
 from carclass.experiments.status import tree_status
 from carclass.experiments.tree import Tree
+from carclass.formatting import rate_text
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,9 @@ def compare_runs(tree: Tree) -> list[str]:
         except UserError as error:
             log.warning("lineage: %s could not be evaluated: %s", name, error)
             continue
-        log.info("lineage: evaluated %d of %d: %s, test accuracy %.3f", i, len(untested), name, result.accuracy)
+        log.info(
+            "lineage: evaluated %d of %d: %s, test accuracy %s", i, len(untested), name, rate_text(result.accuracy)
+        )
     comparison = collect_comparison(tree, statuses)
     folder = storage.join(tree.budget.root, "comparison")
     page = report.render_comparison(comparison)

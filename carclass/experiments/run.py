@@ -20,6 +20,7 @@ from carclass.errors import UserError
 from carclass.experiments.replaced_runs import is_half_moved, names_of_replaced_runs, set_aside_run
 from carclass.experiments.status import RunStatus, tree_status
 from carclass.experiments.tree import Experiment, Tree
+from carclass.formatting import rate_text
 from carclass.ingestion.ingest import ingest_photos
 from carclass.models import resnet
 from carclass.progress import Throttle
@@ -341,7 +342,7 @@ def _end_task(tree: Tree, experiment: Experiment, task: Any, progress: TreeProgr
         return
     progress.finished.append(experiment.name)
     run = _run(tree, experiment)
-    log.info("lineage: %s finished, val accuracy %.3f", experiment.name, run.best_val_accuracy(run.best_stage))
+    log.info("lineage: %s finished, val accuracy %s", experiment.name, rate_text(run.best_val_accuracy(run.best_stage)))
     warn_if_unfreezing_hurt(run)
 
 
@@ -353,7 +354,7 @@ def _log_progress(tree: Tree, progress: TreeProgress) -> None:
         if rows:
             stage, epoch, accuracy = rows[-1]["stage"], rows[-1]["epoch"], rows[-1]["val_accuracy"]
             num_epochs = getattr(experiment.settings, stage).epochs
-            parts.append(f"{experiment.name} {stage} {epoch:.0f}/{num_epochs} val {accuracy:.3f}")
+            parts.append(f"{experiment.name} {stage} {epoch:.0f}/{num_epochs} val {rate_text(accuracy)}")
     num_starting = len(progress.running) - len(parts)
     parts += [f"{num_starting} starting or waiting for resources"] if num_starting else []
     num_over = len(progress.finished) + len(progress.failed)

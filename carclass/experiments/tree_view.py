@@ -6,6 +6,7 @@ from carclass.experiments.collect import collect_run
 from carclass.experiments.results import ComparedRun, settings_diff
 from carclass.experiments.status import RunStatus, tree_status
 from carclass.experiments.tree import Experiment, Tree
+from carclass.formatting import rate_text
 from carclass.progress import table
 from carclass.runs.environment import environment_text
 from carclass.runs.run import Run, best_epoch_row
@@ -24,7 +25,7 @@ def _describe(tree: Tree, experiment: Experiment, status: RunStatus) -> str:
     words = [f"@{start.epoch}" if start else tree.parent_label(experiment), experiment.settings.dataset, status.state]
     if status.best is not None:
         stage = f"{status.best['stage']} " if len(status.run.stages) > 1 else ""
-        words.append(f"val {status.best['val_accuracy']:.3f} ({stage}epoch {status.best['epoch']})")
+        words.append(f"val {rate_text(status.best['val_accuracy'])} ({stage}epoch {status.best['epoch']})")
     return "  ".join(words) + (f"  ({status.reason})" if status.reason else "")
 
 
@@ -62,4 +63,5 @@ def _planned_run(tree: Tree, experiment: Experiment) -> ComparedRun:
 
 
 def _epoch_text(row: dict[str, Any]) -> str:
-    return f"train loss {row['train_loss']:.3f}, val loss {row['val_loss']:.3f}, val accuracy {row['val_accuracy']:.3f}"
+    losses = f"train loss {row['train_loss']:.3f}, val loss {row['val_loss']:.3f}"
+    return f"{losses}, val accuracy {rate_text(row['val_accuracy'])}"

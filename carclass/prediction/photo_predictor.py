@@ -173,7 +173,7 @@ def _encode_image(image: Image.Image) -> bytes:
 def _read_unchanged(image: ImageFile.ImageFile) -> bytes | None:
     """Return the bytes of a loaded image's file; None if it cannot be read, or the image was changed since."""
     try:
-        data = Path(image.filename).read_bytes()
+        data = Path(os.fsdecode(image.filename)).read_bytes()
         with Image.open(io.BytesIO(data)) as original:
             original.load()
             is_same = original == image and original.getexif().get(ORIENTATION) == image.getexif().get(ORIENTATION)

@@ -12,7 +12,7 @@ from typing import Any
 
 import jinja2
 
-from carclass.formatting import percent_text
+from carclass.formatting import percent_text, rate_text
 
 
 def render(template: Path, *, title: str, facts: Sequence[tuple[str, str]], **values: Any) -> str:
@@ -51,6 +51,7 @@ FILTERS: dict[str, Callable[..., str]] = {
     "percent": percent_text,
     "number": "{:,}".format,
     "decimal": _decimal,
+    "rate": rate_text,
     "jpeg": _jpeg_uri,
     "script_hash": _script_hash,
 }

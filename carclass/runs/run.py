@@ -24,6 +24,7 @@ from carclass.config.schema import StageName, TrainSettings
 from carclass.config.section import EPOCH_OF_RUN, S, validate
 from carclass.data import dataset, formats
 from carclass.errors import UserError, unknown_name
+from carclass.formatting import rate_text
 from carclass.runs.environment import code_version
 
 log = logging.getLogger(__name__)
@@ -175,7 +176,7 @@ def record_best_stage(run: Run) -> None:
 
 def model_text(facts: dict[str, Any]) -> str:
     """Return a model's epoch in words: "frozen epoch 12, val accuracy 0.808". facts: see Run.model_facts."""
-    return f"{epoch_text(facts)}, val accuracy {facts['val_accuracy']:.3f}"
+    return f"{epoch_text(facts)}, val accuracy {rate_text(facts['val_accuracy'])}"
 
 
 def epoch_text(facts: dict[str, Any]) -> str:

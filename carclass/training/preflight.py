@@ -23,7 +23,8 @@ from carclass.data import dataset
 from carclass.errors import UserError
 from carclass.formatting import bytes_text
 from carclass.models import resnet
-from carclass.runs.run import run_uri
+from carclass.runs.run import find_run, parse_parent, run_uri
+from carclass.runs.seen_photos import find_seen_photos
 
 log = logging.getLogger(__name__)
 FLOAT_BYTES = 4
@@ -63,6 +64,7 @@ def check_run(
     """
     counts = check_classes(source)
     check_sampling(settings, counts)
+    check_seen_photos(root, settings, source)
     check_warmup(settings)
     check_object_store(settings, source, object_store)
     net = resnet.build(settings.model, len(source.classes))
@@ -105,6 +107,19 @@ def check_splits(source: dataset.Dataset) -> None:
     for split in ("train", "val"):
         if not source.manifest["splits"][split]:
             raise UserError(f"dataset `{source.name}` has no {split} photos: add some, or change its split.")
+
+
+def check_seen_photos(root: str, settings: TrainSettings, source: dataset.Dataset) -> None:
+    """Warn if the parent of a run, or one of its ancestors, was trained on val or test photos of the run."""
+    if (parent := parse_parent(settings.parent)) is None:
+        return
+    for split in ("val", "test"):
+        if seen := find_seen_photos(find_run(root, parent.run), source, split).text:
+            log.warning(
+                "train: of the %s photos of dataset %s, %s, from which run %s starts: its %s accuracy will be too "
+                "high. Make datasets that grow by `--update`, which keeps each photo in its split",
+                split, source.name, seen, settings.name, split,
+            )  # fmt: skip
 
 
 def check_warmup(settings: TrainSettings) -> None:

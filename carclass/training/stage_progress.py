@@ -3,7 +3,7 @@
 import time
 
 from carclass.config.schema import StageSettings
-from carclass.formatting import duration_text
+from carclass.formatting import duration_text, rate_text
 from carclass.progress import Throttle, print_line
 from carclass.training.loop import Metrics, TrainState
 
@@ -35,7 +35,7 @@ class StageProgress:
         epoch = int(metrics["epoch"])
         self.steps = Throttle(STEP_INTERVAL)  # the next line of a step waits from here
         if self.epochs.is_ready() or epoch == self.stage.epochs:
-            figures = f"loss {metrics['train_loss']:.3f}, val accuracy {metrics['val_accuracy']:.3f}"
+            figures = f"loss {metrics['train_loss']:.3f}, val accuracy {rate_text(metrics['val_accuracy'])}"
             left = "" if epoch == self.stage.epochs else f", {self._time_left(epoch * self.num_steps)}"
             self._print(epoch, f"{figures}, {metrics['seconds']:.1f} s{left}")
 

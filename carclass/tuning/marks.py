@@ -62,7 +62,7 @@ def state_label(result: TrialResult) -> str:
 
 def tooltip(result: TrialResult) -> str:
     """Return a trial's state, settings and result in one line."""
-    accuracy = percent_text(result.accuracy) if result.epochs else "none"
+    accuracy = percent_text(result.accuracy) if result.best_epoch else "none"
     epochs = f"{len(result.epochs)} of {result.max_epochs} epochs"
     return (
         f"trial {result.trial.number}, {state_label(result)}: {result.trial.title}; val accuracy {accuracy}, {epochs}"

@@ -64,7 +64,7 @@ def trials_table(sweep: SweepResult) -> pa.Table:
     for dimension in sweep.dimensions:
         columns[dimension.key] = _setting_column([result.trial.values[dimension.key] for result in results])
     columns |= {
-        "accuracy": pa.array([result.accuracy if result.epochs else None for result in results], pa.float64()),
+        "accuracy": pa.array([result.accuracy if result.best_epoch else None for result in results], pa.float64()),
         "best_epoch": pa.array([result.best_epoch for result in results], pa.int64()),
         "epochs": pa.array([len(result.epochs) for result in results], pa.int64()),
         "max_epochs": pa.array([result.max_epochs for result in results], pa.int64()),

@@ -41,6 +41,14 @@ def test_top_5_accuracy_is_shown_of_more_than_five_classes(num_classes: int, is_
     assert ("Top-" in text) == is_shown
 
 
+def test_a_class_without_photos_has_no_rates():
+    report = make_report(num_classes=196, num_photos=120)
+    empty = next(row["name"] for row in report.metrics["per_class"] if not row["support"])
+    row = re.search(rf'<th scope="row">{empty}</th>(.*?)</tr>', section(render(report), "classes"), re.S)
+    assert row is not None
+    assert visible_text(row[1]).split() == [*["\u2013"] * 3, "0"]
+
+
 def test_facts_are_shown_in_their_order():
     assert re.search(r"Run exp_001 Seed 17", visible_text(render(make_report())))
 

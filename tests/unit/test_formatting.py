@@ -32,6 +32,18 @@ def test_percentages(share: float, text: str):
     assert formatting.percent_text(share) == text
 
 
+@pytest.mark.parametrize(("share", "digits", "text"), [(0.9996, 1, "99.9"), (0.996, 0, "99"), (0.99949, 1, "99.9")])
+def test_a_percentage_is_not_rounded_up_to_all(share: float, digits: int, text: str):
+    assert formatting.percent_text(share, digits) == f"{text}\u00a0%"
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"), [(0.9996, "0.999"), (0.5, "0.500"), (1.0, "1.000"), (1 - 1e-12, "1.000"), (float("nan"), "nan")]
+)
+def test_a_rate_is_not_rounded_up_to_one(rate: float, text: str):
+    assert formatting.rate_text(rate) == text
+
+
 @pytest.mark.parametrize(("size", "text"), [(25_400_000, "25 MB"), (1_340_000_000, "1.3 GB")])
 def test_sizes(size: float, text: str):
     assert formatting.bytes_text(size) == text

@@ -117,6 +117,13 @@ def test_an_unfinished_repeat_beyond_the_seeds_of_the_sweep_does_not_leave_it_un
     assert "Nothing can be said" not in text
 
 
+def test_a_trial_without_a_finite_accuracy_has_none():
+    never = [{**row, "val_accuracy": math.nan} for row in make_epochs(0.8)]
+    trials = [*make_sweep(repeats=False).trials, make_result(20, never, state="pruned")]
+    sweep = make_sweep(trials=trials, repeats=False)
+    assert report.trials_table(sweep)["accuracy"].to_pylist()[-1] is None
+
+
 def test_similar_trials_are_listed():
     assert "Its lead over trials" in summary_text(with_repeats(make_sweep(repeats=False), apart=0.08))
 

@@ -1,0 +1,70 @@
+"""Photos of a split that a run or its ancestors were trained on, found by the hash of their content.
+
+On them a model is more accurate than on new photos. Within a dataset, no photo is in two splits; between two datasets,
+as of the same photos ingested under two names, it may be.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from carclass import storage
+from carclass.data import dataset
+from carclass.errors import UserError
+from carclass.runs.run import Run, find_run, parse_parent
+
+
+class SeenPhotos(NamedTuple):
+    """Photos of a split that are train photos of some runs."""
+
+    number: int
+    total: int  # photos of the split
+    runs: list[str]  # names of the runs that were trained on them
+    unknown: list[str]  # names of runs whose train photos are not known any more
+
+    @property
+    def text(self) -> str:
+        """Return the number in words: "3 of 40 are train photos of first"; empty if there are none."""
+        return f"{self.number:,} of {self.total:,} are train photos of {', '.join(self.runs)}" if self.number else ""
+
+
+def find_seen_photos(run: Run, source: dataset.Dataset, split: str) -> SeenPhotos:
+    """Return the photos of a dataset's split that a run or its ancestors were trained on."""
+    image_ids = _image_ids(source, split)
+    is_seen = np.zeros(len(image_ids), bool)
+    runs: list[str] = []
+    unknown: list[str] = []
+    visited: set[str] = set()  # a run may have been trained anew from its own child
+    ancestor: Run | None = run
+    while ancestor is not None and ancestor.settings.name not in visited:
+        visited.add(ancestor.settings.name)
+        trained = dataset.find_dataset(ancestor.root, ancestor.settings.dataset)
+        if trained is None or trained.digest != ancestor.lineage()["dataset_digest"]:
+            unknown.append(ancestor.settings.name)
+        elif trained.digest != source.digest:
+            found = pc.is_in(image_ids, value_set=_image_ids(trained, "train")).to_numpy(zero_copy_only=False)
+            runs += [ancestor.settings.name] if found.any() else []
+            is_seen |= found
+        ancestor = _find_parent(ancestor, unknown)
+    return SeenPhotos(int(is_seen.sum()), len(image_ids), runs, unknown)
+
+
+def _image_ids(source: dataset.Dataset, split: str) -> pa.Array:
+    rows = source.read(["image_id", "split"])
+    return rows.filter(pc.equal(rows["split"], split))["image_id"].combine_chunks()
+
+
+def _find_parent(run: Run, unknown: list[str]) -> Run | None:
+    """Return the run that another starts from; None if it starts from a file, or, listed in `unknown`, it is gone."""
+    parent = parse_parent(run.lineage()["parent"])
+    if parent is None:
+        return None
+    try:
+        return find_run(run.root, parent.run)
+    except storage.StorageError:
+        raise
+    except UserError:
+        unknown.append(parent.run)
+        return None

@@ -1,0 +1,95 @@
+"""Photos of a split that a run's ancestors were trained on: found by content, told before training and in reports."""
+
+from pathlib import Path
+
+import pytest
+
+from carclass import storage
+from carclass.config.schema import EvaluateSettings, TrainSettings
+from carclass.data.dataset import Dataset
+from carclass.evaluation import collect
+from carclass.runs.run import Run, begin_run
+from carclass.runs.seen_photos import find_seen_photos
+from carclass.training import preflight
+from tests.helpers.held_out import Photo, publish, splits
+from tests.helpers.runs import FROZEN
+
+CHILD = {**FROZEN, "parent": "first@best"}
+
+
+def make_dataset(root: Path, name: str, seed: int, prefix: str = "") -> Dataset:
+    """Publish a dataset of the same 40 photos, under names that begin with a prefix."""
+    photos = [Photo(f"{prefix}{label}{i}", label, content=f"{label}{i}") for label in "ab" for i in range(20)]
+    return publish(root / "datasets" / name, photos, seed=seed)
+
+
+def begin(root: Path, name: str, source: Dataset, parent: str = "sample") -> Run:
+    settings = TrainSettings(name=name, dataset=source.name, **{**FROZEN, "parent": parent})
+    return begin_run(Run(str(root), settings), source, "0" * 64)
+
+
+@pytest.fixture
+def datasets(tmp_path: Path) -> tuple[Dataset, Dataset]:
+    return make_dataset(tmp_path, "v1", 1), make_dataset(tmp_path, "v2", 2, "renamed/")
+
+
+def overlap(first: Dataset, second: Dataset, split: str) -> int:
+    """Return the number of photos of a split of the second dataset that are train photos of the first."""
+    trained = {key for key, found in splits(first).items() if found == "train"}
+    return sum(found == split and key.removeprefix("renamed/") in trained for key, found in splits(second).items())
+
+
+def test_photos_of_the_runs_own_dataset_are_not_seen(tmp_path: Path, datasets: tuple[Dataset, Dataset]):
+    run = begin(tmp_path, "first", datasets[0])
+    assert find_seen_photos(run, datasets[0], "val")[:3] == (0, 6, [])
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_train_photos_of_a_run_are_found_in_another_dataset_by_their_content(
+    tmp_path: Path, datasets: tuple[Dataset, Dataset], split: str
+):
+    seen = find_seen_photos(begin(tmp_path, "first", datasets[0]), datasets[1], split)
+    assert seen.number == overlap(*datasets, split) > 0
+    assert (seen.runs, seen.unknown) == (["first"], [])
+    assert seen.text.endswith("are train photos of first")
+
+
+def test_train_photos_of_a_grandparent_are_found(tmp_path: Path, datasets: tuple[Dataset, Dataset]):
+    begin(tmp_path, "first", datasets[0])
+    begin(tmp_path, "second", datasets[1], "first@best")
+    third = begin(tmp_path, "third", datasets[1], "second@2")
+    assert find_seen_photos(third, datasets[1], "val").runs == ["first"]
+
+
+def test_a_parent_or_its_dataset_that_is_gone_is_not_known(tmp_path: Path, datasets: tuple[Dataset, Dataset]):
+    first, second = begin(tmp_path, "first", datasets[0]), begin(tmp_path, "second", datasets[1], "first@best")
+    storage.delete_folder(datasets[0].uri)
+    assert find_seen_photos(second, datasets[1], "val").unknown == ["first"]
+    storage.delete_folder(first.uri)
+    assert find_seen_photos(second, datasets[1], "val").unknown == ["first"]
+
+
+def test_training_warns_of_val_and_test_photos_that_its_parent_was_trained_on(
+    tmp_path: Path, datasets: tuple[Dataset, Dataset], caplog: pytest.LogCaptureFixture
+):
+    begin(tmp_path, "first", datasets[0])
+    preflight.check_seen_photos(str(tmp_path), TrainSettings(name="child", dataset="v2", **CHILD), datasets[1])
+    number = overlap(*datasets, "val")
+    assert f"of the val photos of dataset v2, {number} of 6 are train photos of first" in caplog.text
+    assert "its test accuracy will be too high" in caplog.text
+
+
+def test_training_on_the_parents_dataset_warns_of_nothing(
+    tmp_path: Path, datasets: tuple[Dataset, Dataset], caplog: pytest.LogCaptureFixture
+):
+    begin(tmp_path, "first", datasets[0])
+    preflight.check_seen_photos(str(tmp_path), TrainSettings(name="child", dataset="v1", **CHILD), datasets[0])
+    assert not caplog.text
+
+
+def test_a_report_has_the_number_of_photos_that_the_model_was_trained_on(
+    tmp_path: Path, datasets: tuple[Dataset, Dataset]
+):
+    run, facts = begin(tmp_path, "first", datasets[0]), {"stage": "frozen", "epoch": 1, "val_accuracy": 0.5}
+    shown = dict(collect._facts(run, datasets[1], EvaluateSettings(run="first", dataset="v2"), facts))
+    assert shown["Seen in training"].endswith("are train photos of first: the accuracy is too high")
