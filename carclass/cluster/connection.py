@@ -64,6 +64,7 @@ def _join() -> None:
         port = free_port(DASHBOARD_PORT)
         # Ray Train's helper processes query this address, by default that of the cluster started last on this machine.
         os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
+    log.info("Ray: %s", "starting" if address == LOCAL else f"joining the cluster at {address}")
     # Jobs report progress themselves; Ray's messages still go to the logs of its session.
     quiet = ray.LoggingConfig(log_level="WARNING")
     try:
