@@ -81,7 +81,7 @@ def write_cache(
     wait_for_workers()
 
 
-def open_cache(uri: str, batch_size: int, device: torch.device, **share: int) -> FeatureLoader:
+def open_cache(uri: str, batch_size: int, device: torch.device, **share: Any) -> FeatureLoader:
     """Return a loader of published features. share: seed, rank, num_workers, balanced of SampleOrder.
 
     Raise UserError if they are damaged.
