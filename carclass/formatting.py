@@ -16,6 +16,11 @@ def number_text(value: int | float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.3f}"
 
 
+def count_text(count: int, noun: str) -> str:
+    """Return "1 worker" or "1,067 workers". noun: whose plural ends with s."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def duration_text(seconds: float) -> str:
     """Return "42 s", "3 min" or "2.5 h"."""
     if seconds < 120:

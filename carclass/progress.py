@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from carclass.formatting import duration_text
 
@@ -32,20 +32,28 @@ class Throttle:
 
 
 class Progress:
-    """Counter of finished items that logs a line at most every few seconds.
+    """Counter of finished items that writes a line at most every few seconds, by default to the log.
 
     `mask: 512 of 6,923 photos, 31/s, 3 min left`, or without a total: `list: 1,200,000 keys, 8,500/s`.
     """
 
-    def __init__(self, job: str, noun: str = "photos", total: int | None = None, *, interval: float = 5.0) -> None:
-        self.job, self.noun, self.total = job, noun, total
+    def __init__(
+        self,
+        job: str,
+        noun: str = "photos",
+        total: int | None = None,
+        *,
+        interval: float = 5.0,
+        write: Callable[[str], None] = log.info,
+    ) -> None:
+        self.job, self.noun, self.total, self.write = job, noun, total, write
         self.done, self.started, self.throttle = 0, time.monotonic(), Throttle(interval)
 
     def add(self, count: int) -> None:
         """Count finished items."""
         self.done += count
         if self.throttle.is_ready():
-            log.info("%s: %s", self.job, self.line(self.done / (time.monotonic() - self.started)))
+            self.write(f"{self.job}: {self.line(self.done / (time.monotonic() - self.started))}")
 
     def line(self, rate: float) -> str:
         """Return the progress as text. rate: items per second."""

@@ -63,6 +63,7 @@ def _join() -> None:
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
         # Silence the warning that a local cluster requires its token: that is intended.
         logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    log.info("Ray: %s", "starting" if address == LOCAL else f"joining the cluster at {address}")
     # Jobs report progress themselves; Ray's messages still go to the logs of its session.
     quiet = ray.LoggingConfig(log_level="WARNING")
     options: dict[str, Any] = {"logging_level": logging.WARNING, "logging_config": quiet}

@@ -1,5 +1,6 @@
 """Classification of all photos of a split, by Ray Data, with the preprocessing of training."""
 
+import logging
 import math
 
 import numpy as np
@@ -12,7 +13,10 @@ from carclass.cluster import resources
 from carclass.config.schema import EvaluateSettings
 from carclass.data import dataset, streaming
 from carclass.data.crash_guard import CrashGuard
+from carclass.formatting import count_text
 from carclass.runs.predictor import Predictor
+
+log = logging.getLogger(__name__)
 
 
 def predict_split(source: dataset.Dataset, settings: EvaluateSettings, model_uri: str) -> pa.Table:
@@ -21,6 +25,7 @@ def predict_split(source: dataset.Dataset, settings: EvaluateSettings, model_uri
     resources.check_cpus(1, "evaluate")
     num_batches = math.ceil(source.manifest["splits"][settings.split] / settings.batch_size)
     count = min(resources.count_slots("GPU" if use_gpu else "CPU", 1), num_batches)
+    log.info("evaluate: starting %s", count_text(count, "classifier"))
     rows = streaming.stream_rows(source, ["key", "label", "image", "image_id"], settings.split)
     predicted = rows.map_batches(
         ClassifyRows,

@@ -25,6 +25,7 @@ from carclass.data.draft import Draft
 from carclass.data.inventory import Inventory
 from carclass.data.lease import hold_lease
 from carclass.errors import UserError
+from carclass.formatting import count_text
 from carclass.masking import collect, networks, quality, selection
 from carclass.masking.detect import DetectPhotos, detector_batch_size, fetch_and_decode
 from carclass.masking.detector import Detector
@@ -176,6 +177,7 @@ def _write_pending(draft: Draft, source: dataset.Dataset, settings: MaskSettings
     node_selector = resources.node_selector(resources.MASK) if use_gpu else None
     if "batch_size" in settings.model_fields_set and not use_gpu:
         log.warning("mask: `mask.batch_size` has no effect without GPUs: on a CPU photos are processed one by one")
+    log.info("mask: starting %s", count_text(num_actors, "detector"))
     max_side = source.manifest["settings"].get("max_side")
     crash_guard, block_rows = CrashGuard(), detector_batch_size(settings, max_side, use_gpu=use_gpu)
     pending = streaming.positions_by_part(source, inventory.pending_numbers())
@@ -205,3 +207,19 @@ def _write_pending(draft: Draft, source: dataset.Dataset, settings: MaskSettings
         for summary in written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             assert isinstance(summary, pa.Table)
             meter.add(summary["outcome"].drop_null().to_pylist(), summary["reason"].drop_null().to_pylist())
+
+
+def _plan_actors(settings: MaskSettings) -> tuple[bool, int, dict[str, str] | None]:
+    """Return True if GPUs are used, the number of actors and the labels of their nodes.
+
+    Raise UserError if the cluster is too small.
+    """
+    use_gpu = resources.decide_gpus(
+        settings.use_gpu, settings.num_actors or 1, "mask.use_gpu", resources.MASK, all_at_once=False
+    )
+    node_selector = resources.node_selector(resources.MASK) if use_gpu else None
+    num_actors = settings.num_actors or max(1, resources.count_slots("GPU" if use_gpu else "CPU", 1, node_selector))
+    if "batch_size" in settings.model_fields_set and not use_gpu:
+        log.warning("mask: `mask.batch_size` has no effect without GPUs: on a CPU photos are processed one by one")
+    resources.check_cpus(1 + (num_actors + 1) * streaming.TASK_CPUS, "mask.num_actors")  # 1: Ray's own repartitioning
+    return use_gpu, num_actors, node_selector

@@ -7,6 +7,7 @@ small: thousands of keys, or one batch of photos. Classifier batches are padded 
 photo does not depend on its batch, and a resumed job predicts the same as an uninterrupted one.
 """
 
+import logging
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from carclass.data.inventory import Inventory
 from carclass.data.quarantine import PhotoError
 from carclass.data.thumbnail import thumbnail
 from carclass.evaluation import calibration
+from carclass.formatting import count_text
 from carclass.ingestion import archive
 from carclass.ingestion.reading import read_groups
 from carclass.masking import detect
@@ -33,6 +35,7 @@ from carclass.prediction.collect import THUMBNAIL_SIDE, is_shown
 from carclass.prediction.predictions import PREDICTED, PREDICTION, prediction_columns
 from carclass.runs.predictor import Predictor
 
+log = logging.getLogger(__name__)
 KEY_ROWS = 4096
 """Keys per block of the listing."""
 DETECTORS_PER_CLASSIFIER = 4
@@ -77,6 +80,8 @@ class ActorPools(NamedTuple):
 def stream_predictions(inventory: Inventory, job: PredictionJob) -> ray.data.Dataset:
     """Stream rows of PREDICTED for the pending photos. Raise UserError if the cluster is too small."""
     pools = _plan_actor_pools(job)
+    detectors = f"{count_text(pools.num_detectors, 'detector')} and " if pools.num_detectors else ""
+    log.info("predict: starting %s%s", detectors, count_text(pools.num_classifiers, "classifier"))
     photos = stream_photos(job.settings.photos, inventory, pools.block_rows)
     read = photos.map_batches(partial(read_batch, crash_guard=CrashGuard(), settings=job.reading), **pools.task_options)
     return _to_inputs(read, job, pools).map_batches(

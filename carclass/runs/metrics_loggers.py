@@ -8,7 +8,7 @@ import importlib.util
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -63,7 +63,8 @@ class MlflowLogger:
     def __init__(self, run: Run, stage: str) -> None:
         from mlflow.exceptions import MlflowException
 
-        self.stage, self.errors = stage, (MlflowException,)
+        self.stage = stage
+        self.errors: tuple[type[Exception], ...] = (MlflowException,)
         identity = _identity(run)
         try:
             self.client, experiment = _open_mlflow(run.root)
@@ -106,7 +107,8 @@ class WandbLogger:
     def __init__(self, run: Run, stage: str) -> None:
         import wandb
 
-        self.stage, self.errors = stage, (wandb.errors.Error,)
+        self.stage = stage
+        self.errors: tuple[type[Exception], ...] = (wandb.errors.Error,)
         self.axes: set[str] = set()
         try:
             self.tracked = wandb.init(
@@ -115,6 +117,7 @@ class WandbLogger:
                 name=run.settings.name,
                 id=storage.sha256(_identity(run).encode())[:16],
                 resume="allow",
+                mode=os.environ.get("WANDB_MODE"),  # W&B itself reads it once in a process
                 dir=_wandb_folder(run),
                 config=flatten(run.settings.model_dump(mode="json")),
                 settings=wandb.Settings(silent=True, console="off"),
@@ -143,7 +146,11 @@ class WandbLogger:
         self.tracked.finish()
 
 
-LOGGERS = {"tensorboard": TensorBoardLogger, "mlflow": MlflowLogger, "wandb": WandbLogger}
+LOGGERS: dict[LoggerName, Callable[[Run, str], MetricsLogger]] = {
+    "tensorboard": TensorBoardLogger,
+    "mlflow": MlflowLogger,
+    "wandb": WandbLogger,
+}
 
 
 def make_loggers(run: Run, stage: str) -> list[MetricsLogger]:

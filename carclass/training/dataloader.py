@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -60,7 +60,7 @@ class Batch(NamedTuple):
 class PhotoSamples(SampleOrder):
     """Samples with their photos. share: seed, rank, num_workers, balanced of SampleOrder."""
 
-    def __init__(self, blocks: Sequence[PhotoBlock], **share: int) -> None:
+    def __init__(self, blocks: Sequence[PhotoBlock], **share: Any) -> None:
         # Blocks of Ray are in shared memory: concatenated pixels would be a copy.
         self.blocks = [block for block in blocks if len(block.ids)]
         ids, labels = (np.concatenate([getattr(block, of) for block in self.blocks]) for of in ("ids", "labels"))

@@ -21,7 +21,7 @@ from carclass.errors import UserError
 from carclass.formatting import duration_text
 from carclass.models import resnet
 from carclass.models.preprocessing import to_network_input
-from carclass.progress import print_line
+from carclass.progress import Progress, print_line
 from carclass.runs.run import Run
 from carclass.training.dataloader import FeatureLoader, PhotoSamples, feature_view
 from carclass.training.distributed import sum_over_workers, wait_for_workers
@@ -81,7 +81,7 @@ def write_cache(
     wait_for_workers()
 
 
-def open_cache(uri: str, batch_size: int, device: torch.device, **share: int) -> FeatureLoader:
+def open_cache(uri: str, batch_size: int, device: torch.device, **share: Any) -> FeatureLoader:
     """Return a loader of published features. share: seed, rank, num_workers, balanced of SampleOrder.
 
     Raise UserError if they are damaged.
@@ -106,15 +106,16 @@ def compute_features(
     """Return the features of a split, float32 (V,N,D). Each worker computes its share; all get the whole."""
     settings = run.settings
     net.eval()
+    progress = Progress(f"{settings.name} features", total=len(samples), interval=1.0, write=print_line)
     features = torch.zeros(num_views, len(samples), resnet.num_features(net))
     share = np.arange(len(samples))[samples.rank :: samples.num_workers]
-    batches = ((share[start : start + BATCH_SIZE], start) for start in range(0, len(share), BATCH_SIZE))
-    for indices, start, pixels in samples.read(batches):
+    batches = ((share[start : start + BATCH_SIZE], None) for start in range(0, len(share), BATCH_SIZE))
+    for indices, _, pixels in samples.read(batches):
         photos = to_network_input(pixels, device)
         for view in range(num_views):
             inputs = feature_view(photos, view, samples.ids[indices], VIEWS_SEED, settings.augmentation)
             with resnet.autocast(settings.precision, device):
                 features[view, indices] = net.features(inputs).float().cpu()
-        if samples.rank == 0 and start // BATCH_SIZE % 20 == 19:
-            print_line(f"{settings.name} features: {start + len(indices):,} of {len(share):,} photos")
+        if samples.rank == 0:  # the other workers are about as fast
+            progress.add(min(len(indices) * samples.num_workers, len(samples) - progress.done))
     return sum_over_workers(features)  # rows of other workers are zero

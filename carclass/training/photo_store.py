@@ -1,5 +1,6 @@
 """The train and val photos of a dataset in Ray's object store."""
 
+import logging
 from functools import partial
 
 import numpy as np
@@ -11,10 +12,12 @@ from carclass.cluster import resources
 from carclass.config.schema import TrainSettings
 from carclass.data import dataset, streaming
 from carclass.data.crash_guard import CrashGuard
+from carclass.formatting import count_text
 from carclass.models.preprocessing import decode_photos
 from carclass.training import preflight
 from carclass.training.dataloader import EncodedPhotos, PhotoBlock
 
+log = logging.getLogger(__name__)
 BlockRefs = dict[str, list[ray.ObjectRef]]
 """References to the blocks of `train` and `val`, in this order."""
 ROWS_PER_BLOCK = 128
@@ -38,6 +41,8 @@ class PhotoStore:
     def get(self) -> BlockRefs:
         """Return the blocks; read them from storage first, and again after the loss of a node."""
         if not self.blocks or self.nodes - resources.node_ids():
+            splits = self.source.manifest["splits"]
+            log.info("train: reading %s", count_text(splits["train"] + splits["val"], "photo"))
             self.nodes, size = resources.node_ids(), None
             if self.decoded:
                 size = preflight.decoded_size(self.settings, self.source, resources.object_store_bytes())

@@ -18,6 +18,7 @@ from carclass.config.schema import StageName, TrainSettings
 from carclass.data import dataset, formats
 from carclass.data.lease import hold_lease
 from carclass.errors import UserError, find_user_error
+from carclass.formatting import count_text
 from carclass.models import resnet
 from carclass.runs.metrics_loggers import check_loggers
 from carclass.runs.preprocessing_record import record_preprocessing
@@ -200,6 +201,8 @@ def _run_workers(job: StageJob, train_resources: TrainResources) -> bool:
         return train_stage_in_process(job, use_gpu=use_gpu)
     filesystem, path = ray_filesystem(storage.join(job.run.uri, job.stage))
     min_workers, max_workers = job.run.settings.workers
+    if job.verbose:
+        log.info("train: starting %s of the %s stage", count_text(max_workers, "worker"), job.stage)
     devices = {"GPU": train_resources.devices_per_worker or 1} if use_gpu else {"CPU": job.num_threads}
     trainer = ray.train.torch.TorchTrainer(
         run_train_worker,  # type: ignore[arg-type]  # it may return something

@@ -105,7 +105,7 @@ def _make_loader(job: StageJob, net: ResNet, worker: WorkerContext) -> loop.Load
     """Return the worker's loader: of photos (unfrozen) or cached features (frozen), which are computed if missing."""
     settings = job.run.settings
     share = {"seed": settings.seed, "rank": worker.rank, "num_workers": worker.num_workers}
-    share["balanced"] = settings.sampling == "balanced"
+    share |= {"balanced": settings.sampling == "balanced"}
     samples = [PhotoSamples(blocks, **share) for blocks in get_blocks(job.blocks, settings.model.image_size)]
     if job.stage == "unfrozen":
         assert settings.unfrozen is not None

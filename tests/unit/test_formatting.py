@@ -22,6 +22,11 @@ def test_numbers(value: float, text: str):
     assert formatting.number_text(value) == text
 
 
+@pytest.mark.parametrize(("count", "text"), [(0, "0 workers"), (1, "1 worker"), (1067, "1,067 workers")])
+def test_counts_have_their_noun_in_the_plural(count: int, text: str):
+    assert formatting.count_text(count, "worker") == text
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(42, "42 s"), (180, "3 min"), (9000, "2.5 h")])
 def test_durations(seconds: float, text: str):
     assert formatting.duration_text(seconds) == text

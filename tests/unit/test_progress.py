@@ -55,6 +55,14 @@ def test_progress_is_logged_at_most_once_per_interval(
     assert counter.done == 501
 
 
+def test_progress_of_a_worker_is_written_to_its_own_stream(clock: Clock):
+    lines: list[str] = []
+    counter = Progress("first features", total=200, interval=1.0, write=lines.append)
+    clock.seconds += 2
+    counter.add(100)
+    assert lines == ["first features: 100 of 200 photos, 50/s, 2 s left"]
+
+
 def test_a_table_aligns_its_columns():
     assert table([("rows", "5"), ("quarantined", "1")], title="dataset v1").splitlines() == [
         "dataset v1",
