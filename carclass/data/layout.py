@@ -7,15 +7,15 @@ from carclass import storage
 from carclass.errors import UserError
 
 FOLDERS = frozenset((
-    "export", "frozen", "parts", "predictions", "quarantine", "report", "steps", "tensorboard", "trials", "tune",
-    "unfrozen",
+    "export", "frozen", "parts", "predictions", "quarantine", "report", "steps", "tensorboard", "thumbnails",
+    "trials", "tune", "unfrozen",
 ))  # fmt: skip
 FILES = frozenset((
     "analysis.html", "best.json", "best.safetensors", "best.yml", "calibration.json", "checkpoint.json", "config.yml",
     "contact_sheet.jpg", "draft.json", "export.json", "lease.json", "lineage.json", "manifest.json", "metrics.json",
     "metrics.jsonl", "model.json", "model.onnx", "model.pt2", "model.safetensors", "optimizer.safetensors",
-    "predictions.csv", "predictions.parquet", "preprocessing.json", "report.html", "search.yml", "settings.json",
-    "summary.json", "trials.json", "trials.parquet", "weights.safetensors",
+    "predictions.csv", "predictions.html", "predictions.parquet", "preprocessing.json", "report.html", "search.yml",
+    "settings.json", "summary.json", "trials.json", "trials.parquet", "weights.safetensors",
 ))  # fmt: skip
 
 

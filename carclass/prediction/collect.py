@@ -59,7 +59,7 @@ def _count_classes(rows: pa.Table) -> list[PredictedClass]:
     sums = classified.group_by("label").aggregate([("label", "count"), ("rejected", "sum"), ("probability", "mean")])
     columns = ("label", "label_count", "rejected_sum", "probability_mean")
     found = [PredictedClass(*(row[name] for name in columns)) for row in sums.to_pylist()]
-    return sorted(found, key=lambda each: (-each.count, each.name))
+    return sorted(found, key=lambda each: (-each.num_photos, each.name))
 
 
 def _read_shown(uri: str, table: Path, share: float) -> list[ShownPhoto]:
@@ -72,7 +72,8 @@ def _read_shown(uri: str, table: Path, share: float) -> list[ShownPhoto]:
         pictures |= {(row["key"], row["image_id"]): row for row in chosen.to_pylist()}
     keys = pa.array({key for key, _ in pictures}, pa.string())
     classified = dataset.read_part(str(table), COLUMNS, pc.is_valid(pc.field("label")) & pc.field("key").isin(keys))
-    shown, size = [], 0
+    shown: list[ShownPhoto] = []
+    size = 0
     # In the order of the hash, the first of them are a sample too.
     for row in sorted(classified.to_pylist(), key=lambda row: zlib.crc32(row["key"].encode())):
         picture = pictures.get((row["key"], row["image_id"]))  # none of a photo that has been replaced

@@ -1,7 +1,7 @@
 """A finished run for notebooks: `carclass.load_run("results/experiments/exp_002").predict(["car.jpg"])`."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -14,15 +14,20 @@ from torchvision.models.resnet import ResNet
 from carclass import storage
 from carclass.config.schema import StageName, TrainSettings
 from carclass.data import dataset
+from carclass.data.results import split_place
 from carclass.errors import UserError
+from carclass.evaluation import tables
+from carclass.reporting.notebook import facts_html
 from carclass.runs.calibration_record import Calibration, read_calibration
 from carclass.runs.predictor import PhotoClassifier
 from carclass.runs.preprocessing_record import Preprocessing, load_preprocessing
 from carclass.runs.report_record import own_report_uri, read_report_metrics
-from carclass.runs.run import Run, read_run_settings
+from carclass.runs.run import Run, epoch_text, read_run_settings
 from carclass.runs.saved_model import load_network
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from carclass.prediction.photo_predictor import PhotoPredictor, PhotoSource
 
 
@@ -67,6 +72,7 @@ class LoadedRun:
     predictions: pa.Table | None  # of the model on the run's test photos; None if it was not evaluated
     classes: list[str]
     model: CheckedClassifier  # best epoch over the stages, in eval mode: uint8 (N,3,S,S) RGB → float32 (N,C) logits
+    evaluation: dict[str, Any] | None  # metrics of `predictions`
     calibration: Calibration | None  # of the model's probabilities; None if it was not evaluated
     run: Run
     stage: str  # of the model
@@ -84,6 +90,57 @@ class LoadedRun:
         UserError for anything else, if the model is not calibrated, or the detector's weights are lost.
         """
         return self._predictor(photos)
+
+    def summary(self) -> "pd.Series[Any]":
+        """Return the model, its accuracies and its origin by name."""
+        import pandas as pd
+
+        return pd.Series(dict(self._facts()), dtype=object, name=self.settings.name)
+
+    def report(self) -> "pd.DataFrame":
+        """Return precision, recall, F1 and support of each class on the test photos, and their averages.
+
+        Raise UserError, as the next two do, if the model was not evaluated on them.
+        """
+        return tables.classification_report(self._evaluated()[0])
+
+    def confusion(self) -> "pd.DataFrame":
+        """Return the counts of test photos: a row per true class, a column per predicted one."""
+        return tables.confusion_table(self._evaluated()[1], self.classes)
+
+    def mistakes(self, number: int = 20) -> "pd.DataFrame":
+        """Return the wrong predictions of test photos, the most confident first: key, label, predicted, confidence."""
+        return tables.worst_mistakes(self._evaluated()[1], number)
+
+    def history(self) -> "pd.DataFrame":
+        """Return a row per epoch: stage, epoch, losses, accuracies, learning rate, seconds."""
+        import pandas as pd
+
+        return pd.DataFrame(self.metrics)
+
+    def _evaluated(self) -> tuple[dict[str, Any], pa.Table]:
+        if self.evaluation is None or self.predictions is None:
+            name = self.settings.name
+            raise UserError(
+                f"the model of run `{name}` (stage {self.stage}) was not evaluated on its test photos. Run "
+                f"jobs/evaluate.py --run {name} --stage {self.stage} first."
+            )
+        return self.evaluation, self.predictions
+
+    def _facts(self) -> Iterator[tuple[str, Any]]:
+        """Yield (name, value) of the summary."""
+        facts = self.run.model_facts(self.stage)
+        yield from (("model", epoch_text(facts)), ("classes", len(self.classes)), ("dataset", self.settings.dataset))
+        yield from (("parent", self.settings.parent), ("val accuracy", facts["val_accuracy"]))
+        if (metrics := self.evaluation) is not None:
+            yield from (("test accuracy", metrics["accuracy"]), ("test photos", metrics["num_photos"]))
+            names = {"accuracy_interval": "95 % interval", "top5_accuracy": "top-5 accuracy"}
+            names |= {"expected_calibration_error": "calibration error"}
+            yield from ((names[key], metrics[key]) for key in names if key in metrics)
+
+    def _repr_html_(self) -> str:
+        facts = [(name, f"{value:.3f}" if isinstance(value, float) else str(value)) for name, value in self._facts()]
+        return facts_html(f"run {self.settings.name}", [*facts, ("uri", self.run.uri)])
 
     @cached_property
     def _predictor(self) -> "PhotoPredictor":
@@ -105,25 +162,25 @@ def load_run(uri: str | os.PathLike[str], stage: str | None = None) -> LoadedRun
         raise UserError(
             f"{run_uri} is not a run: it has no config.yml. Give the folder <root>/experiments/<name>."
         ) from error
+    place = split_place(run_uri)
     # A copied run may have another folder name than the one in its settings.
-    root, folder, name = (run_uri if "://" in run_uri else os.path.abspath(run_uri)).rsplit("/", 2)
-    run = Run(root, settings.model_copy(update={"name": name}), folder)
+    run = Run(place.root, settings.model_copy(update={"name": place.name}), place.folder)
     selected = run.select_stage(stage)
     net, facts = load_network(run.model_uri(selected))
+    evaluation = read_report_metrics(run, selected)
     return LoadedRun(
         settings=settings,
         lineage=run.lineage(),
         metrics=run.metrics(),
-        predictions=_predictions(run, selected),
+        predictions=None if evaluation is None else _read_predictions(run, selected),
         classes=facts["classes"],
         model=CheckedClassifier(net, facts["model"]["image_size"]),
+        evaluation=evaluation,
         calibration=read_calibration(run.model_uri(selected), facts["sha256"]),
         run=run,
         stage=selected,
     )
 
 
-def _predictions(run: Run, stage: StageName) -> pa.Table | None:
-    if read_report_metrics(run, stage) is None:
-        return None
+def _read_predictions(run: Run, stage: StageName) -> pa.Table:
     return dataset.read_part(storage.join(own_report_uri(run, stage), "predictions.parquet"))

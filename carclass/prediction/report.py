@@ -22,7 +22,7 @@ class PredictedClass(NamedTuple):
     """Photos with one predicted class."""
 
     name: str
-    count: int
+    num_photos: int
     num_rejected: int
     mean_probability: float
 
@@ -57,7 +57,7 @@ class PredictionReport:
 
 def render(report: PredictionReport) -> str:
     """Render the page as one HTML document with embedded photos."""
-    num_predicted = sum(each.count for each in report.classes)
+    num_predicted = sum(each.num_photos for each in report.classes)
     return page.render(
         Path(__file__).with_name("report.html.j2"),
         title=report.title,

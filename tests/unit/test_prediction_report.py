@@ -76,12 +76,12 @@ def test_the_least_certain_photos_are_first(tmp_path: Path):
 def test_photos_without_thumbnails_are_counted_but_not_shown(tmp_path: Path):
     report = collected(tmp_path, [shown("a"), row("b")])
     assert [photo.key for photo in report.shown] == ["a"]
-    assert report.classes[0].count == 2
+    assert report.classes[0].num_photos == 2
 
 
 def test_classes_are_counted_the_most_frequent_first(tmp_path: Path):
     report = collected(tmp_path, [row("a", 0.4, 2), row("b", 0.8, 2), row("c", 0.9, 1)])
-    assert [(each.name, each.count, each.num_rejected) for each in report.classes] == [
+    assert [(each.name, each.num_photos, each.num_rejected) for each in report.classes] == [
         ("Corvo", 2, 1),
         ("Belmar", 1, 0),
     ]
@@ -110,7 +110,7 @@ def test_of_many_photos_a_sample_is_shown_whose_number_is_limited(tmp_path: Path
     monkeypatch.setattr(collect, "MAX_SHOWN", 20)
     report = collected(tmp_path, [shown(f"{i}.jpg") for i in range(200)])
     assert 8 <= len(report.shown) <= 20
-    assert report.classes[0].count == 200
+    assert report.classes[0].num_photos == 200
 
 
 def test_the_size_of_all_thumbnails_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -138,7 +138,7 @@ def test_every_section_exists_and_is_linked_at_the_top(name: str):
 
 def test_the_page_says_what_it_leaves_out():
     report = make_prediction_report()
-    report.classes[0] = report.classes[0]._replace(count=9998)
+    report.classes[0] = report.classes[0]._replace(num_photos=9998)
     text = section_text(render(report), "photos")
     assert "6 of the 10,000 classified photos are on this page" in text
     assert "the other 9,994 are in predictions.parquet" in text

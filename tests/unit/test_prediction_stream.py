@@ -1,0 +1,104 @@
+"""The steps of a prediction job on batches, without a cluster: fingerprints and thumbnails reach the written rows."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from carclass.config.schema import DetectorSettings, IngestSettings, MaskSettings, PredictSettings
+from carclass.data import photo
+from carclass.data.inventory import INPUT
+from carclass.masking import networks
+from carclass.models import resnet
+from carclass.prediction import classify
+from carclass.prediction.collect import THUMBNAIL_SIDE
+from carclass.prediction.predictions import PREDICTED
+from carclass.runs.run import find_run
+from carclass.sample.background import SCENES
+from carclass.sample.draw import draw_photo
+from carclass.sample.models import MODELS
+from tests.helpers.evaluated_run import CLASSES, MODEL, publish_photos
+from tests.helpers.inventories import run_all
+from tests.helpers.runs import publish_frozen_run
+
+GUARD = SimpleNamespace(run=run_all)
+
+
+@pytest.fixture(scope="module")
+def box(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a car, a photo without one, and a file that is no photo."""
+    folder = tmp_path_factory.mktemp("box")
+    pixels, _ = draw_photo((3, 1), MODELS[1], next(iter(SCENES)))
+    (folder / "car.jpg").write_bytes(photo.encode(pixels))
+    (folder / "grey.jpg").write_bytes(photo.encode(np.full((90, 120, 3), 128, np.uint8)))
+    (folder / "text.jpg").write_text("no photo")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def read(box: Path) -> pa.Table:
+    """Return the photos as rows of READ."""
+    keys = sorted(path.name for path in box.iterdir())
+    inputs = [{"key": key, "fingerprint": f"of {key}", "subset": "test", "size": 1} for key in keys]
+    settings = IngestSettings(photos=str(box), max_side=320)
+    return pa.concat_tables(classify.read_batch(pa.Table.from_pylist(inputs, INPUT), GUARD, settings))
+
+
+@pytest.fixture(scope="module")
+def mask(tmp_path_factory: pytest.TempPathFactory) -> MaskSettings:
+    detector = DetectorSettings(model="sample", weights="sample", short_side=160, num_proposals=30)
+    return MaskSettings(detector=networks.pin_weights(detector, str(tmp_path_factory.mktemp("weights"))))
+
+
+def cut(read: pa.Table, mask: MaskSettings, share: float) -> pa.Table:
+    detect = classify.DetectNewPhotos(mask, GUARD, use_gpu=False)
+    detected = detect(classify.decode_valid(read, GUARD))
+    return pa.concat_tables(classify.cut_photos(detected, mask, share)).sort_by("key")
+
+
+@pytest.fixture(scope="module")
+def masked(read: pa.Table, mask: MaskSettings) -> pa.Table:
+    return cut(read, mask, 1.0)
+
+
+def test_masked_photos_keep_their_fingerprints(masked: pa.Table):
+    assert masked["fingerprint"].to_pylist() == ["of car.jpg", "of grey.jpg", "of text.jpg"]
+    assert masked["reason"].to_pylist() == [None, None, "not_an_image"]
+
+
+def test_a_masked_photo_has_thumbnails_of_the_whole_and_of_the_cutout(masked: pa.Table):
+    car, grey, text = masked.select(["photo", "cutout", "outcome"]).to_pylist()
+    assert car["outcome"] == "vehicle"
+    assert max(photo.decode(car["photo"]).shape) == max(photo.decode(car["cutout"]).shape) == THUMBNAIL_SIDE
+    assert car["photo"] != car["cutout"]
+    assert (grey["outcome"], grey["cutout"]) == ("no_vehicle", None)
+    assert grey["photo"]
+    assert (text["photo"], text["cutout"]) == (None, None)
+
+
+def test_photos_that_the_page_leaves_out_have_no_thumbnails(read: pa.Table):
+    assert classify.select_input(read, 0.0)["photo"].to_pylist() == [None] * 3
+
+
+def test_photos_that_are_not_masked_have_one_thumbnail(read: pa.Table):
+    rows = classify.select_input(read, 1.0).to_pylist()
+    assert [(row["photo"] is None, row["cutout"]) for row in rows] == [(False, None), (False, None), (True, None)]
+    assert [row["fingerprint"] for row in rows] == ["of car.jpg", "of grey.jpg", "of text.jpg"]
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> classify.PredictionJob:
+    publish_frozen_run(str(tmp_path), publish_photos(tmp_path), "first", MODEL, resnet.build(MODEL, 3).eval())
+    model_uri = find_run(str(tmp_path), "first").model_uri("frozen")
+    settings = PredictSettings(photos="/box", threshold=0.5, batch_size=4)
+    return classify.PredictionJob(settings, IngestSettings(photos="/box"), None, model_uri, CLASSES, 1.0, 1.0)
+
+
+def test_classified_rows_have_all_that_is_written(read: pa.Table, job: classify.PredictionJob):
+    rows = classify.ClassifyPhotos(job, GUARD, use_gpu=False)(classify.select_input(read, 1.0))
+    assert rows.schema == PREDICTED
+    assert [row["label"] is None for row in rows.to_pylist()] == [False, False, True]
+    assert [row["fingerprint"] for row in rows.to_pylist()] == ["of car.jpg", "of grey.jpg", "of text.jpg"]
+    assert [row["photo"] is None for row in rows.to_pylist()] == [False, False, True]
