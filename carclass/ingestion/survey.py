@@ -25,8 +25,8 @@ from carclass.ingestion.reading import load_photos, to_row
 from carclass.ingestion.split import count_held_out
 
 log = logging.getLogger(__name__)
-SAMPLE_PHOTOS, SAMPLE_SECONDS = 48, 3.0
-"""Limits of the sample."""
+SAMPLE_PHOTOS, MIN_SAMPLE_PHOTOS, SAMPLE_SECONDS = 48, 8, 3.0
+"""Limits of the sample: after its seconds it ends, if it has the fewest photos."""
 MAX_EXAMPLES = 3
 """Files that are named for each reason of quarantine."""
 CLASSES = "SELECT label, subset, count(*) FROM input WHERE label NOT NULL AND reason IS NULL GROUP BY label, subset"
@@ -176,7 +176,8 @@ def _read_sample(settings: IngestSettings, inventory: Inventory) -> PhotoSample:
             seconds += time.thread_time() - before
             shorter, longer = sorted(Image.open(io.BytesIO(row["data"])).size)
             sides.append((shorter, longer))
-        if time.monotonic() - started > SAMPLE_SECONDS:
+        is_late = time.monotonic() - started > SAMPLE_SECONDS
+        if is_late and len(sides) + len(problems) >= MIN_SAMPLE_PHOTOS:
             break
     number = max(1, len(sides))
     return PhotoSample(sides, stored // number, problems, seconds / number)
