@@ -23,13 +23,3 @@ def test_devices_and_memory_are_compared_before_the_first_photo(photos_folder: P
     assert "`mask.use_gpu` asks for 1 GPU(s)" in str(error.value)
     assert "`train.unfrozen.batch_size`: 10000000 photos" in str(error.value)
     assert not (tmp_path / "datasets").exists()
-
-
-def test_a_pipeline_that_can_succeed_prints_its_plan(
-    photos_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    with Inventory() as inventory:
-        check_pipeline(Config.model_validate(chain_settings(str(tmp_path), str(photos_folder))), inventory)
-    printed = capsys.readouterr().out
-    assert printed.startswith("plan\n")
-    assert "\ntrain, unfrozen  6 epochs of " in printed
