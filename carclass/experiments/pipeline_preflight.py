@@ -198,7 +198,8 @@ def check_disk(settings: Config, listed: ListedInputs) -> None:
     missing = _missing_datasets(settings)
     folders = [Path(path, "datasets", name) for name in missing]
     written = sum(file.stat().st_size for folder in folders for file in folder.rglob("*.parquet"))
-    free = shutil.disk_usage(path).free
+    existing = next(folder for folder in (Path(path), *Path(path).parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
     if (required := (size or 0) * len(missing)) > written + free:
         raise UserError(
             f"`root`: {settings.root} has {bytes_text(free)} free, and the dataset(s) {' and '.join(missing)} need at "

@@ -25,6 +25,8 @@ def describe_survey(survey: Survey) -> list[Row]:
         ("photos per class", per_class),
         ("splits", ", ".join(_describe_split(survey, split) for split in survey.splits)),
     ]
+    if survey.settings.columns:
+        rows.append(("columns", ", ".join(f"{role}: {name}" for role, name in survey.settings.columns.items())))
     for reason, (number, examples) in survey.rejected.items():
         rows.append((f"set aside, {reason}", f"{number:,}, such as {', '.join(map(repr, examples))}"))
     return [*rows, *_describe_sample(survey.sample)]

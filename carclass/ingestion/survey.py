@@ -19,14 +19,14 @@ from carclass.data.quarantine import PhotoError
 from carclass.errors import UserError
 from carclass.ingestion import archive, label_table
 from carclass.ingestion.folder_labels import find_classes
-from carclass.ingestion.inputs import list_inputs
+from carclass.ingestion.inputs import check_classes, list_inputs
 from carclass.ingestion.listing import list_pages
 from carclass.ingestion.reading import load_photos, to_row
 from carclass.ingestion.split import count_held_out
 
 log = logging.getLogger(__name__)
-SAMPLE_PHOTOS, SAMPLE_SECONDS = 48, 3.0
-"""Limits of the sample."""
+SAMPLE_PHOTOS, MIN_SAMPLE_PHOTOS, SAMPLE_SECONDS = 48, 8, 3.0
+"""Limits of the sample: after its seconds it ends, if it has the fewest photos."""
 MAX_EXAMPLES = 3
 """Files that are named for each reason of quarantine."""
 CLASSES = "SELECT label, subset, count(*) FROM input WHERE label NOT NULL AND reason IS NULL GROUP BY label, subset"
@@ -112,13 +112,14 @@ def find_table(photos: str) -> str | None:
 
     Tables in folders below the first level do not count. Raise UserError if there are several.
     """
-    if archive.is_archive(photos):
+    path = storage.local_path(photos)
+    if archive.is_archive(photos) or (path is not None and not os.path.isdir(path)):
         return None
     keys = [file.key for page in list_pages(photos) for file in page if file.key.count("/") <= 1]
     tables = [storage.join(photos, key) for key in keys if label_table.is_table(key)]
-    if not tables and (path := storage.local_path(photos)) is not None:
-        beside = filter(label_table.is_table, sorted(os.listdir(os.path.dirname(path)))) if keys else ()
-        tables = [os.path.join(os.path.dirname(path), name) for name in beside]
+    if not tables and path is not None:
+        folder = os.path.dirname(path)
+        tables = [os.path.join(folder, name) for name in os.listdir(folder) if label_table.is_table(name)]
     if len(tables) > 1:
         raise UserError(
             f"{photos} has no folders of classes, but several tables: {', '.join(sorted(tables)[:5])}. Name the one "
@@ -133,6 +134,7 @@ def _survey(root: str, settings: IngestSettings) -> Survey:
         subsets: dict[str, dict[str, int]] = {}
         for label, subset, number in inventory.query(CLASSES):
             subsets.setdefault(label, {})[subset] = number
+        check_classes(sorted(subsets), settings, "usable photos")
         rejected: dict[str, tuple[int, list[str]]] = {}
         for reason, key, number in inventory.query(REJECTED):
             examples = rejected.setdefault(reason, (number, []))[1]
@@ -174,7 +176,8 @@ def _read_sample(settings: IngestSettings, inventory: Inventory) -> PhotoSample:
             seconds += time.thread_time() - before
             shorter, longer = sorted(Image.open(io.BytesIO(row["data"])).size)
             sides.append((shorter, longer))
-        if time.monotonic() - started > SAMPLE_SECONDS:
+        is_late = time.monotonic() - started > SAMPLE_SECONDS
+        if is_late and len(sides) + len(problems) >= MIN_SAMPLE_PHOTOS:
             break
     number = max(1, len(sides))
     return PhotoSample(sides, stored // number, problems, seconds / number)

@@ -222,7 +222,7 @@ def begin_run(run: Run, source: dataset.Dataset, parent_sha256: str) -> Run:
     config_uri = storage.join(run.uri, "config.yml")
     if storage.exists(config_uri):
         old = read_run_settings(run.uri)
-        changed = changed_inputs(run, lineage["dataset_digest"], lineage["parent_sha256"])
+        changed = changed_inputs(run, source.digest, parent_sha256)
         _refuse_changes(run, old, [*changed_settings(old, settings), *changed])
         return run
     formats.write(storage.join(run.uri, "lineage.json"), "lineage", lineage)

@@ -23,6 +23,7 @@ from carclass.data.quarantine import Reason
 from carclass.errors import UserError
 from carclass.ingestion import ingest
 from carclass.ingestion.ingest import ingest_photos
+from carclass.ingestion.survey import survey_source
 from carclass.sample.generate import FIRST_ODDITY, ODDITIES, file_name
 from carclass.sample.models import MODELS
 from carclass.tools.benchmarks import scale
@@ -298,6 +299,20 @@ def test_a_folder_per_class_needs_no_labels(ingested: dataset.Dataset, photos_fo
     rows = published.read(["key", "label", "split"]).to_pylist()
     assert {row["key"]: (row["label"], row["split"]) for row in rows} == expected
     assert published.manifest["reasons"] == {"junk": 1}
+
+
+def test_a_survey_counts_what_is_then_ingested(photos_folder: Path, tmp_path: Path):
+    for i, path in enumerate(sorted((photos_folder / "photos").iterdir())[:60]):
+        folder = tmp_path / "cars" / f"class {i % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{i}.jpg").write_bytes(path.read_bytes())
+    (tmp_path / "cars" / "notes.txt").write_text("not a photo")
+    found = survey_source(str(tmp_path / "root"), str(tmp_path / "cars"), None)
+    published = ingest_photos(str(tmp_path / "root"), found.settings)
+    usable = published.manifest["inputs"] - published.manifest["quarantined"]
+    assert usable == sum(found.splits.values())
+    assert published.manifest["splits"] == found.splits
+    assert published.manifest["reasons"] == {reason: number for reason, (number, _) in found.rejected.items()}
 
 
 def test_a_dataset_without_usable_photos_is_refused_with_the_reasons(tmp_path: Path):

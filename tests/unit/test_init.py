@@ -127,6 +127,16 @@ def test_odd_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
         assert text in written
 
 
+def test_recognised_columns_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    write(tmp_path / "p", NUMBERED)
+    settings = init(monkeypatch, tmp_path / "my.yml", "p")
+    assert settings.ingest is not None
+    assert settings.ingest.columns == {"name": "id", "class": "model", "subset": "split"}
+    assert "name: id, class: model, subset: split" in capsys.readouterr().out
+
+
 def test_the_file_names_the_next_command_and_what_each_step_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write(tmp_path / "p", classes())
     init(monkeypatch, tmp_path / "my.yml", "p")
@@ -171,6 +181,9 @@ def test_an_existing_file_is_replaced_only_when_told(tmp_path: Path, monkeypatch
         (["q"], "one class|1 class"),
         (["flat"], "has no folders of classes, but several tables: .*a.csv, .*b.csv. Name the one"),
         (["p", "--labels", "none.csv"], "`ingest.labels`: .*none.csv cannot be read"),
+        (["flat/a.csv"], "a.csv is a file. Set it to a folder"),
+        (["p/audi/audi0.jpg"], "audi0.jpg is a file. Set it to a folder"),
+        (["huge"], "photos have 1 class"),
         (["s3:bucket/x"], "an S3 URI is written"),
     ],
 )
@@ -180,6 +193,8 @@ def test_a_mistake_is_reported_and_nothing_is_written(
     write(tmp_path / "p", classes())
     write(tmp_path / "q", flat("audi/1.jpg"))
     write(tmp_path / "flat", {**flat("1.jpg"), "a.csv": b"", "b.csv": b""})
+    write(tmp_path / "huge", {"a/1.jpg": JPEG, "b/2.jpg": b""})
+    os.truncate(tmp_path / "huge" / "b" / "2.jpg", 600 * 2**20)  # takes no space
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["init.py", *arguments])
     before = sorted(tmp_path.rglob("*"))

@@ -209,3 +209,9 @@ def test_a_file_written_by_init_passes(tmp_path: Path, photos: Path, monkeypatch
     settings = cli.parse_job("", None, ["--config", "my.yml", *arguments])
     check_sections(settings)
     assert problems(settings).startswith("RAY_ADDRESS is nowhere")
+
+
+def test_a_root_that_cannot_be_written_to_is_one_of_the_problems(tmp_path: Path, photos: Path):
+    text = problems(config(tmp_path, photos, root="/proc/none", train={**TRAIN, "dataset": "v7"}))
+    assert "`root`: " in text
+    assert "`train.dataset` is v7" in text
