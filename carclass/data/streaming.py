@@ -72,6 +72,11 @@ def read_part_rows(batch: pa.Table, columns: list[str], split: str | None) -> pa
     return dataset.read_part(batch["part"][0].as_py(), columns, filters).replace_schema_metadata()
 
 
+def join_blocks(blocks: Iterable[pa.Table]) -> pa.Table:
+    """Return the rows of all blocks. Blocks without rows, which Ray Data may keep, have no columns either."""
+    return pa.concat_tables([block for block in blocks if block.num_rows])
+
+
 def stream_positions(positions: Iterable[tuple[str, list[int]]], block_rows: int) -> ray.data.Dataset:
     """Stream rows of ROW_POSITION in blocks of block_rows, for slow work on large rows.
 

@@ -36,7 +36,7 @@ def predict_split(source: dataset.Dataset, settings: EvaluateSettings, model_uri
         num_cpus=streaming.TASK_CPUS,
         num_gpus=1 if use_gpu else 0,
     )
-    table = pa.concat_tables(ray.get(predicted.to_arrow_refs())).sort_by("key")
+    table = streaming.join_blocks(ray.get(predicted.to_arrow_refs())).sort_by("key")
     expected = source.read(["key", "split"]).filter(pc.field("split") == settings.split)["key"].to_pylist()
     assert table["key"].to_pylist() == sorted(expected), "a photo was classified twice or not at all"
     probabilities = np.stack(table["probabilities"].to_numpy())

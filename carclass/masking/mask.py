@@ -207,19 +207,3 @@ def _write_pending(draft: Draft, source: dataset.Dataset, settings: MaskSettings
         for summary in written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             assert isinstance(summary, pa.Table)
             meter.add(summary["outcome"].drop_null().to_pylist(), summary["reason"].drop_null().to_pylist())
-
-
-def _plan_actors(settings: MaskSettings) -> tuple[bool, int, dict[str, str] | None]:
-    """Return True if GPUs are used, the number of actors and the labels of their nodes.
-
-    Raise UserError if the cluster is too small.
-    """
-    use_gpu = resources.decide_gpus(
-        settings.use_gpu, settings.num_actors or 1, "mask.use_gpu", resources.MASK, all_at_once=False
-    )
-    node_selector = resources.node_selector(resources.MASK) if use_gpu else None
-    num_actors = settings.num_actors or max(1, resources.count_slots("GPU" if use_gpu else "CPU", 1, node_selector))
-    if "batch_size" in settings.model_fields_set and not use_gpu:
-        log.warning("mask: `mask.batch_size` has no effect without GPUs: on a CPU photos are processed one by one")
-    resources.check_cpus(1 + (num_actors + 1) * streaming.TASK_CPUS, "mask.num_actors")  # 1: Ray's own repartitioning
-    return use_gpu, num_actors, node_selector

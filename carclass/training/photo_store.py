@@ -84,7 +84,8 @@ def to_block_columns(
 def get_blocks(refs: BlockRefs, size: int) -> list[list[PhotoBlock]]:
     """Return the blocks of each split. Raise GetTimeoutError of Ray if blocks stay lost."""
     splits = [ray.get(split, timeout=GET_TIMEOUT_S) for split in refs.values()]
-    return [[open_block(columns, size) for columns in split] for split in splits]
+    # Blocks without rows, which Ray Data may keep, have no columns either.
+    return [[open_block(columns, size) for columns in split if len(columns)] for split in splits]
 
 
 def open_block(columns: pa.Table | dict[str, np.ndarray], size: int) -> PhotoBlock:

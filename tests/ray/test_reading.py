@@ -1,11 +1,18 @@
-"""Photos in the object store for training."""
+"""Photos of a split, for training and evaluation."""
+
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pytest
 import ray
 
-from carclass.data import dataset
+from carclass.config.schema import EvaluateSettings, TrainSettings
+from carclass.data import dataset, photo, publishing
+from carclass.evaluation.classification import predict_split
 from carclass.training.dataloader import PhotoSamples
-from carclass.training.photo_store import open_block, store_split
+from carclass.training.photo_store import get_blocks, open_block, store_split
+from tests.helpers import parts, runs
 
 SIZE = 48
 
@@ -23,3 +30,29 @@ def test_encoded_and_decoded_photos_give_the_same_epochs(ingested: dataset.Datas
         of_encoded, of_decoded = encoded_step.positions, decoded_step.positions
         np.testing.assert_array_equal(encoded.labels[of_encoded], decoded.labels[of_decoded])
         np.testing.assert_array_equal(encoded.pixels(of_encoded), decoded.pixels(of_decoded))
+
+
+@pytest.fixture(scope="module")
+def grown(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> dataset.Dataset:
+    """Publish a dataset whose val photos are all in the first of four parts, as after an update."""
+    uri = str(tmp_path_factory.mktemp("grown") / "datasets" / "v1")
+    image = photo.encode(np.full((SIZE, SIZE, 3), 128, np.uint8))
+    for i in range(4):
+        split = "train" if i else "val"
+        rows = [parts.row(f"{i}{label}", label=label, split=split, image=image) for label in "ab"]
+        publishing.write_part(uri, "parts", pa.Table.from_pylist(rows, dataset.ROW), parts.SETTINGS)
+    return parts.publish(uri, [f"{i}{label}" for i in range(4) for label in "ab"])
+
+
+@pytest.mark.parametrize("size", [None, SIZE])
+def test_parts_without_photos_of_a_split_are_skipped_in_training(grown: dataset.Dataset, size: int | None):
+    (blocks,) = get_blocks({"val": store_split(grown, "val", size)}, SIZE)
+    assert sum(len(block.ids) for block in blocks) == 2
+
+
+def test_parts_without_photos_of_a_split_are_skipped_in_evaluation(grown: dataset.Dataset):
+    root = Path(grown.uri).parents[1]
+    run = runs.begin(root, TrainSettings(**runs.FROZEN, name="r", dataset="v1"))
+    runs.finish(run, classes=grown.classes)
+    table = predict_split(grown, EvaluateSettings(run="r", split="val"), run.model_uri("frozen"))
+    assert table["key"].to_pylist() == ["0a", "0b"]
