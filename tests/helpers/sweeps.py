@@ -109,7 +109,7 @@ def with_seeds(sweep: SweepResult, accuracies: Iterable[Iterable[float]]) -> Swe
 def make_best(values: dict[str, Any], epochs: list[dict[str, Any]] | None = None) -> SweepResult:
     """Return a sweep whose best trial, by a wide margin, has these values or epochs."""
     sweep = make_sweep(repeats=False)
-    best = make_result(20, epochs or make_epochs(0.97), values={**BASE_VALUES, **values})
+    best = make_result(20, epochs or make_epochs(0.97), values={**BASE_VALUES, BATCH: 33, **values})
     return replace(sweep, trials=[*sweep.trials, best])
 
 
