@@ -25,6 +25,7 @@ from carclass.config.section import (
     section_type,
     validate,
 )
+from carclass.config.stderr_filter import filter_stderr
 from carclass.errors import FullDiskReport, UserError, find_user_error, suggest_names
 from carclass.formatting import terminal_text, value_text
 
@@ -217,6 +218,7 @@ class LineFormatter(logging.Formatter):
 
 def main(job: Callable[[], None]) -> None:
     """Run a job; report a UserError as one paragraph on stderr and exit with status 2, on Ctrl-C with 130."""
+    filter_stderr()
     handler = logging.StreamHandler()
     handler.setFormatter(LineFormatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("carclass")
