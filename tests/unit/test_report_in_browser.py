@@ -80,9 +80,9 @@ def test_the_page_of_predictions_opens_with_all_sections_and_a_silent_console(tm
 )
 def test_a_filter_shows_the_photos_that_pass_it(tmp_path, field, value, shown):
     script = f"""
-        const field = document.querySelector("#{field}");
-        field.value = "{value}";
-        field.dispatchEvent(new Event("input", {{ bubbles: true }}));
+        const input = document.querySelector("#{field}");
+        input.value = "{value}";
+        input.dispatchEvent(new Event("input", {{ bubbles: true }}));
     """
     dom, _ = open_page(with_script(render_predictions(make_prediction_report()), script), tmp_path)
     figures = re.findall(r"<figure data-class[^>]*>.*?</figure>", dom, re.S)
