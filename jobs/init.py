@@ -13,6 +13,7 @@ from pathlib import Path
 
 from carclass import progress
 from carclass.config import cli
+from carclass.formatting import terminal_text
 
 NEXT = "python jobs/pipeline.py --config"
 
@@ -39,10 +40,10 @@ def main() -> None:
     facts = [("Next", command), None, *findings, None, *plan]
     header = ["" if fact is None else ": ".join(fact) for fact in facts]
     first_config.write_config(args.output, settings, header, overwrite=args.overwrite)
-    print(progress.table(findings, title=f"photos in {survey.settings.photos}"))
+    print(terminal_text(progress.table(findings, title=f"photos in {survey.settings.photos}")))
     print(f"\n{progress.table(plan, title='plan')}\n")
     for text in survey_text.list_warnings(survey, machine):
-        print(f"note: {text}")
+        print(terminal_text(f"note: {text}"))
     print(f"{args.output} is written. Next: {command}")
 
 

@@ -127,6 +127,14 @@ def test_odd_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
         assert text in written
 
 
+def test_the_terminal_gets_no_control_characters_of_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    write(tmp_path / "p\x1b[2J", {**classes(), "x\x1b[2J.txt": b""})
+    init(monkeypatch, tmp_path / "my.yml", "p\x1b[2J")
+    assert "\x1b" not in capsys.readouterr().out
+
+
 def test_recognised_columns_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
