@@ -64,9 +64,10 @@ class JobParser(argparse.ArgumentParser):
                 raise UserError(f"`--{name}` is not an option of {self.prog}; {hint}")
             if names.count(name) > 1:
                 raise UserError(f"`--{name}` is given {names.count(name)} times. Give it once.")
-        # Arguments of any number between options; not with subcommands.
+        # Arguments of any number between options; not with subcommands, nor after `--`, where all are arguments.
         has_list = any(action.nargs == "*" and not action.option_strings for action in self._actions)
-        return self.parse_intermixed_args(arguments) if has_list else self.parse_args(arguments)
+        mixed = has_list and "--" not in arguments
+        return self.parse_intermixed_args(arguments) if mixed else self.parse_args(arguments)
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError, which cli.main reports with exit status 2."""
