@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import mean, stdev
 from typing import Any
 
@@ -89,7 +90,7 @@ class SweepResult:
     num_seeds: int
     """Number of seeds with which the best settings are trained; the results of further ones are not counted."""
 
-    @property
+    @cached_property
     def searched(self) -> list[TrialResult]:
         """Return all trials but repeats with other seeds."""
         return [result for result in self.trials if result.trial.repeats is None]
@@ -99,27 +100,28 @@ class SweepResult:
         """Return the searched trials that were ended early."""
         return [result for result in self.searched if result.trial.state == "pruned"]
 
-    @property
+    @cached_property
     def complete(self) -> list[TrialResult]:
         """Return the searched trials with all of their epochs, best first, the earlier of equals first."""
         complete = [result for result in self.searched if result.trial.state == "complete"]
         return sorted(complete, key=lambda result: (-result.accuracy, result.trial.number))
 
-    @property
+    @cached_property
     def distinct(self) -> list[TrialResult]:
         """Return the complete trials, best first, without those that have the settings of an earlier one."""
         first: dict[str, int] = {}
         for result in sorted(self.complete, key=lambda result: result.trial.number):
             first.setdefault(repr(sorted(result.trial.values.items())), result.trial.number)
-        return [result for result in self.complete if result.trial.number in first.values()]
+        numbers = {*first.values()}
+        return [result for result in self.complete if result.trial.number in numbers]
 
-    @property
+    @cached_property
     def repeated(self) -> list[TrialResult]:
         """Return the distinct trials to repeat with other seeds: the NUM_REPEATED best, the finalists, and trial 0."""
         rest = [result for result in self.distinct[NUM_REPEATED:] if result.trial.number == 0]
         return [*self.distinct[:NUM_REPEATED], *rest]
 
-    @property
+    @cached_property
     def counted(self) -> list[TrialResult]:
         """Return the searched trials, and the repeats of those in `repeated` with up to `num_seeds` seeds."""
         last_seed = {result.trial.number: result.trial.seed + self.num_seeds - 1 for result in self.repeated}
@@ -135,7 +137,7 @@ class SweepResult:
         accuracies = tuple(result.accuracy for result in repeats if result.trial.state == "complete")
         return SeedRepeats(number=number, accuracies=accuracies, num_missing=len(repeats) - len(accuracies))
 
-    @property
+    @cached_property
     def best(self) -> TrialResult:
         """Return the best repeated trial by its mean over other seeds than the search's, trial 0 if none is better.
 

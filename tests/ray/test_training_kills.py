@@ -173,6 +173,7 @@ def start_training(
     return start("train.py", config_file, cluster.environment, "--num_workers", num_workers)
 
 
+@pytest.mark.nightly  # 80 s
 def test_training_continues_with_fewer_workers_after_the_loss_of_a_node(
     cluster: Cluster, root: str, uninterrupted: Run, tmp_path: Path
 ):

@@ -179,7 +179,7 @@ def test_finished_sweep_trains_nothing_when_run_again(
     assert files_below(f"{root}/sweeps/heads/trials") == before
 
 
-@pytest.mark.slow  # 20 s
+@pytest.mark.nightly  # 30 s
 def test_trials_that_hyperband_pauses_end(root: str, tmp_path: Path):
     sweep = run(root, tmp_path, "hyperband", HEAD_LR, HEAD, num_trials=4, num_seeds=1, scheduler="hyperband")
     assert "begun" not in states(sweep)
@@ -202,7 +202,7 @@ def test_trials_that_diverge_fail_and_the_sweep_goes_on_and_grows(root: str, tmp
     assert all("training diverged in the frozen stage: " in str(trial.reason) for trial in failed)
 
 
-@pytest.mark.slow  # 20 s
+@pytest.mark.nightly  # 25 s
 def test_diverged_training_of_several_workers_ends_with_one_paragraph(root: str):
     stage = {"optimizer": "sgd", "lr": 1e30, "warmup_epochs": 0, "batch_size": 16}
     settings = TrainSettings(**{**TRAIN, "name": "diverged", "frozen": None, "unfrozen": stage, "num_workers": 2})
