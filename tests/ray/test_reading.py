@@ -44,12 +44,14 @@ def grown(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> dataset
     return parts.publish(uri, [f"{i}{label}" for i in range(8) for label in "ab"])
 
 
+@pytest.mark.slow  # 10 s
 @pytest.mark.parametrize("size", [None, SIZE])
 def test_parts_without_photos_of_a_split_are_skipped_in_training(grown: dataset.Dataset, size: int | None):
     (blocks,) = get_blocks({"val": store_split(grown, "val", size)}, SIZE)
     assert sum(len(block.ids) for block in blocks) == 2
 
 
+@pytest.mark.slow  # 10 s
 def test_parts_without_photos_of_a_split_are_skipped_in_evaluation(grown: dataset.Dataset):
     root = Path(grown.uri).parents[1]
     run = runs.begin(root, TrainSettings(**runs.FROZEN, name="r", dataset="v1"))

@@ -135,6 +135,7 @@ def test_an_installed_package_lists_its_tree_of_experiments(site: Path, tmp_path
     assert "exp_016: imagenet  v1  missing" in done.stdout
 
 
+@pytest.mark.slow  # 7 s
 def test_the_results_of_an_installed_package_lie_in_the_working_directory(site: Path, tmp_path: Path):
     done = carclass("evaluate", "--config", "jobs/experiments/sample.yml", "--run", "none", site=site, cwd=tmp_path)
     assert done.returncode == 2

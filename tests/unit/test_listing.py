@@ -145,6 +145,7 @@ def plan(folder: Path) -> int:
     return peak
 
 
+@pytest.mark.slow  # 8 s
 def test_memory_does_not_grow_with_the_number_of_keys(tmp_path: Path):
     (tmp_path / "few").mkdir()
     (tmp_path / "many").mkdir()

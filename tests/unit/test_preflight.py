@@ -321,6 +321,7 @@ print((large - small) / 96, two - one)
 """
 
 
+@pytest.mark.slow  # 10 s each
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory from /proc")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_estimate_per_photo_agrees_with_the_memory_used(precision: str):
