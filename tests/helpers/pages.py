@@ -39,6 +39,11 @@ def section(page: str, name: str) -> str:
     return match.group()
 
 
+def has_linked_section(page: str, name: str) -> bool:
+    """Return True if the section with this id exists and is linked."""
+    return f'<section id="{name}"' in page and f'href="#{name}"' in page
+
+
 def section_text(page: str, name: str) -> str:
     """Return the words of a section, with plain spaces only."""
     return visible_text(section(page, name)).replace("\u00a0", " ")

@@ -70,9 +70,10 @@ def finish(
     publish_model(run.model_uri(stage), net, facts)
 
 
-def publish_frozen_run(root: str, source: dataset.Dataset, name: str, model: ModelSettings, net: nn.Module) -> None:
-    """Publish a network as a run of a frozen stage on a dataset."""
+def publish_frozen_run(root: str, source: dataset.Dataset, name: str, model: ModelSettings, net: nn.Module) -> Run:
+    """Publish a network as a run of a frozen stage on a dataset, and return the run."""
     settings = TrainSettings(name=name, dataset=source.name, parent="sample", model=model, unfrozen=None)
     run = begin_run(Run(root, settings), source, "0" * 64)
     facts = {"stage": "frozen", "epoch": 1, "val_accuracy": 0.5, "classes": source.classes, "precision": "fp32"}
     publish_model(run.model_uri("frozen"), net, {**facts, "model": model.model_dump()})
+    return run

@@ -11,7 +11,7 @@ from carclass.config.schema import IngestSettings
 from carclass.data import dataset, photo, publishing
 from carclass.ingestion import collect
 from carclass.ingestion.report import DatasetReport, Rejected, render
-from tests.helpers.pages import DATASET_SECTIONS, make_dataset_report, section, section_text
+from tests.helpers.pages import DATASET_SECTIONS, has_linked_section, make_dataset_report, section, section_text
 from tests.helpers.parts import SETTINGS, publish, quarantined, row
 
 
@@ -85,9 +85,7 @@ def test_thumbnails_are_made_of_files_that_can_be_decoded(tmp_path: Path):
 
 @pytest.mark.parametrize("name", DATASET_SECTIONS)
 def test_every_section_exists_and_is_linked_from_the_top(name: str):
-    page = render(make_dataset_report())
-    assert f'<section id="{name}"' in page
-    assert f'href="#{name}"' in page
+    assert has_linked_section(render(make_dataset_report()), name)
 
 
 def test_classes_with_few_val_photos_are_counted_with_the_consequence():

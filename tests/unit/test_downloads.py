@@ -126,9 +126,9 @@ def test_the_zoo_needs_no_hash(web: WeightsServer, tmp_path: Path, monkeypatch: 
     web.files[name] = data
     monkeypatch.setitem(networks.ZOO, "sample", f"{web.address}/zoo/{name}")
     settings = DetectorSettings(model="sample")
-    pinned = networks.pin_weights(settings, str(tmp_path / "root"))
-    assert networks.pin_weights(settings, str(tmp_path / "root")) == pinned
-    assert pinned.weights == f"{tmp_path}/root/weights/{storage.sha256(data)}.safetensors"
+    pinned = networks.pin_weights(settings, str(tmp_path))
+    assert networks.pin_weights(settings, str(tmp_path)) == pinned
+    assert pinned.weights == f"{tmp_path}/weights/{storage.sha256(data)}.safetensors"
     networks.build_network(pinned)
     assert len(web.requests) == 1
 

@@ -11,6 +11,7 @@ from carclass.evaluation.report import Mistake, Report, render
 from carclass.reporting.svg import nice_ticks
 from tests.helpers.pages import (
     EVALUATION_SECTIONS,
+    has_linked_section,
     make_epoch,
     make_photo,
     make_report,
@@ -22,9 +23,7 @@ from tests.helpers.pages import (
 
 @pytest.mark.parametrize("name", EVALUATION_SECTIONS)
 def test_every_section_exists_and_is_linked_at_the_top(name):
-    page = render(make_report())
-    assert f'<section id="{name}"' in page
-    assert f'href="#{name}"' in page
+    assert has_linked_section(render(make_report()), name)
 
 
 def test_headline_shows_accuracy_with_its_interval():

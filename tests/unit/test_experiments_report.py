@@ -12,7 +12,14 @@ from carclass.experiments import report
 from carclass.experiments.pairs import compare_pair, pairs_with_best, recipe_groups
 from carclass.experiments.report import render_comparison, summarise
 from carclass.experiments.results import settings_diff
-from tests.helpers.pages import COMPARISON_SECTIONS, comparison_page, section, section_text, visible_text
+from tests.helpers.pages import (
+    COMPARISON_SECTIONS,
+    comparison_page,
+    has_linked_section,
+    section,
+    section_text,
+    visible_text,
+)
 from tests.helpers.trees import (
     edge_case_comparisons,
     hostile,
@@ -101,9 +108,7 @@ def test_best_epoch_is_earliest_of_equals_over_the_stages(frozen: float, best: t
 
 @pytest.mark.parametrize("name", COMPARISON_SECTIONS)
 def test_section_exists_and_is_linked(name):
-    page = comparison_page()
-    assert f'<section id="{name}"' in page
-    assert f'href="#{name}"' in page
+    assert has_linked_section(comparison_page(), name)
 
 
 def test_summary_has_test_accuracy_with_interval():
@@ -376,8 +381,7 @@ def test_text_from_data_is_escaped():
 
 
 def test_page_has_no_external_links():
-    page = comparison_page()
-    sources = re.findall(r'(?:src|href|action|srcset|poster)="([^"]*)"|url\(([^)]*)\)|@import', page)
+    sources = re.findall(r'(?:src|href|action|srcset|poster)="([^"]*)"|url\(([^)]*)\)|@import', comparison_page())
     assert {link for link, _ in sources if not link.startswith(("data:", "#"))} == {"exp_015/report/report.html"}
 
 

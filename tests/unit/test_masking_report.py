@@ -8,7 +8,14 @@ import pytest
 
 from carclass.data.photo import resize
 from carclass.masking.report import NUM_BINS, doubt_score, histogram, histogram_chart, render
-from tests.helpers.pages import MASKING_SECTIONS, make_masked_photo, make_masking_report, section, visible_text
+from tests.helpers.pages import (
+    MASKING_SECTIONS,
+    has_linked_section,
+    make_masked_photo,
+    make_masking_report,
+    section,
+    visible_text,
+)
 
 CONFIDENT = {
     "outcome": "vehicle",
@@ -22,9 +29,7 @@ CONFIDENT = {
 
 @pytest.mark.parametrize("name", MASKING_SECTIONS)
 def test_every_section_exists_and_is_linked_from_the_top(name):
-    page = render(make_masking_report())
-    assert f'<section id="{name}"' in page
-    assert f'href="#{name}"' in page
+    assert has_linked_section(render(make_masking_report()), name)
 
 
 @pytest.mark.parametrize("words", ["90.0\u00a0%", "180 of 200 photos", "0.914", "No vehicle 20", "Quarantined 7"])

@@ -171,7 +171,7 @@ def test_the_plan_has_the_steps_that_are_left_with_their_photos(tmp_path: Path, 
 
 
 def test_a_limit_of_masks_leaves_the_masked_dataset_unplanned(tmp_path: Path, photos: Path):
-    """Which photos are masked, and so the splits, depends on their content."""
+    """Masking chooses photos by content, so the splits of a limited one are unknown."""
     settings = config(tmp_path, photos, mask={**MASK, "limit": 4})
     with Inventory() as inventory:
         listed = list_inputs(settings.root, settings.ingest, inventory)  # type: ignore[arg-type]

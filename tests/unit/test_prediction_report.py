@@ -14,6 +14,7 @@ from carclass.prediction.report import FailedPhoto, PredictionReport, render
 from tests.helpers.inventories import add_keys
 from tests.helpers.pages import (
     PREDICTION_SECTIONS,
+    has_linked_section,
     make_photo,
     make_prediction_report,
     make_shown_photo,
@@ -131,9 +132,7 @@ def test_photos_that_a_smaller_share_shows_are_shown_by_a_larger_one():
 
 @pytest.mark.parametrize("name", PREDICTION_SECTIONS)
 def test_every_section_exists_and_is_linked_at_the_top(name: str):
-    page = render(make_prediction_report())
-    assert f'<section id="{name}"' in page
-    assert f'href="#{name}"' in page
+    assert has_linked_section(render(make_prediction_report()), name)
 
 
 def test_the_page_says_what_it_leaves_out():
