@@ -60,7 +60,6 @@ CREATE INDEX IF NOT EXISTS written_key ON written (key);
 """
 """Created on the first query: building an index once is much faster than updating it at every insert."""
 PENDING = "FROM input WHERE reason IS NULL AND NOT EXISTS (SELECT 1 FROM written WHERE written.key = input.key)"
-UNKNOWN = "NOT EXISTS (SELECT 1 FROM input WHERE input.key = written.key)"
 
 
 class Listed(NamedTuple):
@@ -311,14 +310,12 @@ class Inventory:
         missing = "NOT EXISTS (SELECT 1 FROM written WHERE written.key = input.key)"
         return [key for (key,) in self.query(f"SELECT key FROM input WHERE {missing} LIMIT 5")]  # noqa: S608 - constant
 
-    def unknown_keys(self) -> list[str]:
-        """Return written keys that are not inputs."""
-        query = f"SELECT key FROM written WHERE {UNKNOWN} LIMIT 5"  # noqa: S608 - constant
-        return [key for (key,) in self.query(query)]
-
     def unexpected_keys(self) -> list[str]:
         """Return written keys that are not inputs or are written more than once."""
-        query = f"SELECT key FROM written GROUP BY key HAVING count(*) > 1 OR {UNKNOWN} LIMIT 5"  # noqa: S608 - constant
+        query = (
+            "SELECT key FROM written GROUP BY key HAVING count(*) > 1 "
+            "OR NOT EXISTS (SELECT 1 FROM input WHERE input.key = written.key) LIMIT 5"
+        )
         return [key for (key,) in self.query(query)]
 
 
