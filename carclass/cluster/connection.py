@@ -41,6 +41,11 @@ def has_own_cluster() -> bool:
     return _owns_cluster
 
 
+def is_local() -> bool:
+    """Return True if `connect` would start a cluster on this machine, or has started it: no other machine can help."""
+    return _owns_cluster or (not ray.is_initialized() and cluster_address() == LOCAL)
+
+
 def check_cluster() -> None:
     """Raise UserError if `connect` would find no cluster: before photos are listed and weights are downloaded."""
     if not ray.is_initialized():

@@ -99,6 +99,19 @@ class CrashGuard:
         return count
 
 
+class NoCrashGuard(CrashGuard):
+    """The interface of a crash guard for work in the job's own process, whose crash ends the job."""
+
+    def __init__(self) -> None:
+        pass
+
+    def run(
+        self, stage: str, keys: Sequence[str], work: Callable[[list[int]], Iterable[T]]
+    ) -> Iterator[T | PhotoError]:
+        """Process a batch."""
+        yield from work(list(range(len(keys))))
+
+
 def _crash_error(stage: str) -> PhotoError:
     attempts = MAX_SINGLE_ATTEMPTS + 1
     return PhotoError(Reason.CRASHED, f"{attempts} processes crashed in the attempt to {stage} it", attempts)

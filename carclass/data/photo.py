@@ -18,7 +18,7 @@ import math
 import re
 import struct
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import BinaryIO, NamedTuple
 
@@ -112,6 +112,11 @@ def decode_stored(data: bytes) -> np.ndarray:
     """Decode a photo of a dataset: ingestion has checked its size and converted its colours."""
     limits = _Limits(min_side=1, max_pixels=MAX_JPEG_SIDE**2)
     return _finish(_decode_file(data, limits), limits)
+
+
+def decode_photos(images: Sequence[bytes], size: int) -> np.ndarray:
+    """Decode photos of a dataset and resize them to squares: uint8 (N,size,size,3) RGB."""
+    return np.stack([resize(decode_stored(data), size, size) for data in images])
 
 
 def encode(pixels: np.ndarray, *, quality: int = 92) -> bytes:

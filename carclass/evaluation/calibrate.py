@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from carclass.cluster import connection
 from carclass.config.schema import EvaluateSettings
 from carclass.data.dataset import Dataset
 from carclass.errors import UserError
@@ -59,7 +58,6 @@ def calibrate_predictions(predictions: pa.Table, temperature: float) -> pa.Table
 
 def _fit(run: Run, source: Dataset, model_uri: str, facts: dict[str, Any], batch_size: int) -> Calibration:
     """Fit and store the calibration of a model on the val photos of its run's dataset."""
-    connection.connect({"root": run.uri})
     settings = EvaluateSettings(run=run.settings.name, split="val", batch_size=batch_size)
     table = predict_split(source, settings, model_uri)
     fitted = calibration.fit_calibration(*to_arrays(table, facts["classes"]), facts["sha256"])

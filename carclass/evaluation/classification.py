@@ -1,7 +1,8 @@
-"""Classification of all photos of a split, by Ray Data, with the preprocessing of training."""
+"""Classification of all photos of a split, with the preprocessing of training: by Ray Data, or few in this process."""
 
 import logging
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import pyarrow as pa
@@ -9,24 +10,56 @@ import pyarrow.compute as pc
 import ray
 import torch
 
-from carclass.cluster import resources
+from carclass.cluster import connection, resources
 from carclass.config.schema import EvaluateSettings
 from carclass.data import dataset, streaming
 from carclass.data.crash_guard import CrashGuard
 from carclass.formatting import count_text
+from carclass.progress import Progress
 from carclass.runs.predictor import Predictor
 
 log = logging.getLogger(__name__)
+FEW_PHOTOS = 1000
+"""Photos that one process classifies before other processes have started and caught up, on the CPUs of one machine."""
+COLUMNS = ["key", "label", "image", "image_id"]
 
 
 def predict_split(source: dataset.Dataset, settings: EvaluateSettings, model_uri: str) -> pa.Table:
     """Return key, label, predicted, confidence, probabilities and image_id of every photo of a split, by key."""
+    num_photos = source.manifest["splits"][settings.split]
+    is_small = num_photos <= FEW_PHOTOS and not torch.cuda.is_available() and connection.is_local()
+    classify = classify_here if is_small else classify_on_cluster
+    table = classify(source, settings, model_uri).sort_by("key")
+    expected = source.read(["key", "split"]).filter(pc.field("split") == settings.split)["key"].to_pylist()
+    assert table["key"].to_pylist() == sorted(expected), "a photo was classified twice or not at all"
+    probabilities = np.stack(table["probabilities"].to_numpy())
+    names = np.array(source.classes)[probabilities.argmax(1)]
+    table = table.add_column(2, "predicted", pa.array(names.tolist()))
+    return table.add_column(3, "confidence", pa.array(probabilities.max(1)))
+
+
+def classify_here(source: dataset.Dataset, settings: EvaluateSettings, model_uri: str) -> pa.Table:
+    """Return columns of ClassifyRows for every photo of a split, classified on the CPUs of this process."""
+    predictor, classified = Predictor(model_uri, use_gpu=False), []
+    progress = Progress("evaluate", total=source.manifest["splits"][settings.split])
+    for part in source.part_uris:
+        rows = dataset.read_part(part, COLUMNS, pc.field("split") == settings.split)
+        for batch in rows.to_batches(max_chunksize=settings.batch_size):
+            probabilities = predictor.probabilities(batch["image"].to_pylist())
+            classified.append(with_probabilities(pa.table(batch), probabilities))
+            progress.add(len(batch))
+    return pa.concat_tables(classified)
+
+
+def classify_on_cluster(source: dataset.Dataset, settings: EvaluateSettings, model_uri: str) -> pa.Table:
+    """Return columns of ClassifyRows for every photo of a split, classified by an actor pool."""
+    connection.connect({"root": source.uri})
     use_gpu = resources.decide_gpus(None, 1, "evaluate", None)
     resources.check_cpus(1, "evaluate")
     num_batches = math.ceil(source.manifest["splits"][settings.split] / settings.batch_size)
     count = min(resources.count_slots("GPU" if use_gpu else "CPU", 1), num_batches)
     log.info("evaluate: starting %s", count_text(count, "classifier"))
-    rows = streaming.stream_rows(source, ["key", "label", "image", "image_id"], settings.split)
+    rows = streaming.stream_rows(source, COLUMNS, settings.split)
     predicted = rows.map_batches(
         ClassifyRows,
         fn_constructor_kwargs={"model_uri": model_uri, "crash_guard": CrashGuard(), "use_gpu": use_gpu},
@@ -36,13 +69,7 @@ def predict_split(source: dataset.Dataset, settings: EvaluateSettings, model_uri
         num_cpus=streaming.TASK_CPUS,
         num_gpus=1 if use_gpu else 0,
     )
-    table = streaming.join_blocks(ray.get(predicted.to_arrow_refs())).sort_by("key")
-    expected = source.read(["key", "split"]).filter(pc.field("split") == settings.split)["key"].to_pylist()
-    assert table["key"].to_pylist() == sorted(expected), "a photo was classified twice or not at all"
-    probabilities = np.stack(table["probabilities"].to_numpy())
-    names = np.array(source.classes)[probabilities.argmax(1)]
-    table = table.add_column(2, "predicted", pa.array(names.tolist()))
-    return table.add_column(3, "confidence", pa.array(probabilities.max(1)))
+    return streaming.join_blocks(ray.get(predicted.to_arrow_refs()))
 
 
 class ClassifyRows:
@@ -61,6 +88,11 @@ class ClassifyRows:
             batch["key"].to_pylist(),
             lambda indices: self.predictor.probabilities([images[i] for i in indices]),
         )
-        column = pa.array(probabilities, pa.list_(pa.float32()))
-        columns = {"key": batch["key"], "label": batch["label"], "probabilities": column}
-        return pa.table({**columns, "image_id": batch["image_id"]})
+        return with_probabilities(batch, probabilities)
+
+
+def with_probabilities(batch: pa.Table, probabilities: Iterable[np.ndarray]) -> pa.Table:
+    """Return key, label, probabilities and image_id of classified rows of COLUMNS."""
+    column = pa.array([*probabilities], pa.list_(pa.float32()))
+    columns = {"key": batch["key"], "label": batch["label"], "probabilities": column}
+    return pa.table({**columns, "image_id": batch["image_id"]})

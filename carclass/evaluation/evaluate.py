@@ -7,7 +7,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from carclass import storage
-from carclass.cluster import connection
 from carclass.config.schema import EvaluateSettings
 from carclass.data import dataset, formats
 from carclass.data.lease import hold_lease
@@ -52,7 +51,6 @@ def evaluate_run(root: str, settings: EvaluateSettings) -> Evaluation:
     if not source.manifest["splits"][settings.split]:
         raise UserError(f"dataset `{source.name}` has no {settings.split} photos. Choose another `evaluate.split`.")
     _warn_about_photos(run, source, settings.split)
-    connection.connect({"root": root})
     uri = report_uri(run, source.name, settings.split, stage)
     with hold_lease(uri, "evaluate") as lease:
         calibrated = calibrate_if_possible(run, model_uri, model_facts, settings.batch_size)

@@ -1,20 +1,11 @@
-"""Preprocessing from encoded photos to the network's input, the same in training, evaluation, prediction and export."""
-
-from collections.abc import Sequence
+"""Preprocessing from decoded photos to the network's input, the same in training, evaluation, prediction and export."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from carclass.data import photo
-
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """ImageNet's channel statistics, RGB in 0..1: the input scale of all weights used here."""
-
-
-def decode_photos(images: Sequence[bytes], size: int) -> np.ndarray:
-    """Decode photos of a dataset and resize them to squares: uint8 (N,size,size,3) RGB."""
-    return np.stack([photo.resize(photo.decode_stored(data), size, size) for data in images])
 
 
 def to_network_input(pixels: np.ndarray, device: torch.device) -> Tensor:

@@ -1,6 +1,7 @@
 """Prediction job: new photos and a finished run → calibrated predictions in one table and on a page."""
 
 import logging
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -24,6 +25,7 @@ from carclass.ingestion.reading import read_image_ids
 from carclass.prediction import collect, predictions
 from carclass.prediction.classify import PredictionJob, stream_predictions
 from carclass.prediction.detector_weights import mask_settings
+from carclass.prediction.in_process import can_predict_here, predict_here
 from carclass.prediction.report import render
 from carclass.runs.calibration_record import Calibration
 from carclass.runs.preprocessing_record import Preprocessing, load_preprocessing, store_preprocessing
@@ -125,19 +127,25 @@ def _remove_outdated(draft: Draft, photos: str, listing: str) -> None:
 
 def _predict_pending(draft: Draft, job: PredictionJob) -> None:
     """Write parts with the pending photos."""
-    connection.connect({"root": draft.uri, "predict.photos": split_folder(job.settings.photos)[0]})
-    written = stream_predictions(draft.inventory, job).map_batches(
-        partial(predictions.write_batch, uri=draft.uri, settings=draft.settings),
-        batch_size=job.settings.part_rows,
-        batch_format="pyarrow",
-        num_cpus=streaming.TASK_CPUS,
-    )
+    write = partial(predictions.write_batch, uri=draft.uri, settings=draft.settings)
+    is_small = can_predict_here(draft, job)
+    written = map(write, predict_here(draft, job)) if is_small else _stream_written(draft, job, write)
     with PhotoMeter("predict", draft.inventory.count_pending()) as meter:
-        for summary in written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            assert isinstance(summary, pa.Table)
+        for summary in written:
             rejected = summary["rejected"].drop_null().to_pylist()
             outcomes = ["rejected" if is_rejected else "accepted" for is_rejected in rejected]
             meter.add(outcomes, summary["reason"].drop_null().to_pylist())
+
+
+def _stream_written(draft: Draft, job: PredictionJob, write: Callable[[pa.Table], pa.Table]) -> Iterator[pa.Table]:
+    """Predict and write the pending photos on a cluster, and yield what `write` returns for each part."""
+    connection.connect({"root": draft.uri, "predict.photos": split_folder(job.settings.photos)[0]})
+    written = stream_predictions(draft.inventory, job).map_batches(
+        write, batch_size=job.settings.part_rows, batch_format="pyarrow", num_cpus=streaming.TASK_CPUS
+    )
+    for summary in written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        assert isinstance(summary, pa.Table)
+        yield summary
 
 
 def _render_page(uri: str, job: PredictionJob, run: Run, table: Path) -> str:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
+from carclass.data.photo import decode_photos
 from carclass.errors import UserError
 from carclass.models import preprocessing, resnet
 from carclass.models.gpu_memory import report_out_of_memory
-from carclass.models.preprocessing import decode_photos, to_network_input
+from carclass.models.preprocessing import to_network_input
 from carclass.runs.saved_model import load_network
 
 

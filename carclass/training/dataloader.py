@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from carclass.config.schema import AugmentationSettings, UnfrozenSettings
+from carclass.data.photo import decode_photos
 from carclass.models import preprocessing
-from carclass.models.preprocessing import decode_photos, photos_to_device, to_device, to_network_input
+from carclass.models.preprocessing import photos_to_device, to_device, to_network_input
 from carclass.models.sample_rng import uniforms
 from carclass.training import augmentation
 from carclass.training.augmentation import warp_photos

@@ -7,14 +7,13 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from carclass import storage
 from carclass.cluster import resources
 from carclass.config.schema import TrainSettings
 from carclass.data import dataset, streaming
 from carclass.data.crash_guard import CrashGuard
 from carclass.formatting import count_text
-from carclass.models.preprocessing import decode_photos
 from carclass.training import preflight
+from carclass.training.block_columns import to_block_columns
 from carclass.training.dataloader import EncodedPhotos, PhotoBlock
 
 log = logging.getLogger(__name__)
@@ -63,22 +62,6 @@ def store_split(source: dataset.Dataset, split: str, size: int | None) -> list[r
         batch_format="pyarrow",
     ).materialize()
     return list(blocks.to_arrow_refs() if size is None else blocks.to_numpy_refs())
-
-
-def to_block_columns(
-    batch: pa.Table, class_index: dict[str, int], size: int | None, crash_guard: CrashGuard
-) -> pa.Table | dict[str, np.ndarray]:
-    """Convert a dataset's rows to the columns of a PhotoBlock. Raise UserError for a photo that crashes workers."""
-    names = [f"{i}/{key}" for i, key in zip(batch["image_id"].to_pylist(), batch["key"].to_pylist(), strict=True)]
-    ids = np.array([int(storage.sha256(name.encode())[:16], 16) for name in names], np.uint64)
-    labels = np.array([class_index[label] for label in batch["label"].to_pylist()], np.int64)
-    if size is None:
-        return pa.table({"images": batch["image"], "labels": labels, "ids": ids})
-    images = batch["image"].to_pylist()
-    photos = crash_guard.run_strictly(
-        "decode", batch["key"].to_pylist(), lambda indices: (decode_photos([images[i]], size)[0] for i in indices)
-    )
-    return {"pixels": np.stack(photos), "labels": labels, "ids": ids}
 
 
 def get_blocks(refs: BlockRefs, size: int) -> list[list[PhotoBlock]]:

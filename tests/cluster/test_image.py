@@ -218,6 +218,7 @@ def life(node: Stage) -> Path:
         shutil.copytree(REPO / name, home / "job" / name, ignore=shutil.ignore_patterns("__pycache__"))
     write_sample(home / "sample", train_per_class=4, test_per_class=2)
     settings = chain_settings("/home/carclass/results", "/home/carclass/sample")
+    settings["train"] |= {"num_workers": 1, "frozen": None}  # one process to start instead of four
     (home / "job" / "chain.yml").write_text(yaml.safe_dump(settings))
     subprocess.run(["chown", "-R", "1000:1000", home / "job", home / "sample"], check=True)
     health = shlex.join(node.health)

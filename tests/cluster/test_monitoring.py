@@ -126,14 +126,13 @@ def scraped(
             "detector": {"model": "sample", "weights": "sample", "short_side": 160},
             "exclude": {"no_vehicle": True, "min_area_fraction": 0.25},
         },
-        "train": {**train, "frozen": {"epochs": 4}, "unfrozen": {"epochs": 2, "batch_size": 16}},
+        "train": {**train, "frozen": {"epochs": 4}, "unfrozen": None},
     }
     (folder / "pipeline.yml").write_text(yaml.safe_dump(settings))
     run(environment, JOBS / "pipeline.py", "--config", folder / "pipeline.yml")
     search = {
         "name": "heads",
         "experiment": str(folder / "pipeline.yml"),
-        "fixed": {"train.unfrozen": None},
         "space": {"train.frozen.lr": {"min": 1e-3, "max": 1e-2}},
         "num_trials": 1,
         "num_seeds": 1,

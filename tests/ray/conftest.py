@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from carclass.cluster import connection
 from carclass.config.schema import DetectorSettings, ExcludeSettings, MaskSettings
 from carclass.data import dataset
 from carclass.masking.mask import mask_dataset
@@ -31,3 +32,9 @@ def mask_settings(photos_folder: Path) -> MaskSettings:
 def masked(root: str, mask_settings: MaskSettings) -> dataset.Dataset:
     """Mask the small sample."""
     return mask_dataset(root, mask_settings)
+
+
+@pytest.fixture
+def own_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make jobs treat the cluster as what it is, one of their own process, which they can do without for few photos."""
+    monkeypatch.setattr(connection, "_owns_cluster", True)

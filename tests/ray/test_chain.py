@@ -196,6 +196,7 @@ def test_metrics_name_the_model_the_photos_and_the_temperature(run: Run, evaluat
     assert metrics["temperature"] == calibration.temperature
 
 
+@pytest.mark.usefixtures("own_cluster")
 def test_validation_and_evaluation_agree(root: str, run: Run, masked: dataset.Dataset):
     on_val = evaluate_run(root, EvaluateSettings(run="two-workers", split="val"))
     val_photos = masked.manifest["splits"]["val"]

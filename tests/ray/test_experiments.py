@@ -171,7 +171,8 @@ def test_edited_parent_is_stale_and_not_retrained(trained, tmp_path: Path):
     }
 
 
-@pytest.mark.slow  # 25 s
+@pytest.mark.slow  # 5 s
+@pytest.mark.usefixtures("own_cluster")
 def test_comparison_evaluates_every_finished_run(trained):
     some = tree.Tree(trained.tree.budget, trained.tree.with_parents(["child", "orphan"]))
     page, _ = (Path(place) for place in compare_runs(some))

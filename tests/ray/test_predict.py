@@ -19,11 +19,12 @@ import carclass
 from carclass import storage
 from carclass.config.schema import ModelSettings, PredictSettings
 from carclass.data import dataset, publishing
+from carclass.data.photo import decode_photos
 from carclass.errors import UserError
 from carclass.evaluation import calibration
 from carclass.models import resnet, weights
-from carclass.models.preprocessing import decode_photos, to_network_input
-from carclass.prediction import predictions
+from carclass.models.preprocessing import to_network_input
+from carclass.prediction import in_process, predictions
 from carclass.prediction.detector_weights import mask_settings
 from carclass.prediction.predict import PredictionResult, predict_photos
 from carclass.runs import calibration_record, preprocessing_record
@@ -244,7 +245,39 @@ def test_the_page_shows_every_predicted_photo(name: str, result: PredictionResul
     assert (num_cutouts > 0) == (name == "masked")
 
 
-@pytest.mark.slow  # 25 s
+@pytest.mark.usefixtures("own_cluster")
+@pytest.mark.parametrize("source", ["folder", "archive"])
+def test_few_photos_are_predicted_without_a_cluster_as_on_one(
+    root: str, photos: str, unmasked: PredictionResult, source: str, tmp_path: Path
+):
+    place = photos if source == "folder" else shutil.make_archive(str(tmp_path / "photos"), "gztar", photos)
+    alone = predict_photos(
+        root, PredictSettings(run="unmasked", photos=place, name=f"alone-{source}", part_rows=30, batch_size=16)
+    )
+    assert_equal_rows(rows_of(alone), rows_of(unmasked))
+    assert len(list(Path(alone.uri, "parts").iterdir())) >= 2
+
+
+@pytest.mark.slow  # 30 s
+def test_a_process_that_was_killed_in_its_attempt_is_followed_by_a_cluster(
+    root: str, photos: str, unmasked: PredictionResult, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    request: pytest.FixtureRequest,
+):  # fmt: skip
+    settings = PredictSettings(run="unmasked", photos=photos, name="crashed")
+    file, folder = tmp_path / "config.yml", Path(unmasked.uri).with_name("crashed")
+    file.write_text(yaml.safe_dump({"root": root, "predict": settings.model_dump(mode="json")}))
+    job = start("predict.py", file, {key: value for key, value in os.environ.items() if not key.startswith("RAY_")})
+    wait_for((folder / in_process.ATTEMPT).exists, job.process, job.log)
+    job.process.kill()
+    job.process.wait(timeout=60)
+    request.getfixturevalue("own_cluster")
+    result = predict_photos(root, settings)
+    assert "on a cluster, photos that crash their process are set aside" in caplog.text
+    assert_equal_rows(rows_of(result), rows_of(unmasked))
+
+
+@pytest.mark.slow  # 5 s
+@pytest.mark.usefixtures("own_cluster")
 def test_new_and_changed_photos_of_a_folder_are_predicted_alone(
     root: str, settings: PredictSettings, predicted: PredictionResult, tmp_path: Path
 ):
@@ -285,7 +318,7 @@ def test_a_killed_job_resumes_with_the_same_result(
     assert_equal_rows(rows_of(result), rows_of(predicted))
 
 
-@pytest.mark.slow  # 10 s
+@pytest.mark.slow  # 20 s
 def test_an_archive_gives_the_predictions_of_its_folder(
     root: str, photos: str, unmasked: PredictionResult, tmp_path: Path
 ):

@@ -1,18 +1,22 @@
 """Photos of a split, for training and evaluation."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import ray
+import yaml
 
 from carclass.config.schema import EvaluateSettings, TrainSettings
 from carclass.data import dataset, photo, publishing
-from carclass.evaluation.classification import predict_split
+from carclass.evaluation.classification import classify_here, classify_on_cluster, predict_split
+from carclass.runs.run import Run
 from carclass.training.dataloader import PhotoSamples
 from carclass.training.photo_store import get_blocks, open_block, store_split
 from tests.helpers import parts, runs
+from tests.helpers.clusters import start
 
 SIZE = 48
 
@@ -51,10 +55,35 @@ def test_parts_without_photos_of_a_split_are_skipped_in_training(grown: dataset.
     assert sum(len(block.ids) for block in blocks) == 2
 
 
-@pytest.mark.slow  # 10 s
-def test_parts_without_photos_of_a_split_are_skipped_in_evaluation(grown: dataset.Dataset):
-    root = Path(grown.uri).parents[1]
-    run = runs.begin(root, TrainSettings(**runs.FROZEN, name="r", dataset="v1"))
+EVALUATE = EvaluateSettings(run="r", split="val", batch_size=1)
+
+
+@pytest.fixture(scope="module")
+def run(grown: dataset.Dataset) -> Run:
+    run = runs.begin(Path(grown.uri).parents[1], TrainSettings(**runs.FROZEN, name="r", dataset="v1"))
     runs.finish(run, classes=grown.classes)
-    table = predict_split(grown, EvaluateSettings(run="r", split="val", batch_size=1), run.model_uri("frozen"))
+    return run
+
+
+@pytest.mark.slow  # 10 s
+def test_parts_without_photos_of_a_split_are_skipped_in_evaluation(grown: dataset.Dataset, run: Run):
+    table = predict_split(grown, EVALUATE, run.model_uri("frozen"))
     assert table["key"].to_pylist() == ["0a", "0b"]
+
+
+@pytest.mark.slow  # 5 s
+def test_a_process_alone_classifies_as_a_cluster_does(grown: dataset.Dataset, run: Run):
+    model_uri = run.model_uri("frozen")
+    tables = [classify(grown, EVALUATE, model_uri) for classify in (classify_here, classify_on_cluster)]
+    assert tables[0].sort_by("key").equals(tables[1].sort_by("key"))
+
+
+@pytest.mark.slow  # 10 s
+def test_few_photos_are_evaluated_without_a_cluster(grown: dataset.Dataset, run: Run, tmp_path: Path):
+    config_file = tmp_path / "evaluate.yml"
+    config_file.write_text(yaml.safe_dump({"root": run.root, "evaluate": {"run": "r", "split": "val"}}))
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    job = start("evaluate.py", config_file, environment)
+    job.end()
+    assert "val accuracy" in job.log.read_text()
+    assert "Ray" not in job.log.read_text()

@@ -38,7 +38,7 @@ TRAIN: dict[str, Any] = {
     "precision": "fp32",
     "checkpoint_seconds": 0,
 }
-pytestmark = pytest.mark.slow  # 320 s
+pytestmark = pytest.mark.slow  # 160 s
 
 
 def train(root: str, name: str, **changes: Any) -> Run:
@@ -187,6 +187,7 @@ def test_training_continues_with_fewer_workers_after_the_loss_of_a_node(
     assert_close(root, name, uninterrupted)
 
 
+@pytest.mark.nightly  # 90 s
 def test_workers_checkpoint_when_their_node_is_drained(cluster: Cluster, root: str, tmp_path: Path):
     """The only checkpoint to resume from is the one on preemption."""
     name = f"drained-{uuid4().hex[:8]}"

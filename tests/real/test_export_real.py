@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from carclass.config.schema import ModelSettings
+from carclass.data.photo import decode_photos
 from carclass.models import preprocessing, resnet, weights
-from carclass.models.preprocessing import decode_photos, to_network_input
+from carclass.models.preprocessing import to_network_input
 from carclass.runs.export import FORMATS, OUTPUTS, TOLERANCE
 from carclass.runs.model_description import ModelDescription
 from carclass.runs.predictor import PhotoClassifier

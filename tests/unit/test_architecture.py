@@ -158,6 +158,7 @@ def test_plain_modules_come_without_ray(name: str):
         pytest.param(
             "carclass.data.crash_guard, carclass.data.streaming, carclass.masking.writer", id="reading and writing"
         ),
+        pytest.param("carclass.training.block_columns", id="reading for training"),
         pytest.param("carclass.experiments.tree_view", id="the tree of experiments"),
         pytest.param("carclass.experiments.first_config, carclass.experiments.survey_text", id="a first config file"),
     ],

@@ -7,8 +7,9 @@ import torch
 
 from carclass.config.schema import AugmentationSettings, UnfrozenSettings
 from carclass.data import photo
+from carclass.data.photo import decode_photos
 from carclass.models import preprocessing
-from carclass.models.preprocessing import decode_photos, to_network_input
+from carclass.models.preprocessing import to_network_input
 from carclass.training.dataloader import (
     READ_AHEAD,
     EncodedPhotos,

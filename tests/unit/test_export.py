@@ -25,10 +25,11 @@ from torchvision.models import resnet50
 from carclass import load_run, storage
 from carclass.config.schema import ModelSettings, TrainSettings
 from carclass.data import dataset, photo, publishing
+from carclass.data.photo import decode_photos
 from carclass.errors import UserError
 from carclass.evaluation.calibration import fit_calibration
 from carclass.models import preprocessing, resnet
-from carclass.models.preprocessing import decode_photos, to_network_input
+from carclass.models.preprocessing import to_network_input
 from carclass.runs.calibration_record import write_calibration
 from carclass.runs.export import EXTRA, FORMATS, OUTPUTS, TOLERANCE, export_run, to_safetensors
 from carclass.runs.model_description import ModelDescription

@@ -8,9 +8,9 @@ import torch
 
 from carclass.config.schema import AugmentationSettings, FrozenSettings, ModelSettings, TrainSettings, UnfrozenSettings
 from carclass.data import formats
+from carclass.data.photo import decode_photos
 from carclass.errors import UserError
 from carclass.models import resnet
-from carclass.models.preprocessing import decode_photos
 from carclass.runs.run import Run
 from carclass.training import feature_cache, loop, pretrained, worker
 from carclass.training.dataloader import PhotoBlock, PhotoLoader, PhotoSamples

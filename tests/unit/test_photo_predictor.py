@@ -76,7 +76,7 @@ def test_a_file_is_read_shrunk_and_calibrated(
     image.save(tmp_path / "car.png")
     (row,) = predicting.predict([tmp_path / "car.png"]).to_pylist()
     stored, _, _ = photo.reencode((tmp_path / "car.png").read_bytes(), **READING)
-    pixels = torch.from_numpy(preprocessing.decode_photos([stored], 64)).permute(0, 3, 1, 2)
+    pixels = torch.from_numpy(photo.decode_photos([stored], 64)).permute(0, 3, 1, 2)
     with torch.inference_mode(), resnet.autocast("fp32", torch.device("cpu")):
         raw = net(preprocessing.normalise(pixels)).softmax(1).numpy()
     (expected,) = apply_temperature(raw, TEMPERATURE)

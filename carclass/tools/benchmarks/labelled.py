@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from carclass.data.photo import decode_photos
 from carclass.errors import UserError
 from carclass.ingestion.label_table import parse_table
-from carclass.models.preprocessing import decode_photos
 from carclass.training.dataloader import PhotoBlock
 
 BACKBONE = "resnet50-imagenet.safetensors"

@@ -1,0 +1,27 @@
+"""Rows of a dataset → columns of a PhotoBlock, in tasks of Ray Data.
+
+A module without PyTorch, whose import would take seconds in every process that only decodes.
+"""
+
+import numpy as np
+import pyarrow as pa
+
+from carclass import storage
+from carclass.data.crash_guard import CrashGuard
+from carclass.data.photo import decode_photos
+
+
+def to_block_columns(
+    batch: pa.Table, class_index: dict[str, int], size: int | None, crash_guard: CrashGuard
+) -> pa.Table | dict[str, np.ndarray]:
+    """Convert a dataset's rows to the columns of a PhotoBlock. Raise UserError for a photo that crashes workers."""
+    names = [f"{i}/{key}" for i, key in zip(batch["image_id"].to_pylist(), batch["key"].to_pylist(), strict=True)]
+    ids = np.array([int(storage.sha256(name.encode())[:16], 16) for name in names], np.uint64)
+    labels = np.array([class_index[label] for label in batch["label"].to_pylist()], np.int64)
+    if size is None:
+        return pa.table({"images": batch["image"], "labels": labels, "ids": ids})
+    images = batch["image"].to_pylist()
+    photos = crash_guard.run_strictly(
+        "decode", batch["key"].to_pylist(), lambda indices: (decode_photos([images[i]], size)[0] for i in indices)
+    )
+    return {"pixels": np.stack(photos), "labels": labels, "ids": ids}
