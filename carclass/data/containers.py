@@ -39,6 +39,7 @@ class Plain(NamedTuple):
     width: int
     orientation: int
     profile: bytes  # of colours; empty if there is none
+    is_animated: bool = False
 
     def open(self) -> BinaryIO:
         """Return the file of these pieces."""
@@ -166,7 +167,9 @@ def plain_webp(data: bytes) -> Plain:
     orientation = read_orientation(exif, [body for kind, body in chunks if kind == b"XMP "])
     body = b"".join(kind + struct.pack("<I", len(body)) + body + bytes(len(body) % 2) for kind, body in chunks)
     profile = next((body for kind, body in chunks if kind == b"ICCP"), b"")
-    return Plain([b"RIFF" + struct.pack("<I", len(body) + 4) + b"WEBP", body], height, width, orientation, profile)
+    pieces = [b"RIFF" + struct.pack("<I", len(body) + 4) + b"WEBP", body]
+    is_animated = any(kind in (b"ANIM", b"ANMF") for kind, _ in chunks)
+    return Plain(pieces, height, width, orientation, profile, is_animated)
 
 
 def _webp_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
@@ -185,8 +188,11 @@ def _webp_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
         raise PhotoError(Reason.TRUNCATED, f"WEBP: {len(data)} bytes are fewer than the header states")
 
 
-def check_boxes(data: bytes, kind: str) -> None:
-    """Raise PhotoError if a HEIF or AVIF file ends before its pixels; other bytes may follow these."""
+def check_boxes(data: bytes, kind: str) -> bool:
+    """Return True if a HEIF or AVIF file may have several images, as it has tracks or layers.
+
+    Raise PhotoError if it ends before its pixels; other bytes may follow these.
+    """
     at, found = 0, set()
     while at + 8 <= len(data):
         size, name = struct.unpack_from(">I4s", data, at)
@@ -199,6 +205,7 @@ def check_boxes(data: bytes, kind: str) -> None:
         found.add(name)
     if not found & {b"meta", b"moov"} or (at < len(data) and b"mdat" not in found):
         raise PhotoError(Reason.TRUNCATED, f"{kind}: {len(data)} bytes end within a box")
+    return b"moov" in data or b"a1lx" in data
 
 
 def check_tiff(image: Any, num_bytes: int, max_pixels: int) -> None:

@@ -15,7 +15,6 @@ detected by their first bytes, not by the file name. Everything else is `unsuppo
 
 import io
 import math
-import re
 import struct
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +26,9 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from carclass.data.colour import STRIP_ROWS, find_transform, transform_pixels
+from carclass.data.compact_codecs import decode_avif, decode_webp
 from carclass.data.containers import check_boxes, check_gif, check_png_pixels, check_tiff, plain_png, plain_webp
+from carclass.data.file_kind import detect_kind
 from carclass.data.jpeg import decode_jpeg, parse_jpeg, plain_jpeg
 from carclass.data.orientation import make_upright, read_orientation
 from carclass.data.quarantine import PhotoError, Reason
@@ -40,38 +41,9 @@ Image.MAX_IMAGE_PIXELS = None
 MAX_JPEG_SIDE = 65_500
 """libjpeg's limit: larger photos can be read from a PNG, but not encoded as a JPEG."""
 
-_MAGIC = {
-    b"\xff\xd8\xff": "JPEG",
-    b"\x89PNG\r\n\x1a\n": "PNG",
-    b"GIF87a": "GIF",
-    b"GIF89a": "GIF",
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-    b"II+\0": "TIFF",
-    b"MM\0+": "TIFF",
-}
-_HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
-_AVIF_BRANDS = frozenset({b"avif", b"avis"})
-_UNSUPPORTED = {
-    b"\0\0\1\0": "ICO",
-    b"8BPS": "PSD",
-    b"IIRO": "a camera's raw format",
-    b"IIRS": "a camera's raw format",
-    b"IIU\0": "a camera's raw format",
-    b"FUJIFILMCCD-RAW": "a camera's raw format",
-    b"\0\0\0\x18ftypcrx ": "a camera's raw format",
-    b"\0\0\0\x0cjP  ": "JPEG 2000",
-    b"\xff\x0a": "JPEG XL",
-    b"\0\0\0\x0cJXL ": "JPEG XL",
-}
-_SVG = re.compile(
-    rb"(?:\xef\xbb\xbf)?(?>\s+|<\?(?>(?:(?!\?>).)*)\?>|<!--(?>(?:(?!-->).)*)-->|<!DOCTYPE\s+svg\b[^\[>]*(?:\[[^\]]*\]\s*)?>)*+"
-    rb"<(?:\w+:)?svg[\s/>]",
-    re.DOTALL | re.IGNORECASE,
-)
-"""Start of an SVG file: an XML declaration, comments and a document type may come before its element."""
-_SVG_BYTES = 2**16
-PIL_ERRORS = (AssertionError, EOFError, LookupError, OSError, SyntaxError, TypeError, ValueError, struct.error)
+PIL_ERRORS = (
+    ArithmeticError, AssertionError, EOFError, LookupError, OSError, RuntimeError, SyntaxError, TypeError, ValueError, struct.error,
+)  # fmt: skip
 """Exceptions of PIL's readers on damaged bytes; a MemoryError is a failure of the machine and propagates."""
 
 
@@ -221,42 +193,6 @@ def _assert_rgb(pixels: np.ndarray) -> None:
     assert pixels.shape[2] == 3, pixels.shape
 
 
-def _detect_format(data: bytes) -> str:
-    """Return the name of the format in PIL's spelling. Raise PhotoError if it is not supported."""
-    if not data:
-        raise PhotoError(Reason.EMPTY, "the file has no bytes")
-    for magic, kind in _MAGIC.items():
-        if data.startswith(magic):
-            return kind
-    if data[:2] == b"BM" and data[15:18] == b"\0\0\0":  # header size below 256, unlike a text that starts with "BM"
-        return "BMP"
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "WEBP"
-    brands = _read_brands(data)
-    if brands & _AVIF_BRANDS:
-        return "AVIF"
-    if brands & _HEIF_BRANDS:
-        return "HEIF"
-    unsupported = None
-    for magic, kind in _UNSUPPORTED.items():
-        if data.startswith(magic):
-            unsupported = kind
-    if _SVG.match(data[:_SVG_BYTES]):
-        unsupported = "SVG"
-    if unsupported:
-        detail = f"{unsupported} is not supported: convert it to JPEG, PNG or WebP"
-        raise PhotoError(Reason.UNSUPPORTED_FORMAT, detail)
-    raise PhotoError(Reason.NOT_AN_IMAGE, f"{len(data)} bytes that start with {data[:16]!r}")
-
-
-def _read_brands(data: bytes) -> set[bytes]:
-    """Return the brands in the first box of a file; none if it has no such box."""
-    if data[4:8] != b"ftyp":
-        return set()
-    end = min(len(data), int.from_bytes(data[:4], "big"))
-    return {data[8:12], *(data[at : at + 4] for at in range(16, end - 3, 4))}
-
-
 def _check_size(height: int, width: int, limits: _Limits) -> None:
     size = f"{width}x{height} pixels"
     if height * width > limits.max_pixels:
@@ -271,8 +207,10 @@ def _check_size(height: int, width: int, limits: _Limits) -> None:
 
 
 def _decode_file(data: bytes, limits: _Limits) -> _Decoded:
-    kind = _detect_format(data)
-    return _decode_jpeg(data, limits) if kind == "JPEG" else _decode_with_pil(data, kind, limits)
+    kind = detect_kind(data)
+    if kind == "JPEG":
+        return _decode_jpeg(data, limits)
+    return _decode_webp(data, limits) if kind == "WEBP" else _decode_with_pil(data, kind, limits)
 
 
 def _to_srgb(decoded: _Decoded) -> _Decoded:
@@ -327,25 +265,34 @@ def _cmyk_to_rgb(cmyk: np.ndarray, profile: bytes) -> np.ndarray:
     return rgb
 
 
-# Other formats: decoded by PIL, with the checks that PIL omits.
+# Other formats: decoded by PIL, with the checks that PIL omits, or by imagecodecs.
+
+
+def _decode_webp(data: bytes, limits: _Limits) -> _Decoded:
+    plain = plain_webp(data)
+    _check_size(plain.height, plain.width, limits)  # PIL allocates the canvas when it opens the file
+    with _pil_errors("WEBP"):
+        if plain.is_animated:
+            pixels, mode = _image_to_rgb(Image.open(plain.open(), formats=["WEBP"]), b"", limits)
+        else:
+            pixels, mode = _array_to_rgb(decode_webp(b"".join(plain.pieces)), limits)
+    return _Decoded(pixels, plain.height, plain.width, plain.orientation, profile=plain.profile, mode=mode)
 
 
 def _decode_with_pil(data: bytes, kind: str, limits: _Limits) -> _Decoded:
     file: BinaryIO = io.BytesIO(data)
-    orientation, profile = 1, b""
-    if kind in ("PNG", "WEBP"):
-        plain = plain_png(data) if kind == "PNG" else plain_webp(data)
-        _check_size(plain.height, plain.width, limits)  # PIL allocates a WebP's canvas when it opens the file
+    orientation, profile, is_single = 1, b"", False
+    if kind == "PNG":
+        plain = plain_png(data)
+        _check_size(plain.height, plain.width, limits)
         file, orientation, profile = plain.open(), plain.orientation, plain.profile
     elif kind == "GIF":
         check_gif(data)
     elif kind in ("HEIF", "AVIF"):
-        check_boxes(data, kind)
+        is_single = not check_boxes(data, kind)
     with _pil_errors(kind):
         image = _open_heif(file) if kind == "HEIF" else Image.open(file, formats=[kind])
     _check_size(image.height, image.width, limits)
-    height, width = image.height, image.width
-    target = (height, width) if limits.max_side is None else _fit(height, width, limits.max_side)
     with _pil_errors(kind):
         if kind in ("HEIF", "AVIF", "TIFF"):
             profile = image.info.get("icc_profile") or b""
@@ -353,13 +300,30 @@ def _decode_with_pil(data: bytes, kind: str, limits: _Limits) -> _Decoded:
             check_tiff(image, len(data), limits.max_pixels)
         elif kind == "AVIF":  # PIL states the container's orientation as EXIF; others are upright when they are loaded
             orientation = read_orientation([image.info.get("exif", b"").removeprefix(b"Exif\0\0")], [])
-        image.load()
-        to_rgb = _rgb_converter(image, profile)
-        pixels = _read_strips(lambda top, bottom: to_rgb(image.crop((0, top, width, bottom))), (height, width), target)
+        if kind == "AVIF" and is_single and (array := decode_avif(data)).dtype == np.uint8:
+            pixels, mode = _array_to_rgb(array, limits)
+        else:
+            pixels, mode = _image_to_rgb(image, profile, limits)
     if kind == "PNG":
         check_png_pixels(plain)
-    mode = "L" if image.mode[0] in "L1I" else "RGB"
-    return _Decoded(pixels, height, width, orientation, profile=b"" if image.mode == "CMYK" else profile, mode=mode)
+    profile = b"" if image.mode == "CMYK" else profile
+    return _Decoded(pixels, image.height, image.width, orientation, profile=profile, mode=mode)
+
+
+def _image_to_rgb(image: Image.Image, profile: bytes, limits: _Limits) -> tuple[np.ndarray, str]:
+    """Return an opened image in RGB, shrunk if it has to be, and `L` if it is grey, else `RGB`."""
+    image.load()
+    to_rgb, size = _rgb_converter(image, profile), (image.height, image.width)
+    target = size if limits.max_side is None else _fit(*size, limits.max_side)
+    pixels = _read_strips(lambda top, bottom: to_rgb(image.crop((0, top, size[1], bottom))), size, target)
+    return pixels, "L" if image.mode[0] in "L1I" else "RGB"
+
+
+def _array_to_rgb(pixels: np.ndarray, limits: _Limits) -> tuple[np.ndarray, str]:
+    """Return pixels of any channels as _image_to_rgb does; of RGB no second copy is made."""
+    if pixels.shape[2:] == (3,):
+        return pixels, "RGB"
+    return _image_to_rgb(Image.fromarray(pixels), b"", limits)
 
 
 def _open_heif(file: BinaryIO) -> Image.Image:

@@ -32,6 +32,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     large = draw(5774, 8660)
     large.save(folder / "50.jpg", quality=95)
     large.save(folder / "50.png", compress_level=1)
+    large.save(folder / "50.webp", method=0)
+    large.save(folder / "50.avif", speed=10)
     return folder
 
 
@@ -53,7 +55,17 @@ def print_peak(folder: Path, name: str, count: int, max_side: int | None) -> Non
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 @pytest.mark.parametrize(
     ("name", "count", "max_side"),
-    [("12.jpg", 64, 800), ("12.jpg", 64, None), ("50.jpg", 6, 800), ("50.jpg", 6, None), ("50.png", 2, 800)],
+    [
+        ("12.jpg", 64, 800),
+        ("12.jpg", 64, None),
+        ("50.jpg", 6, 800),
+        ("50.jpg", 6, None),
+        ("50.png", 2, 800),
+        ("50.webp", 2, 800),
+        ("50.webp", 2, None),
+        ("50.avif", 2, 800),
+        ("50.avif", 2, None),
+    ],  # fmt: skip
 )
 def test_the_memory_of_a_task_depends_neither_on_the_size_of_files_nor_on_their_number(
     photos: Path, name: str, count: int, max_side: int | None

@@ -133,7 +133,7 @@ def test_a_damaged_structure_is_corrupt(kind: str):
 
 
 def test_readers_of_rare_formats_are_loaded_when_they_are_needed():
-    code = "import sys, carclass.data.photo; sys.exit('pillow_heif' in sys.modules)"
+    code = "import sys, carclass.data.photo; sys.exit(not {'pillow_heif', 'imagecodecs'}.isdisjoint(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -144,6 +144,20 @@ def test_readers_of_rare_formats_are_loaded_when_they_are_needed():
 def test_heic_is_known_by_any_of_its_brands(brand: bytes):
     data = saved(scene(), "HEIF", quality=95)
     assert np.array_equal(photo.decode(data[:8] + brand + data[12:]), photo.decode(data))
+
+
+def test_an_avif_whose_main_image_is_missing_is_corrupt():
+    data = bytearray(saved(scene(), "AVIF", quality=95))
+    data[data.index(b"pitm") + 9] += 9
+    assert reason_of(bytes(data)) == Reason.CORRUPT
+
+
+def test_an_avif_whose_frames_have_no_unit_of_time_is_corrupt():
+    data = bytearray(saved(scene(), "AVIF", save_all=True, append_images=[Image.fromarray(scene())]))
+    at = data.index(b"mdhd") + 8
+    at += 16 if data[at - 4] == 1 else 8
+    data[at : at + 4] = bytes(4)
+    assert reason_of(bytes(data)) == Reason.CORRUPT
 
 
 def test_avif_is_known_by_a_compatible_brand():
