@@ -35,11 +35,11 @@ def main() -> None:
         settings = settings.model_copy(update={"run": config.train.name})
     if settings.run is None:
         raise UserError("`predict.run` is missing: name the run to use, e.g. --run sample.")
-    from carclass.prediction import few_photos
+    from carclass.prediction import named_photos
 
-    if photos := few_photos.find_photos(args.listed or [settings.photos]):
-        check_options(args, few_photos.STORED_ONLY)
-        rows = few_photos.describe_rows(few_photos.predict_few(config.root, settings, photos))
+    if photos := named_photos.find_photos(args.listed or [settings.photos]):
+        check_options(args, named_photos.STORED_ONLY)
+        rows = named_photos.describe_rows(named_photos.predict_named(config.root, settings, photos))
     else:
         from carclass.prediction.predict import predict_photos
 

@@ -42,8 +42,19 @@ MAX_JPEG_SIDE = 65_500
 """libjpeg's limit: larger photos can be read from a PNG, but not encoded as a JPEG."""
 
 PIL_ERRORS = (
-    ArithmeticError, AssertionError, EOFError, LookupError, OSError, RuntimeError, SyntaxError, TypeError, ValueError, struct.error,
-)  # fmt: skip
+    *(
+        ArithmeticError,
+        AssertionError,
+        EOFError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        SyntaxError,
+        TypeError,
+        ValueError,
+    ),
+    struct.error,
+)
 """Exceptions of PIL's readers on damaged bytes; a MemoryError is a failure of the machine and propagates."""
 
 

@@ -1,70 +1,98 @@
-"""Prediction of photos that are named one by one: in this process, without a cluster; printed, not stored."""
+"""Prediction of a few photos in the job's own process, by the steps of classify.py: a cluster takes longer to start.
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+A photo that crashes the process ends the job. A file marks the attempt, so that the same command, run again, predicts
+on a cluster, where such photos are set aside.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import pyarrow as pa
+import torch
 
 from carclass import storage
-from carclass.config.schema import PredictSettings
-from carclass.errors import UserError
-from carclass.formatting import terminal_text
-from carclass.ingestion.archive import is_archive
-from carclass.prediction.photo_predictor import PhotoPredictor
-from carclass.runs.run import find_run
+from carclass.cluster import connection
+from carclass.data.crash_guard import NoCrashGuard
+from carclass.data.draft import Draft
+from carclass.ingestion import archive
+from carclass.prediction import classify
+from carclass.prediction.classify import KEY_ROWS, ClassifyPhotos, DetectNewPhotos, PredictionJob
 
-STORED_ONLY = ("name", "batch_size", "max_quarantined", "part_rows")
-"""Settings of predictions that are stored."""
-
-
-def find_photos(places: Sequence[str]) -> list[str]:
-    """Return the places if they are photos, and none if they are one folder, prefix or archive.
-
-    Raise UserError for a place that does not exist, and for several that are not all photos.
-    """
-    others = [place for place in places if not _is_photo(place)]
-    if len(places) == 1 and others:
-        return []
-    if others:
-        raise UserError(
-            f"`predict.photos`: {others[0]} is not a photo, but a folder, a prefix or an archive. Give either photos, "
-            "or one of these alone."
-        )
-    return list(places)
+log = logging.getLogger(__name__)
+FEW_PHOTOS, FEW_MASKED = 1000, 20
+"""Photos that one process predicts before others have started and caught up, on the CPUs of one machine."""
+ATTEMPT = "attempt"
+"""File that exists during an attempt."""
 
 
-def _is_photo(place: str) -> bool:
-    """Return True for one file that is no archive. Raise UserError if there is nothing in this place."""
-    if is_archive(place) or place.endswith("/"):
+def can_predict_here(draft: Draft, job: PredictionJob) -> bool:
+    """Return True if no other process would help, and an attempt in a single process has not crashed before."""
+    few = FEW_PHOTOS if job.mask is None else FEW_MASKED
+    if draft.inventory.count_pending() > few or torch.cuda.is_available() or not connection.is_local():
         return False
-    if (path := storage.local_path(place)) is None:
-        return storage.exists(place)
-    if not Path(path).exists():
-        raise UserError(f"`predict.photos`: no photo, folder or archive {place}. Check the path.")
-    return Path(path).is_file()
+    if not storage.exists(storage.join(draft.uri, ATTEMPT)):
+        return True
+    log.warning("predict: the last attempt was cut off; on a cluster, photos that crash their process are set aside")
+    storage.delete(storage.join(draft.uri, ATTEMPT))
+    return False
 
 
-def predict_few(root: str, settings: PredictSettings, photos: Sequence[str]) -> list[dict[str, Any]]:
-    """Return rows of predictions.PREDICTION, in order. Raise UserError as PhotoPredictor does, or without the run."""
-    assert settings.run is not None
-    run = find_run(root, settings.run)
-    model_uri = run.model_uri(run.select_stage(settings.stage))
-    rows: list[dict[str, Any]] = PhotoPredictor(run, model_uri, settings.detector_weights)(photos).to_pylist()
-    for row in rows:
-        row["rejected"] = None if row["label"] is None else row["probability"] < settings.threshold
-    return rows
+def predict_here(draft: Draft, job: PredictionJob) -> Iterator[pa.Table]:
+    """Yield rows of PREDICTED for the pending photos, in tables of at most `part_rows` rows."""
+    steps = _Steps.load(job)
+    with _mark_attempt(draft.uri):
+        tables: list[pa.Table] = []
+        for batch in _read_pending(draft, job):
+            tables += [steps.classifier(rows) for rows in steps.prepare(batch)]
+            if sum(map(len, tables)) >= job.settings.part_rows:
+                yield pa.concat_tables(tables)
+                tables = []
+        if tables:
+            yield pa.concat_tables(tables)
 
 
-def describe_rows(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Return (photo, result) for the table of a job: the five likeliest classes of one photo, the first of several."""
-    described = []
-    for row in rows:
-        key = terminal_text(row["key"])
-        if row["label"] is None:
-            described.append((key, terminal_text(f"{row['reason']}: {row['detail']}")))
-            continue
-        top = zip(row["top5"], row["top5_probabilities"], strict=True)
-        lines = [f"{probability:.3f}  {name}" for name, probability in top]
-        lines[0] += "  (rejected: below the threshold)" if row["rejected"] else ""
-        shown = lines if len(rows) == 1 else lines[:1]
-        described += [(key if i == 0 else "", line) for i, line in enumerate(shown)]
-    return described
+class _Steps(NamedTuple):
+    """The networks of a job, on all CPUs."""
+
+    job: PredictionJob
+    detector: DetectNewPhotos | None
+    classifier: ClassifyPhotos
+
+    @classmethod
+    def load(cls, job: PredictionJob) -> "_Steps":
+        threads = torch.get_num_threads()
+        detector = None if job.mask is None else DetectNewPhotos(job.mask, NoCrashGuard(), use_gpu=False)
+        classifier = ClassifyPhotos(job, NoCrashGuard(), use_gpu=False)
+        torch.set_num_threads(threads)  # the actors of a cluster have a CPU each
+        return cls(job, detector, classifier)
+
+    def prepare(self, batch: pa.Table) -> Iterator[pa.Table]:
+        """Yield rows of CLASSIFIER_INPUT for rows of INPUT or LOADED."""
+        for rows in classify.read_batch(batch, NoCrashGuard(), self.job.reading):
+            if self.job.mask is None:
+                yield classify.select_input(rows, self.job.shown_share)
+            else:
+                assert self.detector is not None
+                detected = self.detector(classify.decode_valid(rows, NoCrashGuard()))
+                yield from classify.cut_photos(detected, self.job.mask, self.job.shown_share)
+
+
+def _read_pending(draft: Draft, job: PredictionJob) -> Iterator[pa.Table]:
+    """Yield the pending photos: rows of INPUT, or LOADED from an archive, one batch of the classifier at a time."""
+    photos, batch_rows = job.settings.photos, job.settings.batch_size
+    if not archive.is_archive(photos):
+        return draft.inventory.pending(batch_rows)
+    listing = pa.concat_tables(draft.inventory.pending(KEY_ROWS, hash_order=False))
+    return archive.read_photos(photos, listing, batch_rows, "predict.photos")
+
+
+@contextmanager
+def _mark_attempt(uri: str) -> Iterator[None]:
+    """Keep the file of an attempt while it lasts, also if it ends with an error, but not with the process."""
+    storage.write_bytes(storage.join(uri, ATTEMPT), b"")
+    try:
+        yield
+    finally:
+        storage.delete(storage.join(uri, ATTEMPT))

@@ -25,7 +25,7 @@ from carclass.ingestion.reading import read_image_ids
 from carclass.prediction import collect, predictions
 from carclass.prediction.classify import PredictionJob, stream_predictions
 from carclass.prediction.detector_weights import mask_settings
-from carclass.prediction.in_process import can_predict_here, predict_here
+from carclass.prediction.few_photos import can_predict_here, predict_here
 from carclass.prediction.report import render
 from carclass.runs.calibration_record import Calibration
 from carclass.runs.preprocessing_record import Preprocessing, load_preprocessing, store_preprocessing

@@ -24,7 +24,7 @@ from carclass.errors import UserError
 from carclass.evaluation import calibration
 from carclass.models import resnet, weights
 from carclass.models.preprocessing import to_network_input
-from carclass.prediction import in_process, predictions
+from carclass.prediction import few_photos, predictions
 from carclass.prediction.detector_weights import mask_settings
 from carclass.prediction.predict import PredictionResult, predict_photos
 from carclass.runs import calibration_record, preprocessing_record
@@ -267,7 +267,7 @@ def test_a_process_that_was_killed_in_its_attempt_is_followed_by_a_cluster(
     file, folder = tmp_path / "config.yml", Path(unmasked.uri).with_name("crashed")
     file.write_text(yaml.safe_dump({"root": root, "predict": settings.model_dump(mode="json")}))
     job = start("predict.py", file, {key: value for key, value in os.environ.items() if not key.startswith("RAY_")})
-    wait_for((folder / in_process.ATTEMPT).exists, job.process, job.log)
+    wait_for((folder / few_photos.ATTEMPT).exists, job.process, job.log)
     job.process.kill()
     job.process.wait(timeout=60)
     request.getfixturevalue("own_cluster")

@@ -61,7 +61,7 @@ PLAIN = (
     "masking.selection", "masking.detector", "masking.writer", "masking.report", "evaluation.metrics",
     "evaluation.report", "training.loop", "training.dataloader", "training.checkpoint", "runs", "tuning.report",
     "tuning.search_space", "tuning.collect", "experiments.report", "experiments.tree", "experiments.status",
-    "evaluation.calibration", "prediction.predictions", "prediction.loaded_run", "prediction.few_photos",
+    "evaluation.calibration", "prediction.predictions", "prediction.loaded_run", "prediction.named_photos",
     "prediction.collect", "prediction.report", "ingestion.labels", "ingestion.listing", "ingestion.reading",
     "ingestion.survey", "experiments.estimate", "experiments.first_config", "experiments.machine",
     "experiments.survey_text",

@@ -65,7 +65,7 @@ def print_peak(folder: Path, name: str, count: int, max_side: int | None) -> Non
         ("50.webp", 2, None),
         ("50.avif", 2, 800),
         ("50.avif", 2, None),
-    ],  # fmt: skip
+    ],
 )
 def test_the_memory_of_a_task_depends_neither_on_the_size_of_files_nor_on_their_number(
     photos: Path, name: str, count: int, max_side: int | None

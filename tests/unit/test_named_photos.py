@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from carclass.errors import UserError
-from carclass.prediction.few_photos import describe_rows, find_photos
+from carclass.prediction.named_photos import describe_rows, find_photos
 
 
 @pytest.fixture

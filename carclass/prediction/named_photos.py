@@ -1,0 +1,70 @@
+"""Prediction of photos that are named one by one: in this process, without a cluster; printed, not stored."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from carclass import storage
+from carclass.config.schema import PredictSettings
+from carclass.errors import UserError
+from carclass.formatting import terminal_text
+from carclass.ingestion.archive import is_archive
+from carclass.prediction.photo_predictor import PhotoPredictor
+from carclass.runs.run import find_run
+
+STORED_ONLY = ("name", "batch_size", "max_quarantined", "part_rows")
+"""Settings of predictions that are stored."""
+
+
+def find_photos(places: Sequence[str]) -> list[str]:
+    """Return the places if they are photos, and none if they are one folder, prefix or archive.
+
+    Raise UserError for a place that does not exist, and for several that are not all photos.
+    """
+    others = [place for place in places if not _is_photo(place)]
+    if len(places) == 1 and others:
+        return []
+    if others:
+        raise UserError(
+            f"`predict.photos`: {others[0]} is not a photo, but a folder, a prefix or an archive. Give either photos, "
+            "or one of these alone."
+        )
+    return list(places)
+
+
+def _is_photo(place: str) -> bool:
+    """Return True for one file that is no archive. Raise UserError if there is nothing in this place."""
+    if is_archive(place) or place.endswith("/"):
+        return False
+    if (path := storage.local_path(place)) is None:
+        return storage.exists(place)
+    if not Path(path).exists():
+        raise UserError(f"`predict.photos`: no photo, folder or archive {place}. Check the path.")
+    return Path(path).is_file()
+
+
+def predict_named(root: str, settings: PredictSettings, photos: Sequence[str]) -> list[dict[str, Any]]:
+    """Return rows of predictions.PREDICTION, in order. Raise UserError as PhotoPredictor does, or without the run."""
+    assert settings.run is not None
+    run = find_run(root, settings.run)
+    model_uri = run.model_uri(run.select_stage(settings.stage))
+    rows: list[dict[str, Any]] = PhotoPredictor(run, model_uri, settings.detector_weights)(photos).to_pylist()
+    for row in rows:
+        row["rejected"] = None if row["label"] is None else row["probability"] < settings.threshold
+    return rows
+
+
+def describe_rows(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Return (photo, result) for the table of a job: the five likeliest classes of one photo, the first of several."""
+    described = []
+    for row in rows:
+        key = terminal_text(row["key"])
+        if row["label"] is None:
+            described.append((key, terminal_text(f"{row['reason']}: {row['detail']}")))
+            continue
+        top = zip(row["top5"], row["top5_probabilities"], strict=True)
+        lines = [f"{probability:.3f}  {name}" for name, probability in top]
+        lines[0] += "  (rejected: below the threshold)" if row["rejected"] else ""
+        shown = lines if len(rows) == 1 else lines[:1]
+        described += [(key if i == 0 else "", line) for i, line in enumerate(shown)]
+    return described
