@@ -19,7 +19,7 @@ HEAD_BYTES = 2**20
 def check_shared(folders: Mapping[str, str]) -> None:
     """Raise UserError if a local folder or file is not the same on all nodes of the cluster.
 
-    folders: setting → URI. A file of each is compared; in the root, one that is written for that.
+    folders: setting → URI. A file of each is compared; in the root, a file written for this purpose.
     """
     nodes = [node for node in ray.nodes() if node["Alive"]]
     for setting, uri in folders.items():

@@ -1,4 +1,4 @@
-"""Checks that no setting of a config file is without effect.
+"""Checks that every setting of a config file has an effect.
 
 They apply to files and command lines only: stored settings, changes of a sweep and those of a budget are not a user's
 choice one by one. Defaults may be without effect, as warm-up is in a stage of a single epoch.

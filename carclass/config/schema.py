@@ -145,7 +145,7 @@ class ModelSettings(Section):
     """Classifier network."""
 
     architecture: Literal["resnet50", "resnet26-narrow"] = "resnet50"
-    """resnet26-narrow has two blocks per stage and a quarter of the width: for the sample and for tests."""
+    """resnet26-narrow has two blocks per layer and a quarter of the width: for the sample and for tests."""
     stride_in_1x1: bool = False
     """Stride in a block's 1x1 convolution: true for Keras' and MSRA's weights, false for torchvision's."""
     image_size: int = Field(224, ge=32)

@@ -68,7 +68,7 @@ def find_changes(inventory: Inventory) -> list[Change]:
 
 
 def recognize_unchanged(inventory: Inventory, read_image_ids: ReadImageIds) -> None:
-    """Find the inputs of another fingerprint, as by a new time of modification, whose content is the written one."""
+    """Find the inputs with a new fingerprint, as by a new time of modification, but the content that is written."""
     inventory.keep_recorded([key for (key,) in inventory.query(f"SELECT input.key {UNREAD}")])
     if not (total := inventory.scalar(f"SELECT count(*) {COMPARABLE}")):
         return
@@ -108,7 +108,7 @@ def rows_with_reason(inventory: Inventory, *reasons: Reason) -> Iterator[Correct
 
 
 def replaced_rows(inventory: Inventory) -> Iterator[Correction]:
-    """Yield the files with rows of inputs that have other content since, to remove these rows."""
+    """Yield the files with rows of inputs whose content has changed, to remove these rows."""
     return _remove_rows(inventory, REPLACED)
 
 

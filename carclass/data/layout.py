@@ -1,4 +1,4 @@
-"""Names of the files and folders that jobs write below their targets, and a check that none is of the other kind."""
+"""Names of the files and folders that jobs write below their targets, and a check for files in place of folders."""
 
 import os
 from pathlib import Path

@@ -82,7 +82,7 @@ UNKNOWN = Holder("", "unknown", "unknown", 0, "", "", "unknown")
 class Lease:
     """Lease on a target, held in a `with` statement.
 
-    If it is lost, which takes a pause longer than EXPIRE_S, the main thread is interrupted if it is the holder.
+    If it is lost, which takes a pause longer than EXPIRE_S, the main thread is interrupted if it holds the lease.
     """
 
     def __init__(self, uri: str, job: str) -> None:

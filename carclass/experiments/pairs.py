@@ -1,4 +1,5 @@
-"""Pairs of runs compared on their common test photos, and groups of runs that differ in the treatment of photos."""
+"""Pairs of runs compared on their common test photos, and groups of runs that differ in the treatment of
+photos alone: masked, cropped or as they are."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -13,7 +13,7 @@ FOLDERS = ("datasets", "experiments", "features", "previews", "replaced", "sampl
 
 
 def own_prefixes(photos: str, root: str) -> tuple[str, ...]:
-    """Return the beginnings of the keys of own files; none if root does not lie within the photos."""
+    """Return the prefixes of the keys of files that jobs wrote; none if root does not lie within the photos."""
     folder, own = _place(photos), _place(root)
     inner = os.path.relpath(own, folder) if _is_same_store(photos, root) else ".."
     if inner.split("/")[0] == "..":

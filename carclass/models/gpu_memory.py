@@ -1,4 +1,4 @@
-"""Report of a GPU's memory that is too small."""
+"""Out-of-memory errors of a GPU as user errors with advice."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

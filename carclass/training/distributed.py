@@ -1,4 +1,4 @@
-"""Sums over the workers of a process group; one process alone has none."""
+"""Sums over the workers of a process group; a single process, which has no group, is its own sum."""
 
 from torch import Tensor, distributed
 

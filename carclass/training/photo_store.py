@@ -22,8 +22,8 @@ BlockRefs = dict[str, list[ray.ObjectRef]]
 ROWS_PER_BLOCK = 128
 """Photos per block: 20 MB when decoded to 224 pixels."""
 GET_TIMEOUT_S = 120.0
-"""Time limit of reading blocks from the object store. Without one, a worker would hold the CPUs that the tasks wait for
-which make lost blocks again."""
+"""Seconds to read blocks from the object store. Without a limit, a worker would hold the CPUs that the tasks need which
+rebuild lost blocks."""
 
 
 class PhotoStore:

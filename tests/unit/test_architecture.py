@@ -1,4 +1,4 @@
-"""Rules of the code base that a program can check: rooms and floors, where Ray may be, length, documentation."""
+"""Rules of the code base that a program can check: layers, where Ray may be, length, documentation."""
 
 import ast
 import re
@@ -17,7 +17,7 @@ PATHS = {
     for path in sorted((REPO / folder).rglob("*.py"))
 }
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in PATHS.items()}
-FLOORS = (
+LAYERS = (
     {"__main__"},
     {"tools"},
     {"prediction", "experiments", "tuning"},
@@ -31,7 +31,7 @@ FLOORS = (
     {"reporting", "progress"},
     {"formatting", "errors"},
 )
-"""Packages and modules of carclass from the top floor down: a room imports from lower floors only."""
+"""Packages and modules of carclass from the top layer down: each imports from lower layers only."""
 RAY_MODULES = {
     "cluster.address",
     "cluster.connection",
@@ -97,12 +97,12 @@ def closure(name: str) -> set[str]:
     return found
 
 
-def room(name: str) -> str:
+def package(name: str) -> str:
     return name.split(".")[1]
 
 
-def floor(name: str) -> int:
-    return next(i for i, rooms in enumerate(FLOORS) if room(name) in rooms)
+def layer(name: str) -> int:
+    return next(i for i, packages in enumerate(LAYERS) if package(name) in packages)
 
 
 def uses_ray(name: str) -> bool:
@@ -113,8 +113,8 @@ LIBRARY = [name for name in TREES if name.startswith("carclass.")]
 PLAIN_MODULES = [name for name in LIBRARY if f"{name}.".startswith(tuple(f"carclass.{one}." for one in PLAIN))]
 
 
-def test_every_room_has_its_floor():
-    assert {room(name) for name in LIBRARY} == set().union(*FLOORS)
+def test_every_package_has_its_layer():
+    assert {package(name) for name in LIBRARY} == set().union(*LAYERS)
 
 
 def test_the_top_level_stays_small():
@@ -124,9 +124,9 @@ def test_the_top_level_stays_small():
 
 
 @pytest.mark.parametrize("name", LIBRARY)
-def test_imports_point_to_lower_floors(name: str):
-    others = {other for other in our_imports(name) if room(other) != room(name)}
-    assert {other for other in others if floor(other) <= floor(name)} == set()
+def test_imports_point_to_lower_layers(name: str):
+    others = {other for other in our_imports(name) if package(other) != package(name)}
+    assert {other for other in others if layer(other) <= layer(name)} == set()
 
 
 def test_imports_have_no_cycle():

@@ -21,6 +21,7 @@ from carclass.experiments.machine import Machine
 from carclass.ingestion.inputs import list_inputs
 from carclass.ingestion.split import count_held_out
 from carclass.ingestion.survey import PhotoSample, Survey, make_settings
+from carclass.models.resnet import ARCHITECTURES
 from tests.helpers.held_out import Photo, publish
 from tests.helpers.photos import scene
 
@@ -313,3 +314,7 @@ def cpu_seconds() -> float:
     """Return the CPU time of child processes that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
+
+
+def test_every_architecture_has_its_arithmetic():
+    assert set(estimate.RELATIVE_COST) == set(ARCHITECTURES)
