@@ -79,9 +79,9 @@ def label_photos(settings: IngestSettings, inventory: Inventory) -> None:
     if settings.labels is not None:
         _check_matches(settings, inventory)
     group_photos(settings, inventory)
-    _warn(inventory, f"reason = '{Reason.JUNK}'", "files are junk", logging.INFO)
-    _warn(inventory, f"reason = '{Reason.NO_LABEL}'", "files have no label")
-    _warn(inventory, f"reason = '{Reason.BAD_NAME}'", "names cannot be used")
+    _warn(inventory, f"reason = '{Reason.JUNK}'", "junk files", logging.INFO)
+    _warn(inventory, f"reason = '{Reason.NO_LABEL}'", "files without a label")
+    _warn(inventory, f"reason = '{Reason.BAD_NAME}'", "names that cannot be used")
     _warn_about_lost_folders(inventory)
     for group in list(names.similar_names(inventory.classes()))[:MAX_LISTED]:
         log.warning(
@@ -101,7 +101,7 @@ def _check_matches(settings: IngestSettings, inventory: Inventory) -> None:
             f"no label of `ingest.labels` ({settings.labels}) names a file of `ingest.photos` ({settings.photos}): "
             f"{names.difference_text(name, keys)} Correct the names in the labels, or `ingest.photos`."
         )
-    _warn(inventory, missing, "labels name no photo, or several")
+    _warn(inventory, missing, "labels of no photo, or of several")
 
 
 def _reject_misplaced(inventory: Inventory, folders: ClassFolders) -> None:
@@ -139,4 +139,4 @@ def _warn(inventory: Inventory, condition: str, problem: str, level: int = loggi
     GROUP BY detail ORDER BY min(id) LIMIT 3"""  # noqa: S608 - constants
     if rows := list(inventory.query(query)):
         examples = ", ".join(f"{key!r} ({detail})" for _, key, detail, _ in rows)
-        log.log(level, "ingest: %s %s, such as %s; they are quarantined", f"{rows[0][0]:,}", problem, examples)
+        log.log(level, "ingest: %s: %s, such as %s; quarantined", problem, f"{rows[0][0]:,}", examples)

@@ -230,8 +230,8 @@ def test_labels_without_a_photo_and_photos_without_a_label_are_counted(
     labels = write_labels(tmp_path, "x.jpg,A,train", "y.jpg,B,train", "z.jpg,B,train")
     labels_of(settings(labels=labels), ["x.jpg", "other.jpg"])
     assert caplog.messages == [
-        "ingest: 2 labels name no photo, or several, such as 'y.jpg' (labelled B, no such photo); they are quarantined",
-        "ingest: 1 files have no label, such as 'other.jpg' (no label names this photo); they are quarantined",
+        "ingest: labels of no photo, or of several: 2, such as 'y.jpg' (labelled B, no such photo); quarantined",
+        "ingest: files without a label: 1, such as 'other.jpg' (no label names this photo); quarantined",
     ]
 
 
@@ -247,15 +247,15 @@ def test_misplaced_photos_are_counted_with_an_example_of_each_kind(caplog: pytes
     keys = [f"{name}/{i}.jpg" for name in "ab" for i in range(20)]
     assert len(labels_of(settings(), [*keys, "a/b/x.jpg", "a/b/y.jpg", "z.jpg"])) == len(keys)
     assert caplog.messages == [
-        "ingest: 3 files have no label, such as 'a/b/x.jpg' (deeper than the folders of classes), 'z.jpg' (no label "
-        "names this photo); they are quarantined"
+        "ingest: files without a label: 3, such as 'a/b/x.jpg' (deeper than the folders of classes), 'z.jpg' (no label "
+        "names this photo); quarantined"
     ]
 
 
 def test_a_class_folder_with_a_line_break_is_quarantined_and_named(caplog: pytest.LogCaptureFixture):
     labels = labels_of(settings(), ["a/1.jpg", "b/2.jpg", "x\ny/3.jpg"])
     assert [label.label for label in labels] == ["a", "b"]
-    assert "1 names cannot be used" in caplog.messages[0]
+    assert "names that cannot be used: 1" in caplog.messages[0]
     assert caplog.messages[1].endswith("1 folder(s) whose names must be corrected: 'x\\ny'")
 
 
