@@ -35,7 +35,7 @@ def main() -> None:
     from carclass.runs.run import epoch_text
 
     with Inventory() as inventory:
-        listed = check_pipeline(settings, inventory)
+        listed = check_pipeline(settings, inventory, update=args.update)
         summary = make_datasets(settings, listed, update=args.update)
     assert settings.train is not None
     run, evaluation = train_and_evaluate(settings, settings.train)

@@ -5,10 +5,11 @@
   python jobs/predict.py DIR --config FILE --run NAME --threshold 0.5 --name monday
 
 Photos are processed as the run's own: read, masked if its dataset is (by the same detector), classified. No labels are
-needed. Photos that are named one by one are predicted in seconds, and the result is printed alone. Of a folder, prefix
-or archive, every file has one row in <run>/predictions/<name>/predictions.parquet and .csv: the most probable class and
-its probability, the five most probable classes, and the vehicle's box, or the reason for its quarantine;
-predictions.html shows the photos, to be filtered. When there are more photos, the same command predicts these alone.
+needed. Photos that are named one by one are predicted in seconds, and the result is printed alone; the exit status is
+1 if none of them can be read. Of a folder, prefix or archive, every file has one row in
+<run>/predictions/<name>/predictions.parquet and .csv: the most probable class and its probability, the five most
+probable classes, and the vehicle's box, or the reason for its quarantine; predictions.html shows the photos, to be
+filtered. When there are more photos, the same command predicts these alone.
 
 Probabilities are calibrated: of the photos with 0.8, about 80 % should be right. The temperature is fitted on the
 run's val photos at its first evaluation or prediction and stored with the model; it is valid for similar photos. An
@@ -39,12 +40,15 @@ def main() -> None:
 
     if photos := named_photos.find_photos(args.listed or [settings.photos]):
         check_options(args, named_photos.STORED_ONLY)
-        rows = named_photos.describe_rows(named_photos.predict_named(config.root, settings, photos))
+        predicted = named_photos.predict_named(config.root, settings, photos)
+        rows, failed = named_photos.describe_rows(predicted), all(row["label"] is None for row in predicted)
     else:
         from carclass.prediction.predict import predict_photos
 
-        rows = result_rows(settings, predict_photos(config.root, settings))
+        rows, failed = result_rows(settings, predict_photos(config.root, settings)), False
     print(progress.table(rows, title=f"predictions of {settings.run}"))
+    if failed:
+        raise SystemExit(1)
 
 
 def check_options(args: argparse.Namespace, names: tuple[str, ...]) -> None:

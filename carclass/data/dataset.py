@@ -254,7 +254,7 @@ def to_json(value: Any) -> bytes:
 def _origin_text(published: Dataset, split: str) -> str:
     """Return a remark for a test split that the source does not have itself."""
     share = published.held_out.get(split)
-    return f" ({share:.0%} of train)" if split == "test" and share else ""
+    return f" ({share:.0%} of each class)" if split == "test" and share else ""
 
 
 def dataset_table(published: Dataset, **extra_rows: str) -> str:

@@ -249,9 +249,9 @@ class Draft:
         return Dataset(self.uri, json.loads(to_json(manifest)))
 
     def _written_classes(self, classes: Sequence[str]) -> list[str]:
-        """Return the classes that have photos, and name the others, whose photos are all in quarantine."""
+        """Return the classes that have photos, and name those whose photos are all in quarantine."""
         written = {label for split in SPLITS for label in self.inventory.class_counts(split)}
-        if empty := [name for name in classes if name not in written]:
+        if empty := [name for name in self.inventory.classes() if name in classes and name not in written]:
             names = ", ".join(map(repr, empty[:10])) + (" …" if len(empty) > 10 else "")
             log.warning("%s: classes left out, as all their photos are in quarantine: %s", self.uri, names)
         return [name for name in classes if name in written]

@@ -61,7 +61,7 @@ def _facts(
     """Return (name, value) pairs for the head of the report."""
     lineage, difference = run.lineage(), masking_difference(run, source)
     seen = find_seen_photos(run, source, settings.split)
-    unknown = f"not known of {', '.join(seen.unknown)}, whose dataset is gone or has changed"
+    unknown = f"those of {', '.join(seen.unknown)} are not known: the dataset is gone or has changed"
     return [
         ("Run", run.settings.name),
         ("Model", f"{run.settings.model.architecture}, {run.settings.model.image_size} px"),
@@ -84,7 +84,8 @@ def _calibration_text(
     """Return a sentence on the probabilities in a report."""
     if calibrated is None:
         return "Probabilities are the network's own, not calibrated: the run's val photos are no longer available."
-    is_fitted_here = settings.split == "val" and source.name == run.settings.dataset
+    is_used = calibrated.temperature == calibrated.fitted_temperature
+    is_fitted_here = is_used and settings.split == "val" and source.digest == run.lineage()["dataset_digest"]
     here = " It was fitted on these very photos, which flatters the calibration." if is_fitted_here else ""
     return f"Probabilities are as those of predictions, at temperature {calibrated.text}.{here}"
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from carclass.evaluation import charts
-from carclass.evaluation.metrics import find_threshold
+from carclass.evaluation.metrics import find_threshold, wilson_interval
 from carclass.reporting import page
 from carclass.runs.run import best_epoch_row
 
@@ -101,10 +101,16 @@ def render(report: Report) -> str:
         best=best_epoch_row([{"stage": name, **row} for name, rows in report.history.items() for row in rows]),
         charts=charts,
         curves=curves,
-        thresholds=[(wanted, find_threshold(chosen_on, wanted)) for wanted in WANTED_ACCURACIES],
+        thresholds=[_threshold(chosen_on, wanted) for wanted in WANTED_ACCURACIES],
         summary=_summary(report.metrics),
         confusion_as_table=len(report.class_names) <= LARGEST_CONFUSION_TABLE,
     )
+
+
+def _threshold(curve: list[dict[str, Any]], wanted: float) -> tuple[float, dict[str, Any] | None, float]:
+    """Return an accuracy, the row of its lowest threshold, and the lower end of that row's interval."""
+    row = find_threshold(curve, wanted)
+    return wanted, row, 0.0 if row is None else wilson_interval(round(row["accuracy"] * row["count"]), row["count"])[0]
 
 
 def _summary(metrics: dict[str, Any]) -> dict[str, int | float]:

@@ -13,11 +13,16 @@ if TYPE_CHECKING:
 
 
 def classification_report(metrics: dict[str, Any]) -> "pd.DataFrame":
-    """Return precision, recall, F1 and support of each class, then their averages. metrics: classification_metrics."""
+    """Return precision, recall, F1 and support of each class, then their averages. metrics: classification_metrics.
+
+    A class without photos has no rates, but counts as 0 in the macro average.
+    """
     import pandas as pd
 
     averages = [{"name": f"{kind} average", **metrics[f"{kind}_average"]} for kind in ("macro", "weighted")]
-    return pd.DataFrame([*metrics["per_class"], *averages]).set_index("name")
+    table = pd.DataFrame([*metrics["per_class"], *averages]).set_index("name")
+    table.loc[table["support"] == 0, ["precision", "recall", "f1"]] = float("nan")
+    return table
 
 
 def confusion_table(predictions: pa.Table, classes: list[str]) -> "pd.DataFrame":

@@ -34,8 +34,8 @@ INGEST_BYTES, MASK_BYTES, TRAIN_BYTES = 1.5e9, (0.9e9, 0.9e9), 2.0e9
 """Memory of ingestion; of masking without its actors and for each; of a training worker without photos."""
 STEP_BYTES = (22e6, 44e6)
 """Memory of a photo in a training step on a CPU and on a GPU, in bf16."""
-RUN_BYTES = 2.0e9
-"""Disk space of a ResNet50's checkpoints in both stages."""
+RUN_BYTES = {"resnet50": 2.0e9, "resnet26-narrow": 2.0e7}
+"""Disk space of the checkpoints of both stages."""
 PHOTO_BYTES = 120_000
 """Size of a stored photo of 700x480, where no sample tells it."""
 
@@ -124,7 +124,7 @@ def _train_steps(settings: TrainSettings, photos: Photos, machine: Machine) -> l
         memory = TRAIN_BYTES + batch * step_bytes(settings.model.image_size, on_gpu=uses_gpu(settings, machine))
         work = f"{unfrozen.epochs} epochs of {train:,} photos at {settings.model.image_size} px"
         steps.append(Step("train, unfrozen", work, START_SECONDS + seconds, memory))
-    steps[-1] = steps[-1]._replace(disk=RUN_BYTES)
+    steps[-1] = steps[-1]._replace(disk=RUN_BYTES[settings.model.architecture])
     return [*steps, Step("evaluate", f"{test:,} test photos", START_SECONDS + (val + test) / rate)]
 
 

@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,10 @@ Planned = dict[str, Dataset]
 """Datasets that the pipeline makes, by name."""
 
 
-def check_pipeline(settings: Config, inventory: Inventory) -> ListedInputs:
+def check_pipeline(settings: Config, inventory: Inventory, *, update: bool = False) -> ListedInputs:
     """Print the plan of a pipeline, and return its inputs, which are added to the inventory.
 
-    Raise UserError, with all problems, if it cannot succeed.
+    update: publish datasets anew whose inputs have changed. Raise UserError, with all problems, if it cannot succeed.
     """
     problems = Problems()
     assert settings.ingest is not None
@@ -59,17 +60,25 @@ def check_pipeline(settings: Config, inventory: Inventory) -> ListedInputs:
     if settings.ingest.photos != "sample" or not problems.texts:  # the sample is drawn when it is listed
         listed = problems.result(_list, settings.root, settings.ingest, inventory)
     planned = {} if listed is None else plan_datasets(settings, listed)
+    outdated = [] if listed is None else problems.result(find_outdated, settings, listed) or []
+    if not update and outdated and outdated[0] != settings.ingest.dataset:  # else ingestion tells what has changed
+        problems.add(
+            f"dataset `{outdated[0]}` in {settings.root} was published from other photos or labels. Add --update to "
+            "publish a new version, for which only new photos are masked."
+        )
     if mask is not None:
         _check_mask(settings, mask, planned, problems)
     for run in _runs(settings):
         _check_run(settings, run, planned, problems)
+        problems.passes(check_run_photos, settings.root, run, outdated)
     machine = None
     if listed is not None:
         problems.passes(check_disk, settings, listed)
         machine = problems.result(_check_machine, settings, listed, planned, problems) if has_cluster else None
     problems.raise_all()
     assert listed is not None
-    print(progress.table(describe_plan(settings, listed, planned, machine or this_machine()), title="plan"))
+    rows = describe_plan(settings, listed, planned, machine or this_machine(), outdated)
+    print(progress.table(rows, title="plan"))
     return listed
 
 
@@ -112,7 +121,39 @@ def plan_datasets(settings: Config, listed: ListedInputs) -> Planned:
     names, mask = [settings.ingest.dataset], settings.mask
     if mask is not None and mask.source == settings.ingest.dataset and mask.limit is None:
         names.append(mask.dataset)
-    return {name: PlannedDataset(dataset.dataset_uri(settings.root, name), manifest) for name in names}
+    planned: Planned = {name: PlannedDataset(dataset.dataset_uri(settings.root, name), manifest) for name in names}
+    published = dataset.find_dataset(settings.root, names[0])
+    if published is not None and published.manifest.get("listing") == listed.inventory.digest():
+        planned[names[0]] = published
+    return planned
+
+
+def find_outdated(settings: Config, listed: ListedInputs) -> list[str]:
+    """Return the published datasets of the sections that certainly have other inputs today, in order."""
+    assert settings.ingest is not None
+    outdated: list[str] = []
+    source = dataset.find_dataset(settings.root, settings.ingest.dataset)
+    # With as many inputs as before, files may only have been touched: ingestion compares their contents.
+    if source is not None and source.manifest["inputs"] != listed.inventory.count_inputs():
+        outdated.append(source.name)
+    if settings.mask is None or (masked := dataset.find_dataset(settings.root, settings.mask.dataset)) is None:
+        return outdated
+    source = dataset.find_dataset(settings.root, settings.mask.source)
+    if source is not None and (source.name in outdated or source.digest != masked.source_digest):
+        outdated.append(masked.name)
+    return outdated
+
+
+def check_run_photos(root: str, run: TrainSettings, outdated: list[str]) -> None:
+    """Raise UserError if a run exists that was begun on other photos. outdated: datasets to be published anew."""
+    source, existing = dataset.find_dataset(root, run.dataset), Run(root, run)
+    if source is None or not storage.exists(storage.join(existing.uri, "config.yml")):
+        return
+    if run.dataset in outdated or existing.lineage()["dataset_digest"] != source.digest:
+        raise UserError(
+            f"run `{run.name}` in {root} was begun on an earlier version of dataset `{run.dataset}`. Train another run "
+            f"on the new one: --train.name {run.name}-2."
+        )
 
 
 def _runs(settings: Config) -> list[TrainSettings]:
@@ -243,7 +284,9 @@ def _check_devices(settings: Config, planned: Planned, problems: Problems) -> No
             problems.passes(train.check_resources, settings.root, run, source)
 
 
-def describe_plan(settings: Config, listed: ListedInputs, planned: Planned, machine: Machine) -> list[tuple[str, str]]:
+def describe_plan(
+    settings: Config, listed: ListedInputs, planned: Planned, machine: Machine, outdated: Sequence[str] = ()
+) -> list[tuple[str, str]]:
     """Return the steps that are left with their photos and estimated time, and what was assumed."""
     assert settings.ingest is not None
     size = "SELECT avg(min(size, ?)) FROM input WHERE label NOT NULL AND reason IS NULL"
@@ -251,6 +294,8 @@ def describe_plan(settings: Config, listed: ListedInputs, planned: Planned, mach
     photos = estimate.Photos(planned[settings.ingest.dataset].manifest["splits"], int(stored or 0))
     missing, unfinished = _missing_datasets(settings), _unfinished_runs(settings)
     done = [each.dataset for each in (settings.ingest, settings.mask) if each and each.dataset not in missing]
+    published = [("published", ", ".join(name for name in done if name not in outdated))]
+    published += [("published anew", f"{', '.join(outdated)}: only new photos are processed")] if outdated else []
     left = settings.model_copy(
         update={
             "mask": settings.mask if settings.mask and settings.mask.dataset in missing else None,
@@ -259,6 +304,6 @@ def describe_plan(settings: Config, listed: ListedInputs, planned: Planned, mach
     )
     steps = estimate.plan_steps(left, photos, machine)
     rows = estimate.describe_steps(steps if settings.ingest.dataset in missing else steps[1:])
-    rows = [*([("published", ", ".join(done))] if done else []), *rows]
-    splits = ", ".join(f"{number:,} {name}" for name, number in photos.splits.items())
+    rows = [*(row for row in published if row[1]), *rows]
+    splits = ", ".join(f"{photos.splits.get(name, 0):,} {name}" for name in SPLITS)
     return [("photos", splits), *rows, ("assumed", f"all photos are usable; {machine.text}; {estimate.BASIS}")]

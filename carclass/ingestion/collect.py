@@ -62,6 +62,9 @@ def collect_report(complete: dataset.Dataset, settings: IngestSettings) -> Datas
     )
 
 
+HELD_OUT_OF = {"test": "of each class", "val": "of each class, without its test photos"}
+
+
 def _facts(complete: dataset.Dataset, settings: IngestSettings) -> list[tuple[str, str]]:
     sides = f"from {settings.min_side} px on the shorter side"
     sides += "" if settings.max_side is None else f", shrunk to {settings.max_side} px on the longer"
@@ -69,7 +72,7 @@ def _facts(complete: dataset.Dataset, settings: IngestSettings) -> list[tuple[st
         ("Photos", settings.photos),
         ("Labels", settings.labels or "one folder per class"),
         ("Size", sides),
-        *((f"Held out for {split}", f"{share:g} of each class") for split, share in complete.held_out.items()),
+        *((f"Held out for {split}", f"{share:g} {HELD_OUT_OF[split]}") for split, share in complete.held_out.items()),
         ("Seed", str(settings.seed)),
     ]
 

@@ -134,7 +134,8 @@ class LoadedRun:
         yield from (("parent", self.settings.parent), ("val accuracy", facts["val_accuracy"]))
         if (metrics := self.evaluation) is not None:
             yield from (("test accuracy", metrics["accuracy"]), ("test photos", metrics["num_photos"]))
-            names = {"accuracy_interval": "95 % interval", "top5_accuracy": "top-5 accuracy"}
+            names = {"accuracy_interval": "95 % interval"}
+            names |= {"top5_accuracy": "top-5 accuracy"} if len(self.classes) > 5 else {}
             names |= {"expected_calibration_error": "calibration error"}
             yield from ((names[key], metrics[key]) for key in names if key in metrics)
 

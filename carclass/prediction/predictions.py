@@ -101,7 +101,7 @@ def begin_predictions(uri: str, settings: dict[str, Any]) -> dict[str, Any]:
     keys = {*old, *new} - {LISTING}
     if changed := sorted(key for key in keys if old.get(key) != new.get(key)):
         raise UserError(
-            f"{uri} was begun with other settings ({', '.join(changed)}). Choose another `predict.name`, or delete it."
+            f"{uri} was begun with other settings ({', '.join(changed)}). Choose another name (--name), or delete it."
         )
     return old
 

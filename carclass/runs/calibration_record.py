@@ -39,12 +39,12 @@ class Calibration:
         if self.temperature == self.fitted_temperature:
             return f"{self.temperature:.3f}, {source}"
         errors = self.expected_calibration_error_before, self.expected_calibration_error_after
-        reason = f"would change the calibration error from {errors[0]:.3f} to {errors[1]:.3f}"
+        reason = f"it would change the calibration error from {errors[0]:.3f} to {errors[1]:.3f}"
         if errors[1] < errors[0]:
-            reason = "does not improve val photos that it is not fitted on"
+            reason = "it does not improve val photos that are left out of its fit"
         if self.fitted_temperature <= MIN_USED_TEMPERATURE:
-            reason = "is the lower bound of the fit: every photo is classified correctly"
-        return f"{self.temperature:g}, uncalibrated: {self.fitted_temperature:.3f}, {source}, {reason}"
+            reason = "it is the lower bound of the fit: every photo is classified correctly"
+        return f"{self.temperature:g}, uncalibrated: not {self.fitted_temperature:.3f}, fitted {source}, as {reason}"
 
 
 def read_calibration(model_uri: str, model_sha256: str) -> Calibration | None:

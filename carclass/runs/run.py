@@ -243,7 +243,8 @@ def copy_stage(run: Run, other: Run, stage: str) -> None:
 def find_run(root: str, name: str) -> Run:
     """Return a run by its name. Raise UserError, which lists the existing runs, if there is none."""
     try:
-        return Run(root, read_run_settings(run_uri(root, name)))
+        settings = read_run_settings(run_uri(root, name))
+        return Run(root, settings.model_copy(update={"name": name}))  # a copied folder has another run's name in it
     except FileNotFoundError as error:
         existing = storage.list_folders(storage.join(root, "experiments"), "config.yml")
         raise unknown_name("run", name, existing, root, "" if existing else "Run jobs/train.py first.") from error

@@ -12,8 +12,9 @@ import pyarrow.compute as pc
 
 from carclass import storage
 from carclass.data import dataset
+from carclass.data.results import split_place
 from carclass.errors import UserError
-from carclass.runs.run import Run, find_run, parse_parent
+from carclass.runs.run import Run, find_run, parse_parent, read_run_settings
 
 
 class SeenPhotos(NamedTuple):
@@ -57,14 +58,32 @@ def _image_ids(source: dataset.Dataset, split: str) -> pa.Array:
 
 
 def _find_parent(run: Run, unknown: list[str]) -> Run | None:
-    """Return the run that another starts from; None if it starts from a file, or, listed in `unknown`, it is gone."""
-    parent = parse_parent(run.lineage()["parent"])
-    if parent is None:
-        return None
+    """Return the run that another starts from; None if there is none, or, listed in `unknown`, it is gone or new."""
+    lineage = run.lineage()
     try:
-        return find_run(run.root, parent.run)
+        parent = find_parent_run(run.root, lineage["parent"])
     except storage.StorageError:
         raise
     except UserError:
-        unknown.append(parent.run)
+        unknown.append(lineage["parent"].split("@")[0])
         return None
+    if parent is not None and parent.lineage()["started"] > lineage["started"]:
+        unknown.append(f"the former {parent.settings.name}, which was trained anew")
+        return None
+    return parent
+
+
+def find_parent_run(root: str, parent: str) -> Run | None:
+    """Return the run of `train.parent`: `<run>@<epoch>`, or the URI of a run's weights. None for other weights.
+
+    Raise UserError if the run is gone.
+    """
+    if (epoch := parse_parent(parent)) is not None:
+        return find_run(root, epoch.run)
+    folder, _, file = parent.rpartition("/")
+    run_uri = folder.rpartition("/")[0]
+    if file != "best.safetensors" or not storage.exists(storage.join(run_uri, "config.yml")):
+        return None
+    place = split_place(run_uri)
+    settings = read_run_settings(run_uri).model_copy(update={"name": place.name})
+    return Run(place.root, settings, place.folder)

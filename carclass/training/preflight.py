@@ -23,8 +23,8 @@ from carclass.data import dataset
 from carclass.errors import UserError
 from carclass.formatting import bytes_text
 from carclass.models import resnet
-from carclass.runs.run import find_run, parse_parent, run_uri
-from carclass.runs.seen_photos import find_seen_photos
+from carclass.runs.run import run_uri
+from carclass.runs.seen_photos import find_parent_run, find_seen_photos
 
 log = logging.getLogger(__name__)
 FLOAT_BYTES = 4
@@ -111,10 +111,10 @@ def check_splits(source: dataset.Dataset) -> None:
 
 def check_seen_photos(root: str, settings: TrainSettings, source: dataset.Dataset) -> None:
     """Warn if the parent of a run, or one of its ancestors, was trained on val or test photos of the run."""
-    if (parent := parse_parent(settings.parent)) is None:
+    if (parent := find_parent_run(root, settings.parent)) is None:
         return
     for split in ("val", "test"):
-        if seen := find_seen_photos(find_run(root, parent.run), source, split).text:
+        if seen := find_seen_photos(parent, source, split).text:
             log.warning(
                 "train: of the %s photos of dataset %s, %s, from which run %s starts: its %s accuracy will be too "
                 "high. Make datasets that grow by `--update`, which keeps each photo in its split",

@@ -273,6 +273,14 @@ def test_a_class_whose_photos_are_all_in_quarantine_is_named_and_left_out(job: J
     assert "classes left out, as all their photos are in quarantine: 'y'" in caplog.text
 
 
+def test_a_class_without_inputs_is_no_class_whose_photos_are_in_quarantine(job: Job, caplog: pytest.LogCaptureFixture):
+    """As in a preview, which has some photos of the source."""
+    with Inventory() as inventory:
+        inventory.add_inputs([Listed("a", 1, "1")])
+        assert Draft(job.uri, SETTINGS, inventory)._written_classes(["x", "y"]) == []
+    assert "'y'" not in caplog.text
+
+
 def test_changes_are_written_in_words():
     found = [changes.Change("added", 2, ["a", "b"]), changes.Change("removed", 1200, ["c"])]
     assert changes.changes_text(found) == "2 added (a, b), 1,200 removed (c, …)"

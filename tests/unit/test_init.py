@@ -317,4 +317,4 @@ def cpu_seconds() -> float:
 
 
 def test_every_architecture_has_its_arithmetic():
-    assert set(estimate.RELATIVE_COST) == set(ARCHITECTURES)
+    assert set(estimate.RELATIVE_COST) == set(estimate.RUN_BYTES) == set(ARCHITECTURES)

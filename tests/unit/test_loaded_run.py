@@ -1,5 +1,6 @@
 """load_run: a finished run with its model, metrics, lineage and predictions."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from carclass.data import dataset, formats
 from carclass.errors import UserError
 from carclass.models import preprocessing, resnet
 from carclass.runs.metrics_log import MetricsLog
-from carclass.runs.run import Run, begin_run
+from carclass.runs.run import Run, begin_run, find_run
 from tests.helpers.runs import publish_frozen_run
 
 HOUSE = Path(__file__).parents[2]
@@ -81,6 +82,14 @@ def test_a_copied_folder_is_loaded_from_a_relative_path(
     Path(finished[0].uri).rename(tmp_path / "copy")
     monkeypatch.chdir(tmp_path)
     assert carclass.load_run("copy/").settings.name == "first"
+
+
+def test_a_copied_folder_is_found_by_its_own_name(finished: tuple[Run, torch.nn.Module]):
+    run, _ = finished
+    shutil.copytree(run.uri, Path(run.uri).with_name("copy"))
+    found = find_run(run.root, "copy")
+    assert found.uri == str(Path(run.uri).with_name("copy"))
+    assert found.settings == run.settings.model_copy(update={"name": "copy"})
 
 
 def test_a_folder_without_a_run_is_an_error(tmp_path: Path):

@@ -17,6 +17,7 @@ from carclass.evaluation.metrics import (
     most_confused_pairs,
     wilson_interval,
 )
+from carclass.evaluation.tables import classification_report
 
 
 def one_hot(predicted: list[int], num_classes: int) -> np.ndarray:
@@ -212,3 +213,10 @@ def test_the_coverage_is_a_part_of_the_metrics():
     labels, probabilities, names = random_case(50, 4)
     result = classification_metrics(labels, probabilities, names)
     assert result["coverage"][0]["accuracy"] == result["accuracy"]
+
+
+def test_a_class_without_photos_has_no_rates_in_a_table():
+    metrics = classification_metrics(np.array([0, 0, 1]), np.eye(3)[[0, 0, 1]], ["a", "b", "c"])
+    table = classification_report(metrics)
+    assert table.loc["c", ["precision", "recall", "f1"]].isna().all()
+    assert table.loc["a", "f1"] == 1

@@ -18,6 +18,7 @@ from carclass.experiments import pipeline_preflight
 from carclass.experiments.machine import Machine
 from carclass.ingestion import ingest
 from carclass.ingestion.inputs import list_inputs
+from carclass.runs.run import Run, begin_run
 from tests.helpers.photos import scene
 from tests.helpers.runs import FROZEN, begin, finish, publish_dataset
 
@@ -50,10 +51,10 @@ def config(tmp_path: Path, photos: Path, **sections: Any) -> Config:
     return Config.model_validate({"root": str(tmp_path / "root"), **values})
 
 
-def problems(settings: Config) -> str:
+def problems(settings: Config, *, update: bool = False) -> str:
     """Return the problems besides that of the cluster."""
     with Inventory() as inventory, pytest.raises(UserError) as error:
-        pipeline_preflight.check_pipeline(settings, inventory)
+        pipeline_preflight.check_pipeline(settings, inventory, update=update)
     assert "RAY_ADDRESS is nowhere" in str(error.value)
     return str(error.value)
 
@@ -129,6 +130,43 @@ def test_names_that_other_settings_use_are_found(tmp_path: Path, photos: Path):
     assert "dataset `v2` in" in text
     assert "run `first` in" in text
     assert "begun with other settings (seed)" in text
+
+
+def publish_version(root: Path, settings: Config, inputs: int) -> dataset.Dataset:
+    """Publish a dataset of the settings of ingestion with a number of inputs, and return it."""
+    assert settings.ingest is not None
+    counts = {"inputs": inputs, "rows": inputs, "splits": {"train": inputs - 2, "val": 1, "test": 1}}
+    shares = {"test": 0.2, "val": 0.2}
+    publish(root, "v1", settings=ingest.identify_settings(settings.ingest), held_out=shares, **counts)
+    return dataset.load_dataset(str(root), "v1")
+
+
+@pytest.mark.parametrize("update", [False, True])
+def test_a_masked_dataset_of_an_earlier_version_is_found(tmp_path: Path, photos: Path, update: bool):
+    settings, root = config(tmp_path, photos), tmp_path / "root"
+    publish_version(root, settings, 20)
+    publish(root, "v2", settings={}, source_digest="0" * 64)
+    text = problems(settings, update=update)
+    assert ("dataset `v2` in" in text and "published from other photos or labels. Add --update" in text) != update
+
+
+def test_a_run_on_an_earlier_version_of_its_dataset_is_found(tmp_path: Path, photos: Path):
+    settings, root = config(tmp_path, photos, train={**TRAIN, "dataset": "v1"}, mask=None), tmp_path / "root"
+    begin_run(Run(str(root), settings.train), publish_version(root, settings, 19), "0" * 64)  # type: ignore[arg-type]
+    assert "was begun on an earlier version of dataset `v1`" in problems(settings, update=True)
+    assert "--train.name first-2" in problems(settings, update=True)
+
+
+def test_the_plan_names_what_is_published_anew(tmp_path: Path, photos: Path):
+    settings, root = config(tmp_path, photos), tmp_path / "root"
+    with Inventory() as inventory:
+        listed = list_inputs(settings.root, settings.ingest, inventory)  # type: ignore[arg-type]
+        publish_version(root, settings, 19)
+        outdated = pipeline_preflight.find_outdated(settings, listed)
+        planned = pipeline_preflight.plan_datasets(settings, listed)
+        rows = dict(pipeline_preflight.describe_plan(settings, listed, planned, CPUS, outdated))
+    assert rows["published anew"] == "v1: only new photos are processed"
+    assert "published" not in rows
 
 
 def test_contradicting_sections_are_listed_together(tmp_path: Path, photos: Path):

@@ -6,6 +6,7 @@ import pytest
 
 from carclass import storage
 from carclass.config.schema import EvaluateSettings, TrainSettings
+from carclass.data import formats
 from carclass.data.dataset import Dataset
 from carclass.evaluation import collect
 from carclass.runs.run import Run, begin_run
@@ -67,6 +68,19 @@ def test_a_parent_or_its_dataset_that_is_gone_is_not_known(tmp_path: Path, datas
     assert find_seen_photos(second, datasets[1], "val").unknown == ["first"]
     storage.delete_folder(first.uri)
     assert find_seen_photos(second, datasets[1], "val").unknown == ["first"]
+
+
+def test_a_parent_that_was_trained_anew_is_not_known(tmp_path: Path, datasets: tuple[Dataset, Dataset]):
+    first, second = begin(tmp_path, "first", datasets[0]), begin(tmp_path, "second", datasets[1], "first@best")
+    uri = storage.join(first.uri, "lineage.json")
+    formats.write(uri, "lineage", {**first.lineage(), "started": "2999-01-01T00:00:00Z"})
+    assert find_seen_photos(second, datasets[1], "val").unknown == ["the former first, which was trained anew"]
+
+
+def test_a_parent_that_is_given_by_the_uri_of_its_weights_is_found(tmp_path: Path, datasets: tuple[Dataset, Dataset]):
+    first = begin(tmp_path, "first", datasets[0])
+    second = begin(tmp_path, "second", datasets[1], f"{first.model_uri('frozen')}.safetensors")
+    assert find_seen_photos(second, datasets[1], "val").runs == ["first"]
 
 
 def test_training_warns_of_val_and_test_photos_that_its_parent_was_trained_on(
