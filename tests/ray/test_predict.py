@@ -230,7 +230,7 @@ def test_other_settings_under_the_same_name_are_rejected(
     root: str, settings: PredictSettings, predicted: PredictionResult, tmp_path: Path
 ):
     shutil.copy(Path(settings.photos, sorted(os.listdir(settings.photos))[0]), tmp_path)
-    with pytest.raises(UserError, match=r"other settings \(threshold\)\. Choose another `predict.name`"):
+    with pytest.raises(UserError, match=r"other settings \(threshold\)\. Choose another name \(--name\)"):
         predict_photos(root, settings.model_copy(update={"threshold": 0.9}))
     with pytest.raises(UserError, match=r"other settings \(photos\)"):
         predict_photos(root, settings.model_copy(update={"photos": str(tmp_path)}))

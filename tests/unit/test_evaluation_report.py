@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from carclass.evaluation.charts import coverage_chart, curve_chart, find_epoch, heat_map
+from carclass.evaluation.metrics import wilson_interval
 from carclass.evaluation.report import Mistake, Report, render
 from carclass.reporting.svg import nice_ticks
 from tests.helpers.pages import (
@@ -163,7 +164,7 @@ def test_thresholds_are_listed_with_figures_of_val_and_of_the_evaluated_split():
     report.val_coverage = [{**row, "count": 1234} for row in report.metrics["coverage"]]
     text = section_text(render(report), "threshold")
     assert "Val accepted Val photos Val accuracy Test accepted Test photos Test accuracy 0.00" in text
-    assert text.count("1,234") == len(report.val_coverage)
+    assert text.count(" 1,234 ") == len(report.val_coverage)
 
 
 def test_a_threshold_is_named_for_each_wanted_accuracy():
@@ -176,6 +177,8 @@ def test_a_threshold_is_named_for_each_wanted_accuracy():
     assert "--threshold 0.2 : at least 90 % accuracy on val" in text
     assert "--threshold 0.4 : at least 95 % accuracy on val, where 50.0 % of the photos" in text
     assert "No threshold gives 99 % accuracy on val." in text
+    low = wilson_interval(round(0.97 * 9), 9)[0]
+    assert f"accepted, 9, and 97.0 % of these are correct: of more such photos at least {100 * low:.1f} %" in text
 
 
 def test_without_figures_of_val_the_report_says_how_to_get_them():

@@ -238,7 +238,7 @@ def test_predictions_are_resumed_with_their_first_settings(tmp_path: Path):
 
 def test_other_settings_under_the_same_name_are_rejected(tmp_path: Path):
     predictions.begin_predictions(str(tmp_path), SETTINGS)
-    with pytest.raises(UserError, match=r"other settings \(threshold\)\. Choose another `predict\.name`"):
+    with pytest.raises(UserError, match=r"other settings \(threshold\)\. Choose another name \(--name\)"):
         predictions.begin_predictions(str(tmp_path), {**SETTINGS, "threshold": 0.7})
 
 
