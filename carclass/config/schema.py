@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from carclass.config import yaml_file
 from carclass.config.effects import check_mask_effect, check_train_effect
 from carclass.config.ingest_settings import IngestSettings as IngestSettings
-from carclass.config.section import Name, Parent, Section, Sha256, Share, Uri, validate
+from carclass.config.section import Name, Parent, ProperShare, Section, Sha256, Share, Uri, validate
 from carclass.errors import UserError
 
 StageName = Literal["frozen", "unfrozen"]
@@ -183,7 +183,7 @@ class StageSettings(Section):
     """Learning rate schedule after the warm-up."""
     warmup_epochs: float = Field(0.0, ge=0)
     """Epochs of linear learning rate warm-up."""
-    label_smoothing: Share = 0.1
+    label_smoothing: ProperShare = 0.1
     """Share of the target spread over all classes (Szegedy et al. 2016)."""
     batch_size: int = Field(32, ge=1)
     """Photos per step, over all workers together."""

@@ -38,7 +38,7 @@ def collect_report(
         history.setdefault(row["stage"], []).append(row)
     return Report(
         title=f"{run.settings.name} on {source.name} {settings.split}",
-        facts=_facts(run, source, settings, model_facts),
+        facts=[*_facts(run, source, settings, model_facts), *_copies(predictions)],
         split=settings.split,
         model=(model_facts["stage"], model_facts["epoch"]),
         metrics=metrics,
@@ -76,6 +76,14 @@ def _facts(
         ("Seed", str(run.settings.seed)),
         ("Code", lineage["code"]),
     ]
+
+
+def _copies(predictions: pa.Table) -> list[tuple[str, str]]:
+    """Return a remark on photos that are copies of others, which count as independent in the metrics."""
+    copies = len(predictions) - pc.count_distinct(predictions["image_id"]).as_py()
+    if not copies:
+        return []
+    return [("Copies", f"{copies:,} of the photos have the bytes of another: the interval is too narrow")]
 
 
 def _calibration_text(

@@ -20,6 +20,7 @@ def report_uri(run: Run, dataset: str, split: str, stage: str) -> str:
 def read_report_metrics(run: Run, stage: str) -> dict[str, Any] | None:
     """Return the metrics of a finished stage's model on the test photos of the run's dataset; None if there are none.
 
+    Those of another split or dataset, as of a report that was moved here, are none.
     Earlier versions always evaluated the last stage and did not record the model.
     """
     try:
@@ -28,7 +29,11 @@ def read_report_metrics(run: Run, stage: str) -> dict[str, Any] | None:
         return None
     evaluated = metrics["model_sha256"]
     is_same = stage == run.stages[-1] if evaluated is None else evaluated == run.model_facts(stage)["sha256"]
-    return metrics if is_same else None
+    is_own = (metrics.get("dataset", run.settings.dataset), metrics.get("split", "test")) == (
+        run.settings.dataset,
+        "test",
+    )
+    return metrics if is_same and is_own else None
 
 
 def own_report_uri(run: Run, stage: str) -> str:

@@ -76,6 +76,16 @@ def test_predictions_are_loaded_after_an_evaluation(finished: tuple[Run, torch.n
     assert carclass.load_run(run.uri).predictions == table
 
 
+@pytest.mark.parametrize("other", [{"split": "val"}, {"dataset": "v1"}])
+def test_metrics_of_another_split_or_dataset_are_not_those_of_the_run(
+    finished: tuple[Run, torch.nn.Module], other: dict[str, str]
+):
+    run, _ = finished
+    metrics = {"accuracy": 1.0, "num_photos": 1, "model_sha256": run.model_facts("frozen")["sha256"], **other}
+    formats.write(f"{run.uri}/report/metrics.json", "evaluation", metrics)
+    assert carclass.load_run(run.uri).evaluation is None
+
+
 def test_a_copied_folder_is_loaded_from_a_relative_path(
     finished: tuple[Run, torch.nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
