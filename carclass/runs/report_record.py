@@ -20,8 +20,8 @@ def report_uri(run: Run, dataset: str, split: str, stage: str) -> str:
 def read_report_metrics(run: Run, stage: str) -> dict[str, Any] | None:
     """Return the metrics of a finished stage's model on the test photos of the run's dataset; None if there are none.
 
-    Those of another split or dataset, as of a report that was moved here, are none.
-    Earlier versions always evaluated the last stage and did not record the model.
+    Those of another split or dataset, as of a report that was moved here, are none. Earlier versions always
+    evaluated the last stage and did not record the model.
     """
     try:
         metrics = formats.read(storage.join(own_report_uri(run, stage), "metrics.json"), "evaluation")
@@ -29,10 +29,8 @@ def read_report_metrics(run: Run, stage: str) -> dict[str, Any] | None:
         return None
     evaluated = metrics["model_sha256"]
     is_same = stage == run.stages[-1] if evaluated is None else evaluated == run.model_facts(stage)["sha256"]
-    is_own = (metrics.get("dataset", run.settings.dataset), metrics.get("split", "test")) == (
-        run.settings.dataset,
-        "test",
-    )
+    own = {"dataset": run.settings.dataset, "split": "test"}
+    is_own = all(metrics.get(key, value) == value for key, value in own.items())
     return metrics if is_same and is_own else None
 
 
