@@ -30,10 +30,12 @@ DELETIONS_PER_CHECK = 64
 """Files deleted after each check of the lease: they take a fraction of a second."""
 NOTES = "draft.json"
 """Settings of an unfinished dataset."""
-RunTasks = Callable[[Callable[[Correction], str], Iterable[Correction]], Iterator[str]]
+Corrected = tuple[str, str | None]
+"""Paths of a corrected file: of the old one, and of the new one, if any row is left."""
+RunTasks = Callable[[Callable[[Correction], Corrected], Iterable[Correction]], Iterator[Corrected]]
 
 
-def run_here(function: Callable[[Correction], str], items: Iterable[Correction]) -> Iterator[str]:
+def run_here(function: Callable[[Correction], Corrected], items: Iterable[Correction]) -> Iterator[Corrected]:
     """Yield function(item) for each item, computed in this process."""
     return map(function, items)
 
@@ -157,6 +159,10 @@ class Draft:
         self.discarded |= outdated
         self._delete(path for path in paths if path not in outdated)
 
+    def restore(self, paths: Iterable[str]) -> None:
+        """Take written files as current, also one that has the rows, and so the name, of one that was set aside."""
+        self.discarded.difference_update(paths)
+
     def _delete(self, paths: Iterable[str]) -> None:
         """Delete files. Raise UserError if the draft is no longer this job's."""
         uris = (storage.join(self.uri, path) for path in paths)
@@ -194,9 +200,11 @@ class Draft:
     def correct(self, corrections: Iterable[Correction]) -> None:
         """Write files again with corrected rows, and delete the old ones."""
         correct = partial(correct_part, uri=self.uri, settings=self.settings)
-        paths = list(self.run_tasks(correct, corrections))
-        if paths:
-            self.discard(paths)
+        corrected = list(self.run_tasks(correct, corrections))
+        if corrected:
+            written = {new for _, new in corrected if new is not None}
+            self.discard({old for old, _ in corrected} - written)
+            self.restore(written)
             self.sync()
 
     def write_missing(self, write: Callable[[], None]) -> None:
@@ -272,8 +280,8 @@ class Draft:
         storage.delete(storage.join(self.uri, NOTES))
 
 
-def correct_part(correction: Correction, uri: str, settings: dict[str, Any]) -> str:
-    """Write a file again without its stale rows and with new labels, and return the path of the old file.
+def correct_part(correction: Correction, uri: str, settings: dict[str, Any]) -> Corrected:
+    """Write a file again without its stale rows and with new labels, and return its old and its new path.
 
     A row that quarantine has already is removed from its part afterwards: a job that is killed in between finishes the
     withdrawal when it is resumed.
@@ -284,9 +292,9 @@ def correct_part(correction: Correction, uri: str, settings: dict[str, Any]) -> 
     kept = rows.filter(pa.array([key not in correction.stale for key in rows["key"].to_pylist()], pa.bool_()))
     if correction.labels:
         kept = _relabel(kept, correction)
-    if len(kept):
-        publishing.write_part(uri, path.split("/")[0], kept, settings)
-    return path
+    if not len(kept):
+        return path, None
+    return path, publishing.write_part(uri, path.split("/")[0], kept, settings).path
 
 
 def _relabel(rows: pa.Table, correction: Correction) -> pa.Table:

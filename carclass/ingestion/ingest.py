@@ -130,7 +130,9 @@ def _write_inputs(draft: Draft, settings: IngestSettings) -> None:
     _write_pending_photos(draft, settings)
     rejected = (quarantine.quarantine_row(*row) for row in draft.inventory.rejected_inputs())
     for rows in chunks(rejected, QUARANTINE_ROWS):
-        draft.inventory.add_part(*publishing.write_rows(draft.uri, "quarantine", rows, draft.settings))
+        part = publishing.write_rows(draft.uri, "quarantine", rows, draft.settings)
+        draft.restore([part.path])
+        draft.inventory.add_part(*part)
 
 
 def _write_pending_photos(draft: Draft, settings: IngestSettings) -> None:
@@ -144,6 +146,7 @@ def _write_pending_photos(draft: Draft, settings: IngestSettings) -> None:
     write = partial(write_photos, uri=draft.uri, settings=settings, identity=draft.settings, run=crash_guard.run)
     with PhotoMeter("ingest", total) as meter:
         for written in run_tasks(write, batches, crash_guard.count_crashes):
+            draft.restore(part.path for part in written)
             for part in written:
                 inventory.add_part(*part)
             meter.add(_column(written, "split"), _column(written, "reason"))
@@ -180,11 +183,11 @@ def _quarantine_leaks(draft: Draft) -> None:
     rows: list[dict[str, Any]] = []
     for _, copies in groupby(leakage.find_leaks(draft.inventory), key=lambda leak: leak[0]):
         if len(rows) >= QUARANTINE_ROWS:
-            publishing.write_rows(draft.uri, "quarantine", rows, draft.settings)
+            draft.restore([publishing.write_rows(draft.uri, "quarantine", rows, draft.settings).path])
             rows = []
         rows += [row for _, row in copies]
     if rows:
-        publishing.write_rows(draft.uri, "quarantine", rows, draft.settings)
+        draft.restore([publishing.write_rows(draft.uri, "quarantine", rows, draft.settings).path])
     draft.sync()
     draft.finish_withdrawals()
 

@@ -206,4 +206,5 @@ def _write_pending(draft: Draft, source: dataset.Dataset, settings: MaskSettings
     with PhotoMeter("mask", inventory.count_pending()) as meter:
         for summary in written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             assert isinstance(summary, pa.Table)
+            draft.restore(summary["path"].to_pylist())
             meter.add(summary["outcome"].drop_null().to_pylist(), summary["reason"].drop_null().to_pylist())

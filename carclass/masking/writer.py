@@ -18,8 +18,8 @@ from carclass.masking.rle import decode_mask
 FAILURE = pa.schema([("reason", pa.string()), ("detail", pa.string()), ("attempts", pa.int32())])
 """Columns of a photo that failed; null for all others."""
 DETECTED = pa.schema([*dataset.MASKED_ROW, *FAILURE])
-SUMMARY = pa.schema([("outcome", pa.string()), ("reason", pa.string())])
-"""Result of a written photo: its outcome, or the reason of its quarantine."""
+SUMMARY = pa.schema([("outcome", pa.string()), ("reason", pa.string()), ("path", pa.string())])
+"""Result of a written photo: its outcome, or the reason of its quarantine, and the path of its part."""
 
 
 def write_batch(batch: pa.Table, uri: str, settings: MaskSettings, identity: dict[str, Any]) -> pa.Table:
@@ -31,15 +31,16 @@ def write_batch(batch: pa.Table, uri: str, settings: MaskSettings, identity: dic
     for group in publishing.split_by_bytes(cut_rows(batch, settings)):
         photos = [row for row in group if row["reason"] is None]
         rejected = [row for row in group if row["reason"] is not None]
-        for folder, schema, written in (
-            ("parts", dataset.MASKED_ROW, photos),
-            ("quarantine", dataset.QUARANTINE, rejected),
+        for folder, schema, written, result in (
+            ("parts", dataset.MASKED_ROW, photos, "outcome"),
+            ("quarantine", dataset.QUARANTINE, rejected, "reason"),
         ):
             if written:
                 table = pa.Table.from_pylist(written, schema)
                 # A masked photo is masked again if its source photo is replaced.
-                publishing.write_part(uri, folder, table.append_column("fingerprint", table["image_id"]), identity)
-        summary += [{"outcome": row["outcome"]} for row in photos] + [{"reason": row["reason"]} for row in rejected]
+                table = table.append_column("fingerprint", table["image_id"])
+                path = publishing.write_part(uri, folder, table, identity).path
+                summary += [{result: row[result], "path": path} for row in written]
     return pa.Table.from_pylist(summary, SUMMARY)
 
 

@@ -78,10 +78,10 @@ class Job:
             ]
             for folder, written in (("parts", rows), ("quarantine", failed)):
                 if written:
-                    publishing.write_rows(self.uri, folder, written, self.settings)
+                    draft.restore([publishing.write_rows(self.uri, folder, written, self.settings).path])
         rejected = [quarantine_row(*row) for row in draft.inventory.rejected_inputs()]
         if rejected:
-            publishing.write_rows(self.uri, "quarantine", rejected, self.settings)
+            draft.restore([publishing.write_rows(self.uri, "quarantine", rejected, self.settings).path])
 
 
 def image_id(key: str, version: str) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -282,6 +283,30 @@ def test_an_archive_gives_the_same_dataset_as_a_folder(
     assert contents(published) == contents(ingested)
     pack(7)
     assert ingest_photos(str(tmp_path), ingest_settings, update=True) == published
+
+
+@pytest.mark.slow  # 10 s
+def test_conflicts_and_leaks_stay_in_quarantine_when_other_photos_are_added(tmp_path: Path, ray_cluster: str):
+    folder = tmp_path / "photos"
+    for i, key in enumerate(["train/a/0", "train/a/1", "train/b/2", "train/b/3", "val/a/4", "val/b/5", "test/a/6"]):
+        path = folder / f"{key}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(photo.encode(np.random.default_rng(i).integers(0, 255, (32, 32, 3), np.uint8)))
+    shutil.copy(folder / "train/a/0.png", folder / "train/b/conflict.png")
+    shutil.copy(folder / "test/a/6.png", folder / "train/a/leak.png")
+    ingest_settings = IngestSettings(photos=str(folder), max_quarantined=1)
+    expected = {
+        "train/a/0.png": "label_conflict",
+        "train/b/conflict.png": "label_conflict",
+        "train/a/leak.png": "leakage",
+    }
+    for number in range(3):
+        published = ingest_photos(str(tmp_path), ingest_settings, update=True)
+        rows = publishing.read_written(published.uri, "quarantine", ["key", "reason"], [*published.quarantine])
+        assert {row["key"]: row["reason"] for row in rows.to_pylist()} == expected
+        assert expected.keys().isdisjoint(published.read(["key"])["key"].to_pylist())
+        new = np.random.default_rng(10 + number).integers(0, 255, (32, 32, 3), np.uint8)
+        (folder / f"train/b/new{number}.png").write_bytes(photo.encode(new))
 
 
 def test_a_folder_per_class_needs_no_labels(ingested: dataset.Dataset, photos_folder: Path, tmp_path: Path):

@@ -264,6 +264,11 @@ def test_conflicts_are_decided_again_when_any_input_changes(job: Job):
         assert list(inventory.query("SELECT key FROM written WHERE reason = 'label_conflict'")) == []
 
 
+def test_a_photo_that_stays_unreadable_is_published_again(job: Job):
+    job(fail="b")
+    assert reasons(job(fail="b", update=True)) == {"b": "unreadable"}
+
+
 def conflict(key: str) -> dict[str, Any]:
     return quarantine_row(key, Reason.LABEL_CONFLICT, "same bytes", Listed(key, 1, "1").fingerprint)
 
