@@ -5,7 +5,7 @@ import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from carclass.config.ingest_settings import TABLE_SUFFIXES, ColumnRole
 from carclass.ingestion.labels import Label, LabelsError, LocatedLabel, make_label
@@ -137,7 +137,7 @@ def _json_rows(text: Iterable[str], source: str) -> Iterator[tuple[str, Fields]]
             continue
         location = f"{source}, line {number}"
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_unique_keys)
             if not isinstance(row, dict):
                 raise ValueError("not an object")
         except (ValueError, RecursionError) as error:
@@ -148,7 +148,19 @@ def _json_rows(text: Iterable[str], source: str) -> Iterator[tuple[str, Fields]]
         if keys is None:
             keys = list(row)
             yield location, keys
+        if added := [key for key in row if key not in keys]:
+            yield (
+                location,
+                LabelsError(f"{location}: key {added[0]}, which the first line lacks: add it there, as null."),
+            )
+            continue
         yield location, [_json_text(row.get(key)) for key in keys]
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(values := dict(pairs)) < len(pairs):
+        raise ValueError("a key is given twice")
+    return values
 
 
 def _json_text(value: object) -> str:
@@ -166,6 +178,9 @@ def _find_columns(header: list[str], source: str, names: Mapping[str, str], chos
         for role, name in names.items()
         if name.lower() in folded
     }
+    for name in names.values():
+        if (found if name in found else folded).count(name if name in found else name.lower()) > 1:
+            raise LabelsError(f"{source}: the first line has the column {name} twice. Remove or rename one.")
     missing = [name for role, name in names.items() if role not in indices and (role != "subset" or role in chosen)]
     if missing:
         raise LabelsError(

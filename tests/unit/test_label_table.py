@@ -101,11 +101,19 @@ def test_keys_of_json_lines_may_have_other_names_and_another_order():
         ('{"img_name": "1.jpg", "class": ["Audi"]}', "line 2: the class of 1.jpg is empty"),
         ('{"img_name": "1.jpg", "class": true}', "line 2: the class of 1.jpg is empty"),
         ('{"img_name": "1.jpg", "class": "A\\u0000"}', "line 2: .*NUL"),
+        ('{"img_name": "1.jpg", "class": "A", "subset": "test"}', "line 2: key subset, which the first line lacks"),
+        ('{"img_name": "1.jpg", "class": "A", "class": "B"}', "line 2: not an object of JSON.*a key is given twice"),
     ],
 )
 def test_a_bad_line_of_json_is_reported_with_its_number(line: str, message: str):
     with pytest.raises(LabelsError, match=message):
         parsed(f'{{"img_name": "0.jpg", "class": "Audi"}}\n{line}\n', "l.jsonl")
+
+
+@pytest.mark.parametrize("header", ["img_name,class,subset,class", "img_name,class,Subset,SUBSET"])
+def test_a_column_that_is_given_twice_is_refused(header: str):
+    with pytest.raises(LabelsError, match=r"l\.csv: the first line has the column (class|subset) twice"):
+        parsed(f"{header}\n1.jpg,A,train,test\n", "l.csv")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "img_name,class\n"])
