@@ -24,9 +24,9 @@ def collect_comparison(tree: Tree, statuses: dict[str, RunStatus]) -> Comparison
     baseline = load_baseline(tree.budget)
     num_finished = sum(status.state == "finished" for status in statuses.values())
     facts = [
-        ("experiments", f"{len(statuses)}, {num_finished} of them finished"),
-        ("root", tree.budget.root),
-        ("code", code_version()),
+        ("Experiments", f"{len(statuses)}, {num_finished} of them finished"),
+        ("Root", tree.budget.root),
+        ("Code", code_version()),
     ]
     unknown = [] if baseline is None else sorted(baseline.figures.keys() - statuses.keys())
     if unknown:
