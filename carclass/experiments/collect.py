@@ -1,12 +1,14 @@
 """Results of a tree of experiments, read from storage."""
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 
 from carclass import storage
 from carclass.config.budget import Baseline, Figures
 from carclass.data import dataset
+from carclass.data.same_photos import have_same_photos
 from carclass.errors import UserError
 from carclass.experiments.results import ComparedRun, Comparison, TestResult
 from carclass.experiments.status import RunStatus
@@ -33,13 +35,15 @@ def collect_comparison(tree: Tree, statuses: dict[str, RunStatus]) -> Comparison
         log.warning("lineage: the baseline has figures of runs that the tree does not have: %s", ", ".join(unknown))
     datasets = {experiment.settings.dataset for experiment in tree.experiments}
     treatments = {name: dataset_treatment(tree, name) for name in datasets}
+    val_photos = group_by_val(tree)
+    runs = [
+        collect_run(tree, experiment, statuses[experiment.name], treatments[experiment.settings.dataset], baseline)
+        for experiment in tree.experiments
+    ]
     return Comparison(
         title="Experiments",
         facts=facts,
-        runs=[
-            collect_run(tree, experiment, statuses[experiment.name], treatments[experiment.settings.dataset], baseline)
-            for experiment in tree.experiments
-        ],
+        runs=[replace(run, val_photos=val_photos.get(run.dataset)) for run in runs],
         baseline=None if baseline is None else baseline.name,
         seed=BOOTSTRAP_SEED,
     )
@@ -67,6 +71,19 @@ def collect_run(
         baseline_test=figures.test,
         test=read_test(status),
     )
+
+
+def group_by_val(tree: Tree) -> dict[str, str]:
+    """Map each published dataset of a tree to the first one with the same val photos."""
+    groups: dict[str, str] = {}
+    firsts: list[dataset.Dataset] = []
+    for name in dict.fromkeys(experiment.settings.dataset for experiment in tree.experiments):
+        source = dataset.find_dataset(tree.budget.root, name)
+        if source is not None:
+            first = next((each for each in firsts if have_same_photos([each, source], "val")), source)
+            firsts += [source] if first is source else []
+            groups[name] = first.name
+    return groups
 
 
 def dataset_treatment(tree: Tree, name: str) -> str:

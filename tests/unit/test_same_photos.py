@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from carclass.data.dataset import Dataset
 from carclass.data.same_photos import have_same_photos
 from carclass.errors import UserError
+from carclass.experiments.collect import group_by_val
 from carclass.tuning import tune
 from tests.helpers.held_out import Photo, publish
 
@@ -45,3 +47,12 @@ def test_a_sweep_over_maskings_of_one_dataset_is_accepted(tmp_path: Path):
     first, second = make_dataset(tmp_path, "v1"), make_dataset(tmp_path, "v2", seed=2)
     tune.check_same_val({"v1": first, "v2": masked(first, second)}, "my.yml")
     tune.check_same_val({"v1": first}, "my.yml")
+
+
+def test_datasets_of_a_tree_are_grouped_by_their_val_photos(tmp_path: Path):
+    for name, seed in (("v1", 1), ("v2", 1), ("v3", 2)):
+        make_dataset(tmp_path, name, seed)
+    names = ("v1", "v2", "v3", "missing")
+    experiments = [SimpleNamespace(settings=SimpleNamespace(dataset=name)) for name in names]
+    tree = SimpleNamespace(budget=SimpleNamespace(root=str(tmp_path)), experiments=experiments)
+    assert group_by_val(tree) == {"v1": "v1", "v2": "v1", "v3": "v3"}
