@@ -16,6 +16,7 @@ from carclass.experiments.tree import Experiment, Tree, load_baseline
 from carclass.runs.environment import code_version
 from carclass.runs.report_record import own_report_uri, read_report_metrics
 from carclass.runs.run import flatten
+from carclass.runs.seen_photos import find_seen_photos
 
 log = logging.getLogger(__name__)
 BOOTSTRAP_SEED = 123
@@ -43,7 +44,10 @@ def collect_comparison(tree: Tree, statuses: dict[str, RunStatus]) -> Comparison
     return Comparison(
         title="Experiments",
         facts=facts,
-        runs=[replace(run, val_photos=val_photos.get(run.dataset)) for run in runs],
+        runs=[
+            replace(run, val_photos=val_photos.get(run.dataset), seen_photos=describe_seen(statuses[run.name]))
+            for run in runs
+        ],
         baseline=None if baseline is None else baseline.name,
         seed=BOOTSTRAP_SEED,
     )
@@ -71,6 +75,14 @@ def collect_run(
         baseline_test=figures.test,
         test=read_test(status),
     )
+
+
+def describe_seen(status: RunStatus) -> str:
+    """Return the number of a finished run's test photos that it or its ancestors were trained on, in words."""
+    if status.state != "finished":
+        return ""
+    source = dataset.find_dataset(status.run.root, status.run.settings.dataset)
+    return "" if source is None else find_seen_photos(status.run, source, "test").text
 
 
 def group_by_val(tree: Tree) -> dict[str, str]:

@@ -78,6 +78,8 @@ class ComparedRun:
     test: TestResult | None
     val_photos: str | None = None
     """Name of the first dataset of the tree with the val photos of this run's; None if they are not known."""
+    seen_photos: str = ""
+    """Number of its test photos that it or its ancestors were trained on, in words; empty if there are none."""
 
     @property
     def rank(self) -> float:

@@ -139,6 +139,13 @@ def test_loaded_summary_has_the_numbers_of_test_photos_if_they_differ(num_photos
     assert ("test_photos" in LoadedComparison("uri", runs).summary()) == (num_photos != 2000)
 
 
+def test_runs_whose_ancestors_were_trained_on_their_test_photos_are_named():
+    runs = [make_run("a"), make_run("b", 0.5, seen_photos="3 of 40 are train photos of a")]
+    text = section_text(render_comparison(make_comparison(runs)), "summary")
+    assert "The test accuracy of b is too high: of its test photos, 3 of 40 are train photos of a." in text
+    assert "accuracy of a is too high" not in text
+
+
 def test_a_best_run_that_is_far_worse_on_test_is_warned_about():
     def warnings(test: float) -> list[str]:
         sentences = summarise(make_comparison([make_run("a", 0.812, test=make_test_result(test))]))
