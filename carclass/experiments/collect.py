@@ -78,11 +78,20 @@ def collect_run(
 
 
 def describe_seen(status: RunStatus) -> str:
-    """Return the number of a finished run's test photos that it or its ancestors were trained on, in words."""
+    """Return the number of a finished run's test photos that it or its ancestors were trained on, in words.
+
+    Empty if there are none, or if they can't be known, as of an ancestor whose record is damaged.
+    """
     if status.state != "finished":
         return ""
     source = dataset.find_dataset(status.run.root, status.run.settings.dataset)
-    return "" if source is None else find_seen_photos(status.run, source, "test").text
+    try:
+        return "" if source is None else find_seen_photos(status.run, source, "test").text
+    except storage.StorageError:
+        raise
+    except UserError as error:
+        log.warning("lineage: the train photos of %s are not known: %s", status.run.settings.name, error)
+        return ""
 
 
 def group_by_val(tree: Tree) -> dict[str, str]:
