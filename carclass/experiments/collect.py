@@ -1,12 +1,14 @@
 """Results of a tree of experiments, read from storage."""
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 
 from carclass import storage
 from carclass.config.budget import Baseline, Figures
 from carclass.data import dataset
+from carclass.data.same_photos import have_same_photos
 from carclass.errors import UserError
 from carclass.experiments.results import ComparedRun, Comparison, TestResult
 from carclass.experiments.status import RunStatus
@@ -14,6 +16,7 @@ from carclass.experiments.tree import Experiment, Tree, load_baseline
 from carclass.runs.environment import code_version
 from carclass.runs.report_record import own_report_uri, read_report_metrics
 from carclass.runs.run import flatten
+from carclass.runs.seen_photos import find_seen_photos
 
 log = logging.getLogger(__name__)
 BOOTSTRAP_SEED = 123
@@ -24,21 +27,26 @@ def collect_comparison(tree: Tree, statuses: dict[str, RunStatus]) -> Comparison
     baseline = load_baseline(tree.budget)
     num_finished = sum(status.state == "finished" for status in statuses.values())
     facts = [
-        ("experiments", f"{len(statuses)}, {num_finished} of them finished"),
-        ("root", tree.budget.root),
-        ("code", code_version()),
+        ("Experiments", f"{len(statuses)}, {num_finished} of them finished"),
+        ("Root", tree.budget.root),
+        ("Code", code_version()),
     ]
     unknown = [] if baseline is None else sorted(baseline.figures.keys() - statuses.keys())
     if unknown:
         log.warning("lineage: the baseline has figures of runs that the tree does not have: %s", ", ".join(unknown))
     datasets = {experiment.settings.dataset for experiment in tree.experiments}
     treatments = {name: dataset_treatment(tree, name) for name in datasets}
+    val_photos = group_by_val(tree)
+    runs = [
+        collect_run(tree, experiment, statuses[experiment.name], treatments[experiment.settings.dataset], baseline)
+        for experiment in tree.experiments
+    ]
     return Comparison(
         title="Experiments",
         facts=facts,
         runs=[
-            collect_run(tree, experiment, statuses[experiment.name], treatments[experiment.settings.dataset], baseline)
-            for experiment in tree.experiments
+            replace(run, val_photos=val_photos.get(run.dataset), seen_photos=describe_seen(statuses[run.name]))
+            for run in runs
         ],
         baseline=None if baseline is None else baseline.name,
         seed=BOOTSTRAP_SEED,
@@ -67,6 +75,36 @@ def collect_run(
         baseline_test=figures.test,
         test=read_test(status),
     )
+
+
+def describe_seen(status: RunStatus) -> str:
+    """Return the number of a finished run's test photos that it or its ancestors were trained on, in words.
+
+    Empty if there are none, or if they can't be known, as of an ancestor whose record is damaged.
+    """
+    if status.state != "finished":
+        return ""
+    source = dataset.find_dataset(status.run.root, status.run.settings.dataset)
+    try:
+        return "" if source is None else find_seen_photos(status.run, source, "test").text
+    except storage.StorageError:
+        raise
+    except UserError as error:
+        log.warning("lineage: the train photos of %s are not known: %s", status.run.settings.name, error)
+        return ""
+
+
+def group_by_val(tree: Tree) -> dict[str, str]:
+    """Map each published dataset of a tree to the first one with the same val photos."""
+    groups: dict[str, str] = {}
+    firsts: list[dataset.Dataset] = []
+    for name in dict.fromkeys(experiment.settings.dataset for experiment in tree.experiments):
+        source = dataset.find_dataset(tree.budget.root, name)
+        if source is not None:
+            first = next((each for each in firsts if have_same_photos([each, source], "val")), source)
+            firsts += [source] if first is source else []
+            groups[name] = first.name
+    return groups
 
 
 def dataset_treatment(tree: Tree, name: str) -> str:

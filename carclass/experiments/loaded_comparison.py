@@ -24,9 +24,13 @@ class LoadedComparison:
     """A row per run, in the tree's order, with settings and accuracies; indexed by name."""
 
     def summary(self) -> "pd.DataFrame":
-        """Return the finished runs with parent, dataset and accuracies, the best on val first."""
+        """Return the finished runs with parent, dataset and accuracies, the best on val first.
+
+        `test_photos` is a column if the runs were tested on different numbers of photos.
+        """
         columns = ["parent", "dataset", "val_accuracy", "test_accuracy", "test_low", "test_high"]
         finished = self.runs[self.runs["state"] == "finished"]
+        columns += ["test_photos"] if finished["test_photos"].nunique() > 1 else []
         return finished.sort_values("val_accuracy", ascending=False, kind="stable")[columns]
 
     def _repr_html_(self) -> str:

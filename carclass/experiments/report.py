@@ -10,7 +10,7 @@ from carclass.errors import UserError
 from carclass.experiments import charts
 from carclass.experiments.charts import ChartedRun
 from carclass.experiments.pairs import Pair, pairs_with_best, recipe_groups, seed_repeats
-from carclass.experiments.results import DASH, ComparedRun, Comparison, setting_text, settings_diff
+from carclass.experiments.results import DASH, ComparedRun, Comparison, TestResult, setting_text, settings_diff
 from carclass.experiments.significance import AccuracyDifference
 from carclass.formatting import percent_text
 from carclass.reporting import page
@@ -18,6 +18,8 @@ from carclass.reporting.axes import fit_text
 
 NUM_CLASSES, NUM_CONFUSIONS = 10, 8
 """Numbers of the best run's worst classes and most confused pairs on the page."""
+LARGE_GAP = 0.1
+"""Difference between val and test accuracy above which the best run is warned about."""
 FLIPS = {"none": "none", "horizontal": "H", "horizontal+vertical": "H+V"}
 
 
@@ -86,9 +88,15 @@ def summarise(comparison: Comparison) -> list[str]:
     if comparison.tied:
         names = ", ".join(run.name for run in comparison.tied)
         sentences.append(f"Val does not tell it from {names}, with the same accuracy: it is the first in the tree.")
+    if comparison.on_other_photos:
+        names = ", ".join(run.name for run in comparison.on_other_photos)
+        sentences.append(
+            f"These runs have other val photos, so their val accuracies can't be compared with its: {names}."
+        )
     if best.test:
         correct, low, high = map(percent_text, (best.test.accuracy, *best.test.interval))
         sentences.append(f"Its test accuracy is {correct} (95 % interval {low} to {high}).")
+        sentences += _warn_of_test_gap(best.rank, best.test)
     else:
         sentences.append("It is not evaluated on the test photos yet.")
     if baseline:
@@ -106,6 +114,17 @@ def summarise(comparison: Comparison) -> list[str]:
     if unranked:
         sentences.append(f"Not ranked: {', '.join(unranked)}.")
     return [sentence[0].upper() + sentence[1:] for sentence in sentences]
+
+
+def _warn_of_test_gap(val_accuracy: float, test: TestResult) -> list[str]:
+    """Return a warning if the accuracy on test, also its interval's upper end, is far below that on val."""
+    if val_accuracy - test.interval[1] < LARGE_GAP:
+        return []
+    points = f"{(val_accuracy - test.accuracy) * 100:.1f} points"
+    return [
+        f"Warning: its test accuracy is {points} lower than its val accuracy: it may rely on what train and val share "
+        "and test does not, such as backgrounds."
+    ]
 
 
 def worst_classes(run: ComparedRun) -> list[dict[str, Any]]:

@@ -76,6 +76,10 @@ class ComparedRun:
     baseline_test: float | None
     """Test accuracy of the baseline."""
     test: TestResult | None
+    val_photos: str | None = None
+    """Name of the first dataset of the tree with the val photos of this run's; None if they are not known."""
+    seen_photos: str = ""
+    """Number of its test photos that it or its ancestors were trained on, in words; empty if there are none."""
 
     @property
     def rank(self) -> float:
@@ -146,6 +150,17 @@ class Comparison:
     def tied(self) -> list[ComparedRun]:
         """Return the other finished runs with the val accuracy of the best one, which is the first of them."""
         return [run for run in self.finished[1:] if run.rank == self.best.rank]
+
+    @property
+    def on_other_photos(self) -> list[ComparedRun]:
+        """Return the finished runs whose val photos are known to differ from those of the best one."""
+        known = [run for run in self.finished if run.val_photos is not None]
+        return [run for run in known if self.best.val_photos not in (None, run.val_photos)]
+
+    @property
+    def has_other_test_photos(self) -> bool:
+        """Return True if the runs were tested on different numbers of photos."""
+        return len({len(run.test.keys) for run in self.runs if run.test}) > 1
 
     @property
     def best_baseline(self) -> ComparedRun | None:

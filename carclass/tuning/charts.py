@@ -110,8 +110,7 @@ def best_so_far(sweep: SweepResult) -> Markup:
         if result.end_time is None:
             continue
         spent += result.device_seconds
-        is_better = not steps or result.accuracy > steps[-1][1].accuracy
-        if result.trial.state == "complete" and math.isfinite(result.accuracy) and is_better:
+        if result.has_result and (not steps or result.accuracy > steps[-1][1].accuracy):
             steps.append((spent, result))
     ticks = accuracy_ticks(result.accuracy for _, result in steps)
     frame = Frame(left=LEFT, right=RIGHT, top=TOP, bottom=BOTTOM, ticks=ticks)

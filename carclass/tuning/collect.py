@@ -1,7 +1,9 @@
 """Results of a sweep read from storage, and its published report. Neither needs a cluster or a finished sweep."""
 
 import io
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pyarrow.parquet as pq
 
@@ -9,6 +11,7 @@ from carclass import storage
 from carclass.config import yaml_file
 from carclass.data.formats import DamagedFileError
 from carclass.runs.environment import code_version
+from carclass.runs.run import Run
 from carclass.tuning import report, trial_records
 from carclass.tuning.results import SweepResult, TrialResult
 from carclass.tuning.search_space import SearchSpace, get_setting
@@ -46,8 +49,11 @@ def _collect_trial(space: SearchSpace, trial: Trial) -> TrialResult:
     run = trial_records.trial_run(space, trial)
     try:
         rows = [row for row in run.metrics() if row["stage"] == space.stage]
+        reason = _loss_reason(run, space.stage, rows) if trial.state in ("complete", "pruned") else None
     except DamagedFileError as error:  # of one trial, which is shown beside the others
-        trial, rows = replace(trial, state="failed", reason=str(error)), []
+        rows, reason = [], str(error)
+    if reason is not None:
+        trial, rows = replace(trial, state="lost" if trial.is_over else "failed", reason=reason), []
     return TrialResult(
         trial=trial,
         epochs=rows,
@@ -57,19 +63,35 @@ def _collect_trial(space: SearchSpace, trial: Trial) -> TrialResult:
     )
 
 
+def _loss_reason(run: Run, stage: str, rows: Sequence[dict[str, Any]]) -> str | None:
+    """Return the reason why the metrics of a complete or pruned trial are lost; None if they are not.
+
+    rows: metrics of the stage. Those of a published model must have its epoch.
+    """
+    uri = storage.join(run.uri, "metrics.jsonl")
+    if not rows:
+        return f"{uri} is missing or has no epoch of the stage {stage}. Restore the trial's folder from a copy."
+    if not run.is_finished(stage):
+        return None
+    epoch = run.model_facts(stage)["epoch"]
+    if any(row["epoch"] == epoch for row in rows):
+        return None
+    return f"{uri} is cut short: it lacks epoch {epoch}, the trial's best. Restore the trial's folder from a copy."
+
+
 def _facts(space: SearchSpace) -> list[tuple[str, str]]:
     search, train = space.search, space.base_settings
     pruning: str = search.scheduler
     if pruning == "asha":
         pruning = f"ASHA: from epoch {space.min_epochs}, one trial in {search.reduction_factor} continues"
     return [
-        ("experiment", train.name),
-        ("dataset", train.dataset),
-        ("stage", f"{space.stage}, {space.max_epochs} epochs"),
-        ("sampler", f"{search.sampler}, seed {search.seed}"),
-        ("pruning", pruning),
-        ("root", space.root),
-        ("code", code_version()),
+        ("Experiment", train.name),
+        ("Dataset", train.dataset),
+        ("Stage", f"{space.stage}, {space.max_epochs} epochs"),
+        ("Sampler", f"{search.sampler}, seed {search.seed}"),
+        ("Pruning", pruning),
+        ("Root", space.root),
+        ("Code", code_version()),
     ]
 
 

@@ -71,7 +71,7 @@ def describe_pruning(sweep: SweepResult) -> str:
 def state_counts(sweep: SweepResult) -> str:
     """Return the number of searched trials by state: "12 complete, 8 pruned, 1 failed"."""
     states: list[str] = [result.trial.state for result in sweep.searched]
-    labels = {"complete": "complete", "pruned": "pruned", "failed": "failed", "begun": "not finished"}
+    labels = {"complete": "complete", "pruned": "pruned", "failed": "failed", "begun": "not finished", "lost": "lost"}
     return ", ".join(f"{states.count(state)} {label}" for state, label in labels.items() if state in states)
 
 
@@ -171,6 +171,11 @@ def _describe_unfinished(sweep: SweepResult) -> Iterator[str]:
     begun = sum(result.trial.state == "begun" for result in sweep.counted)
     if failed:
         yield f"{failed} {'trial' if failed == 1 else 'trials'} failed; the table lists the reasons."
+    if sweep.lost:
+        yield (
+            f"{len(sweep.lost)} {'trial has' if len(sweep.lost) == 1 else 'trials have'} lost the metrics, and "
+            f"{'is' if len(sweep.lost) == 1 else 'are'} neither ranked nor tested; the table lists the reasons."
+        )
     if begun:
         yield (
             f"{begun} {'trial has' if begun == 1 else 'trials have'} not finished: the sweep is running or was "
@@ -233,7 +238,9 @@ def _recommend_finer(sweep: SweepResult, first: Importance) -> str:
     dimension = next(dimension for dimension in sweep.dimensions if dimension.key == key)
     if dimension.choices is not None:
         return f"Fix {name} at {_best_value(sweep, key)} and search the others: {reason}."
-    ranked = sorted((result for result in sweep.searched if result.epochs), key=lambda result: -result.accuracy)
+    ranked = sorted(
+        (result for result in sweep.searched if result.best_epoch is not None), key=lambda result: -result.accuracy
+    )
     values = [result.trial.values[key] for result in ranked if dimension.contains(result.trial.values[key])]
     axis = setting_axis(dimension, values)
     best = sorted(values[: max(2, math.ceil(len(values) / 4))], key=axis.place)

@@ -56,7 +56,7 @@ def importances(sweep: SweepResult) -> list[Importance]:
 
 def _is_usable(result: TrialResult, dimensions: Sequence[Dimension]) -> bool:
     is_inside = all(dimension.contains(result.trial.values[dimension.key]) for dimension in dimensions)
-    return is_inside and bool(result.epochs) and math.isfinite(result.accuracy)
+    return is_inside and result.best_epoch is not None
 
 
 def _to_optuna(result: TrialResult, dimensions: Sequence[Dimension]) -> optuna.trial.FrozenTrial:

@@ -43,7 +43,10 @@ class LoadedSweep:
             raise UserError(f"no trial of sweep `{self.result.name}` is complete yet.")
 
     def _repr_html_(self) -> str:
-        facts = [*self.result.facts, ("trials", f"{len(self.result.searched):,}")]
+        facts = [
+            *((name.lower(), value) for name, value in self.result.facts),
+            ("trials", f"{len(self.result.searched):,}"),
+        ]
         facts += [("complete", f"{len(self.result.complete):,}")]
         if self.result.complete:
             best = self.result.best

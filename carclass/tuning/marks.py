@@ -84,6 +84,11 @@ def is_best(sweep: SweepResult, result: TrialResult) -> bool:
     return bool(sweep.complete) and result.trial.number == sweep.best.trial.number
 
 
+def best_classes(sweep: SweepResult) -> str:
+    """Return the CSS classes of the best trial's line, for legends; it is trial 0's line too if that is the best."""
+    return f"trial {css_classes(sweep, sweep.best)}"
+
+
 def charted_trials(sweep: SweepResult) -> list[TrialResult]:
     """Return the searched trials with an accuracy in drawing order: the best and trial 0 last, on top of the others."""
     charted = [result for result in sweep.searched if result.best_epoch is not None]

@@ -27,7 +27,7 @@ def render_analysis(sweep: SweepResult) -> str:
         sweep=sweep,
         best=sweep.best,
         baseline=next((result for result in sweep.complete if result.trial.number == 0), None),
-        results=sorted(sweep.trials, key=lambda result: (not result.epochs, -result.accuracy, result.trial.number)),
+        results=sorted(sweep.trials, key=_table_order),
         seed_rows=_seed_rows(sweep),
         seeds=sorted({result.trial.seed for result in sweep.counted}),
         sentences=findings.describe_results(sweep),
@@ -64,7 +64,9 @@ def trials_table(sweep: SweepResult) -> pa.Table:
     for dimension in sweep.dimensions:
         columns[dimension.key] = _setting_column([result.trial.values[dimension.key] for result in results])
     columns |= {
-        "accuracy": pa.array([result.accuracy if result.best_epoch else None for result in results], pa.float64()),
+        "accuracy": pa.array(
+            [None if result.best_epoch is None else result.accuracy for result in results], pa.float64()
+        ),
         "best_epoch": pa.array([result.best_epoch for result in results], pa.int64()),
         "epochs": pa.array([len(result.epochs) for result in results], pa.int64()),
         "max_epochs": pa.array([result.max_epochs for result in results], pa.int64()),
@@ -78,6 +80,12 @@ def trials_table(sweep: SweepResult) -> pa.Table:
     return pa.table(columns)
 
 
+def _table_order(result: TrialResult) -> tuple[bool, float, int]:
+    """Return the key by which the page sorts trials: best first, those without an accuracy last."""
+    has_none = result.best_epoch is None
+    return has_none, 0.0 if has_none else -result.accuracy, result.trial.number
+
+
 def _check_complete(sweep: SweepResult) -> None:
     if sweep.complete:
         return
@@ -85,6 +93,12 @@ def _check_complete(sweep: SweepResult) -> None:
     if failed and len(failed) == len(sweep.searched):
         raise UserError(
             f"all {len(failed)} trials of sweep `{sweep.name}` failed, the first as follows. {failed[0].reason}"
+        )
+    lost = [result.trial for result in sweep.searched if result.trial.state == "lost"]
+    if lost:
+        raise UserError(
+            f"no trial of sweep `{sweep.name}` can be ranked: {len(lost)} of {len(sweep.searched)} have lost their "
+            f"metrics, the first as follows. {lost[0].reason}"
         )
     raise UserError(f"no trial of sweep `{sweep.name}` has finished yet. Run the same command again to resume it.")
 
@@ -110,6 +124,6 @@ def _seed_rows(sweep: SweepResult) -> list[dict[str, Any]]:
     for repeated in sweep.repeated:
         number = repeated.trial.number
         group = [result for result in sweep.counted if number in (result.trial.number, result.trial.repeats)]
-        by_seed = {result.trial.seed: result.accuracy for result in group if result.trial.state == "complete"}
+        by_seed = {result.trial.seed: result.accuracy for result in group if result.has_result}
         rows.append({"trial": repeated.trial, "by_seed": by_seed, "repeats": sweep.seed_repeats(number)})
     return rows

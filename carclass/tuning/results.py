@@ -1,5 +1,6 @@
 """Results of a sweep: trials with their learning curves, and val accuracies over seeds of training."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,9 +37,14 @@ class TrialResult:
 
     @property
     def accuracy(self) -> float:
-        """Return the highest finite val accuracy; 0 if there is none."""
+        """Return the highest finite val accuracy; NaN if there is none."""
         row = best_epoch_row(self.epochs)
-        return 0.0 if row is None else row["val_accuracy"]
+        return math.nan if row is None else row["val_accuracy"]
+
+    @property
+    def has_result(self) -> bool:
+        """Return True for a complete trial with an accuracy: only such trials are ranked, averaged and tested."""
+        return self.trial.state == "complete" and self.best_epoch is not None
 
     @property
     def device_seconds(self) -> float:
@@ -60,7 +66,7 @@ class SeedRepeats:
     number: int
     accuracies: tuple[float, ...]
     num_missing: int
-    """Number of repeats that failed or are not finished."""
+    """Number of repeats that failed, are not finished or have lost their metrics."""
 
     @property
     def mean(self) -> float:
@@ -103,7 +109,7 @@ class SweepResult:
     @cached_property
     def complete(self) -> list[TrialResult]:
         """Return the searched trials with all of their epochs, best first, the earlier of equals first."""
-        complete = [result for result in self.searched if result.trial.state == "complete"]
+        complete = [result for result in self.searched if result.has_result]
         return sorted(complete, key=lambda result: (-result.accuracy, result.trial.number))
 
     @cached_property
@@ -121,6 +127,11 @@ class SweepResult:
         rest = [result for result in self.distinct[NUM_REPEATED:] if result.trial.number == 0]
         return [*self.distinct[:NUM_REPEATED], *rest]
 
+    @property
+    def lost(self) -> list[TrialResult]:
+        """Return the trials among `counted` whose metrics are lost."""
+        return [result for result in self.counted if result.trial.state == "lost"]
+
     @cached_property
     def counted(self) -> list[TrialResult]:
         """Return the searched trials, and the repeats of those in `repeated` with up to `num_seeds` seeds."""
@@ -134,7 +145,7 @@ class SweepResult:
     def seed_repeats(self, number: int) -> SeedRepeats:
         """Return the accuracies of a trial's settings over other seeds than the search's."""
         repeats = [result for result in self.counted if result.trial.repeats == number]
-        accuracies = tuple(result.accuracy for result in repeats if result.trial.state == "complete")
+        accuracies = tuple(result.accuracy for result in repeats if result.has_result)
         return SeedRepeats(number=number, accuracies=accuracies, num_missing=len(repeats) - len(accuracies))
 
     @cached_property

@@ -19,6 +19,7 @@ STATES = {
     "complete": optuna.trial.TrialState.COMPLETE,
     "pruned": optuna.trial.TrialState.PRUNED,
     "failed": optuna.trial.TrialState.FAIL,
+    "lost": optuna.trial.TrialState.FAIL,
 }
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # it logs a line per suggestion otherwise
@@ -60,11 +61,12 @@ def suggest_values(
     distributions = {dimension.key: distribution(dimension) for dimension in dimensions}
     study = optuna.create_study(direction="maximize", sampler=_make_sampler(sampler, seed, number, num_trials))
     for trial in observed:
+        state = "lost" if trial.state == "complete" and not trial.accuracies else trial.state
         if all(dimension.contains(trial.values[dimension.key]) for dimension in dimensions):
             study.add_trial(
                 optuna.trial.create_trial(
-                    state=STATES[trial.state],
-                    value=max(trial.accuracies.values()) if trial.state == "complete" else None,
+                    state=STATES[state],
+                    value=max(trial.accuracies.values()) if state == "complete" else None,
                     params=trial.values,
                     distributions=distributions,
                     intermediate_values=trial.accuracies,

@@ -21,6 +21,8 @@ MIN_REPEATS = 2
 def find_obstacle(sweep: SweepResult) -> str | None:
     """Return the reason why the repeated trials can't be compared over seeds; None if they can."""
     groups = _seed_repeats(sweep)
+    if sweep.lost:
+        return "the metrics of some trials are lost"
     if any(group.num_missing for group in groups) or len({len(group.accuracies) for group in groups}) > 1:
         return "some repeats with other seeds failed or are not finished"
     if min(len(group.accuracies) for group in groups) < MIN_REPEATS:

@@ -54,6 +54,8 @@ def _train(trial: Trial, context: SweepContext) -> None:
     for row in rows[:-1]:
         ray.tune.report(row)
     if trial.is_over:
+        if not rows:
+            raise UserError(f"{run.uri} has lost its metrics. Restore it from a copy.")
         ray.tune.report({**rows[-1], COMPLETE: trial.state == "complete"})
         return
     if rows and run.unfinished_stages:

@@ -25,7 +25,8 @@ from carclass.formatting import Value
 from carclass.runs.run import Run, changed_settings, stored_settings
 from carclass.tuning.search_space import SearchSpace, make_space, settings_text
 
-State = Literal["begun", "complete", "pruned", "failed"]
+State = Literal["begun", "complete", "pruned", "failed", "lost"]
+"""`lost`: complete or pruned, but without its metrics. Found when results are read, never recorded."""
 MAX_NAME = 100
 """Largest number of characters of a trial's settings in the name of its run."""
 MAY_CHANGE = {"experiment", "fixed", "root", "max_concurrent_trials", "devices_per_worker", "num_seeds"}

@@ -21,6 +21,7 @@ from carclass.cluster import connection
 from carclass.cluster.ray_storage import ray_filesystem
 from carclass.data import dataset
 from carclass.data.lease import hold_lease
+from carclass.data.same_photos import have_same_photos
 from carclass.errors import UserError
 from carclass.runs.run import Run, begin_run
 from carclass.training import feature_cache, placement
@@ -82,6 +83,7 @@ def prepare_sweep(space: SearchSpace, records: TrialRecords) -> SweepContext:
     devices_per_worker, limit = space.search.devices_per_worker, space.search.max_concurrent_trials
     max_concurrent = placement.count_concurrent_runs(space.base_settings, devices_per_worker, limit, use_gpu=use_gpu)
     sources = {name: dataset.load_dataset(space.root, name) for name in _dataset_names(space)}
+    check_same_val(sources, space.source)
     has_one_size = all(dimension.key != "train.model.image_size" for dimension in space.dimensions)
     stores = {name: PhotoStore(settings, each, decoded=has_one_size) for name, each in sources.items()}
     trial_records.begin_records(space)  # after all checks, so that a refused sweep can begin with other settings
@@ -123,6 +125,15 @@ def _dataset_names(space: SearchSpace) -> list[str]:
     """Return the names of all datasets that trials can be trained on."""
     choices = next((one.choices for one in space.dimensions if one.key == "train.dataset"), None)
     return [str(name) for name in choices or (space.base_settings.dataset,)]
+
+
+def check_same_val(sources: dict[str, dataset.Dataset], source: str) -> None:
+    """Raise UserError if the datasets of a sweep differ in their val photos. source: search file, for messages."""
+    if not have_same_photos(list(sources.values()), "val"):
+        raise UserError(
+            f"{source}: `space.train.dataset`: {' and '.join(sources)} have other val photos, so the val accuracies of "
+            "their trials can't be compared. Mask one dataset in several ways, or tune on each dataset by itself."
+        )
 
 
 def _needs_photos(space: SearchSpace) -> bool:

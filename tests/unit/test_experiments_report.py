@@ -9,6 +9,7 @@ import pytest
 
 from carclass.errors import UserError
 from carclass.experiments import report
+from carclass.experiments.loaded_comparison import LoadedComparison
 from carclass.experiments.pairs import compare_pair, pairs_with_best, recipe_groups
 from carclass.experiments.report import render_comparison, summarise
 from carclass.experiments.results import settings_diff
@@ -101,6 +102,57 @@ def test_best_epoch_is_earliest_of_equals_over_the_stages(frozen: float, best: t
         row["val_accuracy"] = value
     row = make_run(epochs=[*make_epochs(frozen, 3), *unfrozen]).best_row
     assert (row["stage"], row["epoch"]) == best
+
+
+# Photos of the runs
+
+
+def test_runs_on_other_val_photos_are_not_ranked_against_the_best_without_a_word():
+    runs = [make_run("a", 0.6, val_photos="v1"), make_run("b", 0.7, val_photos="v2"), make_run("c", 0.5)]
+    comparison = make_comparison(runs)
+    assert "These runs have other val photos, so their val accuracies can't be compared with its: a." in " ".join(
+        summarise(comparison)
+    )
+    assert "the order of val accuracies does not rank them: a." in section_text(
+        render_comparison(comparison), "summary"
+    )
+
+
+def test_runs_on_the_same_val_photos_are_ranked_without_a_warning():
+    runs = [make_run("a", 0.6, val_photos="v1"), make_run("b", 0.7, val_photos="v1")]
+    assert "other val photos" not in render_comparison(make_comparison(runs))
+
+
+def test_numbers_of_test_photos_are_shown_if_they_differ():
+    few, many = make_test_result(0.6, num_photos=300), make_test_result(0.6)
+    page = render_comparison(make_comparison([make_run("a", test=few), make_run("b", 0.5, test=many)]))
+    assert [row_of(page, "runs", name)[-1].split("% ")[1] for name in "ab"] == ["300 photos", "2,000 photos"]
+    alike = render_comparison(make_comparison([make_run("a", test=many), make_run("b", 0.5, test=many)]))
+    assert "photos" not in row_of(alike, "runs", "a")[-1]
+
+
+@pytest.mark.parametrize("num_photos", [300, 2000])
+def test_loaded_summary_has_the_numbers_of_test_photos_if_they_differ(num_photos: int):
+    tests = make_test_result(0.6), make_test_result(0.6, num_photos=num_photos)
+    comparison = make_comparison([make_run(name, test=test) for name, test in zip("ab", tests, strict=True)])
+    runs = report.comparison_table(comparison).to_pandas().set_index("name")
+    assert ("test_photos" in LoadedComparison("uri", runs).summary()) == (num_photos != 2000)
+
+
+def test_runs_whose_ancestors_were_trained_on_their_test_photos_are_named():
+    runs = [make_run("a"), make_run("b", 0.5, seen_photos="3 of 40 are train photos of a")]
+    text = section_text(render_comparison(make_comparison(runs)), "summary")
+    assert "The test accuracy of b is too high: of its test photos, 3 of 40 are train photos of a." in text
+    assert "accuracy of a is too high" not in text
+
+
+def test_a_best_run_that_is_far_worse_on_test_is_warned_about():
+    def warnings(test: float) -> list[str]:
+        sentences = summarise(make_comparison([make_run("a", 0.812, test=make_test_result(test))]))
+        return [sentence for sentence in sentences if sentence.startswith("Warning")]
+
+    assert "points lower than its val accuracy: it may rely on what train and val share" in warnings(0.15)[0]
+    assert warnings(0.78) == []
 
 
 # Sections

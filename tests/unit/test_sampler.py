@@ -43,6 +43,13 @@ def test_suggestions_are_deterministic(kind: str):
     assert run_search(kind) == run_search(kind)
 
 
+@pytest.mark.parametrize("kind", ["tpe", "random"])
+def test_a_complete_trial_that_has_lost_its_metrics_counts_as_failed(kind: str):
+    values = suggest(1, [])
+    lost, failed = (suggest(2, [ObservedTrial(values, state, {})], kind) for state in ("complete", "failed"))
+    assert lost == failed
+
+
 def test_seed_changes_suggestions():
     assert suggest(1, [], seed=1) != suggest(1, [], seed=2)
 

@@ -9,6 +9,8 @@ from carclass.config.schema import EvaluateSettings, TrainSettings
 from carclass.data import formats
 from carclass.data.dataset import Dataset
 from carclass.evaluation import collect
+from carclass.experiments.collect import describe_seen
+from carclass.experiments.status import RunStatus
 from carclass.runs.run import Run, begin_run
 from carclass.runs.seen_photos import find_seen_photos
 from carclass.training import preflight
@@ -60,6 +62,14 @@ def test_train_photos_of_a_grandparent_are_found(tmp_path: Path, datasets: tuple
     begin(tmp_path, "second", datasets[1], "first@best")
     third = begin(tmp_path, "third", datasets[1], "second@2")
     assert find_seen_photos(third, datasets[1], "val").runs == ["first"]
+
+
+def test_a_comparison_finds_the_test_photos_that_a_runs_parent_was_trained_on(
+    tmp_path: Path, datasets: tuple[Dataset, Dataset]
+):
+    first, second = begin(tmp_path, "first", datasets[0]), begin(tmp_path, "second", datasets[1], "first@best")
+    assert describe_seen(RunStatus(second, "finished")).endswith("are train photos of first")
+    assert describe_seen(RunStatus(first, "finished")) == describe_seen(RunStatus(second, "begun")) == ""
 
 
 def test_a_parent_or_its_dataset_that_is_gone_is_not_known(tmp_path: Path, datasets: tuple[Dataset, Dataset]):

@@ -149,6 +149,56 @@ def test_repeat_that_failed_allows_no_conclusion():
     assert "is a gain" not in text
 
 
+def lose(sweep: SweepResult, *numbers: int) -> SweepResult:
+    """Return a sweep in which some trials have lost their metrics."""
+    trials = [
+        replace(one, trial=replace(one.trial, state="lost", reason="metrics.jsonl is missing"), epochs=[])
+        if one.trial.number in numbers
+        else one
+        for one in sweep.trials
+    ]
+    return replace(sweep, trials=trials)
+
+
+def test_a_repeat_that_has_lost_its_metrics_is_neither_averaged_nor_tested():
+    sweep = make_sweep()
+    repeats = [one.trial.number for one in sweep.trials if one.trial.repeats == 0]
+    lost = lose(sweep, *repeats)
+    text = summary_text(lost)
+    assert "the metrics of some trials are lost" in text
+    assert "is a gain" not in text
+    assert not re.search(r"\b0\.0 %|± 0\.0|nan", text)
+    assert lost.seed_repeats(0).accuracies == ()
+    assert "2 trials have lost the metrics" in text
+
+
+def test_a_complete_repeat_without_epochs_does_not_count_as_zero():
+    sweep = make_sweep()
+    last = sweep.trials[-1]
+    emptied = replace(sweep, trials=[*sweep.trials[:-1], replace(last, epochs=[])])
+    group = emptied.seed_repeats(last.trial.repeats)
+    assert (len(group.accuracies), group.num_missing) == (1, 1)
+    assert 0.0 not in group.accuracies
+
+
+def test_a_lost_trial_is_listed_with_its_reason_and_not_ranked():
+    sweep = make_sweep()
+    best = sweep.best.trial.number
+    lost = lose(sweep, best)
+    assert lost.best.trial.number != best
+    assert "19 complete" not in report.findings.state_counts(lost)
+    assert "1 lost" in report.findings.state_counts(lost)
+    text = visible_text(section(report.render_analysis(lost), "trials"))
+    assert "metrics.jsonl is missing" in text
+    assert "nan" not in report.render_analysis(lost)
+
+
+def test_a_sweep_of_lost_trials_alone_is_an_error_with_the_reason():
+    sweep = make_sweep(trials=[make_result(0, make_epochs(0.8))], repeats=False)
+    with pytest.raises(UserError, match=r"1 of 1 have lost their metrics.*metrics\.jsonl is missing"):
+        report.summarise(lose(sweep, 0))
+
+
 def test_seeds_with_equal_accuracies_allow_no_conclusion():
     text = summary_text(with_repeats(make_sweep(repeats=False), apart=0.0))
     assert "every seed reaches the same accuracy" in text
@@ -338,6 +388,14 @@ def test_page_lists_accuracies_by_seed():
     sweep = with_seeds(make_sweep(repeats=False), [[0.91, 0.93], [0.9, 0.9], [0.9, 0.9], [0.9, 0.9]])
     text = visible_text(section(report.render_analysis(sweep), "seeds")).replace("\u00a0", " ")
     assert f"{sweep.best.accuracy * 100:.1f} % 91.0 % 93.0 % 92.0 % 1.4 points" in text
+
+
+def test_legend_draws_the_best_trial_as_the_chart_does():
+    unchanged = report.render_analysis(make_sweep(num_trials=1, repeats=False))
+    assert '<g class="trial complete baseline best" style="--a:1"><polyline class="crossing"' in section(
+        unchanged, "parallel"
+    )
+    assert '<g class="trial complete best" style="--a:1">' in section(report.render_analysis(make_sweep()), "parallel")
 
 
 def test_page_reports_too_few_trials_for_importance():

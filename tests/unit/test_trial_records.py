@@ -73,6 +73,46 @@ def test_a_finished_sweep_is_analysed_with_the_seeds_that_it_was_last_run_with(t
     assert collect_sweep(root, "head").num_seeds == 1
 
 
+@pytest.fixture
+def former_root(tmp_path: Path) -> Path:
+    """Return a root with a sweep of two complete trials, of three epochs each."""
+    return shutil.copytree(Path(__file__).with_name("format_1"), tmp_path / "root")
+
+
+def trial_folder(root: Path, number: int) -> Path:
+    _, records = trial_records.load_records(str(root), "head")
+    return root / "sweeps" / "head" / "trials" / records.trials[number].name
+
+
+def cut_metrics(folder: Path) -> None:
+    """Remove the line of the best epoch, the first."""
+    file = folder / "metrics.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
+
+
+def test_facts_of_a_sweep_begin_with_a_capital_as_on_other_pages(former_root: Path):
+    assert all(name[0].isupper() for name, _ in collect_sweep(str(former_root), "head").facts)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda folder: (folder / "metrics.jsonl").unlink(), "is missing"),
+        (lambda folder: (folder / "metrics.jsonl").write_text(""), "is missing or has no epoch"),
+        (shutil.rmtree, "is missing"),
+        (cut_metrics, "is cut short: it lacks epoch 1"),
+    ],
+    ids=["no file", "an empty file", "no folder", "cut"],
+)
+def test_a_complete_trial_without_its_metrics_is_lost(former_root: Path, damage: Any, reason: str):
+    damage(trial_folder(former_root, 0))
+    sweep = collect_sweep(str(former_root), "head")
+    assert [result.trial.state for result in sweep.trials] == ["lost", "complete"]
+    assert reason in str(sweep.trials[0].trial.reason)
+    assert "Restore" in str(sweep.trials[0].trial.reason)
+    assert sweep.best.trial.number == 1
+
+
 def test_the_size_of_forward_passes_may_change_on_resume(tmp_path: Path):
     trial_records.begin_records(load(tmp_path))
     trial_records.find_records(load(tmp_path, {"unfrozen": {"micro_batch_size": 4}}), resume=True)
