@@ -13,6 +13,7 @@ import ray.train.torch
 
 from carclass import storage
 from carclass.cluster import connection, resources
+from carclass.cluster.interrupts import keep_interrupt_handler
 from carclass.cluster.ray_storage import ray_filesystem
 from carclass.config.schema import StageName, TrainSettings
 from carclass.data import dataset, formats
@@ -224,7 +225,8 @@ def _run_workers(job: StageJob, train_resources: TrainResources) -> bool:
             worker_runtime_env={} if use_gpu else {"env_vars": WORKER_ENV},
         ),
     )
-    return bool(trainer.fit().return_value)  # type: ignore[attr-defined]  # mypy sees Train V1's
+    with keep_interrupt_handler():
+        return bool(trainer.fit().return_value)  # type: ignore[attr-defined]  # mypy sees Train V1's
 
 
 def ray_run_name(run: Run, stage: str) -> str:

@@ -18,6 +18,7 @@ from ray.tune.trainable.function_trainable import wrap_function
 
 from carclass import storage
 from carclass.cluster import connection
+from carclass.cluster.interrupts import keep_interrupt_handler
 from carclass.cluster.ray_storage import ray_filesystem
 from carclass.data import dataset
 from carclass.data.lease import hold_lease
@@ -197,7 +198,8 @@ def _run_trials(
     Raise StorageError if storage failed in any, and SystemExit if the user interrupts them.
     """
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # `verbose` silences the old output only
-    grid = _make_tuner(context, records, numbers, scheduler).fit()
+    with keep_interrupt_handler():
+        grid = _make_tuner(context, records, numbers, scheduler).fit()
     records.reload()  # Ray Tune wrote through a copy of the searcher
     for result in (grid[i] for i in range(len(grid))):
         if result.error is not None and result.config is not None:

@@ -1,5 +1,6 @@
 """Sweeps on a Ray cluster: shared frozen stage and photos, pruning, failures, repeats with other seeds."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,11 @@ def files(root: str, sweep: results.SweepResult, number: int) -> list[str]:
 def test_every_trial_ends(swept: results.SweepResult):
     assert len(states(swept)) == 7
     assert "begun" not in states(swept)
+
+
+@pytest.mark.slow  # 40 s with its fixture
+def test_ctrl_c_interrupts_what_follows_a_sweep(swept: results.SweepResult):
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.slow  # 40 s with its fixture

@@ -1,5 +1,6 @@
-"""Thread limit of the unit tests."""
+"""Thread limit of the unit tests, which see no cluster."""
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -14,3 +15,10 @@ def single_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(autouse=True)
+def no_joined_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide a cluster that earlier tests of this process have joined: jobs would not look for another one."""
+    if "ray" in sys.modules:
+        monkeypatch.setattr("ray.is_initialized", lambda: False)
