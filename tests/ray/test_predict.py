@@ -245,6 +245,7 @@ def test_the_page_shows_every_predicted_photo(name: str, result: PredictionResul
     assert (num_cutouts > 0) == (name == "masked")
 
 
+@pytest.mark.slow  # 25 s with its fixture
 @pytest.mark.usefixtures("own_cluster")
 @pytest.mark.parametrize("source", ["folder", "archive"])
 def test_few_photos_are_predicted_without_a_cluster_as_on_one(
@@ -276,7 +277,6 @@ def test_a_process_that_was_killed_in_its_attempt_is_followed_by_a_cluster(
     assert_equal_rows(rows_of(result), rows_of(unmasked))
 
 
-@pytest.mark.slow  # 5 s
 @pytest.mark.usefixtures("own_cluster")
 def test_new_and_changed_photos_of_a_folder_are_predicted_alone(
     root: str, settings: PredictSettings, predicted: PredictionResult, tmp_path: Path
