@@ -60,6 +60,7 @@ def tool(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([shutil.which(name) or name, *arguments], capture_output=True, text=True, timeout=60)
 
 
+@pytest.mark.slow  # 5 s
 def test_the_dockerfile_passes_hadolint():
     done = tool(str(Path(sys.executable).with_name("hadolint")), REPO / "Dockerfile")
     assert done.returncode == 0, done.stdout

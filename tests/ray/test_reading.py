@@ -26,6 +26,7 @@ def load_samples(source: dataset.Dataset, size: int | None) -> PhotoSamples:
     return PhotoSamples([open_block(block, SIZE) for block in blocks], seed=1)
 
 
+@pytest.mark.slow  # 5 s
 def test_encoded_and_decoded_photos_give_the_same_epochs(ingested: dataset.Dataset):
     encoded, decoded = load_samples(ingested, None), load_samples(ingested, SIZE)
     assert len(encoded) == ingested.manifest["splits"]["train"]
