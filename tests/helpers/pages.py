@@ -204,3 +204,11 @@ def make_prediction_report(num_photos: int = 6, **changes: object) -> Prediction
 def comparison_page() -> str:
     """Return the page that compares the sixteen example experiments."""
     return render_comparison(sixteen())
+
+
+def row_of(page: str, section_name: str, run: str) -> list[str]:
+    """Return the text of the cells of a run's row in a section's first table."""
+    rows = re.findall(r"<tr.*?</tr>", section(page, section_name), re.S)
+    row = next(row for row in rows if re.search(rf">{run}<", row))
+    cells = re.findall(r"<t[hd].*?</t[hd]>", row, re.S)
+    return [visible_text(cell).replace("\u00a0", " ").strip() for cell in cells]

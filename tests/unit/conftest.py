@@ -1,4 +1,4 @@
-"""Thread limit of the unit tests, which see no cluster."""
+"""Thread limit of the unit tests, which see no cluster, and settings for speed."""
 
 import sys
 from collections.abc import Iterator
@@ -22,3 +22,12 @@ def no_joined_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hide a cluster that earlier tests of this process have joined: jobs would not look for another one."""
     if "ray" in sys.modules:
         monkeypatch.setattr("ray.is_initialized", lambda: False)
+
+
+@pytest.fixture
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Estimate importance from fewer resamples and smaller forests, for speed."""
+    from carclass.tuning import importance
+
+    monkeypatch.setattr(importance, "NUM_RESAMPLES", 5)
+    monkeypatch.setattr(importance, "NUM_TREES", 8)

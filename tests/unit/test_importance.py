@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 
-from carclass.tuning import importance
 from carclass.tuning.importance import MIN_TRIALS, importances
 from carclass.tuning.search_space import Dimension
 from tests.helpers.sweeps import (
@@ -18,12 +17,7 @@ from tests.helpers.sweeps import (
     make_sweep,
 )
 
-
-@pytest.fixture(autouse=True)
-def _few_resamples(monkeypatch):
-    """Estimate importance from fewer resamples and smaller forests, for speed."""
-    monkeypatch.setattr(importance, "NUM_RESAMPLES", 5)
-    monkeypatch.setattr(importance, "NUM_TREES", 8)
+pytestmark = pytest.mark.usefixtures("few_resamples")
 
 
 def test_most_important_setting():
