@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from carclass.data.dataset import Dataset
@@ -19,9 +20,10 @@ def have_same_photos(sources: Sequence[Dataset], split: str) -> bool:
     """
     if len({origin_digest(source) for source in sources}) < 2:
         return True
-    return len({_image_ids(source, split) for source in sources}) == 1
+    return len({frozenset(image_ids(source, split).to_pylist()) for source in sources}) == 1
 
 
-def _image_ids(source: Dataset, split: str) -> frozenset[str]:
+def image_ids(source: Dataset, split: str) -> pa.Array:
+    """Return the hashes of the photos of a split."""
     rows = source.read(["image_id", "split"])
-    return frozenset(rows.filter(pc.equal(rows["split"], split))["image_id"].to_pylist())
+    return rows.filter(pc.equal(rows["split"], split))["image_id"].combine_chunks()

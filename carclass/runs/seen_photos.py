@@ -7,12 +7,12 @@ as of the same photos ingested under two names, it may be.
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from carclass import storage
 from carclass.data import dataset
 from carclass.data.results import split_place
+from carclass.data.same_photos import image_ids
 from carclass.errors import UserError
 from carclass.runs.run import Run, find_run, parse_parent, read_run_settings
 
@@ -33,8 +33,8 @@ class SeenPhotos(NamedTuple):
 
 def find_seen_photos(run: Run, source: dataset.Dataset, split: str) -> SeenPhotos:
     """Return the photos of a dataset's split that a run or its ancestors were trained on."""
-    image_ids = _image_ids(source, split)
-    is_seen = np.zeros(len(image_ids), bool)
+    evaluated = image_ids(source, split)
+    is_seen = np.zeros(len(evaluated), bool)
     runs: list[str] = []
     unknown: list[str] = []
     visited: set[str] = set()  # a run may have been trained anew from its own child
@@ -45,16 +45,11 @@ def find_seen_photos(run: Run, source: dataset.Dataset, split: str) -> SeenPhoto
         if trained is None or trained.digest != ancestor.lineage()["dataset_digest"]:
             unknown.append(ancestor.settings.name)
         elif trained.digest != source.digest:
-            found = pc.is_in(image_ids, value_set=_image_ids(trained, "train")).to_numpy(zero_copy_only=False)
+            found = pc.is_in(evaluated, value_set=image_ids(trained, "train")).to_numpy(zero_copy_only=False)
             runs += [ancestor.settings.name] if found.any() else []
             is_seen |= found
         ancestor = _find_parent(ancestor, unknown)
-    return SeenPhotos(int(is_seen.sum()), len(image_ids), runs, unknown)
-
-
-def _image_ids(source: dataset.Dataset, split: str) -> pa.Array:
-    rows = source.read(["image_id", "split"])
-    return rows.filter(pc.equal(rows["split"], split))["image_id"].combine_chunks()
+    return SeenPhotos(int(is_seen.sum()), len(evaluated), runs, unknown)
 
 
 def _find_parent(run: Run, unknown: list[str]) -> Run | None:
