@@ -96,6 +96,13 @@ class Dataset:
         return list(self.manifest.get("quarantine", []))
 
     @cached_property
+    def contents(self) -> dict[str, str]:
+        """Return the hash of the content of every file by its path; none in a manifest of format 1, which has none."""
+        if self.manifest.get("format", 1) == 1:
+            return {}
+        return {**self.manifest["parts"], **self.manifest.get("quarantine", {})}
+
+    @cached_property
     def digest(self) -> str:
         """Return the sha256 of the classes and the content of all rows, by which runs identify their dataset.
 

@@ -145,8 +145,11 @@ class Draft:
         elif publishing.SETTINGS_KEY not in metadata:
             return False
         elif metadata[publishing.SETTINGS_KEY] == storage.sha256(to_json(self.settings)).encode():
-            self.inventory.add_part(path, rows, metadata[publishing.CONTENT_KEY].decode())
-            return True
+            content = metadata[publishing.CONTENT_KEY].decode()
+            if self.published is None or self.published.contents.get(path, content) == content:
+                self.inventory.add_part(path, rows, content)
+                return True
+            log.warning("%s: %s is not the file that was published, and is made again", self.uri, path)
         else:
             self.discard([path])
             return False

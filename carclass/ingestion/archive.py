@@ -138,12 +138,14 @@ def read_photos(uri: str, requested: pa.Table, batch_rows: int, setting: str) ->
 
 def _read(member: Member, requested: dict[str, Any]) -> dict[str, bytes | str | None]:
     """Return the columns `data` and `error`. Raise ArchiveError if the member is not the one that was listed."""
-    if Listed("", member.size, member.version).fingerprint != requested["fingerprint"]:
-        raise _changed(requested["key"])
+    data = cause = None
     try:
-        return {"data": member.read(), "error": None}
+        data = member.read() if member.size == requested["size"] else None
     except UnreadableMemberError as error:
-        return {"data": None, "error": str(error)}
+        cause = str(error)
+    if Listed("", member.size, member.checksum()).fingerprint != requested["fingerprint"]:
+        raise _changed(requested["key"])
+    return {"data": data, "error": cause}
 
 
 def _changed(key: str) -> ArchiveError:

@@ -49,12 +49,12 @@ class ClassFolders(NamedTuple):
         return None if folders is None else self._misplaced(key, folders)
 
     def _misplaced(self, key: str, folders: list[str]) -> tuple[Reason, str] | None:
+        if folders[-1].lower() in SUBSETS:
+            return Reason.NO_LABEL, "in the folder of a subset, outside of the folders of classes"
         if folders[: len(self.shared)] != self.shared or len(folders) < len(self.shared) + self.depth:
             return Reason.NO_LABEL, "outside of the folders of classes"
         if len(folders) > len(self.shared) + self.depth:
             return Reason.NO_LABEL, "deeper than the folders of classes"
-        if self.depth == 1 and folders[-1].lower() in SUBSETS:
-            return Reason.NO_LABEL, "in the folder of a subset, outside of the folders of classes"
         if self._is_beside_subsets(folders) and not may_be_photo(key):
             return Reason.NO_LABEL, f"not a photo by its name, in {folders[-2]!r} beside the folders of subsets"
         if has_control_characters(folders[-1]):

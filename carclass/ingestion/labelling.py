@@ -9,6 +9,7 @@ from carclass.config.ingest_settings import TABLE_SUFFIXES, IngestSettings
 from carclass.data.inventory import Inventory
 from carclass.data.quarantine import Reason
 from carclass.errors import UserError
+from carclass.formatting import count_text
 from carclass.ingestion import label_matching, label_table, labels, names
 from carclass.ingestion.devkit import read_devkit
 from carclass.ingestion.folder_labels import ClassFolders, find_classes
@@ -83,6 +84,7 @@ def label_photos(settings: IngestSettings, inventory: Inventory) -> None:
     _warn(inventory, f"reason = '{Reason.NO_LABEL}'", "files without a label")
     _warn(inventory, f"reason = '{Reason.BAD_NAME}'", "names that cannot be used")
     _warn_about_lost_folders(inventory)
+    _warn_about_untrained(inventory)
     for group in list(names.similar_names(inventory.classes()))[:MAX_LISTED]:
         log.warning(
             "ingest: classes that differ only in case, blanks, underscores or hyphens, which may be one: %s",
@@ -130,6 +132,18 @@ def _warn_about_lost_folders(inventory: Inventory) -> None:
         examples = ", ".join(map(repr, folders[:MAX_LISTED]))
         log.warning(
             "ingest: no photo is left of %s folder(s) whose names must be corrected: %s", len(folders), examples
+        )
+
+
+def _warn_about_untrained(inventory: Inventory) -> None:
+    """Warn about classes without train photos."""
+    query = """SELECT label, count(*), count(*) OVER () FROM input WHERE label NOT NULL AND reason IS NULL
+    GROUP BY label HAVING max(subset = 'train') = 0 ORDER BY label LIMIT 3"""
+    if rows := list(inventory.query(query)):
+        log.warning(
+            "ingest: classes without train photos, which no model learns: %s, such as %s; move some of them to train",
+            rows[0][2],
+            ", ".join(f"{label!r} ({count_text(number, 'photo')})" for label, number, _ in rows),
         )
 
 

@@ -15,7 +15,7 @@ from carclass import s3, storage
 from carclass.data.inventory import Inventory, Listed, chunks
 from carclass.data.quarantine import Reason
 from carclass.errors import UserError
-from carclass.ingestion import archive
+from carclass.ingestion import archive, members
 from carclass.ingestion.folder_listing import scan_folder
 from carclass.ingestion.own_files import without_own_files
 from carclass.progress import Progress
@@ -28,8 +28,6 @@ MIN_PREFIXES = 4 * THREADS
 """Folders are expanded level by level until there are enough of them to keep all threads busy."""
 MAX_PREFIXES = 10_000
 """A folder with more entries holds photos, or one folder per photo, and is listed as a whole."""
-MAX_PHOTO_BYTES = 512 * 2**20
-"""Limit of a file, which is read into memory: more than an uncompressed photo of `ingest.max_pixels` has."""
 
 
 class _PageRequest(NamedTuple):
@@ -73,7 +71,7 @@ def list_photos(photos: str, inventory: Inventory, setting: str = "ingest.photos
 
 def _reject_large(file: Listed) -> Listed:
     """Return the file, with a reason if it is too large to be read into memory."""
-    if file.reason is None and file.size > MAX_PHOTO_BYTES:
+    if file.reason is None and file.size > members.MAX_PHOTO_BYTES:
         return file._replace(reason=Reason.TOO_LARGE, detail=f"a file of {file.size / 2**20:,.0f} MiB")
     return file
 
@@ -155,6 +153,17 @@ class _Bucket:
         return response
 
     def _files(self, response: dict[str, Any]) -> list[Listed]:
-        """Return the files, their keys relative to the prefix; a key that ends with a slash is a folder."""
-        files = (entry for entry in response.get("Contents", []) if not entry["Key"].endswith("/"))
-        return [Listed(file["Key"][len(self.prefix) :], file["Size"], file["ETag"].strip('"')) for file in files]
+        """Return the files, their keys relative to the prefix; an empty one that ends with a slash is a folder."""
+        files = (
+            Listed(entry["Key"][len(self.prefix) :], entry["Size"], entry["ETag"].strip('"'))
+            for entry in response.get("Contents", [])
+            if entry["Size"] or not entry["Key"].endswith("/")
+        )
+        return [_reject_folder_name(file) for file in files]
+
+
+def _reject_folder_name(file: Listed) -> Listed:
+    """Return the file, with a reason if its key is that of a folder, as none of its tools can copy it to a disk."""
+    if file.key and not file.key.endswith("/"):
+        return file
+    return file._replace(key=file.key or "/", reason=Reason.BAD_NAME, detail="the key ends with a slash")

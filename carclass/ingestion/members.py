@@ -15,6 +15,8 @@ MAX_HOPS = 40
 """Links followed on the way to one file, as on Linux."""
 MAX_LINKED_FILES = 1_000_000
 """Limit of files that are listed below links to folders: nested links multiply them."""
+MAX_PHOTO_BYTES = 512 * 2**20
+"""Limit of a file, which is read into memory: more than an uncompressed photo of `ingest.max_pixels` has."""
 COLUMNS = "name, position, size, version, target, reason, detail"
 
 
@@ -31,14 +33,16 @@ class UnreadableMemberError(ValueError):
 
 
 class Member(NamedTuple):
-    """An entry of an archive, except folders."""
+    """An entry of an archive."""
 
     name: str  # as in the archive; bytes that are not UTF-8 as surrogates
     size: int  # bytes
-    version: str  # see `Listed`
     read: Callable[[], bytes]  # returns the content, before the archive advances to the next member
+    checksum: Callable[[], str]  # returns that of the content, also after the content was read
     target: str | None = None  # of a link: path from the archive's top folder
-    rejected: str | None = None  # the kind of a member that is no file and no link
+    is_hard_link: bool = False
+    is_folder: bool = False
+    rejected: str | None = None  # the kind of a member that is no file, link or folder
 
 
 class _Entry(NamedTuple):
@@ -80,6 +84,7 @@ class Catalogue:
         self._db.execute("BEGIN")
         self._num_linked = self._num_replaced = 0
         self._last_replaced = ""
+        self._has_links = False
 
     def __enter__(self) -> Self:
         return self
@@ -88,23 +93,52 @@ class Catalogue:
         self._db.close()
 
     def add(self, position: int, member: Member) -> None:
-        """Add a member. As in unpacking, it replaces an earlier one of the same name.
+        """Add a member. As in unpacking, it replaces an earlier one of the same name, and a folder replaces a link.
 
         position: index of the member in the archive.
         """
-        name, target = clean_name(member.name), member.target
-        reason = detail = None
-        if not name or not is_utf8(name):
-            reason, detail, target = Reason.BAD_NAME, "the name is not UTF-8" if name else "the name is empty", None
-        elif member.rejected is not None:
-            reason, detail = Reason.MISSING_FILE, f"{member.rejected}, not a file"
-        name = printable(name)
-        if self._find(name) is not None:
-            if target == name:  # a file that is archived again is stored as a hard link to itself
+        if member.is_folder:
+            if self._has_links:
+                name = printable(clean_name(member.name))
+                self._db.execute("DELETE FROM member WHERE name = ? AND target NOT NULL", (name,))
+            return
+        entry = self._describe(position, member)
+        if self._find(entry.name) is not None:
+            if entry.target == entry.name:  # a file that is archived again is stored as a hard link to itself
                 return
-            self._num_replaced, self._last_replaced = self._num_replaced + 1, name
-        row = _Entry(name, position, member.size, member.version, target and printable(target), reason, detail)
-        self._db.execute("INSERT OR REPLACE INTO member VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+            self._num_replaced, self._last_replaced = self._num_replaced + 1, entry.name
+        self._has_links |= entry.target is not None
+        self._db.execute("INSERT OR REPLACE INTO member VALUES (?, ?, ?, ?, ?, ?, ?)", entry)
+
+    def _describe(self, position: int, member: Member) -> _Entry:
+        """Return the row of a member: as in unpacking, the links that are there already lead to its place."""
+        name = clean_name(member.name)
+        entry = _Entry(printable(name), position, member.size, member.checksum(), None, None, None)
+        if not name or not is_utf8(name):
+            detail = "the name is not UTF-8" if name else "the name is empty"
+            return entry._replace(reason=Reason.BAD_NAME, detail=detail)
+        if (place := self._through_links(name)) is None:
+            return entry._replace(reason=Reason.MISSING_FILE, detail="in a folder that is a link out of the archive")
+        entry = entry._replace(name=place)
+        if member.rejected is not None:
+            return entry._replace(reason=Reason.MISSING_FILE, detail=f"{member.rejected}, not a file")
+        if member.target is None:
+            return entry
+        target = printable(member.target)
+        if member.is_hard_link:  # shares the bytes that are there now, not those of a later member
+            linked = self._find(self._through_links(target) or "")
+            return entry._replace(target=target) if linked in (None, self._find(place)) else _rename(linked, place)
+        if next(self._entries(place), None) is not None:
+            return entry._replace(reason=Reason.MISSING_FILE, detail="a link with the name of a folder of the archive")
+        return entry._replace(target=target)
+
+    def _through_links(self, name: str) -> str | None:
+        """Return the path of a member after the links among its folders; None if they lead out of the archive."""
+        folder, slash, base = name.rpartition("/")
+        if not self._has_links or not slash:
+            return name
+        followed = self._follow(folder)
+        return None if followed is None or followed.startswith("../") else clean_name(f"{followed}/{base}")
 
     def files(self) -> Iterator[Listed]:
         """Yield all files, those of links with the position of their target, and rejected members with a reason."""
@@ -138,8 +172,8 @@ class Catalogue:
         path = self._follow(entry.target)
         target = None if path is None else self._find(path)
         if target is not None:
-            reason, detail = (None, None) if target.reason == Reason.BAD_NAME else (target.reason, target.detail)
-            yield Listed(key, target.size, target.version, reason, detail, target.position)
+            target = _rename(target, key)
+            yield Listed(key, target.size, target.version, target.reason, target.detail, target.position)
         elif path is None:
             yield Listed(
                 key, entry.size, entry.version, Reason.MISSING_FILE, "a link that leads to itself", entry.position
@@ -172,6 +206,12 @@ class Catalogue:
             else:
                 return path
         return None
+
+
+def _rename(entry: _Entry, name: str) -> _Entry:
+    """Return a file under the name of a link to it, which may be a good one where its own is not."""
+    is_named_badly = entry.reason == Reason.BAD_NAME
+    return entry._replace(name=name, **(dict.fromkeys(("reason", "detail")) if is_named_badly else {}))
 
 
 def _folders(name: str, top: str = "") -> Iterator[str]:

@@ -5,12 +5,14 @@ import gzip
 import io
 import lzma
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from tarfile import EmptyHeaderError, EOFHeaderError  # type: ignore[attr-defined] # missing in the stubs
-from typing import Any, BinaryIO, Self, cast
+from typing import IO, Any, BinaryIO, Self, cast
 
 import pyarrow as pa
 
+from carclass.ingestion import members
 from carclass.ingestion.members import ArchiveError, Member, clean_name, link_target
 
 SKIP_BYTES = 2**20
@@ -43,22 +45,52 @@ def read_tar(source: BinaryIO) -> Iterator[Member]:
     ) as archive:
         while (header := archive.next()) is not None:
             archive.members.clear()
-            if not header.isdir() and header.type not in IGNORED:
+            if header.type not in IGNORED:
                 yield _member(archive, header)
 
 
 def _member(archive: tarfile.TarFile, header: tarfile.TarInfo) -> Member:
-    def read() -> bytes:
-        file = archive.extractfile(header)
-        assert file is not None
-        return file.read()
-
-    member = Member(header.name, header.size, str(header.mtime), read)
+    content = _Content(archive, header)
+    member = Member(header.name, header.size, content.read, content.checksum)
+    if header.isdir():
+        return member._replace(is_folder=True)
     if header.issym():
         return member._replace(target=link_target(header.name, header.linkname))
     if header.islnk():
-        return member._replace(target=clean_name(header.linkname))
+        return member._replace(target=clean_name(header.linkname), is_hard_link=True)
     return member if header.isfile() else member._replace(rejected=KINDS.get(header.type, "of an unknown type"))
+
+
+class _Content:
+    """Bytes of a member, which can be read only once, since the archive cannot be rewound."""
+
+    def __init__(self, archive: tarfile.TarFile, header: tarfile.TarInfo) -> None:
+        self.archive, self.header = archive, header
+        self.crc: int | None = None  # of the bytes that were read
+
+    def read(self) -> bytes:
+        """Return the bytes."""
+        data = self._open().read()
+        self.crc = zlib.crc32(data)
+        return data
+
+    def checksum(self) -> str:
+        """Return the CRC-32 of the bytes, read now if they were not; "" for a member that is not read at all.
+
+        The time of modification does not tell a replaced file: reproducible archives have the same for all.
+        """
+        if not self.header.isfile() or self.header.size > members.MAX_PHOTO_BYTES:
+            return ""
+        if self.crc is None:
+            file, self.crc = self._open(), 0
+            while block := file.read(SKIP_BYTES):
+                self.crc = zlib.crc32(block, self.crc)
+        return f"{self.crc:08x}"
+
+    def _open(self) -> IO[bytes]:
+        file = self.archive.extractfile(self.header)
+        assert file is not None
+        return file
 
 
 class _Tar(tarfile.TarFile):

@@ -81,7 +81,7 @@ def _check_method(info: zipfile.ZipInfo) -> None:
 
 def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Member:
     name = _decode_name(info)
-    member = Member(name, info.file_size, f"{info.CRC:08x}", partial(_read, archive, info))
+    member = Member(name, info.file_size, partial(_read, archive, info), lambda: f"{info.CRC:08x}")
     kind = stat.S_IFMT(info.external_attr >> 16)
     if kind == stat.S_IFLNK and info.file_size <= MAX_LINK_BYTES:
         link = member.read().decode("utf-8", "surrogateescape")

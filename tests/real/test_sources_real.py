@@ -18,7 +18,7 @@ from carclass import storage
 from carclass.config.schema import IngestSettings
 from carclass.data.inventory import Inventory
 from carclass.data.quarantine import PhotoError
-from carclass.ingestion import archive, listing
+from carclass.ingestion import archive, listing, members
 from carclass.ingestion.reading import load_photos, to_row
 from tests.helpers.photos import noisy_jpeg, overwritten, saved, scene
 
@@ -111,7 +111,7 @@ def collection(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listing, "MAX_PHOTO_BYTES", 2**21)
+    monkeypatch.setattr(members, "MAX_PHOTO_BYTES", 2**21)
 
 
 def read(photos: str) -> Result:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from carclass import storage
+from carclass.data.quarantine import Reason
 from carclass.errors import UserError
 from carclass.ingestion import listing
 from carclass.tools.benchmarks import scale
@@ -30,7 +31,7 @@ def listed(uri: str) -> list[str]:
 
 def put(s3: Any, bucket: str, keys: Iterable[str]) -> None:
     for key in keys:
-        s3.put_object(Bucket=bucket, Key=key, Body=b"x")
+        s3.put_object(Bucket=bucket, Key=key, Body=b"" if key.endswith("/") else b"x")
 
 
 @pytest.mark.parametrize("limits", [(64, 10_000), (4, 10_000), (64, 12)], ids=["deep", "flat", "crowded levels"])
@@ -51,6 +52,14 @@ def shorten_responses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limit responses to five entries, so that a few keys need several."""
     request = listing._Bucket._request
     monkeypatch.setattr(listing._Bucket, "_request", lambda *args, **options: request(*args, **options, MaxKeys=5))
+
+
+def test_a_file_whose_key_is_that_of_a_folder_is_quarantined(s3: Any, bucket: str):
+    for key in ("p/", "p/a/", "p/a/b.jpg"):
+        s3.put_object(Bucket=bucket, Key=key, Body=b"x")
+    files = itertools.chain.from_iterable(listing.list_pages(f"s3://{bucket}/p"))
+    found = {file.key: file.reason for file in files}
+    assert found == {"/": Reason.BAD_NAME, "a/": Reason.BAD_NAME, "a/b.jpg": None}
 
 
 def test_a_missing_prefix_has_no_keys(bucket: str):

@@ -156,7 +156,25 @@ def test_an_archive_that_is_damaged_after_its_listing_is_reported_when_it_is_rea
         list(archive.read_photos(str(path), requested, 256, "predict.photos"))
 
 
-@pytest.mark.parametrize("new", [dict(list(PHOTOS.items())[:5]), dict.fromkeys(PHOTOS, NOISE)])
+OTHER_BYTES = {name: data[::-1] for name, data in PHOTOS.items()}
+
+
+@pytest.mark.parametrize("pack", [tar, lambda files: gzip.compress(tar(files))])
+def test_other_bytes_of_the_same_size_and_time_are_another_listing(
+    tmp_path: Path, pack: Callable[[dict[str, bytes]], bytes]
+):
+    """As in reproducible archives, all of whose files have one time of modification."""
+    path = tmp_path / "photos.tar"
+    digests = []
+    for files in (PHOTOS, dict(PHOTOS), OTHER_BYTES):
+        path.write_bytes(pack(files))
+        with Inventory() as inventory:
+            listing.list_photos(str(path), inventory)
+            digests.append(inventory.digest())
+    assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.parametrize("new", [dict(list(PHOTOS.items())[:5]), dict.fromkeys(PHOTOS, NOISE), OTHER_BYTES])
 def test_an_archive_that_is_replaced_after_its_listing_is_reported(tmp_path: Path, new: dict[str, bytes]):
     path = tmp_path / "photos.tar"
     path.write_bytes(tar(PHOTOS))

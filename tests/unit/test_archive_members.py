@@ -171,6 +171,61 @@ def test_a_file_that_is_packed_twice_is_read_once(tmp_path: Path):
     assert read(str(tmp_path / "photos.tar")) == ({"a.jpg": NOISE, "b.jpg": NOISE}, {})
 
 
+def unpacked(path: Path) -> dict[str, bytes]:
+    """Return the files that GNU tar unpacks, links resolved."""
+    folder = path.with_suffix("")
+    folder.mkdir()
+    subprocess.run(["tar", "-xf", path, "-C", folder], check=True)
+    return files_of(folder)
+
+
+def test_a_hard_link_keeps_the_bytes_of_its_target_when_that_is_replaced_later(tmp_path: Path):
+    with tarfile.open(tmp_path / "photos.tar", "w") as file:
+        add(file, "a.jpg", b"old")
+        add(file, "b.jpg", type=tarfile.LNKTYPE, linkname="a.jpg")
+        add(file, "soft.jpg", type=tarfile.SYMTYPE, linkname="a.jpg")
+        add(file, "a.jpg", b"new")
+    expected = {"a.jpg": b"new", "b.jpg": b"old", "soft.jpg": b"new"}
+    assert read(str(tmp_path / "photos.tar")) == (expected, {})
+    assert unpacked(tmp_path / "photos.tar") == expected
+
+
+@pytest.mark.parametrize("folder_again", [False, True])
+def test_a_member_below_a_link_to_a_folder_is_in_that_folder_unless_a_folder_replaces_the_link(
+    tmp_path: Path, folder_again: bool
+):
+    with tarfile.open(tmp_path / "photos.tar", "w") as file:
+        add(file, "v1", type=tarfile.DIRTYPE, mode=0o755)
+        add(file, "v1/a.jpg", b"old")
+        add(file, "latest", type=tarfile.SYMTYPE, linkname="v1")
+        if folder_again:
+            add(file, "latest", type=tarfile.DIRTYPE, mode=0o755)
+        add(file, "latest/a.jpg", b"new")
+        add(file, "latest/b.jpg", NOISE)
+    contents, rejected = read(str(tmp_path / "photos.tar"))
+    assert (contents["v1/a.jpg"], contents["latest/a.jpg"]) == (b"old" if folder_again else b"new", b"new")
+    assert (contents, rejected) == (unpacked(tmp_path / "photos.tar"), {})
+
+
+def test_a_link_with_the_name_of_a_folder_is_quarantined(tmp_path: Path):
+    with tarfile.open(tmp_path / "photos.tar", "w") as file:
+        add(file, "a/x.jpg", NOISE)
+        add(file, "b/x.jpg", b"other")
+        add(file, "a", type=tarfile.SYMTYPE, linkname="b")
+    expected = {"a/x.jpg": NOISE, "b/x.jpg": b"other"}, {"a": Reason.MISSING_FILE}
+    assert read(str(tmp_path / "photos.tar")) == expected
+
+
+def test_a_member_in_a_link_out_of_the_archive_is_quarantined(tmp_path: Path):
+    with tarfile.open(tmp_path / "photos.tar", "w") as file:
+        add(file, "a/x.jpg", NOISE)
+        add(file, "out", type=tarfile.SYMTYPE, linkname="../elsewhere")
+        add(file, "out/y.jpg", NOISE)
+    assert read(str(tmp_path / "photos.tar")) == (
+        {"a/x.jpg": NOISE}, dict.fromkeys(["out", "out/y.jpg"], Reason.MISSING_FILE)
+    )  # fmt: skip
+
+
 def test_devices_are_quarantined_by_name(tmp_path: Path):
     with tarfile.open(tmp_path / "photos.tar", "w") as file:
         add(file, "a.jpg", NOISE)
@@ -190,7 +245,7 @@ def test_devices_are_quarantined_by_name(tmp_path: Path):
 
 
 def test_large_files_are_quarantined_without_being_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(listing, "MAX_PHOTO_BYTES", 2**20)
+    monkeypatch.setattr(members, "MAX_PHOTO_BYTES", 2**20)
     files = {"a.jpg": NOISE, "large.jpg": bytes(16 * 2**20)}
     write(tmp_path / "photos", files)
     paths = [tmp_path / "photos.tgz", zipped(files, tmp_path / "photos.zip", compression=zipfile.ZIP_DEFLATED)]

@@ -242,6 +242,15 @@ def test_a_damaged_part_is_made_again(job: Job):
     assert sorted(rows(again)) == ["a", "b", "c", "d"]
 
 
+def test_a_part_that_is_not_the_published_one_is_made_again(job: Job):
+    published = job()
+    parts = [Path(uri) for uri in published.part_uris]
+    assert len(parts) > 1
+    parts[0].write_bytes(parts[1].read_bytes())
+    again = job({**LABELS, "d": ("y", "train")}, {**VERSIONS, "d": "1"}, update=True)
+    assert sorted(rows(again)) == ["a", "b", "c", "d"]
+
+
 def test_files_of_others_are_left_alone(job: Job):
     other = Path(job.uri) / "parts" / "mine.parquet"
     other.parent.mkdir(parents=True)

@@ -126,6 +126,15 @@ def test_a_few_misplaced_photos_get_no_label(shared: str, key: str, detail: str)
     assert detail in text
 
 
+@pytest.mark.parametrize("key", ["test/x.jpg", "test/test/x.jpg", "cars/test/Valid/x.jpg"])
+def test_photos_of_a_subset_without_folders_of_classes_get_no_label(key: str):
+    shared = "cars/" if key.startswith("cars/") else ""
+    keys = [f"{shared}train/{name}" for name in SOUND]
+    folders = find_classes(lambda: [*keys, key], source="s3://cars")
+    assert [label.key for _, label in folders.labels([*keys, key], "")] == keys
+    assert folders.problem(key) == (Reason.NO_LABEL, "in the folder of a subset, outside of the folders of classes")
+
+
 def test_a_photo_beside_the_shared_folders_gets_no_label():
     keys = [f"cars/{key}" for key in SOUND] + ["other/x.jpg"]
     assert find_classes(lambda: keys, source="").problem("other/x.jpg") == (

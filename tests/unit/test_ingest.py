@@ -243,6 +243,15 @@ def test_classes_that_differ_only_in_spelling_are_named(caplog: pytest.LogCaptur
     ]
 
 
+def test_classes_without_train_photos_are_named(caplog: pytest.LogCaptureFixture):
+    keys = ["train/x/1.jpg", "train/y/1.jpg", "test/x/2.jpg", "test/images/1.jpg", "test/images/2.jpg"]
+    labels_of(settings(), keys)
+    assert caplog.messages == [
+        "ingest: classes without train photos, which no model learns: 1, such as 'images' (2 photos); move some of "
+        "them to train"
+    ]
+
+
 def test_misplaced_photos_are_counted_with_an_example_of_each_kind(caplog: pytest.LogCaptureFixture):
     keys = [f"{name}/{i}.jpg" for name in "ab" for i in range(20)]
     assert len(labels_of(settings(), [*keys, "a/b/x.jpg", "a/b/y.jpg", "z.jpg"])) == len(keys)
