@@ -210,8 +210,9 @@ class Catalogue:
 
 def _rename(entry: _Entry, name: str) -> _Entry:
     """Return a file under the name of a link to it, which may be a good one where its own is not."""
-    is_named_badly = entry.reason == Reason.BAD_NAME
-    return entry._replace(name=name, **(dict.fromkeys(("reason", "detail")) if is_named_badly else {}))
+    if entry.reason == Reason.BAD_NAME:
+        entry = entry._replace(reason=None, detail=None)
+    return entry._replace(name=name)
 
 
 def _folders(name: str, top: str = "") -> Iterator[str]:
