@@ -45,6 +45,7 @@ def test_the_report_has_the_mean_iou_with_the_true_masks(masked: dataset.Dataset
     assert f"{sum(ious.values()) / len(ious):.3f}" in Path(masked.uri, "report.html").read_text()
 
 
+@pytest.mark.slow  # 8 s
 def test_a_preview_writes_pictures_but_no_dataset(root: str):
     uri = preview_masks(root, MaskSettings(detector=SAMPLE, num_actors=1, dataset="previewed"), 6)
     assert storage.list_files(uri) == ["contact_sheet.jpg", "report.html"]

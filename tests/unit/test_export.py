@@ -386,6 +386,7 @@ def test_an_unfinished_stage_is_an_error(tmp_path: Path, photos: list[bytes]):
         export_run(str(tmp_path), "first")
 
 
+@pytest.mark.slow  # 6 s
 def test_the_job_prints_the_uris_of_the_files(folder: Path):
     command = [sys.executable, str(HOUSE / "jobs" / "export.py"), "--run", "first", "--root", str(folder.parents[2])]
     done = subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=120, check=False)

@@ -1,7 +1,7 @@
 """Detection networks: same detections as the original implementations, restricted to the requested classes."""
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -161,11 +161,20 @@ def sort_detections(classes: torch.Tensor, scores: torch.Tensor, boxes: torch.Te
 
 # Detections
 
-ALL = ("sample", *YAML, "faster_rcnn_r101_fpn", networks.TORCHVISION)
+LARGE = ("faster_rcnn_r101_fpn", networks.TORCHVISION)
+"""Networks whose tests take a few seconds each."""
+ALL = ("sample", *YAML, *LARGE)
 WITH_MASKS = ("sample", "cascade", "panoptic", networks.TORCHVISION)
 
 
-@pytest.mark.parametrize("name", ALL)
+def each(names: Iterable[str]) -> pytest.MarkDecorator:
+    """Parametrize a test with the names of networks; the large ones are slow."""
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in names]
+    )
+
+
+@each(ALL)
 def test_detections_of_the_requested_classes_equal_the_originals(
     make_settings: Callable[..., DetectorSettings], build: Build, photo: torch.Tensor, name: str
 ):
@@ -182,7 +191,7 @@ def test_detections_of_the_requested_classes_equal_the_originals(
     )
 
 
-@pytest.mark.parametrize("name", WITH_MASKS)
+@each(WITH_MASKS)
 def test_masks_pasted_equal_the_originals(
     make_settings: Callable[..., DetectorSettings], build: Build, photo: torch.Tensor, name: str
 ):
@@ -199,7 +208,7 @@ def test_masks_pasted_equal_the_originals(
     assert differing < 1e-4
 
 
-@pytest.mark.parametrize("name", ALL)
+@each(ALL)
 def test_other_classes_do_not_count_towards_the_limit_on_detections(
     make_settings: Callable[..., DetectorSettings], build: Build, photo: torch.Tensor, name: str
 ):
@@ -210,7 +219,7 @@ def test_other_classes_do_not_count_towards_the_limit_on_detections(
     assert set(cars.pred_classes.tolist()) == {CAR}
 
 
-@pytest.mark.parametrize("name", WITH_MASKS)
+@each(WITH_MASKS)
 def test_the_mask_head_runs_on_boxes_of_requested_classes_only(
     make_settings: Callable[..., DetectorSettings], build: Build, photo: torch.Tensor, name: str
 ):
@@ -223,7 +232,7 @@ def test_the_mask_head_runs_on_boxes_of_requested_classes_only(
     assert num_boxes == [len(instances)]
 
 
-@pytest.mark.parametrize("name", ALL)
+@each(ALL)
 def test_a_photo_without_vehicles_has_no_instances(
     make_settings: Callable[..., DetectorSettings], build: Build, photo: torch.Tensor, name: str
 ):
@@ -233,7 +242,7 @@ def test_a_photo_without_vehicles_has_no_instances(
     assert not net.finds_masks or instances.pred_masks.shape[:2] == (0, 1)
 
 
-@pytest.mark.parametrize("name", ALL)
+@each(ALL)
 def test_a_network_declares_masks_and_channel_order(
     make_settings: Callable[..., DetectorSettings], build: Build, photo: torch.Tensor, name: str
 ):
@@ -288,7 +297,7 @@ def test_the_sample_detector_is_in_eval_mode_and_finds_masks():
     assert not net.training
 
 
-@pytest.mark.parametrize("name", ALL)
+@each(ALL)
 def test_an_unknown_class_is_named_in_the_error(make_settings: Callable[..., DetectorSettings], name: str):
     with pytest.raises(UserError, match=r"`mask.detector.classes`: \[80\] .* classes 0 to 79"):
         networks.build_network(make_settings(name, classes={CAR: "car", 80: "boat"}))

@@ -84,6 +84,7 @@ def test_another_seed_gives_other_photos() -> None:
     assert pixels.shape != same.shape or not np.array_equal(pixels, same)
 
 
+@pytest.mark.slow  # 4 s
 def test_adding_photos_changes_none(sample: Sample, tmp_path: Path) -> None:
     write_sample(tmp_path, seed=SEED, train_per_class=1, test_per_class=2)
     photos = sorted(path.name for path in (tmp_path / "photos").iterdir())
