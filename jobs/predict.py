@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from carclass import progress
 from carclass.config import cli
 from carclass.errors import UserError
+from carclass.formatting import terminal_text
 
 if TYPE_CHECKING:
     from carclass.config.schema import PredictSettings
@@ -72,7 +73,7 @@ def result_rows(settings: "PredictSettings", result: "PredictionResult") -> list
         ("files", f"{counts.files:,}"),
         ("predicted", f"{counts.predicted:,}"),
         (f"  below {settings.threshold:g}, rejected", f"{counts.rejected:,}"),
-        *([("not photos, left out", counts.others.text)] if counts.others.number else []),
+        *([("not photos, left out", terminal_text(counts.others.text))] if counts.others.number else []),
         ("quarantined", f"{sum(counts.reasons.values()):,}"),
         *((f"  {reason}", f"{number:,}") for reason, number in counts.reasons.items()),
         ("temperature", calibration.text),
