@@ -77,8 +77,8 @@ def list_warnings(survey: Survey, machine: Machine) -> list[str]:
         )
     for split, number in survey.splits.items():
         if not number:
-            share = f", or set a larger `{split}_fraction` in the file" if split in survey.shares else ""
-            texts.append(f"No photo is in {split}: add photos{share}.")
+            advice = f", or set a larger `{split}_fraction` in the file" if split in survey.shares else ""
+            texts.append(f"No photo is in {split}: add photos{advice}.")
     if problems := survey.sample.problems:
         total, share = sum(survey.class_sizes.values()), len(problems) / survey.sample.number
         texts.append(
