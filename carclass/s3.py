@@ -28,18 +28,23 @@ from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
+    ConnectTimeoutError,
     CredentialRetrievalError,
     FlexibleChecksumError,
     HTTPClientError,
     IncompleteReadError,
     MetadataRetrievalError,
+    ReadTimeoutError,
 )
 from botocore.exceptions import ConnectionError as EndpointError
 from botocore.parsers import ResponseParserError
 from urllib3.exceptions import HTTPError
 
 from carclass.errors import UserError
+from carclass.formatting import duration_text
+from carclass.progress import Throttle
 
+log = logging.getLogger(__name__)
 NUM_ATTEMPTS = 8
 FIRST_PAUSE = 0.3
 """Seconds; the limit of the pause doubles with every attempt, so that all of them together outlast half a minute."""
@@ -62,6 +67,8 @@ BODY_ERRORS = (
 ERRORS = (ClientError, BotoCoreError, ResponseParserError, *BODY_ERRORS)
 """Errors of a request that failed for good."""
 TRANSIENT_ERRORS = (*BODY_ERRORS, CredentialRetrievalError, MetadataRetrievalError, ResponseParserError)
+RETRY_LINES = Throttle(5.0, immediate=True)
+"""Limit of the lines on retries, for each process."""
 UPLOAD = TransferConfig(multipart_threshold=64 * 2**20, multipart_chunksize=32 * 2**20)
 """Multipart uploads are for checkpoints and tables; a part of a dataset is one request."""
 REMEDIES = (
@@ -80,7 +87,7 @@ REMEDIES = (
     (("PreconditionFailed", "412"), "It was replaced while it was read: run the same command again."),
 )  # fmt: skip
 """Remedies by S3's code or the name of botocore's error; see `remedy` for the others."""
-_LOCK = threading.Lock()
+_LOCK, _LOG_LOCK = threading.Lock(), threading.Lock()
 _MD5 = re.compile("[0-9a-f]{32}")
 _md5_servers: set[str] = set()
 """Endpoints of which an ETag was the MD5 of its content."""
@@ -150,15 +157,36 @@ def _accept_costs(params: dict[str, Any], **_: Any) -> None:
 
 
 def retry_delay(
-    response: tuple[Any, dict[str, Any]] | None, caught_exception: Exception | None, attempts: int, **_: Any
+    response: tuple[Any, dict[str, Any]] | None,
+    caught_exception: Exception | None,
+    attempts: int,
+    request_dict: dict[str, Any],
+    **_: Any,
 ) -> float | None:
     """Return the seconds after which botocore repeats a request, or None if it must not."""
-    if attempts >= NUM_ATTEMPTS:
-        return None
     if response is None:
-        return pause(attempts) if isinstance(caught_exception, TRANSIENT_ERRORS) else None
-    status, code = response[0].status_code, response[1].get("Error", {}).get("Code")
-    return pause(attempts) if status in TRANSIENT_STATUS or code in TRANSIENT_CODES else None
+        is_transient, cause = isinstance(caught_exception, TRANSIENT_ERRORS), str(caught_exception)
+    else:
+        status, error = response[0].status_code, response[1].get("Error", {})
+        is_transient = status in TRANSIENT_STATUS or error.get("Code") in TRANSIENT_CODES
+        cause = f"{error.get('Code', '')} {status}: {error.get('Message', '')}".strip(": ")
+    if not is_transient or attempts >= NUM_ATTEMPTS:
+        return None
+    _log_retry(f"{request_dict['method']} {request_dict['url'].split('?')[0]}", attempts, caught_exception, cause)
+    return pause(attempts)
+
+
+def _log_retry(request: str, attempts: int, error: Exception | None, cause: str) -> None:
+    """Log a request that failed twice, or took long to fail: the first retry alone is everyday."""
+    if attempts < 2 and not isinstance(error, ConnectTimeoutError | ReadTimeoutError):
+        return
+    with _LOG_LOCK:
+        if not RETRY_LINES.is_ready():
+            return
+    left = duration_text(0.75 * sum(FIRST_PAUSE * 2 ** (number - 1) for number in range(attempts, NUM_ATTEMPTS)))
+    reason = " ".join(re.sub(r':? "?https?://\S+', "", cause).split())[:200]
+    text = "S3: %s: attempt %d of %d failed (%s); retrying for about %s, longer if requests time out"
+    log.warning(text, request, attempts, NUM_ATTEMPTS, reason, left)
 
 
 def pause(attempts: int) -> float:
@@ -175,9 +203,10 @@ def read_body(get_object: Callable[[], dict[str, Any]]) -> bytes:
             data = bytes(response["Body"].read())
             _check_content(response, data, rejected)
             return data
-        except BODY_ERRORS:
+        except BODY_ERRORS as error:
             if attempts == NUM_ATTEMPTS:
                 raise
+            _log_retry("the content of an object", attempts, error, str(error))
             time.sleep(pause(attempts))
     raise AssertionError
 

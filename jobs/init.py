@@ -2,6 +2,7 @@
 
   python jobs/init.py photos/                                     a folder per class, or train/val/test of such folders
   python jobs/init.py photos/ --labels labels.csv                 a table with the columns img_name,class,subset
+  python jobs/init.py photos/ --labels labels.csv --columns '{name: file, class: make}'        or with other columns
   python jobs/init.py s3://bucket/cars.zip --output cars.yml      an archive; or an s3:// prefix
 
 Looks at names, labels and a few photos only, in seconds, and prints what it found, a rough estimate of time and memory,
@@ -22,6 +23,9 @@ def main() -> None:
     parser = cli.JobParser(__doc__)
     parser.add_argument("photos", metavar="PHOTOS", help="folder, s3:// prefix or archive of photos")
     parser.add_argument("--labels", metavar="FILE", help="table of labels (.csv, .tsv, .jsonl), or the devkit's folder")
+    parser.add_argument(
+        "--columns", metavar="MAPPING", help="columns of the table: {name: file, class: make, subset: part}"
+    )
     parser.add_argument("--output", metavar="FILE", default="my.yml", help="config file to write [my.yml]")
     parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
     args = parser.parse()
@@ -31,7 +35,8 @@ def main() -> None:
 
     first_config.check_output(args.output, args.photos, overwrite=args.overwrite)
     root, machine = str(Path(args.output).resolve().parent / "results"), this_machine()
-    survey = survey_source(root, args.photos, args.labels)
+    columns = None if args.columns is None else cli.parse_value(args.columns)
+    survey = survey_source(root, args.photos, args.labels, columns)
     settings = first_config.choose_settings(root, survey, machine)
     findings = survey_text.describe_survey(survey)
     steps = estimate.plan_steps(settings, first_config.planned_photos(survey), machine)

@@ -4,9 +4,13 @@
   python jobs/pipeline.py --config jobs/experiments/cars196.yml --root s3://bucket/carclass
   python jobs/submit.py -- python jobs/pipeline.py --config FILE               on a cluster
 
-Idempotent and resumable. The last lines name the report and the summary (JSON).
+Idempotent and resumable. The last lines name the pages of the datasets and of the run, the summary (JSON), and the
+commands that use the run.
 """
 
+import argparse
+import os
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +26,8 @@ if TYPE_CHECKING:
     from carclass.ingestion.inputs import ListedInputs
     from carclass.runs.run import Run
 
+SUMMARY = "summary.json"
+"""File below the run."""
 SAMPLE = Path(__file__).parent / "experiments" / "sample.yml"
 
 
@@ -42,11 +48,15 @@ def main() -> None:
     summary |= {f"{stage}_val_accuracy": run.best_val_accuracy(stage) for stage in run.stages}
     summary["model"] = epoch_text(evaluation.metrics)
     summary |= name_accuracy(evaluation)
+    reports = {"report": evaluation.report_uri}
     if settings.compare_unmasked:
         _, unmasked = train_and_evaluate(settings, unmasked_run(settings))
         summary |= name_accuracy(unmasked, "_unmasked")
+        reports["report, unmasked"] = unmasked.report_uri
     summary["seconds"] = time.monotonic() - started
-    print_summary(run, evaluation, summary)
+    print_summary(run, summary)
+    rows = [*list_results(settings, reports), *list_commands(args, run.settings.name)]
+    print(f"\n{progress.table(rows, title='results and next commands')}")
 
 
 def import_verbs(settings: Config) -> None:
@@ -102,19 +112,39 @@ def name_accuracy(evaluation: "Evaluation", suffix: str = "") -> dict[str, float
     return {f"{evaluation.metrics['split']}_accuracy{suffix}": evaluation.accuracy}
 
 
-def print_summary(run: "Run", evaluation: "Evaluation", summary: dict[str, int | float | str]) -> None:
+def print_summary(run: "Run", summary: dict[str, int | float | str]) -> None:
     """Write summary.json below the run, and print it."""
     from carclass import storage
     from carclass.data import formats
 
-    uri = storage.join(run.uri, "summary.json")
-    formats.write(uri, "summary", summary)
+    formats.write(storage.join(run.uri, SUMMARY), "summary", summary)
     rows = [
         (name.replace("_", " "), value if isinstance(value, str) else number_text(value))
         for name, value in summary.items()
     ]
     print(progress.table(rows, title=f"carclass: {run.settings.name}"))
-    print(f"report: {evaluation.report_uri}\nsummary: {uri}")
+
+
+def list_results(settings: Config, reports: dict[str, str]) -> list[tuple[str, str]]:
+    """Return the pages of the datasets and the reports, and the summary. reports: name → URI."""
+    from carclass import storage
+    from carclass.data.dataset import dataset_uri
+    from carclass.runs.run import run_uri
+
+    assert settings.ingest is not None
+    assert settings.train is not None
+    names = [settings.ingest.dataset, *([] if settings.mask is None else [settings.mask.dataset])]
+    pages = [(f"dataset {name}", storage.join(dataset_uri(settings.root, name), "report.html")) for name in names]
+    return [*pages, *reports.items(), ("summary", storage.join(run_uri(settings.root, settings.train.name), SUMMARY))]
+
+
+def list_commands(args: argparse.Namespace, run: str) -> list[tuple[str, str]]:
+    """Return the commands that predict new photos with a run, and export it. args: of this job."""
+    config = f"--config {shlex.quote(args.config or os.path.relpath(SAMPLE))}"
+    root = f"--root {shlex.quote(args.root)}" if args.root else ""
+    predict = " ".join(filter(None, ("python jobs/predict.py PHOTOS", config, root, f"--run {run}")))
+    export = f"python jobs/export.py --run {run} {root or config}"
+    return [("predict new photos", cli.name_commands(predict)), ("export the model", cli.name_commands(export))]
 
 
 if __name__ == "__main__":

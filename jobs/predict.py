@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from carclass import progress
 from carclass.config import cli
 from carclass.errors import UserError
+from carclass.formatting import terminal_text
 
 if TYPE_CHECKING:
     from carclass.config.schema import PredictSettings
@@ -69,9 +70,10 @@ def result_rows(settings: "PredictSettings", result: "PredictionResult") -> list
     counts, calibration = result.counts, result.calibration
     before, after = calibration.expected_calibration_error_before, calibration.expected_calibration_error_after
     return [
-        ("inputs", f"{counts.photos:,}"),
+        ("files", f"{counts.files:,}"),
         ("predicted", f"{counts.predicted:,}"),
         (f"  below {settings.threshold:g}, rejected", f"{counts.rejected:,}"),
+        *([("not photos, left out", terminal_text(counts.others.text))] if counts.others.number else []),
         ("quarantined", f"{sum(counts.reasons.values()):,}"),
         *((f"  {reason}", f"{number:,}") for reason, number in counts.reasons.items()),
         ("temperature", calibration.text),

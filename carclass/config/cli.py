@@ -185,7 +185,7 @@ def load_config(path: Path, overrides: dict[str, str], kind: type[S]) -> S:
     """Return the settings of a config file. overrides: dotted key → text; null, [lists], {mappings} are YAML."""
     values = yaml_file.read(path)
     for key, text in overrides.items():
-        yaml_file.set_key(values, key, _parse_value(text))
+        yaml_file.set_key(values, key, parse_value(text))
     return validate(values, kind, source=path, base=Path(os.path.abspath(path)).parent)
 
 
@@ -194,7 +194,7 @@ def _null_or_text(text: str) -> str:
     return "null" if text in ("Null", "NULL") else text
 
 
-def _parse_value(text: str) -> Any:
+def parse_value(text: str) -> Any:
     """Return a value from the command line. Numbers stay text: the setting's type decides, a name may look like one."""
     if (text := _null_or_text(text)) != "null" and text[:1] not in ("[", "{"):
         return CommandLineText(text)

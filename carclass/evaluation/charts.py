@@ -157,10 +157,12 @@ def _stages(history: History, x: list[float]) -> Markup:
         middle = (x[start] + x[start + len(epochs) - 1]) / 2
         if start:
             between = (x[start - 1] + x[start]) / 2
-            parts.append(svg.line("boundary", between, TOP - 18, between, BOTTOM))
+            parts.append(svg.line("boundary", between, TOP - 7, between, BOTTOM))  # below the names
         parts.append(svg.text("stage middle", middle, TOP - 12, stage))
         step = max(1, math.ceil(len(x) / 10))
         for i in range(0, len(epochs), step):
+            if i and start + len(epochs) < len(x) and len(epochs) - i < 0.6 * step:
+                continue  # it would touch the first number of the next stage
             parts.append(svg.text("tick middle", x[start + i], BOTTOM + 17, str(epochs[i]["epoch"])))
         start += len(epochs)
     return Markup("").join(parts)

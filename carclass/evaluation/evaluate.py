@@ -1,6 +1,7 @@
 """Evaluation job: classify every photo of a split once, with the preprocessing of training, and write a report."""
 
 import logging
+import time
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -52,6 +53,7 @@ def evaluate_run(root: str, settings: EvaluateSettings) -> Evaluation:
         raise UserError(f"dataset `{source.name}` has no {settings.split} photos. Choose another `evaluate.split`.")
     _warn_about_photos(run, source, settings.split)
     uri = report_uri(run, source.name, settings.split, stage)
+    _tell_of_report(uri)
     with hold_lease(uri, "evaluate") as lease:
         calibrated = calibrate_if_possible(run, model_uri, model_facts, settings.batch_size)
         predictions = predict_split(source, settings, model_uri)
@@ -69,6 +71,14 @@ def evaluate_run(root: str, settings: EvaluateSettings) -> Evaluation:
         formats.write(storage.join(uri, "metrics.json"), "evaluation", metrics)
         storage.write_bytes(storage.join(uri, "report.html"), html.encode())
     return Evaluation(metrics["accuracy"], metrics, storage.join(uri, "report.html"))
+
+
+def _tell_of_report(uri: str) -> None:
+    """Log the report that will be replaced, if there is one."""
+    html = storage.join(uri, "report.html")
+    if storage.exists(html):
+        written = time.strftime("%Y-%m-%d %H:%M", time.localtime(storage.stat(html).modified))
+        log.info("evaluate: %s of %s will be replaced", html, written)
 
 
 def _warn_about_photos(run: Run, source: dataset.Dataset, split: str) -> None:

@@ -139,12 +139,12 @@ def all_curves(runs: Sequence[ChartedRun]) -> Markup:
     ticks = accuracy_ticks(value for run in shown for value in run.val_accuracies)
     frame = Frame(left=52, right=WIDTH - 205, top=14, bottom=382, ticks=ticks)
     parts = [frame.grid(), *_epoch_axis(frame, longest, 10)]
-    ends = []
+    peaks = []
     for run in shown:
         points = _points(run, frame, longest)
         parts.append(_curve(run, points))
-        ends.append((run, next(p for p in reversed(points) if math.isfinite(p[1]))))
-    parts += _curve_labels(ends[-MAX_LABELS:], frame)
+        peaks.append((run, points[run.val_accuracies.index(run.highest)]))
+    parts += _curve_labels(peaks[-MAX_LABELS:], frame)
     return svg.drawing(f"val accuracy by epoch of {len(shown)} runs", parts, WIDTH, 428)
 
 
@@ -195,9 +195,9 @@ def _epoch_axis(frame: Frame, longest: int, max_ticks: int) -> list[Markup]:
     return parts
 
 
-def _curve_labels(ends: Sequence[tuple[ChartedRun, Point]], frame: Frame) -> list[Markup]:
-    """Label curves to the right of the frame, in the order of their ends, with a line to each end."""
-    ordered = sorted(ends, key=lambda end: end[1][1])
+def _curve_labels(peaks: Sequence[tuple[ChartedRun, Point]], frame: Frame) -> list[Markup]:
+    """Label curves to the right of the frame, in the order of their highest values, with a line to each of these."""
+    ordered = sorted(peaks, key=lambda peak: peak[1][1])
     ys = spread_labels([point[1] for _, point in ordered], LABEL_HEIGHT, frame.top, frame.bottom)
     parts = []
     for (run, (x, y)), label_y in zip(ordered, ys, strict=True):

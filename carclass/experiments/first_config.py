@@ -36,7 +36,7 @@ WIDTH = 116
 COMMENTS = {
     "root": "All results are written below it. It may be an s3:// prefix.",
     "ingest": "Photos and labels become the dataset v1: read, checked, split.",
-    "ingest.columns": "The table's columns, as they were recognised.",
+    "ingest.columns": "Columns of the table of labels, by what they hold.",
     "ingest.test_fraction": "Share of each class that is held out for test, as the source has no test photos.",
     "ingest.val_fraction": "Share of each class's train photos that is held out to choose epochs and settings.",
     "mask": "Mask R-CNN finds the vehicle, and the background is removed: dataset v2. To train on whole photos, delete "

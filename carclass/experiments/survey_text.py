@@ -25,6 +25,8 @@ def describe_survey(survey: Survey) -> list[Row]:
         ("photos per class", per_class),
         ("splits", ", ".join(_describe_split(survey, split) for split in survey.splits)),
     ]
+    if survey.settings.labels is not None:
+        rows.append(("labels", survey.settings.labels))
     if survey.settings.columns:
         rows.append(("columns", ", ".join(f"{role}: {name}" for role, name in survey.settings.columns.items())))
     for reason, (number, examples) in survey.rejected.items():
@@ -48,10 +50,20 @@ def _describe_sample(sample: PhotoSample) -> list[Row]:
         smallest, largest = (f"{edge(longer)}x{edge(shorter)}" for edge in (min, max))
         median = f"{statistics.median_low(longer)}x{statistics.median_low(shorter)}"
         rows.append(("image sizes", f"{smallest} to {largest}, median {median} ({len(longer)} photos sampled)"))
-    if sample.problems:
-        (key, text), number = next(iter(sample.problems.items())), len(sample.problems)
-        rows.append(("unusable", f"{number} of {number + len(sample.sides)} photos sampled, such as {key!r} ({text})"))
+    for reason, examples in _problems_by_reason(sample).items():
+        key, detail = examples[0]
+        text = f"{len(examples)} of {sample.number} photos sampled, such as {key!r} ({detail})"
+        rows.append((f"unusable, {reason}", text))
     return rows
+
+
+def _problems_by_reason(sample: PhotoSample) -> dict[str, list[tuple[str, str]]]:
+    """Return (key, detail) of the unusable photos of a sample by reason."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for key, text in sample.problems.items():
+        reason, _, detail = text.partition(": ")
+        found.setdefault(reason, []).append((key, detail))
+    return found
 
 
 def list_warnings(survey: Survey, machine: Machine) -> list[str]:
@@ -63,8 +75,16 @@ def list_warnings(survey: Survey, machine: Machine) -> list[str]:
             f"{len(few)} of {len(survey.subsets)} classes have fewer than {MIN_VAL_PHOTOS} val photos ({names}): "
             "compare models by the accuracy over all classes."
         )
-    if empty := [split for split, number in survey.splits.items() if not number]:
-        texts.append(f"No photo is in {' and '.join(empty)}: add photos, or set a larger share in the file.")
+    for split, number in survey.splits.items():
+        if not number:
+            advice = f", or set a larger `{split}_fraction` in the file" if split in survey.shares else ""
+            texts.append(f"No photo is in {split}: add photos{advice}.")
+    if problems := survey.sample.problems:
+        total, share = sum(survey.class_sizes.values()), len(problems) / survey.sample.number
+        texts.append(
+            f"{len(problems)} of {survey.sample.number} photos sampled are unusable: of all {total:,}, about "
+            f"{round(share * total):,} will be quarantined, so that the counts above will be lower."
+        )
     if not machine.gpus:
         texts.append("No GPU here: the settings are for CPUs. Run this again on a machine with a GPU to train there.")
     if importlib.util.find_spec("detectron2") is None:

@@ -197,12 +197,13 @@ def _warn_about_few_val(inventory: Inventory, classes: Sequence[str]) -> None:
     counts = inventory.class_counts("val")
     few = {name: counts.get(name, 0) for name in classes if counts.get(name, 0) < MIN_VAL_PHOTOS}
     if few:
+        is_held_out = inventory.scalar("SELECT 1 FROM held_out WHERE split = 'val'") is not None
         names = [f"{name} {number}" for name, number in sorted(few.items(), key=lambda item: item[1])[:10]]
         log.warning(
             "ingest: %d of %d classes have fewer than %d val photos (%s): of n photos, each moves the val accuracy of "
-            "its class by 1/n. Compare models by the accuracy over all classes, add photos, or set a larger "
-            "`ingest.val_fraction`",
+            "its class by 1/n. Compare models by the accuracy over all classes, or %s",
             len(few), len(classes), MIN_VAL_PHOTOS, ", ".join(names) + (", …" if len(few) > len(names) else ""),
+            "add photos, or set a larger `ingest.val_fraction`" if is_held_out else "add val photos to the source",
         )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from carclass.config.ingest_settings import IngestSettings
 from carclass.data.inventory import Inventory
 from carclass.errors import UserError
-from carclass.ingestion.labelling import label_photos, read_labels
+from carclass.ingestion.labelling import label_photos, log_junk, read_labels
 from carclass.ingestion.listing import list_photos
 from carclass.ingestion.split import find_shares
 from carclass.sample import source as sample
@@ -32,6 +32,7 @@ def list_inputs(root: str, settings: IngestSettings, inventory: Inventory) -> Li
     list_photos(settings.photos, inventory, root=root)
     label_photos(settings, inventory)
     check_classes(inventory.classes(), settings, "labelled photos")
+    log_junk(inventory)
     return ListedInputs(settings, inventory, find_shares(inventory, settings))
 
 

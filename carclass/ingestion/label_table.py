@@ -186,7 +186,7 @@ def _find_columns(header: list[str], source: str, names: Mapping[str, str], chos
         raise LabelsError(
             f"{source}: no column {', '.join(missing)}; the first line has {found}. It needs "
             f"{','.join(names.values())}, separated by commas, semicolons or tabs; `ingest.columns` gives them other "
-            "names, as in {name: file, class: model, subset: split}."
+            "names, as in --columns '{name: file, class: model, subset: split}'."
         )
     similar = next((name for name in found if name.lower() in SUBSET_SYNONYMS), None)
     if "subset" not in indices and similar is not None:

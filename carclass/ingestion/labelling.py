@@ -14,8 +14,11 @@ from carclass.ingestion import label_matching, label_table, labels, names
 from carclass.ingestion.devkit import read_devkit
 from carclass.ingestion.folder_labels import ClassFolders, find_classes
 from carclass.ingestion.grouping import find_group_column, group_photos
+from carclass.ingestion.own_files import key_below
 
 log = logging.getLogger(__name__)
+TABLE_OF_LABELS = "the table of labels"
+"""Detail of quarantine of `ingest.labels`, where it lies among the photos."""
 MAX_LISTED = 5
 """Contradictions, classes or groups of classes named in a message."""
 CONTRADICTED = """
@@ -78,9 +81,9 @@ def label_photos(settings: IngestSettings, inventory: Inventory) -> None:
         _reject_misplaced(inventory, folders)
     label_matching.match_labels(inventory, settings.photos)
     if settings.labels is not None:
+        _name_table(settings.photos, settings.labels, inventory)
         _check_matches(settings, inventory)
     group_photos(settings, inventory)
-    _warn(inventory, f"reason = '{Reason.JUNK}'", "junk files", logging.INFO)
     _warn(inventory, f"reason = '{Reason.NO_LABEL}'", "files without a label")
     _warn(inventory, f"reason = '{Reason.BAD_NAME}'", "names that cannot be used")
     _warn_about_lost_folders(inventory)
@@ -90,6 +93,19 @@ def label_photos(settings: IngestSettings, inventory: Inventory) -> None:
             "ingest: classes that differ only in case, blanks, underscores or hyphens, which may be one: %s",
             ", ".join(map(repr, group)),
         )
+
+
+def log_junk(inventory: Inventory) -> None:
+    """Log the files that are no photos by their names."""
+    is_odd = f"reason = '{Reason.JUNK}' AND detail != '{TABLE_OF_LABELS}'"
+    _warn(inventory, is_odd, "files that are no photos by their names", logging.INFO)
+
+
+def _name_table(photos: str, source: str, inventory: Inventory) -> None:
+    """Give the table of labels, if it lies among the photos, a detail of its own: it is no odd file."""
+    if (key := key_below(photos, source)) is not None:
+        statement = f"UPDATE input SET detail = ? WHERE key = ? AND reason = '{Reason.JUNK}'"  # noqa: S608 - constant
+        inventory.insert(statement, [(TABLE_OF_LABELS, key)])
 
 
 def _check_matches(settings: IngestSettings, inventory: Inventory) -> None:

@@ -1,4 +1,4 @@
-"""Files that jobs write, where `root` lies within the folder of photos: they are no inputs."""
+"""Files that lie in the folder of photos: those that jobs write there, if it holds `root`, are no inputs."""
 
 import logging
 import os
@@ -19,6 +19,12 @@ def own_prefixes(photos: str, root: str) -> tuple[str, ...]:
     if inner.split("/")[0] == "..":
         return ()
     return tuple(f"{name}/" if inner == "." else f"{inner}/{name}/" for name in FOLDERS)
+
+
+def key_below(photos: str, uri: str) -> str | None:
+    """Return the key of a file that lies within the folder or prefix of photos; None for one that does not."""
+    folder, place = f"{_place(photos)}/", _place(uri)
+    return place.removeprefix(folder) if _is_same_store(photos, uri) and place.startswith(folder) else None
 
 
 def without_own_files(pages: Iterator[list[Listed]], photos: str, root: str) -> Iterator[list[Listed]]:

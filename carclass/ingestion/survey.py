@@ -17,7 +17,7 @@ from carclass.data.dataset import SPLITS
 from carclass.data.inventory import Inventory
 from carclass.data.quarantine import PhotoError
 from carclass.errors import UserError
-from carclass.ingestion import archive, label_table
+from carclass.ingestion import archive, label_table, labelling
 from carclass.ingestion.folder_labels import find_classes
 from carclass.ingestion.inputs import check_classes, list_inputs
 from carclass.ingestion.listing import list_pages
@@ -31,7 +31,8 @@ MAX_EXAMPLES = 3
 """Files that are named for each reason of quarantine."""
 CLASSES = "SELECT label, subset, count(*) FROM input WHERE label NOT NULL AND reason IS NULL GROUP BY label, subset"
 REJECTED = (
-    "SELECT reason, key, count(*) OVER (PARTITION BY reason) FROM input WHERE reason NOT NULL ORDER BY reason, id"
+    "SELECT reason, key, count(*) OVER (PARTITION BY reason) FROM input WHERE reason NOT NULL AND detail IS NOT ? "
+    "ORDER BY reason, id"
 )
 
 
@@ -42,6 +43,11 @@ class PhotoSample(NamedTuple):
     stored_bytes: int  # of a photo in the dataset, on average; 0 if no photo is usable
     problems: dict[str, str]  # key → reason and detail of an unusable photo
     seconds: float  # of a core to convert a photo, on average
+
+    @property
+    def number(self) -> int:
+        """Return the number of photos that were read, usable or not."""
+        return len(self.sides) + len(self.problems)
 
 
 class Survey(NamedTuple):
@@ -73,13 +79,20 @@ class Survey(NamedTuple):
         return {split: sum(counts[split] for counts in self.class_splits.values()) for split in SPLITS}
 
 
-def survey_source(root: str, photos: str, labels: str | None) -> Survey:
+def survey_source(root: str, photos: str, labels: str | None, columns: Any = None) -> Survey:
     """Return the survey of a source. root: of the results, whose files in the source are no photos.
 
     labels: a table or the folder of a devkit; None: the folders of photos are their classes, or the only table beside
-    or among the photos has their labels. Raise UserError if the source cannot be ingested.
+    or among the photos has their labels. columns: as `ingest.columns`, of a table; those that are missing there are
+    recognised. Raise UserError if the source cannot be ingested.
     """
-    settings = make_settings(photos, labels)
+    if columns is not None and labels is None:
+        labels = find_table(make_settings(photos, None).photos)
+        if labels is None:
+            raise UserError(
+                f"`--columns` has no effect: no table of labels is in or beside {photos}. Add `--labels FILE`."
+            )
+    settings = make_settings(photos, labels, columns)
     try:
         return _survey(root, settings)
     except UserError:
@@ -90,21 +103,24 @@ def survey_source(root: str, photos: str, labels: str | None) -> Survey:
     return _survey(root, make_settings(photos, table))
 
 
-def make_settings(photos: str, labels: str | None) -> IngestSettings:
+def make_settings(photos: str, labels: str | None, columns: Any = None) -> IngestSettings:
     """Return the settings of a source, given as on the command line. Raise UserError if they are wrong."""
     place = os.path.abspath(photos) if photos in NAMED_PARENTS else photos  # a folder with the name of weights
     values: dict[str, Any] = {"photos": CommandLineText(place)}
     if labels is not None:
         values |= {"labels": CommandLineText(labels)}
+    if columns is not None:
+        values |= {"columns": columns}
     settings = validate(values, IngestSettings, source="command line", base=Path.cwd())
     if settings.labels is None or not label_table.is_table(settings.labels):
         return settings
     try:
         with storage.open_stream(settings.labels) as stream:
-            columns = label_table.guess_columns(label_table.read_column_names(stream, source=settings.labels))
+            guessed = label_table.guess_columns(label_table.read_column_names(stream, source=settings.labels))
     except OSError:
         return settings  # an error of ingestion, with a remedy
-    return settings.model_copy(update={"columns": columns}) if columns else settings
+    found = {**guessed, **settings.columns}
+    return settings.model_copy(update={"columns": found}) if found else settings
 
 
 def find_table(photos: str) -> str | None:
@@ -136,7 +152,7 @@ def _survey(root: str, settings: IngestSettings) -> Survey:
             subsets.setdefault(label, {})[subset] = number
         check_classes(sorted(subsets), settings, "usable photos")
         rejected: dict[str, tuple[int, list[str]]] = {}
-        for reason, key, number in inventory.query(REJECTED):
+        for reason, key, number in inventory.query(REJECTED, labelling.TABLE_OF_LABELS):
             examples = rejected.setdefault(reason, (number, []))[1]
             if len(examples) < MAX_EXAMPLES:
                 examples.append(key)

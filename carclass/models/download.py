@@ -5,6 +5,7 @@ import logging
 import urllib.error
 import urllib.request
 
+from carclass.formatting import bytes_text
 from carclass.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -59,11 +60,25 @@ def fetch(uri: str) -> bytes:
     for _ in range(MAX_REQUESTS):
         try:
             download.request()
-        except INTERRUPTIONS:
+        except INTERRUPTIONS as error:
             if not download.data or furthest == (furthest := (download.validator, len(download.data))):
                 raise
+            log.info("weights: interrupted after %s (%s), going on", bytes_text(len(download.data)), error)
             if not download.validator:
                 download.data.clear()
         else:
             return bytes(download.data)
     raise http.client.IncompleteRead(b"")
+
+
+def failure_text(error: Exception, key: str) -> str:
+    """Return the cause of a failed `fetch` in parentheses, and the remedy. key: the setting that names the file."""
+    if isinstance(error, urllib.error.HTTPError) and error.code < 500:
+        return f"({error}). Correct the address, or set `{key}` to the URI of a file you have."
+    # urllib wraps the errors of a connection.
+    cause = error.reason if type(error) is urllib.error.URLError else error
+    return (
+        f"({str(cause) or type(cause).__name__}). Check the network, the proxy (https_proxy) and certificates "
+        "(SSL_CERT_FILE), and run the same command again; or download the file on another machine and set "
+        f"`{key}` to its path."
+    )

@@ -24,7 +24,7 @@ from safetensors.torch import save as save_safetensors
 
 from carclass import storage
 from carclass.errors import UserError
-from carclass.models.download import fetch
+from carclass.models.download import failure_text, fetch
 
 UNPICKLE_SECONDS = 300
 """Time limit for reading a pickle; the largest of the zoo takes seconds."""
@@ -195,6 +195,8 @@ def _read(uri: str, sha256: str | None, key: str) -> bytes:
     try:
         return _download(uri, sha256) if uri.startswith("http") else storage.read_bytes(uri)
     except (OSError, http.client.HTTPException) as error:
+        if uri.startswith("http"):
+            raise UserError(f"`{key}`: {uri} cannot be read {failure_text(error, key)}") from error
         raise UserError(f"`{key}`: {uri} cannot be read ({error}). Give the URI of a file you have.") from error
 
 

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from carclass import storage
 from carclass.data import dataset
+from carclass.prediction import predictions
 from carclass.prediction.report import FailedPhoto, PredictedClass, PredictionReport, ShownPhoto
 
 MAX_SHOWN = 2000
@@ -38,9 +39,8 @@ def collect_report(
     uri: str, table: Path, title: str, facts: list[tuple[str, str]], *, threshold: float, report_link: str | None
 ) -> PredictionReport:
     """Return the contents of the page. uri: of the predictions, with thumbnails; table: local file of all rows."""
-    read = partial(dataset.read_part, str(table))
-    counted = read(["label", "probability", "rejected", "reason"])
-    failed = read(["key", "reason", "detail"], filters=pc.is_valid(pc.field("reason"))).slice(0, MAX_FAILED)
+    counted = dataset.read_part(str(table), ["label", "probability", "rejected"])
+    failed, others = predictions.read_failed(str(table))
     return PredictionReport(
         title=title,
         facts=facts,
@@ -48,8 +48,12 @@ def collect_report(
         report_link=report_link,
         classes=_count_classes(counted),
         shown=_read_shown(uri, table, shown_share(len(counted))),
-        reasons=dict(sorted(Counter(counted["reason"].drop_null().to_pylist()).items())),
-        failed=[FailedPhoto(row["key"], row["reason"], row["detail"] or "") for row in failed.to_pylist()],
+        others=others.text if others.number else None,
+        reasons=dict(sorted(Counter(failed["reason"].to_pylist()).items())),
+        failed=[
+            FailedPhoto(row["key"], row["reason"], row["detail"] or "")
+            for row in failed.slice(0, MAX_FAILED).to_pylist()
+        ],
     )
 
 

@@ -104,7 +104,10 @@ def _write_predictions(draft: Draft, job: PredictionJob, run: Run) -> None:
     facts = {"inputs": inventory.count_inputs() + num_gone, "reasons": inventory.reasons()}
     quarantine.check_quarantined(facts, job.settings.max_quarantined, "predict.max_quarantined")
     predictions.publish_predictions(uri, inventory, listing, partial(_render_page, uri, job, run))
-    quarantine.log_counts("predict", facts)
+    counts = predictions.read_counts(uri)
+    quarantine.log_counts("predict", {"inputs": counts.files, "reasons": counts.reasons})
+    if counts.others.number:
+        log.info("predict: not photos, left out: %s", counts.others.text)
 
 
 def _remove_outdated(draft: Draft, photos: str, listing: str) -> None:

@@ -30,6 +30,7 @@ from carclass.data.formats import json_text
 from carclass.data.inventory import Inventory, chunks
 from carclass.data.quarantine import Reason
 from carclass.errors import UserError
+from carclass.ingestion.names import is_junk
 
 PREDICTION = pa.schema(
     [
@@ -62,6 +63,10 @@ PREDICTED = pa.unify_schemas([PREDICTION, THUMBNAIL])
 SETTINGS, TABLE, CSV, PAGE = "settings.json", "predictions.parquet", "predictions.csv", "predictions.html"
 LISTING = "list of photos"
 """Key of format 1 of the settings, and of the table's metadata: digest of the inputs that the table has."""
+NO_PHOTO_REASONS = (Reason.NOT_AN_IMAGE, Reason.UNSUPPORTED_FORMAT, Reason.EMPTY)
+"""Reasons of files that may be no photos at all, which their names tell."""
+MAX_EXAMPLES = 5
+"""Files that are no photos and are named."""
 TOP_K = 5
 CHUNK_ROWS = 50_000
 """Rows in memory while the files are written: about 25 MB."""
@@ -72,13 +77,27 @@ FORMULA_START = r"\A([=+\-@\t\r])"
 """Beginnings of text that spreadsheets evaluate when they open a CSV file; an apostrophe before them prevents it."""
 
 
-class Counts(NamedTuple):
-    """Numbers of photos by result."""
+class OtherFiles(NamedTuple):
+    """Files that are no photos, neither by their names nor by their content, such as Thumbs.db: nobody misses them."""
 
-    photos: int
+    number: int
+    examples: list[str]  # keys
+
+    @property
+    def text(self) -> str:
+        """Return the number with the first names."""
+        more = ", …" if self.number > len(self.examples) else ""
+        return f"{self.number:,} ({', '.join(self.examples)}{more})"
+
+
+class Counts(NamedTuple):
+    """Numbers of files by result."""
+
+    files: int
     predicted: int  # including the rejected
     rejected: int
-    reasons: dict[str, int]
+    others: OtherFiles
+    reasons: dict[str, int]  # without `others`
 
 
 def predictions_uri(run_uri: str, name: str) -> str:
@@ -209,11 +228,31 @@ def _to_json(value: list[Any] | None) -> str | None:
 
 
 def read_counts(uri: str) -> Counts:
-    """Count the photos of finished predictions by result."""
-    table = read_part(storage.join(uri, TABLE), ["rejected", "reason"])
-    rejected = table["rejected"].drop_null()
-    reasons = Counter(table["reason"].drop_null().to_pylist())
-    return Counts(len(table), len(rejected), pc.sum(rejected).as_py() or 0, dict(sorted(reasons.items())))
+    """Count the files of finished predictions by result."""
+    table = storage.join(uri, TABLE)
+    rejected = read_part(table, ["rejected"])["rejected"]
+    failed = read_failed(table)
+    predicted = len(rejected) - rejected.null_count
+    reasons = Counter(failed.photos["reason"].to_pylist())
+    num_rejected = pc.sum(rejected).as_py() or 0
+    return Counts(len(rejected), predicted, num_rejected, failed.others, dict(sorted(reasons.items())))
+
+
+class Failed(NamedTuple):
+    """Files without a prediction."""
+
+    photos: pa.Table  # key, reason, detail
+    others: OtherFiles
+
+
+def read_failed(table: str) -> Failed:
+    """Return the files without a prediction. table: URI of TABLE."""
+    rows = read_part(table, ["key", "reason", "detail"], pc.is_valid(pc.field("reason")))
+    is_odd = pc.is_in(rows["reason"], pa.array(NO_PHOTO_REASONS))
+    is_other = [odd and is_junk(key) for odd, key in zip(is_odd.to_pylist(), rows["key"].to_pylist(), strict=True)]
+    others = rows.filter(pa.array(is_other, pa.bool_()))
+    photos = rows.filter(pc.invert(pa.array(is_other, pa.bool_())))
+    return Failed(photos, OtherFiles(len(others), others["key"].slice(0, MAX_EXAMPLES).to_pylist()))
 
 
 def _rows_by_key(uri: str, inventory: Inventory) -> Iterator[pa.Table]:

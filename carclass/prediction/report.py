@@ -49,6 +49,8 @@ class PredictionReport:
     """Most frequent first."""
     shown: list[ShownPhoto]
     """The least certain first; a part of the classified photos, if there are many."""
+    others: str | None
+    """Number and names of the files that are no photos; None without any."""
     reasons: dict[str, int]
     """Reason → photos that could not be classified."""
     failed: list[FailedPhoto]

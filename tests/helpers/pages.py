@@ -194,6 +194,7 @@ def make_prediction_report(num_photos: int = 6, **changes: object) -> Prediction
         "report_link": "../../report/report.html#threshold",
         "classes": classes,
         "shown": sorted(shown, key=lambda photo: photo.top[0][1]),
+        "others": "2 (notes.txt, Thumbs.db)",
         "reasons": {"truncated": 1, "empty": 1},
         "failed": [FailedPhoto("a.jpg", "truncated", "the end is missing"), FailedPhoto("b.jpg", "empty", "")],
     }

@@ -141,7 +141,7 @@ def assert_equal_rows(actual: Rows, expected: Rows) -> None:
 @both_runs
 def test_every_photo_is_listed_once(result: PredictionResult, photos: str):
     assert [row["key"] for row in rows_of(result)] == sorted(storage.list_files(photos))
-    assert result.counts.predicted + sum(result.counts.reasons.values()) == result.counts.photos
+    assert result.counts.predicted + sum(result.counts.reasons.values()) == result.counts.files
     assert all((row["label"] is None) == (row["reason"] is not None) for row in rows_of(result))
 
 

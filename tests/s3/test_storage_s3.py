@@ -2,7 +2,9 @@
 
 import io
 import pickle
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from carclass import s3 as s3_client
 from carclass import storage
 from carclass.ingestion import listing
+from carclass.progress import Throttle
 from tests.helpers.faulty_s3 import CUT, FLIPPED, PAGE, RESET, STALL, TRUNCATED, Fault, Proxy
 
 CONTENT = bytes(range(250)) * 40
@@ -23,6 +26,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Shorten pauses and timeouts, and drop the client of a test's own environment."""
     monkeypatch.setattr(s3_client, "FIRST_PAUSE", 0.001)
     monkeypatch.setattr(s3_client, "READ_TIMEOUT", 0.3)
+    monkeypatch.setattr(s3_client, "RETRY_LINES", Throttle(5.0, immediate=True))
     s3_client.reset()
     yield
     s3_client.reset()
@@ -96,6 +100,33 @@ def test_a_lasting_fault_is_the_storages_and_not_the_files(uri: str, proxy: Prox
         storage.read_bytes(uri)
     assert proxy.refused == s3_client.NUM_ATTEMPTS
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fault", "text"),
+    [
+        (Fault(503, "b.bin"), r"b\.bin: attempt 2 of 8 failed \(SlowDown 503: refused by the test\); retrying"),
+        (Fault(503, "b.bin", has_body=False), r"b\.bin: attempt 2 of 8 failed \(503.*\); retrying for"),
+        (Fault(RESET, "b.bin"), r"b\.bin: attempt 2 of 8 failed \(Connection was closed .*\); retrying for"),
+        (Fault(STALL, "b.bin"), r"b\.bin: attempt 1 of 8 failed \(Read timeout on endpoint URL\); retrying for"),
+        (Fault(TRUNCATED, "GET .*b.bin"), r"the content of an object: attempt 2 of 8 failed \(.+\); retrying for"),
+    ],
+)  # fmt: skip
+def test_a_request_that_is_retried_for_long_is_logged_once_in_a_while(
+    uri: str, proxy: Proxy, fault: Fault, text: str, caplog: pytest.LogCaptureFixture
+):
+    proxy.faults = [replace(fault, first=5)]
+    assert storage.read_bytes(uri) == CONTENT
+    (line,) = [record.message for record in caplog.records if record.name == "carclass.s3"]
+    assert re.search(text, line)
+
+
+def test_a_request_that_succeeds_at_the_second_attempt_is_not_logged(
+    uri: str, proxy: Proxy, caplog: pytest.LogCaptureFixture
+):
+    proxy.faults = [Fault(503, "b.bin", first=1)]
+    assert storage.read_bytes(uri) == CONTENT
+    assert "attempt" not in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -72,15 +72,27 @@ def test_a_download_with_another_hash_is_rejected_and_not_cached(web: WeightsSer
 
 
 def test_a_missing_download_is_named_in_the_error(web: WeightsServer):
-    with pytest.raises(UserError, match=r"nothing.pth cannot be read \(HTTP Error 404"):
+    with pytest.raises(UserError, match=r"nothing.pth cannot be read \(HTTP Error 404.*\)\. Correct the address"):
         load(f"{web.address}/nothing.pth")
+
+
+@pytest.mark.parametrize(
+    ("address", "cause"),
+    [("http://127.0.0.1:9", "Connection refused"), ("http://models.invalid", "Name|Temporary failure in name")],
+)
+def test_a_download_without_a_network_names_cause_and_remedy(web: WeightsServer, address: str, cause: str):
+    with pytest.raises(UserError, match=rf"net\.pth cannot be read \(\[Errno.*({cause}).*\)\. Check the") as caught:
+        load(f"{address}/net.pth")
+    assert "on another machine and set `train.parent` to its path" in str(caught.value)
 
 
 # Interruptions, redirects, proxies
 
 
-def test_an_interrupted_download_is_resumed_where_it_ended(web: WeightsServer):
-    assert torch.equal(load(f"{web.address}/cut/w.safetensors"), STATE["conv.weight"])
+def test_an_interrupted_download_is_resumed_where_it_ended(web: WeightsServer, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.INFO):
+        assert torch.equal(load(f"{web.address}/cut/w.safetensors"), STATE["conv.weight"])
+    assert caplog.text.count("weights: interrupted after ") == len(DATA) // CUT
     assert web.requests == [("/cut/w.safetensors", f"bytes={at}-" if at else None) for at in range(0, len(DATA), CUT)]
 
 

@@ -1,5 +1,7 @@
 """Contents of an evaluation report: quarantine of all jobs, calibrated probabilities, folder by model."""
 
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ from carclass import storage
 from carclass.config.schema import EvaluateSettings, TrainSettings
 from carclass.data import dataset, publishing
 from carclass.evaluation import calibrate, calibration, collect
+from carclass.evaluation.evaluate import evaluate_run
 from carclass.runs.report_record import report_uri
+from tests.helpers.evaluated_run import publish_evaluated_run
 from tests.helpers.runs import FROZEN, MODEL, begin, finish, publish_dataset
 
 
@@ -88,3 +92,14 @@ def test_every_model_and_split_has_a_report_of_its_own(
     finish(run, stage="unfrozen", scale=10)
     uri = report_uri(run, dataset_name, split, run.select_stage(stage))
     assert uri == f"{run.uri}/{folder}"
+
+
+def test_a_report_that_is_replaced_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    publish_evaluated_run(tmp_path)
+    evaluate_run(str(tmp_path), EvaluateSettings(run="first"))
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        evaluate_run(str(tmp_path), EvaluateSettings(run="first"))
+        evaluate_run(str(tmp_path), EvaluateSettings(run="first", split="val"))
+    (line,) = [line for line in caplog.messages if "replaced" in line]
+    assert re.fullmatch(r"evaluate: .*/first/report/report\.html of \d{4}-\d\d-\d\d \d\d:\d\d will be replaced", line)

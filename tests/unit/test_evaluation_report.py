@@ -2,6 +2,7 @@
 
 import re
 import xml.etree.ElementTree as ET
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from carclass.evaluation.charts import coverage_chart, curve_chart, find_epoch, heat_map
 from carclass.evaluation.metrics import wilson_interval
 from carclass.evaluation.report import Mistake, Report, render
-from carclass.reporting.svg import nice_ticks
+from carclass.reporting.svg import BOTTOM, nice_ticks
 from tests.helpers.pages import (
     EVALUATION_SECTIONS,
     has_linked_section,
@@ -223,6 +224,18 @@ def test_a_chart_shows_the_boundary_and_the_names_of_stages():
     svg = ET.fromstring(curve_chart(make_report().history, "loss", None, percent=False))
     assert len(svg.findall("line[@class='boundary']")) == 1
     assert [text.text for text in svg.findall("text[@class='stage middle']")] == ["frozen", "unfrozen"]
+
+
+@pytest.mark.parametrize("num_epochs", range(70, 90))
+def test_the_numbers_of_epochs_do_not_touch_where_stages_meet(num_epochs: int):
+    history = {
+        "frozen": [make_epoch(i + 1, 0.4) for i in range(num_epochs)],
+        "unfrozen": [make_epoch(i + 1, 0.5) for i in range(30)],
+    }
+    drawn = str(curve_chart(history, "accuracy", None, percent=True))
+    places = [float(x) for x in re.findall(rf'<text class="tick middle" x="([\d.]+)" y="{BOTTOM + 17:.1f}"', drawn)]
+    assert len(places) > 8
+    assert min(right - left for left, right in pairwise(places)) > 20
 
 
 def test_a_single_epoch_is_drawn_as_dots():

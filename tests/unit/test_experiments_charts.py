@@ -48,6 +48,14 @@ def test_every_run_with_epochs_has_a_labelled_curve():
     assert len(re.findall(r'<text class="label ', drawn)) == 15
 
 
+def test_labels_are_in_the_order_of_the_values_that_they_name():
+    curve = charts.ChartedRun("a", None, "", "", "finished", 0.9, None, [0.2, 0.9, 0.3], is_best=True)
+    other = curve._replace(name="b", val_accuracies=[0.2, 0.5, 0.6], is_best=False)
+    drawn = charts.all_curves([curve, other])
+    labels = re.findall(r'<text class="label [a-z]*" x="[\d.]+" y="([\d.]+)">(\w) ', drawn)
+    assert [name for _, name in sorted(labels, key=lambda label: float(label[0]))] == ["a", "b"]
+
+
 def test_nan_splits_a_curve():
     drawn = charts.all_curves(report.charted_runs(edge_case_comparisons()["a gap"]))
     assert drawn.count("<polyline") == 2

@@ -1,5 +1,6 @@
 """First config file of own photos: it holds what ingestion will find, and settings that fit data and machine."""
 
+import logging
 import os
 import resource
 import runpy
@@ -16,7 +17,7 @@ from carclass.config.schema import Config
 from carclass.data import photo
 from carclass.data.inventory import Inventory
 from carclass.errors import UserError
-from carclass.experiments import estimate, first_config, machine
+from carclass.experiments import estimate, first_config, machine, survey_text
 from carclass.experiments.machine import Machine
 from carclass.ingestion.inputs import list_inputs
 from carclass.ingestion.split import count_held_out
@@ -128,6 +129,45 @@ def test_odd_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
         assert text in written
 
 
+def test_unusable_photos_of_the_sample_are_counted_by_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    broken = {f"audi/broken{i}.jpg": JPEG[:50] + bytes([i]) for i in range(3)}
+    write(tmp_path / "p", {**classes(), **broken, "bmw/empty.jpg": b""})
+    init(monkeypatch, tmp_path / "my.yml", "p")
+    printed, written = capsys.readouterr().out, (tmp_path / "my.yml").read_text()
+    for text in ("unusable, truncated: 3 of 24 photos sampled", "unusable, empty: 1 of 24 photos sampled"):
+        assert text in written
+        assert " ".join(text.split(": ")) in " ".join(printed.split())
+    assert "4 of 24 photos sampled are unusable: of all 24, about 4 will be quarantined" in printed
+
+
+def test_the_table_of_labels_among_the_photos_is_no_odd_file(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+):
+    write(tmp_path / "p", NUMBERED)
+    with caplog.at_level(logging.INFO):
+        init(monkeypatch, tmp_path / "my.yml", "p")
+    printed = capsys.readouterr().out
+    assert f"labels            {tmp_path}/p/t.csv" in printed
+    assert "set aside" not in printed
+    assert "no photos by their names" not in caplog.text
+    write(tmp_path / "p", {"notes.txt": b""})
+    init(monkeypatch, tmp_path / "my.yml", "p", "--overwrite")
+    assert "set aside, junk   1, such as 'notes.txt'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["p"], ["p/p", "--labels", "p/t.csv"]])
+def test_columns_of_any_names_may_be_given(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write(tmp_path / "p", {**NUMBERED, "t.csv": TABLE.replace(b"id;model;split", b"nr;maker;split")})
+    settings = init(monkeypatch, tmp_path / "my.yml", *arguments, "--columns", "{name: nr, class: maker}")
+    assert settings.ingest is not None
+    assert settings.ingest.columns == {"name": "nr", "class": "maker", "subset": "split"}
+
+
 def test_the_terminal_gets_no_control_characters_of_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -194,6 +234,9 @@ def test_an_existing_file_is_replaced_only_when_told(tmp_path: Path, monkeypatch
         (["p/audi/audi0.jpg"], "audi0.jpg is a file. Set it to a folder"),
         (["huge"], "photos have 1 class"),
         (["s3:bucket/x"], "an S3 URI is written"),
+        (["p", "--columns", "{name: nr}"], "`--columns` has no effect: no table of labels is in or beside p"),
+        (["flat", "--labels", "flat/a.csv", "--columns", "{key: nr}"], "`columns.key"),
+        (["flat", "--labels", "flat/a.csv", "--columns", "nr"], "`columns`"),
     ],
 )
 def test_a_mistake_is_reported_and_nothing_is_written(
@@ -219,6 +262,20 @@ def survey(photos_per_class: int, side: int = 480) -> Survey:
     subsets = {name: {"train": photos_per_class} for name in "abcd"}
     sample = PhotoSample([(side, 700)] * 9, 60_000, {}, 0.003)
     return Survey(make_settings("/photos", None), "", subsets, {"test": 0.2, "val": 0.2}, {}, sample)
+
+
+@pytest.mark.parametrize(
+    ("subsets", "shares", "text"),
+    [
+        ({"train": 2, "val": 9}, {"test": 0.2}, "in test: add photos, or set a larger `test_fraction` in the file."),
+        ({"test": 9, "val": 9}, {}, "in train: add photos."),
+    ],
+)
+def test_a_larger_share_is_advised_only_of_photos_that_are_held_out(
+    subsets: dict[str, int], shares: dict[str, float], text: str
+):
+    few = survey(1)._replace(subsets={"a": subsets}, shares=shares)
+    assert [each for each in survey_text.list_warnings(few, GPUS) if "No photo" in each] == [f"No photo is {text}"]
 
 
 def test_a_gpu_trains_both_stages_at_full_size_with_a_worker_each():

@@ -2,13 +2,14 @@
 
 import runpy
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from carclass.config.pipeline_sections import check_evaluation
-from carclass.config.schema import Config, TrainSettings
+from carclass.config.schema import Config, IngestSettings, MaskSettings, TrainSettings
 from carclass.errors import UserError
 from carclass.evaluation.evaluate import Evaluation
 from carclass.experiments.pipeline_preflight import check_split
@@ -40,6 +41,27 @@ def test_a_pipeline_counts_the_quarantine_of_ingest_and_of_masking():
     count_photos = functions("pipeline")["count_photos"]
     assert count_photos(manifests) == {"photos_in": 10, "rows": 5, "quarantined": 5}
     assert count_photos(manifests[:1]) == {"photos_in": 10, "rows": 8, "quarantined": 2}
+
+
+def test_a_pipeline_ends_with_the_places_of_its_results_and_the_next_commands():
+    pipeline = functions("pipeline")
+    settings = Config(
+        root="/r", ingest=IngestSettings(photos="/p"), mask=MaskSettings(), train=TrainSettings(name="first")
+    )
+    assert pipeline["list_results"](settings, {"report": "/r/experiments/first/report/report.html"}) == [
+        ("dataset v1", "/r/datasets/v1/report.html"),
+        ("dataset v2", "/r/datasets/v2/report.html"),
+        ("report", "/r/experiments/first/report/report.html"),
+        ("summary", "/r/experiments/first/summary.json"),
+    ]
+    assert pipeline["list_commands"](Namespace(config="my cars.yml", root=None), "first") == [
+        ("predict new photos", "python jobs/predict.py PHOTOS --config 'my cars.yml' --run first"),
+        ("export the model", "python jobs/export.py --run first --config 'my cars.yml'"),
+    ]
+    assert pipeline["list_commands"](Namespace(config="my.yml", root="s3://b/r"), "first") == [
+        ("predict new photos", "python jobs/predict.py PHOTOS --config my.yml --root s3://b/r --run first"),
+        ("export the model", "python jobs/export.py --run first --root s3://b/r"),
+    ]
 
 
 def test_an_evaluation_prints_its_split_photos_and_model():

@@ -53,7 +53,8 @@ def test_classes_are_listed_most_frequent_first_and_no_vehicle_last():
 
 
 def test_a_flag_names_the_setting_that_excludes_its_photos():
-    assert "mask.exclude.several_vehicles" in section(render(make_masking_report()), "detections")
+    html = section(render(make_masking_report()), "detections").replace("<wbr>", "")  # where a line may break
+    assert "mask.exclude.several_vehicles" in html
 
 
 def test_an_unknown_flag_is_shown_by_its_name():

@@ -94,6 +94,14 @@ def test_files_that_failed_are_listed_with_their_reason(tmp_path: Path):
     assert (report.failed, report.reasons) == ([FailedPhoto("a", "empty", "no bytes")], {"empty": 1})
 
 
+def test_files_that_are_no_photos_are_named_apart_from_the_quarantine(tmp_path: Path):
+    others = [{"key": name, "reason": "not_an_image", "detail": ""} for name in ("notes.txt", "Thumbs.db")]
+    report = collected(tmp_path, [failed("a"), shown("b"), *others])
+    assert (report.failed, report.reasons) == ([FailedPhoto("a", "empty", "no bytes")], {"empty": 1})
+    text = section_text(render(report), "quarantine")
+    assert "Not photos, neither by their names nor by their content, and left out: 2 (Thumbs.db, notes.txt)." in text
+
+
 def test_the_page_of_files_that_all_failed_has_no_photos(tmp_path: Path):
     assert "No photo was classified" in section(render(collected(tmp_path, [failed("a")])), "photos")
 

@@ -39,8 +39,8 @@ def predicted(key: str, best: int = 0, **changes: Any) -> dict[str, Any]:
     }
 
 
-def failed(key: str) -> dict[str, Any]:
-    return {"key": key, "reason": "empty", "detail": "no, bytes"}
+def failed(key: str, reason: str = "empty") -> dict[str, Any]:
+    return {"key": key, "reason": reason, "detail": "no, bytes"}
 
 
 def write(folder: Path, *parts: list[dict[str, Any]]) -> None:
@@ -221,13 +221,28 @@ def test_inputs_that_are_not_read_are_listed_with_their_reason(tmp_path: Path):
 def test_photos_are_counted_by_result(tmp_path: Path):
     write(tmp_path, [failed("a"), predicted("b"), predicted("c", rejected=True), failed("d")])
     publish(tmp_path, ["a", "b", "c", "d"])
-    assert predictions.read_counts(str(tmp_path)) == (4, 2, 1, {"empty": 2})
+    assert predictions.read_counts(str(tmp_path)) == (4, 2, 1, (0, []), {"empty": 2})
+
+
+def test_files_that_are_no_photos_are_counted_apart_from_the_quarantine(tmp_path: Path):
+    names = ["notes.txt", "a/.DS_Store", "Thumbs.db"]
+    write(tmp_path, [failed("page.jpg", "not_an_image"), *(failed(name, "not_an_image") for name in names)])
+    publish(tmp_path, ["page.jpg", *names])
+    counts = predictions.read_counts(str(tmp_path))
+    assert (counts.files, counts.reasons) == (4, {"not_an_image": 1})
+    assert counts.others.text == "3 (Thumbs.db, a/.DS_Store, notes.txt)"
+
+
+def test_a_photo_under_the_name_of_another_kind_of_file_is_not_left_out(tmp_path: Path):
+    write(tmp_path, [failed("photo.txt", "truncated"), predicted("photo.db")])
+    publish(tmp_path, ["photo.txt", "photo.db"])
+    assert predictions.read_counts(str(tmp_path)) == (2, 1, 0, (0, []), {"truncated": 1})
 
 
 def test_a_table_of_failed_photos_only_is_counted(tmp_path: Path):
     write(tmp_path, [failed("a")])
     publish(tmp_path, ["a"])
-    assert predictions.read_counts(str(tmp_path)) == (1, 0, 0, {"empty": 1})
+    assert predictions.read_counts(str(tmp_path)) == (1, 0, 0, (0, []), {"empty": 1})
 
 
 def test_predictions_are_resumed_with_their_first_settings(tmp_path: Path):
@@ -249,4 +264,4 @@ def test_predictions_on_s3(bucket: str):
         predictions.write_batch(pa.Table.from_pylist(rows, predictions.PREDICTED), uri, SETTINGS)
     publish(uri, ["a", "b", "c"])
     assert is_finished(uri, ["a", "b", "c"])
-    assert predictions.read_counts(uri) == (3, 2, 0, {"empty": 1})
+    assert predictions.read_counts(uri) == (3, 2, 0, (0, []), {"empty": 1})

@@ -226,12 +226,19 @@ def test_a_version_of_a_former_format_is_as_a_source_with_a_test_subset():
     assert shares_of("train", "test", published=Dataset("v1", {"settings": {"val_fraction": 0.2}})) == {"val": 0.2}
 
 
-def test_classes_with_few_val_photos_are_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+@pytest.mark.parametrize(
+    ("held_out", "advice"), [(["val"], "set a larger `ingest.val_fraction`"), ([], "or add val photos to the source")]
+)
+def test_classes_with_few_val_photos_are_warned_about(
+    held_out: list[str], advice: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     photos = [*cars({"a": 9, "b": 10}, subset="val"), *(Photo(f"c/{i}", "c") for i in range(99))]
     with Inventory() as inventory:
         add_photos(inventory, photos)
         draft = Draft(str(tmp_path), {}, inventory)
         draft.write_missing(lambda: write_pending(draft, photos))
+        inventory.set_held_out(held_out)
         _warn_about_few_val(inventory, ["a", "b", "c"])
     (message,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert message.startswith("ingest: 2 of 3 classes have fewer than 10 val photos (c 0, a 9): ")
+    assert message.endswith(advice)

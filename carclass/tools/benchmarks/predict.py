@@ -129,7 +129,7 @@ def _run_job(folder: Path, name: str) -> Rates:
     prediction = predict_photos(str(folder), PredictSettings(run=name, photos=str(folder / "new")))
     seconds = time.perf_counter() - started
     assert not prediction.counts.reasons, prediction.counts
-    return Rates(prediction.counts.photos / seconds, _steady_rate(Path(prediction.uri, "parts")))
+    return Rates(prediction.counts.files / seconds, _steady_rate(Path(prediction.uri, "parts")))
 
 
 def _steady_rate(parts: Path) -> float:
