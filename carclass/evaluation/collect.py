@@ -62,16 +62,24 @@ def _facts(
     lineage, difference = run.lineage(), masking_difference(run, source)
     seen = find_seen_photos(run, source, settings.split)
     unknown = f"those of {', '.join(seen.unknown)} are not known: the dataset is gone or has changed"
+    version = (
+        ""
+        if source.name != run.settings.dataset or source.digest == lineage["dataset_digest"]
+        else (", of another version of it than the run was trained on")
+    )
     return [
         ("Run", run.settings.name),
         ("Model", f"{run.settings.model.architecture}, {run.settings.model.image_size} px"),
         ("Checkpoint", model_text(model_facts)),
         ("Parent", f"{lineage['parent']} (sha256 {lineage['parent_sha256'][:12]}…)"),
         ("Trained on", f"{run.settings.dataset} (sha256 {lineage['dataset_digest'][:12]}…)"),
-        ("Evaluated on", f"{source.name}, {settings.split}: {source.manifest['splits'][settings.split]:,} photos"),
+        (
+            "Evaluated on",
+            f"{source.name}, {settings.split}: {source.manifest['splits'][settings.split]:,} photos{version}",
+        ),
         *([("Masking", f"differs: {difference}")] if difference is not None else []),
         *([("Sampling", "balanced: each class equally often")] if run.settings.sampling == "balanced" else []),
-        *([("Seen in training", f"{seen.text}: the accuracy is too high")] if seen.number else []),
+        *([("Seen in training", f"{seen.text}: the accuracy is too high")] if seen.text else []),
         *([("Train photos", unknown)] if seen.unknown else []),
         ("Seed", str(run.settings.seed)),
         ("Code", lineage["code"]),
@@ -171,7 +179,9 @@ def _caption(row: dict[str, Any]) -> str:
 
 
 def to_arrays(predictions: pa.Table, classes: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return (int64 (N,) labels, float32 (N,C) probabilities) of a table of predictions."""
-    index = {name: i for i, name in enumerate(classes)}
-    labels = np.array([index[label] for label in predictions["label"].to_pylist()])
+    """Return (int64 (N,) labels, float32 (N,C) probabilities) of a table of predictions.
+
+    Raise UserError if a label is none of the classes.
+    """
+    labels = dataset.class_indices(predictions["label"], classes)
     return labels, np.stack(predictions["probabilities"].to_numpy())
