@@ -164,7 +164,7 @@ KINDS = {
         sealed_since=4,
     ),
     "divergence": Kind(
-        {"epoch": PositiveInt, "step": PositiveInt, "cause": str},
+        {"epoch": PositiveInt, "step": PositiveInt, "quantity": str},
         "Delete the file: training the stage again writes it anew if it diverges.",
     ),
     "export": Kind({"model_sha256": str, "files": dict}, "Delete the file and run jobs/export.py again.", format=2),

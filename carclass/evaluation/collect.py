@@ -62,21 +62,13 @@ def _facts(
     lineage, difference = run.lineage(), masking_difference(run, source)
     seen = find_seen_photos(run, source, settings.split)
     unknown = f"those of {', '.join(seen.unknown)} are not known: the dataset is gone or has changed"
-    version = (
-        ""
-        if source.name != run.settings.dataset or source.digest == lineage["dataset_digest"]
-        else (", of another version of it than the run was trained on")
-    )
     return [
         ("Run", run.settings.name),
         ("Model", f"{run.settings.model.architecture}, {run.settings.model.image_size} px"),
         ("Checkpoint", model_text(model_facts)),
         ("Parent", f"{lineage['parent']} (sha256 {lineage['parent_sha256'][:12]}…)"),
         ("Trained on", f"{run.settings.dataset} (sha256 {lineage['dataset_digest'][:12]}…)"),
-        (
-            "Evaluated on",
-            f"{source.name}, {settings.split}: {source.manifest['splits'][settings.split]:,} photos{version}",
-        ),
+        ("Evaluated on", _photos_text(run, source, settings.split)),
         *([("Masking", f"differs: {difference}")] if difference is not None else []),
         *([("Sampling", "balanced: each class equally often")] if run.settings.sampling == "balanced" else []),
         *([("Seen in training", f"{seen.text}: the accuracy is too high")] if seen.text else []),
@@ -84,6 +76,15 @@ def _facts(
         ("Seed", str(run.settings.seed)),
         ("Code", lineage["code"]),
     ]
+
+
+def _photos_text(run: Run, source: dataset.Dataset, split: str) -> str:
+    """Return the evaluated photos in words."""
+    text = f"{source.name}, {split}: {source.manifest['splits'][split]:,} photos"
+    is_same_version = source.digest == run.lineage()["dataset_digest"]
+    if source.name != run.settings.dataset or is_same_version:
+        return text
+    return f"{text}, of another version of it than the run was trained on"
 
 
 def _copies(predictions: pa.Table) -> list[tuple[str, str]]:

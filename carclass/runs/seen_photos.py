@@ -1,8 +1,7 @@
 """Photos of a split that a run or its ancestors were trained or chosen on, found by the hash of their content.
 
 On train photos a model is more accurate than on new ones, and on the val photos its best epoch was chosen on a little.
-Within a dataset, no photo is in two splits; between two datasets,
-as of the same photos ingested under two names, it may be.
+Within a dataset, no photo is in two splits; between two, as of the same photos ingested under two names, it may be.
 """
 
 from typing import NamedTuple
