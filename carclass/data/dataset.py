@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -66,6 +66,19 @@ QUARANTINE = pa.schema(
     ]
 )
 SPLITS = ("train", "val", "test")
+CONTENT_KEY = b"carclass.content"
+"""Key of a part's metadata with the hash of its content, see publishing.content_digest."""
+
+
+class Part(NamedTuple):
+    """A Parquet part of a dataset as its manifest names it."""
+
+    uri: str
+    content: str | None  # see publishing.content_digest; None in a manifest of format 1
+
+    def read(self, columns: Sequence[str], filters: pc.Expression | None = None) -> pa.Table:
+        """Read columns of the rows that pass the filters, see read_part."""
+        return read_part(self.uri, columns, filters, self.content)
 
 
 @dataclass(frozen=True)
@@ -86,9 +99,16 @@ class Dataset:
         return list(self.manifest["classes"])
 
     @property
+    def parts(self) -> list[Part]:
+        """Return the Parquet parts, in the order of the manifest."""
+        paths = self.manifest["parts"]
+        contents = paths.values() if isinstance(paths, dict) else [None] * len(paths)
+        return [Part(storage.join(self.uri, path), content) for path, content in zip(paths, contents, strict=True)]
+
+    @property
     def part_uris(self) -> list[str]:
         """Return the URIs of the Parquet parts, in the order of the manifest."""
-        return [storage.join(self.uri, part) for part in self.manifest["parts"]]
+        return [part.uri for part in self.parts]
 
     @property
     def quarantine(self) -> list[str]:
@@ -130,19 +150,35 @@ class Dataset:
 
     def read(self, columns: Sequence[str]) -> pa.Table:
         """Read columns of all rows, in the order of the parts."""
-        if not self.part_uris:
+        if not self.parts:
             return pa.schema([MASKED_ROW.field(name) for name in columns]).empty_table()
-        return pa.concat_tables(read_part(uri, columns) for uri in self.part_uris)
+        return pa.concat_tables(part.read(columns) for part in self.parts)
 
     def rows(self, keys: Sequence[str], columns: Sequence[str]) -> list[dict[str, Any]]:
         """Read a few rows in the order of the given keys, each as a dict of `key` and the columns."""
         rows: dict[str, dict[str, Any]] = {}
-        for uri in self.part_uris if keys else []:
-            part_keys = read_part(uri, ["key"])["key"].to_pylist()
+        for part in self.parts if keys else []:
+            part_keys = part.read(["key"])["key"].to_pylist()
             positions = [i for i, key in enumerate(part_keys) if key in set(keys)]
             if positions:  # avoid fetching the photos of other parts
-                rows |= {row["key"]: row for row in take_rows(uri, positions, ["key", *columns]).to_pylist()}
+                rows |= {row["key"]: row for row in take_rows(part.uri, positions, ["key", *columns]).to_pylist()}
         return [rows[key] for key in keys]
+
+
+def class_indices(labels: pa.Array | pa.ChunkedArray, classes: Sequence[str]) -> np.ndarray:
+    """Return the index of each label among the classes of its dataset: int64 (N,).
+
+    Raise UserError if a label is none of them.
+    """
+    indices = pc.index_in(labels, value_set=pa.array(classes, pa.string()))
+    if indices.null_count:
+        label = pc.filter(labels, pc.is_null(indices))[0].as_py()
+        raise UserError(
+            f"a photo has the label {label!r}, which is none of the `classes` in its dataset's manifest.json: that was "
+            "edited, or a part was replaced. Restore the manifest; or delete it and run the same job again, which "
+            "keeps the finished parts."
+        )
+    return indices.to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 @contextmanager
@@ -170,12 +206,37 @@ def open_part(opened: NativeFile) -> pq.ParquetFile:
     return pq.ParquetFile(opened, pre_buffer=True, page_checksum_verification=True)
 
 
-def read_part(uri: str, columns: Sequence[str] | None = None, filters: pc.Expression | None = None) -> pa.Table:
-    """Read columns (default: all) of the rows of one Parquet file that pass the filters (default: all)."""
+def read_part(
+    uri: str,
+    columns: Sequence[str] | None = None,
+    filters: pc.Expression | None = None,
+    content: str | None = None,
+) -> pa.Table:
+    """Read columns (default: all) of the rows of one Parquet file that pass the filters (default: all).
+
+    content: hash that the manifest has of it. Raise UserError if the file records another one, as a part of another
+    dataset or version; former versions recorded none.
+    """
     names = None if columns is None else list(columns)
     with open_parquet(uri) as file:
+        if content is not None and _recorded_content(file) not in (None, content):
+            raise _replaced_part(uri)
         table = pq.read_table(file, columns=names, filters=filters, page_checksum_verification=True)
     return with_plain_lists(table if names is None else table.select(names))
+
+
+def _recorded_content(opened: NativeFile) -> str | None:
+    """Return the hash of its content that an opened part records; None without, as in files of former versions."""
+    recorded = (open_part(opened).schema_arrow.metadata or {}).get(CONTENT_KEY)
+    return None if recorded is None else recorded.decode()
+
+
+def _replaced_part(uri: str) -> UserError:
+    return UserError(
+        f"{uri} has other rows than those that manifest.json was published with: it was replaced by a file of another "
+        "dataset or version. Restore it; or delete this one file and run the job that wrote the dataset again, with "
+        "the same settings: it makes missing files anew."
+    )
 
 
 def with_plain_lists(table: pa.Table) -> pa.Table:

@@ -39,8 +39,8 @@ class Kind(NamedTuple):
     """By format: the content of the file → that of the next format. Without one, the format is read as it is."""
     former_keys: Mapping[int, dict[str, Any]] = {}
     """By format that is read as it is: its required keys, if they are others."""
-    is_sealed: bool = False
-    """A file of the written format has the sha256 of its other values, as an edited one would change predictions."""
+    sealed_since: int | None = None
+    """First format with the sha256 of the other values, as an edited file would change results."""
 
 
 RUN_REMEDY = "Restore it from a backup, or delete the run's folder and run jobs/train.py again."
@@ -146,17 +146,26 @@ KINDS = {
             **{"model.image_size": PositiveInt, "model.dropout": NUMBER},
         },
         "Delete the file and run jobs/train.py again: finished epochs are kept.",
+        format=2,  # sealed
+        sealed_since=2,
     ),
     "run_model": Kind({"stage": str, "sha256": str}, "Delete the file: it is found again from the stages' models."),
     "checkpoint": Kind({"epoch": NonNegativeInt, "val_accuracies": list, "sha256": dict}, RUN_REMEDY),
     "evaluation": Kind(
         {"accuracy": NUMBER, "num_photos": PositiveInt},
         "Run jobs/evaluate.py again.",
-        format=3,  # 2: has the model, the dataset and the split; 3: the coverage by threshold
+        # 2: has the model, the dataset and the split; 3: the coverage by threshold; 4: the digests of dataset and
+        # predictions, sealed
+        format=4,
         migrations={
             1: lambda values: {"model_sha256": None, **values} if isinstance(values, dict) else {},
             2: lambda values: {"coverage": [], **values},
         },
+        sealed_since=4,
+    ),
+    "divergence": Kind(
+        {"epoch": PositiveInt, "step": PositiveInt, "quantity": str},
+        "Delete the file: training the stage again writes it anew if it diverges.",
     ),
     "export": Kind({"model_sha256": str, "files": dict}, "Delete the file and run jobs/export.py again.", format=2),
     "budget": Kind({"budget": str}, "Delete the file: the next jobs/lineage.py run writes it again."),
@@ -164,12 +173,14 @@ KINDS = {
     "calibration": Kind(
         {"temperature": PositiveFloat, "model_sha256": str},
         PREDICT_REMEDY,
-        format=3,  # 2: has the temperature that was fitted beside the one to use; 3: coverage by threshold, sealed
+        # 2: has the temperature that was fitted beside the one to use; 3: coverage by threshold, sealed; 4: the reason
+        # why the fitted one is not used
+        format=4,
         migrations={1: _choose_temperature, 2: lambda values: {"coverage": [], **values}},
-        is_sealed=True,
+        sealed_since=3,
     ),
-    # 2: has all up to the network's input; 3: sealed
-    "preprocessing": Kind({"reading": dict}, PREDICT_REMEDY, format=3, is_sealed=True),
+    # 2: has all up to the network's input; 3: sealed; 4: has the digest of the dataset
+    "preprocessing": Kind({"reading": dict}, PREDICT_REMEDY, format=4, sealed_since=3),
     "predictions": Kind(
         {},
         "Delete the folder, or choose another `predict.name`.",
@@ -203,7 +214,7 @@ def read(uri: str, kind: str) -> Row:
 def write(uri: str, kind: str, values: Row) -> None:
     """Write a file with its format; as YAML if its name ends with .yml, else as JSON."""
     content = {"format": KINDS[kind].format, **values}
-    if KINDS[kind].is_sealed:
+    if KINDS[kind].sealed_since is not None:
         content[SEAL] = _sealing_sha256(content)
     storage.write_bytes(uri, yaml_file.dump(content) if uri.endswith(".yml") else to_json(content))
 
@@ -306,7 +317,8 @@ def _upgrade(content: Any, kind: str, uri: str) -> Row:
             f"{uri} has format {number} and was written by a newer version of carclass; this version reads formats up "
             f"to {known.format}. Update carclass, or use the version that wrote it."
         )
-    if known.is_sealed and number == known.format and content.get(SEAL) != _sealing_sha256(content):
+    is_sealed = known.sealed_since is not None and number >= known.sealed_since
+    if is_sealed and content.get(SEAL) != _sealing_sha256(content):
         raise damaged(kind, uri, f"its values are not those that were written, whose sha256 is `{SEAL}`")
     for step in range(number, known.format):
         if step in known.migrations:

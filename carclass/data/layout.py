@@ -12,10 +12,11 @@ FOLDERS = frozenset((
 ))  # fmt: skip
 FILES = frozenset((
     "analysis.html", "best.json", "best.safetensors", "best.yml", "calibration.json", "checkpoint.json", "config.yml",
-    "contact_sheet.jpg", "draft.json", "export.json", "lease.json", "lineage.json", "manifest.json", "metrics.json",
-    "metrics.jsonl", "model.json", "model.onnx", "model.pt2", "model.safetensors", "optimizer.safetensors",
-    "predictions.csv", "predictions.html", "predictions.parquet", "preprocessing.json", "report.html", "search.yml",
-    "settings.json", "summary.json", "trials.json", "trials.parquet", "weights.safetensors",
+    "contact_sheet.jpg", "diverged.json", "draft.json", "export.json", "lease.json", "lineage.json", "manifest.json",
+    "metrics.json", "metrics.jsonl", "model.json", "model.onnx", "model.pt2", "model.safetensors",
+    "optimizer.safetensors", "predictions.csv", "predictions.html", "predictions.parquet", "preprocessing.json",
+    "report.html", "search.yml", "settings.json", "summary.json", "trials.json", "trials.parquet",
+    "weights.safetensors",
 ))  # fmt: skip
 
 

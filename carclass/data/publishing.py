@@ -11,14 +11,14 @@ import pyarrow.parquet as pq
 
 from carclass import storage
 from carclass.data import formats
-from carclass.data.dataset import MASKED_ROW, QUARANTINE, ROW, Dataset, open_part, read_part, to_json
+from carclass.data.dataset import CONTENT_KEY, MASKED_ROW, QUARANTINE, ROW, Dataset, open_part, read_part, to_json
 from carclass.data.formats import json_text
 from carclass.data.inventory import WRITTEN
 from carclass.errors import UserError
 
 MANIFEST = "manifest.json"
 PART_PATH = re.compile(r"(parts|quarantine)/[0-9a-f]{24}\.parquet")
-SETTINGS_KEY, CONTENT_KEY, FINGERPRINTS_KEY = b"carclass.settings", b"carclass.content", b"carclass.fingerprints"
+SETTINGS_KEY, FINGERPRINTS_KEY = b"carclass.settings", b"carclass.fingerprints"
 FINGERPRINT = pa.field("fingerprint", pa.string())
 PART_BYTES = 32 * 2**20
 """Bytes of encoded photos after which a part ends: photos that are not shrunk would fill the memory."""

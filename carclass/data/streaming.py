@@ -36,10 +36,10 @@ class RowNumber(NamedTuple):
 
 def number_rows(source: dataset.Dataset) -> Iterator[RowNumber]:
     """Yield the numbers of all rows, in ascending order."""
-    read = partial(dataset.read_part, columns=["image_id", "key", "label", "split"])
-    for part, table in enumerate(storage.in_parallel(read, source.part_uris)):
-        columns = (column.to_pylist() for column in table.columns)
-        for position, (image_id, key, label, split) in enumerate(zip(*columns, strict=True)):
+    columns = ["image_id", "key", "label", "split"]
+    for part, table in enumerate(storage.in_parallel(lambda each: each.read(columns), source.parts)):
+        values = (column.to_pylist() for column in table.columns)
+        for position, (image_id, key, label, split) in enumerate(zip(*values, strict=True)):
             yield RowNumber(image_id, key, part * PART_STRIDE + position, label, split)
 
 
@@ -61,15 +61,16 @@ def stream_rows(source: dataset.Dataset, columns: Sequence[str], split: str | No
     Parts are read by carclass.storage, as pyarrow's file systems lose their retry settings when they are pickled.
     """
     read = partial(read_part_rows, columns=list(columns), split=split)
-    parts = _one_block_each([{"part": uri} for uri in source.part_uris])
+    parts = _one_block_each([part._asdict() for part in source.parts])
     rows = parts.map_batches(read, batch_size=1, batch_format="pyarrow", num_cpus=TASK_CPUS)
     return rows.repartition(target_num_rows_per_block=BLOCK_ROWS)
 
 
 def read_part_rows(batch: pa.Table, columns: list[str], split: str | None) -> pa.Table:
-    """Read the rows of one part, or those of one split. batch: one row with the URI as `part`."""
+    """Read the rows of one part, or those of one split. batch: one row with the fields of dataset.Part."""
     filters = None if split is None else pc.field("split") == split
-    return dataset.read_part(batch["part"][0].as_py(), columns, filters).replace_schema_metadata()
+    (part,) = batch.to_pylist()
+    return dataset.Part(**part).read(columns, filters).replace_schema_metadata()
 
 
 def join_blocks(blocks: Iterable[pa.Table]) -> pa.Table:

@@ -6,53 +6,73 @@ divided by one scalar, the temperature. This does not change the order of the cl
 
 import numpy as np
 from scipy.optimize import minimize_scalar
+from scipy.stats import t as student
 
 from carclass.evaluation import metrics
-from carclass.runs.calibration_record import MIN_USED_TEMPERATURE, Calibration
+from carclass.runs.calibration_record import MIN_USED_TEMPERATURE, Calibration, refuse_sharpening
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = MIN_USED_TEMPERATURE / 2, 20.0
 """Bounds of the fit: if every val photo is classified correctly, the loss has no minimum."""
 NUM_FOLDS = 5
+SIGNIFICANCE = 0.05
+"""Largest probability that photos left out of the fit improve as much as they do by chance."""
 
 
 def fit_calibration(labels: np.ndarray, probabilities: np.ndarray, model_sha256: str) -> Calibration:
     """Fit the calibration of a network. labels: int (N,); probabilities: float (N,C), uncalibrated.
 
-    A temperature that does not lower both log loss and calibration error is not used, nor one at the lower bound of the
-    fit, as all photos are classified correctly there, nor any if temperatures that are fitted on some of the photos do
-    not lower the log loss of the others.
+    The temperature is used only if nothing speaks against it, see _find_objection.
     """
     fitted = fit_temperature(labels, probabilities)
-    losses = log_loss(labels, probabilities), log_loss(labels, probabilities, fitted)
     calibrated = apply_temperature(probabilities, fitted)
     errors = calibration_error(labels, probabilities), calibration_error(labels, calibrated)
-    is_used = fitted > MIN_USED_TEMPERATURE and losses[1] < losses[0] and errors[1] < errors[0]
-    is_used = is_used and held_out_log_loss(labels, probabilities) < losses[0]
-    used = calibrated if is_used else probabilities
+    objection = _find_objection(labels, probabilities, fitted, errors)
+    used = probabilities if objection else calibrated
     return Calibration(
-        temperature=fitted if is_used else 1.0,
+        temperature=1.0 if objection else fitted,
         fitted_temperature=fitted,
         num_photos=len(labels),
-        log_loss_before=losses[0],
-        log_loss_after=losses[1],
+        log_loss_before=log_loss(labels, probabilities),
+        log_loss_after=log_loss(labels, probabilities, fitted),
         expected_calibration_error_before=errors[0],
         expected_calibration_error_after=errors[1],
         model_sha256=model_sha256,
         coverage=metrics.coverage_curve(used.max(1), used.argmax(1) == labels),
+        objection=objection,
     )
 
 
-def held_out_log_loss(labels: np.ndarray, probabilities: np.ndarray) -> float:
-    """Return the mean log loss under temperatures fitted on the other photos: cross-validation with NUM_FOLDS folds.
+def _find_objection(
+    labels: np.ndarray, probabilities: np.ndarray, fitted: float, errors: tuple[float, float]
+) -> str | None:
+    """Return the reason not to use a fitted temperature; None if there is none. errors: before and after it."""
+    if fitted <= MIN_USED_TEMPERATURE:
+        return "it is the lower bound of the fit: every photo is classified correctly"
+    if (objection := refuse_sharpening(fitted, len(labels))) is not None:
+        return objection
+    if errors[1] >= errors[0]:
+        return f"it would change the calibration error from {errors[0]:.3f} to {errors[1]:.3f}"
+    if not improves_others(labels, probabilities):
+        return "it does not improve val photos that are left out of its fit beyond chance"
+    return None
 
-    labels: int (N,), in any order that does not depend on correctness; probabilities: float (N,C).
+
+def improves_others(labels: np.ndarray, probabilities: np.ndarray) -> bool:
+    """Return True if temperatures fitted on some photos lower the log loss of the others beyond chance.
+
+    Every photo is left out of one of NUM_FOLDS fits; a one-sided t-test of the differences decides. labels: int (N,),
+    in any order that does not depend on correctness; probabilities: float (N,C).
     """
-    folds, total = np.arange(len(labels)) % NUM_FOLDS, 0.0
+    if len(labels) < 2:
+        return False
+    folds, gains = np.arange(len(labels)) % NUM_FOLDS, np.zeros(len(labels))
     for fold in range(min(NUM_FOLDS, len(labels))):
         held_out, others = folds == fold, folds != fold
-        temperature = fit_temperature(labels[others], probabilities[others]) if others.any() else 1.0
-        total += log_loss(labels[held_out], probabilities[held_out], temperature) * held_out.sum()
-    return total / len(labels)
+        temperature = fit_temperature(labels[others], probabilities[others])
+        parts = labels[held_out], probabilities[held_out]
+        gains[held_out] = log_losses(*parts) - log_losses(*parts, temperature)
+    error = gains.std(ddof=1) / np.sqrt(len(labels))
+    return bool(gains.mean() > student.ppf(1 - SIGNIFICANCE, len(labels) - 1) * error)
 
 
 def fit_temperature(labels: np.ndarray, probabilities: np.ndarray) -> float:
@@ -78,7 +98,12 @@ def apply_temperature(probabilities: np.ndarray, temperature: float) -> np.ndarr
 
 def log_loss(labels: np.ndarray, probabilities: np.ndarray, temperature: float = 1.0) -> float:
     """Return the mean negative log-likelihood, in nats, of labels (N,) under float (N,C) at a temperature."""
-    return float(-_scaled_log_softmax(probabilities, temperature)[np.arange(len(labels)), labels].mean())
+    return float(log_losses(labels, probabilities, temperature).mean())
+
+
+def log_losses(labels: np.ndarray, probabilities: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """Return the negative log-likelihood of each label, in nats, float64 (N,); see log_loss."""
+    return -_scaled_log_softmax(probabilities, temperature)[np.arange(len(labels)), labels]
 
 
 def calibration_error(labels: np.ndarray, probabilities: np.ndarray) -> float:

@@ -42,8 +42,8 @@ def classify_here(source: dataset.Dataset, settings: EvaluateSettings, model_uri
     """Return columns of ClassifyRows for every photo of a split, classified on the CPUs of this process."""
     predictor, classified = Predictor(model_uri, use_gpu=False), []
     progress = Progress("evaluate", total=source.manifest["splits"][settings.split])
-    for part in source.part_uris:
-        rows = dataset.read_part(part, COLUMNS, pc.field("split") == settings.split)
+    for part in source.parts:
+        rows = part.read(COLUMNS, pc.field("split") == settings.split)
         for batch in rows.to_batches(max_chunksize=settings.batch_size):
             probabilities = predictor.probabilities(batch["image"].to_pylist())
             classified.append(with_probabilities(pa.table(batch), probabilities))

@@ -68,14 +68,23 @@ def _facts(
         ("Checkpoint", model_text(model_facts)),
         ("Parent", f"{lineage['parent']} (sha256 {lineage['parent_sha256'][:12]}…)"),
         ("Trained on", f"{run.settings.dataset} (sha256 {lineage['dataset_digest'][:12]}…)"),
-        ("Evaluated on", f"{source.name}, {settings.split}: {source.manifest['splits'][settings.split]:,} photos"),
+        ("Evaluated on", _photos_text(run, source, settings.split)),
         *([("Masking", f"differs: {difference}")] if difference is not None else []),
         *([("Sampling", "balanced: each class equally often")] if run.settings.sampling == "balanced" else []),
-        *([("Seen in training", f"{seen.text}: the accuracy is too high")] if seen.number else []),
+        *([("Seen in training", f"{seen.text}: the accuracy is too high")] if seen.text else []),
         *([("Train photos", unknown)] if seen.unknown else []),
         ("Seed", str(run.settings.seed)),
         ("Code", lineage["code"]),
     ]
+
+
+def _photos_text(run: Run, source: dataset.Dataset, split: str) -> str:
+    """Return the evaluated photos in words."""
+    text = f"{source.name}, {split}: {source.manifest['splits'][split]:,} photos"
+    is_same_version = source.digest == run.lineage()["dataset_digest"]
+    if source.name != run.settings.dataset or is_same_version:
+        return text
+    return f"{text}, of another version of it than the run was trained on"
 
 
 def _copies(predictions: pa.Table) -> list[tuple[str, str]]:
@@ -171,7 +180,9 @@ def _caption(row: dict[str, Any]) -> str:
 
 
 def to_arrays(predictions: pa.Table, classes: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Return (int64 (N,) labels, float32 (N,C) probabilities) of a table of predictions."""
-    index = {name: i for i, name in enumerate(classes)}
-    labels = np.array([index[label] for label in predictions["label"].to_pylist()])
+    """Return (int64 (N,) labels, float32 (N,C) probabilities) of a table of predictions.
+
+    Raise UserError if a label is none of the classes.
+    """
+    labels = dataset.class_indices(predictions["label"], classes)
     return labels, np.stack(predictions["probabilities"].to_numpy())

@@ -17,9 +17,10 @@ from carclass.evaluation.classification import predict_split
 from carclass.evaluation.collect import collect_report, to_arrays
 from carclass.evaluation.metrics import classification_metrics
 from carclass.evaluation.report import render
+from carclass.formatting import rate_text
 from carclass.runs.calibration_record import Calibration
 from carclass.runs.preprocessing_record import masking_difference
-from carclass.runs.report_record import report_uri
+from carclass.runs.report_record import METRICS, PREDICTIONS, report_uri
 from carclass.runs.run import Run, find_run
 from carclass.runs.saved_model import read_model
 from carclass.runs.seen_photos import find_seen_photos
@@ -66,9 +67,11 @@ def evaluate_run(root: str, settings: EvaluateSettings) -> Evaluation:
         html = render(collect_report(run, source, settings, model_facts, metrics, predictions, calibrated))
         sink = pa.BufferOutputStream()
         pq.write_table(predictions, sink, write_page_checksum=True)
+        metrics["predictions_sha256"] = storage.sha256(sink.getvalue())
         lease.check()
-        storage.write_bytes(storage.join(uri, "predictions.parquet"), sink.getvalue().to_pybytes())
-        formats.write(storage.join(uri, "metrics.json"), "evaluation", metrics)
+        _warn_about_other_version(uri, source, metrics)
+        storage.write_bytes(storage.join(uri, PREDICTIONS), sink.getvalue().to_pybytes())
+        formats.write(storage.join(uri, METRICS), "evaluation", metrics)
         storage.write_bytes(storage.join(uri, "report.html"), html.encode())
     return Evaluation(metrics["accuracy"], metrics, storage.join(uri, "report.html"))
 
@@ -90,12 +93,28 @@ def _warn_about_photos(run: Run, source: dataset.Dataset, split: str) -> None:
         log.warning("evaluate: of the %s photos of dataset %s, %s: accuracy is too high", split, source.name, seen)
 
 
+def _warn_about_other_version(uri: str, source: dataset.Dataset, metrics: dict[str, Any]) -> None:
+    """Warn if a report that is about to be replaced is of another version of the dataset."""
+    try:
+        former = formats.read(storage.join(uri, METRICS), "evaluation")
+    except (FileNotFoundError, formats.DamagedFileError):
+        return
+    if former.get("dataset_digest") not in (None, source.digest):
+        log.warning(
+            "evaluate: the former report in %s was of another version of dataset %s: accuracy %s of %s photos, now %s "
+            "of %s. The two are not of the same photos",
+            uri, source.name,
+            *(text for each in (former, metrics) for text in (rate_text(each["accuracy"]), each["num_photos"])),
+        )  # fmt: skip
+
+
 def _describe(
     source: dataset.Dataset, settings: EvaluateSettings, model_facts: dict[str, Any], calibrated: Calibration | None
 ) -> dict[str, Any]:
     """Return the photos, the model and the temperature that metrics are of."""
     return {
         "dataset": source.name,
+        "dataset_digest": source.digest,
         "split": settings.split,
         **{key: model_facts[key] for key in ("stage", "epoch")},
         "model_sha256": model_facts["sha256"],

@@ -25,7 +25,7 @@ SHAPES = {
     "stale": Markup('<path class="node hollow" d="M0-7 7 0 0 7-7 0z"/>'),
     "begun": Markup('<circle class="node hollow" r="5.5"/><path class="node" d="M0-5.5A5.5 5.5 0 0 0 0 5.5z"/>'),
     "missing": Markup('<circle class="node hollow missing" r="5.5"/>'),
-    "failed": Markup('<path class="cross" d="M-5-5 5 5M5-5-5 5"/>'),
+    "diverged": Markup('<path class="cross" d="M-5-5 5 5M5-5-5 5"/>'),
     "unreadable": Markup('<path class="node hollow" d="M-5-5H5V5H-5z"/>'),
 }
 """Marks of runs in the tree, by state."""

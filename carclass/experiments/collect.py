@@ -14,7 +14,7 @@ from carclass.experiments.results import ComparedRun, Comparison, TestResult
 from carclass.experiments.status import RunStatus
 from carclass.experiments.tree import Experiment, Tree, load_baseline
 from carclass.runs.environment import code_version
-from carclass.runs.report_record import own_report_uri, read_report_metrics
+from carclass.runs.report_record import is_of_training_dataset, read_report_metrics, read_report_predictions
 from carclass.runs.run import flatten
 from carclass.runs.seen_photos import find_seen_photos
 
@@ -116,15 +116,18 @@ def dataset_treatment(tree: Tree, name: str) -> str:
 
 
 def read_test(status: RunStatus) -> TestResult | None:
-    """Return the evaluation of a run's model on its test photos; None if there is none that can be read."""
+    """Return the evaluation of a run's model on its test photos; None if there is none that can be read.
+
+    One on another version of the run's dataset is none.
+    """
     run, best = status.run, status.best
     if best is None:
         return None
-    predictions_uri = storage.join(own_report_uri(run, best["stage"]), "predictions.parquet")
     try:
-        if (metrics := read_report_metrics(run, best["stage"])) is None:
+        metrics = read_report_metrics(run, best["stage"])
+        if metrics is None or not is_of_training_dataset(run, metrics):
             return None
-        table = dataset.read_part(predictions_uri)
+        table = read_report_predictions(run, best["stage"], metrics)
     except storage.StorageError:
         raise
     except UserError:

@@ -13,7 +13,7 @@ from carclass.formatting import value_text
 from carclass.runs.run import STAGES, best_epoch_row
 
 DASH = "\u2013"
-STATES = ("finished", "stale", "begun", "missing", "failed", "unreadable")
+STATES = ("finished", "stale", "begun", "missing", "diverged", "unreadable")
 TREATMENTS = {"none": "whole photo", "crop": "crop", "mask": "mask", "crop+mask": "crop and mask"}
 """Names of the modes of `cutout`; `none` is a dataset without masks."""
 NOT_IN_RECIPE = (
@@ -64,7 +64,7 @@ class ComparedRun:
     state: str
     """One of STATES."""
     reason: str | None
-    """Cause of the states `stale`, `failed` and `unreadable`."""
+    """Cause of the states `stale`, `diverged` and `unreadable`."""
     settings: dict[str, Any]
     """Settings of the run by dotted key."""
     epochs: list[dict[str, Any]]

@@ -18,7 +18,7 @@ from carclass.data import dataset
 from carclass.data.lease import Lease, hold_lease
 from carclass.errors import UserError
 from carclass.experiments.replaced_runs import is_half_moved, names_of_replaced_runs, set_aside_run
-from carclass.experiments.status import RunStatus, tree_status
+from carclass.experiments.status import UNFINISHED, RunStatus, tree_status
 from carclass.experiments.tree import Experiment, Tree
 from carclass.formatting import rate_text
 from carclass.ingestion.ingest import ingest_photos
@@ -74,7 +74,7 @@ def run_experiments(tree: Tree, requested: Sequence[Experiment], replace: Collec
         name, status = experiment.name, statuses[experiment.name]
         if status.state == "finished" and not (name in replace and tree.parent(experiment) in progress.waiting):
             progress.finished.append(name)
-        elif name in replace or status.state in ("missing", "begun"):
+        elif name in replace or status.state in UNFINISHED:
             progress.waiting.append(experiment)
         elif status.state == "stale":
             progress.failed[name] = f"stale ({status.reason}): the same command with `rerun-stale {name}` retrains it"
@@ -101,7 +101,7 @@ def find_stale(tree: Tree) -> dict[str, str]:
         parent = tree.parent(tree[name])
         if status.state == "stale":
             found[name] = str(status.reason)
-        elif status.state in ("missing", "begun") and name in replaced:
+        elif status.state in UNFINISHED and name in replaced:
             found[name] = "moved aside, not trained again yet"
         elif status.state != "missing" and parent is not None and parent.name in found:
             found[name] = f"{parent.name} is trained again"

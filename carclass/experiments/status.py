@@ -7,6 +7,7 @@ from carclass.data import dataset
 from carclass.errors import UserError
 from carclass.experiments.tree import Experiment, Tree
 from carclass.runs import checkpoint_index
+from carclass.runs.divergence_record import divergence_text
 from carclass.runs.run import (
     ParentEpoch,
     Run,
@@ -17,7 +18,9 @@ from carclass.runs.run import (
     read_run_settings,
 )
 
-State = Literal["missing", "begun", "finished", "stale", "unreadable"]
+State = Literal["missing", "begun", "diverged", "finished", "stale", "unreadable"]
+UNFINISHED: tuple[State, ...] = ("missing", "begun", "diverged")
+"""States of experiments that training goes on with."""
 MAX_LISTED = 3
 """Largest number of settings listed in a reason."""
 
@@ -27,7 +30,7 @@ class RunStatus(NamedTuple):
 
     run: Run
     state: State
-    reason: str | None = None  # for the states stale and unreadable
+    reason: str | None = None  # for the states stale, diverged and unreadable
     best: dict[str, Any] | None = None  # facts of the run's model, see find_model
 
 
@@ -82,7 +85,10 @@ def _compare_run(
         reasons.append(f"{parent_status.run.settings.name} is stale")
     if reasons:
         return RunStatus(run, "stale", "; ".join(reasons))
-    return RunStatus(run, "begun" if run.unfinished_stages else "finished")
+    if not run.unfinished_stages:
+        return RunStatus(run, "finished")
+    place = divergence_text(run)
+    return RunStatus(run, "begun" if place is None else "diverged", place)
 
 
 def parent_sha256(root: str, parent: str) -> str | None:

@@ -35,14 +35,24 @@ class FoldedResNet(ResNet):
         super().__init__(FoldedBottleneck, num_blocks)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits (N,num_classes) of float normalised RGB (N,3,S,S)."""
-        return self.fc(self.features(x))
+        """Return float32 logits (N,num_classes) of float normalised RGB (N,3,S,S)."""
+        return self.classify(self.features(x))
 
     def features(self, x: Tensor) -> Tensor:
         """Return pooled features (N,2048 or 512) of float normalised RGB (N,3,S,S)."""
         x = self.maxpool(self.relu(conv_norm(self.conv1, self.bn1, x)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return torch.flatten(self.avgpool(x), 1)
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Return float32 logits (N,num_classes) of pooled features (N,2048 or 512).
+
+        In float32 under autocast too: bfloat16 has 8 bits, so that logits of different classes would be equal.
+        """
+        if features.is_meta:  # a device without autocast, on which memory is estimated
+            return self.fc(features)
+        with torch.autocast(features.device.type, enabled=False):
+            return self.fc(features.float())
 
 
 class NarrowResNet(FoldedResNet):

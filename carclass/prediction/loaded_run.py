@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 from torchvision.models.resnet import ResNet
 
-from carclass import storage
-from carclass.config.schema import StageName, TrainSettings
-from carclass.data import dataset
+from carclass.config.schema import TrainSettings
 from carclass.data.results import split_place
 from carclass.errors import UserError
 from carclass.evaluation import tables
@@ -21,7 +19,7 @@ from carclass.reporting.notebook import facts_html
 from carclass.runs.calibration_record import Calibration, read_calibration
 from carclass.runs.predictor import PhotoClassifier
 from carclass.runs.preprocessing_record import Preprocessing, load_preprocessing
-from carclass.runs.report_record import own_report_uri, read_report_metrics
+from carclass.runs.report_record import read_report_metrics, read_report_predictions
 from carclass.runs.run import Run, epoch_text, read_run_settings
 from carclass.runs.saved_model import load_network
 
@@ -173,7 +171,7 @@ def load_run(uri: str | os.PathLike[str], stage: str | None = None) -> LoadedRun
         settings=settings,
         lineage=run.lineage(),
         metrics=run.metrics(),
-        predictions=None if evaluation is None else _read_predictions(run, selected),
+        predictions=None if evaluation is None else read_report_predictions(run, selected, evaluation),
         classes=facts["classes"],
         model=CheckedClassifier(net, facts["model"]["image_size"]),
         evaluation=evaluation,
@@ -181,7 +179,3 @@ def load_run(uri: str | os.PathLike[str], stage: str | None = None) -> LoadedRun
         run=run,
         stage=selected,
     )
-
-
-def _read_predictions(run: Run, stage: StageName) -> pa.Table:
-    return dataset.read_part(storage.join(own_report_uri(run, stage), "predictions.parquet"))

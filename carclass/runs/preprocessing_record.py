@@ -64,7 +64,8 @@ def store_preprocessing(run: Run, preprocessing: Preprocessing) -> None:
     """Store a run's preprocessing, unless it is stored."""
     uri = storage.join(run.uri, FILE)
     if not storage.exists(uri):
-        formats.write(uri, "preprocessing", dataclasses.asdict(preprocessing))
+        origin = {"dataset_digest": run.lineage()["dataset_digest"]}
+        formats.write(uri, "preprocessing", {**dataclasses.asdict(preprocessing), **origin})
 
 
 def load_preprocessing(run: Run) -> Preprocessing:
@@ -81,6 +82,8 @@ def load_preprocessing(run: Run) -> Preprocessing:
     if missing := [name for name in READING if name not in stored["reading"]]:
         raise formats.damaged("preprocessing", uri, f"`reading.{missing[0]}` is missing")
     preprocessing = formats.build(Preprocessing, stored, "preprocessing", uri)
+    if stored.get("dataset_digest") not in (None, run.lineage()["dataset_digest"]):
+        raise formats.damaged("preprocessing", uri, "it is of another dataset than lineage.json (`dataset_digest`)")
     _check_network_input(run, preprocessing, uri)
     return preprocessing
 

@@ -84,12 +84,33 @@ class Run:
     def model_facts(self, stage: str) -> dict[str, Any]:
         """Return the facts of a stage's best model, such as its epoch, as publish_model recorded them.
 
-        Raise UserError if the stage is not finished.
+        Raise UserError if the stage is not finished, or other records of the run contradict them, as after one was
+        copied from another run.
         """
+        uri = f"{self.model_uri(stage)}.json"
         try:
-            return formats.read(f"{self.model_uri(stage)}.json", "model")
+            facts = formats.read(uri, "model")
         except FileNotFoundError as error:
             raise unfinished_stage(self.model_uri(stage)) from error
+        model = self.settings.model.model_dump()
+        changed = [f"model.{key}" for key, value in facts["model"].items() if model.get(key, value) != value]
+        if facts["stage"] != stage or changed:
+            name = changed[0] if changed else "stage"
+            raise _contradiction(uri, storage.join(self.uri, "config.yml"), f"`{name}`")
+        if self._recorded_accuracy(facts) != facts["val_accuracy"]:
+            name = f"the val accuracy of {epoch_text(facts)}"
+            raise _contradiction(uri, storage.join(self.uri, "metrics.jsonl"), name)
+        return facts
+
+    def _recorded_accuracy(self, facts: dict[str, Any]) -> float:
+        """Return the val accuracy of a model's epoch in metrics.jsonl; that of its facts if it is not there."""
+        try:
+            rows = self.metrics()
+        except formats.DamagedFileError:  # an error where the curves are read; the model can be used
+            return float(facts["val_accuracy"])
+        epoch = facts["stage"], facts["epoch"]
+        found = (row["val_accuracy"] for row in rows if (row["stage"], row["epoch"]) == epoch)
+        return float(next(found, facts["val_accuracy"]))
 
     def best_val_accuracy(self, stage: str) -> float:
         """Return the val accuracy of a finished stage's best epoch."""
@@ -106,25 +127,30 @@ class Run:
             raise unfinished_stage(self.model_uri(self.stages[-1]))
         uri = storage.join(self.uri, MODEL)
         try:
-            recorded: StageName = formats.read(uri, "run_model")["stage"]
+            record = formats.read(uri, "run_model")
         except FileNotFoundError:
             return find_best_stage(self)
+        recorded: StageName = record["stage"]
         if recorded not in self.stages:
             raise formats.damaged("run_model", uri, f"the run has no stage `{recorded}`")
+        if self.is_finished(recorded) and self.model_facts(recorded)["sha256"] != record["sha256"]:
+            raise formats.damaged("run_model", uri, f"its `sha256` is not that of the model of stage {recorded}")
         return recorded
 
     def select_stage(self, stage: str | None) -> StageName:
         """Return the stage whose best model is to be used: by default that of the run's model, which is logged.
 
-        Raise UserError if the run has no such stage.
+        Raise UserError if the run has no such stage, or as model_facts does.
         """
         if stage is None:
             best = self.best_stage
             if len(self.stages) > 1:
                 log.info("run %s: its model is of the %s stage, the best on val", self.settings.name, best)
+            self.model_facts(best)
             return best
         for known in self.stages:
             if stage == known:
+                self.model_facts(known)
                 return known
         names = " and ".join(self.stages)
         raise UserError(
@@ -187,6 +213,13 @@ def epoch_text(facts: dict[str, Any]) -> str:
 def unfinished_stage(model_uri: str) -> UserError:
     """Return the error of a model that is not published yet."""
     return UserError(f"no model at {model_uri}.safetensors: the run has not finished this stage. Run jobs/train.py.")
+
+
+def _contradiction(uri: str, other_uri: str, name: str) -> formats.DamagedFileError:
+    return formats.DamagedFileError(
+        f"{uri} and {other_uri} contradict each other ({name}): one of them was edited, or copied from another run. "
+        "Restore it from a backup; without metrics.jsonl, a run has no training curves."
+    )
 
 
 def best_epoch_row(rows: Sequence[MetricsRow]) -> MetricsRow | None:

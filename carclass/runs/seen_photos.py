@@ -1,7 +1,7 @@
-"""Photos of a split that a run or its ancestors were trained on, found by the hash of their content.
+"""Photos of a split that a run or its ancestors were trained or chosen on, found by the hash of their content.
 
-On them a model is more accurate than on new photos. Within a dataset, no photo is in two splits; between two datasets,
-as of the same photos ingested under two names, it may be.
+On train photos a model is more accurate than on new ones, and on the val photos its best epoch was chosen on a little.
+Within a dataset, no photo is in two splits; between two, as of the same photos ingested under two names, it may be.
 """
 
 from typing import NamedTuple
@@ -18,24 +18,34 @@ from carclass.runs.run import Run, find_run, parse_parent, read_run_settings
 
 
 class SeenPhotos(NamedTuple):
-    """Photos of a split that are train photos of some runs."""
+    """Photos of a split that are train photos of some runs, or val photos of some but train photos of none."""
 
     number: int
     total: int  # photos of the split
     runs: list[str]  # names of the runs that were trained on them
     unknown: list[str]  # names of runs whose train photos are not known any more
+    num_val: int  # val photos; not counted in a val split, on which the run's own epoch is chosen anyway
+    val_runs: list[str]  # names of the runs whose val photos they are
 
     @property
     def text(self) -> str:
-        """Return the number in words: "3 of 40 are train photos of first"; empty if there are none."""
-        return f"{self.number:,} of {self.total:,} are train photos of {', '.join(self.runs)}" if self.number else ""
+        """Return the numbers in words: "3 of 40 are train photos of first"; empty if there are none."""
+        parts = []
+        if self.number:
+            parts.append(f"{self.number:,} of {self.total:,} are train photos of {', '.join(self.runs)}")
+        if self.num_val:
+            names = ", ".join(self.val_runs)
+            parts.append(
+                f"{self.num_val:,} of {self.total:,} are val photos of {names}, whose epoch was chosen on them"
+            )
+        return ", ".join(parts)
 
 
 def find_seen_photos(run: Run, source: dataset.Dataset, split: str) -> SeenPhotos:
-    """Return the photos of a dataset's split that a run or its ancestors were trained on."""
+    """Return the photos of a dataset's split that a run or its ancestors were trained or chosen on."""
     evaluated = image_ids(source, split)
-    is_seen = np.zeros(len(evaluated), bool)
-    runs: list[str] = []
+    is_seen = {seen: np.zeros(len(evaluated), bool) for seen in ("train", "val")}
+    runs: dict[str, list[str]] = {"train": [], "val": []}
     unknown: list[str] = []
     visited: set[str] = set()  # a run may have been trained anew from its own child
     ancestor: Run | None = run
@@ -45,11 +55,13 @@ def find_seen_photos(run: Run, source: dataset.Dataset, split: str) -> SeenPhoto
         if trained is None or trained.digest != ancestor.lineage()["dataset_digest"]:
             unknown.append(ancestor.settings.name)
         elif trained.digest != source.digest:
-            found = pc.is_in(evaluated, value_set=image_ids(trained, "train")).to_numpy(zero_copy_only=False)
-            runs += [ancestor.settings.name] if found.any() else []
-            is_seen |= found
+            for seen in ("train",) if split == "val" else ("train", "val"):
+                found = pc.is_in(evaluated, value_set=image_ids(trained, seen)).to_numpy(zero_copy_only=False)
+                runs[seen] += [ancestor.settings.name] if found.any() else []
+                is_seen[seen] |= found
         ancestor = _find_parent(ancestor, unknown)
-    return SeenPhotos(int(is_seen.sum()), len(evaluated), runs, unknown)
+    num_val = int((is_seen["val"] & ~is_seen["train"]).sum())
+    return SeenPhotos(int(is_seen["train"].sum()), len(evaluated), runs["train"], unknown, num_val, runs["val"])
 
 
 def _find_parent(run: Run, unknown: list[str]) -> Run | None:

@@ -8,16 +8,20 @@ import pyarrow as pa
 
 from carclass import storage
 from carclass.data.crash_guard import CrashGuard
+from carclass.data.dataset import class_indices
 from carclass.data.photo import decode_photos
 
 
 def to_block_columns(
-    batch: pa.Table, class_index: dict[str, int], size: int | None, crash_guard: CrashGuard
+    batch: pa.Table, classes: list[str], size: int | None, crash_guard: CrashGuard
 ) -> pa.Table | dict[str, np.ndarray]:
-    """Convert a dataset's rows to the columns of a PhotoBlock. Raise UserError for a photo that crashes workers."""
+    """Convert a dataset's rows to the columns of a PhotoBlock.
+
+    Raise UserError for a photo that crashes workers, or a label that is none of the classes.
+    """
     names = [f"{i}/{key}" for i, key in zip(batch["image_id"].to_pylist(), batch["key"].to_pylist(), strict=True)]
     ids = np.array([int(storage.sha256(name.encode())[:16], 16) for name in names], np.uint64)
-    labels = np.array([class_index[label] for label in batch["label"].to_pylist()], np.int64)
+    labels = class_indices(batch["label"], classes)
     if size is None:
         return pa.table({"images": batch["image"], "labels": labels, "ids": ids})
     images = batch["image"].to_pylist()

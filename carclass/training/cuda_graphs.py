@@ -36,7 +36,7 @@ class GraphedNetwork(nn.Module):
         """Return (N,num_classes) logits of (N,3,S,S) float normalised RGB."""
         if photos.shape != self.shape or not torch.is_grad_enabled():
             return self.net(photos)
-        return self.net.fc(self.features(photos))
+        return self.net.classify(self.features(photos))
 
 
 class _GraphedFeatures(nn.Module):

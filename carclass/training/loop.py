@@ -33,7 +33,14 @@ Metrics = dict[str, float]
 
 
 class DivergedError(UserError):
-    """Training whose loss, logits or weights are not finite."""
+    """Training whose loss, logits or weights are not finite.
+
+    step: of the epoch, from 1. quantity: `loss`, `weights` or `val loss`.
+    """
+
+    def __init__(self, message: str, epoch: int = 1, step: int = 1, quantity: str = "loss") -> None:
+        super().__init__(message)  # defaults: unpickling passes the message alone, then restores the rest
+        self.epoch, self.step, self.quantity = epoch, step, quantity
 
 
 class Loader(Protocol):
@@ -140,7 +147,8 @@ def _diverged(stage: StageSettings, what: str, epoch: int, step: int, num_steps:
         f"training diverged in the {stage.name} stage: {what} not finite in epoch {epoch}, step {step} of {num_steps} "
         f"(learning rate {rate:.3g}). Nothing after the last checkpoint is kept. Start a run of another `train.name` "
         f"with a lower `train.{stage.name}.lr`, more `warmup_epochs`, `clip_grad_norm: 1`{precision}, or several of "
-        "these."
+        "these.",
+        *(epoch, step, what),
     )
 
 

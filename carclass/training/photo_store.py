@@ -55,9 +55,8 @@ def store_split(source: dataset.Dataset, split: str, size: int | None) -> list[r
     size: side in pixels to decode them to; None: keep them encoded.
     """
     rows = streaming.stream_rows(source, ["image_id", "key", "label", "image"], split)
-    class_index = {name: i for i, name in enumerate(source.classes)}
     blocks = rows.map_batches(
-        partial(to_block_columns, class_index=class_index, size=size, crash_guard=CrashGuard()),
+        partial(to_block_columns, classes=source.classes, size=size, crash_guard=CrashGuard()),
         batch_size=ROWS_PER_BLOCK,
         batch_format="pyarrow",
     ).materialize()

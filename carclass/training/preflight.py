@@ -110,13 +110,13 @@ def check_splits(source: dataset.Dataset) -> None:
 
 
 def check_seen_photos(root: str, settings: TrainSettings, source: dataset.Dataset) -> None:
-    """Warn if the parent of a run, or one of its ancestors, was trained on val or test photos of the run."""
+    """Warn if the parent of a run, or one of its ancestors, was trained or chosen on val or test photos of the run."""
     if (parent := find_parent_run(root, settings.parent)) is None:
         return
     for split in ("val", "test"):
         if seen := find_seen_photos(parent, source, split).text:
             log.warning(
-                "train: of the %s photos of dataset %s, %s, from which run %s starts: its %s accuracy will be too "
+                "train: of the %s photos of dataset %s, %s. Run %s starts from there: its %s accuracy will be too "
                 "high. Make datasets that grow by `--update`, which keeps each photo in its split",
                 split, source.name, seen, settings.name, split,
             )  # fmt: skip

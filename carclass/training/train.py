@@ -5,6 +5,7 @@ A stage is a run of Ray Train; with a single worker on CPUs of a cluster of the 
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import ray
@@ -21,13 +22,14 @@ from carclass.data.lease import hold_lease
 from carclass.errors import UserError, find_user_error
 from carclass.formatting import count_text
 from carclass.models import resnet
+from carclass.runs.divergence_record import record_divergence, remove_divergence
 from carclass.runs.metrics_loggers import check_loggers
 from carclass.runs.preprocessing_record import record_preprocessing
 from carclass.runs.run import Run, begin_run, record_best_stage
 from carclass.runs.saved_model import publish_model, read_model
 from carclass.training import checkpoint, feature_cache, preflight, pretrained
 from carclass.training.allocator import WORKER_ENV
-from carclass.training.loop import Metrics, TrainState
+from carclass.training.loop import DivergedError, Metrics, TrainState
 from carclass.training.memory_probe import measure_step
 from carclass.training.photo_store import BlockRefs, PhotoStore
 from carclass.training.preemption import TorchConfig
@@ -119,8 +121,14 @@ def train_stages(
     for stage in stages:
         job = StageJob(run, stage, source.classes, source.digest, {}, 1)
         job = job._replace(report=train_resources.report, verbose=train_resources.verbose)
-        _fit_stage(job, get_photos, train_resources)
+        try:
+            _fit_stage(job, get_photos, train_resources)
+        except DivergedError as error:
+            with suppress(UserError):  # of the write: the divergence is the cause to tell
+                record_divergence(run, stage, error.epoch, error.step, error.quantity)
+            raise
         _publish(job)
+        remove_divergence(run, stage)
     if not run.unfinished_stages:
         record_best_stage(run)
 

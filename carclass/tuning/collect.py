@@ -17,6 +17,10 @@ from carclass.tuning.results import SweepResult, TrialResult
 from carclass.tuning.search_space import SearchSpace, get_setting
 from carclass.tuning.trial_records import Trial
 
+LOSS_REMEDY = (
+    "Restore the trial's folder from a copy; or delete it and run the same command again, which trains it anew."
+)
+
 
 def collect_sweep(root: str, name: str) -> SweepResult:
     """Return the results of a sweep. Raise UserError if there is none of this name."""
@@ -70,13 +74,13 @@ def _loss_reason(run: Run, stage: str, rows: Sequence[dict[str, Any]]) -> str | 
     """
     uri = storage.join(run.uri, "metrics.jsonl")
     if not rows:
-        return f"{uri} is missing or has no epoch of the stage {stage}. Restore the trial's folder from a copy."
+        return f"{uri} is missing or has no epoch of the stage {stage}. {LOSS_REMEDY}"
     if not run.is_finished(stage):
         return None
     epoch = run.model_facts(stage)["epoch"]
     if any(row["epoch"] == epoch for row in rows):
         return None
-    return f"{uri} is cut short: it lacks epoch {epoch}, the trial's best. Restore the trial's folder from a copy."
+    return f"{uri} is cut short: it lacks epoch {epoch}, the trial's best. {LOSS_REMEDY}"
 
 
 def _facts(space: SearchSpace) -> list[tuple[str, str]]:

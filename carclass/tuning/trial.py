@@ -55,7 +55,9 @@ def _train(trial: Trial, context: SweepContext) -> None:
         ray.tune.report(row)
     if trial.is_over:
         if not rows:
-            raise UserError(f"{run.uri} has lost its metrics. Restore it from a copy.")
+            raise UserError(
+                f"{run.uri} has lost its metrics. Restore it from a copy, or delete it to have it trained again."
+            )
         ray.tune.report({**rows[-1], COMPLETE: trial.state == "complete"})
         return
     if rows and run.unfinished_stages:

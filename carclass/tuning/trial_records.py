@@ -120,6 +120,11 @@ def trial_run(space: SearchSpace, trial: Trial) -> Run:
     return Run(space.root, settings, f"sweeps/{space.search.name}/trials")
 
 
+def is_begun(space: SearchSpace, trial: Trial) -> bool:
+    """Return True if the run of a trial exists; a user may delete it to have it trained again."""
+    return storage.exists(storage.join(trial_run(space, trial).uri, "config.yml"))
+
+
 def recorded_accuracies(space: SearchSpace, trial: Trial) -> dict[int, float]:
     """Return the val accuracy of each trained epoch of a trial's last stage."""
     rows = trial_run(space, trial).metrics()

@@ -58,9 +58,7 @@ def run_sweep(space: SearchSpace, *, resume: bool = False) -> None:
 
 def _run_search(space: SearchSpace, records: TrialRecords, scheduler: schedulers.TrialScheduler) -> None:
     """Run the unfinished trials, then the repeats of the best settings."""
-    for trial in [*records.trials.values()]:
-        if trial.state == "failed":
-            records.put(replace(trial, state="begun", reason=None))
+    reopen_trials(space, records)
     numbers = records.searched(space.search.num_trials)
     context = None
     if records.unfinished(numbers):
@@ -73,6 +71,15 @@ def _run_search(space: SearchSpace, records: TrialRecords, scheduler: schedulers
         context = context or prepare_sweep(space, records)
         log.info("tune: the best settings with other seeds, %d runs", len(repeats))
         _run_trials(context, records, repeats, schedulers.FIFOScheduler())
+
+
+def reopen_trials(space: SearchSpace, records: TrialRecords) -> None:
+    """Record the trials as unfinished that failed or whose folder was deleted; warn of those that are lost."""
+    for trial in [*records.trials.values()]:
+        if trial.state == "failed" or (trial.is_over and not trial_records.is_begun(space, trial)):
+            records.put(replace(trial, state="begun", reason=None))
+    for lost in collect_sweep(space.root, space.search.name).lost if records.trials else []:
+        log.warning("tune: trial %d is lost: %s", lost.trial.number, lost.trial.reason)
 
 
 def prepare_sweep(space: SearchSpace, records: TrialRecords) -> SweepContext:

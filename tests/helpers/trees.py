@@ -147,7 +147,7 @@ def sixteen() -> Comparison:
     unfinished = {
         "exp_006": {"state": "stale", "reason": "exp_005 was retrained", "test": None},
         "exp_007": {"state": "begun", "epochs": make_epochs(0.2, 12), "test": None},
-        "exp_010": {"state": "failed", "reason": "torch.OutOfMemoryError: CUDA out of memory", "test": None},
+        "exp_010": {"state": "diverged", "reason": "unfrozen epoch 3, step 7: loss not finite", "test": None},
         "exp_011": {"state": "missing", "epochs": [], "val_accuracy": None, "test": None},
     }
     return make_comparison([replace(run, **unfinished.get(run.name, {})) for run in runs], baseline=ORIGINAL_NAME)

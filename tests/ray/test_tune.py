@@ -15,6 +15,7 @@ from carclass import storage
 from carclass.config import cli
 from carclass.config.schema import Config, TrainSettings
 from carclass.errors import UserError
+from carclass.runs.divergence_record import divergence_text
 from carclass.runs.run import Run
 from carclass.training.photo_store import open_block
 from carclass.training.train import train_run
@@ -217,6 +218,7 @@ def test_diverged_training_of_several_workers_ends_with_one_paragraph(root: str)
     run = Run(root, settings)
     assert run.metrics() == []
     assert not run.is_finished("unfrozen")
+    assert str(divergence_text(run)).startswith("unfrozen epoch 1, step ")
 
 
 @pytest.mark.parametrize(

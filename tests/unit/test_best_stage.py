@@ -69,7 +69,8 @@ def test_the_choice_is_recorded(worse: Run):
 def test_a_recorded_choice_is_kept(worse: Run):
     record_best_stage(worse)
     recorded = formats.read(f"{worse.uri}/model.json", "run_model")
-    formats.write(f"{worse.uri}/model.json", "run_model", {**recorded, "stage": "unfrozen"})
+    sha256 = worse.model_facts("unfrozen")["sha256"]
+    formats.write(f"{worse.uri}/model.json", "run_model", {**recorded, "stage": "unfrozen", "sha256": sha256})
     assert worse.best_stage == "unfrozen"
 
 

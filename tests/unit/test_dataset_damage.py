@@ -1,6 +1,7 @@
 """Damaged files of a dataset: every reader refuses them with a way out, and jobs make them again."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ import pytest
 from carclass import storage
 from carclass.data import dataset, draft, streaming
 from carclass.data.changes import Correction
+from carclass.data.crash_guard import NoCrashGuard
 from carclass.errors import UserError
+from carclass.evaluation.collect import to_arrays
 from carclass.prediction import predictions
+from carclass.training.block_columns import to_block_columns
 from tests.helpers.parts import SETTINGS, finished_keys, publish, write_rows
 
 
@@ -46,7 +50,7 @@ READS: dict[str, Callable[[dataset.Dataset], Any]] = {
     "rows by key": lambda published: published.rows(["a"], ["image"]),
     "rows by position": lambda published: dataset.take_rows(published.part_uris[0], [0], ["image"]),
     "rows of a split": lambda published: streaming.read_part_rows(
-        pa.table({"part": published.part_uris}), ["image"], "train"
+        pa.Table.from_pylist([part._asdict() for part in published.parts]), ["image"], "train"
     ),
     "a part to correct": lambda published: draft.correct_part(
         Correction(next(iter(published.manifest["parts"])), frozenset("b"), {}), published.uri, SETTINGS
@@ -61,6 +65,27 @@ READS: dict[str, Callable[[dataset.Dataset], Any]] = {
 def test_a_photo_with_a_changed_byte_is_refused_by_every_reader(damaged: dataset.Dataset, read: str):
     with pytest.raises(UserError, match=r"\.parquet is missing or damaged \(.*CRC.*\)\. Restore it; or delete"):
         READS[read](damaged)
+
+
+@pytest.mark.parametrize("read", ["all rows", "rows by key", "rows of a split"])
+def test_a_part_of_another_dataset_of_the_same_name_is_refused(uri: str, tmp_path: Path, read: str):
+    write_rows(uri, "a", image=b"one")
+    published = publish(uri, "a")
+    READS[read](published)
+    other = dataset.dataset_uri(str(tmp_path), "v2")
+    write_rows(other, "a", image=b"two")  # the name of a part depends on its keys, not on its photos
+    shutil.copytree(f"{other}/parts", f"{uri}/parts", dirs_exist_ok=True)
+    with pytest.raises(UserError, match=r"parts/.*\.parquet has other rows than those .* published with.* Restore it"):
+        READS[read](published)
+
+
+@pytest.mark.parametrize("size", [None, 32])
+def test_a_label_that_is_none_of_the_classes_is_an_error(size: int | None):
+    batch = pa.table({"image_id": ["0"], "key": ["a"], "label": ["car"], "image": [b""]})
+    with pytest.raises(UserError, match=r"label 'car', which is none of the `classes` in .*manifest.json.* Restore"):
+        to_block_columns(batch, ["bus", "truck"], size, NoCrashGuard())
+    with pytest.raises(UserError, match="label 'car'"):
+        to_arrays(batch, ["bus", "truck"])
 
 
 def test_a_part_with_a_changed_byte_in_a_key_is_made_again(uri: str):

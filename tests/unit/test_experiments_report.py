@@ -48,7 +48,7 @@ def test_best_run_does_not_depend_on_test():
     assert make_comparison(runs).best.name == "high"
 
 
-@pytest.mark.parametrize("state", ["stale", "begun", "missing", "failed"])
+@pytest.mark.parametrize("state", ["stale", "begun", "missing", "diverged"])
 def test_unfinished_run_is_never_best(state):
     runs = [make_run("low", 0.5), make_run("high", 0.6, state=state)]
     assert make_comparison(runs).best.name == "low"
@@ -161,7 +161,7 @@ def test_summary_has_best_of_the_baseline():
 
 
 def test_summary_counts_runs_by_state():
-    assert "12 of 16 1 stale, 1 begun, 1 missing, 1 failed" in section_text(comparison_page(), "summary")
+    assert "12 of 16 1 stale, 1 begun, 1 missing, 1 diverged" in section_text(comparison_page(), "summary")
 
 
 def test_summary_counts_runs_above_the_baseline():

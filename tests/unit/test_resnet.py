@@ -83,6 +83,20 @@ def test_bf16_features_equal_fp32_up_to_rounding(nets: tuple[ResNet, ResNet]):
     assert float((rounded - exact).norm() / exact.norm()) < 0.01
 
 
+def test_logits_are_computed_in_float32_under_bf16(nets: tuple[ResNet, ResNet]):
+    """Two classes that differ by less than bfloat16's rounding are not equal."""
+    net = nets[0].eval()
+    linear = net.get_submodule("fc.1")
+    linear.weight.data[1] = linear.weight.data[0] * (1 + 1e-4)
+    linear.bias.data[1] = linear.bias.data[0]
+    with torch.inference_mode():
+        with resnet.autocast("bf16", torch.device("cpu")):
+            logits, features = net(photos()), net.features(photos())
+        assert logits.dtype == torch.float32
+        torch.testing.assert_close(logits, net.fc(features.float()))
+        assert (logits[:, 0] != logits[:, 1]).all()
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_folded_convolution_equals_convolution_then_norm(bias: bool):
     torch.manual_seed(0)

@@ -67,11 +67,12 @@ def test_detector_settings_of_another_version_are_refused(tmp_path: Path, change
 
 
 def publish(root: Path, **manifest: Any) -> tuple[Run, dataset.Dataset]:
-    """Return a run and its dataset, both unfinished, with the manifest's settings."""
+    """Return a run, begun by the first call, and its dataset, both unfinished, with the manifest's settings."""
     counts = {"inputs": 0, "rows": 0, "quarantined": 0, "splits": {}, "reasons": {}}
     facts = {"classes": ["a", "b"], **counts, "parts": []}
     source = dataset.Dataset(dataset.dataset_uri(str(root), "v2"), {**facts, **manifest})
-    return Run(str(root), TrainSettings(name="first", model=runs.MODEL)), source  # type: ignore[arg-type]
+    run = Run(str(root), TrainSettings(name="first", model=runs.MODEL))  # type: ignore[arg-type]
+    return run if Path(run.uri).exists() else begin_run(run, source, "0" * 64), source
 
 
 def test_the_record_has_all_steps_up_to_the_networks_input(tmp_path: Path):
@@ -80,7 +81,8 @@ def test_the_record_has_all_steps_up_to_the_networks_input(tmp_path: Path):
     stored = formats.read(f"{run.uri}/{FILE}", "preprocessing")
     assert len(stored.pop("record_sha256")) == 64
     assert stored == {
-        "format": 3, "reading": READING, "mask": None, "detector_weights": None, "detector_source_sha256": None,
+        "format": 4, "dataset_digest": source.digest,
+        "reading": READING, "mask": None, "detector_weights": None, "detector_source_sha256": None,
         "image_size": 32, "mean": [*preprocessing.MEAN], "std": [*preprocessing.STD], "classes": ["a", "b"],
     }  # fmt: skip
 

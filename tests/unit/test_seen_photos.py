@@ -36,9 +36,9 @@ def datasets(tmp_path: Path) -> tuple[Dataset, Dataset]:
     return make_dataset(tmp_path, "v1", 1), make_dataset(tmp_path, "v2", 2, "renamed/")
 
 
-def overlap(first: Dataset, second: Dataset, split: str) -> int:
-    """Return the number of photos of a split of the second dataset that are train photos of the first."""
-    trained = {key for key, found in splits(first).items() if found == "train"}
+def overlap(first: Dataset, second: Dataset, split: str, seen: str = "train") -> int:
+    """Return the number of photos of a split of the second dataset that are of another split of the first."""
+    trained = {key for key, found in splits(first).items() if found == seen}
     return sum(found == split and key.removeprefix("renamed/") in trained for key, found in splits(second).items())
 
 
@@ -54,7 +54,19 @@ def test_train_photos_of_a_run_are_found_in_another_dataset_by_their_content(
     seen = find_seen_photos(begin(tmp_path, "first", datasets[0]), datasets[1], split)
     assert seen.number == overlap(*datasets, split) > 0
     assert (seen.runs, seen.unknown) == (["first"], [])
-    assert seen.text.endswith("are train photos of first")
+    assert seen.text.startswith(f"{seen.number} of {seen.total} are train photos of first")
+
+
+def test_val_photos_of_a_run_are_found_in_a_test_split(tmp_path: Path, datasets: tuple[Dataset, Dataset]):
+    first = begin(tmp_path, "first", datasets[0])
+    second = begin(tmp_path, "second", datasets[1], "first@best")
+    number = overlap(*datasets, "test", "val")
+    for run in (first, second):
+        seen = find_seen_photos(run, datasets[1], "test")
+        assert (seen.num_val, seen.val_runs) == (number, ["first"])
+        assert f", {number} of 8 are val photos of first, whose epoch was chosen on them" in seen.text
+    assert number > 0
+    assert find_seen_photos(second, datasets[1], "val").num_val == 0
 
 
 def test_train_photos_of_a_grandparent_are_found(tmp_path: Path, datasets: tuple[Dataset, Dataset]):
@@ -68,7 +80,7 @@ def test_a_comparison_finds_the_test_photos_that_a_runs_parent_was_trained_on(
     tmp_path: Path, datasets: tuple[Dataset, Dataset]
 ):
     first, second = begin(tmp_path, "first", datasets[0]), begin(tmp_path, "second", datasets[1], "first@best")
-    assert describe_seen(RunStatus(second, "finished")).endswith("are train photos of first")
+    assert "are train photos of first, 3 of 8 are val photos of first" in describe_seen(RunStatus(second, "finished"))
     assert describe_seen(RunStatus(first, "finished")) == describe_seen(RunStatus(second, "begun")) == ""
 
 
@@ -116,4 +128,5 @@ def test_a_report_has_the_number_of_photos_that_the_model_was_trained_on(
 ):
     run, facts = begin(tmp_path, "first", datasets[0]), {"stage": "frozen", "epoch": 1, "val_accuracy": 0.5}
     shown = dict(collect._facts(run, datasets[1], EvaluateSettings(run="first", dataset="v2"), facts))
-    assert shown["Seen in training"].endswith("are train photos of first: the accuracy is too high")
+    assert "are train photos of first" in shown["Seen in training"]
+    assert shown["Seen in training"].endswith(": the accuracy is too high")

@@ -113,6 +113,18 @@ def test_a_complete_trial_without_its_metrics_is_lost(former_root: Path, damage:
     assert sweep.best.trial.number == 1
 
 
+@pytest.mark.parametrize(("damage", "state"), [(cut_metrics, "complete"), (shutil.rmtree, "begun")])
+def test_a_lost_trial_is_named_and_trained_again_once_its_folder_is_deleted(
+    former_root: Path, caplog: pytest.LogCaptureFixture, damage: Any, state: str
+):
+    damage(trial_folder(former_root, 0))
+    space, records = trial_records.load_records(str(former_root), "head")
+    tune.reopen_trials(space, records)
+    assert [records.trials[number].state for number in (0, 1)] == [state, "complete"]
+    is_named = "trial 0 is lost: " in caplog.text and "or delete it and run the same command again" in caplog.text
+    assert is_named == (state == "complete")
+
+
 def test_the_size_of_forward_passes_may_change_on_resume(tmp_path: Path):
     trial_records.begin_records(load(tmp_path))
     trial_records.find_records(load(tmp_path, {"unfrozen": {"micro_batch_size": 4}}), resume=True)
