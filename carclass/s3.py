@@ -67,6 +67,11 @@ BODY_ERRORS = (
 ERRORS = (ClientError, BotoCoreError, ResponseParserError, *BODY_ERRORS)
 """Errors of a request that failed for good."""
 TRANSIENT_ERRORS = (*BODY_ERRORS, CredentialRetrievalError, MetadataRetrievalError, ResponseParserError)
+REQUIRED = {
+    "ListObjectsV2": "IsTruncated", "HeadObject": "LastModified", "PutObject": "ETag", "UploadPart": "ETag",
+    "CreateMultipartUpload": "UploadId", "CompleteMultipartUpload": "ETag",
+}  # fmt: skip
+"""Field without which a response of success is not from the storage, such as a gateway's page."""
 RETRY_LINES = Throttle(5.0, immediate=True)
 """Limit of the lines on retries, for each process."""
 UPLOAD = TransferConfig(multipart_threshold=64 * 2**20, multipart_chunksize=32 * 2**20)
@@ -161,9 +166,18 @@ def retry_delay(
     caught_exception: Exception | None,
     attempts: int,
     request_dict: dict[str, Any],
+    operation: Any,
     **_: Any,
 ) -> float | None:
-    """Return the seconds after which botocore repeats a request, or None if it must not."""
+    """Return the seconds after which botocore repeats a request, or None if it must not.
+
+    Raise ResponseParserError after the last attempt if the response is not from the storage.
+    """
+    required = REQUIRED.get(operation.name)
+    if response is not None and response[0].status_code < 300 and required is not None and required not in response[1]:
+        response, caught_exception = None, ResponseParserError(f"a response without {required}, as of a gateway")
+        if attempts >= NUM_ATTEMPTS:
+            raise caught_exception
     if response is None:
         is_transient, cause = isinstance(caught_exception, TRANSIENT_ERRORS), str(caught_exception)
     else:

@@ -48,7 +48,7 @@ def _resolve_parent(value: Any, info: ValidationInfo) -> Any:
     return _resolve(value, info)
 
 
-NAME_PATTERN, SHA256_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._=-]*$", r"^[0-9a-f]{64}$"
+NAME_PATTERN, SHA256_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._=-]{0,199}$", r"^[0-9a-f]{64}$"
 MESSAGES = {
     "model_type": "must be a section of settings (key: value)",
     "dict_type": "must be a mapping (key: value)",
@@ -63,7 +63,7 @@ MESSAGES = {
 }
 """Texts for those of pydantic's error types whose own texts speak of Python."""
 PATTERN_MESSAGES = {
-    NAME_PATTERN: "a name has letters, digits and . _ = - and begins with a letter or digit",
+    NAME_PATTERN: "a name has up to 200 letters, digits and . _ = - and begins with a letter or digit",
     SHA256_PATTERN: "a sha256 has 64 digits 0-9 or a-f",
 }
 Uri = Annotated[str, BeforeValidator(_resolve)]

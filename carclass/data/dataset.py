@@ -215,18 +215,18 @@ def read_part(
     """Read columns (default: all) of the rows of one Parquet file that pass the filters (default: all).
 
     content: hash that the manifest has of it. Raise UserError if the file records another one, as a part of another
-    dataset or version; former versions recorded none.
+    dataset or version, or none, as a file that another program wrote.
     """
     names = None if columns is None else list(columns)
     with open_parquet(uri) as file:
-        if content is not None and _recorded_content(file) not in (None, content):
+        if content is not None and _recorded_content(file) != content:
             raise _replaced_part(uri)
         table = pq.read_table(file, columns=names, filters=filters, page_checksum_verification=True)
     return with_plain_lists(table if names is None else table.select(names))
 
 
 def _recorded_content(opened: NativeFile) -> str | None:
-    """Return the hash of its content that an opened part records; None without, as in files of former versions."""
+    """Return the hash of its content that an opened part records; None without."""
     recorded = (open_part(opened).schema_arrow.metadata or {}).get(CONTENT_KEY)
     return None if recorded is None else recorded.decode()
 

@@ -37,6 +37,8 @@ CACHE_KB = 16_000
 FINGERPRINT_DIGITS = 16
 """Hex digits of a fingerprint: compared only with those of the same key."""
 FETCH_ROWS = 1000
+DISK_ERRORS = ("SQLITE_FULL", "SQLITE_IOERR")
+"""First parts of the names of SQLite's errors of a disk."""
 PRAGMAS = ("journal_mode = OFF", "synchronous = OFF", "temp_store = FILE", f"cache_size = -{CACHE_KB}")
 """The database is deleted with the job, so it needs no protection against crashes."""
 TABLES = """
@@ -129,11 +131,12 @@ class Inventory:
         try:
             yield
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorname != "SQLITE_FULL":
+            if not error.sqlite_errorname.startswith(DISK_ERRORS):
                 raise
             raise UserError(
-                f"no space left in {Path(self._folder.name).parent} for the inventory of photos, which takes 300 bytes "
-                "per photo, and as much again for sorting. Free space, or set TMPDIR to a folder on a larger disk."
+                f"no space left in {Path(self._folder.name).parent} ({error}) for the inventory of photos, which takes "
+                "300 bytes per photo, and as much again for sorting. Free space, or set TMPDIR to a folder on a larger "
+                "or sound disk."
             ) from error
 
     # Inputs

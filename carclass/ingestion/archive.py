@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from carclass import storage
-from carclass.data.inventory import INPUT, Listed
+from carclass.data.inventory import DISK_ERRORS, INPUT, Listed
 from carclass.errors import UserError
 from carclass.ingestion.members import ArchiveError, Catalogue, Member, UnreadableMemberError, clean_name
 from carclass.ingestion.tar_archive import read_tar
@@ -168,11 +168,11 @@ def _archive_errors(uri: str, setting: str) -> Iterator[None]:
     except (FileNotFoundError, storage.ArchivedObjectError) as error:
         raise UserError(f"`{setting}`: {uri} cannot be read ({error}). Restore it, and run the job again.") from error
     except sqlite3.OperationalError as error:
-        if error.sqlite_errorname != "SQLITE_FULL":
+        if not error.sqlite_errorname.startswith(DISK_ERRORS):
             raise
         raise UserError(
-            f"no space left in {tempfile.gettempdir()} for the names of the files in {uri}. Free space, or set TMPDIR "
-            "to a folder on a larger disk."
+            f"no space left in {tempfile.gettempdir()} ({error}) for the names of the files in {uri}. Free space, or "
+            "set TMPDIR to a folder on a larger or sound disk."
         ) from error
     except ArchiveError as error:
         raise UserError(f"`{setting}`: {uri} cannot be read: {error.problem}. {error.remedy}") from error

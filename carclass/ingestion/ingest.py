@@ -26,7 +26,7 @@ from carclass.data.draft import Draft
 from carclass.data.inventory import Inventory, chunks
 from carclass.data.lease import hold_lease
 from carclass.data.publishing import WrittenPart
-from carclass.ingestion import archive, collect, leakage
+from carclass.ingestion import archive, collect, leakage, listing
 from carclass.ingestion.inputs import ListedInputs, check_classes, list_inputs
 from carclass.ingestion.reading import GuardedRun, read_groups, read_image_ids
 from carclass.ingestion.split import MIN_VAL_PHOTOS, check_shares, hold_out
@@ -68,7 +68,7 @@ def ingest_photos(
 def identify_settings(settings: IngestSettings) -> dict[str, Any]:
     """Return the settings that determine the rows of a dataset."""
     irrelevant = IRRELEVANT | ({"group"} if settings.group is None else set())
-    return {**settings.model_dump(mode="json", exclude=irrelevant), "photos": _spelled_once(settings.photos)}
+    return {**settings.model_dump(mode="json", exclude=irrelevant), "photos": listing.spelled_once(settings.photos)}
 
 
 def _connect(root: str, settings: IngestSettings) -> None:
@@ -102,11 +102,6 @@ def _write_dataset(draft: Draft, settings: IngestSettings, shares: dict[str, flo
     _warn_about_few_val(inventory, complete.classes)
     _warn_about_test_conflicts(inventory)
     return published
-
-
-def _spelled_once(photos: str) -> str:
-    """Return the URI without a trailing slash or file://, so that each place has one spelling."""
-    return photos.removeprefix("file://").rstrip("/") or photos
 
 
 def write_photos(

@@ -69,6 +69,11 @@ def list_photos(photos: str, inventory: Inventory, setting: str = "ingest.photos
         raise UserError(f"`{setting}`: no files in {photos}. Check the path{hint}.")
 
 
+def spelled_once(uri: str) -> str:
+    """Return the URI of photos without a trailing slash or file://, so that each place has one spelling."""
+    return uri.removeprefix("file://").rstrip("/") or uri
+
+
 def _reject_large(file: Listed) -> Listed:
     """Return the file, with a reason if it is too large to be read into memory."""
     if file.reason is None and file.size > members.MAX_PHOTO_BYTES:

@@ -1,7 +1,7 @@
 """Prediction of photos that are named one by one: in this process, without a cluster; printed, not stored."""
 
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from carclass import storage
@@ -37,10 +37,10 @@ def _is_photo(place: str) -> bool:
     if is_archive(place) or place.endswith("/"):
         return False
     if (path := storage.local_path(place)) is None:
-        return storage.exists(place)
-    if not Path(path).exists():
+        return "/" in place.removeprefix("s3://") and storage.exists(place)  # without one, it is a bucket
+    if not os.path.exists(path):
         raise UserError(f"`predict.photos`: no photo, folder or archive {place}. Check the path.")
-    return Path(path).is_file()
+    return os.path.isfile(path)
 
 
 def predict_named(root: str, settings: PredictSettings, photos: Sequence[str]) -> list[dict[str, Any]]:

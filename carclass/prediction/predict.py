@@ -20,7 +20,7 @@ from carclass.data.lease import hold_lease
 from carclass.errors import UserError
 from carclass.evaluation.calibrate import calibrate_run
 from carclass.ingestion.archive import is_archive, split_folder
-from carclass.ingestion.listing import list_photos
+from carclass.ingestion.listing import list_photos, spelled_once
 from carclass.ingestion.reading import read_image_ids
 from carclass.prediction import collect, predictions
 from carclass.prediction.classify import PredictionJob, stream_predictions
@@ -79,7 +79,7 @@ def _identity(
 ) -> dict[str, Any]:
     """Return all settings that determine the row of a photo, with the hash of the model."""
     return {
-        "photos": settings.photos,
+        "photos": spelled_once(settings.photos),
         "threshold": settings.threshold,
         "batch_size": settings.batch_size,
         "model": facts["sha256"],

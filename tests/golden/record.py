@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+import torch
 from safetensors.numpy import load_file
 
 from tests.golden.jobs import EXPERIMENTS, RUN, SWEEP, run_chain
@@ -69,7 +70,15 @@ def format_json(values: Row) -> str:
 
 def describe_platform() -> dict[str, str]:
     """Return what values are reproducible to the bit on: the machine's kind and the versions of what computes."""
-    return {"machine": platform.machine(), **{name: metadata.version(name) for name in ("torch", "numpy", "pillow")}}
+    versions = {name: metadata.version(name) for name in ("torch", "numpy", "pillow")}
+    return {"machine": platform.machine(), "processor": describe_processor(), **versions}
+
+
+def describe_processor() -> str:
+    """Return the maker of the CPU and its widest instructions: PyTorch's libraries choose their kernels by both."""
+    info = Path("/proc/cpuinfo")
+    maker = re.search(r"vendor_id\s*: (\S+)", info.read_text()) if info.exists() else None
+    return f"{maker[1] if maker else platform.processor()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def read_manifest(root: Path, dataset: str) -> Row:

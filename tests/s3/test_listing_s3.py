@@ -13,7 +13,7 @@ from carclass.data.quarantine import Reason
 from carclass.errors import UserError
 from carclass.ingestion import listing
 from carclass.tools.benchmarks import scale
-from tests.helpers.faulty_s3 import Fault, Proxy
+from tests.helpers.faulty_s3 import PAGE, Fault, Proxy
 
 LAYOUTS = {
     "flat": [f"{i:02d}.jpg" for i in range(30)],
@@ -74,6 +74,19 @@ def test_a_missing_bucket_is_reported(s3: Any):
 def test_a_refused_listing_is_reported_with_a_remedy(proxy: Proxy, bucket: str):
     proxy.faults = [Fault(403)]
     with pytest.raises(UserError, match=rf"s3://{bucket}/p cannot be listed \(Acc.*\)\. The credentials lack a perm"):
+        listed(f"s3://{bucket}/p")
+
+
+def test_a_page_of_a_gateway_in_place_of_a_listing_is_requested_again(s3: Any, proxy: Proxy, bucket: str):
+    put(s3, bucket, LAYOUTS["a folder per class"])
+    proxy.faults = [Fault(PAGE, "GET .*list-type", first=2)]
+    assert listed(f"s3://{bucket}") == storage.list_files(f"s3://{bucket}") == sorted(LAYOUTS["a folder per class"])
+    assert proxy.refused >= 8
+
+
+def test_a_listing_that_stays_a_page_of_a_gateway_is_the_storages_fault(proxy: Proxy, bucket: str):
+    proxy.faults = [Fault(PAGE, "GET .*list-type")]
+    with pytest.raises(UserError, match=r"cannot be listed \(ResponseParserError: a response without IsTruncated"):
         listed(f"s3://{bucket}/p")
 
 

@@ -60,6 +60,15 @@ def test_wrong_content_that_looks_right_is_read_again(uri: str, proxy: Proxy, ki
     assert proxy.refused == 2
 
 
+@pytest.mark.parametrize("method", ["HEAD", "PUT"])
+def test_a_page_of_a_gateway_in_place_of_an_answer_is_requested_again(uri: str, proxy: Proxy, method: str):
+    proxy.faults = [Fault(PAGE, f"{method} .*b.bin", first=2)]
+    storage.write_bytes(uri, CONTENT[::-1])
+    assert storage.stat(uri).size == len(CONTENT)
+    assert storage.read_bytes(uri) == CONTENT[::-1]
+    assert proxy.refused == 2
+
+
 @pytest.mark.parametrize("kind", [CUT, FLIPPED, PAGE])
 def test_content_that_stays_wrong_is_the_storages_fault(uri: str, proxy: Proxy, kind: str):
     assert storage.read_bytes(uri) == CONTENT

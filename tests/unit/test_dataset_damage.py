@@ -79,6 +79,15 @@ def test_a_part_of_another_dataset_of_the_same_name_is_refused(uri: str, tmp_pat
         READS[read](published)
 
 
+def test_a_part_that_another_program_wrote_is_refused(uri: str):
+    write_rows(uri, "a", image=b"one")
+    published = publish(uri, "a")
+    (part,) = published.part_uris
+    pq.write_table(pq.read_table(part).replace_schema_metadata(), part)
+    with pytest.raises(UserError, match="has other rows than those"):
+        published.read(["key"])
+
+
 @pytest.mark.parametrize("size", [None, 32])
 def test_a_label_that_is_none_of_the_classes_is_an_error(size: int | None):
     batch = pa.table({"image_id": ["0"], "key": ["a"], "label": ["car"], "image": [b""]})

@@ -1,5 +1,8 @@
 """The inventory of a job: pending inputs and their order, missing, duplicate and withdrawn rows."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -92,6 +95,22 @@ def test_the_temporary_folder_is_removed():
         add_keys(inventory, "a")
         assert list(folder.iterdir())
     assert not folder.exists()
+
+
+def test_an_error_of_the_disk_is_reported_with_a_remedy(tmp_path: Path):
+    """Files of at most 40 KiB, as SQLite sees a quota: not as a full disk."""
+    script = """
+import resource, signal
+from carclass.data.inventory import Inventory, Listed
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+with Inventory() as inventory:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_960, 40_960))
+    inventory.add_inputs(Listed(f"{i:06d}.jpg") for i in range(100_000))
+"""
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    process = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert "UserError: no space left in" in process.stderr
+    assert "disk I/O error" in process.stderr
 
 
 def test_a_full_disk_is_reported_with_a_remedy(inventory: Inventory):

@@ -29,6 +29,15 @@ def test_a_folder_or_an_archive_is_no_photo(folder: Path, name: str):
     assert find_photos([f"{folder}/{name}"]) == []
 
 
+def test_a_bucket_is_no_photo():
+    assert find_photos(["s3://cars"]) == []
+
+
+def test_a_path_that_is_too_long_is_refused(folder: Path):
+    with pytest.raises(UserError, match="no photo, folder or archive"):
+        find_photos([f"{folder}/{'x' * 300}"])
+
+
 @pytest.mark.parametrize("name", ["new", "photos.zip"])
 def test_photos_and_other_places_are_not_mixed(folder: Path, name: str):
     with pytest.raises(UserError, match=rf"{name} is not a photo, but a folder"):

@@ -339,7 +339,11 @@ def settings_of(name: str) -> list[Setting]:
             {"root": "r", "mask": {"detector": None}},
             "`mask.detector`: must be a section of settings (key: value) (got null)",
         ),
-        ({"root": "r", "train": {"name": "my run"}}, "`train.name`: a name has letters, digits and . _ = - and begins"),
+        ({"root": "r", "train": {"name": "x" * 201}}, "`train.name`: a name has up to 200 letters, digits and . _ = -"),
+        (
+            {"root": "r", "train": {"name": "my run"}},
+            "`train.name`: a name has up to 200 letters, digits and .",
+        ),
         (
             {"root": "r", "mask": {"cutout": {"fill": "1,2"}}},
             "`mask.cutout.fill`: must be a list, such as [1, 2] (got '1,2')",
