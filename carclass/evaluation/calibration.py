@@ -48,7 +48,8 @@ def _find_objection(
     """Return the reason not to use a fitted temperature; None if there is none. errors: before and after it."""
     if fitted <= MIN_USED_TEMPERATURE:
         return "it is the lower bound of the fit: every photo is classified correctly"
-    if (objection := refuse_sharpening(fitted, len(labels))) is not None:
+    accuracy = float((probabilities.argmax(1) == labels).mean())
+    if (objection := refuse_sharpening(fitted, len(labels), accuracy)) is not None:
         return objection
     if errors[1] >= errors[0]:
         return f"it would change the calibration error from {errors[0]:.3f} to {errors[1]:.3f}"

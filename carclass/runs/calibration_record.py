@@ -1,6 +1,7 @@
 """Calibration of a published model, stored beside it as `<stage>/calibration.json`."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,10 @@ from carclass.runs.run import Run
 FILE = "calibration.json"
 MIN_USED_TEMPERATURE = 0.1
 """A fitted temperature below it is at the lower bound of the fit, as the photos do not determine it."""
-MIN_SHARPENING_PHOTOS = 200
-"""Val photos below which no temperature below 1 is used. The best epoch was chosen on them too, so their accuracy is
-higher than that of new photos, by about its standard error: of 200 photos at most 0.035. A temperature below 1 would
-raise the confidence of every prediction to it."""
+MAX_STANDARD_ERROR = 0.035
+"""Standard error of the val accuracy above which no temperature below 1 is used. The best epoch was chosen on the same
+photos, so their accuracy is higher than that of new photos, by about this error, and a temperature below 1 would raise
+the confidence of every prediction to it."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,19 @@ class Calibration:
         return f"{self.temperature:g}, uncalibrated: not {self.fitted_temperature:.3f}, fitted {source}, as {reason}"
 
 
-def refuse_sharpening(temperature: float, num_photos: int) -> str | None:
-    """Return the reason not to use a temperature below 1 that is fitted on too few photos; None for others."""
-    if temperature >= 1 or num_photos >= MIN_SHARPENING_PHOTOS:
+def refuse_sharpening(temperature: float, num_photos: int, accuracy: float | None) -> str | None:
+    """Return the reason not to use a temperature below 1 that is fitted on too few photos; None for others.
+
+    accuracy: of the val photos; None if it is not known, as in files of former formats.
+    """
+    # With two more correct and two more wrong photos, as by Agresti and Coull: a perfect accuracy has an error too.
+    share = 0.5 if accuracy is None else (accuracy * num_photos + 2) / (num_photos + 4)
+    error = math.sqrt(share * (1 - share) / (num_photos + 4))
+    if temperature >= 1 or error <= MAX_STANDARD_ERROR:
         return None
     return (
-        f"one below 1 takes {MIN_SHARPENING_PHOTOS} val photos: the best epoch was chosen on them too, so they flatter "
-        "the accuracy"
+        "one below 1 takes more of them: the best epoch was chosen on them too, so their accuracy, with a standard "
+        f"error of {error:.3f}, is too high for new photos"
     )
 
 
@@ -72,7 +79,8 @@ def read_calibration(model_uri: str, model_sha256: str) -> Calibration | None:
             continue
         calibration = formats.build(Calibration, values, "calibration", uri)
         if calibration.model_sha256 == model_sha256:
-            objection = refuse_sharpening(calibration.temperature, calibration.num_photos)
+            accuracy = calibration.coverage[0]["accuracy"] if calibration.coverage else None
+            objection = refuse_sharpening(calibration.temperature, calibration.num_photos, accuracy)
             changes: dict[str, Any] = {"temperature": 1.0, "objection": objection, "coverage": []}
             return calibration if objection is None else dataclasses.replace(calibration, **changes)
     return None
