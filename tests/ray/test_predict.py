@@ -40,7 +40,7 @@ Rows = list[dict[str, Any]]
 RUNS = {"masked": "v2", "unmasked": "v1"}
 both_runs = pytest.mark.parametrize("name", ["masked", pytest.param("unmasked", marks=pytest.mark.slow)])  # 15 s
 MODEL = ModelSettings(architecture="resnet26-narrow", image_size=64)
-THRESHOLD = 0.3
+THRESHOLD = 0.7
 
 
 @pytest.fixture(scope="module", autouse=True)

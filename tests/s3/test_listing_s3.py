@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from carclass import s3 as s3_client
 from carclass import storage
 from carclass.data.quarantine import Reason
 from carclass.errors import UserError
@@ -84,7 +85,10 @@ def test_a_page_of_a_gateway_in_place_of_a_listing_is_requested_again(s3: Any, p
     assert proxy.refused >= 8
 
 
-def test_a_listing_that_stays_a_page_of_a_gateway_is_the_storages_fault(proxy: Proxy, bucket: str):
+def test_a_listing_that_stays_a_page_of_a_gateway_is_the_storages_fault(
+    proxy: Proxy, bucket: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(s3_client, "FIRST_PAUSE", 0.001)
     proxy.faults = [Fault(PAGE, "GET .*list-type")]
     with pytest.raises(UserError, match=r"cannot be listed \(ResponseParserError: a response without IsTruncated"):
         listed(f"s3://{bucket}/p")

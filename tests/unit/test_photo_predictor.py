@@ -54,7 +54,7 @@ def predicting(net: torch.nn.Module, tmp_path: Path) -> LoadedRun:
     record_preprocessing(run, source)
     model_uri = run.model_uri("frozen")
     calibrated = fit_calibration(np.array([0, 1]), np.full((2, 2), 0.5), read_model(model_uri)[1]["sha256"])
-    write_calibration(model_uri, dataclasses.replace(calibrated, temperature=TEMPERATURE, num_photos=200))
+    write_calibration(model_uri, dataclasses.replace(calibrated, temperature=TEMPERATURE, num_photos=1000))
     return carclass.load_run(run.uri)
 
 
