@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -36,6 +37,13 @@ class Evaluation(NamedTuple):
     report_uri: str
 
 
+def describe_difference(of_run: Sequence[str], of_dataset: Sequence[str]) -> str:
+    """Return how two lists of classes differ, with an example of each."""
+    only = {"run": sorted({*of_run} - {*of_dataset}), "dataset": sorted({*of_dataset} - {*of_run})}
+    parts = [f"only the {owner} has {names[0]!r}" for owner, names in only.items() if names]
+    return "; ".join(parts) or "the same ones in another order"
+
+
 def evaluate_run(root: str, settings: EvaluateSettings) -> Evaluation:
     """Write `<run>/report/`. Raise UserError if run, dataset and classes do not match."""
     if settings.run is None:
@@ -47,8 +55,9 @@ def evaluate_run(root: str, settings: EvaluateSettings) -> Evaluation:
     source = dataset.load_dataset(root, settings.dataset or run.settings.dataset)
     if source.classes != model_facts["classes"]:
         raise UserError(
-            f"run `{settings.run}` and dataset `{source.name}` have different classes ({len(model_facts['classes'])} "
-            f"and {len(source.classes)}). Evaluate on the run's training dataset, or on one masked from it."
+            f"run `{settings.run}` and dataset `{source.name}` have different classes: "
+            f"{describe_difference(model_facts['classes'], source.classes)}. Evaluate on the run's training dataset, "
+            "or on one masked from it."
         )
     if not source.manifest["splits"][settings.split]:
         raise UserError(f"dataset `{source.name}` has no {settings.split} photos. Choose another `evaluate.split`.")

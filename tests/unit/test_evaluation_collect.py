@@ -13,7 +13,7 @@ from carclass import storage
 from carclass.config.schema import EvaluateSettings, TrainSettings
 from carclass.data import dataset, publishing
 from carclass.evaluation import calibrate, calibration, collect
-from carclass.evaluation.evaluate import evaluate_run
+from carclass.evaluation.evaluate import describe_difference, evaluate_run
 from carclass.runs.report_record import report_uri
 from tests.helpers.evaluated_run import publish_evaluated_run
 from tests.helpers.runs import FROZEN, MODEL, begin, finish, publish_dataset
@@ -103,3 +103,15 @@ def test_a_report_that_is_replaced_is_named(tmp_path: Path, caplog: pytest.LogCa
         evaluate_run(str(tmp_path), EvaluateSettings(run="first", split="val"))
     (line,) = [line for line in caplog.messages if "replaced" in line]
     assert re.fullmatch(r"evaluate: .*/first/report/report\.html of \d{4}-\d\d-\d\d \d\d:\d\d will be replaced", line)
+
+
+@pytest.mark.parametrize(
+    ("of_run", "of_dataset", "text"),
+    [
+        ("abc", "abd", "only the run has 'c'; only the dataset has 'd'"),
+        ("ab", "abd", "only the dataset has 'd'"),
+        ("ab", "ba", "the same ones in another order"),
+    ],
+)
+def test_the_difference_of_classes_is_named(of_run: str, of_dataset: str, text: str):
+    assert describe_difference([*of_run], [*of_dataset]) == text
