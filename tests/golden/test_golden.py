@@ -13,7 +13,8 @@ import pytest
 
 from tests.golden import jobs, record
 
-RELATIVE_TOLERANCE = 1e-3
+RELATIVE_TOLERANCE = 1e-2
+"""Of losses on another maker's CPU, whose kernels round differently: 0.2 % were seen after eight steps."""
 ACCURACY_TOLERANCE = 1.01 / 19
 """One of the 19 val photos; there are 21 test photos."""
 Values = dict[str, Any]
