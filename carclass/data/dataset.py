@@ -101,9 +101,7 @@ class Dataset:
     @property
     def parts(self) -> list[Part]:
         """Return the Parquet parts, in the order of the manifest."""
-        paths = self.manifest["parts"]
-        contents = paths.values() if isinstance(paths, dict) else [None] * len(paths)
-        return [Part(storage.join(self.uri, path), content) for path, content in zip(paths, contents, strict=True)]
+        return [Part(storage.join(self.uri, path), self.contents.get(path)) for path in self.manifest["parts"]]
 
     @property
     def part_uris(self) -> list[str]:
@@ -219,16 +217,10 @@ def read_part(
     """
     names = None if columns is None else list(columns)
     with open_parquet(uri) as file:
-        if content is not None and _recorded_content(file) != content:
-            raise _replaced_part(uri)
         table = pq.read_table(file, columns=names, filters=filters, page_checksum_verification=True)
+    if content is not None and (table.schema.metadata or {}).get(CONTENT_KEY) != content.encode():
+        raise _replaced_part(uri)
     return with_plain_lists(table if names is None else table.select(names))
-
-
-def _recorded_content(opened: NativeFile) -> str | None:
-    """Return the hash of its content that an opened part records; None without."""
-    recorded = (open_part(opened).schema_arrow.metadata or {}).get(CONTENT_KEY)
-    return None if recorded is None else recorded.decode()
 
 
 def _replaced_part(uri: str) -> UserError:
