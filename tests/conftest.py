@@ -10,6 +10,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,18 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "shared cluster" if shares else module
 
     return Scheduling(config, log)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the variants of a test as slow that are beyond its number of `fast_variants`."""
+    variants: Counter[str] = Counter()
+    for item in items:
+        if (marker := item.get_closest_marker("fast_variants")) is not None:
+            test = item.nodeid.split("[")[0]
+            variants[test] += 1
+            if variants[test] > marker.args[0]:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

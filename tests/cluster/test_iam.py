@@ -54,11 +54,13 @@ def wildcards(statements: list[dict[str, Any]]) -> list[str]:
     return actions
 
 
+@pytest.mark.fast_variants(1)
 @pytest.mark.parametrize(("role", "policy"), POLICIES)
 def test_policies_pass_the_linter(account: Account, role: str, policy: str):
     assert lint_errors(statements(role, policy)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("action", "resource"),
     [("s3:GetObjects", "arn:aws:s3:::b/*"), ("s3:GetObject", "b/*"), ("ec2:RunInstances", "arn:aws:s3:::b/*")],
@@ -137,6 +139,7 @@ def test_token_and_key_are_readable_by_their_owner_only(account: Account):
     assert len(files[0].read_text()) == 64
 
 
+@pytest.mark.slow
 def test_a_second_run_creates_nothing_twice(account: Account):
     files = [account.home / name for name in ("build/aws.yaml", ".ray/auth_token", ".ssh/carclass.pem")]
     before = [file.read_text() for file in files]
@@ -162,6 +165,7 @@ def test_a_whole_bucket_is_refused(account: Account):
     assert (done.returncode, "give s3://bucket/prefix" in done.stderr) == (2, True)
 
 
+@pytest.mark.slow
 def test_an_image_outside_of_ecr_needs_no_ecr_permissions(account: Account):
     try:
         account.prepare(image=f"registry.example/carclass@sha256:{'ab' * 32}").check_returncode()
@@ -170,6 +174,7 @@ def test_an_image_outside_of_ecr_needs_no_ecr_permissions(account: Account):
         account.prepare().check_returncode()
 
 
+@pytest.mark.slow
 def test_remove_deletes_everything_created(account: Account):
     def created() -> list[str]:
         ec2, iam = boto3.client("ec2"), boto3.client("iam")

@@ -76,6 +76,7 @@ def head(up: Head) -> Iterator[Head]:
     up.provider.terminate_nodes(up.provider.non_terminated_nodes({"ray-node-type": "worker"}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", NO_SPOT_CAPACITY)
 def test_a_training_node_without_spot_capacity_is_launched_on_demand(head: Head, code: str):
     head.account.recorder.no_spot = code
@@ -106,6 +107,7 @@ def test_other_errors_are_not_retried_on_demand(head: Head, code: str):
     assert (head.markets(), error.__cause__.category) == (["spot"], code)
 
 
+@pytest.mark.slow
 def test_with_spot_capacity_nothing_is_launched_on_demand(head: Head):
     assert head.launch("train") == []
     assert [market for market, _ in head.launches()] == ["spot"]

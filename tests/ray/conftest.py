@@ -1,13 +1,14 @@
 """Datasets and settings that several modules of this folder use."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from carclass.cluster import connection
 from carclass.config.schema import DetectorSettings, ExcludeSettings, MaskSettings
 from carclass.data import dataset
 from carclass.masking.mask import mask_dataset
+from tests.helpers.clusters import treated_as_own
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +36,7 @@ def masked(root: str, mask_settings: MaskSettings) -> dataset.Dataset:
 
 
 @pytest.fixture
-def own_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make jobs treat the cluster as what it is, one of their own process, which they can do without for few photos."""
-    monkeypatch.setattr(connection, "_owns_cluster", True)
+def own_cluster() -> Iterator[None]:
+    """Make jobs treat the cluster as what it is, one of their own process."""
+    with treated_as_own():
+        yield

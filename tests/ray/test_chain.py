@@ -24,16 +24,19 @@ from carclass.config.schema import (
 from carclass.data import dataset
 from carclass.data.photo import decode
 from carclass.errors import UserError
+from carclass.evaluation.calibrate import calibrate_run
 from carclass.evaluation.collect import NUM_MASKING_SAMPLES
 from carclass.evaluation.evaluate import Evaluation, evaluate_run
 from carclass.masking import quality
 from carclass.masking.mask import mask_dataset
 from carclass.models.weights import load_weights
 from carclass.runs.calibration_record import read_calibration
-from carclass.runs.run import Run, run_uri
+from carclass.runs.run import Run, begin_run, run_uri
 from carclass.runs.saved_model import read_model
-from carclass.training.train import train_run
+from carclass.training.photo_store import PhotoStore
+from carclass.training.train import all_resources, load_run_inputs, train_run, train_stages
 from tests.helpers.browser import BROWSER, open_page
+from tests.helpers.clusters import treated_as_own
 
 Rows = list[dict[str, Any]]
 MODEL = ModelSettings(architecture="resnet26-narrow", image_size=64)
@@ -53,12 +56,23 @@ def train_settings(name: str, **changes: object) -> TrainSettings:
 
 @pytest.fixture(scope="module")
 def run(root: str, masked: dataset.Dataset) -> Run:
-    """Train a run of both stages on two workers."""
+    """Train the frozen stage in this process and resume with two workers, whose start takes many seconds a stage."""
+    with treated_as_own():
+        begun = train_settings("two-workers")
+        source, parent_sha256 = load_run_inputs(root, begun)
+        first = begin_run(Run(root, begun), source, parent_sha256)
+        train_stages(
+            first, source, PhotoStore(begun, source).get, all_resources(begun, use_gpu=False), first.stages[:1]
+        )
     return train_run(root, train_settings("two-workers", num_workers=2))
 
 
 @pytest.fixture(scope="module")
 def evaluation(root: str, run: Run) -> Evaluation:
+    """Classify the test photos on the cluster, with a calibration fitted in this process."""
+    uri = run.model_uri(run.best_stage)
+    with treated_as_own():
+        calibrate_run(run, uri, run.model_facts(run.best_stage), batch_size=64)
     return evaluate_run(root, EvaluateSettings(run="two-workers"))
 
 
@@ -128,12 +142,12 @@ def test_best_and_latest_checkpoints_are_kept(run: Run):
     assert "epoch-0002" in kept
 
 
-def test_ray_train_runs_are_named_after_run_and_stage(run: Run):
-    """Look for the folders that Ray Train names after its runs."""
+def test_a_ray_train_run_is_named_after_run_and_stage(run: Run):
+    """Look for the folder that Ray Train names after its run."""
     folders = {
         path.split("/")[-2] for path in storage.list_files(run.uri) if path.endswith("/.validate_storage_marker")
     }
-    assert folders == {"two-workers-frozen", "two-workers-unfrozen"}
+    assert folders == {"two-workers-unfrozen"}
 
 
 def test_the_frozen_stage_does_not_change_the_backbone(run: Run):

@@ -22,6 +22,7 @@ from carclass.data import dataset, publishing
 from carclass.data.photo import decode_photos
 from carclass.errors import UserError
 from carclass.evaluation import calibration
+from carclass.evaluation.calibrate import calibrate_run
 from carclass.models import resnet, weights
 from carclass.models.preprocessing import to_network_input
 from carclass.prediction import few_photos, predictions
@@ -33,7 +34,7 @@ from carclass.runs.predictor import Predictor
 from carclass.runs.run import find_run, run_uri
 from carclass.runs.saved_model import read_model
 from carclass.sample.generate import BROKEN_KINDS, ODDITIES
-from tests.helpers.clusters import start, wait_for
+from tests.helpers.clusters import start, treated_as_own, wait_for
 from tests.helpers.runs import publish_frozen_run
 
 Rows = list[dict[str, Any]]
@@ -75,9 +76,12 @@ def publish_run(root: str, name: str, source: dataset.Dataset) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def runs(root: str, ingested: dataset.Dataset, masked: dataset.Dataset) -> None:
-    """Publish a run on masked photos and one on unmasked photos."""
+    """Publish a run on masked photos and one on unmasked photos; calibrate the first in this process."""
     publish_run(root, "masked", masked)
     publish_run(root, "unmasked", ingested)
+    run = find_run(root, "masked")
+    with treated_as_own():
+        calibrate_run(run, run.model_uri("frozen"), run.model_facts("frozen"), batch_size=64)
 
 
 @pytest.fixture(scope="module")

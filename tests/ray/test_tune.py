@@ -22,6 +22,7 @@ from carclass.training.train import train_run
 from carclass.tuning import results, search_space, trial_records
 from carclass.tuning.collect import collect_sweep, publish_sweep
 from carclass.tuning.tune import make_scheduler, prepare_sweep, run_sweep
+from tests.helpers.clusters import treated_as_own
 
 TRAIN: dict[str, Any] = {
     "name": "small",
@@ -157,7 +158,8 @@ HEAD_LR = {"train.frozen.lr": {"min": 1e-4, "max": 1e-2, "log": True}}
 def heads(root: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[results.SweepResult, int]:
     """Run a sweep; return it and the number of feature files it added."""
     before = storage.list_files(f"{root}/features")
-    sweep = run(root, tmp_path_factory.mktemp("heads"), "heads", HEAD_LR, HEAD, **HEADS)
+    with treated_as_own():  # without processes of Ray Train for the frozen stage of trial 0
+        sweep = run(root, tmp_path_factory.mktemp("heads"), "heads", HEAD_LR, HEAD, **HEADS)
     return sweep, len(storage.list_files(f"{root}/features")) - len(before)
 
 

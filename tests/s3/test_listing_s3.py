@@ -35,6 +35,7 @@ def put(s3: Any, bucket: str, keys: Iterable[str]) -> None:
         s3.put_object(Bucket=bucket, Key=key, Body=b"" if key.endswith("/") else b"x")
 
 
+@pytest.mark.fast_variants(4)
 @pytest.mark.parametrize("limits", [(64, 10_000), (4, 10_000), (64, 12)], ids=["deep", "flat", "crowded levels"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_key_is_listed_once(
@@ -78,6 +79,7 @@ def test_a_refused_listing_is_reported_with_a_remedy(proxy: Proxy, bucket: str):
         listed(f"s3://{bucket}/p")
 
 
+@pytest.mark.slow
 def test_a_page_of_a_gateway_in_place_of_a_listing_is_requested_again(s3: Any, proxy: Proxy, bucket: str):
     put(s3, bucket, LAYOUTS["a folder per class"])
     proxy.faults = [Fault(PAGE, "GET .*list-type", first=2)]

@@ -88,6 +88,7 @@ def test_a_sample_on_s3_gives_the_same_dataset_as_on_disk(
     assert [published.manifest[name] for name in counts] == [ingested.manifest[name] for name in counts]
 
 
+@pytest.mark.slow
 def test_a_second_run_on_s3_writes_nothing(s3: Any, uploaded: str, bucket: str, ray_cluster: str):
     first = ingest_photos(f"s3://{bucket}/out", settings(uploaded))
     before = keys_in(s3, bucket)

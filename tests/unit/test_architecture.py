@@ -5,8 +5,10 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,6 +83,7 @@ def imports(name: str) -> Iterator[str]:
             yield from (f"{node.module}.{item.name}" for item in node.names)
 
 
+@cache
 def our_imports(name: str) -> set[str]:
     """The modules of carclass and jobs that a module imports; not the packages that hold them."""
     found = {item for item in imports(name) if item.split(".")[0] in ("carclass", "jobs")}
@@ -95,6 +98,11 @@ def closure(name: str) -> set[str]:
         found |= to_visit
         to_visit = {other for one in to_visit for other in our_imports(one)} - found
     return found
+
+
+def nodes_of(kinds: Any) -> list[tuple[str, Any]]:
+    """All nodes of these kinds, with their modules' names."""
+    return [(name, node) for name, tree in TREES.items() for node in ast.walk(tree) if isinstance(node, kinds)]
 
 
 def package(name: str) -> str:
@@ -123,23 +131,24 @@ def test_the_top_level_stays_small():
     assert len([path for path in folder.iterdir() if path.is_dir() and list(path.glob("*.py"))]) <= MAX_PACKAGES
 
 
-@pytest.mark.parametrize("name", LIBRARY)
-def test_imports_point_to_lower_layers(name: str):
-    others = {other for other in our_imports(name) if package(other) != package(name)}
-    assert {other for other in others if layer(other) <= layer(name)} == set()
+def test_imports_point_to_lower_layers():
+    pairs = [(name, other) for name in LIBRARY for other in our_imports(name) if package(other) != package(name)]
+    assert [(name, other) for name, other in pairs if layer(other) <= layer(name)] == []
 
 
 def test_imports_have_no_cycle():
     TopologicalSorter({name: our_imports(name) for name in TREES}).prepare()
 
 
-@pytest.mark.parametrize("name", LIBRARY)
-def test_the_library_neither_imports_nor_opens_what_lies_outside_of_it(name: str):
-    assert {item for item in imports(name) if item.split(".")[0] in ("jobs", "tests", "docs")} == set()
-    if name == "carclass.config.installation":  # a wheel holds the jobs within the package
-        return
-    strings = [node.value for node in ast.walk(TREES[name]) if isinstance(node, ast.Constant)]
-    assert {"jobs", "tests", "docs"} & {value for value in strings if isinstance(value, str)} == set()
+def test_the_library_imports_nothing_from_outside_of_it():
+    pairs = [(name, item) for name in LIBRARY for item in imports(name)]
+    assert [(name, item) for name, item in pairs if item.split(".")[0] in ("jobs", "tests", "docs")] == []
+
+
+def test_the_library_opens_nothing_outside_of_it():
+    names = {*LIBRARY} - {"carclass.config.installation"}  # a wheel holds the jobs within the package
+    nodes = [(name, node) for name in names for node in ast.walk(TREES[name]) if isinstance(node, ast.Constant)]
+    assert [(name, node.lineno) for name, node in nodes if node.value in ("jobs", "tests", "docs")] == []
 
 
 def test_ray_is_imported_by_its_modules_alone():
@@ -147,11 +156,12 @@ def test_ray_is_imported_by_its_modules_alone():
     assert {name for name in found if not name.startswith("tools.")} == RAY_MODULES
 
 
-@pytest.mark.parametrize("name", PLAIN_MODULES)
-def test_plain_modules_come_without_ray(name: str):
-    assert [other for other in closure(name) if uses_ray(other)] == []
+def test_plain_modules_come_without_ray():
+    with_ray = {name for name in TREES if uses_ray(name)}
+    assert [(name, other) for name in PLAIN_MODULES for other in closure(name) & with_ray] == []
 
 
+@pytest.mark.fast_variants(2)
 @pytest.mark.parametrize(
     "modules",
     [
@@ -169,34 +179,33 @@ def test_processes_without_networks_come_without_torch_and_scikit_learn(modules:
     assert done.returncode == 0
 
 
-@pytest.mark.parametrize("name", TREES)
-def test_modules_and_functions_are_short(name: str):
-    lines = PATHS[name].read_text(encoding="utf-8").count("\n")
-    functions = [node for node in ast.walk(TREES[name]) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    lengths = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in functions}
-    assert lines <= MAX_MODULE
-    assert {function: length for function, length in lengths.items() if length > MAX_FUNCTION} == {}
+def test_modules_are_short():
+    lines = {name: path.read_text(encoding="utf-8").count("\n") for name, path in PATHS.items()}
+    assert {name: number for name, number in lines.items() if number > MAX_MODULE} == {}
 
 
-@pytest.mark.parametrize("name", TREES)
-def test_no_bare_except(name: str):
-    handlers = [node for node in ast.walk(TREES[name]) if isinstance(node, ast.ExceptHandler)]
-    caught = [ast.unparse(handler.type) if handler.type else "" for handler in handlers]
-    assert not {"", "Exception", "BaseException"} & set(caught)
+def test_functions_are_short():
+    functions = nodes_of(ast.FunctionDef | ast.AsyncFunctionDef)
+    lengths = [(name, node.name, (node.end_lineno or 0) - node.lineno + 1) for name, node in functions]
+    assert [one for one in lengths if one[2] > MAX_FUNCTION] == []
 
 
-@pytest.mark.parametrize("name", TREES)
-def test_public_names_have_docstrings(name: str):
+def test_no_bare_except():
+    handlers = nodes_of(ast.ExceptHandler)
+    caught = [(name, ast.unparse(node.type) if node.type else "") for name, node in handlers]
+    assert [pair for pair in caught if pair[1] in ("", "Exception", "BaseException")] == []
+
+
+def test_public_names_have_docstrings():
     """Except a script's main, which its module's docstring covers."""
-    tree = TREES[name]
-    found = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_"]
-    assert ast.get_docstring(tree)
-    assert [node.name for node in found if not ast.get_docstring(node) and node.name != "main"] == []
+    nodes = [(name, node) for name, tree in TREES.items() for node in (tree, *tree.body)]
+    documented = [(name, node) for name, node in nodes if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef)]
+    bare = [(name, getattr(node, "name", "")) for name, node in documented if not ast.get_docstring(node)]
+    assert [pair for pair in bare if not pair[1].startswith("_") and pair[1] != "main"] == []
 
 
 def test_docstrings_open_with_a_noun_phrase_or_a_verb():
-    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    nodes = [(name, node) for name, tree in TREES.items() for node in ast.walk(tree) if isinstance(node, documented)]
+    nodes = nodes_of(ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
     opened = [(name, ast.get_docstring(node) or "") for name, node in nodes]
     assert [pair for pair in opened if re.match(r"(What|How|Whether|Where|Which|Who)\b", pair[1])] == []
 

@@ -30,6 +30,7 @@ def frozen_settings(num_epochs: int = 3) -> TrainSettings:
 # Photos
 
 
+@pytest.mark.slow
 def test_splits_share_no_photo_and_contain_no_test_photo(photos_folder: Path):
     splits = labelled.choose_photos(photos_folder, {"train": 20, "val": 10})
     names = [photo.path.name for photos in splits.values() for photo in photos]
@@ -78,6 +79,7 @@ def test_class_folders_and_blocks_have_the_same_labels(photos_folder: Path, tmp_
 # The plain side
 
 
+@pytest.mark.slow
 def test_both_networks_return_the_same_features_with_the_same_weights(tmp_path: Path):
     torch.manual_seed(0)
     settings = ModelSettings(stride_in_1x1=True, image_size=64)

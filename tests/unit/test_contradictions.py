@@ -84,6 +84,7 @@ FAULTS: dict[str, tuple[Callable[[Run], None], str]] = {
 }
 
 
+@pytest.mark.fast_variants(2)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_model_that_other_records_contradict_is_not_used(run: Run, fault: str):
     assert load_run(run.uri).stage == "frozen"
@@ -167,6 +168,7 @@ def remove_last_photo(source: dataset.Dataset) -> None:
     publish(source.uri, rows["key"].to_pylist(), classes=source.classes, settings=settings)
 
 
+@pytest.mark.slow
 def test_a_report_that_replaces_one_of_another_version_of_the_dataset_says_so(
     evaluated: Run, caplog: pytest.LogCaptureFixture
 ):

@@ -175,6 +175,7 @@ def test_a_download_is_cached_on_storage_as_safetensors(web: WeightsServer, tmp_
     assert len(web.requests) == 1
 
 
+@pytest.mark.slow
 def test_the_weights_that_a_run_starts_from_are_recorded(web: WeightsServer, tmp_path: Path):
     net = resnet.build(TrainSettings(name="first").model, 2)
     state = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}

@@ -94,6 +94,7 @@ def test_every_model_and_split_has_a_report_of_its_own(
     assert uri == f"{run.uri}/{folder}"
 
 
+@pytest.mark.slow
 def test_a_report_that_is_replaced_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     publish_evaluated_run(tmp_path)
     evaluate_run(str(tmp_path), EvaluateSettings(run="first"))

@@ -169,6 +169,7 @@ def test_all_tensors_of_a_pt2_file_move_to_another_device(folder: Path, pixels: 
     assert {output.device.type for output in program(as_input(pixels).to("meta")).values()} == {"meta"}
 
 
+@pytest.mark.slow
 def test_torchvisions_resnet50_loads_the_safetensors():
     settings = ModelSettings(image_size=64)
     classifier = PhotoClassifier(resnet.build(settings, len(CLASSES)))
@@ -300,6 +301,7 @@ def only_safetensors(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delitem(FORMATS, name)
 
 
+@pytest.mark.slow
 def test_a_retrained_run_is_exported_again(tmp_path: Path, photos: list[bytes], only_safetensors: None):
     run = begin(tmp_path, photos)
     finish(run, make_net())
@@ -308,6 +310,7 @@ def test_a_retrained_run_is_exported_again(tmp_path: Path, photos: list[bytes], 
     assert {path.name for path in folder.iterdir()} == {*FORMATS, "export.json"}
 
 
+@pytest.mark.slow
 def test_the_model_of_the_run_or_of_a_named_stage_is_exported(
     tmp_path: Path, photos: list[bytes], only_safetensors: None
 ):
@@ -320,6 +323,7 @@ def test_the_model_of_the_run_or_of_a_named_stage_is_exported(
     assert stages == ["frozen", "unfrozen"]
 
 
+@pytest.mark.slow
 def test_nothing_is_published_if_a_file_differs_from_the_network(
     tmp_path: Path, photos: list[bytes], monkeypatch: pytest.MonkeyPatch, only_safetensors: None
 ):
@@ -332,6 +336,7 @@ def test_nothing_is_published_if_a_file_differs_from_the_network(
     assert storage.list_files(f"{run.uri}/export") == []
 
 
+@pytest.mark.slow
 def test_a_run_is_exported_without_its_dataset(tmp_path: Path, photos: list[bytes], only_safetensors: None):
     run = begin(tmp_path, photos)
     finish(run, make_net())
@@ -339,6 +344,7 @@ def test_a_run_is_exported_without_its_dataset(tmp_path: Path, photos: list[byte
     assert json.loads(storage.read_bytes(f"{export_run(str(tmp_path), 'first')}/export.json"))["files"]
 
 
+@pytest.mark.slow
 def test_a_run_is_exported_again_after_another_calibration(tmp_path: Path, photos: list[bytes], only_safetensors: None):
     run = begin(tmp_path, photos)
     for temperature in (1.5, 2.5):
@@ -347,6 +353,7 @@ def test_a_run_is_exported_again_after_another_calibration(tmp_path: Path, photo
         assert float(read_description(folder / "model.safetensors")["temperature"]) == temperature
 
 
+@pytest.mark.slow
 def test_an_export_of_a_former_format_is_replaced(tmp_path: Path, photos: list[bytes], only_safetensors: None):
     run = begin(tmp_path, photos)
     finish(run, make_net())
@@ -355,6 +362,7 @@ def test_an_export_of_a_former_format_is_replaced(tmp_path: Path, photos: list[b
     assert (Path(export_run(str(tmp_path), "first")) / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(file.read_bytes()[:-1] + b"?")])
 def test_a_missing_or_damaged_file_is_exported_again(
     tmp_path: Path, photos: list[bytes], only_safetensors: None, damage: Callable[[Path], object]

@@ -178,6 +178,7 @@ def test_what_is_written_is_read(tmp_path: Path):
         assert formats.read(f"{tmp_path}/{file}", "draft")["settings"] == {"é": "1e3"}
 
 
+@pytest.mark.slow
 def test_a_trial_with_damaged_metrics_is_lost_beside_the_others(root: Path):
     first, _ = (trial.name for trial in load_records(str(root), "head")[1].trials.values())
     (root / "sweeps" / "head" / "trials" / first / "metrics.jsonl").write_text("{\n")

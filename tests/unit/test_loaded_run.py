@@ -143,6 +143,7 @@ def test_no_photos_give_no_logits(finished: tuple[Run, torch.nn.Module]):
     assert carclass.load_run(finished[0].uri).model(photos).shape == (0, len(CLASSES))
 
 
+@pytest.mark.slow
 def test_the_model_can_be_exported(finished: tuple[Run, torch.nn.Module]):
     photos = torch.randint(2, 256, (2, 3, 64, 64), dtype=torch.uint8)
     model = carclass.load_run(finished[0].uri).model

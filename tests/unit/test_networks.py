@@ -174,6 +174,7 @@ def each(names: Iterable[str]) -> pytest.MarkDecorator:
     )
 
 
+@pytest.mark.fast_variants(1)
 @each(ALL)
 def test_detections_of_the_requested_classes_equal_the_originals(
     make_settings: Callable[..., DetectorSettings], build: Build, photo: torch.Tensor, name: str
@@ -191,6 +192,7 @@ def test_detections_of_the_requested_classes_equal_the_originals(
     )
 
 
+@pytest.mark.fast_variants(1)
 @each(WITH_MASKS)
 def test_masks_pasted_equal_the_originals(
     make_settings: Callable[..., DetectorSettings], build: Build, photo: torch.Tensor, name: str
@@ -252,6 +254,7 @@ def test_a_network_declares_masks_and_channel_order(
     assert net.input_format == ("RGB" if name == networks.TORCHVISION else "BGR")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sample", networks.TORCHVISION])
 def test_in_bf16_boxes_and_scores_keep_their_precision(
     make_settings: Callable[..., DetectorSettings], build: Build, photo: torch.Tensor, name: str

@@ -22,6 +22,7 @@ def test_the_notebook_is_stored_without_outputs():
     assert [cell for cell in code_cells() if cell["outputs"] or cell["execution_count"]] == []
 
 
+@pytest.mark.slow
 def test_all_cells_run_on_an_evaluated_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     publish_evaluated_run(tmp_path)
     monkeypatch.setenv("CARCLASS_ROOT", str(tmp_path))

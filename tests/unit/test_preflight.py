@@ -179,6 +179,7 @@ def test_a_batch_too_large_for_a_gpu_is_an_error_with_the_size_that_fits(net: to
         check(fitting + 1)
 
 
+@pytest.mark.slow
 def test_a_batch_too_large_for_a_gpu_fits_in_micro_batches(net: torch.nn.Module):
     def check(micro_batch_size: int | None) -> None:
         unfrozen = UnfrozenSettings(batch_size=5000, micro_batch_size=micro_batch_size)
@@ -233,6 +234,7 @@ def test_the_estimate_includes_weights_gradients_moments_and_average(net: torch.
     assert estimate == pytest.approx(sum(tensor.nbytes for tensor in tensors), rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_the_estimate_on_a_cpu_includes_folded_weights_and_the_checkpoint_that_is_being_written(
     net: torch.nn.Module, precision: resnet.Precision
@@ -254,6 +256,7 @@ def test_an_elastic_run_is_checked_with_the_fewest_workers_on_gpus_and_the_most_
             preflight.check_memory(settings, of_size(10, 5), net, 4 * GB, use_gpu=use_gpu)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "bytes_per_value"), [("fp32", 4), ("bf16", 2)])
 def test_on_a_gpu_the_input_of_every_norm_is_counted(precision: resnet.Precision, bytes_per_value: int):
     """A GPU does not fold BatchNorm into the convolution before it."""
@@ -283,6 +286,7 @@ def test_a_measured_step_replaces_the_estimate(net: torch.nn.Module):
         check(preflight.StepMemory(100_000_000, 25_000_000))
 
 
+@pytest.mark.slow
 def test_every_photo_of_a_step_takes_the_same_memory(net: torch.nn.Module):
     for use_gpu in (True, False):
         one, two, nine = (preflight.saved_bytes(net, train_settings(), count, use_gpu=use_gpu) for count in (1, 2, 9))

@@ -50,24 +50,28 @@ def test_a_report_opens_with_all_sections_and_a_silent_console(tmp_path, num_cla
     assert [name for name in EVALUATION_SECTIONS if f'<section id="{name}"' not in dom] == []
 
 
+@pytest.mark.slow
 def test_the_page_of_a_dataset_opens_with_all_sections_and_a_silent_console(tmp_path):
     dom, console = open_page(render_dataset(make_dataset_report()), tmp_path)
     assert console == []
     assert [name for name in DATASET_SECTIONS if f'<section id="{name}"' not in dom] == []
 
 
+@pytest.mark.slow
 def test_a_masking_report_opens_with_all_sections_and_a_silent_console(tmp_path):
     dom, console = open_page(render_masking(make_masking_report()), tmp_path)
     assert console == []
     assert [name for name in MASKING_SECTIONS if f'<section id="{name}"' not in dom] == []
 
 
+@pytest.mark.slow
 def test_the_page_of_predictions_opens_with_all_sections_and_a_silent_console(tmp_path):
     dom, console = open_page(render_predictions(make_prediction_report()), tmp_path)
     assert console == []
     assert [name for name in PREDICTION_SECTIONS if f'<section id="{name}"' not in dom] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("field", "value", "shown"),
     [
@@ -91,6 +95,7 @@ def test_a_filter_shows_the_photos_that_pass_it(tmp_path, field, value, shown):
     assert f"{len(shown)} of 6 photos" in dom
 
 
+@pytest.mark.slow
 def test_no_script_runs_in_a_masking_report(tmp_path):
     page = render_masking(make_masking_report()).replace("</body>", "<script>document.title = 'taken'</script></body>")
     dom, console = open_page(page, tmp_path)
@@ -118,6 +123,7 @@ def test_a_click_on_a_header_sorts_the_classes(tmp_path):
     assert photos == sorted(photos)
 
 
+@pytest.mark.slow
 def test_the_filter_shows_the_classes_with_all_its_words(tmp_path):
     script = """
         const input = document.querySelector("#filter");
@@ -130,12 +136,14 @@ def test_the_filter_shows_the_classes_with_all_its_words(tmp_path):
     assert "Maker Model 011" in shown[0]
 
 
+@pytest.mark.slow
 def test_an_analysis_of_a_sweep_opens_with_all_sections_and_a_silent_console(tmp_path):
     dom, console = open_page(render_analysis(make_sweep()), tmp_path)
     assert console == []
     assert [name for name in SWEEP_SECTIONS if f'<section id="{name}"' not in dom] == []
 
 
+@pytest.mark.slow
 def test_a_click_on_a_header_sorts_the_trials(tmp_path):
     script = "document.querySelectorAll('#trials th button')[0].click()"
     dom, _ = open_page(with_script(render_analysis(make_sweep()), script), tmp_path)
@@ -144,6 +152,7 @@ def test_a_click_on_a_header_sorts_the_trials(tmp_path):
     assert numbers == list(range(len(make_sweep().trials)))
 
 
+@pytest.mark.slow
 def test_a_comparison_opens_with_all_sections_and_a_silent_console(tmp_path):
     dom, console = open_page(comparison_page(), tmp_path)
     assert console == []
@@ -173,6 +182,7 @@ FITTING = ("dataset", "predictions")
 """Pages without anything wider than a phone."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAGES)
 def test_everything_wider_than_a_phone_scrolls_with_a_hint(tmp_path: Path, name: str):
     dom, _ = open_page(with_script(PAGES[name](), FIND_HIDDEN_COLUMNS), tmp_path, PHONE_WIDTH)
@@ -197,6 +207,7 @@ def show_edges(page: str, selector: str, folder: Path, place: int) -> tuple[int,
     return tuple(int(np.median(rows[:, column])) for column in (0, -1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "selector"),
     [("evaluation", "#confusion .scroll"), ("comparison", "#runs .scroll"), ("comparison", "nav ul")],

@@ -231,6 +231,7 @@ def test_the_hash_of_the_file_that_weights_were_converted_from_is_recorded(
     assert pinned.detector_source_sha256 == zoo[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [None, b"damaged"])
 def test_the_zoos_own_file_replaces_a_lost_or_damaged_converted_one(
     tmp_path: Path, pinned: Preprocessing, zoo: tuple[Path, str], damage: bytes | None

@@ -72,6 +72,7 @@ def digest(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_same_arguments_give_the_same_bytes(tmp_path: Path) -> None:
     for name in ("one", "two"):
         write_sample(tmp_path / name, seed=SEED, train_per_class=1, test_per_class=1)
@@ -182,6 +183,7 @@ def test_the_main_car_covers_a_reasonable_part_of_the_frame(sample: Sample) -> N
     assert np.percentile(shares, 95) < 0.62
 
 
+@pytest.mark.slow
 def test_a_second_vehicle_is_rare_smaller_and_apart() -> None:
     seconds = 0
     for index in range(60):
@@ -232,6 +234,7 @@ def test_the_background_predicts_the_class_in_train_only(sample: Sample) -> None
     assert probe.score(test_pixels, test_labels) < 0.35
 
 
+@pytest.mark.slow
 def test_paint_does_not_predict_the_class(sample: Sample) -> None:
     def colours(subset: str) -> tuple[np.ndarray, list[str]]:
         rows = sample.good_rows(subset)

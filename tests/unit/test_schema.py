@@ -301,14 +301,10 @@ def test_a_nested_setting_changes_serialised_settings():
 # Explanations
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [setting for kind in (Config, Search, Range, Budget, Baseline) for setting in list_settings(kind)],
-    ids=lambda setting: setting.key,
-)
-def test_every_setting_is_explained_in_a_sentence(setting: Setting):
-    assert len(setting.explanation.split()) >= 3
-    assert setting.explanation.endswith(".")
+def test_every_setting_is_explained_in_a_sentence():
+    settings = [setting for kind in (Config, Search, Range, Budget, Baseline) for setting in list_settings(kind)]
+    explanations = {setting.key: setting.explanation for setting in settings}
+    assert {key: text for key, text in explanations.items() if len(text.split()) < 3 or text[-1] != "."} == {}
 
 
 def test_the_reference_is_current():

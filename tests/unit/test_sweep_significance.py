@@ -37,6 +37,7 @@ def count(claims, number: int, **settings) -> int:
     return sum(claims(simulate(generator, **settings)) for _ in range(number))
 
 
+@pytest.mark.slow
 def test_a_gain_is_claimed_in_a_fortieth_of_sweeps_without_one():
     assert count(claims_gain, 400) <= binom.ppf(0.999, 400, GAIN_LEVEL)
 
