@@ -10,14 +10,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
-
-import pytest
-
-from carclass.cluster import connection
 
 JOBS = Path(__file__).parents[2] / "jobs"
 RAY = Path(sys.executable).with_name("ray")
@@ -28,14 +24,6 @@ SYSTEM = {
     "idle_worker_killing_time_threshold_ms": 600_000,
 }
 """Detect lost nodes within two seconds instead of fifteen; keep idle workers, because starting one takes seconds."""
-
-
-@contextmanager
-def treated_as_own() -> Iterator[None]:
-    """Make jobs treat the cluster as one of their own process, which they can do without for few photos or a worker."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(connection, "_owns_cluster", True)
-        yield
 
 
 def free_port() -> int:

@@ -7,8 +7,7 @@ import pytest
 
 from carclass.config.schema import DetectorSettings, ExcludeSettings, MaskSettings
 from carclass.data import dataset
-from carclass.masking.mask import mask_dataset
-from tests.helpers.clusters import treated_as_own
+from tests.helpers.own_cluster import treated_as_own
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +31,8 @@ def mask_settings(photos_folder: Path) -> MaskSettings:
 @pytest.fixture(scope="session")
 def masked(root: str, mask_settings: MaskSettings) -> dataset.Dataset:
     """Mask the small sample."""
+    from carclass.masking.mask import mask_dataset  # Detectron2 takes seconds, and pytest's main process needs none
+
     return mask_dataset(root, mask_settings)
 
 

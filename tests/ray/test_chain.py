@@ -36,7 +36,7 @@ from carclass.runs.saved_model import read_model
 from carclass.training.photo_store import PhotoStore
 from carclass.training.train import all_resources, load_run_inputs, train_run, train_stages
 from tests.helpers.browser import BROWSER, open_page
-from tests.helpers.clusters import treated_as_own
+from tests.helpers.own_cluster import treated_as_own
 
 Rows = list[dict[str, Any]]
 MODEL = ModelSettings(architecture="resnet26-narrow", image_size=64)

@@ -34,7 +34,8 @@ from carclass.runs.predictor import Predictor
 from carclass.runs.run import find_run, run_uri
 from carclass.runs.saved_model import read_model
 from carclass.sample.generate import BROKEN_KINDS, ODDITIES
-from tests.helpers.clusters import start, treated_as_own, wait_for
+from tests.helpers.clusters import start, wait_for
+from tests.helpers.own_cluster import treated_as_own
 from tests.helpers.runs import publish_frozen_run
 
 Rows = list[dict[str, Any]]

@@ -22,7 +22,7 @@ from carclass.training.train import train_run
 from carclass.tuning import results, search_space, trial_records
 from carclass.tuning.collect import collect_sweep, publish_sweep
 from carclass.tuning.tune import make_scheduler, prepare_sweep, run_sweep
-from tests.helpers.clusters import treated_as_own
+from tests.helpers.own_cluster import treated_as_own
 
 TRAIN: dict[str, Any] = {
     "name": "small",
