@@ -147,10 +147,19 @@ class Dataset:
         return digest
 
     def read(self, columns: Sequence[str]) -> pa.Table:
-        """Read columns of all rows, in the order of the parts."""
+        """Read columns of all rows, in the order of the parts. Raise UserError if they are not all there."""
         if not self.parts:
             return pa.schema([MASKED_ROW.field(name) for name in columns]).empty_table()
-        return pa.concat_tables(part.read(columns) for part in self.parts)
+        table = pa.concat_tables(part.read(columns) for part in self.parts)
+        self.check_rows(table.num_rows)
+        return table
+
+    def check_rows(self, num_rows: int) -> None:
+        """Raise DamagedFileError if all parts together have another number of rows than the manifest."""
+        if num_rows != self.manifest["rows"]:
+            uri = storage.join(self.uri, "manifest.json")
+            expected = f"`rows` is {self.manifest['rows']}, but the `parts` have {num_rows}"
+            raise formats.damaged("manifest", uri, expected)
 
     def rows(self, keys: Sequence[str], columns: Sequence[str]) -> list[dict[str, Any]]:
         """Read a few rows in the order of the given keys, each as a dict of `key` and the columns."""

@@ -35,12 +35,14 @@ class RowNumber(NamedTuple):
 
 
 def number_rows(source: dataset.Dataset) -> Iterator[RowNumber]:
-    """Yield the numbers of all rows, in ascending order."""
-    columns = ["image_id", "key", "label", "split"]
+    """Yield the numbers of all rows, in ascending order. Raise UserError after the last if they are not all there."""
+    columns, num_rows = ["image_id", "key", "label", "split"], 0
     for part, table in enumerate(storage.in_parallel(lambda each: each.read(columns), source.parts)):
+        num_rows += table.num_rows
         values = (column.to_pylist() for column in table.columns)
         for position, (image_id, key, label, split) in enumerate(zip(*values, strict=True)):
             yield RowNumber(image_id, key, part * PART_STRIDE + position, label, split)
+    source.check_rows(num_rows)
 
 
 def select_rows(source: dataset.Dataset, limit: int | None) -> Iterable[RowNumber]:

@@ -88,6 +88,18 @@ def test_a_part_that_another_program_wrote_is_refused(uri: str):
         published.read(["key"])
 
 
+@pytest.mark.parametrize("read", [lambda source: source.read(["key"]), lambda source: [*streaming.number_rows(source)]])
+def test_a_part_that_the_manifest_does_not_list_is_missed(uri: str, tmp_path: Path, read: Callable[..., object]):
+    write_rows(uri, "a", image=b"one")
+    write_rows(uri, "b", image=b"two")
+    path = Path(publish(uri, "ab").uri, "manifest.json")
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "parts": dict([*manifest["parts"].items()][:1])}))
+    damaged = dataset.Dataset(uri, json.loads(path.read_text()))
+    with pytest.raises(UserError, match=r"manifest.json is damaged: `rows` is 2, but the `parts` have 1"):
+        read(damaged)
+
+
 @pytest.mark.parametrize("size", [None, 32])
 def test_a_label_that_is_none_of_the_classes_is_an_error(size: int | None):
     batch = pa.table({"image_id": ["0"], "key": ["a"], "label": ["car"], "image": [b""]})
