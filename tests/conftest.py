@@ -30,6 +30,8 @@ from tests.helpers.faulty_s3 import Proxy
 
 Rows = list[dict[str, Any]]
 SHARE_A_CLUSTER = ("tests/ray/", "tests/s3/test_s3.py", "tests/s3/test_throttling.py")
+FAST_VARIANTS = 2
+"""Variants of a parametrized test that belong to `make test`; the others, to `make test-all`."""
 OWN_CLUSTERS = tuple(
     f"tests/ray/test_{name}.py"
     for name in ("autoscaling", "classification_crashes", "ingest_crashes", "masking_kills", "rival_ingests")
@@ -52,14 +54,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the variants of a test as slow that are beyond its number of `fast_variants`."""
+    """Mark all but the first variants of a parametrized test as slow."""
     variants: Counter[str] = Counter()
     for item in items:
-        if (marker := item.get_closest_marker("fast_variants")) is not None:
-            test = item.nodeid.split("[")[0]
-            variants[test] += 1
-            if variants[test] > marker.args[0]:
-                item.add_marker(pytest.mark.slow)
+        test = item.nodeid.split("[")[0]
+        variants[test] += 1
+        if variants[test] > FAST_VARIANTS:
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_collection_finish() -> None:
@@ -140,6 +141,7 @@ def ray_cluster(s3: Any) -> Iterator[str]:
     import ray  # slow, and not needed by tests without a cluster
     import ray.data
 
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that wait for others leave their CPU to other processes
     # A separate folder: with several clusters in one, Ray Train may connect to the wrong one.
     # Not tmp_path, which is too long for a socket.
     os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-")
@@ -158,7 +160,7 @@ def ray_cluster(s3: Any) -> Iterator[str]:
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield ray.get_runtime_context().gcs_address
     ray.shutdown()
-    del os.environ["RAY_API_SERVER_ADDRESS"]
+    del os.environ["RAY_API_SERVER_ADDRESS"], os.environ["OMP_WAIT_POLICY"]
     shutil.rmtree(os.environ.pop("RAY_TMPDIR"), ignore_errors=True)
 
 

@@ -54,7 +54,6 @@ def wildcards(statements: list[dict[str, Any]]) -> list[str]:
     return actions
 
 
-@pytest.mark.fast_variants(1)
 @pytest.mark.parametrize(("role", "policy"), POLICIES)
 def test_policies_pass_the_linter(account: Account, role: str, policy: str):
     assert lint_errors(statements(role, policy)) == []

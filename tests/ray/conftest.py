@@ -22,7 +22,7 @@ def mask_settings(photos_folder: Path) -> MaskSettings:
     return MaskSettings(
         detector=DetectorSettings(model="sample", weights="sample", short_side=160, num_proposals=30),
         exclude=ExcludeSettings(min_area_fraction=0.2),
-        num_actors=2,
+        num_actors=1,
         part_rows=20,
         truth=str(photos_folder / "truth.json"),
     )

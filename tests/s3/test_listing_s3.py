@@ -35,7 +35,6 @@ def put(s3: Any, bucket: str, keys: Iterable[str]) -> None:
         s3.put_object(Bucket=bucket, Key=key, Body=b"" if key.endswith("/") else b"x")
 
 
-@pytest.mark.fast_variants(4)
 @pytest.mark.parametrize("limits", [(64, 10_000), (4, 10_000), (64, 12)], ids=["deep", "flat", "crowded levels"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_key_is_listed_once(

@@ -43,7 +43,6 @@ def read_ranges(uri: str) -> bytes:
         return file.read(1000) + file.read()
 
 
-@pytest.mark.fast_variants(3)
 @pytest.mark.parametrize("has_body", [True, False], ids=["body", "no body"])
 @pytest.mark.parametrize("kind", TRANSIENT)
 def test_a_transient_fault_of_a_read_is_retried(uri: str, proxy: Proxy, kind: int | str, has_body: bool):
@@ -61,7 +60,6 @@ def test_wrong_content_that_looks_right_is_read_again(uri: str, proxy: Proxy, ki
     assert proxy.refused == 2
 
 
-@pytest.mark.fast_variants(1)
 @pytest.mark.parametrize("method", ["HEAD", "PUT"])
 def test_a_page_of_a_gateway_in_place_of_an_answer_is_requested_again(uri: str, proxy: Proxy, method: str):
     proxy.faults = [Fault(PAGE, f"{method} .*b.bin", first=2)]
@@ -71,7 +69,6 @@ def test_a_page_of_a_gateway_in_place_of_an_answer_is_requested_again(uri: str, 
     assert proxy.refused == 2
 
 
-@pytest.mark.fast_variants(1)
 @pytest.mark.parametrize("kind", [CUT, FLIPPED, PAGE])
 def test_content_that_stays_wrong_is_the_storages_fault(uri: str, proxy: Proxy, kind: str):
     assert storage.read_bytes(uri) == CONTENT
@@ -92,7 +89,6 @@ def test_etags_of_encrypted_objects_are_not_compared(uri: str):
     assert s3_client.read_body(lambda: response) == CONTENT
 
 
-@pytest.mark.fast_variants(2)
 @pytest.mark.parametrize("kind", [429, 500, 502, 503, 504, RESET, STALL])
 def test_a_transient_fault_of_a_write_listing_or_deletion_is_retried(uri: str, proxy: Proxy, kind: int | str):
     proxy.faults = [Fault(kind, first=2)]
@@ -106,7 +102,6 @@ def test_a_transient_fault_of_a_write_listing_or_deletion_is_retried(uri: str, p
     assert storage.list_files(uri.removesuffix("/b.bin")) == ["b.bin"]
 
 
-@pytest.mark.fast_variants(2)
 @pytest.mark.parametrize("kind", TRANSIENT)
 def test_a_lasting_fault_is_the_storages_and_not_the_files(uri: str, proxy: Proxy, kind: int | str):
     proxy.faults = [Fault(kind, "b.bin")]
@@ -116,7 +111,6 @@ def test_a_lasting_fault_is_the_storages_and_not_the_files(uri: str, proxy: Prox
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.fast_variants(1)
 @pytest.mark.parametrize(
     ("fault", "text"),
     [
@@ -144,7 +138,6 @@ def test_a_request_that_succeeds_at_the_second_attempt_is_not_logged(
     assert "attempt" not in caplog.text
 
 
-@pytest.mark.fast_variants(2)
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -210,7 +203,6 @@ def test_a_storage_error_survives_pickling(uri: str, proxy: Proxy):
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
-@pytest.mark.fast_variants(3)
 @pytest.mark.parametrize("key", ODD_KEYS)
 def test_any_key_is_listed_and_read(s3: Any, bucket: str, key: str):
     s3.put_object(Bucket=bucket, Key=f"p/{key}", Body=CONTENT)

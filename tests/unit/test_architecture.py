@@ -161,7 +161,6 @@ def test_plain_modules_come_without_ray():
     assert [(name, other) for name in PLAIN_MODULES for other in closure(name) & with_ray] == []
 
 
-@pytest.mark.fast_variants(2)
 @pytest.mark.parametrize(
     "modules",
     [

@@ -50,7 +50,6 @@ def bias_of(uri: str) -> float:
 # Choice
 
 
-@pytest.mark.fast_variants(1)
 @pytest.mark.parametrize(
     ("frozen", "unfrozen", "stage"), [(50, 25, "frozen"), (25, 50, "unfrozen"), (50, 50, "frozen")]
 )
@@ -114,7 +113,6 @@ def test_load_run_loads_the_model_of_the_run_or_of_a_named_stage(worse: Run, sta
     assert load_run(worse.uri, stage=stage).model.get_parameter("net.fc.1.bias")[0] == bias
 
 
-@pytest.mark.fast_variants(1)
 @pytest.mark.parametrize(("parent", "bias"), [("both@best", 5), ("both@2", 2), ("both@last", 2)])
 def test_a_child_starts_from_the_model_of_the_run_or_from_epochs_of_its_last_stage(worse: Run, parent: str, bias: int):
     settings = TrainSettings(name="child", parent=parent, model=MODEL, frozen=None)

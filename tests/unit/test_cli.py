@@ -222,7 +222,6 @@ def test_a_programming_error_keeps_its_traceback():
         cli.main(job)
 
 
-@pytest.mark.fast_variants(6)
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -283,7 +282,6 @@ def test_every_job_is_covered_here_or_reads_no_section():
     assert {name for name, text in texts.items() if "cli.parse_job" in text} == set(SECTIONS)
 
 
-@pytest.mark.fast_variants(4)
 @pytest.mark.parametrize("job", [path.name for path in sorted(JOBS.glob("*.py"))])
 def test_help_loads_no_heavy_library(job: str):
     code = (

@@ -84,7 +84,6 @@ FAULTS: dict[str, tuple[Callable[[Run], None], str]] = {
 }
 
 
-@pytest.mark.fast_variants(2)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_model_that_other_records_contradict_is_not_used(run: Run, fault: str):
     assert load_run(run.uri).stage == "frozen"

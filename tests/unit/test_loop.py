@@ -107,7 +107,6 @@ def assert_same(one: Stage, other: Stage) -> None:
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
-@pytest.mark.fast_variants(2)
 @pytest.mark.parametrize("kind", ["features", "photos"])
 @pytest.mark.parametrize("preempt_after", [1, 3, 4, 6, 11])  # an epoch has four steps
 def test_a_resumed_stage_equals_an_uninterrupted_one(stage: Callable[..., Stage], kind: str, preempt_after: int):
@@ -118,7 +117,6 @@ def test_a_resumed_stage_equals_an_uninterrupted_one(stage: Callable[..., Stage]
     assert_same(resumed, uninterrupted)
 
 
-@pytest.mark.fast_variants(1)
 @pytest.mark.parametrize("kind", ["features", "photos"])
 def test_a_stage_with_balanced_sampling_is_resumed(stage: Callable[..., Stage], kind: str):
     uninterrupted, resumed = stage("uninterrupted", kind), stage("resumed", kind)

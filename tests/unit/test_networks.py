@@ -174,7 +174,6 @@ def each(names: Iterable[str]) -> pytest.MarkDecorator:
     )
 
 
-@pytest.mark.fast_variants(1)
 @each(ALL)
 def test_detections_of_the_requested_classes_equal_the_originals(
     make_settings: Callable[..., DetectorSettings], build: Build, photo: torch.Tensor, name: str
@@ -192,7 +191,6 @@ def test_detections_of_the_requested_classes_equal_the_originals(
     )
 
 
-@pytest.mark.fast_variants(1)
 @each(WITH_MASKS)
 def test_masks_pasted_equal_the_originals(
     make_settings: Callable[..., DetectorSettings], build: Build, photo: torch.Tensor, name: str

@@ -89,7 +89,6 @@ def test_the_table_has_the_columns_of_the_job_without_rejection(predicting: Load
     assert predicting.predict(image).schema.names == [name for name in PREDICTION.names if name != "rejected"]
 
 
-@pytest.mark.fast_variants(3)
 @pytest.mark.parametrize("name", ["car.jpg", "car.png", "grey16.png", "turned.jpg", "alpha.png", "cmyk.jpg", "car.gif"])
 def test_an_opened_image_is_predicted_as_its_file(predicting: LoadedRun, image: Image.Image, tmp_path: Path, name: str):
     write_photo(image, tmp_path / name)
@@ -100,7 +99,6 @@ def test_an_opened_image_is_predicted_as_its_file(predicting: LoadedRun, image: 
     assert of_file["reason"].to_pylist() == [None]
 
 
-@pytest.mark.fast_variants(3)
 @pytest.mark.parametrize(
     "name", ["car.png", "grey16.png", "turned.png", "alpha.png", "palette.png", "car.jpg", "turned.jpg", "cmyk.jpg"]
 )
@@ -129,7 +127,6 @@ def test_a_drafted_image_that_is_not_loaded_is_predicted_as_its_file(
         assert probability(predicting.predict(opened)) == probability(predicting.predict(tmp_path / "car.jpg"))
 
 
-@pytest.mark.fast_variants(1)
 @pytest.mark.parametrize("way", ["draft", "grey draft", "thumbnail", "draft in memory"])
 def test_an_image_that_was_reduced_in_place_is_refused(
     predicting: LoadedRun, image: Image.Image, tmp_path: Path, way: str
@@ -172,7 +169,6 @@ def test_exif_orientation_matters(predicting: LoadedRun, image: Image.Image, tmp
     assert probability(predicting.predict(flat)) != of_file
 
 
-@pytest.mark.fast_variants(3)
 @pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "HSV", "LAB", "1", "LA", "La", "RGBa", "RGBX"])
 def test_images_of_all_modes_are_predicted(predicting: LoadedRun, image: Image.Image, mode: str):
     converted = image.convert("RGBA").convert("RGBa") if mode == "RGBa" else image
@@ -253,7 +249,6 @@ def test_no_photos_give_no_rows(predicting: LoadedRun):
     assert len(predicting.predict([])) == 0
 
 
-@pytest.mark.fast_variants(3)
 @pytest.mark.parametrize(
     ("photos", "error"),
     [

@@ -13,7 +13,6 @@ SEEDS = [pytest.param(seed, marks=pytest.mark.slow if seed else ()) for seed in 
 """About a second each."""
 
 
-@pytest.mark.fast_variants(1)
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_jobs_on_one_name_publish_one_complete_dataset(tmp_path: Path, seed: int, count: int):

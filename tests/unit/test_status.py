@@ -79,7 +79,6 @@ def test_machine_settings_do_not_make_runs_stale(root: Path):
     assert run_states(make_tree(root, FIRST.model_copy(update={"keep_checkpoints": 7}))) == ["finished"]
 
 
-@pytest.mark.fast_variants(2)
 @pytest.mark.parametrize(
     ("file", "old", "new", "reason"),
     [
