@@ -47,7 +47,7 @@ from carclass.progress import Throttle
 log = logging.getLogger(__name__)
 NUM_ATTEMPTS = 8
 FIRST_PAUSE = 0.3
-"""Seconds; the limit of the pause doubles with every attempt, so that all of them together outlast half a minute."""
+"""Seconds; the limit of the pause doubles with every attempt. All seven together take 19 to 38 seconds."""
 CONNECT_TIMEOUT, READ_TIMEOUT = 10, 60
 """Seconds without any progress, after which a request is repeated."""
 MAX_CONNECTIONS = 32
@@ -191,7 +191,7 @@ def retry_delay(
 
 
 def _log_retry(request: str, attempts: int, error: Exception | None, cause: str) -> None:
-    """Log a request that failed twice, or took long to fail: the first retry alone is everyday."""
+    """Log a request that failed twice, or took long to fail: a single retry is normal."""
     if attempts < 2 and not isinstance(error, ConnectTimeoutError | ReadTimeoutError):
         return
     with _LOG_LOCK:

@@ -5,7 +5,7 @@
   python jobs/lineage.py run all --budget tiny     train missing runs, parents first, siblings in parallel
   python jobs/lineage.py run exp_013               train one run and its parents
   python jobs/lineage.py rerun-stale exp_003       train a run again whose settings, data or parents have changed
-  python jobs/lineage.py rerun-stale --yes         all of these; the old runs are moved to <root>/replaced/ whole
+  python jobs/lineage.py rerun-stale --yes         all stale runs; the old ones are moved to <root>/replaced/ whole
   python jobs/lineage.py compare                   test each finished run and write one report over all of them
 
 A budget names the experiment files of the tree, their datasets and the length of training: one of

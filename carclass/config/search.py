@@ -69,7 +69,8 @@ class Search(Section):
     reduction_factor: int = Field(3, ge=2)
     """ASHA and HyperBand: one trial in this many continues, for this many times as many epochs."""
     min_epochs: int | None = Field(None, ge=1)
-    """Epochs of the last stage before a trial may be stopped; by default a fifteenth of all its epochs."""
+    """Epochs of the last stage before a trial may be stopped; by default a fifteenth of all its epochs.
+    Not with `hyperband`, which sets its own."""
     num_seeds: int = Field(3, ge=1)
     """Seeds with which the best three settings and the unchanged experiment are trained, the first one included.
 

@@ -203,7 +203,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "export": {"files": dict[str, dict[str, Any]]},
     "trials": {"trials": list[dict[str, Any]]},
 }
-"""Types of further values, where a file has them, and those inside of lists and mappings."""
+"""Types of further values, where a file has them, and those inside lists and mappings."""
 
 
 def read(uri: str, kind: str) -> Row:

@@ -18,7 +18,7 @@ def read_orientation(exif_blocks: Iterable[bytes], xmp_packets: Iterable[bytes])
     """
     stated = [value for block in exif_blocks if (value := _from_exif(block)) is not None]
     if not stated:
-        # An UTF-16 packet without its zero bytes reads like UTF-8.
+        # A UTF-16 packet without its zero bytes reads like UTF-8.
         found = [_XMP.search(packet.replace(b"\0", b"")) for packet in xmp_packets]
         stated = [int(match[1]) for match in found if match]
     return stated[0] if stated and 1 <= stated[0] <= 8 else 1

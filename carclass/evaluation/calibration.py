@@ -47,7 +47,7 @@ def _find_objection(
 ) -> str | None:
     """Return the reason not to use a fitted temperature; None if there is none. errors: before and after it."""
     if fitted <= MIN_USED_TEMPERATURE:
-        return "it is the lower bound of the fit: every photo is classified correctly"
+        return "it is near the lower bound of the fit, as if every photo were classified correctly"
     accuracy = float((probabilities.argmax(1) == labels).mean())
     if (objection := refuse_sharpening(fitted, len(labels), accuracy)) is not None:
         return objection

@@ -111,7 +111,7 @@ class Catalogue:
         self._db.execute("INSERT OR REPLACE INTO member VALUES (?, ?, ?, ?, ?, ?, ?)", entry)
 
     def _describe(self, position: int, member: Member) -> _Entry:
-        """Return the row of a member: as in unpacking, the links that are there already lead to its place."""
+        """Return the row of a member: links listed before it are followed in its path, as when unpacking."""
         name = clean_name(member.name)
         entry = _Entry(printable(name), position, member.size, member.checksum(), None, None, None)
         if not name or not is_utf8(name):

@@ -85,7 +85,7 @@ class OtherFiles(NamedTuple):
 
     @property
     def text(self) -> str:
-        """Return the number with the first names."""
+        """Return the number of photos and the names of the first few."""
         more = ", …" if self.number > len(self.examples) else ""
         return f"{self.number:,} ({', '.join(self.examples)}{more})"
 

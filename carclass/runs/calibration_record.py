@@ -12,7 +12,7 @@ from carclass.runs.run import Run
 
 FILE = "calibration.json"
 MIN_USED_TEMPERATURE = 0.1
-"""A fitted temperature below it is at the lower bound of the fit, as the photos do not determine it."""
+"""A fitted temperature below it is near the lower bound of the fit, as the photos do not determine it."""
 MAX_STANDARD_ERROR = 0.035
 """Standard error of the val accuracy above which no temperature below 1 is used. The best epoch was chosen on the same
 photos, so their accuracy is higher than that of new photos, by about this error, and a temperature below 1 would raise

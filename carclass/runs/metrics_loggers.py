@@ -206,7 +206,7 @@ def _check_installed(name: LoggerName) -> None:
 
 
 def _identity(run: Run) -> str:
-    """Return an identity of a run that another one of its name does not have."""
+    """Return an id that tells a run from others of the same name."""
     return f"{run.uri} {run.lineage()['started']}"
 
 

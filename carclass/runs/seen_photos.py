@@ -23,7 +23,7 @@ class SeenPhotos(NamedTuple):
     number: int
     total: int  # photos of the split
     runs: list[str]  # names of the runs that were trained on them
-    unknown: list[str]  # names of runs whose train photos are not known any more
+    unknown: list[str]  # names of runs whose train photos are no longer known
     num_val: int  # val photos; not counted in a val split, on which the run's own epoch is chosen anyway
     val_runs: list[str]  # names of the runs whose val photos they are
 

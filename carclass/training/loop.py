@@ -33,7 +33,7 @@ Metrics = dict[str, float]
 
 
 class DivergedError(UserError):
-    """Training whose loss, logits or weights are not finite.
+    """Error of a training whose loss, logits or weights are not finite.
 
     step: of the epoch, from 1. quantity: `loss`, `weights` or `val loss`.
     """

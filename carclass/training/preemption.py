@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import ray.train
 import ray.train.torch
 import torch
 from torch import distributed
@@ -54,6 +55,11 @@ class StepCheck:
         signals = torch.tensor(values, dtype=torch.uint8)
         distributed.all_reduce(signals, distributed.ReduceOp.MAX, group=self.group)
         return signals.bool().tolist()
+
+
+def is_node_draining() -> bool:
+    """Return True if Ray will take away a node of the run, as before a spot interruption."""
+    return ray.train.get_preemption_info() is not None
 
 
 def listen_for_sigterm() -> None:

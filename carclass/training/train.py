@@ -124,7 +124,7 @@ def train_stages(
         try:
             _fit_stage(job, get_photos, train_resources)
         except DivergedError as error:
-            with suppress(UserError):  # of the write: the divergence is the cause to tell
+            with suppress(UserError):  # an error of the write: report the divergence instead, the cause
                 record_divergence(run, stage, error.epoch, error.step, error.quantity)
             raise
         _publish(job)

@@ -26,7 +26,7 @@ from carclass.training.checkpoint_writer import CheckpointWriter
 from carclass.training.dataloader import PhotoLoader, PhotoSamples
 from carclass.training.learner import Learner, make_learner
 from carclass.training.photo_store import BlockRefs, get_blocks
-from carclass.training.preemption import StepCheck, WorkerContext
+from carclass.training.preemption import StepCheck, WorkerContext, is_node_draining
 from carclass.training.stage_progress import StageProgress
 
 OUT_OF_MEMORY_REMEDIES: dict[str, str] = {
@@ -54,13 +54,9 @@ def run_train_worker(job_fields: dict[str, Any]) -> bool:
     """Train a stage in a worker of Ray Train. Return False if preempted."""
     context = ray.train.get_context()
     worker = WorkerContext(
-        context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device(), _is_node_draining
+        context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device(), is_node_draining
     )
     return train_stage(StageJob(**job_fields), worker)
-
-
-def _is_node_draining() -> bool:
-    return ray.train.get_preemption_info() is not None
 
 
 def train_stage_in_process(job: StageJob, *, use_gpu: bool) -> bool:

@@ -41,7 +41,7 @@ class Launched(NamedTuple):
 
     @property
     def launches(self) -> dict[str, Request]:
-        """The requests that launched nodes, by node type."""
+        """Return the requests that launched nodes, by node type."""
         launches = [each for each in self.by_operator + self.by_head if each["Action"] == "RunInstances"]
         return {tags(request)["ray-user-node-type"]: request for request in launches}
 

@@ -1,4 +1,4 @@
-"""Jobs in front of a misbehaving S3: they end right, or stop with one paragraph and are resumed in health.
+"""Jobs in front of a misbehaving S3: they finish correctly, or stop with one paragraph and resume once S3 is healthy.
 
 Executed as a module, this file is a job whose processes connect to the proxy.
 """

@@ -74,7 +74,7 @@ MAX_MODULES, MAX_PACKAGES, MAX_README = 6, 15, 150
 
 
 def imports(name: str) -> Iterator[str]:
-    """Every module or name that a module imports, those within functions too."""
+    """Yield every module or name that a module imports, those within functions too."""
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.Import):
             yield from (item.name for item in node.names)
@@ -85,14 +85,14 @@ def imports(name: str) -> Iterator[str]:
 
 @cache
 def our_imports(name: str) -> set[str]:
-    """The modules of carclass and jobs that a module imports; not the packages that hold them."""
+    """Return the modules of carclass and jobs that a module imports; not the packages that hold them."""
     found = {item for item in imports(name) if item.split(".")[0] in ("carclass", "jobs")}
     modules = {item if item in TREES else item.rpartition(".")[0] for item in found}
     return modules - {name, "carclass"}
 
 
 def closure(name: str) -> set[str]:
-    """The modules that come along when one is imported, itself among them."""
+    """Return the modules that come along when one is imported, itself among them."""
     found, to_visit = set(), {name}
     while to_visit:
         found |= to_visit
@@ -101,7 +101,7 @@ def closure(name: str) -> set[str]:
 
 
 def nodes_of(kinds: Any) -> list[tuple[str, Any]]:
-    """All nodes of these kinds, with their modules' names."""
+    """Return all nodes of these kinds, with their modules' names."""
     return [(name, node) for name, tree in TREES.items() for node in ast.walk(tree) if isinstance(node, kinds)]
 
 
