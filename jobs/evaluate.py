@@ -13,12 +13,15 @@ from carclass.formatting import rate_text
 
 
 def main() -> None:
-    settings = cli.parse_job(__doc__, "evaluate")
+    config = cli.parse_job(__doc__, "evaluate")
+    settings = config.evaluate
+    if settings.run is None and config.train is not None:
+        settings = settings.model_copy(update={"run": config.train.name})
     from carclass.evaluation.evaluate import evaluate_run
 
-    evaluation = evaluate_run(settings.root, settings.evaluate)
+    evaluation = evaluate_run(config.root, settings)
     rows = [*metrics_rows(evaluation.metrics), ("report", evaluation.report_uri)]
-    print(progress.table(rows, title=f"run {settings.evaluate.run}"))
+    print(progress.table(rows, title=f"run {settings.run}"))
 
 
 def metrics_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:

@@ -34,9 +34,10 @@ def main() -> None:
     from carclass.ingestion.survey import survey_source
 
     first_config.check_output(args.output, args.photos, overwrite=args.overwrite)
-    root, machine = str(Path(args.output).resolve().parent / "results"), this_machine()
+    results, machine = Path(args.output).resolve().parent / "results", this_machine()
     columns = None if args.columns is None else cli.parse_value(args.columns)
-    survey = survey_source(root, args.photos, args.labels, columns)
+    survey = survey_source(str(results), args.photos, args.labels, columns)
+    root = first_config.choose_root(results, survey.settings)
     settings = first_config.choose_settings(root, survey, machine)
     findings = survey_text.describe_survey(survey)
     steps = estimate.plan_steps(settings, first_config.planned_photos(survey), machine)
@@ -49,6 +50,8 @@ def main() -> None:
     print(f"\n{progress.table(plan, title='plan')}\n")
     for text in survey_text.list_warnings(survey, machine):
         print(terminal_text(f"note: {text}"))
+    if root != str(results):
+        print(terminal_text(f"note: {results} has a dataset of other photos, so results go to {root}"))
     print(f"{args.output} is written. Next: {command}")
 
 

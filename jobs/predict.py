@@ -36,7 +36,7 @@ def main() -> None:
     if settings.run is None and config.train is not None:
         settings = settings.model_copy(update={"run": config.train.name})
     if settings.run is None:
-        raise UserError("`predict.run` is missing: name the run to use, e.g. --run sample.")
+        raise UserError("`predict.run` is missing: name the run to use, e.g. --run first.")
     from carclass.prediction import named_photos
 
     if photos := named_photos.find_photos(args.listed or [settings.photos]):
@@ -72,7 +72,7 @@ def result_rows(settings: "PredictSettings", result: "PredictionResult") -> list
     return [
         ("files", f"{counts.files:,}"),
         ("predicted", f"{counts.predicted:,}"),
-        (f"  below {settings.threshold:g}, rejected", f"{counts.rejected:,}"),
+        *([(f"  below {settings.threshold:g}, rejected", f"{counts.rejected:,}")] if settings.threshold else []),
         *([("not photos, left out", terminal_text(counts.others.text))] if counts.others.number else []),
         ("quarantined", f"{sum(counts.reasons.values()):,}"),
         *((f"  {reason}", f"{number:,}") for reason, number in counts.reasons.items()),

@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -205,8 +206,16 @@ def parse_value(text: str) -> Any:
 
 
 def name_commands(text: str) -> str:
-    """Return a text that names jobs as they were started: `carclass train` instead of `python jobs/train.py`."""
-    return SCRIPT.sub(r"carclass \1", text) if sys.argv[0].startswith("carclass ") else text
+    """Return a text that names jobs as they were started: `carclass train` instead of `python jobs/train.py`.
+
+    The command is named by its path, as `.venv/bin/carclass`, where PATH does not lead to it.
+    """
+    if not sys.argv[0].startswith("carclass "):
+        return text
+    program, command, here = "carclass", Path(sys.executable).with_name("carclass"), Path.cwd()
+    if shutil.which("carclass") is None and command.exists():
+        program = str(command.relative_to(here) if command.is_relative_to(here) else command)
+    return SCRIPT.sub(lambda match: f"{program} {match[1]}", text)
 
 
 class LineFormatter(logging.Formatter):

@@ -302,7 +302,7 @@ class EvaluateSettings(Section):
     """A run and a dataset → a report."""
 
     run: Name | None = None
-    """Run to evaluate; in a pipeline, the one just trained."""
+    """Run to evaluate; by default the one that the file trains."""
     dataset: Name | None = None
     """Dataset to evaluate on; by default the one the run was trained on."""
     split: Literal["test", "val"] = "test"

@@ -164,7 +164,7 @@ class Lease:
 
     def _acquire(self) -> None:
         """Take the lease, once it is free. Raise UserError if another job keeps it."""
-        watched = None
+        watched, since = None, time.monotonic()
         while True:
             try:
                 found = storage.stat(self.file)
@@ -175,8 +175,9 @@ class Lease:
                 if self._is_mine():
                     return
                 continue
-            age = found.now - found.modified
-            if age > EXPIRE_S or other.is_dead:
+            age = max(0.0, found.now - found.modified)  # negative if a clock has gone back
+            waited = time.monotonic() - since if watched == found.version else 0.0
+            if max(age, waited) > EXPIRE_S or other.is_dead:
                 storage.replace(self.file, self._content(), found.version)
                 if self._is_mine():
                     log.info("%s: %s was interrupted; taken over from %s", self.holder.job, self.uri, other)

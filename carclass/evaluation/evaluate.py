@@ -47,7 +47,7 @@ def describe_difference(of_run: Sequence[str], of_dataset: Sequence[str]) -> str
 def evaluate_run(root: str, settings: EvaluateSettings) -> Evaluation:
     """Write `<run>/report/`. Raise UserError if run, dataset and classes do not match."""
     if settings.run is None:
-        raise UserError("`evaluate.run` is missing: name the run to evaluate, e.g. --run sample.")
+        raise UserError("`evaluate.run` is missing: name the run to evaluate, e.g. --run first.")
     run = find_run(root, settings.run)
     stage = run.select_stage(settings.stage)
     model_uri = run.model_uri(stage)

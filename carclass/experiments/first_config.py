@@ -3,10 +3,12 @@
 import statistics
 import textwrap
 from collections.abc import Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from carclass.config import cli, yaml_file
+from carclass.config.ingest_settings import IngestSettings
 from carclass.config.schema import (
     Config,
     FrozenSettings,
@@ -15,6 +17,7 @@ from carclass.config.schema import (
     TrainSettings,
     UnfrozenSettings,
 )
+from carclass.data import dataset
 from carclass.errors import UserError
 from carclass.experiments import estimate
 from carclass.experiments.estimate import Photos
@@ -62,6 +65,17 @@ def check_output(output: str, photos: str, *, overwrite: bool) -> None:
             f"`--output`: {output} would lie among the photos, and each change of it would be one of the dataset. "
             "Choose a file outside of their folder: --output ../my.yml."
         )
+
+
+def choose_root(results: Path, ingest: IngestSettings) -> str:
+    """Return the given folder of results, or the first with -2, -3 … that has no dataset of other photos."""
+    roots = (f"{results}-{number}" if number > 1 else str(results) for number in count(1))
+    return next(root for root in roots if not _has_other_photos(root, ingest))
+
+
+def _has_other_photos(root: str, ingest: IngestSettings) -> bool:
+    published = dataset.find_dataset(root, ingest.dataset)
+    return published is not None and published.manifest["settings"].get("photos") != ingest.photos
 
 
 def choose_settings(root: str, survey: Survey, machine: Machine) -> Config:

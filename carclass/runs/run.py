@@ -258,6 +258,7 @@ def begin_run(run: Run, source: dataset.Dataset, parent_sha256: str) -> Run:
         changed = changed_inputs(run, source.digest, parent_sha256)
         _refuse_changes(run, old, [*changed_settings(old, settings), *changed])
         return run
+    _refuse_results_without_config(run)
     formats.write(storage.join(run.uri, "lineage.json"), "lineage", lineage)
     formats.write(config_uri, "run_config", settings.model_dump(mode="json"))
     return run
@@ -337,6 +338,16 @@ def check_same_settings(run: Run) -> None:
     if storage.exists(storage.join(run.uri, "config.yml")):
         old = read_run_settings(run.uri)
         _refuse_changes(run, old, changed_settings(old, run.settings))
+
+
+def _refuse_results_without_config(run: Run) -> None:
+    """Raise UserError if a run without config.yml has results, of which no one knows the settings and the data."""
+    places = ("metrics.jsonl", "model.json", "frozen/", "unfrozen/")
+    if found := [path for path in storage.list_files(run.uri) if path.startswith(places)]:
+        raise UserError(
+            f"{run.uri} has no config.yml, but results of a run with unknown settings ({found[0]}). Restore the file; "
+            "or delete the folder to train the run anew, or choose another `train.name`."
+        )
 
 
 def _refuse_changes(run: Run, old: TrainSettings, changed: list[str]) -> None:

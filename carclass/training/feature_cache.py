@@ -3,6 +3,8 @@
 <root>/features/<hash of the dependencies>.safetensors: float16 (V,N,D) by view and photo, labels and ids of each split
 """
 
+import hashlib
+import json
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -28,6 +30,7 @@ from carclass.training.distributed import sum_over_workers, wait_for_workers
 from carclass.training.sample_order import SampleOrder
 
 SPLITS = ("train", "val")
+CONTENT = "content_sha256"
 BATCH_SIZE = 64
 """Photos per forward pass: enough for any device. The rounding of a photo's features depends on the size of its batch,
 and in the last, smaller batch of each worker it differs: which photos that holds depends on the order of the dataset's
@@ -76,7 +79,7 @@ def write_cache(
         tensors[f"{split}_labels"] = torch.from_numpy(samples.labels)
         tensors[f"{split}_ids"] = torch.from_numpy(samples.ids.view(np.int64))
     if splits[0].rank == 0:
-        storage.write_bytes(uri, save(tensors))
+        storage.write_bytes(uri, save(tensors, {CONTENT: _content_digest(tensors)}))
         print_line(f"{run.settings.name} features: computed in {duration_text(time.monotonic() - started)}")
     wait_for_workers()
 
@@ -86,17 +89,35 @@ def open_cache(uri: str, batch_size: int, device: torch.device, **share: Any) ->
 
     Raise UserError if they are damaged.
     """
+    data = storage.read_bytes(uri)
     try:
-        tensors = load_tensors(storage.read_bytes(uri))
+        tensors = load_tensors(data)
     except SafetensorError as error:
-        raise UserError(
-            f"{uri} is damaged ({error}). Delete it and run the same command again, which computes the features anew."
-        ) from error
+        raise _damaged(uri, str(error)) from error
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    expected = header.get("__metadata__", {}).get(CONTENT)  # none in files of earlier versions
+    if expected not in (None, _content_digest(tensors)):
+        raise _damaged(uri, "other bytes than those that were written")
     train, val = (
         SampleOrder(tensors[f"{split}_ids"].numpy().view(np.uint64), tensors[f"{split}_labels"].numpy(), **share)
         for split in SPLITS
     )
     return FeatureLoader(train, val, (tensors["train"].float(), tensors["val"].float()), batch_size, device)
+
+
+def _content_digest(tensors: dict[str, Tensor]) -> str:
+    """Return the sha256 of all tensors: safetensors has no checksum, and wrong features train a wrong model."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].numpy().data)
+    return digest.hexdigest()
+
+
+def _damaged(uri: str, reason: str) -> UserError:
+    return UserError(
+        f"{uri} is damaged ({reason}). Delete it and run the same command again, which computes the features anew."
+    )
 
 
 @torch.inference_mode()

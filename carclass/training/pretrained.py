@@ -122,9 +122,11 @@ def load_backbone(net: ResNet, settings: TrainSettings, cache: str | None = None
     missing = [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]
     mismatched = [name for name in state if name not in expected or state[name].shape != expected[name].shape]
     if missing or mismatched:
+        right = "resnet26-narrow, as the sample's weights are" if settings.parent == "sample" else "the file's"
         raise UserError(
             f"`train.parent`: {settings.parent} is not a {settings.model.architecture} checkpoint: {len(missing)} "
-            f"tensors missing, {len(mismatched)} unknown or with other shapes (first: {[*missing, *mismatched][0]})."
+            f"tensors missing, {len(mismatched)} unknown or with other shapes (first: {[*missing, *mismatched][0]}). "
+            f"Set `train.model.architecture` to {right}."
         )
     net.load_state_dict(state, strict=False)
     return sha256

@@ -24,7 +24,7 @@ from carclass.data import dataset
 from carclass.data.lease import hold_lease
 from carclass.data.same_photos import have_same_photos
 from carclass.errors import UserError
-from carclass.runs.run import Run, begin_run
+from carclass.runs.run import Run, begin_run, changed_inputs
 from carclass.training import feature_cache, placement
 from carclass.training.loop import DivergedError
 from carclass.training.photo_store import PhotoStore
@@ -59,6 +59,7 @@ def run_sweep(space: SearchSpace, *, resume: bool = False) -> None:
 def _run_search(space: SearchSpace, records: TrialRecords, scheduler: schedulers.TrialScheduler) -> None:
     """Run the unfinished trials, then the repeats of the best settings."""
     reopen_trials(space, records)
+    _refuse_changed_inputs(space, records)
     numbers = records.searched(space.search.num_trials)
     context = None
     if records.unfinished(numbers):
@@ -71,6 +72,25 @@ def _run_search(space: SearchSpace, records: TrialRecords, scheduler: schedulers
         context = context or prepare_sweep(space, records)
         log.info("tune: the best settings with other seeds, %d runs", len(repeats))
         _run_trials(context, records, repeats, schedulers.FIFOScheduler())
+
+
+def _refuse_changed_inputs(space: SearchSpace, records: TrialRecords) -> None:
+    """Raise UserError if trials were trained on another version of their dataset or from other weights."""
+    inputs: dict[tuple[str, str], tuple[str, str]] = {}
+    for trial in records.trials.values():
+        run = trial_records.trial_run(space, trial)
+        if not trial_records.is_begun(space, trial):
+            continue
+        key = run.settings.dataset, run.settings.parent
+        if key not in inputs:
+            source, parent_sha256 = load_run_inputs(space.root, run.settings)
+            inputs[key] = source.digest, parent_sha256
+        if changed := changed_inputs(run, *inputs[key]):
+            raise UserError(
+                f"sweep `{space.search.name}` in {space.root} was begun with other data ({', '.join(changed)}; trial "
+                f"{trial.number}). Give this one another `name`, or delete {run.uri.rpartition('/trials/')[0]}; "
+                "`--analyse` shows the trials as they are."
+            )
 
 
 def reopen_trials(space: SearchSpace, records: TrialRecords) -> None:

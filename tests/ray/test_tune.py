@@ -1,5 +1,7 @@
 """Sweeps on a Ray cluster: shared frozen stage and photos, pruning, failures, repeats with other seeds."""
 
+import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -186,6 +188,18 @@ def test_finished_sweep_trains_nothing_when_run_again(
     before = files_below(f"{root}/sweeps/heads/trials")
     run(root, tmp_path, "heads", HEAD_LR, HEAD, **HEADS)
     assert files_below(f"{root}/sweeps/heads/trials") == before
+
+
+def test_finished_sweep_is_refused_after_its_dataset_has_changed(
+    root: str, heads: tuple[results.SweepResult, int], tmp_path: Path
+):
+    copy = shutil.copytree(root, tmp_path / "root")
+    manifest = copy / "datasets" / "v1" / "manifest.json"
+    values = json.loads(manifest.read_text())
+    values["parts"] = {path: sha256[::-1] for path, sha256 in values["parts"].items()}
+    manifest.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"`heads` .* begun with other data \(the dataset's content; trial 0\)"):
+        run(str(copy), tmp_path, "heads", HEAD_LR, HEAD, **HEADS)
 
 
 @pytest.mark.nightly  # 30 s

@@ -18,10 +18,15 @@ SOURCES = [
 ]
 
 
-def run(*command: str | Path, site: Path = REPO, cwd: Path = Path("/")) -> "subprocess.CompletedProcess[str]":
-    """Run Python with the package in a folder."""
+BIN = Path(sys.executable).parent
+
+
+def run(
+    *command: str | Path, site: Path = REPO, cwd: Path = Path("/"), path: str = f"{BIN}:/usr/bin:/bin"
+) -> "subprocess.CompletedProcess[str]":
+    """Run Python with the package in a folder. path: the variable PATH."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("CARCLASS", "CARS196"))}
-    env["PYTHONPATH"] = str(site)
+    env |= {"PYTHONPATH": str(site), "PATH": path}
     command = (sys.executable, *command)
     return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
 
@@ -70,6 +75,13 @@ def test_errors_name_commands_as_one_types_them(tmp_path: Path):
     done = carclass("lineage", "run", "--budget", "tiny", "--root", str(tmp_path))
     assert done.returncode == 2
     assert "as listed by `carclass lineage tree`" in done.stderr
+
+
+@pytest.mark.parametrize(("cwd", "command"), [(BIN.parent, "bin/carclass"), (Path("/usr"), f"{BIN}/carclass")])
+def test_errors_name_the_path_of_the_command_if_it_is_not_on_path(cwd: Path, command: str, tmp_path: Path):
+    arguments = ("lineage", "run", "--budget", "tiny", "--root", str(tmp_path))
+    done = run("-m", "carclass", *arguments, cwd=cwd, path="/usr/bin:/bin")
+    assert f"as listed by `{command} lineage tree`" in done.stderr
 
 
 def test_a_path_that_ends_like_a_job_is_not_taken_for_a_command(tmp_path: Path):

@@ -55,6 +55,16 @@ def test_damaged_features_are_named_with_a_way_out(tmp_path: Path, damage: bytes
         feature_cache.open_cache(str(tmp_path / "features.safetensors"), 8, CPU, seed=1)
 
 
+def test_features_with_a_changed_bit_are_damaged(splits: tuple[PhotoSamples, PhotoSamples], tmp_path: Path):
+    uri, net = str(tmp_path / "features.safetensors"), resnet.build(SETTINGS.model, 4)
+    feature_cache.write_cache(uri, net, splits, Run("", SETTINGS), CPU)
+    data = bytearray(Path(uri).read_bytes())
+    data[-1] ^= 0x80  # a sign: the value stays finite
+    Path(uri).write_bytes(data)
+    with pytest.raises(UserError, match=r"is damaged .other bytes than those that were written.* Delete it"):
+        feature_cache.open_cache(uri, 8, CPU, seed=1)
+
+
 def test_training_on_cached_features_equals_training_on_photos(
     splits: tuple[PhotoSamples, PhotoSamples], tmp_path: Path
 ):

@@ -1,5 +1,6 @@
 """First config file of own photos: it holds what ingestion will find, and settings that fit data and machine."""
 
+import json
 import logging
 import os
 import resource
@@ -62,6 +63,17 @@ def init(monkeypatch: pytest.MonkeyPatch, output: Path, *arguments: str | Path) 
     monkeypatch.setattr(sys, "argv", ["init.py", *map(str, arguments), "--output", output.name])
     runpy.run_path(str(REPO / "jobs" / "init.py"))["main"]()
     return cli.parse_job("", None, ["--config", str(output)])
+
+
+def test_results_go_elsewhere_if_their_folder_has_a_dataset_of_other_photos(tmp_path: Path):
+    results, ingest = tmp_path / "results", make_settings(str(write(tmp_path / "p", classes())), None)
+    folder, roots = results / "datasets" / ingest.dataset, []
+    publish(folder, [Photo(f"{label}{i}", label, "train") for label in ("audi", "bmw") for i in range(10)])
+    values = json.loads((folder / "manifest.json").read_text())
+    for photos in (ingest.photos, "/others"):
+        write(folder, {"manifest.json": json.dumps({**values, "settings": {"photos": photos}}).encode()})
+        roots.append(first_config.choose_root(results, ingest))
+    assert roots == [str(results), f"{results}-2"]
 
 
 def zipped(folder: Path) -> Path:

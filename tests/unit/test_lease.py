@@ -133,6 +133,16 @@ def test_a_lease_of_another_host_is_awaited_until_it_expires(uri: str, caplog: p
 
 
 @pytest.mark.usefixtures("brief")
+def test_a_lease_from_before_the_clock_went_back_expires_as_others(uri: str, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO, "carclass")
+    leave_lease(uri)
+    make_older(uri, -7200)
+    with hold_lease(uri, "ingest") as held:
+        held.check()
+    assert "waiting at most 0 s" in caplog.text
+
+
+@pytest.mark.usefixtures("brief")
 def test_a_job_is_refused_once_the_lease_of_another_host_is_renewed(uri: str):
     leave_lease(uri)
     timer = threading.Timer(0.2, lambda: change_holder(uri, renewals=7))

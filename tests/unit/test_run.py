@@ -88,6 +88,17 @@ def test_other_changes_of_a_finished_run_have_no_such_advice(tmp_path: Path, cha
     assert "@last" not in str(caught.value)
 
 
+@pytest.mark.parametrize("kept", ["metrics.jsonl", "frozen/best.json"])
+def test_results_of_unknown_settings_are_not_continued(tmp_path: Path, kept: str):
+    run = begin(tmp_path, model=MODEL, unfrozen=None)
+    finish(run)
+    for path in [*Path(run.uri).rglob("*")]:
+        if path.is_file() and str(path.relative_to(run.uri)) not in (kept, "lineage.json"):
+            path.unlink()
+    with pytest.raises(UserError, match=rf"has no config.yml, but results .*{kept}.* delete the folder"):
+        begin(tmp_path, model=MODEL, unfrozen=None, seed=5)
+
+
 @pytest.mark.parametrize(("key", "value"), [("seed", 5), ("sampling", "balanced")])
 def test_other_settings_of_a_begun_run_are_an_error(tmp_path: Path, key: str, value: Any):
     begin(tmp_path)
