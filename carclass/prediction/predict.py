@@ -50,7 +50,7 @@ def predict_photos(root: str, settings: PredictSettings) -> PredictionResult:
     the preprocessing of the run's photos cannot be repeated.
     """
     if settings.run is None:
-        raise UserError("`predict.run` is missing: name the run to use, e.g. --run sample.")
+        raise UserError("`predict.run` is missing: name the run to use, e.g. --run first.")
     run = find_run(root, settings.run)
     model_uri = run.model_uri(run.select_stage(settings.stage))
     _, facts = read_model(model_uri)

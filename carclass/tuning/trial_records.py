@@ -134,9 +134,11 @@ def recorded_accuracies(space: SearchSpace, trial: Trial) -> dict[int, float]:
 def find_records(space: SearchSpace, *, resume: bool) -> TrialRecords:
     """Return the records of a sweep, empty for a new one.
 
-    Raise UserError if the name belongs to another search, or, with resume, if there is no such sweep.
+    Raise UserError if the name belongs to another search or one with unknown settings, or, with resume, if there is no
+    such sweep.
     """
     uri, name = sweep_uri(space.root, space.search.name), space.search.name
+    records = TrialRecords(uri)
     if storage.exists(storage.join(uri, "search.yml")):
         recorded, _ = load_records(space.root, name)
         changed = sorted(_changed_fields(recorded.search, space.search) - MAY_CHANGE)
@@ -148,9 +150,14 @@ def find_records(space: SearchSpace, *, resume: bool) -> TrialRecords:
                 f"sweep `{name}` in {space.root} was begun with other settings ({', '.join(changed)}). "
                 f"Give this one another `name`, or delete {uri}."
             )
+    elif records.trials:
+        raise UserError(
+            f"{uri} has no search.yml, but trials of a search with unknown settings. Restore the file; or delete the "
+            "folder, or give this one another `name`."
+        )
     elif resume:
         raise _unknown_sweep(space.root, name)
-    return TrialRecords(uri)
+    return records
 
 
 def begin_records(space: SearchSpace) -> None:

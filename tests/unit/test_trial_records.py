@@ -157,6 +157,13 @@ def test_search_of_other_experiment_is_refused(tmp_path: Path):
         trial_records.find_records(load(tmp_path, {"precision": "fp32"}), resume=False)
 
 
+def test_trials_of_unknown_settings_are_not_continued(former_root: Path):
+    space, _ = trial_records.load_records(str(former_root), "head")
+    Path(trial_records.sweep_uri(str(former_root), "head"), "search.yml").unlink()
+    with pytest.raises(UserError, match=r"has no search.yml, but trials .* delete the folder"):
+        trial_records.find_records(space, resume=False)
+
+
 def test_find_records_writes_nothing(tmp_path: Path):
     trial_records.find_records(load(tmp_path), resume=False)
     assert not (tmp_path / "sweeps").exists()
