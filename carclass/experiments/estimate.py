@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from carclass.config.schema import Config, MaskSettings, TrainSettings
 from carclass.experiments.machine import Machine
-from carclass.formatting import bytes_text, duration_text
+from carclass.formatting import bytes_text, count_text, duration_text
 
 BASIS = (
     "rough rates of carclass' benchmarks for cores of an AMD EPYC, an L4 (mask) and an A10G (train); others may be "
@@ -122,7 +122,7 @@ def _train_steps(settings: TrainSettings, photos: Photos, machine: Machine) -> l
         seconds = unfrozen_seconds(settings, photos, machine)
         batch = min(unfrozen.batch_size, unfrozen.micro_batch_size or unfrozen.batch_size)
         memory = TRAIN_BYTES + batch * step_bytes(settings.model.image_size, on_gpu=uses_gpu(settings, machine))
-        work = f"{unfrozen.epochs} epochs of {train:,} photos at {settings.model.image_size} px"
+        work = f"{count_text(unfrozen.epochs, 'epoch')} of {train:,} photos at {settings.model.image_size} px"
         steps.append(Step("train, unfrozen", work, START_SECONDS + seconds, memory))
     steps[-1] = steps[-1]._replace(disk=RUN_BYTES[settings.model.architecture])
     return [*steps, Step("evaluate", f"{test:,} test photos", START_SECONDS + (val + test) / rate)]

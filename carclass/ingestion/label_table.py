@@ -185,8 +185,8 @@ def _find_columns(header: list[str], source: str, names: Mapping[str, str], chos
     if missing:
         raise LabelsError(
             f"{source}: no column {', '.join(missing)}; the first line has {found}. It needs "
-            f"{','.join(names.values())}, separated by commas, semicolons or tabs; `ingest.columns` gives them other "
-            "names, as in --columns '{name: file, class: model, subset: split}'."
+            f"{','.join(names.values())} (the last may be missing), separated by commas, semicolons or tabs; "
+            f"`ingest.columns` gives them other names, as in --columns '{_example(names, indices, found)}'."
         )
     similar = next((name for name in found if name.lower() in SUBSET_SYNONYMS), None)
     if "subset" not in indices and similar is not None:
@@ -195,6 +195,16 @@ def _find_columns(header: list[str], source: str, names: Mapping[str, str], chos
             f"`ingest.columns: {{subset: {similar}}}`; if not, rename it."
         )
     return indices
+
+
+def _example(names: Mapping[str, str], indices: Mapping[str, int], found: Sequence[str]) -> str:
+    """Return a mapping of the columns that are missing, but for the optional one, to others of the first line."""
+    missing = [role for role in names if role not in indices and role != "subset"]
+    others = [name for i, name in enumerate(found) if i not in indices.values()]
+    if len(others) < len(missing):
+        missing, others = ["name", "class"], ["file", "model"]
+    pairs = zip(missing, others, strict=False)
+    return f"{{{', '.join(f'{role}: {name}' for role, name in pairs)}}}"
 
 
 def _parse_row(fields: Fields, num_columns: int, indices: Mapping[str, int], location: str) -> Label:

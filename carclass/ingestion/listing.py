@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from carclass import s3, storage
 from carclass.data.inventory import Inventory, Listed, chunks
 from carclass.data.quarantine import Reason
-from carclass.errors import UserError
+from carclass.errors import UserError, suggest_names
 from carclass.ingestion import archive, members
 from carclass.ingestion.folder_listing import scan_folder
 from carclass.ingestion.own_files import without_own_files
@@ -65,8 +65,21 @@ def list_photos(photos: str, inventory: Inventory, setting: str = "ingest.photos
         inventory.add_inputs(map(_reject_large, page))
         progress.add(len(page))
     if not progress.done:
-        hint = "" if storage.local_path(photos) is not None else "; the credentials need permission to list it"
-        raise UserError(f"`{setting}`: no files in {photos}. Check the path{hint}.")
+        raise _nothing_found(photos, setting)
+
+
+def _nothing_found(photos: str, setting: str) -> UserError:
+    """Return the error of a place without files, with a name like that of a folder that does not exist."""
+    path = storage.local_path(photos)
+    if path is None:
+        return UserError(
+            f"`{setting}`: no files in {photos}. Check the path; the credentials need permission to list it."
+        )
+    if os.path.exists(path) or archive.is_archive(photos):
+        return UserError(f"`{setting}`: no files in {photos}. Check the path.")
+    parent, name = os.path.split(path)
+    beside = os.listdir(parent) if os.path.isdir(parent) else []
+    return UserError(f"`{setting}`: no folder {photos}; {suggest_names(name, beside) or 'check the path.'}")
 
 
 def spelled_once(uri: str) -> str:

@@ -354,7 +354,7 @@ def test_a_dataset_without_usable_photos_is_refused_with_the_reasons(tmp_path: P
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"photos": "{tmp}/nowhere"}, r"`ingest.photos`: no files in .*/nowhere"),
+        ({"photos": "{tmp}/nowhere"}, r"`ingest.photos`: no folder .*/nowhere"),
         ({"photos": "{tmp}/nowhere.tgz"}, r"`ingest.photos`: no archive .*/nowhere.tgz"),
         ({"labels": "{tmp}/nowhere.csv"}, r"`ingest.labels`: .*/nowhere.csv cannot be read"),
         ({"labels": "{tmp}/columns.csv"}, r"columns.csv: no column class;"),

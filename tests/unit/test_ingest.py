@@ -126,7 +126,7 @@ def listed(photos: str) -> list[str]:
 
 @pytest.mark.parametrize("name", ["missing", "missing.tgz", "s.tar"])
 def test_missing_photos_are_reported(tmp_path: Path, name: str):
-    with pytest.raises(UserError, match=rf"`ingest.photos`: no (files in|archive) .*{name}"):
+    with pytest.raises(UserError, match=rf"`ingest.photos`: no (folder|archive) .*{name}"):
         listed(str(tmp_path / name))
 
 

@@ -70,7 +70,7 @@ def test_all_problems_are_listed_together_and_nothing_is_written(tmp_path: Path,
     for part in (
         "`train.parent`: /nowhere/w.pth",
         "`train.dataset` is v7, which",
-        "no files in",
+        "`ingest.photos`: no folder",
         "`mask.truth`: there",
     ):
         assert part in text
