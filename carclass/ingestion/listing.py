@@ -71,12 +71,9 @@ def list_photos(photos: str, inventory: Inventory, setting: str = "ingest.photos
 def _nothing_found(photos: str, setting: str) -> UserError:
     """Return the error of a place without files, with a name like that of a folder that does not exist."""
     path = storage.local_path(photos)
-    if path is None:
-        return UserError(
-            f"`{setting}`: no files in {photos}. Check the path; the credentials need permission to list it."
-        )
-    if os.path.exists(path) or archive.is_archive(photos):
-        return UserError(f"`{setting}`: no files in {photos}. Check the path.")
+    if path is None or os.path.exists(path) or archive.is_archive(photos):
+        hint = "; the credentials need permission to list it" if path is None else ""
+        return UserError(f"`{setting}`: no files in {photos}. Check the path{hint}.")
     parent, name = os.path.split(path)
     beside = os.listdir(parent) if os.path.isdir(parent) else []
     return UserError(f"`{setting}`: no folder {photos}; {suggest_names(name, beside) or 'check the path.'}")
