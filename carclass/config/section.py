@@ -100,7 +100,7 @@ def validate(values: dict[str, Any], kind: type[S], *, source: str | Path, base:
 
 def _explain(item: Any, kind: type[Section], empty: Mapping[str, str]) -> str:
     """Return a problem with its path. empty: dotted key → variables that made its value empty."""
-    path = ".".join(str(step) for step in item["loc"])
+    path = ".".join(str(step) for step in item["loc"] if step != "[key]")  # pydantic's mark of a mapping's key
     if item["type"] == "missing":
         return f"`{path}` is missing"
     if item["type"] != "extra_forbidden":

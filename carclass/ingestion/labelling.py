@@ -65,8 +65,8 @@ def _open_labels(settings: IngestSettings, source: str) -> Iterator[labels.Locat
             yield from read_devkit(source)
     except OSError as error:
         raise UserError(
-            f"`ingest.labels`: {source} cannot be read ({error}). Set it to a .csv or a folder with Stanford's devkit "
-            "(cars_meta.mat and cars_train_annos.mat), or omit it for photos in one folder per class."
+            f"`ingest.labels`: {source} cannot be read ({error}). Set it to a {', '.join(TABLE_SUFFIXES)} or a folder "
+            "with Stanford's devkit (cars_meta.mat and cars_train_annos.mat), or omit it for one folder per class."
         ) from error
 
 
