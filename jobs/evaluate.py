@@ -14,9 +14,7 @@ from carclass.formatting import rate_text
 
 def main() -> None:
     config = cli.parse_job(__doc__, "evaluate")
-    settings = config.evaluate
-    if settings.run is None and config.train is not None:
-        settings = settings.model_copy(update={"run": config.train.name})
+    settings = config.evaluate.model_copy(update={"run": config.or_trained(config.evaluate.run)})
     from carclass.evaluation.evaluate import evaluate_run
 
     evaluation = evaluate_run(config.root, settings)

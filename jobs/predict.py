@@ -31,10 +31,8 @@ if TYPE_CHECKING:
 
 def main() -> None:
     config, args = cli.parse_job_with_flags(__doc__, "predict", {}, listed="photos")
-    settings = config.predict
-    assert settings is not None
-    if settings.run is None and config.train is not None:
-        settings = settings.model_copy(update={"run": config.train.name})
+    assert config.predict is not None
+    settings = config.predict.model_copy(update={"run": config.or_trained(config.predict.run)})
     if settings.run is None:
         raise UserError("`predict.run` is missing: name the run to use, e.g. --run first.")
     from carclass.prediction import named_photos

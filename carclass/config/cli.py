@@ -212,10 +212,14 @@ def name_commands(text: str) -> str:
     """
     if not sys.argv[0].startswith("carclass "):
         return text
-    program, command, here = "carclass", Path(sys.executable).with_name("carclass"), Path.cwd()
-    if shutil.which("carclass") is None and command.exists():
-        program = str(command.relative_to(here) if command.is_relative_to(here) else command)
-    return SCRIPT.sub(lambda match: f"{program} {match[1]}", text)
+    return SCRIPT.sub(lambda match: f"{_program()} {match[1]}", text)
+
+
+def _program() -> str:
+    command, here = Path(sys.executable).with_name("carclass"), Path.cwd()
+    if shutil.which("carclass") is not None or not command.exists():
+        return "carclass"
+    return str(command.relative_to(here) if command.is_relative_to(here) else command)
 
 
 class LineFormatter(logging.Formatter):

@@ -353,6 +353,10 @@ class Config(Section):
     compare_unmasked: bool = False
     """Also train on the unmasked dataset in the pipeline, with the same settings, to measure the effect of masking."""
 
+    def or_trained(self, run: str | None) -> str | None:
+        """Return the run that a section names, or the one that the file trains, if any."""
+        return run or (None if self.train is None else self.train.name)
+
 
 class _TrainSection(Section):
     """A config file's `train` section, without the checks of a user's file."""

@@ -116,7 +116,8 @@ def _train_steps(settings: TrainSettings, photos: Photos, machine: Machine) -> l
     steps = []
     if (frozen := settings.frozen) is not None:
         seconds = (frozen.views * train + val) / rate + frozen.epochs * (train + val) * HEAD_SECONDS
-        work = f"{frozen.epochs} epochs on the features of {train:,} photos, {frozen.views} views of each"
+        work = f"{count_text(frozen.epochs, 'epoch')} on the features of {train:,} photos, "
+        work += f"{count_text(frozen.views, 'view')} of each"
         steps.append(Step("train, frozen", work, START_SECONDS + seconds, memory))
     if (unfrozen := settings.unfrozen) is not None:
         seconds = unfrozen_seconds(settings, photos, machine)

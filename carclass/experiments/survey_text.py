@@ -19,7 +19,7 @@ def describe_survey(survey: Survey) -> list[Row]:
     smallest, largest = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
     median = statistics.median_low(sizes.values())
     per_class = f"fewest {sizes[smallest]:,} ({smallest}), median {median:,}, most {sizes[largest]:,} ({largest})"
-    if sizes[smallest] == sizes[largest]:
+    if sizes[smallest] == sizes[largest]:  # no class is the smallest
         per_class = f"{median:,} of each"
     rows = [
         ("layout", survey.layout),

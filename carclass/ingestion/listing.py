@@ -75,7 +75,7 @@ def _nothing_found(photos: str, setting: str) -> UserError:
         hint = "; the credentials need permission to list it" if path is None else ""
         return UserError(f"`{setting}`: no files in {photos}. Check the path{hint}.")
     parent, name = os.path.split(path)
-    beside = os.listdir(parent) if os.path.isdir(parent) else []
+    beside = os.listdir(parent) if os.path.isdir(parent) and os.access(parent, os.R_OK) else []
     return UserError(f"`{setting}`: no folder {photos}; {suggest_names(name, beside) or 'check the path.'}")
 
 

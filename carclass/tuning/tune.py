@@ -58,8 +58,8 @@ def run_sweep(space: SearchSpace, *, resume: bool = False) -> None:
 
 def _run_search(space: SearchSpace, records: TrialRecords, scheduler: schedulers.TrialScheduler) -> None:
     """Run the unfinished trials, then the repeats of the best settings."""
-    reopen_trials(space, records)
     _refuse_changed_inputs(space, records)
+    reopen_trials(space, records)
     numbers = records.searched(space.search.num_trials)
     context = None
     if records.unfinished(numbers):

@@ -63,16 +63,9 @@ def photos() -> list[bytes]:
 def begin(root: Path, photos: list[bytes]) -> Run:
     """Begin a run on a dataset of the photos."""
     uri, settings = dataset.dataset_uri(str(root), "v2"), READING
+    same = {"split": "train", "width": 1, "height": 1}
     rows = [
-        {
-            "image_id": f"{i:064}",
-            "key": f"{i}.jpg",
-            "label": name,
-            "split": "train",
-            "width": 1,
-            "height": 1,
-            "image": data,
-        }
+        {"image_id": f"{i:064}", "key": f"{i}.jpg", "label": name, "image": data, **same}
         for i, (name, data) in enumerate(zip(CLASSES, photos, strict=True))
     ]
     publishing.write_part(uri, "parts", pa.Table.from_pylist(rows, dataset.ROW), settings)
