@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class AttemptLedger:
-    """Unfinished attempts of a job. Finished ones are removed, so memory stays small."""
+    """Unfinished attempts of a job, and the photos that are given up. Finished attempts are removed to save memory."""
 
     def __init__(self) -> None:
         self.unfinished: set[str] = set()
@@ -37,14 +37,18 @@ class AttemptLedger:
 
     def begin_single(self, name: str) -> int:
         """Record an attempt on a single photo, and return the number of earlier ones."""
-        self.crashes += self.single_attempts[name] > 0
+        self.crashes += 0 < self.single_attempts[name] <= MAX_SINGLE_ATTEMPTS
         self.single_attempts[name] += 1
         return self.single_attempts[name] - 1
 
     def end(self, names: Sequence[str]) -> None:
-        """Remove finished attempts."""
-        self.unfinished.difference_update(names)
-        for name in names:
+        """Remove finished attempts.
+
+        Photos that are given up stay recorded: a batch that finished just before its worker crashed may be repeated.
+        """
+        finished = [name for name in names if self.single_attempts[name] <= MAX_SINGLE_ATTEMPTS]
+        self.unfinished.difference_update(finished)
+        for name in finished:
             del self.single_attempts[name]
 
     def count_crashes(self) -> int:

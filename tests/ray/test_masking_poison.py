@@ -79,6 +79,26 @@ def test_finished_attempts_are_removed():
     assert not any(vars(ledger).values())
 
 
+def begin_singles(ledger: AttemptLedger, name: str, attempts: int) -> list[int]:
+    return [ledger.begin_single(name) for _ in range(attempts)]
+
+
+def test_a_photo_that_was_given_up_is_not_tried_again_when_its_finished_batch_is_repeated():
+    ledger = AttemptLedger()
+    ledger.begin_batch(["a", "b"])
+    begin_singles(ledger, "a", MAX_SINGLE_ATTEMPTS + 1)
+    ledger.end(["a", "b"])
+    assert ledger.begin_batch(["a", "b"])
+    assert ledger.begin_single("a") > MAX_SINGLE_ATTEMPTS
+    assert ledger.begin_single("b") == 0
+
+
+def test_only_attempts_that_were_made_are_counted_as_crashes():
+    ledger = AttemptLedger()
+    begin_singles(ledger, "a", MAX_SINGLE_ATTEMPTS + 5)
+    assert ledger.count_crashes() == MAX_SINGLE_ATTEMPTS
+
+
 # A job with injected crashes
 
 
