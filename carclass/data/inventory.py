@@ -69,7 +69,7 @@ class Listed(NamedTuple):
 
     key: str
     size: int = 0  # bytes
-    version: str = ""  # changes with the content: the ETag of an object, the time of modification of a file
+    version: str = ""  # changes with the content: the ETag of an object, the times of a file
     reason: str | None = None  # quarantine.Reason of a file that is not read at all
     detail: str | None = None
     position: int | None = None  # index in its archive of the member that holds the bytes

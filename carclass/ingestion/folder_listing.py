@@ -49,7 +49,12 @@ def _to_input(entry: os.DirEntry[bytes], key: bytes) -> Listed:
     if not stat.S_ISREG(status.st_mode):
         kind = next((text for is_kind, text in KINDS if is_kind(status.st_mode)), "a special file")
         return _name(Listed("", reason=Reason.MISSING_FILE, detail=f"{kind}, not a file"), key)
-    return _name(Listed("", status.st_size, str(status.st_mtime_ns)), key)
+    return _name(Listed("", status.st_size, file_version(status)), key)
+
+
+def file_version(status: os.stat_result) -> str:
+    """Return the times of a file, both: the time of modification can be set, that of the last change cannot."""
+    return f"{status.st_mtime_ns} {status.st_ctime_ns}"
 
 
 def _name(file: Listed, key: bytes) -> Listed:

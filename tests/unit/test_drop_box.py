@@ -9,6 +9,7 @@ import pytest
 from carclass import storage
 from carclass.data.draft import Draft
 from carclass.data.inventory import Inventory, Listed
+from carclass.ingestion.folder_listing import file_version
 from carclass.ingestion.listing import list_photos
 from carclass.prediction import predictions
 from carclass.prediction.predict import _remove_outdated
@@ -32,7 +33,7 @@ def write(box: Path, settings: dict[str, object] = SETTINGS, *, fingerprints: bo
     rows = []
     for path in sorted(box.iterdir()):
         status = path.stat()
-        fingerprint = Listed(path.name, status.st_size, str(status.st_mtime_ns)).fingerprint
+        fingerprint = Listed(path.name, status.st_size, file_version(status)).fingerprint
         row = {"key": path.name, "image_id": storage.sha256(path.read_bytes()), "label": "one", "rejected": False}
         rows.append({**row, "fingerprint": fingerprint if fingerprints else None})
     predictions.write_batch(pa.Table.from_pylist(rows, predictions.PREDICTED), str(box.parent / "out"), settings)
@@ -67,6 +68,25 @@ def test_a_photo_with_other_content_is_predicted_again(box: Path):
     (box / "b").write_bytes(b"another photo")
     assert pending(box) == ["b"]
     assert written(box) == ["a", "c"]
+
+
+def test_a_photo_with_other_content_of_the_same_size_and_time_of_modification_is_predicted_again(box: Path):
+    status = (box / "b").stat()
+    (box / "b").write_bytes(b"B")
+    os.utime(box / "b", ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert pending(box) == ["b"]
+
+
+def test_photos_that_exchange_their_names_are_predicted_again(tmp_path: Path):
+    box = tmp_path / "box"
+    box.mkdir()
+    for name in "bc":
+        (box / name).write_bytes(name.encode())
+        os.utime(box / name, ns=(1, 1))
+    write(box)
+    for old, new in ("bx", "cb", "xc"):
+        (box / old).rename(box / new)
+    assert pending(box) == ["b", "c"]
 
 
 def test_a_photo_of_the_same_content_is_not_predicted_again(box: Path):
