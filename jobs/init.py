@@ -41,7 +41,8 @@ def main() -> None:
     settings = first_config.choose_settings(root, survey, machine)
     findings = survey_text.describe_survey(survey)
     steps = estimate.plan_steps(settings, first_config.planned_photos(survey), machine)
-    plan = [*estimate.describe_steps(steps), ("assumed", f"{machine.text}; {estimate.BASIS}")]
+    plan = [*estimate.describe_steps(steps), ("downloads", first_config.DOWNLOADS)]
+    plan.append(("assumed", f"{machine.text}; {estimate.BASIS}"))
     command = cli.name_commands(f"{NEXT} {shlex.quote(args.output)}")
     facts = [("Next", command), None, *findings, None, *plan]
     header = ["" if fact is None else ": ".join(fact) for fact in facts]

@@ -37,6 +37,12 @@ def check_evaluation(settings: Config, run: TrainSettings) -> None:
         )
 
 
+def pipeline_runs(settings: Config) -> list[TrainSettings]:
+    """Return the runs of a pipeline."""
+    assert settings.train is not None
+    return [settings.train, *([unmasked_run(settings)] if settings.compare_unmasked else [])]
+
+
 def unmasked_run(settings: Config) -> TrainSettings:
     """Return the settings of the run on the unmasked dataset."""
     assert settings.ingest is not None

@@ -4,8 +4,10 @@ On CPUs: docs/benchmarks.md, per core of an AMD EPYC. On GPUs: docs/cost.md, for
 Larger GPUs are up to ten times faster, and rates of smaller machines differ as much.
 """
 
+from collections.abc import Collection
 from typing import NamedTuple
 
+from carclass.config.pipeline_sections import pipeline_runs
 from carclass.config.schema import Config, MaskSettings, TrainSettings
 from carclass.experiments.machine import Machine
 from carclass.formatting import bytes_text, count_text, duration_text
@@ -63,17 +65,26 @@ class Step(NamedTuple):
     disk: float = 0.0  # bytes that stay on the root's disk
 
 
-def plan_steps(settings: Config, photos: Photos, machine: Machine) -> list[Step]:
-    """Return the steps of a pipeline in their order."""
-    steps = [_ingest_step(photos, machine)]
-    if settings.mask is not None:
+def plan_steps(
+    settings: Config,
+    photos: Photos,
+    machine: Machine,
+    *,
+    published: Collection[str] = (),
+    trained: Collection[str] = (),
+) -> list[Step]:
+    """Return the steps of a pipeline in their order.
+
+    published, trained: datasets and runs whose steps are left out; trained runs are evaluated nevertheless.
+    """
+    assert settings.ingest is not None
+    steps = [] if settings.ingest.dataset in published else [_ingest_step(photos, machine)]
+    if settings.mask is not None and settings.mask.dataset not in published:
         steps.append(_mask_step(settings.mask, photos, machine))
-    if settings.train is not None:
-        steps += _train_steps(settings.train, photos, machine)
-        if settings.compare_unmasked:
-            steps += [
-                step._replace(name=f"{step.name}, unmasked") for step in _train_steps(settings.train, photos, machine)
-            ]
+    for run, suffix in zip(pipeline_runs(settings), ("", ", unmasked"), strict=False):
+        of_run = [] if run.name in trained else _train_steps(run, photos, machine)
+        of_run.append(_evaluate_step(run, photos, machine))
+        steps += [step._replace(name=f"{step.name}{suffix}") for step in of_run]
     return steps
 
 
@@ -110,8 +121,8 @@ def _mask_step(settings: MaskSettings, photos: Photos, machine: Machine) -> Step
 
 
 def _train_steps(settings: TrainSettings, photos: Photos, machine: Machine) -> list[Step]:
-    """Return the steps of training and evaluation."""
-    train, val, test = (photos.splits[split] for split in ("train", "val", "test"))
+    """Return the stages of a run."""
+    train, val = photos.splits["train"], photos.splits["val"]
     rate, memory = forward_rate(settings, machine), TRAIN_BYTES
     steps = []
     if (frozen := settings.frozen) is not None:
@@ -126,7 +137,13 @@ def _train_steps(settings: TrainSettings, photos: Photos, machine: Machine) -> l
         work = f"{count_text(unfrozen.epochs, 'epoch')} of {train:,} photos at {settings.model.image_size} px"
         steps.append(Step("train, unfrozen", work, START_SECONDS + seconds, memory))
     steps[-1] = steps[-1]._replace(disk=RUN_BYTES[settings.model.architecture])
-    return [*steps, Step("evaluate", f"{test:,} test photos", START_SECONDS + (val + test) / rate)]
+    return steps
+
+
+def _evaluate_step(settings: TrainSettings, photos: Photos, machine: Machine) -> Step:
+    val, test = photos.splits["val"], photos.splits["test"]
+    seconds = START_SECONDS + (val + test) / forward_rate(settings, machine)
+    return Step("evaluate", f"{test:,} test photos", seconds)
 
 
 def unfrozen_seconds(settings: TrainSettings, photos: Photos, machine: Machine) -> float:

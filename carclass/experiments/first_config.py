@@ -34,6 +34,11 @@ HEAD_STEPS, HEAD_BATCHES = 8, (128, 64, 32, 16)
 """Fewest steps of an epoch of the classifier, and its batch sizes; the default first."""
 USABLE_SHARE = 0.8
 """Share of the memory for a training step."""
+DOWNLOADS = (
+    "ResNet50 (about 100 MB) from download.pytorch.org and Mask R-CNN (about 180 MB) from dl.fbaipublicfiles.com, "
+    "once, before the first step"
+)
+"""Weights of the chosen settings."""
 WIDTH = 116
 """Characters of a comment."""
 COMMENTS = {

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from carclass import progress, storage
 from carclass.cluster import connection, resources
-from carclass.config.pipeline_sections import unmasked_run
+from carclass.config.pipeline_sections import pipeline_runs
 from carclass.config.schema import Config, IngestSettings, MaskSettings, TrainSettings
 from carclass.data import dataset
 from carclass.data.dataset import SPLITS, Dataset
@@ -68,13 +68,14 @@ def check_pipeline(settings: Config, inventory: Inventory, *, update: bool = Fal
         )
     if mask is not None:
         _check_mask(settings, mask, planned, problems)
-    for run in _runs(settings):
+    for run in pipeline_runs(settings):
         _check_run(settings, run, planned, problems)
         problems.passes(check_run_photos, settings.root, run, outdated)
     machine = None
     if listed is not None:
         problems.passes(check_disk, settings, listed)
-        machine = problems.result(_check_machine, settings, listed, planned, problems) if has_cluster else None
+        if has_cluster and not problems.texts:  # a local cluster takes long to start
+            machine = problems.result(_check_machine, settings, listed, planned, problems)
     problems.raise_all()
     assert listed is not None
     rows = describe_plan(settings, listed, planned, machine or this_machine(), outdated)
@@ -154,12 +155,6 @@ def check_run_photos(root: str, run: TrainSettings, outdated: list[str]) -> None
             f"run `{run.name}` in {root} was begun on an earlier version of dataset `{run.dataset}`. Train another run "
             f"on the new one: --train.name {run.name}-2."
         )
-
-
-def _runs(settings: Config) -> list[TrainSettings]:
-    """Return the runs of a pipeline."""
-    assert settings.train is not None
-    return [settings.train, *([unmasked_run(settings)] if settings.compare_unmasked else [])]
 
 
 def _check_weights(settings: Config, problems: Problems) -> MaskSettings | None:
@@ -255,7 +250,7 @@ def _missing_datasets(settings: Config) -> list[str]:
 
 
 def _unfinished_runs(settings: Config) -> list[TrainSettings]:
-    return [run for run in _runs(settings) if Run(settings.root, run).unfinished_stages]
+    return [run for run in pipeline_runs(settings) if Run(settings.root, run).unfinished_stages]
 
 
 def _check_machine(settings: Config, listed: ListedInputs, planned: Planned, problems: Problems) -> Machine:
@@ -293,17 +288,14 @@ def describe_plan(
     ((stored,),) = listed.inventory.query(size, estimate.PHOTO_BYTES)
     photos = estimate.Photos(planned[settings.ingest.dataset].manifest["splits"], int(stored or 0))
     missing, unfinished = _missing_datasets(settings), _unfinished_runs(settings)
-    done = [each.dataset for each in (settings.ingest, settings.mask) if each and each.dataset not in missing]
-    published = [("published", ", ".join(name for name in done if name not in outdated))]
-    published += [("published anew", f"{', '.join(outdated)}: only new photos are processed")] if outdated else []
-    left = settings.model_copy(
-        update={
-            "mask": settings.mask if settings.mask and settings.mask.dataset in missing else None,
-            "train": settings.train if unfinished else None,
-        }
-    )
-    steps = estimate.plan_steps(left, photos, machine)
-    rows = estimate.describe_steps(steps if settings.ingest.dataset in missing else steps[1:])
-    rows = [*(row for row in published if row[1]), *rows]
+    published = [each.dataset for each in (settings.ingest, settings.mask) if each and each.dataset not in missing]
+    trained = [run.name for run in pipeline_runs(settings) if run not in unfinished]
+    done = [
+        ("published", ", ".join(name for name in published if name not in outdated)),
+        ("published anew", f"{', '.join(outdated)}: only new photos are processed" if outdated else ""),
+        ("trained", ", ".join(trained)),
+    ]
+    steps = estimate.plan_steps(settings, photos, machine, published=published, trained=trained)
+    rows = [*(row for row in done if row[1]), *estimate.describe_steps(steps)]
     splits = ", ".join(f"{photos.splits.get(name, 0):,} {name}" for name in SPLITS)
     return [("photos", splits), *rows, ("assumed", f"all photos are usable; {machine.text}; {estimate.BASIS}")]

@@ -36,6 +36,17 @@ def test_headline_shows_accuracy_with_its_interval():
         assert f"{value * 100:.1f}\u00a0%" in text
 
 
+@pytest.mark.parametrize(
+    ("counts", "text"), [((3, 2), "The most frequent mistake: a"), ((3, 3), "One of the most frequent mistakes: a")]
+)
+def test_a_mistake_that_is_as_frequent_as_another_is_one_of_them(counts: tuple[int, int], text: str):
+    report = make_report()
+    report.metrics["most_confused_pairs"] = [
+        {"label": "a", "predicted": "b", "count": count, "share": 0.5} for count in counts
+    ]
+    assert text in section_text(render(report), "summary")
+
+
 @pytest.mark.parametrize(("num_classes", "is_shown"), [(4, False), (5, False), (6, True)])
 def test_top_5_accuracy_is_shown_of_more_than_five_classes(num_classes: int, is_shown: bool):
     text = section_text(render(make_report(num_classes=num_classes)), "summary")

@@ -208,6 +208,22 @@ def test_the_plan_has_the_steps_that_are_left_with_their_photos(tmp_path: Path, 
     assert "ingest" not in later
 
 
+def test_the_plan_of_a_finished_run_is_to_evaluate_it_again(tmp_path: Path, photos: Path):
+    settings = config(tmp_path, photos, compare_unmasked=True)
+    for name in ("v1", "v2"):
+        publish(tmp_path / "root", name, settings={})
+    for stage in ("frozen", "unfrozen"):
+        finish(Run(settings.root, settings.train), epochs=2, kept=(2,), stage=stage)  # type: ignore[arg-type]
+    with Inventory() as inventory:
+        listed = list_inputs(settings.root, settings.ingest, inventory)  # type: ignore[arg-type]
+        planned = pipeline_preflight.plan_datasets(settings, listed)
+        rows = dict(pipeline_preflight.describe_plan(settings, listed, planned, CPUS))
+    assert (rows["published"], rows["trained"]) == ("v1, v2", "first")
+    steps = ["evaluate", "train, frozen, unmasked", "train, unfrozen, unmasked", "evaluate, unmasked"]
+    assert [*rows][3:-2] == steps
+    assert rows["evaluate"].startswith("4 test photos: about ")
+
+
 def test_a_limit_of_masks_leaves_the_masked_dataset_unplanned(tmp_path: Path, photos: Path):
     """Masking chooses photos by content, so the splits of a limited one are unknown."""
     settings = config(tmp_path, photos, mask={**MASK, "limit": 4})
