@@ -80,7 +80,8 @@ REMEDIES = (
     (("NoSuchBucket", "InvalidBucketName", "ParamValidationError"), "Correct the bucket's name, or create the bucket."),
     (
         ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound"),
-        "Set AWS_PROFILE, give the machine a role, or set AWS_NO_SIGN_REQUEST=true for a public bucket.",
+        "Set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine a role; set "
+        "AWS_NO_SIGN_REQUEST=true for a public bucket.",
     ),
     (
         ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired", "InvalidToken", "400",

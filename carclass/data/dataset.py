@@ -295,7 +295,9 @@ def load_dataset(root: str, name: str) -> Dataset:
     if (published := find_dataset(root, name)) is not None:
         return published
     published_names = storage.list_folders(storage.join(root, "datasets"), "manifest.json")
-    raise unknown_name("dataset", name, published_names, root, "" if published_names else "Run jobs/ingest.py first.")
+    raise unknown_name(
+        "dataset", name, published_names, root, "" if published_names else "Run `python jobs/ingest.py` first."
+    )
 
 
 def find_same_dataset(root: str, name: str, settings: dict[str, Any]) -> Dataset | None:

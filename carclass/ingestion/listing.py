@@ -28,6 +28,10 @@ MIN_PREFIXES = 4 * THREADS
 """Folders are expanded level by level until there are enough of them to keep all threads busy."""
 MAX_PREFIXES = 10_000
 """A folder with more entries holds photos, or one folder per photo, and is listed as a whole."""
+NO_ARCHIVE = (
+    ". Set it to an existing folder, s3:// prefix or archive; the name of a folder that ends like that of an archive "
+    "needs a slash at its end."
+)
 
 
 class _PageRequest(NamedTuple):
@@ -44,10 +48,8 @@ def list_photos(photos: str, inventory: Inventory, setting: str = "ingest.photos
     """
     if archive.is_archive(photos):
         if not storage.exists(archive_uri := archive.split_folder(photos)[0]):
-            raise UserError(
-                f"`{setting}`: no archive {archive_uri}. Set it to an existing folder, s3:// prefix or archive; the "
-                "name of a folder that ends like that of an archive needs a slash at its end."
-            )
+            hint = _name_beside(archive_uri)
+            raise UserError(f"`{setting}`: no archive {archive_uri}{f'; {hint}' if hint else NO_ARCHIVE}")
         pages = chunks(archive.list_members(photos, setting), PAGE_KEYS)
     elif (path := storage.local_path(photos)) is not None and os.path.isfile(path):
         suffixes = ", ".join([*archive.TAR_SUFFIXES, archive.ZIP_SUFFIX])
@@ -74,9 +76,14 @@ def _nothing_found(photos: str, setting: str) -> UserError:
     if path is None or os.path.exists(path) or archive.is_archive(photos):
         hint = "; the credentials need permission to list it" if path is None else ""
         return UserError(f"`{setting}`: no files in {photos}. Check the path{hint}.")
-    parent, name = os.path.split(path)
+    return UserError(f"`{setting}`: no folder {photos}; {_name_beside(photos) or 'check the path.'}")
+
+
+def _name_beside(uri: str) -> str:
+    """Return a hint to a name like that of a missing local file or folder; "" if there is none beside it."""
+    parent, name = os.path.split(storage.local_path(uri) or "")
     beside = os.listdir(parent) if os.path.isdir(parent) and os.access(parent, os.R_OK) else []
-    return UserError(f"`{setting}`: no folder {photos}; {suggest_names(name, beside) or 'check the path.'}")
+    return suggest_names(name, beside)
 
 
 def spelled_once(uri: str) -> str:

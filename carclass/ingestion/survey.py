@@ -132,6 +132,8 @@ def find_table(photos: str) -> str | None:
     if archive.is_archive(photos) or (path is not None and not os.path.isdir(path)):
         return None
     keys = [file.key for page in list_pages(photos) for file in page if file.key.count("/") <= 1]
+    if not keys:
+        return None  # tables beside an empty folder are of other photos
     tables = [storage.join(photos, key) for key in keys if label_table.is_table(key)]
     if not tables and path is not None:
         folder = os.path.dirname(path)

@@ -190,7 +190,7 @@ def test_a_folder_that_an_archive_lacks_is_refused_with_those_it_has(tmp_path: P
 
 
 def test_a_missing_archive_with_a_folder_is_named(tmp_path: Path):
-    with pytest.raises(UserError, match=r"`ingest.photos`: no archive \S+/gone.zip\."):
+    with pytest.raises(UserError, match=r"`ingest.photos`: no archive \S+/gone.zip\. Set it to an existing folder"):
         read(str(tmp_path / "gone.zip!/x"))
 
 

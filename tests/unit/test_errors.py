@@ -23,9 +23,10 @@ def test_the_closest_names_are_suggested(name: str, hint: str):
 
 
 def test_an_unknown_name_is_reported_with_the_available_ones():
-    error = unknown_name("run", "EXP_01", ["EXP_001", "other"], "s3://b/root", "Run jobs/train.py first.")
+    error = unknown_name("run", "EXP_01", ["EXP_001", "other"], "s3://b/root", "Run `python jobs/train.py` first.")
     assert str(error) == (
-        "no run `EXP_01` in s3://b/root. Did you mean `EXP_001`? Available: EXP_001, other. Run jobs/train.py first."
+        "no run `EXP_01` in s3://b/root. Did you mean `EXP_001`? Available: EXP_001, other. "
+        "Run `python jobs/train.py` first."
     )
 
 

@@ -251,6 +251,8 @@ def test_an_existing_file_is_replaced_only_when_told(tmp_path: Path, monkeypatch
         (["p", "--output", "q", "--overwrite"], "q exists"),
         (["nowhere"], "no folder .*/nowhere; check the path"),
         (["pp"], "no folder .*/pp; did you mean `p`"),
+        (["e/photo.zip"], "no archive .*/photo.zip; did you mean `photos.zip`"),
+        (["e/empty"], "no files in .*/empty. Check the path"),
         (["q"], "one class|1 class"),
         (["flat"], "has no folders of classes, but several tables: .*a.csv, .*b.csv. Name the one"),
         (["p", "--labels", "none.csv"], "`ingest.labels`: .*none.csv cannot be read"),
@@ -269,6 +271,8 @@ def test_a_mistake_is_reported_and_nothing_is_written(
     write(tmp_path / "p", classes())
     write(tmp_path / "q", flat("audi/1.jpg"))
     write(tmp_path / "flat", {**flat("1.jpg"), "a.csv": b"", "b.csv": b""})
+    write(tmp_path / "e", {"a.csv": b"", "b.csv": b"", "photos.zip": b""})
+    (tmp_path / "e" / "empty").mkdir()
     write(tmp_path / "huge", {"a/1.jpg": JPEG, "b/2.jpg": b""})
     os.truncate(tmp_path / "huge" / "b" / "2.jpg", 600 * 2**20)  # takes no space
     monkeypatch.chdir(tmp_path)
