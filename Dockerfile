@@ -22,7 +22,8 @@ COPY cluster/image/watch_spot.py cluster/image/spot_first.py /opt/carclass/bin/
 ENV HOME=/home/carclass \
     PATH=/opt/carclass/bin:$PATH \
     PYTHONUNBUFFERED=1 \
-    RAY_AUTH_MODE=token
+    RAY_AUTH_MODE=token \
+    RAY_USAGE_STATS_ENABLED=0
 USER 1000:1000
 WORKDIR /home/carclass
 # Each node's agent reports the health of its raylet, the head's also of the GCS, without a token.

@@ -27,7 +27,6 @@ from carclass.errors import UserError
 
 FOLDER = Path(__file__).parent
 CLUSTER_FILE = Path("build/aws.yaml")
-TOKEN = Path("~/.ray/auth_token").expanduser()
 GPU_AMI = "/aws/service/deeplearning/ami/x86_64/base-oss-nvidia-driver-gpu-ubuntu-22.04/latest/ami-id"
 """Ubuntu with Docker, NVIDIA's driver and container runtime, and Systems Manager's agent."""
 POLICIES = {"worker": ["worker"], "head": ["worker", "head"], "operator": ["operator"]}
@@ -50,12 +49,11 @@ def main() -> None:
     create_key(ec2, cluster, key)
     values |= cluster_values(session, options, cluster, create_group(ec2, vpc, cluster)) | {"KEY_FILE": str(key)}
     create_roles(iam, values)
-    if not TOKEN.exists():
-        write_secret(TOKEN, secrets.token_hex(32))
-    TOKEN.chmod(0o600)
+    create_token(cluster)
     CLUSTER_FILE.parent.mkdir(exist_ok=True)
     CLUSTER_FILE.write_text(fill(template, values))
     print(f"{CLUSTER_FILE} is ready. As {cluster}-operator:  ray up {CLUSTER_FILE}")
+    print(f"To submit jobs:  export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={token_file(cluster)}")
 
 
 def parse_options() -> argparse.Namespace:
@@ -97,7 +95,7 @@ def cluster_values(session: boto3.Session, options: argparse.Namespace, cluster:
         "SECURITY_GROUP": group,
         "AMI": ami,
         "LAUNCH_RESOURCES": [f"arn:aws:ec2:{options.region}:{resource}" for resource in resources],
-        "TOKEN_FILE": str(TOKEN),
+        "TOKEN_FOLDER": str(token_file(cluster).parent),
         "HEAD_TYPE": instances.pop("head"),
         "WORKER_TYPES": sorted(set(instances.values())),
         "IMAGE": options.image,
@@ -134,13 +132,18 @@ def find_group(ec2: Any, vpc: str, cluster: str) -> str | None:
 
 
 def create_group(ec2: Any, vpc: str, cluster: str) -> str:
-    """Return the id of a security group that allows connections between its members only; create it if missing."""
-    if group := find_group(ec2, vpc, cluster):
-        return group
-    group = ec2.create_security_group(GroupName=cluster, Description=f"Ray cluster {cluster}", VpcId=vpc)["GroupId"]
+    """Return the id of a security group that allows connections between its members only; create what is missing."""
+    group = find_group(ec2, vpc, cluster)
+    if group is None:
+        created = ec2.create_security_group(GroupName=cluster, Description=f"Ray cluster {cluster}", VpcId=vpc)
+        group = str(created["GroupId"])
     rule = {"IpProtocol": "-1", "UserIdGroupPairs": [{"GroupId": group}]}
-    ec2.authorize_security_group_ingress(GroupId=group, IpPermissions=[rule])
-    return str(group)
+    try:  # also for an existing group: an earlier run may have ended before it had the rule
+        ec2.authorize_security_group_ingress(GroupId=group, IpPermissions=[rule])
+    except ec2.exceptions.ClientError as error:
+        if error.response["Error"]["Code"] != "InvalidPermission.Duplicate":
+            raise
+    return group
 
 
 def create_key(ec2: Any, cluster: str, path: Path) -> None:
@@ -151,6 +154,20 @@ def create_key(ec2: Any, cluster: str, path: Path) -> None:
         raise UserError(f"the SSH key {cluster} exists {present} but not {absent}. Copy it or delete it.")
     if not pairs:
         write_secret(path, ec2.create_key_pair(KeyName=cluster, KeyType="ed25519")["KeyMaterial"])
+
+
+def token_file(cluster: str) -> Path:
+    """Return the file of the cluster's token, alone in its folder: not that of the clusters on this machine."""
+    return Path(f"~/.ray/{cluster}/auth_token").expanduser()
+
+
+def create_token(cluster: str) -> None:
+    """Create the cluster's token if it is missing, readable by its owner only."""
+    file = token_file(cluster)
+    if not file.exists():
+        write_secret(file, secrets.token_hex(32))
+    file.parent.chmod(0o700)
+    file.chmod(0o600)
 
 
 def write_secret(path: Path, text: str) -> None:

@@ -1,7 +1,7 @@
 """The whole chain from one config file: photos and labels → dataset → masked dataset → run → report.
 
   python jobs/pipeline.py                                      the embedded sample: drawn cars, a few minutes
-  python jobs/pipeline.py --config jobs/experiments/cars196.yml --root s3://bucket/carclass
+  python jobs/pipeline.py --config my.yml                      own photos, by a file of jobs/init.py
   python jobs/submit.py -- python jobs/pipeline.py --config FILE               on a cluster
 
 Idempotent and resumable. The last lines name the pages of the datasets and of the run, the summary (JSON), and the

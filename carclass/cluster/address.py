@@ -64,8 +64,8 @@ def _check_answer(given: str, address: str) -> None:
 def refused_token(address: str) -> UserError:
     """Return the error of a cluster that does not accept this environment's token."""
     return UserError(
-        f"{address} refuses the token. Set the cluster's token in RAY_AUTH_TOKEN, or in ~/.ray/auth_token with "
-        "RAY_AUTH_MODE=token."
+        f"{address} refuses the token. Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to the file of the cluster's "
+        "token, or RAY_AUTH_TOKEN to the token."
     )
 
 

@@ -9,10 +9,10 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -24,34 +24,38 @@ from carclass.cluster.address import PROBE_S, refused_token
 from carclass.errors import UserError
 
 log = logging.getLogger(__name__)
-CONFIG_SUFFIXES = (".yml", ".yaml")
-MAX_FILE_BYTES = 20_000_000
-"""Limit of a config file, so that photos and weights are not uploaded by accident."""
-POLL_S, SILENT_S, GIVE_UP_S = 5.0, 60.0, 600.0
-"""Seconds between status requests; without output before the whole log is fetched; without answer before an error."""
+POLL_S, REQUEST_S, SILENT_S, GIVE_UP_S = 5.0, 30.0, 60.0, 600.0
+"""Seconds between status requests; without answer to a request; without output before the whole log is fetched; without
+answer to any request before an error."""
 CONNECTION_ERRORS = (ConnectionError, requests.RequestException, aiohttp.ClientError, RuntimeError, TimeoutError)
 """Errors of Ray's client on a lost connection or a failed server."""
 
 
+class TimedClient(JobSubmissionClient):
+    """A client of the job API whose requests end: without a time limit Ray's waits for ever."""
+
+    def _do_request(self, method: str, endpoint: str, **options: Any) -> requests.Response:
+        return super()._do_request(method, endpoint, timeout=REQUEST_S, **options)
+
+
 def submit_and_follow(
-    address: str, command: Sequence[str], code: Mapping[str, Path], variables: Mapping[str, str]
+    address: str, command: Sequence[str], uploads: Mapping[str, Path], variables: Mapping[str, str]
 ) -> int:
     """Submit a command, or find it running, and follow it; return its exit status.
 
-    The cluster runs it with these environment variables, in a folder with copies of the folders `code`, by name, and of
-    the files of the working directory that the command names. Raise UserError if the cluster is out of reach or refuses
-    the token.
+    The cluster runs it with these environment variables, in a folder with copies of the uploaded files and folders, by
+    their paths there. Raise UserError if the cluster is out of reach or refuses the token.
     """
-    uploads = {**code, **_named_files(command, Path.cwd())}
     client = connect(address)
-    entrypoint = shlex.join(command)
-    same = [job for job in client.list_jobs() if job.entrypoint == entrypoint and not job.status.is_terminal()]
-    if running := [job.submission_id for job in same if job.submission_id is not None]:
-        submission_id = running[0]
-        log.info("submit: the same command is already running as %s; following it", submission_id)
-    else:
-        submission_id = _submit(client, entrypoint, uploads, variables)
-        log.info("submit: submitted as %s to %s", submission_id, address)
+    with _unreachable(address):
+        entrypoint = shlex.join(command)
+        same = [job for job in client.list_jobs() if job.entrypoint == entrypoint and not job.status.is_terminal()]
+        if running := [job.submission_id for job in same if job.submission_id is not None]:
+            submission_id = running[0]
+            log.info("submit: the same command is already running as %s; following it", submission_id)
+        else:
+            submission_id = _submit(client, entrypoint, uploads, variables)
+            log.info("submit: submitted as %s to %s", submission_id, address)
     try:
         return asyncio.run(LogFollower(client, submission_id).follow())
     except KeyboardInterrupt:
@@ -59,6 +63,21 @@ def submit_and_follow(
             "submit: the job keeps running. The same command follows it; `ray job stop %s` stops it", submission_id
         )
         return 130
+
+
+@contextmanager
+def _unreachable(address: str) -> Iterator[None]:
+    """Convert the errors of requests to UserError."""
+    try:
+        yield
+    except AuthenticationError as error:
+        raise refused_token(address) from error
+    except (*CONNECTION_ERRORS, KeyError) as error:
+        cause = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"no cluster answers at {address} ({cause}). Is its dashboard's port forwarded (docs/cluster.md)? "
+            "Otherwise give --address. A job that was submitted keeps running: the same command follows it."
+        ) from error
 
 
 def connect(address: str) -> JobSubmissionClient:
@@ -70,43 +89,9 @@ def connect(address: str) -> JobSubmissionClient:
             "--address or RAY_API_SERVER_ADDRESS."
         )
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray's client prefers it, and then RAY_ADDRESS, to its argument
-    try:
-        requests.get(f"{address.rstrip('/')}/api/version", timeout=PROBE_S)  # Ray's client has no limit of time
-        return JobSubmissionClient(address)
-    except AuthenticationError as error:
-        raise refused_token(address) from error
-    except (ConnectionError, RuntimeError, KeyError, requests.RequestException) as error:
-        cause = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"no cluster answers at {address} ({cause}). Is its dashboard's port forwarded (docs/cluster.md)? "
-            "Otherwise give --address."
-        ) from error
-
-
-def _named_files(command: Sequence[str], folder: Path) -> dict[str, Path]:
-    """Return the files of a folder that a command names, by their paths relative to it.
-
-    Raise UserError for config files outside of it, which would be missing on the cluster, and for large files.
-    """
-    files = {}
-    for word in command:
-        path = Path(word.split("=", 1)[-1] if word.startswith("--") else word)
-        if not path.is_file():
-            continue
-        full = path.resolve()
-        if not full.is_relative_to(folder.resolve()):
-            if full.suffix in CONFIG_SUFFIXES:
-                raise UserError(f"{path} is outside {folder} and would not be uploaded. Move it there.")
-            continue  # it may be on a shared file system; else the job reports that it is missing
-        relative = full.relative_to(folder.resolve())
-        if path.is_absolute() and full.suffix in CONFIG_SUFFIXES:
-            raise UserError(f"{path} is uploaded by its path in the working directory. Write {relative}.")
-        if full.stat().st_size > MAX_FILE_BYTES:
-            raise UserError(
-                f"{path} has {full.stat().st_size:,} bytes: only code and configs are uploaded. Put it on S3."
-            )
-        files[str(relative)] = full
-    return files
+    with _unreachable(address):
+        requests.get(f"{address.rstrip('/')}/api/version", timeout=PROBE_S)
+        return TimedClient(address)
 
 
 def _submit(
@@ -157,7 +142,7 @@ class LogFollower:
     async def follow(self) -> int:
         """Print the log until the job ends; return its exit status.
 
-        Raise UserError if the cluster does not answer for GIVE_UP_S.
+        Raise UserError if the cluster does not answer for GIVE_UP_S, or does not know the job.
         """
         answered = time.monotonic()
         while True:
@@ -169,7 +154,8 @@ class LogFollower:
             except AuthenticationError as error:
                 raise UserError(f"the cluster no longer accepts the token ({error}).") from error
             except CONNECTION_ERRORS as error:
-                if await self._is_reachable():
+                with suppress(*CONNECTION_ERRORS):
+                    await self._check_known()
                     answered = time.monotonic()
                 if time.monotonic() - answered > GIVE_UP_S:
                     raise UserError(
@@ -179,12 +165,14 @@ class LogFollower:
                 log.info("submit: lost the connection (%s); the job keeps running, retrying", type(error).__name__)
                 await asyncio.sleep(POLL_S)
 
-    async def _is_reachable(self) -> bool:
-        """Return True if the cluster answers."""
-        with suppress(*CONNECTION_ERRORS):
-            await self._get_state()
-            return True
-        return False
+    async def _check_known(self) -> None:
+        """Raise UserError if the cluster that answers is not the one that was given the job."""
+        jobs = await asyncio.to_thread(self.client.list_jobs)
+        if all(job.submission_id != self.submission_id for job in jobs):
+            raise UserError(
+                f"the cluster does not know {self.submission_id}: its head was started anew, and the job is lost. "
+                "What it wrote is kept: run the same command again to resume it."
+            )
 
     async def _get_state(self) -> JobState:
         """Request the job's status."""

@@ -54,6 +54,7 @@ class JobParser(argparse.ArgumentParser):
     def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """Return the parsed arguments, by default those of the process. Raise UserError for unknown options."""
         arguments = list(sys.argv[1:] if argv is None else argv)
+        lists = {option[2:] for action in self._actions if action.default == [] for option in action.option_strings}
         known = {option[2:] for action in self._actions for option in action.option_strings if option[:2] == "--"}
         options = arguments[: arguments.index("--")] if "--" in arguments else arguments
         names = [argument[2:].split("=")[0] for argument in options if argument.startswith("--")]
@@ -63,7 +64,7 @@ class JobParser(argparse.ArgumentParser):
                     raise UserError(f"`--{name}` {self.removed[name]}")
                 hint = suggest_names(name, sorted(known), "--") or f"see `{self.prog} --help`"
                 raise UserError(f"`--{name}` is not an option of {self.prog}; {hint}")
-            if names.count(name) > 1:
+            if names.count(name) > 1 and name not in lists:
                 raise UserError(f"`--{name}` is given {names.count(name)} times. Give it once.")
         # Arguments of any number between options; not with subcommands, nor after `--`, where all are arguments.
         has_list = any(action.nargs == "*" and not action.option_strings for action in self._actions)

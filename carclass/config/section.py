@@ -172,6 +172,17 @@ def list_settings(section: type[Section], prefix: str = "") -> Iterator[Setting]
             yield Setting(f"{prefix}{name}", default, _type_name(field.annotation), _bounds(field), explanation)
 
 
+def list_path_keys(section: type[Section], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of the settings of a section that are paths or URIs."""
+    for name, field in section.model_fields.items():
+        if (inner := section_type(field.annotation)) is not None:
+            yield from list_path_keys(inner, f"{prefix}{name}.")
+        options = getattr(field.annotation, "__args__", ())
+        metadata = [*field.metadata, *(item for option in options for item in getattr(option, "__metadata__", ()))]
+        if any(getattr(item, "func", None) in (_resolve, _resolve_parent) for item in metadata):
+            yield f"{prefix}{name}"
+
+
 def optional_sections(section: type[Section], prefix: str = "") -> dict[str, str]:
     """Return the explained sections that may be null, of all levels: dotted key → explanation."""
     found: dict[str, str] = {}

@@ -169,15 +169,14 @@ def test_operators_reach_the_head_through_systems_manager_and_the_head_its_worke
     assert len(from_outside) > 0 < len(inside)
 
 
-def test_every_node_gets_the_token_readable_by_its_owner_only(launched: Launched):
-    mounted = "/home/carclass/.ray/auth_token:/home/carclass/.ray/auth_token"
-    assert [line.split()[1] for line in launched.account.commands("rsync") if line.endswith("/.ray/auth_token")] == [
-        "600"
-    ] * 3
-    assert all(mounted in line and "RAY_AUTH_MODE=token" in line for line in launched.account.commands("docker run"))
-    assert all(
-        "chmod 600 /home/carclass/.ray/auth_token && " in line for line in launched.account.commands("ray start")
-    )
+def test_every_node_gets_the_folder_of_the_token_readable_by_its_owner_only(launched: Launched):
+    folder = "/home/carclass/.ray/token"
+    copies = [line.split()[1] for line in launched.account.commands("rsync") if line.endswith("/.ray/token/")]
+    assert copies == ["700"] * 3
+    for line in launched.account.commands("docker run"):
+        assert f"{folder}:{folder}" in line
+        assert f"RAY_AUTH_MODE=token --env=RAY_AUTH_TOKEN_PATH={folder}/auth_token" in line
+    assert all(f"chmod 600 {folder}/auth_token && " in line for line in launched.account.commands("ray start"))
 
 
 def test_nodes_run_the_image_by_digest_and_install_nothing(launched: Launched):
@@ -190,7 +189,7 @@ def test_nodes_run_the_image_by_digest_and_install_nothing(launched: Launched):
 def test_the_head_launches_workers_with_the_spot_first_provider(launched: Launched):
     (line,) = launched.account.commands("ray start --head")
     named = "python /opt/carclass/bin/spot_first.py /home/carclass/ray_bootstrap_config.yaml"
-    assert f"{named} && PYTHONPATH=/opt/carclass/bin ray start" in line
+    assert f"{named} && RAY_USAGE_STATS_ENABLED=0 PYTHONPATH=/opt/carclass/bin ray start" in line
 
 
 def test_the_dashboard_listens_on_loopback(launched: Launched):

@@ -133,20 +133,38 @@ def test_every_placeholder_is_filled_in(account: Account):
 
 
 def test_token_and_key_are_readable_by_their_owner_only(account: Account):
-    files = [account.home / ".ray" / "auth_token", account.home / ".ssh" / "carclass.pem"]
+    files = [account.home / ".ray" / "carclass" / "auth_token", account.home / ".ssh" / "carclass.pem"]
     assert [oct(file.stat().st_mode & 0o777) for file in files] == ["0o600", "0o600"]
+    assert oct(files[0].parent.stat().st_mode & 0o777) == "0o700"
     assert len(files[0].read_text()) == 64
 
 
 @pytest.mark.slow
 def test_a_second_run_creates_nothing_twice(account: Account):
-    files = [account.home / name for name in ("build/aws.yaml", ".ray/auth_token", ".ssh/carclass.pem")]
+    files = [account.home / name for name in ("build/aws.yaml", ".ray/carclass/auth_token", ".ssh/carclass.pem")]
     before = [file.read_text() for file in files]
     account.recorder.requests.clear()
     account.prepare().check_returncode()
     assert [file.read_text() for file in files] == before
     groups = [group["GroupName"] for group in boto3.client("ec2").describe_security_groups()["SecurityGroups"]]
     assert groups.count("carclass") == 1
+
+
+@pytest.mark.slow  # 5 s
+def test_a_group_that_an_earlier_run_left_without_its_rule_gets_it(account: Account):
+    def find_group() -> dict[str, Any]:
+        names = [{"Name": "group-name", "Values": ["carclass"]}]
+        (group,) = boto3.client("ec2").describe_security_groups(Filters=names)["SecurityGroups"]
+        return group
+
+    before = find_group()
+    boto3.client("ec2").revoke_security_group_ingress(
+        GroupId=before["GroupId"],
+        IpPermissions=[{"IpProtocol": "-1", "UserIdGroupPairs": [{"GroupId": before["GroupId"]}]}],
+    )
+    assert find_group()["IpPermissions"] == []
+    account.prepare().check_returncode()
+    assert find_group()["IpPermissions"] == before["IpPermissions"]
 
 
 def test_an_image_without_a_digest_is_refused(account: Account):

@@ -1,8 +1,10 @@
 """cluster/kuberay.yaml: validation against the schemas of Kubernetes, KubeRay and Ray, without running them."""
 
 import copy
+import fnmatch
 import json
 import os
+import re
 import shutil
 import string
 import subprocess
@@ -17,6 +19,8 @@ import ray
 import yaml
 from ray.autoscaler._private.kuberay import autoscaling_config
 
+from carclass.config import cli
+from cluster import prepare_aws
 from tests.helpers.clusters import RAY, Cluster
 
 REPO = Path(__file__).parents[2]
@@ -191,12 +195,63 @@ def test_a_group_with_gpus_tolerates_their_taint(group: str):
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_an_object_store_fits_its_container(group: str):
-    (volume,) = PODS[group]["spec"]["volumes"]
+    volume, _ = PODS[group]["spec"]["volumes"]
     (container,) = PODS[group]["spec"]["containers"]
     share = int(volume["emptyDir"]["sizeLimit"][:-2]) / int(container["resources"]["limits"]["memory"][:-2])
     assert volume["emptyDir"]["medium"] == "Memory"
-    assert container["volumeMounts"] == [{"name": volume["name"], "mountPath": "/dev/shm"}]
+    assert {"name": volume["name"], "mountPath": "/dev/shm"} in container["volumeMounts"]
     assert 0.3 < share < 0.4  # Ray takes three tenths of the memory
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_rays_files_have_a_volume_within_the_pods_disk(group: str):
+    """KubeRay mounts its own volume of this name, without a limit, where there is none."""
+    _, volume = PODS[group]["spec"]["volumes"]
+    (container,) = PODS[group]["spec"]["containers"]
+    assert {"name": "ray-logs", "mountPath": "/tmp/ray"} in container["volumeMounts"]
+    assert volume["name"] == "ray-logs"
+    disk = {container["resources"][kind]["ephemeral-storage"] for kind in ("requests", "limits")}
+    assert disk == {"50Gi"}
+    assert int(volume["emptyDir"]["sizeLimit"][:-2]) < 50
+
+
+def test_nodes_are_not_moved_while_the_head_works_on_them():
+    assert PODS["head"]["metadata"]["annotations"] == {"karpenter.sh/do-not-disrupt": "true"}
+
+
+def test_pods_do_not_reach_the_credentials_of_their_nodes():
+    policy = DOCUMENTS["NetworkPolicy"]["spec"]
+    assert policy["policyTypes"] == ["Ingress", "Egress"]
+    blocks = [target["ipBlock"] for rule in policy["egress"] for target in rule["to"]]
+    excluded = {"0.0.0.0/0": ["169.254.169.254/32"], "::/0": ["fd00:ec2::254/128"]}
+    assert {block["cidr"]: block["except"] for block in blocks} == excluded
+
+
+def test_the_job_ends_in_time_for_the_largest_estimate():
+    hours = [float(text) for text in re.findall(r"\*\*([\d.]+) h, ", (REPO / "docs" / "cost.md").read_text())]
+    assert max(hours) < JOB["activeDeadlineSeconds"] / 3600 < 2 * max(hours)
+
+
+def test_code_and_results_lie_below_the_prefix_that_the_role_may_write():
+    values = prepare_aws.storage_values(f"s3://{VALUES['BUCKET']}/photos", f"s3://{VALUES['BUCKET']}/carclass")
+    allowed = [f"s3://{VALUES['BUCKET']}/{values[name]}" for name in ("PHOTOS", "ROOT")]
+    runtime = yaml.safe_load(JOB["runtimeEnvYAML"])
+    uris = [runtime["working_dir"], *(uri for uri in runtime["env_vars"].values() if uri.startswith("s3://"))]
+    assert len(uris) == 3
+    assert [uri for uri in uris if not any(fnmatch.fnmatch(f"{uri}/", pattern) for pattern in allowed)] == []
+
+
+def test_the_jobs_config_trains_all_photos_in_both_stages(monkeypatch: pytest.MonkeyPatch):
+    for name, value in yaml.safe_load(JOB["runtimeEnvYAML"])["env_vars"].items():
+        monkeypatch.setenv(name, value)
+    settings = cli.parse_job("", None, JOB["entrypoint"].split()[2:])
+    assert settings.mask is not None
+    assert settings.train is not None
+    assert settings.mask.limit is None
+    assert None not in (settings.train.frozen, settings.train.unfrozen)
+    assert settings.mask.num_actors == GROUPS["mask"]["maxReplicas"]
+    limits = PODS["train"]["spec"]["containers"][0]["resources"]["limits"]
+    assert settings.train.num_workers == limits["nvidia.com/gpu"]
 
 
 def test_rays_autoscaler_reads_each_groups_resources():

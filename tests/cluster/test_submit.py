@@ -8,7 +8,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from tests.helpers.tunnel import Tunnel
 from tests.helpers.wheels import unpack_wheel
 
 REPO = Path(__file__).parents[2]
-pytestmark = pytest.mark.slow  # 90 s
+pytestmark = pytest.mark.slow  # 130 s
 
 
 class Head(NamedTuple):
@@ -41,9 +42,15 @@ def environment(token: str | None, home: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory) -> Iterator[Head]:
-    """Start a head on loopback with a token, on free ports."""
-    token, port, gcs = secrets.token_hex(32), free_port(), free_port()
-    home = tmp_path_factory.mktemp("head")
+    """Start a head on loopback with a token."""
+    with running_head(secrets.token_hex(32), tmp_path_factory.mktemp("head")) as started:
+        yield started
+
+
+@contextmanager
+def running_head(token: str, home: Path) -> Iterator[Head]:
+    """Run a head on free ports of loopback. home: an empty folder."""
+    port, gcs = free_port(), free_port()
     command = [RAY, "start", "--head", "--block", "--num-cpus=4", "--node-ip-address=127.0.0.1", f"--port={gcs}"]
     command += [
         "--dashboard-host=127.0.0.1",
@@ -87,12 +94,18 @@ SUBMIT = REPO / "jobs" / "submit.py"
 
 
 def submit(
-    url: str, token: str | None, home: Path, *job: str, cwd: Path = REPO, site: Path | None = None
+    url: str,
+    token: str | None,
+    home: Path,
+    *job: str,
+    cwd: Path = REPO,
+    site: Path | None = None,
+    options: Sequence[str] = (),
 ) -> subprocess.CompletedProcess:
-    """Run jobs/submit.py, or `carclass submit` of the package in the folder `site`."""
+    """Run jobs/submit.py with options, or `carclass submit` of the package in the folder `site`."""
     env = environment(token, home) | ({} if site is None else {"PYTHONPATH": str(site)})
     program = [SUBMIT] if site is None else ["-m", "carclass", "submit"]
-    command = [sys.executable, *program, "--address", url, "--", *job]
+    command = [sys.executable, *program, "--address", url, *options, "--", *job]
     return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=400, check=False)
 
 
@@ -143,18 +156,34 @@ def test_a_submitted_job_has_the_code_version_of_the_checkout(follow):
     assert f"code version {code_version()}\n" in follow(code).stdout
 
 
+def test_variables_that_configs_name_and_given_ones_travel(head: Head, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("CARS196", "s3://bucket/cars")
+    monkeypatch.setenv("UNRELATED", "secret")
+    code = "import os; print([os.environ.get(name) for name in ('CARS196', 'ONE', 'TWO', 'UNRELATED')])"
+    options = ("--env", "ONE=1", "--env", "TWO=a=b c")
+    done = submit(head.url, head.token, tmp_path, "python", "-c", code, options=options)
+    assert "['s3://bucket/cars', '1', 'a=b c', None]" in done.stdout
+    assert "variables of the job: CARS196, ONE, TWO" in done.stderr
+
+
+@pytest.mark.parametrize("text", ["ONE", "=1", "a b=1"])
+def test_a_variable_that_is_not_name_and_value_is_refused(tmp_path: Path, text: str):
+    done = submit("http://127.0.0.1:1", None, tmp_path, "python", options=("--env", text))
+    assert (done.returncode, done.stderr.startswith(f"error: `--env {text}` is not NAME=VALUE")) == (2, True)
+
+
 def test_only_code_and_named_files_are_uploaded(head: Head, tmp_path: Path):
     config_file = REPO / "build" / "named.yml"
     config_file.parent.mkdir(exist_ok=True)
-    config_file.write_text("root: here")
+    config_file.write_text("root: /here")
     code = "import sys, pathlib; print(sorted(map(str, pathlib.Path().iterdir())), open(sys.argv[1]).read())"
     done = submit(head.url, head.token, tmp_path, "python", "-c", code, "build/named.yml")
     config_file.unlink()
-    assert "['build', 'carclass', 'jobs'] root: here" in done.stdout
+    assert "['build', 'carclass', 'jobs'] root: /here" in done.stdout
 
 
 def test_an_installed_package_submits_its_code_and_a_config_of_the_working_directory(head: Head, tmp_path: Path):
-    (tmp_path / "mine.yml").write_text("root: results\nmask: {batch: 1}\n")
+    (tmp_path / "mine.yml").write_text("root: /results\nmask: {batch: 1}\n")
     site = unpack_wheel(tmp_path)
     job = ("carclass", "mask", "--config", "mine.yml")
     done = submit(head.url, head.token, tmp_path, *job, cwd=tmp_path, site=site)
@@ -214,6 +243,28 @@ pathlib.Path({started!r}).open("a").write("x")
 while not pathlib.Path({end!r}).exists():
     time.sleep(0.1)
 """
+
+
+def test_a_job_that_a_new_head_does_not_know_is_an_error_at_once(head: Head, follow, tmp_path: Path):
+    """It costs another head: 20 s."""
+    host, port = head.url.removeprefix("http://").split(":")
+    (tmp_path / "new").mkdir()
+    with running_head(head.token, tmp_path / "new") as new, Tunnel(0, None, (host, int(port))) as tunnel:
+        threading.Thread(target=tunnel.serve_forever, daemon=True).start()
+        new_host, new_port = new.url.removeprefix("http://").split(":")
+
+        def replace_head() -> None:
+            while not (tmp_path / "started").exists():
+                time.sleep(0.05)
+            tunnel.target = (new_host, int(new_port))
+            tunnel.cut()
+
+        threading.Thread(target=replace_head, daemon=True).start()
+        done = follow(WAIT.format(started=str(tmp_path / "started"), end=str(tmp_path / "end")), tunnel.url)
+        tunnel.shutdown()
+    (tmp_path / "end").touch()
+    assert done.returncode == 2
+    assert "its head was started anew, and the job is lost" in done.stderr
 
 
 def start_submit(head: Head, home: Path, *job: str) -> Job:

@@ -1,6 +1,7 @@
 """A simulated AWS account with an operator, whose SSH commands are recorded and always succeed."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -144,6 +145,7 @@ def write_head_config(account: Account, config: dict[str, Any]) -> FileConfigRea
     _, copied = commands._set_up_config_for_head_node(config, provider, no_restart=False)
     file = account.home / "ray_bootstrap_config.yaml"
     file.write_text(Path(copied.name).read_text().replace('": "/home/carclass/', f'": "{account.home}/'))
+    shutil.copytree(account.home / ".ray" / "carclass", account.home / ".ray" / "token")
     (account.home / "ray_bootstrap_key.pem").write_bytes((account.home / ".ssh" / "carclass.pem").read_bytes())
     subprocess.run([sys.executable, SPOT_FIRST, file], check=True)
     return FileConfigReader(str(file), skip_content_hash=True)

@@ -1,6 +1,7 @@
 """Addresses of Ray clusters: a job does not wait for one that is gone, misspelt or of another kind."""
 
 import http.server
+import json
 import os
 import socket
 import subprocess
@@ -163,7 +164,9 @@ def test_a_cluster_of_another_version_is_an_error(monkeypatch: pytest.MonkeyPatc
 def test_a_cluster_that_refuses_the_token_is_an_error(monkeypatch: pytest.MonkeyPatch, head: tuple[Head, str]):
     head[0].code = grpc.StatusCode.UNAUTHENTICATED
     monkeypatch.setenv("RAY_ADDRESS", head[1])
-    with pytest.raises(UserError, match=rf"{head[1]} refuses the token. Set the cluster's token in RAY_AUTH_TOKEN"):
+    with pytest.raises(
+        UserError, match=rf"{head[1]} refuses the token. Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH"
+    ):
         cluster_address()
 
 
@@ -173,7 +176,7 @@ def test_a_missing_token_is_an_error(tmp_path: Path, head: tuple[Head, str], var
     token = {"RAY_ADDRESS": head[1], "RAY_AUTH_MODE": "token", variable: f"{tmp_path}/none"}
     code = "from carclass.cluster.address import cluster_address; cluster_address()"
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **token}, capture_output=True, text=True)
-    assert "refuses the token. Set the cluster's token in RAY_AUTH_TOKEN" in done.stderr.splitlines()[-1]
+    assert "refuses the token. Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH" in done.stderr.splitlines()[-1]
 
 
 def ingest(root: str) -> None:
@@ -206,6 +209,30 @@ def test_a_dashboard_that_never_answers_is_an_error_after_the_probe(monkeypatch:
 def test_a_web_server_that_is_no_dashboard_is_an_error(web: int):
     with pytest.raises(UserError, match=r"no cluster answers at"):
         job_submission.connect(f"http://{LOOPBACK}:{web}")
+
+
+class DashboardThatHangs(http.server.BaseHTTPRequestHandler):
+    """A server that tells Ray's version, and does not answer any other request."""
+
+    def do_GET(self) -> None:
+        if self.path == "/api/version":
+            body = json.dumps({"version": "4", "ray_version": ray.__version__, "ray_commit": ""}).encode()
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body)
+        else:
+            time.sleep(3)
+
+
+def test_a_dashboard_that_stops_answering_is_an_error_after_the_limit(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(job_submission, "REQUEST_S", 0.5)
+    with http.server.ThreadingHTTPServer((LOOPBACK, 0), DashboardThatHangs) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url, begun = f"http://{LOOPBACK}:{server.server_port}", time.monotonic()
+        with pytest.raises(UserError, match=r"no cluster answers at .*timed out"):
+            job_submission.submit_and_follow(url, ["python", "-c", ""], {}, {})
+        assert time.monotonic() - begun < 2.5
+        server.shutdown()
 
 
 @pytest.mark.parametrize("given", ["127.0.0.1:8265", "ray://127.0.0.1:10001", "auto", "http://"])

@@ -262,7 +262,7 @@ def test_a_file_without_settings_is_refused(tmp_path: Path, text: str):
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_every_experiment_file_is_valid(path: Path, monkeypatch: pytest.MonkeyPatch):
-    for name in ("CARCLASS_ROOT", "CARS196", "CARS196_WEIGHTS"):
+    for name in ("CARCLASS_ROOT", "CARCLASS_PHOTOS", "CARS196", "CARS196_WEIGHTS"):
         monkeypatch.setenv(name, "/somewhere")
     assert cli.load_config(path, {}, Config).root == "/somewhere"
 
