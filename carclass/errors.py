@@ -23,6 +23,10 @@ class UserError(ValueError):
         return self.message  # Ray Data appends advice of its own to `args`
 
 
+SAME = "For the same reason: "
+"""Start of a list of other places with a problem."""
+
+
 class Problems:
     """Errors of checks that do not depend on each other."""
 
@@ -30,9 +34,15 @@ class Problems:
         self.texts: list[str] = []
 
     def add(self, text: str) -> None:
-        """Add a problem, unless another check has found it too."""
-        if text not in self.texts:
-            self.texts.append(text)
+        """Add a problem, unless another check has found it too; one of the same cause and remedy only by its place."""
+        place, start, reason = text.partition(" (")
+        for i, known in enumerate(self.texts):
+            if text == known or (start and f"{start}{reason}" in known and place in known):
+                return
+            if start and f"{start}{reason}" in known:
+                self.texts[i] = f"{known}{'; ' if SAME in known else f' {SAME}'}{place}"
+                return
+        self.texts.append(text)
 
     def result(self, check: Callable[..., T], *arguments: Any) -> T | None:
         """Return the result of a check, or None if it raises UserError, which is added."""

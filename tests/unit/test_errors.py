@@ -4,9 +4,26 @@ import pickle
 
 import pytest
 
-from carclass.errors import UserError, find_user_error, suggest_names, unknown_name
+from carclass.errors import Problems, UserError, find_user_error, suggest_names, unknown_name
 
 KEYS = ["name", "frozen.lr", "frozen.views", "unfrozen.lr"]
+
+
+def test_problems_of_the_same_cause_and_remedy_are_one_with_several_places():
+    problems = Problems()
+    for text in (
+        "a cannot be read (no key). Set one.",
+        "b is wrong. Mend it.",
+        "c cannot be listed (no key). Set one.",
+    ):
+        problems.add(text)
+        problems.add(text)
+    problems.add("d cannot be read (refused). Set one.")
+    assert problems.texts == [
+        "a cannot be read (no key). Set one. For the same reason: c cannot be listed",
+        "b is wrong. Mend it.",
+        "d cannot be read (refused). Set one.",
+    ]
 
 
 @pytest.mark.parametrize(
