@@ -64,7 +64,6 @@ def _join() -> None:
     address = cluster_address()
     if address == LOCAL:
         _create_private_token()
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report each cluster to its makers
         # Keep idle workers for the next step: starting one takes seconds of imports.
         os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "60000")
         # Silence the warning that a local cluster requires its token: that is intended.

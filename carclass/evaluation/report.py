@@ -101,16 +101,25 @@ def render(report: Report) -> str:
         best=best_epoch_row([{"stage": name, **row} for name, rows in report.history.items() for row in rows]),
         charts=charts,
         curves=curves,
-        thresholds=[_threshold(chosen_on, wanted) for wanted in WANTED_ACCURACIES],
+        thresholds=_thresholds(chosen_on),
         summary=_summary(report.metrics),
         confusion_as_table=len(report.class_names) <= LARGEST_CONFUSION_TABLE,
     )
 
 
-def _threshold(curve: list[dict[str, Any]], wanted: float) -> tuple[float, dict[str, Any] | None, float]:
-    """Return an accuracy, the row of its lowest threshold, and the lower end of that row's interval."""
-    row = find_threshold(curve, wanted)
-    return wanted, row, 0.0 if row is None else wilson_interval(round(row["accuracy"] * row["count"]), row["count"])[0]
+def _thresholds(curve: list[dict[str, Any]]) -> list[tuple[float, dict[str, Any] | None, float]]:
+    """Return wanted accuracies, the row of the lowest threshold of each, and the lower end of that row's interval.
+
+    Of several accuracies with the same row, only the highest is returned; without a row, only the lowest.
+    """
+    found: dict[float | None, tuple[float, dict[str, Any] | None, float]] = {}
+    for wanted in WANTED_ACCURACIES:
+        if (row := find_threshold(curve, wanted)) is None:
+            found.setdefault(None, (wanted, None, 0.0))
+        else:
+            low, _ = wilson_interval(round(row["accuracy"] * row["count"]), row["count"])
+            found[row["threshold"]] = wanted, row, low
+    return [*found.values()]
 
 
 def _summary(metrics: dict[str, Any]) -> dict[str, int | float]:

@@ -190,7 +190,18 @@ def test_a_threshold_is_named_for_each_wanted_accuracy():
     assert "--threshold 0.4 : at least 95 % accuracy on val, where 50.0 % of the photos" in text
     assert "No threshold gives 99 % accuracy on val." in text
     low = wilson_interval(round(0.97 * 9), 9)[0]
-    assert f"accepted, 9, and 97.0 % of these are correct: of more such photos at least {100 * low:.1f} %" in text
+    assert f"(9) are accepted and 97.0 % of these are correct: of more such photos at least {100 * low:.1f} %" in text
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "named"), [(1.0, "at least 99 % accuracy on val"), (0.5, "No threshold gives 90 % accuracy on val.")]
+)
+def test_one_threshold_for_all_wanted_accuracies_is_named_once(accuracy: float, named: str):
+    report = make_report()
+    report.val_coverage = [dict(row) | {"count": 9, "accuracy": accuracy} for row in report.metrics["coverage"]]
+    text = section_text(render(report), "threshold")
+    assert named in text
+    assert text.count(" accuracy on val") == 1
 
 
 def test_without_figures_of_val_the_report_says_how_to_get_them():
