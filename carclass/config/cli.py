@@ -115,6 +115,10 @@ def parse_job_with_flags(
     keys = {key: key if key == "root" else f"{prefix}{key}" for key in overrides}
     config = load_config(path, {keys[key]: text for key, text in overrides.items()}, Config)
     if section is not None and getattr(config, section) is None:
+        if listed is not None:
+            raise UserError(
+                f"no {listed} are given. Name them on the command line, or in {path} by a `{section}:` section."
+            )
         raise UserError(f"{path} has no `{section}:` section, which this job reads. Add one, or choose another file.")
     return config, args
 

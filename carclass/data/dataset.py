@@ -9,6 +9,7 @@ recognizes its finished parts by their settings and writes the missing ones.
 """
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -295,9 +296,15 @@ def load_dataset(root: str, name: str) -> Dataset:
     if (published := find_dataset(root, name)) is not None:
         return published
     published_names = storage.list_folders(storage.join(root, "datasets"), "manifest.json")
-    raise unknown_name(
-        "dataset", name, published_names, root, "" if published_names else "Run `python jobs/ingest.py` first."
-    )
+    hint = "" if published_names else first_step(root, "python jobs/ingest.py")
+    raise unknown_name("dataset", name, published_names, root, hint)
+
+
+def first_step(root: str, command: str) -> str:
+    """Return what to do where a root has no results of a command."""
+    path = storage.local_path(root)
+    is_missing = path is not None and not os.path.isdir(path)
+    return f"{f'There is no folder {root}: correct `root`, or run' if is_missing else 'Run'} `{command}` first."
 
 
 def find_same_dataset(root: str, name: str, settings: dict[str, Any]) -> Dataset | None:

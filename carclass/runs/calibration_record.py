@@ -46,7 +46,8 @@ class Calibration:
         if self.temperature == self.fitted_temperature:
             return f"{self.temperature:.3f}, {source}"
         reason = self.objection or "it does not improve their probabilities"
-        return f"{self.temperature:g}, uncalibrated: not {self.fitted_temperature:.3f}, fitted {source}, as {reason}"
+        unused = f"{self.fitted_temperature:.3f}, fitted {source}, is not used, as {reason}"
+        return f"{self.temperature:g}, so that probabilities stay as they are: {unused}"
 
 
 def refuse_sharpening(temperature: float, num_photos: int, accuracy: float | None) -> str | None:

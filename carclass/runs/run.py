@@ -281,9 +281,8 @@ def find_run(root: str, name: str) -> Run:
         return Run(root, settings.model_copy(update={"name": name}))  # a copied folder has another run's name in it
     except FileNotFoundError as error:
         existing = storage.list_folders(storage.join(root, "experiments"), "config.yml")
-        raise unknown_name(
-            "run", name, existing, root, "" if existing else "Run `python jobs/train.py` first."
-        ) from error
+        hint = "" if existing else dataset.first_step(root, "python jobs/train.py")
+        raise unknown_name("run", name, existing, root, hint) from error
 
 
 def read_run_settings(uri: str) -> TrainSettings:

@@ -156,6 +156,13 @@ def test_flags_are_returned_apart_from_the_settings(config_file: str):
 # Mistakes
 
 
+def test_a_command_without_photos_asks_for_them(config_file: str):
+    with pytest.raises(
+        UserError, match=r"no photos are given. Name them on the command line, or in .* by a `predict:`"
+    ):
+        cli.parse_job_with_flags("", "predict", {}, ["--config", config_file], listed="photos")
+
+
 def test_a_file_without_the_jobs_section_is_refused(config_file: str):
     with pytest.raises(UserError, match=r"config.yml has no `ingest:` section, which this job reads"):
         parse("ingest", "--config", config_file)

@@ -151,7 +151,7 @@ def test_an_installed_package_lists_its_tree_of_experiments(site: Path, tmp_path
 def test_the_results_of_an_installed_package_lie_in_the_working_directory(site: Path, tmp_path: Path):
     done = carclass("evaluate", "--config", "jobs/experiments/sample.yml", "--run", "none", site=site, cwd=tmp_path)
     assert done.returncode == 2
-    assert f"no run `none` in {tmp_path}/results. Available: none. Run carclass train first." in done.stderr
+    assert f"no run `none` in {tmp_path}/results. Available: none. There is no folder {tmp_path}/results" in done.stderr
 
 
 @pytest.mark.slow  # 6 s: pip and the build
