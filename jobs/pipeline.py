@@ -73,12 +73,13 @@ def import_verbs(settings: Config) -> None:
 
 def make_datasets(settings: Config, listed: "ListedInputs", *, update: bool) -> dict[str, int | float | str]:
     """Publish the dataset and the masked dataset; return their counts and the masks' IoU, where it is known."""
-    from carclass.experiments.pipeline_preflight import check_split
+    from carclass.experiments.pipeline_preflight import check_run_photos, check_split, find_outdated
     from carclass.ingestion.ingest import ingest_photos
 
     assert settings.ingest is not None
     manifests = [ingest_photos(settings.root, settings.ingest, update=update, listed=listed).manifest]
     check_split(settings, manifests[0])
+    check_run_photos(settings, find_outdated(settings, listed))  # as many photos as before may be other ones
     quality_row: dict[str, float] = {}
     if settings.mask is not None:
         from carclass.masking import quality

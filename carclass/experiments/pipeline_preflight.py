@@ -70,7 +70,7 @@ def check_pipeline(settings: Config, inventory: Inventory, *, update: bool = Fal
         _check_mask(settings, mask, planned, problems)
     for run in pipeline_runs(settings):
         _check_run(settings, run, planned, problems)
-        problems.passes(check_run_photos, settings.root, run, outdated)
+    problems.passes(check_run_photos, settings, outdated)
     machine = None
     if listed is not None:
         problems.passes(check_disk, settings, listed)
@@ -145,16 +145,18 @@ def find_outdated(settings: Config, listed: ListedInputs) -> list[str]:
     return outdated
 
 
-def check_run_photos(root: str, run: TrainSettings, outdated: list[str]) -> None:
+def check_run_photos(settings: Config, outdated: list[str]) -> None:
     """Raise UserError if a run exists that was begun on other photos. outdated: datasets to be published anew."""
-    source, existing = dataset.find_dataset(root, run.dataset), Run(root, run)
-    if source is None or not storage.exists(storage.join(existing.uri, "config.yml")):
-        return
-    if run.dataset in outdated or existing.lineage()["dataset_digest"] != source.digest:
-        raise UserError(
-            f"run `{run.name}` in {root} was begun on an earlier version of dataset `{run.dataset}`. Train another run "
-            f"on the new one: --train.name {run.name}-2."
-        )
+    root = settings.root
+    for run in pipeline_runs(settings):
+        source, existing = dataset.find_dataset(root, run.dataset), Run(root, run)
+        if source is None or not storage.exists(storage.join(existing.uri, "config.yml")):
+            continue
+        if run.dataset in outdated or existing.lineage()["dataset_digest"] != source.digest:
+            raise UserError(
+                f"run `{run.name}` in {root} was begun on an earlier version of dataset `{run.dataset}`. Train another "
+                f"run on the new one: --train.name {run.name}-2."
+            )
 
 
 def _check_weights(settings: Config, problems: Problems) -> MaskSettings | None:

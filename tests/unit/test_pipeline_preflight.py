@@ -157,6 +157,18 @@ def test_a_run_on_an_earlier_version_of_its_dataset_is_found(tmp_path: Path, pho
     assert "--train.name first-2" in problems(settings, update=True)
 
 
+def test_a_run_on_a_masked_dataset_whose_source_has_changed_is_found_before_masking(tmp_path: Path, photos: Path):
+    settings, root = config(tmp_path, photos), tmp_path / "root"
+    publish_version(root, settings, 20)
+    publish(root, "v2", settings={}, source_digest="0" * 64)
+    begin_run(Run(str(root), settings.train), dataset.load_dataset(str(root), "v2"), "0" * 64)  # type: ignore[arg-type]
+    with Inventory() as inventory:
+        listed = list_inputs(settings.root, settings.ingest, inventory)  # type: ignore[arg-type]
+        outdated = pipeline_preflight.find_outdated(settings, listed)
+    with pytest.raises(UserError, match="run `first` in .* was begun on an earlier version of dataset `v2`"):
+        pipeline_preflight.check_run_photos(settings, outdated)
+
+
 def test_the_plan_names_what_is_published_anew(tmp_path: Path, photos: Path):
     settings, root = config(tmp_path, photos), tmp_path / "root"
     with Inventory() as inventory:
