@@ -36,7 +36,14 @@ def is_shown(key: str, share: float) -> bool:
 
 
 def collect_report(
-    uri: str, table: Path, title: str, facts: list[tuple[str, str]], *, threshold: float, report_link: str | None
+    uri: str,
+    table: Path,
+    title: str,
+    facts: list[tuple[str, str]],
+    *,
+    threshold: float,
+    is_calibrated: bool,
+    report_link: str | None,
 ) -> PredictionReport:
     """Return the contents of the page. uri: of the predictions, with thumbnails; table: local file of all rows."""
     counted = dataset.read_part(str(table), ["label", "probability", "rejected"])
@@ -45,6 +52,7 @@ def collect_report(
         title=title,
         facts=facts,
         threshold=threshold,
+        is_calibrated=is_calibrated,
         report_link=report_link,
         classes=_count_classes(counted),
         shown=_read_shown(uri, table, shown_share(len(counted))),

@@ -164,6 +164,17 @@ def _render_page(uri: str, job: PredictionJob, run: Run, table: Path) -> str:
     ]
     has_report = storage.exists(storage.join(run.uri, "report", "report.html"))
     link = "../../report/report.html#threshold" if has_report else None
-    title = f"Predictions of {run.settings.name}: {settings.name}"
-    report = collect.collect_report(uri, table, title, facts, threshold=settings.threshold, report_link=link)
-    return render(report)
+    title = f"Predictions of {run.settings.name}"
+    if settings.name != PredictSettings.model_fields["name"].default:
+        title += f": {settings.name}"
+    return render(
+        collect.collect_report(
+            uri,
+            table,
+            title,
+            facts,
+            threshold=settings.threshold,
+            is_calibrated=job.temperature != 1,
+            report_link=link,
+        )
+    )

@@ -43,6 +43,8 @@ class PredictionReport:
     facts: list[tuple[str, str]]
     """(name, value) pairs for the head: run, photos, threshold."""
     threshold: float
+    is_calibrated: bool
+    """Whether a temperature is applied."""
     report_link: str | None
     """Link to the run's report, in which a threshold can be chosen; None without a report."""
     classes: list[PredictedClass]

@@ -189,6 +189,7 @@ def make_prediction_report(num_photos: int = 6, **changes: object) -> Prediction
     classes = [PredictedClass("Ardo Coupe", num_photos - 2, 1, 0.8), PredictedClass("Belmar Wagon", 2, 1, 0.6)]
     values = {
         "title": "Predictions of first: monday",
+        "is_calibrated": True,
         "facts": [("Run", "first"), ("Threshold", "0.5")],
         "threshold": 0.5,
         "report_link": "../../report/report.html#threshold",

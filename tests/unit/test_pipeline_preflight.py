@@ -165,7 +165,7 @@ def test_a_run_on_a_masked_dataset_whose_source_has_changed_is_found_before_mask
     with Inventory() as inventory:
         listed = list_inputs(settings.root, settings.ingest, inventory)  # type: ignore[arg-type]
         outdated = pipeline_preflight.find_outdated(settings, listed)
-    with pytest.raises(UserError, match="run `first` in .* was begun on an earlier version of dataset `v2`"):
+    with pytest.raises(UserError, match=r"run `first` in .* was begun on an earlier version of dataset `v2`"):
         pipeline_preflight.check_run_photos(settings, outdated)
 
 

@@ -55,7 +55,9 @@ def collected(uri: Path, *parts: list[dict[str, Any]]) -> PredictionReport:
     found: list[PredictionReport] = []
 
     def render_page(table: Path) -> str:
-        found.append(collect.collect_report(str(uri), table, "title", [], threshold=0.5, report_link=None))
+        found.append(
+            collect.collect_report(str(uri), table, "title", [], threshold=0.5, is_calibrated=True, report_link=None)
+        )
         return render(found[0])
 
     for rows in parts:
@@ -100,6 +102,12 @@ def test_files_that_are_no_photos_are_named_apart_from_the_quarantine(tmp_path: 
     assert (report.failed, report.reasons) == ([FailedPhoto("a", "empty", "no bytes")], {"empty": 1})
     text = section_text(render(report), "quarantine")
     assert "Not photos, neither by their names nor by their content, and left out: 2 (Thumbs.db, notes.txt)." in text
+
+
+@pytest.mark.parametrize(("is_calibrated", "text"), [(True, "are calibrated:"), (False, "are not calibrated, as no")])
+def test_probabilities_are_called_calibrated_only_if_they_are(is_calibrated: bool, text: str):
+    page = render(make_prediction_report(is_calibrated=is_calibrated))
+    assert f"Probabilities {text}" in visible_text(section(page, "summary"))
 
 
 def test_the_page_of_files_that_all_failed_has_no_photos(tmp_path: Path):
