@@ -284,7 +284,8 @@ def remedy(error: Exception) -> str:
     if status == 403:
         return (
             "The credentials lack a permission (s3:GetObject, s3:ListBucket, s3:PutObject or s3:DeleteObject, and "
-            "kms:Decrypt of an encrypted object), or the requester pays: then set AWS_REQUEST_PAYER=requester."
+            "kms:Decrypt of an encrypted object), or the requester pays: then set AWS_REQUEST_PAYER=requester. Run the "
+            "same command again afterwards: finished work is kept."
         )
     if status in TRANSIENT_STATUS or code in TRANSIENT_CODES or isinstance(error, TRANSIENT_ERRORS):
         return (

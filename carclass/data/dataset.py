@@ -204,8 +204,9 @@ def report_damage(uri: str) -> Iterator[None]:
     except (OSError, pa.ArrowInvalid) as error:
         cause = str(error).splitlines()[0]
         raise UserError(
-            f"{uri} is missing or damaged ({cause}). Restore it; or delete this one file and run the job that wrote it "
-            "again, with the same settings: it makes missing files anew."
+            f"{uri} is missing or damaged ({cause}). If its dataset was published anew meanwhile, run the same command "
+            "again. Otherwise restore it; or delete this one file and run the job that wrote it again, with the same "
+            "settings: it makes missing files anew."
         ) from error
 
 
@@ -318,9 +319,11 @@ def find_same_dataset(root: str, name: str, settings: dict[str, Any]) -> Dataset
     changed = sorted(key for key in keys if old.get(key) != new.get(key))
     if not changed:
         return published
+    is_moved = changed == ["photos"] and storage.local_path(old["photos"]) is not None
+    moved = f" Photos that were moved are the same ones by a symbolic link at {old['photos']}." if is_moved else ""
     raise UserError(
         f"dataset `{name}` in {root} was made with other settings ({', '.join(changed)}). "
-        f"A dataset never changes: choose another name, or delete {published.uri}."
+        f"A dataset never changes: choose another name, or delete {published.uri}.{moved}"
     )
 
 

@@ -61,7 +61,6 @@ def _facts(
     """Return (name, value) pairs for the head of the report."""
     lineage, difference = run.lineage(), masking_difference(run, source)
     seen = find_seen_photos(run, source, settings.split)
-    unknown = f"those of {', '.join(seen.unknown)} are not known: the dataset is gone or has changed"
     return [
         ("Run", run.settings.name),
         ("Model", f"{run.settings.model.architecture}, {run.settings.model.image_size} px"),
@@ -72,7 +71,7 @@ def _facts(
         *([("Masking", f"differs: {difference}")] if difference is not None else []),
         *([("Sampling", "balanced: each class equally often")] if run.settings.sampling == "balanced" else []),
         *([("Seen in training", f"{seen.text}: the accuracy is too high")] if seen.text else []),
-        *([("Train photos", unknown)] if seen.unknown else []),
+        *([("Train photos", seen.unknown_text)] if seen.unknown else []),
         ("Seed", str(run.settings.seed)),
         ("Code", lineage["code"]),
     ]

@@ -98,8 +98,11 @@ def _warn_about_photos(run: Run, source: dataset.Dataset, split: str) -> None:
     name = run.settings.name
     if (difference := masking_difference(run, source)) is not None:
         log.warning("evaluate: dataset %s is not as run %s was trained: %s", source.name, name, difference)
-    if seen := find_seen_photos(run, source, split).text:
-        log.warning("evaluate: of the %s photos of dataset %s, %s: accuracy is too high", split, source.name, seen)
+    seen = find_seen_photos(run, source, split)
+    if seen.text:
+        log.warning("evaluate: of the %s photos of dataset %s, %s: accuracy is too high", split, source.name, seen.text)
+    if seen.unknown:
+        log.warning("evaluate: %s photos of dataset %s: %s", split, source.name, seen.unknown_text)
 
 
 def _warn_about_other_version(uri: str, source: dataset.Dataset, metrics: dict[str, Any]) -> None:

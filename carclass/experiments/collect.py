@@ -86,7 +86,12 @@ def describe_seen(status: RunStatus) -> str:
         return ""
     source = dataset.find_dataset(status.run.root, status.run.settings.dataset)
     try:
-        return "" if source is None else find_seen_photos(status.run, source, "test").text
+        if source is None:
+            return ""
+        seen = find_seen_photos(status.run, source, "test")
+        if seen.unknown:
+            log.warning("lineage: test photos of run %s: %s", status.run.settings.name, seen.unknown_text)
+        return seen.text
     except storage.StorageError:
         raise
     except UserError as error:

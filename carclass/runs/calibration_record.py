@@ -88,8 +88,11 @@ def read_calibration(model_uri: str, model_sha256: str) -> Calibration | None:
 
 
 def require_calibration(run: Run, model_uri: str, model_sha256: str) -> Calibration:
-    """Return the calibration of a run's model. Raise UserError if there is none."""
+    """Return the calibration of a run's model. Raise UserError if there is none, or can be none any more."""
     if (calibration := read_calibration(model_uri, model_sha256)) is None:
+        from carclass.runs.preprocessing_record import training_dataset  # imported late: it needs PyTorch
+
+        training_dataset(run)  # without it, an evaluation does not calibrate either
         name, stage = run.settings.name, model_uri.rsplit("/", 2)[-2]
         raise UserError(
             f"the model of run `{name}` (stage {stage}) is not calibrated yet, so its probabilities would not be those "

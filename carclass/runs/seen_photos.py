@@ -40,6 +40,16 @@ class SeenPhotos(NamedTuple):
             )
         return ", ".join(parts)
 
+    @property
+    def unknown_text(self) -> str:
+        """Return whose train photos are not known, in words; empty if all are."""
+        if not self.unknown:
+            return ""
+        return (
+            f"the train photos of {', '.join(self.unknown)} are not known, as the run or its dataset is gone or has "
+            "changed since: they may be among these photos, unless it changed by --update, which keeps splits"
+        )
+
 
 def find_seen_photos(run: Run, source: dataset.Dataset, split: str) -> SeenPhotos:
     """Return the photos of a dataset's split that a run or its ancestors were trained or chosen on."""

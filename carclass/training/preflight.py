@@ -114,12 +114,15 @@ def check_seen_photos(root: str, settings: TrainSettings, source: dataset.Datase
     if (parent := find_parent_run(root, settings.parent)) is None:
         return
     for split in ("val", "test"):
-        if seen := find_seen_photos(parent, source, split).text:
+        seen = find_seen_photos(parent, source, split)
+        if seen.text:
             log.warning(
                 "train: of the %s photos of dataset %s, %s. Run %s starts from there: its %s accuracy will be too "
                 "high. Make datasets that grow by `--update`, which keeps each photo in its split",
-                split, source.name, seen, settings.name, split,
+                split, source.name, seen.text, settings.name, split,
             )  # fmt: skip
+        if seen.unknown:
+            log.warning("train: %s photos of dataset %s: %s", split, source.name, seen.unknown_text)
 
 
 def check_warmup(settings: TrainSettings) -> None:

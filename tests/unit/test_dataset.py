@@ -218,6 +218,14 @@ def test_the_inventory_records_rows_and_quarantine(uri: str):
     assert finished_keys(uri) == {"a", "b", "c"}
 
 
+def test_a_dataset_of_moved_photos_advises_a_link_at_their_old_place(tmp_path: Path, uri: str):
+    settings = {**SETTINGS, "photos": "/old/photos"}
+    write_rows(uri, "a", settings)
+    publish(uri, "a", settings=settings)
+    with pytest.raises(UserError, match=r"other settings \(photos\).*by a symbolic link at /old/photos\."):
+        dataset.find_same_dataset(str(tmp_path), "v1", {**settings, "photos": "/new/photos"})
+
+
 def test_parts_made_with_other_settings_are_deleted(uri: str):
     write_rows(uri, "ab", {**SETTINGS, "seed": 2})
     write_quarantine(uri, "c", {**SETTINGS, "seed": 2})

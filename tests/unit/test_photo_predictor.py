@@ -266,9 +266,10 @@ def test_other_kinds_of_photos_are_refused(predicting: LoadedRun, photos: Any, e
         predicting.predict(photos)
 
 
-def test_a_run_that_is_not_calibrated_predicts_nothing(predicting: LoadedRun, image: Image.Image):
+def test_a_run_that_can_no_longer_be_calibrated_is_told_so(predicting: LoadedRun, image: Image.Image):
+    """Its dataset is gone: advice to evaluate it would lead nowhere."""
     Path(predicting.run.uri, "frozen", "calibration.json").unlink()
-    with pytest.raises(UserError, match=r"is not calibrated yet.*evaluate.py --run first"):
+    with pytest.raises(UserError, match=r"which run `first` was trained on, is no longer in .* Restore the dataset"):
         predicting.predict(image)
 
 

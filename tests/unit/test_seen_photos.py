@@ -8,7 +8,7 @@ from carclass import storage
 from carclass.config.schema import EvaluateSettings, TrainSettings
 from carclass.data import formats
 from carclass.data.dataset import Dataset
-from carclass.evaluation import collect
+from carclass.evaluation import collect, evaluate
 from carclass.experiments.collect import describe_seen
 from carclass.experiments.status import RunStatus
 from carclass.runs.run import Run, begin_run
@@ -113,6 +113,34 @@ def test_training_warns_of_val_and_test_photos_that_its_parent_was_trained_on(
     number = overlap(*datasets, "val")
     assert f"of the val photos of dataset v2, {number} of 6 are train photos of first" in caplog.text
     assert "its test accuracy will be too high" in caplog.text
+
+
+def test_training_warns_once_of_each_split_if_its_parents_photos_are_not_known(
+    tmp_path: Path, datasets: tuple[Dataset, Dataset], caplog: pytest.LogCaptureFixture
+):
+    begin(tmp_path, "first", datasets[0])
+    storage.delete_folder(datasets[0].uri)
+    preflight.check_seen_photos(str(tmp_path), TrainSettings(name="child", dataset="v2", **CHILD), datasets[1])
+    for split in ("val", "test"):
+        assert caplog.text.count(f"{split} photos of dataset v2: the train photos of first are not known") == 1
+
+
+def test_an_evaluation_warns_of_photos_that_may_be_the_models_train_photos(
+    tmp_path: Path, datasets: tuple[Dataset, Dataset], caplog: pytest.LogCaptureFixture
+):
+    run = begin(tmp_path, "first", datasets[0])
+    storage.delete_folder(datasets[0].uri)
+    evaluate._warn_about_photos(run, datasets[1], "test")
+    assert (
+        "test photos of dataset v2: the train photos of first are not known, as the run or its dataset" in caplog.text
+    )
+
+
+def test_a_report_says_whose_train_photos_are_not_known(tmp_path: Path, datasets: tuple[Dataset, Dataset]):
+    run, facts = begin(tmp_path, "first", datasets[0]), {"stage": "frozen", "epoch": 1, "val_accuracy": 0.5}
+    storage.delete_folder(datasets[0].uri)
+    shown = dict(collect._facts(run, datasets[1], EvaluateSettings(run="first", dataset="v2"), facts))
+    assert shown["Train photos"].startswith("the train photos of first are not known")
 
 
 def test_training_on_the_parents_dataset_warns_of_nothing(
