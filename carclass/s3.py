@@ -306,11 +306,13 @@ def list_keys(uri: str) -> Iterator[str]:
 
 
 def upload(address: dict[str, str], pieces: Sequence[bytes | memoryview]) -> None:
-    """Write an object from one or several pieces. address: Bucket and Key."""
+    """Write an object from one or several pieces, a page as such, for browsers. address: Bucket and Key."""
+    kind = {"ContentType": "text/html; charset=utf-8"} if address["Key"].endswith(".html") else {}
     if sum(map(len, pieces)) < UPLOAD.multipart_threshold:
-        client().put_object(**address, Body=b"".join(pieces))
+        client().put_object(**address, **kind, Body=b"".join(pieces))
     else:
-        client().upload_fileobj(io.BufferedReader(_Pieces(pieces)), *address.values(), Config=UPLOAD)
+        body = io.BufferedReader(_Pieces(pieces))
+        client().upload_fileobj(body, *address.values(), ExtraArgs=kind, Config=UPLOAD)
 
 
 class _Pieces(io.RawIOBase):

@@ -79,7 +79,8 @@ def list_warnings(survey: Survey, machine: Machine) -> list[str]:
         )
     for split, number in survey.splits.items():
         if not number:
-            advice = f", or set a larger `{split}_fraction` in the file" if split in survey.shares else ""
+            can_give = split in survey.shares and any(counts["train"] > 1 for counts in survey.class_splits.values())
+            advice = f", or set a larger `{split}_fraction` in the file" if can_give else ""
             texts.append(f"No photo is in {split}: add photos{advice}.")
     if problems := survey.sample.problems:
         total, share = sum(survey.class_sizes.values()), len(problems) / survey.sample.number

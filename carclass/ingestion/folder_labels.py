@@ -88,7 +88,7 @@ def find_classes(keys: Callable[[], Iterable[str]], *, source: str) -> ClassFold
         outside = next((key for key in keys() if _folders(key)), None)
         raise LabelsError(
             f"{source}: {f'{outside} is outside of a class folder' if outside else 'no class folders'}; "
-            "expected <class>/<file> or <subset>/<class>/<file>."
+            "expected <class>/<file> or <subset>/<class>/<file>, or the name of a table (`ingest.labels`, or --labels)."
         )
     depth, most = max(levels.items(), key=lambda item: item[1].number)
     shared = (most.shared or [])[: depth - 1]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from boto3.s3.transfer import TransferConfig
 
 from carclass import s3 as s3_client
 from carclass import storage
@@ -255,6 +256,17 @@ def test_the_region_may_be_given_as_other_sdks_take_it(s3: Any, monkeypatch: pyt
     monkeypatch.setenv("AWS_REGION", "eu-north-1")
     s3_client.reset()
     assert s3_client.client().meta.region_name == "eu-north-1"
+
+
+@pytest.mark.parametrize(("name", "kind"), [("report.html", "text/html; charset=utf-8"), ("a.bin", None)])
+@pytest.mark.parametrize("threshold", [1, 2**20])
+def test_a_page_is_stored_as_one_so_that_browsers_show_it(
+    s3: Any, uri: str, bucket: str, monkeypatch: pytest.MonkeyPatch, name: str, kind: str | None, threshold: int
+):
+    monkeypatch.setattr(s3_client, "UPLOAD", TransferConfig(multipart_threshold=threshold))
+    storage.write_bytes(f"s3://{bucket}/pages/{name}", b"<html>")
+    stored = s3.head_object(Bucket=bucket, Key=f"pages/{name}")["ContentType"]
+    assert (stored == kind) if kind else not stored.startswith("text/html")
 
 
 def test_a_public_bucket_is_read_without_credentials(s3: Any, uri: str, bucket: str, monkeypatch: pytest.MonkeyPatch):

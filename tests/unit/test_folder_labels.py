@@ -92,7 +92,7 @@ def test_double_slashes_make_no_folders():
     ("keys", "message"),
     [
         ([], "no class folders"),
-        (["1.jpg", "2.jpg"], "s3://cars: no class folders"),
+        (["1.jpg", "2.jpg"], "s3://cars: no class folders; .* or the name of a table"),
         (["cars/Audi/1.jpg", "bikes/BMW/2.jpg"], "the subset is 'cars'; expected train, val or test"),
         (["train/1.jpg", "Valid/2.jpg"], "train/1.jpg is outside of a class folder; expected"),
         (

@@ -297,6 +297,7 @@ def survey(photos_per_class: int, side: int = 480) -> Survey:
     [
         ({"train": 2, "val": 9}, {"test": 0.2}, "in test: add photos, or set a larger `test_fraction` in the file."),
         ({"test": 9, "val": 9}, {}, "in train: add photos."),
+        ({"train": 1, "val": 9}, {"test": 0.2}, "in test: add photos."),  # a class keeps one train photo
     ],
 )
 def test_a_larger_share_is_advised_only_of_photos_that_are_held_out(
