@@ -162,7 +162,7 @@ def _job_name(command: Sequence[str]) -> str:
 def _included_configs(job: str, options: Mapping[str, str]) -> list[Path]:
     """Return the config file of the code that a job reads by name or by default."""
     experiments = installation.JOBS / "experiments"
-    names = {"lineage": f"budgets/{options.get('budget', 'full')}.yml"}
     if job == "pipeline" and "config" not in options:
-        names["pipeline"] = "sample.yml"
-    return [path for name in (names.get(job),) if name and (path := experiments / name).is_file()]
+        return [experiments / "sample.yml"]
+    budget = experiments / "budgets" / f"{options.get('budget', 'full')}.yml"
+    return [budget] if job == "lineage" and budget.is_file() else []

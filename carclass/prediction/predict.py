@@ -102,7 +102,7 @@ def _write_predictions(draft: Draft, job: PredictionJob, run: Run) -> None:
     draft.check_lease()
     num_gone = sum(change.number for change in changes.find_changes(inventory) if change.kind == "removed")
     if num_gone:
-        log.info("predict: %s of the predicted photos gone from the folder; their rows stay", f"{num_gone:,}")
+        log.info("predict: %s of the predicted photos are gone since; their rows stay", f"{num_gone:,}")
     facts = {"inputs": inventory.count_inputs() + num_gone, "reasons": inventory.reasons()}
     quarantine.check_quarantined(facts, job.settings.max_quarantined, "predict.max_quarantined")
     predictions.publish_predictions(uri, inventory, listing, partial(_render_page, uri, job, run))

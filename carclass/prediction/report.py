@@ -44,7 +44,7 @@ class PredictionReport:
     """(name, value) pairs for the head: run, photos, threshold."""
     threshold: float
     is_calibrated: bool
-    """Whether a temperature is applied."""
+    """True if a temperature is applied."""
     report_link: str | None
     """Link to the run's report, in which a threshold can be chosen; None without a report."""
     classes: list[PredictedClass]

@@ -23,8 +23,6 @@ from carclass.experiments.machine import Machine
 from carclass.ingestion.inputs import list_inputs
 from carclass.ingestion.split import count_held_out
 from carclass.ingestion.survey import PhotoSample, Survey, make_settings
-from carclass.masking import networks
-from carclass.models import weights
 from carclass.models.resnet import ARCHITECTURES
 from tests.helpers.held_out import Photo, publish
 from tests.helpers.photos import scene
@@ -206,15 +204,6 @@ def test_the_file_names_the_next_command_and_what_each_step_takes(tmp_path: Path
     written = (tmp_path / "my.yml").read_text()
     assert written.startswith("# Next: python jobs/pipeline.py --config my.yml\n")
     assert "# train, unfrozen: 30 epochs of 12 photos at 64 px: about " in written
-
-
-def test_the_downloads_of_the_chosen_weights_are_named(tmp_path: Path):
-    settings = first_config.choose_settings(str(tmp_path), survey(50), CPUS)
-    assert settings.train is not None
-    assert settings.mask is not None
-    assert settings.mask.detector.weights == "zoo"
-    for uri in (weights.NAMED_WEIGHTS[settings.train.parent].uri, networks.ZOO[settings.mask.detector.model]):
-        assert uri.split("/")[2] in first_config.DOWNLOADS
 
 
 @pytest.mark.parametrize("name", ["${HOME} #1: 'a' \"b\" - é", "sample", "a" * 90 + " b" * 40, "x\ny"])

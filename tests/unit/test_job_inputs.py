@@ -1,4 +1,4 @@
-"""What a submitted command needs from the machine it is submitted on: files and variables."""
+"""Files and variables that a submitted command needs from the machine it is submitted on."""
 
 import logging
 from pathlib import Path

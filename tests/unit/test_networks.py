@@ -13,8 +13,9 @@ from torchvision.models.detection import maskrcnn_resnet50_fpn_v2
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from carclass import storage
-from carclass.config.schema import DetectorSettings
+from carclass.config.schema import DetectorSettings, TrainSettings
 from carclass.errors import UserError
+from carclass.experiments import first_config
 from carclass.masking import detectron, networks
 from carclass.masking.torchvision_rcnn import COCO_IDS, TorchvisionMaskRCNN
 from carclass.models import weights
@@ -341,3 +342,10 @@ def test_the_sample_weights_are_pinned_and_not_copied(tmp_path: Path):
     assert pinned.weights == "sample"
     assert pinned.weights_sha256 == (SAMPLE.with_name("detector.safetensors.sha256").read_text().split()[0])
     assert storage.list_files(str(tmp_path)) == []
+
+
+def test_the_downloads_that_a_first_config_names_are_those_of_the_default_weights():
+    detector, parent = DetectorSettings(), TrainSettings(name="first").parent
+    assert detector.weights == "zoo"
+    for uri in (weights.NAMED_WEIGHTS[parent].uri, networks.ZOO[detector.model]):
+        assert uri.split("/")[2] in first_config.DOWNLOADS
