@@ -43,8 +43,17 @@ def decide_gpus(requested: bool | None, count: int, key: str, work: str | None, 
     """Return True if a job is to use `count` GPUs. requested: the setting `key`; None: if available.
 
     On labelled nodes, GPUs are used unless requested is False, and waited for: all of them, or the first. work: kind of
-    their nodes, None for any. Raise UserError if GPUs are requested and the cluster has fewer.
+    their nodes, None for any. Raise UserError if GPUs are requested and the cluster has fewer, or if PyTorch cannot use
+    one, which would otherwise be a traceback of every process.
     """
+    use_gpu = _decide_gpus(requested, count, key, work, all_at_once=all_at_once)
+    if use_gpu:
+        _gpu_bytes(work)
+    return use_gpu
+
+
+def _decide_gpus(requested: bool | None, count: int, key: str, work: str | None, *, all_at_once: bool) -> bool:
+    """Return the result of decide_gpus, without using a GPU."""
     if is_labelled():
         if requested is not False:
             _wait_for({"GPU": 1}, count if all_at_once else 1, node_selector(work) or {}, key)
@@ -101,19 +110,27 @@ def memory_bytes(use_gpu: bool) -> int | None:
     """Return the bytes of one GPU, or of all nodes together; None if no GPU becomes free within a minute."""
     if not use_gpu:
         return int(_total("memory"))
-    address = ray.get_runtime_context().gcs_address
-    if address not in _gpu_bytes and (size := run_on_gpu(_measure_gpu_bytes)) is not None:
-        _gpu_bytes[address] = size
-    return _gpu_bytes.get(address)
+    return _gpu_bytes(TRAIN)
 
 
-_gpu_bytes: dict[str, int] = {}
-"""Memory of a GPU by cluster, cached: runs that share GPUs leave none free for a query."""
+def _gpu_bytes(work: str | None) -> int | None:
+    """Return the bytes of a GPU of a kind of node; None if none becomes free within a minute."""
+    key = ray.get_runtime_context().gcs_address, work
+    if key not in _known_gpu_bytes and (size := run_on_gpu(_measure_gpu_bytes, work=work)) is not None:
+        _known_gpu_bytes[key] = size
+    return _known_gpu_bytes.get(key)
 
 
-def run_on_gpu(function: Callable[..., T], *args: Any) -> T | None:
-    """Return the result of a function in a process with a free GPU; None if it has not ended within GPU_WAIT_S."""
-    task = ray.remote(num_gpus=1, num_cpus=0, label_selector=node_selector(TRAIN) or {})(function).remote(*args)
+_known_gpu_bytes: dict[tuple[str, str | None], int] = {}
+"""Memory of a GPU by cluster and kind of node, cached: runs that share GPUs leave none free for a query."""
+
+
+def run_on_gpu(function: Callable[..., T], *args: Any, work: str | None = TRAIN) -> T | None:
+    """Return the result of a function in a process with a free GPU; None if it has not ended within GPU_WAIT_S.
+
+    work: kind of its node.
+    """
+    task = ray.remote(num_gpus=1, num_cpus=0, label_selector=node_selector(work) or {})(function).remote(*args)
     ready, _ = ray.wait([task], timeout=GPU_WAIT_S)
     if not ready:
         ray.cancel(task)
@@ -126,7 +143,9 @@ def _measure_gpu_bytes() -> int:
     """Return the memory of this process' GPU."""
     import torch  # only this process needs it
 
-    return int(torch.cuda.get_device_properties(0).total_memory)
+    from carclass.cluster.device import choose_device
+
+    return int(torch.cuda.get_device_properties(choose_device(True)).total_memory)
 
 
 def _total(resource: str) -> float:

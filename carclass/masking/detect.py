@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from carclass.cluster.device import choose_device
 from carclass.config.schema import MaskSettings
 from carclass.data import dataset, photo
 from carclass.data.crash_guard import CrashGuard
@@ -76,7 +77,7 @@ class DetectPhotos:
         if not use_gpu:
             torch.set_num_threads(1)
         self.settings, self.crash_guard = settings, crash_guard
-        self.detector = Detector(settings.detector, settings.choice, "cuda" if use_gpu else "cpu")
+        self.detector = Detector(settings.detector, settings.choice, str(choose_device(use_gpu)))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = batch.select(["key", *SOURCE_SIZE.names, *FAILURE.names]).to_pylist()

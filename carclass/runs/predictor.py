@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
+from carclass.cluster.device import choose_device
 from carclass.data.photo import decode_photos
 from carclass.errors import UserError
 from carclass.models import preprocessing, resnet
@@ -21,7 +22,7 @@ class Predictor:
 
     def __init__(self, model_uri: str, *, use_gpu: bool) -> None:
         self.model_uri = model_uri
-        self.device = torch.device("cuda" if use_gpu else "cpu")
+        self.device = choose_device(use_gpu)
         self.net, facts = load_network(model_uri)
         self.net.to(self.device)
         self.image_size: int = facts["model"]["image_size"]

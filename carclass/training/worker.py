@@ -13,6 +13,7 @@ from torchvision.models.resnet import ResNet
 
 from carclass import storage
 from carclass.cluster import telemetry
+from carclass.cluster.device import choose_device
 from carclass.config.schema import StageName
 from carclass.data import formats
 from carclass.errors import UserError
@@ -61,7 +62,7 @@ def run_train_worker(job_fields: dict[str, Any]) -> bool:
 
 def train_stage_in_process(job: StageJob, *, use_gpu: bool) -> bool:
     """Train a stage by a single worker in this process, without Ray Train. Return False if preempted."""
-    device = torch.device("cuda" if use_gpu else "cpu")
+    device = choose_device(use_gpu)
     with nullcontext() if use_gpu else keep_freed_memory():
         return train_stage(job, WorkerContext(0, 1, device, lambda: False))
 

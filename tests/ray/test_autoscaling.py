@@ -76,7 +76,7 @@ def autoscaled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, s
 
 def run(environment: dict[str, str], code: str) -> subprocess.CompletedProcess:
     """Run a job of a few lines, the last line of its output is its result as JSON."""
-    start = "import json, ray\nfrom carclass.cluster import connection, resources\nconnection.connect()\n"
+    start = "import json, ray\nfrom carclass.cluster import connection, resources\nfrom carclass.errors import UserError\nconnection.connect()\n"
     command = [sys.executable, "-c", start + textwrap.dedent(code)]
     return subprocess.run(command, env=environment, cwd=REPO, capture_output=True, text=True, timeout=180, check=False)
 
@@ -88,7 +88,10 @@ def result(done: subprocess.CompletedProcess) -> object:
 
 
 PLACED = """
-assert resources.decide_gpus(None, {count}, "key", "{work}")
+try:
+    assert resources.decide_gpus(None, {count}, "key", "{work}")
+except UserError as error:
+    assert "its GPU cannot be used" in str(error)  # the nodes' GPUs exist for Ray only
 @ray.remote(num_gpus=1, num_cpus=0, label_selector=resources.node_selector("{work}"))
 def node_id():
     return ray.get_runtime_context().get_node_id()

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from carclass.cluster import resources
 
@@ -27,6 +28,14 @@ print(*(resources.cpus_per_worker(count) for count in (1, 2, 3, 5, 6, 100)))
 """
 
 
+NO_DRIVER = """
+import ray
+from carclass.cluster import resources
+ray.init(address="local", num_cpus=1, num_gpus=1, include_dashboard=False)
+resources.decide_gpus(None, 1, "mask.use_gpu", resources.MASK)
+"""
+
+
 def test_the_object_store_is_that_of_the_largest_node(ray_cluster: str):
     assert resources.object_store_bytes() == 500_000_000  # set by the fixture
 
@@ -46,3 +55,10 @@ def test_fewer_gpus_than_workers_are_not_used_and_a_warning_is_logged():
     done = subprocess.run([sys.executable, "-c", ONE_GPU], capture_output=True, text=True, cwd=REPO, timeout=120)
     assert done.stdout.split()[-1] == "False"
     assert "`train.use_gpu`: 1 GPU(s) for 2 processes, so CPUs are used; start 1 processes to use" in done.stderr
+
+
+@pytest.mark.slow  # 10 s
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU can be used")
+def test_a_gpu_that_pytorch_cannot_use_is_an_error_before_work_begins():
+    done = subprocess.run([sys.executable, "-c", NO_DRIVER], capture_output=True, text=True, cwd=REPO, timeout=120)
+    assert "its GPU cannot be used (Found no NVIDIA driver on your system). This PyTorch is for CUDA" in done.stderr
