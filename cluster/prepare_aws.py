@@ -11,16 +11,19 @@ these buckets, because S3 reports a missing object only to those who may list.
 """
 
 import argparse
-import json
 import os
 import secrets
-import string
+import shutil
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import boto3
 import yaml
+from aws_network import ECR_ENDPOINTS, ENDPOINTS, check_subnets, create_group, find_group
+from aws_roles import caller_arn, create_roles, fill, remove_roles
+from botocore.exceptions import ClientError
 
 from carclass.config import cli, yaml_file
 from carclass.errors import UserError
@@ -29,79 +32,122 @@ FOLDER = Path(__file__).parent
 CLUSTER_FILE = Path("build/aws.yaml")
 GPU_AMI = "/aws/service/deeplearning/ami/x86_64/base-oss-nvidia-driver-gpu-ubuntu-22.04/latest/ami-id"
 """Ubuntu with Docker, NVIDIA's driver and container runtime, and Systems Manager's agent."""
-POLICIES = {"worker": ["worker"], "head": ["worker", "head"], "operator": ["operator"]}
-"""Policies of each role, by file names in iam/."""
+PROGRAMS = ("aws", "session-manager-plugin", "ssh", "rsync")
+"""Needed by `ray up`."""
+ALARMS = (50, 80, 100)
+"""Shares of the budget in percent at which AWS writes an e-mail."""
 Values = dict[str, Any]
 
 
 def main() -> None:
     """Create or remove the cluster's AWS resources."""
     options = parse_options()
-    values = storage_values(options.photos, options.root)
     session = boto3.Session(region_name=options.region)
-    ec2, iam = session.client("ec2"), session.client("iam")
-    template = (FOLDER / "aws.yaml").read_text()
-    cluster = read_template()["cluster_name"]
-    vpc, key = find_private_vpc(ec2, options.subnet), Path(f"~/.ssh/{cluster}.pem").expanduser()
+    ec2, cluster = session.client("ec2"), read_template()["cluster_name"]
+    key = Path(f"~/.ssh/{cluster}.pem")
     if options.remove:
-        remove(ec2, iam, cluster, vpc, key)
+        remove(session, cluster, options.subnet[0], key.expanduser())
         return
-    create_key(ec2, cluster, key)
-    values |= cluster_values(session, options, cluster, create_group(ec2, vpc, cluster)) | {"KEY_FILE": str(key)}
-    create_roles(iam, values)
+    values, advice = check(session, options, cluster)
+    create_key(ec2, cluster, key.expanduser())
+    values |= launch_values(values, create_group(ec2, values["VPC"], cluster)) | {"KEY_FILE": str(key)}
+    create_roles(session.client("iam"), values)
     create_token(cluster)
+    if options.budget:
+        create_budget(session.client("budgets"), values["ACCOUNT"], cluster, options.budget, options.email)
     CLUSTER_FILE.parent.mkdir(exist_ok=True)
-    CLUSTER_FILE.write_text(fill(template, values))
+    CLUSTER_FILE.write_text(fill((FOLDER / "aws.yaml").read_text(), values))
+    for text in advice:
+        print(f"advice: {text}")
     print(f"{CLUSTER_FILE} is ready. As {cluster}-operator:  ray up {CLUSTER_FILE}")
+    print(f"Other operators need it too, {key} and {token_file(cluster)}, both with mode 0600, and may be:")
+    print("\n".join(f"  {arn}" for arn in values["OPERATORS"]))
     print(f"To submit jobs:  export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={token_file(cluster)}")
 
 
 def parse_options() -> argparse.Namespace:
-    """Parse the command line. Raise UserError for an image without a digest."""
+    """Parse the command line. Raise UserError for an image without a digest, or a budget without an address."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--region", required=True)
-    parser.add_argument("--subnet", required=True, help="private subnet of the nodes")
+    parser.add_argument(
+        "--subnet",
+        required=True,
+        action="append",
+        help="private subnet of the nodes; several: the head is in the first",
+    )
     parser.add_argument("--photos", required=True, help="s3:// prefix that jobs read")
     parser.add_argument("--root", required=True, help="s3:// prefix that jobs read and write")
     parser.add_argument("--image", required=True, help="image of the Dockerfile, by digest: …@sha256:…")
     parser.add_argument("--ami", default=GPU_AMI, help="Ubuntu with Docker: ami-…, or an SSM parameter (%(default)s)")
+    parser.add_argument(
+        "--operator", action="append", help="ARN of a user (with MFA) or role that may be operator; by default you"
+    )
+    parser.add_argument("--budget", type=float, help="dollars a month, at whose shares of 50, 80 and 100 %% AWS writes")
+    parser.add_argument("--email", help="address for --budget")
     parser.add_argument("--remove", action="store_true", help="delete everything created by this script")
     options = parser.parse_args()
     if "@sha256:" not in options.image:
         raise UserError(f"--image {options.image} has no digest, so its content could change. Give …@sha256:….")
+    if bool(options.budget) != bool(options.email):
+        raise UserError("give --budget and --email together.")
     return options
 
 
-def cluster_values(session: boto3.Session, options: argparse.Namespace, cluster: str, group: str) -> Values:
-    """Return the other placeholders of aws.yaml and iam/."""
-    ami, account = options.ami, session.client("sts").get_caller_identity()["Account"]
-    if not ami.startswith("ami-"):
-        ami = session.client("ssm").get_parameter(Name=ami)["Parameter"]["Value"]
-    registry, _, repository = options.image.partition("@")[0].partition("/")
+def check(session: boto3.Session, options: argparse.Namespace, cluster: str) -> tuple[Values, list[str]]:
+    """Return the placeholders of aws.yaml and iam/, and advice. Raise UserError for what would not work."""
     types = read_template()["available_node_types"]
     instances = {name: each["node_config"]["InstanceType"] for name, each in types.items()}
-    resources = [
-        f"security-group/{group}",
-        f"key-pair/{cluster}",
-        f"subnet/{options.subnet}",
-        "spot-instances-request/*",
-    ]
-    resources = [f":image/{ami}", *(f"{account}:{resource}" for resource in resources)]
-    return {
+    is_on_ecr = ".dkr.ecr." in options.image
+    services = (*ENDPOINTS, *ECR_ENDPOINTS) if is_on_ecr else ENDPOINTS
+    vpc, *advice = check_subnets(session.client("ec2"), options.subnet, services, instances.values())
+    values = storage_values(options.photos, options.root)
+    keys, storage_advice = check_buckets(session, {values["PHOTOS_BUCKET"], values["ROOT_BUCKET"]})
+    advice += storage_advice
+    if absent := [name for name in PROGRAMS if shutil.which(name) is None]:
+        advice.append(f"`ray up` needs {', '.join(absent)} on this machine.")
+    values |= {
         "CLUSTER": cluster,
         "REGION": options.region,
-        "ACCOUNT": account,
-        "SUBNET": options.subnet,
-        "SECURITY_GROUP": group,
-        "AMI": ami,
-        "LAUNCH_RESOURCES": [f"arn:aws:ec2:{options.region}:{resource}" for resource in resources],
-        "TOKEN_FOLDER": str(token_file(cluster).parent),
+        "ACCOUNT": session.client("sts").get_caller_identity()["Account"],
+        "VPC": vpc,
+        "SUBNET": options.subnet[0],
+        "SUBNETS": options.subnet,
+        "AMI": find_ami(session, options.ami),
+        "TOKEN_FOLDER": f"~/.ray/{cluster}",
         "HEAD_TYPE": instances.pop("head"),
         "WORKER_TYPES": sorted(set(instances.values())),
-        "IMAGE": options.image,
-        "REGISTRY": registry,
-        "REPOSITORY": f"arn:aws:ecr:{options.region}:{account}:repository/{repository}",
+        "OPERATORS": options.operator or [caller_arn(session)],
+        "KMS_KEYS": keys,
     }
+    return values | image_values(options.image, options.region), [text for text in advice if text]
+
+
+def image_values(image: str, region: str) -> Values:
+    """Return the placeholders of the image; one on ECR may be in another region or account."""
+    registry, _, repository = image.partition("@")[0].partition("/")
+    account, *_, registry_region = registry.removesuffix(".amazonaws.com").split(".")
+    return {
+        "IMAGE": image,
+        "REGISTRY": registry,
+        "REGISTRY_REGION": registry_region if ".dkr.ecr." in registry else region,
+        "REPOSITORY": f"arn:aws:ecr:{registry_region}:{account}:repository/{repository.partition(':')[0]}",
+    }
+
+
+def launch_values(values: Values, group: str) -> Values:
+    """Return the placeholders of the security group, and of all that nodes may be launched with."""
+    resources = [f"security-group/{group}", f"key-pair/{values['CLUSTER']}", "spot-instances-request/*"]
+    resources += [f"subnet/{subnet}" for subnet in values["SUBNETS"]]
+    resources = [f":image/{values['AMI']}", *(f"{values['ACCOUNT']}:{resource}" for resource in resources)]
+    names = [f"arn:aws:ec2:{values['REGION']}:{resource}" for resource in resources]
+    return {"SECURITY_GROUP": group, "LAUNCH_RESOURCES": names}
+
+
+def find_ami(session: boto3.Session, ami: str) -> str:
+    """Return the id of a machine image that is given by it or by a parameter of Systems Manager."""
+    if ami.startswith("ami-"):
+        return ami
+    return str(session.client("ssm").get_parameter(Name=ami)["Parameter"]["Value"])
 
 
 def storage_values(photos: str, root: str) -> Values:
@@ -117,33 +163,43 @@ def storage_values(photos: str, root: str) -> Values:
     return values | {"ROOT_FOLDERS": [f"arn:aws:s3:::{values['ROOT_BUCKET']}/{path}/" for path in paths]}
 
 
-def find_private_vpc(ec2: Any, subnet: str) -> str:
-    """Return the VPC of the subnet. Raise UserError if the subnet assigns public IP addresses."""
-    (description,) = ec2.describe_subnets(SubnetIds=[subnet])["Subnets"]
-    if description["MapPublicIpOnLaunch"]:
-        raise UserError(f"--subnet: {subnet} assigns public IP addresses. Give a private subnet.")
-    return str(description["VpcId"])
+def check_buckets(session: boto3.Session, buckets: set[str]) -> tuple[list[str], list[str]]:
+    """Return the customer's KMS keys of the buckets, and advice. Raise UserError for a bucket that does not exist."""
+    s3, keys, advice = session.client("s3"), set(), []
+    own = {bucket["Name"] for bucket in s3.list_buckets()["Buckets"]}
+    for bucket in sorted(buckets):
+        try:
+            region = s3.get_bucket_location(Bucket=bucket)["LocationConstraint"] or "us-east-1"
+            keys |= set(bucket_keys(session, bucket))
+        except ClientError as error:
+            if error.response["Error"]["Code"] == "NoSuchBucket":
+                raise UserError(f"s3://{bucket} does not exist. Create it, or correct --photos or --root.") from error
+            advice.append(f"s3://{bucket} could not be checked ({error}).")
+            continue
+        if region != session.region_name:
+            advice.append(
+                f"s3://{bucket} is in {region}: transfer between regions costs 0.02 dollars per GB, and time."
+            )
+        if bucket not in own:
+            advice.append(
+                f"s3://{bucket} is another account's: its policy must allow the cluster's head and worker roles."
+            )
+    return sorted(keys), advice
 
 
-def find_group(ec2: Any, vpc: str, cluster: str) -> str | None:
-    """Return the id of the cluster's security group, None if it does not exist."""
-    filters = [{"Name": "vpc-id", "Values": [vpc]}, {"Name": "group-name", "Values": [cluster]}]
-    return next((group["GroupId"] for group in ec2.describe_security_groups(Filters=filters)["SecurityGroups"]), None)
-
-
-def create_group(ec2: Any, vpc: str, cluster: str) -> str:
-    """Return the id of a security group that allows connections between its members only; create what is missing."""
-    group = find_group(ec2, vpc, cluster)
-    if group is None:
-        created = ec2.create_security_group(GroupName=cluster, Description=f"Ray cluster {cluster}", VpcId=vpc)
-        group = str(created["GroupId"])
-    rule = {"IpProtocol": "-1", "UserIdGroupPairs": [{"GroupId": group}]}
-    try:  # also for an existing group: an earlier run may have ended before it had the rule
-        ec2.authorize_security_group_ingress(GroupId=group, IpPermissions=[rule])
-    except ec2.exceptions.ClientError as error:
-        if error.response["Error"]["Code"] != "InvalidPermission.Duplicate":
-            raise
-    return group
+def bucket_keys(session: boto3.Session, bucket: str) -> Iterator[str]:
+    """Yield the ARNs of the customer's KMS keys with which a bucket encrypts by default."""
+    try:
+        encryption = session.client("s3").get_bucket_encryption(Bucket=bucket)["ServerSideEncryptionConfiguration"]
+    except ClientError as error:
+        if error.response["Error"]["Code"] == "ServerSideEncryptionConfigurationNotFoundError":
+            return
+        raise
+    for rule in encryption["Rules"]:
+        if key := rule.get("ApplyServerSideEncryptionByDefault", {}).get("KMSMasterKeyID"):
+            described = session.client("kms").describe_key(KeyId=key)["KeyMetadata"]
+            if described["KeyManager"] == "CUSTOMER":  # AWS' own keys allow everyone who may use the bucket
+                yield described["Arn"]
 
 
 def create_key(ec2: Any, cluster: str, path: Path) -> None:
@@ -177,27 +233,25 @@ def write_secret(path: Path, text: str) -> None:
         file.write(text)
 
 
-def create_roles(iam: Any, values: Values) -> None:
-    """Create the roles with the policies of iam/, and the instance profiles of the nodes."""
-    users, nodes = {"AWS": f"arn:aws:iam::{values['ACCOUNT']}:root"}, {"Service": "ec2.amazonaws.com"}
-    for kind, policies in POLICIES.items():
-        name = f"{values['CLUSTER']}-{kind}"
-        principal = users if kind == "operator" else nodes
-        trust = {"Effect": "Allow", "Principal": principal, "Action": "sts:AssumeRole"}
-        document = json.dumps({"Version": "2012-10-17", "Statement": [trust]})
-        with suppress(iam.exceptions.EntityAlreadyExistsException):
-            iam.create_role(RoleName=name, AssumeRolePolicyDocument=document)
-        for policy in policies:
-            text = json.dumps(read_policy(policy, values))
-            iam.put_role_policy(RoleName=name, PolicyName=policy, PolicyDocument=text)
-        if kind != "operator":
-            with suppress(iam.exceptions.EntityAlreadyExistsException):
-                iam.create_instance_profile(InstanceProfileName=name)
-            with suppress(iam.exceptions.LimitExceededException):  # a profile has at most one role
-                iam.add_role_to_instance_profile(InstanceProfileName=name, RoleName=name)
-    # An account needs this service-linked role once to request spot instances.
-    if not iam.list_roles(PathPrefix="/aws-service-role/spot.amazonaws.com/")["Roles"]:
-        iam.create_service_linked_role(AWSServiceName="spot.amazonaws.com")
+def create_budget(budgets: Any, account: str, cluster: str, dollars: float, email: str) -> None:
+    """Create or replace a monthly budget of what carries the cluster's tag, with alarms by e-mail."""
+    alarm = {"NotificationType": "ACTUAL", "ComparisonOperator": "GREATER_THAN", "ThresholdType": "PERCENTAGE"}
+    subscribers = [{"SubscriptionType": "EMAIL", "Address": email}]
+    with suppress(budgets.exceptions.NotFoundException):
+        budgets.delete_budget(AccountId=account, BudgetName=cluster)
+    budgets.create_budget(
+        AccountId=account,
+        Budget={
+            "BudgetName": cluster,
+            "BudgetType": "COST",
+            "TimeUnit": "MONTHLY",
+            "BudgetLimit": {"Amount": str(dollars), "Unit": "USD"},
+            "CostFilters": {"TagKeyValue": [f"user:ray-cluster-name${cluster}"]},
+        },
+        NotificationsWithSubscribers=[
+            {"Notification": {**alarm, "Threshold": share}, "Subscribers": subscribers} for share in ALARMS
+        ],
+    )
 
 
 def read_template() -> Values:
@@ -207,40 +261,22 @@ def read_template() -> Values:
     return values
 
 
-def read_policy(name: str, values: Values) -> Values:
-    """Return a policy of iam/ with its placeholders filled in, without the ECR statements for images elsewhere."""
-    policy: Values = json.loads(fill((FOLDER / "iam" / f"{name}.json").read_text(), values))
-    if ".dkr.ecr." not in values["REGISTRY"]:
-        policy["Statement"] = [each for each in policy["Statement"] if not each["Sid"].startswith("Ecr")]
-    return policy
-
-
-def fill(text: str, values: Values) -> str:
-    """Fill in the ${PLACEHOLDERS} of a text; a quoted placeholder with a list as value becomes a list."""
-    for name in (name for name in values if isinstance(values[name], list)):
-        text = text.replace(f'"${{{name}}}"', json.dumps(values[name]))
-    return string.Template(text).safe_substitute(values)  # leaves $RAY_HEAD_IP and ${aws:userid}
-
-
-def remove(ec2: Any, iam: Any, cluster: str, vpc: str, key: Path) -> None:
+def remove(session: boto3.Session, cluster: str, subnet: str, key: Path) -> None:
     """Delete everything created except the token. Raise UserError if the cluster has nodes."""
+    ec2 = session.client("ec2")
     states = {"Name": "instance-state-name", "Values": ["pending", "running", "stopping", "shutting-down"]}
     nodes = ec2.describe_instances(Filters=[{"Name": "tag:ray-cluster-name", "Values": [cluster]}, states])
     if nodes["Reservations"]:
         raise UserError(f"the cluster {cluster} still has nodes. Run `ray down {CLUSTER_FILE}` first.")
-    for kind, policies in POLICIES.items():
-        name = f"{cluster}-{kind}"
-        with suppress(iam.exceptions.NoSuchEntityException):
-            iam.remove_role_from_instance_profile(InstanceProfileName=name, RoleName=name)
-            iam.delete_instance_profile(InstanceProfileName=name)
-        with suppress(iam.exceptions.NoSuchEntityException):
-            for policy in policies:
-                iam.delete_role_policy(RoleName=name, PolicyName=policy)
-            iam.delete_role(RoleName=name)
-    if group := find_group(ec2, vpc, cluster):
+    remove_roles(session.client("iam"), cluster)
+    (description,) = ec2.describe_subnets(SubnetIds=[subnet])["Subnets"]
+    if group := find_group(ec2, description["VpcId"], cluster):
         ec2.delete_security_group(GroupId=group)
     ec2.delete_key_pair(KeyName=cluster)
     key.unlink(missing_ok=True)
+    budgets, account = session.client("budgets"), session.client("sts").get_caller_identity()["Account"]
+    with suppress(budgets.exceptions.NotFoundException):
+        budgets.delete_budget(AccountId=account, BudgetName=cluster)
 
 
 if __name__ == "__main__":

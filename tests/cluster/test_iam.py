@@ -173,7 +173,7 @@ def test_an_image_without_a_digest_is_refused(account: Account):
 
 
 def test_a_public_subnet_is_refused(account: Account):
-    done = account.prepare("--subnet", account.public)
+    done = account.prepare(subnet=account.public)
     assert (done.returncode, f"{account.public} assigns public IP addresses" in done.stderr) == (2, True)
 
 

@@ -1,4 +1,4 @@
-"""The head's node provider: without spot capacity, training nodes are launched on demand, and only those."""
+"""The head's node provider: other zones are tried, and training nodes, and only those, launched on demand."""
 
 import subprocess
 import sys
@@ -22,6 +22,7 @@ NO_SPOT_CAPACITY = (
     "MaxSpotInstanceCountExceeded",
     "SpotMaxPriceTooLow",
     "UnfulfillableCapacity",
+    "Unsupported",
 )
 MISTAKES = ("UnauthorizedOperation", "InvalidParameterValue", "VcpuLimitExceeded")
 REQUESTED = {"resources": {"GPU": 4}, "label_selector": {"carclass-work": "train"}}
@@ -62,7 +63,7 @@ class Head(NamedTuple):
 @pytest.fixture(scope="module")
 def up(s3: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     with make_account(tmp_path_factory.mktemp("home")) as account:
-        account.prepare().check_returncode()
+        account.prepare("--subnet", account.other).check_returncode()
         reader = write_head_config(account, sdk.create_or_update_cluster(account.file))
         yield Head(account, reader, make_provider(reader.get_cached_autoscaling_config()))
         sdk.teardown_cluster(account.file)
@@ -72,7 +73,7 @@ def up(s3: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
 def head(up: Head) -> Iterator[Head]:
     """Yield a head without workers; then restore spot capacity."""
     yield up
-    up.account.recorder.no_spot = None
+    up.account.recorder.no_spot = up.account.recorder.full_subnet = None
     up.provider.terminate_nodes(up.provider.non_terminated_nodes({"ray-node-type": "worker"}))
 
 
@@ -91,6 +92,25 @@ def test_the_on_demand_node_has_the_same_configuration(head: Head):
     differs = ("InstanceMarketOptions", "ClientToken")
     same = [{key: request[key] for key in request if not key.startswith(differs)} for request in (refused, given)]
     assert same[0] == same[1]
+
+
+def test_a_node_is_requested_in_every_zone_before_on_demand(head: Head):
+    head.account.recorder.no_spot = NO_SPOT_CAPACITY[0]
+    head.launch("train")
+    places = [(market, request["NetworkInterface.1.SubnetId"]) for market, request in head.launches()]
+    subnets = (head.account.subnet, head.account.other)
+    assert [place for place, _ in groupby(places)] == [
+        ("spot", subnets[0]),
+        ("spot", subnets[1]),
+        ("on demand", subnets[0]),
+    ]
+
+
+def test_a_zone_without_capacity_is_left_for_the_next(head: Head):
+    head.account.recorder.full_subnet = head.account.subnet
+    assert head.launch("mask") == []
+    *_, (market, launched) = head.launches()
+    assert (market, launched["NetworkInterface.1.SubnetId"]) == ("spot", head.account.other)
 
 
 @pytest.mark.parametrize("kind", ["mask", "read"])

@@ -31,13 +31,17 @@ REFUSAL = "<Response><Errors><Error><Code>{}</Code><Message>refused</Message></E
 
 
 class Recorder(Proxy):
-    """Proxy of the simulated AWS that records requests with an action; `no_spot` is an error code for spot requests."""
+    """Proxy of the simulated AWS that records requests with an action.
+
+    no_spot: error code for spot requests. full_subnet: its zone has no capacity.
+    """
 
     def __init__(self, endpoint: str) -> None:
         super().__init__(endpoint)
         self.RequestHandlerClass = RecordingHandler
         self.requests: list[Request] = []
         self.no_spot: str | None = None
+        self.full_subnet: str | None = None
 
 
 class RefusedError(Exception):
@@ -55,6 +59,8 @@ class RecordingHandler(Handler):
             self.server.requests.append(dict(parse_qsl(body.decode())))
         if self.server.no_spot and b"MarketType=spot" in body:
             raise RefusedError(self.server.no_spot)
+        if self.server.full_subnet and f"SubnetId={self.server.full_subnet}".encode() in body:
+            raise RefusedError("InsufficientInstanceCapacity")
         yield body
 
     def do_POST(self) -> None:  # noqa: N802
@@ -84,11 +90,12 @@ echo "rsync $(stat -c %a "$from") to ${to#*:}" >> "$HOME/commands"
 
 
 class Account(NamedTuple):
-    """The operator's home, the recorder of requests to AWS, a private subnet and a public one."""
+    """The operator's home, the recorder of requests to AWS, private subnets in two zones and a public one."""
 
     home: Path
     recorder: Recorder
     subnet: str
+    other: str
     public: str
 
     @property
@@ -96,11 +103,11 @@ class Account(NamedTuple):
         """Path of the cluster's file for Ray."""
         return str(self.home / "build" / "aws.yaml")
 
-    def prepare(self, *options: str, image: str = IMAGE) -> subprocess.CompletedProcess:
-        """Run prepare_aws.py."""
+    def prepare(self, *options: str, image: str = IMAGE, subnet: str = "") -> subprocess.CompletedProcess:
+        """Run prepare_aws.py. subnet: in place of the private one."""
         command = [sys.executable, PREPARE, "--region", "us-east-1", "--ami", AMI]
         command += ["--photos", "s3://my-bucket/photos", "--root", "s3://my-bucket/team/carclass", "--image", image]
-        command += ["--subnet", self.subnet, *options]
+        command += ["--subnet", subnet or self.subnet, *options]
         return subprocess.run(command, cwd=self.home, capture_output=True, text=True, check=False)
 
     def commands(self, text: str) -> list[str]:
@@ -108,9 +115,17 @@ class Account(NamedTuple):
         return [line for line in (self.home / "commands").read_text().splitlines() if text in line]
 
 
+def give_default_route(vpc: str, **target: str) -> str:
+    """Add a default route to the main route table of a VPC and return the table's id."""
+    ec2 = boto3.client("ec2")
+    (table,) = ec2.describe_route_tables(Filters=[{"Name": "vpc-id", "Values": [vpc]}])["RouteTables"]
+    ec2.create_route(RouteTableId=table["RouteTableId"], DestinationCidrBlock="0.0.0.0/0", **target)
+    return str(table["RouteTableId"])
+
+
 @contextmanager
 def make_account(home: Path) -> Iterator[Account]:
-    """Create a VPC with a private and a public subnet in the account of the S3 server; clean up at the end."""
+    """Create a bucket and a VPC with two private subnets and a public one at the S3 server; clean up at the end."""
     for name, script in (("ssh", SSH), ("rsync", RSYNC)):
         (home / name).write_text(script)
         (home / name).chmod(0o755)
@@ -118,8 +133,16 @@ def make_account(home: Path) -> Iterator[Account]:
     threading.Thread(target=recorder.serve_forever, daemon=True).start()
     ec2 = boto3.client("ec2")
     vpc = ec2.create_vpc(CidrBlock="10.9.0.0/16")["Vpc"]["VpcId"]
-    subnets = [ec2.create_subnet(VpcId=vpc, CidrBlock=f"10.9.{n}.0/24")["Subnet"]["SubnetId"] for n in range(2)]
-    ec2.modify_subnet_attribute(SubnetId=subnets[1], MapPublicIpOnLaunch={"Value": True})
+    subnets = [
+        ec2.create_subnet(VpcId=vpc, CidrBlock=f"10.9.{n}.0/24", AvailabilityZone=f"us-east-1{zone}")["Subnet"][
+            "SubnetId"
+        ]
+        for n, zone in enumerate("aba")
+    ]
+    ec2.modify_subnet_attribute(SubnetId=subnets[2], MapPublicIpOnLaunch={"Value": True})
+    nat = ec2.create_nat_gateway(SubnetId=subnets[2], AllocationId=ec2.allocate_address(Domain="vpc")["AllocationId"])
+    give_default_route(vpc, NatGatewayId=nat["NatGateway"]["NatGatewayId"])
+    boto3.client("s3").create_bucket(Bucket="my-bucket")
     account = Account(home, recorder, *subnets)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{recorder.server_port}")
