@@ -24,7 +24,7 @@ def choose_device(use_gpu: bool) -> torch.device:
     except RuntimeError as error:
         reason = " ".join(str(error).split()).partition(". ")[0]
         raise UserError(
-            f"{socket.gethostname()}: its GPU cannot be used ({reason}). This PyTorch is for CUDA {torch.version.cuda}: "
+            f"{socket.gethostname()}: its GPU cannot be used ({reason}). This PyTorch needs CUDA {torch.version.cuda}: "
             "`nvidia-smi` on the node shows the newest CUDA that its driver supports. Choose a machine image with a "
             "newer driver, or set `use_gpu: false`."
         ) from error

@@ -61,4 +61,4 @@ def test_fewer_gpus_than_workers_are_not_used_and_a_warning_is_logged():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU can be used")
 def test_a_gpu_that_pytorch_cannot_use_is_an_error_before_work_begins():
     done = subprocess.run([sys.executable, "-c", NO_DRIVER], capture_output=True, text=True, cwd=REPO, timeout=120)
-    assert "its GPU cannot be used (Found no NVIDIA driver on your system). This PyTorch is for CUDA" in done.stderr
+    assert "its GPU cannot be used (Found no NVIDIA driver on your system). This PyTorch needs CUDA" in done.stderr

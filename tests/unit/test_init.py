@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from carclass.config import cli
-from carclass.config.schema import Config
+from carclass.config.schema import Config, UnfrozenSettings
 from carclass.data import photo
 from carclass.data.inventory import Inventory
 from carclass.errors import UserError
@@ -318,18 +318,20 @@ def test_small_photos_are_not_enlarged():
 
 
 def test_a_batch_that_exceeds_the_memory_is_divided():
-    train = first_config.choose_settings("/r", survey(50), Machine(4, 16 * 10**9, (3_000_000_000,))).train
+    train = first_config.choose_settings("/r", survey(500), Machine(4, 16 * 10**9, (3_000_000_000,))).train
     assert train is not None
     assert train.unfrozen is not None
     assert train.unfrozen.micro_batch_size == 8
 
 
-@pytest.mark.parametrize(("photos", "batch_size"), [(10, 16), (100, 32), (2000, 128)])
-def test_few_photos_are_trained_in_small_batches(photos: int, batch_size: int):
+@pytest.mark.parametrize(("photos", "frozen", "unfrozen"), [(10, 16, 8), (100, 32, 32), (2000, 128, 32)])
+def test_few_photos_are_trained_in_small_batches(photos: int, frozen: int, unfrozen: int):
     train = first_config.choose_settings("/r", survey(photos), GPUS).train
     assert train is not None
     assert train.frozen is not None
-    assert train.frozen.batch_size == batch_size
+    assert train.unfrozen is not None
+    assert (train.frozen.batch_size, train.unfrozen.batch_size) == (frozen, unfrozen)
+    assert train.unfrozen.lr / unfrozen == UnfrozenSettings().lr / 32
 
 
 @pytest.mark.parametrize("used", [CPUS, GPUS])
