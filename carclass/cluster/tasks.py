@@ -1,6 +1,7 @@
 """Ray tasks over a stream of items, with bounded memory, repeated after the loss of their process or node."""
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -15,6 +16,8 @@ S = TypeVar("S")
 T = TypeVar("T")
 TASKS_PER_CPU = 2
 """One runs, one is queued: the autoscaler sees pending demand."""
+COUNT_EVERY_S = 1.0
+"""Seconds between counts of the CPUs, which take 18 ms on 1,000 nodes."""
 MAX_CRASHES = 5
 """Crashes of a task in a row, without progress in between, that stop the job."""
 
@@ -52,10 +55,13 @@ class _TaskPool(Generic[S, T]):
         self.task: Any = ray.remote(num_cpus=1, max_retries=0)(_call)
         self.running: dict[ray.ObjectRef, _Attempt[S]] = {}
         self.postponed: list[_Attempt[S]] = []
+        self.room, self.counted = 0, -COUNT_EVERY_S
 
     def has_room(self) -> bool:
         """Return True if another task may be submitted."""
-        return len(self.running) < TASKS_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 0)))
+        if (now := time.monotonic()) >= self.counted + COUNT_EVERY_S:
+            self.room, self.counted = TASKS_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 0))), now
+        return len(self.running) < self.room
 
     def is_busy(self) -> bool:
         """Return True if a task is unfinished."""
@@ -66,10 +72,17 @@ class _TaskPool(Generic[S, T]):
         self.running[self.task.remote(self.function, attempt.item)] = attempt
 
     def wait(self) -> Iterator[T]:
-        """Wait for a task, and yield its result unless it has to be repeated."""
+        """Wait for tasks, and yield the results of those that do not have to be repeated."""
         if not self.running:
             self.submit(self.postponed.pop())
-        (done,), _ = ray.wait(list(self.running))
+        running = list(self.running)
+        ray.wait(running)
+        done, _ = ray.wait(running, num_returns=len(running), timeout=0)
+        for task in done:
+            yield from self._take(task)
+
+    def _take(self, done: ray.ObjectRef) -> Iterator[T]:
+        """Yield the result of a finished task unless it has to be repeated."""
         attempt = self.running.pop(done)
         try:
             result: T = ray.get(done)

@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+import ray
 
 from carclass.cluster import connection
-from carclass.cluster.tasks import MAX_CRASHES, run_tasks
+from carclass.cluster.tasks import COUNT_EVERY_S, MAX_CRASHES, run_tasks
 from carclass.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -18,6 +19,15 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 def test_results_come_from_all_items():
     assert sorted(run_tasks(abs, range(-20, 0))) == list(range(1, 21))
+
+
+def test_the_clusters_cpus_are_not_counted_for_every_task(monkeypatch: pytest.MonkeyPatch):
+    counts = []
+    count = ray.cluster_resources
+    monkeypatch.setattr(ray, "cluster_resources", lambda: counts.append(1) or count())
+    started = time.monotonic()
+    assert len(list(run_tasks(abs, range(100)))) == 100
+    assert len(counts) <= 1 + (time.monotonic() - started) / COUNT_EVERY_S
 
 
 @pytest.mark.slow  # 10 s: five workers start
