@@ -1,11 +1,12 @@
 """Collection of a masked dataset's report and contact sheet."""
 
-from collections import Counter
-from collections.abc import Sequence
+import heapq
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from carclass import storage
 from carclass.data import dataset, photo
@@ -17,6 +18,7 @@ from carclass.masking.rle import decode_mask
 
 NUM_SHEET, NUM_DOUBTFUL, NUM_EMPTY = 40, 50, 15
 """Photos on the contact sheet; doubtful photos in the report, and those of them without a vehicle."""
+BATCH_ROWS = 1000
 DOUBT_COLUMNS = ("outcome", "score", "stability", "several_vehicles", "touches_border", "area_fraction")
 """Parameters of doubt_score."""
 PHOTO_COLUMNS = (
@@ -32,10 +34,10 @@ def write_report(
     source: the unmasked dataset; truth: URI of a COCO file with true masks, by which photos are then ranked; num_sheet:
     photos on the sheet, chosen by content.
     """
-    index = masked.read(["image_id", "key", "vehicle_class", *DOUBT_COLUMNS])
+    index = read_index(masked)
     ious = {} if truth is None else quality.ious(masked, truth, source=source)
-    sampled = index.sort_by([("image_id", "ascending"), ("key", "ascending")])["key"].to_pylist()[:num_sheet]
-    doubtful = _most_doubtful(index, ious)
+    sampled = first_by_content(index, num_sheet)
+    doubtful = most_doubtful(index, ious)
     photos = _masked_photos(masked, source, list({*sampled, *doubtful}), ious)
     sheet = [photos[key] for key in sampled]
     report = _report(masked, index, ious, doubtful=[photos[key] for key in doubtful], sheet=sheet)
@@ -43,18 +45,36 @@ def write_report(
     storage.write_bytes(storage.join(masked.uri, "report.html"), render(report).encode())
 
 
-def _most_doubtful(index: pa.Table, ious: dict[str, float]) -> list[str]:
+def read_index(masked: dataset.Dataset) -> pa.Table:
+    """Read the columns of all rows by which photos are chosen and counted."""
+    return masked.read(["image_id", "key", "vehicle_class", *DOUBT_COLUMNS])
+
+
+def first_by_content(index: pa.Table, number: int) -> list[str]:
+    """Return the keys of the first rows in the order of their content's hash."""
+    order = [("image_id", "ascending"), ("key", "ascending")]
+    return list(index["key"].take(pc.select_k_unstable(index, number, order)).to_pylist())
+
+
+def most_doubtful(index: pa.Table, ious: dict[str, float]) -> list[str]:
     """Return keys, worst first: by IoU where a true mask is known, else by doubt_score.
 
     Photos without a vehicle are alike, so at most NUM_EMPTY of them are listed.
     """
-    rows = index.select(["key", *DOUBT_COLUMNS]).to_pylist()
-    doubts = {row["key"]: doubt_score(**{name: row[name] for name in DOUBT_COLUMNS}) for row in rows}
-    doubts |= {key: 1 - iou for key, iou in ious.items()}
-    ranked = sorted(doubts, key=lambda key: (-doubts[key], key))
-    empty = {row["key"] for row in rows if row["outcome"] == "no_vehicle"}
-    omitted = set([key for key in ranked if key in empty][NUM_EMPTY:])
-    return [key for key in ranked if key not in omitted][:NUM_DOUBTFUL]
+    is_empty = pc.field("outcome") == "no_vehicle"
+    worst = [
+        *heapq.nsmallest(NUM_DOUBTFUL, _ranks(index.filter(~is_empty), ious)),
+        *heapq.nsmallest(NUM_EMPTY, _ranks(index.filter(is_empty), ious)),
+    ]
+    return [key for _, key in sorted(worst)[:NUM_DOUBTFUL]]
+
+
+def _ranks(index: pa.Table, ious: dict[str, float]) -> Iterator[tuple[float, str]]:
+    """Yield the negative doubt of each row with its key, batch by batch: a row takes a kilobyte as Python's objects."""
+    for batch in index.select(["key", *DOUBT_COLUMNS]).to_batches(BATCH_ROWS):
+        for row in batch.to_pylist():
+            key = row.pop("key")
+            yield -(1 - ious[key] if key in ious else doubt_score(**row)), key
 
 
 def _masked_photos(
@@ -107,8 +127,8 @@ def _report(
         ],
         outcomes=manifest["outcomes"],
         quarantined=manifest["reasons"],
-        flags={flag: sum(index[flag].drop_null().to_pylist()) for flag in FLAGS},
-        classes=dict(Counter(index["vehicle_class"].drop_null().to_pylist()).most_common()),
+        flags={flag: pc.sum(index[flag]).as_py() or 0 for flag in FLAGS},
+        classes=_count_values(index["vehicle_class"].drop_null()),
         scores=_column_histogram(index, "score"),
         areas=_column_histogram(index, "area_fraction"),
         stabilities=_column_histogram(index, "stability"),
@@ -116,6 +136,12 @@ def _report(
         ious=histogram(np.array(list(ious.values()))),
         **pictures,
     )
+
+
+def _count_values(values: pa.ChunkedArray) -> dict[str, int]:
+    """Return the number of each value, most frequent first."""
+    counts = sorted(values.value_counts().to_pylist(), key=lambda row: -row["counts"])
+    return {row["values"]: row["counts"] for row in counts}
 
 
 def _column_histogram(index: pa.Table, column: str) -> list[int]:

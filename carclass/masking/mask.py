@@ -7,7 +7,6 @@ photo does not depend on its batch, so a resumed job writes the same rows as an 
 """
 
 import logging
-from collections import Counter
 from functools import partial
 from typing import Any
 
@@ -159,10 +158,10 @@ def _write_dataset(draft: Draft, source: dataset.Dataset, settings: MaskSettings
     draft.reconcile()
     draft.write_missing(lambda: _write_pending(draft, source, settings))
     parts = [path for path in draft.inventory.contents() if path.startswith("parts/")]
-    outcomes = Counter(publishing.read_written(draft.uri, "parts", ["outcome"], parts)["outcome"].to_pylist())
+    outcomes = publishing.read_written(draft.uri, "parts", ["outcome"], parts)["outcome"].value_counts().to_pylist()
     facts = {
         "kind": "masked",
-        "outcomes": dict(sorted(outcomes.items())),
+        "outcomes": dict(sorted((row["values"], row["counts"]) for row in outcomes)),
         "source_digest": source.digest,
         # For predictions: the identity holds only their hash.
         "detector_weights": settings.detector.weights,

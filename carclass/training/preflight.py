@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow.compute as pc
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -78,8 +79,8 @@ def check_classes(source: dataset.Dataset) -> Counter[str]:
 
     Raise UserError if fewer than two classes have any.
     """
-    table = source.read(["label", "split"]).to_pydict()
-    trained = Counter(label for label, split in zip(table["label"], table["split"], strict=True) if split == "train")
+    labels = source.read(["label", "split"]).filter(pc.field("split") == "train")["label"]
+    trained = Counter({row["values"]: row["counts"] for row in labels.value_counts().to_pylist()})
     missing = [name for name in source.classes if name not in trained]
     if len(trained) < 2:
         raise UserError(

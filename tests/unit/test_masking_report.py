@@ -1,12 +1,15 @@
 """The masking report: its contents, the ranking of doubtful photos, and its independence of other files."""
 
 import re
+import tracemalloc
 import xml.etree.ElementTree as ET
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from carclass.data.photo import resize
+from carclass.masking import collect
 from carclass.masking.report import NUM_BINS, doubt_score, histogram, histogram_chart, render
 from tests.helpers.pages import (
     MASKING_SECTIONS,
@@ -192,3 +195,34 @@ def test_touching_the_border_is_less_doubtful_than_several_vehicles():
 
 def test_missing_values_do_not_change_the_doubt_score():
     assert doubt_score(**{**CONFIDENT, "stability": None}) == doubt_score(**{**CONFIDENT, "stability": 1.0})
+
+
+def index_of(num_rows: int) -> pa.Table:
+    """Return the columns that decide which photos are shown as doubtful; a tenth have no vehicle."""
+    scores = np.random.default_rng(0).random((num_rows, 3)).astype(np.float32)
+    measured = ("score", "stability", "area_fraction")
+    is_empty = np.arange(num_rows) % 10 == 0
+    return pa.table({
+        "key": [f"{i:06d}.jpg" for i in range(num_rows)],
+        "outcome": np.where(is_empty, "no_vehicle", "vehicle"),
+        **{name: pa.array(scores[:, i], mask=is_empty) for i, name in enumerate(measured)},
+        **{name: pa.array(scores[:, 0] > 0.5, mask=is_empty) for name in ("several_vehicles", "touches_border")},
+    })  # fmt: skip
+
+
+def test_the_most_doubtful_photos_come_first_with_few_of_those_without_a_vehicle():
+    index, ious = index_of(1000), {"000003.jpg": 0.0, "000004.jpg": 1.0}
+    rows = {row.pop("key"): row for row in index.to_pylist()}
+    doubts = {key: doubt_score(**row) for key, row in rows.items()} | {key: 1 - iou for key, iou in ious.items()}
+    ranked = sorted(rows, key=lambda key: (-doubts[key], key))
+    empty = [key for key in ranked if rows[key]["outcome"] == "no_vehicle"]
+    expected = [key for key in ranked if key not in empty[collect.NUM_EMPTY :]][: collect.NUM_DOUBTFUL]
+    assert collect.most_doubtful(index, ious) == expected
+
+
+def test_choosing_doubtful_photos_takes_little_memory_per_photo():
+    index = index_of(50_000)
+    tracemalloc.start()
+    collect.most_doubtful(index, {})
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()
