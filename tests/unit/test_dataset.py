@@ -150,6 +150,13 @@ def test_rows_are_read_by_position_across_row_groups(uri: str):
     assert rows.column_names == ["label", "key"]
 
 
+def test_the_rows_of_a_part_are_read_into_one_piece_of_memory(uri: str):
+    for first in (0, 100):
+        write_rows(uri, [f"{i:03d}" for i in range(first, first + 50)])
+    rows = publish(uri, [f"{i:03d}" for first in (0, 100) for i in range(first, first + 50)]).read(["key", "label"])
+    assert (len(rows), rows["key"].num_chunks, rows["label"].num_chunks) == (100, 2, 2)
+
+
 def test_only_files_with_duplicate_keys_are_deleted(uri: str):
     for keys in ("abc", "cd", "ef"):
         write_rows(uri, keys)
