@@ -12,6 +12,8 @@
   python jobs/benchmark.py tune
   python jobs/benchmark.py predict --photos DIR --weights DIR
   python jobs/benchmark.py scale
+  python jobs/benchmark.py nodes
+  python jobs/benchmark.py rows
 
 ingest   photos into a published dataset, against a PIL loop on one core
 masking  the pool of detectors, exact and fast, against DefaultPredictor in a plain loop and in map_batches
@@ -22,6 +24,8 @@ epochs   per-epoch overhead
 tune     a sweep of 16 trials on the drawn sample with pruning, against the same trials without
 predict  jobs/predict.py on new photos, masked and not, against both networks on one photo at a time
 scale    keys listed and ingested from an S3 server, 10,000 to a million: rates and peak memory
+nodes    a head with 1,000 registered nodes that run no code: seconds of scheduling, memory of the head
+rows     what drivers do over the rows of a dataset: seconds and peak memory
 """
 
 import importlib
@@ -35,7 +39,7 @@ from carclass.config import cli
 from carclass.errors import UserError
 from carclass.formatting import number_text
 
-NAMES = ("epochs", "frozen", "ingest", "masking", "memory", "predict", "scale", "train", "tune")
+NAMES = ("epochs", "frozen", "ingest", "masking", "memory", "nodes", "predict", "rows", "scale", "train", "tune")
 IN_PROCESS = {"epochs": "epochs", "frozen": "frozen", "masking": "masking_in_process", "train": "train_in_process"}
 """Modules of benchmarks with --in-process."""
 READS_JOBS = ("memory", "scale", "tune")

@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from carclass.config.schema import AugmentationSettings, FrozenSettings, ModelSettings, TrainSettings, UnfrozenSettings
+from carclass.data import dataset
 from carclass.errors import UserError
 from carclass.models import resnet
-from carclass.tools.benchmarks import labelled, plain_training, train_in_process
+from carclass.tools.benchmarks import labelled, plain_training, rows, train_in_process
 from carclass.tools.benchmarks.timing import WARM_UP, ThroughputClock
 from carclass.training.dataloader import PhotoBlock, PhotoLoader, PhotoSamples
 from carclass.training.learner import step_rate
@@ -131,6 +132,19 @@ def test_accuracy_is_the_share_of_correct_predictions():
     head.weight.data = torch.eye(4)
     trainer = plain_training.HeadTrainer(head, frozen_settings(), 4, CPU)
     assert trainer.accuracy(torch.eye(4), torch.tensor([0, 1, 2, 2])) == 0.75
+
+
+# A driver's steps
+
+
+@pytest.mark.parametrize("step", sorted(rows.STEPS.keys() - {"mask_positions"}))  # which needs Ray
+def test_a_drivers_steps_run_over_linked_parts(step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(rows, "PART_ROWS", 400)
+    monkeypatch.setattr(rows, "NUM_PARTS", 1)
+    rows.link_dataset(tmp_path, 700, rows.write_parts(tmp_path))
+    source = dataset.load_dataset(str(tmp_path), "700")
+    assert source.manifest["rows"] == 800
+    rows.STEPS[step](source)
 
 
 # The clock
