@@ -105,6 +105,12 @@ def measure_peaks(command: list[str], log_file: Path) -> dict[str, float]:
     return dict(peaks)
 
 
+def peak_mb(process: str = "self") -> float:
+    """Return the peak resident memory of a process in MB; getrusage would count that of its parent before exec too."""
+    lines = dict(line.split(":", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines())
+    return int(lines["VmHWM"].split()[0]) / 1024
+
+
 def _measure_memory(session: int) -> dict[str, float]:
     """Return the proportional set size (PSS) of a session's processes in MB, by kind.
 

@@ -6,7 +6,6 @@ processes, transfer of objects and work itself are not measured.
 
 import json
 import os
-import resource
 import secrets
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from ray.core.generated.common_pb2 import LABEL_OPERATOR_IN  # type: ignore[attr
 from carclass.cluster import connection, resources, tasks, telemetry
 from carclass.errors import UserError
 from carclass.progress import print_line
+from carclass.tools.benchmarks.memory import peak_mb
 
 NUM_NODES, NUM_TASKS = 1000, 4000
 RESOURCES = {"CPU": 4.0, "GPU": 1.0, "memory": 12e9, "object_store_memory": 4e9}
@@ -62,8 +62,7 @@ def _measure() -> None:
     _measure_requests(seconds)
     with _timed(seconds, "finish_tasks"):
         assert sum(1 for _ in tasks.run_tasks(len, ["item"] * NUM_TASKS)) == NUM_TASKS
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    figures = {**_in_seconds(seconds), "tasks_per_s": NUM_TASKS / seconds["finish_tasks"], "driver_mb": peak}
+    figures = {**_in_seconds(seconds), "tasks_per_s": NUM_TASKS / seconds["finish_tasks"], "driver_mb": peak_mb()}
     print(json.dumps(figures), flush=True)
 
 
@@ -167,8 +166,7 @@ def _peaks(session: int) -> dict[str, float]:
     for folder in Path("/proc").glob("[0-9]*"):
         name = (folder / "comm").read_text().strip()
         if name in ("gcs_server", "raylet") and os.getsid(int(folder.name)) == session:
-            lines = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
-            peaks[f"{name}_mb"] = int(lines["VmHWM"].split()[0]) / 1024
+            peaks[f"{name}_mb"] = peak_mb(folder.name)
     return peaks
 
 

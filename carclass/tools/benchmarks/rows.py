@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ from carclass.ingestion.labelling import label_photos
 from carclass.ingestion.split import hold_out
 from carclass.masking import collect
 from carclass.progress import print_line
+from carclass.tools.benchmarks.memory import peak_mb
 from carclass.training import preflight
 from carclass.training.sample_order import SampleOrder
 
@@ -182,8 +182,7 @@ def _measure(step: str, folder: str, count: str) -> None:
     source = dataset.load_dataset(folder, count)
     started = time.perf_counter()
     STEPS[step](source)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps([time.perf_counter() - started, peak]))
+    print(json.dumps([time.perf_counter() - started, peak_mb()]))
 
 
 if __name__ == "__main__":
