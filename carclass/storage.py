@@ -93,7 +93,9 @@ def translate_errors(uri: str, action: str) -> Iterator[None]:
             raise ArchivedObjectError(f"{uri} is archived: restore it, and run the same command again") from error
         raise StorageError(f"{uri} cannot be {action} ({s3.describe(error)}). {s3.remedy(error)}") from error
     except OSError as error:
-        if action == "read" and error.errno == errno.ENOTDIR:
+        # A path below a file does not exist; a file itself cannot be listed.
+        is_below_file = error.errno == errno.ENOTDIR and not os.path.lexists(error.filename or "")
+        if action in ("read", "listed") and is_below_file:
             raise FileNotFoundError(errno.ENOENT, "no such file", uri) from error
         reason = error.strerror or str(error)
         remedy = REMEDIES.get(error.errno or 0, "Check the path, the disk and its mount.")
@@ -378,18 +380,6 @@ def delete_folder(uri: str) -> None:
         return
     with suppress(FileNotFoundError), translate_errors(uri, "deleted"):
         shutil.rmtree(path)
-
-
-def check_root(uri: str) -> None:
-    """Check that a URI can be written to. Raise UserError if not, as with a missing bucket."""
-    probe = join(uri, f".probe-{uuid4().hex}")
-    try:
-        write_bytes(probe, b"")
-        delete(probe)
-    except StorageError as error:
-        raise StorageError(f"`root`: {str(error).replace(probe, f'a file in {uri}')}") from error
-    except FileNotFoundError as error:  # as below /proc
-        raise StorageError(f"`root`: {uri} cannot be written to. Check the path.") from error
 
 
 def sha256(*pieces: bytes | memoryview) -> str:

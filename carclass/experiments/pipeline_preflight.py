@@ -16,6 +16,7 @@ from carclass.config.schema import Config, IngestSettings, MaskSettings, TrainSe
 from carclass.data import dataset
 from carclass.data.dataset import SPLITS, Dataset
 from carclass.data.inventory import Inventory
+from carclass.data.root_check import check_root
 from carclass.errors import Problems, UserError
 from carclass.experiments import estimate
 from carclass.experiments.machine import Machine, this_machine
@@ -53,7 +54,7 @@ def check_pipeline(settings: Config, inventory: Inventory, *, update: bool = Fal
     problems = Problems()
     assert settings.ingest is not None
     has_cluster = problems.passes(connection.check_cluster)
-    problems.passes(storage.check_root, settings.root)
+    has_root = problems.passes(check_root, settings.root)
     problems.passes(check_ingest_target, settings.root, settings.ingest)
     mask = _check_weights(settings, problems)
     listed: ListedInputs | None = None
@@ -73,7 +74,8 @@ def check_pipeline(settings: Config, inventory: Inventory, *, update: bool = Fal
     problems.passes(check_run_photos, settings, outdated)
     machine = None
     if listed is not None:
-        problems.passes(check_disk, settings, listed)
+        if has_root:  # else its free space means nothing
+            problems.passes(check_disk, settings, listed)
         if has_cluster and not problems.texts:  # a local cluster takes long to start
             machine = problems.result(_check_machine, settings, listed, planned, problems)
     problems.raise_all()

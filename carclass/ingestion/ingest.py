@@ -15,7 +15,6 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from carclass import storage
 from carclass.cluster import connection
 from carclass.cluster.tasks import run_tasks
 from carclass.cluster.telemetry import PhotoMeter
@@ -26,6 +25,7 @@ from carclass.data.draft import Draft
 from carclass.data.inventory import Inventory, chunks
 from carclass.data.lease import hold_lease
 from carclass.data.publishing import WrittenPart
+from carclass.data.root_check import check_root
 from carclass.ingestion import archive, collect, leakage, listing
 from carclass.ingestion.inputs import ListedInputs, check_classes, list_inputs
 from carclass.ingestion.reading import GuardedRun, read_groups, read_image_ids
@@ -49,7 +49,7 @@ def ingest_photos(
     """
     identity = identify_settings(settings)
     dataset.find_same_dataset(root, settings.dataset, identity)
-    storage.check_root(root)
+    check_root(root)
     connection.check_cluster()
     uri = dataset.dataset_uri(root, settings.dataset)
     with hold_lease(uri, "ingest") as lease, Inventory() as new:

@@ -17,6 +17,7 @@ from carclass.data import changes, quarantine, streaming
 from carclass.data.draft import Draft
 from carclass.data.inventory import Inventory
 from carclass.data.lease import hold_lease
+from carclass.data.root_check import check_root
 from carclass.errors import UserError
 from carclass.evaluation.calibrate import calibrate_run
 from carclass.ingestion.archive import is_archive, split_folder
@@ -54,7 +55,7 @@ def predict_photos(root: str, settings: PredictSettings) -> PredictionResult:
     run = find_run(root, settings.run)
     model_uri = run.model_uri(run.select_stage(settings.stage))
     _, facts = read_model(model_uri)
-    storage.check_root(root)
+    check_root(root)
     connection.check_cluster()
     uri = predictions.predictions_uri(run.uri, settings.name)
     with hold_lease(uri, "predict") as lease, Inventory() as inventory:

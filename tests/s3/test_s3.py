@@ -11,6 +11,7 @@ from carclass import storage
 from carclass.config.schema import IngestSettings
 from carclass.data import dataset, publishing
 from carclass.data.inventory import INPUT
+from carclass.data.root_check import check_root
 from carclass.errors import UserError
 from carclass.ingestion.ingest import ingest_photos
 from carclass.ingestion.reading import load_photos
@@ -59,7 +60,7 @@ def test_only_objects_exist_and_not_prefixes(bucket: str, put: Callable[..., Non
 
 
 def test_checking_a_root_leaves_no_object_behind(s3: Any, bucket: str):
-    storage.check_root(f"s3://{bucket}/out")
+    check_root(f"s3://{bucket}/out")
     assert [key for key in keys_in(s3, bucket) if not key.endswith("/")] == []
 
 

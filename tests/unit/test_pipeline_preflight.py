@@ -204,6 +204,18 @@ def test_a_full_disk_is_known_before_the_first_photo(tmp_path: Path, photos: Pat
             pipeline_preflight.check_disk(settings, listed)
 
 
+def test_a_root_that_cannot_be_written_to_is_one_problem(tmp_path: Path, photos: Path):
+    text = problems(config(tmp_path, photos).model_copy(update={"root": "/proc/1/x"}))
+    assert "`root`: /proc/1/x cannot be written to" in text
+    assert "free, and the dataset" not in text
+
+
+def test_a_failed_preflight_leaves_no_folder(tmp_path: Path, photos: Path):
+    settings = config(tmp_path, photos)
+    problems(settings)
+    assert not Path(settings.root).exists()
+
+
 def test_the_plan_has_the_steps_that_are_left_with_their_photos(tmp_path: Path, photos: Path):
     settings = config(tmp_path, photos)
     with Inventory() as inventory:

@@ -125,23 +125,5 @@ def test_a_stream_does_not_decompress(tmp_path: Path):
         assert stream.read() == b"\x1f\x8b not gzip"
 
 
-def test_checking_a_root_leaves_no_file(tmp_path: Path):
-    storage.check_root(str(tmp_path / "new"))
-    assert storage.list_files(str(tmp_path)) == []
-
-
-def test_a_root_below_a_file_is_refused(tmp_path: Path):
-    (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(UserError, match=r"`root`: .*file/results cannot be written \(Not a directory\)"):
-        storage.check_root(str(tmp_path / "file" / "results"))
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_root_without_permission_is_refused(tmp_path: Path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match="cannot be written"):
-        storage.check_root(str(tmp_path / "results"))
-
-
 def test_join_does_not_double_a_slash():
     assert storage.join("s3://bucket/a/", "b", "c.txt") == "s3://bucket/a/b/c.txt"
