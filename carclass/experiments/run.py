@@ -343,7 +343,7 @@ def _end_task(tree: Tree, experiment: Experiment, task: Any, progress: TreeProgr
     progress.finished.append(experiment.name)
     run = _run(tree, experiment)
     log.info("lineage: %s finished, val accuracy %s", experiment.name, rate_text(run.best_val_accuracy(run.best_stage)))
-    warn_if_unfreezing_hurt(run)
+    warn_if_unfreezing_hurt(run, dataset.load_dataset(run.root, run.settings.dataset))
 
 
 def _log_progress(tree: Tree, progress: TreeProgress) -> None:

@@ -4,6 +4,7 @@ A stage is a run of Ray Train; with a single worker on CPUs of a cluster of the 
 """
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -66,14 +67,14 @@ def train_run(root: str, settings: TrainSettings) -> Run:
         for stage in run.stages:
             read_model(run.model_uri(stage))  # an error if it is damaged
         log.info("train: run %s is finished, nothing to do", settings.name)
-        warn_if_unfreezing_hurt(run)
+        warn_if_unfreezing_hurt(run, source)
         return run
     use_gpu = check_resources(root, settings, source, probe=True)
     with hold_lease(run.uri, "train"):
         begin_run(run, source, parent_sha256)
         train_resources = all_resources(settings, use_gpu=use_gpu)
         train_stages(run, source, PhotoStore(settings, source).get, train_resources, run.unfinished_stages)
-    warn_if_unfreezing_hurt(run)
+    warn_if_unfreezing_hurt(run, source)
     return run
 
 
@@ -133,19 +134,40 @@ def train_stages(
         record_best_stage(run)
 
 
-def warn_if_unfreezing_hurt(run: Run) -> None:
-    """Warn if the unfrozen stage of a finished run is worse on val than the frozen one."""
-    unfrozen = run.settings.unfrozen
+def warn_if_unfreezing_hurt(run: Run, source: dataset.Dataset) -> None:
+    """Warn if the unfrozen stage of a finished run is worse on val than the frozen one, beyond chance.
+
+    source: the dataset of the run. A smaller difference is logged as within chance.
+    """
+    unfrozen, num_photos = run.settings.unfrozen, source.manifest["splits"]["val"]
     if unfrozen is None or run.best_stage == "unfrozen":
         return
     before, after = run.best_val_accuracy("frozen"), run.best_val_accuracy("unfrozen")
-    if after < before:
+    if before == after:
+        return
+    if is_chance(before, after, num_photos):
+        log.info(
+            "train: run %s has val accuracy %.3f unfrozen and %.3f frozen: within chance for %s. Its model is the "
+            "frozen stage's best epoch.",
+            *(run.settings.name, after, before, count_text(num_photos, "val photo")),
+        )
+    else:
         log.warning(
             "train: unfreezing made run %s worse: val accuracy %.3f (unfrozen) after %.3f (frozen). Its model is the "
             "frozen stage's best epoch. To gain from unfreezing, try a lower `train.unfrozen.lr` (now %g), more "
             "`warmup_epochs` (now %g) or `epochs` (now %d), or `clip_grad_norm: 1`, under another `train.name`.",
             *(run.settings.name, after, before, unfrozen.lr, unfrozen.warmup_epochs, unfrozen.epochs),
         )
+
+
+def is_chance(first: float, second: float, num_photos: int) -> bool:
+    """Return True if two accuracies on as many photos are within 1.96 standard errors of each other.
+
+    Binomial standard error of the difference of independent samples. Which photos are correct is not recorded for
+    val; on the same photos the error is usually smaller, so a gap beyond it is rarely chance.
+    """
+    mean = (first + second) / 2
+    return abs(first - second) <= 1.96 * math.sqrt(2 * mean * (1 - mean) / num_photos)
 
 
 def _fit_stage(job: StageJob, get_photos: Callable[[], BlockRefs], train_resources: TrainResources) -> None:

@@ -19,7 +19,7 @@ from carclass.experiments.tree import Budget, Experiment, Tree
 from carclass.models import resnet
 from carclass.runs.run import Run, find_run, record_best_stage
 from carclass.training import pretrained
-from carclass.training.train import load_run_inputs, train_run, warn_if_unfreezing_hurt
+from carclass.training.train import is_chance, load_run_inputs, train_run, warn_if_unfreezing_hurt
 from tests.helpers.runs import CLASSES, MODEL, begin, finish, publish_dataset
 
 BOTH = {"model": MODEL, "parent": "sample", "frozen": {"epochs": 5}, "unfrozen": {"epochs": 2}}
@@ -179,21 +179,41 @@ def test_a_report_of_the_model_of_the_run_is_read(worse: Run):
 # Warning
 
 
+def log_unfreezing(run: Run, num_val: int, caplog: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
+    """Return level and text of the lines on a run with this number of val photos."""
+    source = dataset.load_dataset(run.root, "v2")
+    source.manifest["splits"]["val"] = num_val
+    with caplog.at_level(logging.INFO, "carclass"):
+        warn_if_unfreezing_hurt(run, source)
+    return [(record.levelname, record.getMessage()) for record in caplog.records]
+
+
 def test_a_run_that_is_worse_after_unfreezing_is_warned_about(worse: Run, caplog: pytest.LogCaptureFixture):
-    with caplog.at_level(logging.WARNING, "carclass"):
-        warn_if_unfreezing_hurt(worse)
-    (text,) = [record.getMessage() for record in caplog.records]
+    ((level, text),) = log_unfreezing(worse, 100, caplog)
+    assert level == "WARNING"
     assert "unfreezing made run both worse: val accuracy 0.250 (unfrozen) after 0.500 (frozen)" in text
     assert "lower `train.unfrozen.lr` (now 0.0006)" in text
+
+
+def test_a_difference_on_few_val_photos_is_within_chance(worse: Run, caplog: pytest.LogCaptureFixture):
+    ((level, text),) = log_unfreezing(worse, 20, caplog)
+    assert level == "INFO"
+    assert text.startswith("train: run both has val accuracy 0.250 unfrozen and 0.500 frozen: within chance for 20 val")
 
 
 @pytest.mark.parametrize("unfrozen", [50, 100])
 def test_a_run_that_is_no_worse_after_unfreezing_is_not_warned_about(
     tmp_path: Path, unfrozen: int, caplog: pytest.LogCaptureFixture
 ):
-    with caplog.at_level(logging.WARNING, "carclass"):
-        warn_if_unfreezing_hurt(make_run(tmp_path, 50, unfrozen))
-    assert not caplog.records
+    assert log_unfreezing(make_run(tmp_path, 50, unfrozen), 100, caplog) == []
+
+
+@pytest.mark.parametrize(
+    ("correct", "num_photos", "expected"),
+    [((16, 15), 20, True), ((18, 12), 20, False), ((800, 750), 1000, False), ((800, 780), 1000, True)],
+)
+def test_chance_is_two_standard_errors(correct: tuple[int, int], num_photos: int, expected: bool):
+    assert is_chance(*(number / num_photos for number in correct), num_photos) == expected
 
 
 def test_a_run_is_listed_while_it_is_moved_aside(worse: Run):
