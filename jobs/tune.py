@@ -24,6 +24,7 @@ FLAGS = {
 
 def main() -> None:
     path, search, args = cli.parse_file(__doc__, Search, FLAGS)
+    from carclass.data.dataset import find_dataset
     from carclass.training.train import warn_if_unfreezing_hurt
     from carclass.tuning import report, search_space, trial_records
     from carclass.tuning.collect import collect_sweep, publish_sweep
@@ -46,7 +47,9 @@ def main() -> None:
     print("\n".join(textwrap.fill(line, 100) for line in report.summarise(result)))
     print("\n".join(uris))
     recorded, _ = trial_records.load_records(space.root, search.name)
-    warn_if_unfreezing_hurt(trial_records.trial_run(recorded, best.trial))
+    run = trial_records.trial_run(recorded, best.trial)
+    if (source := find_dataset(space.root, run.settings.dataset)) is not None:  # a sweep is analysed without it too
+        warn_if_unfreezing_hurt(run, source)
 
 
 if __name__ == "__main__":
