@@ -19,7 +19,7 @@ from carclass import progress
 from carclass.config import cli
 from carclass.config.pipeline_sections import check_sections, unmasked_run
 from carclass.config.schema import Config, TrainSettings
-from carclass.formatting import number_text
+from carclass.formatting import duration_text, number_text
 
 if TYPE_CHECKING:
     from carclass.evaluation.evaluate import Evaluation
@@ -119,11 +119,14 @@ def print_summary(run: "Run", summary: dict[str, int | float | str]) -> None:
     from carclass.data import formats
 
     formats.write(storage.join(run.uri, SUMMARY), "summary", summary)
-    rows = [
-        (name.replace("_", " "), value if isinstance(value, str) else number_text(value))
-        for name, value in summary.items()
-    ]
-    print(progress.table(rows, title=f"carclass: {run.settings.name}"))
+    print(progress.table(summary_rows(summary), title=f"carclass: {run.settings.name}"))
+
+
+def summary_rows(summary: dict[str, int | float | str]) -> list[tuple[str, str]]:
+    """Return the rows of the summary as text."""
+    numbers = {name: value if isinstance(value, str) else number_text(value) for name, value in summary.items()}
+    rows = [(name.replace("_", " "), text) for name, text in numbers.items() if name != "seconds"]
+    return [*rows, ("time", duration_text(float(summary["seconds"])))]
 
 
 def list_results(settings: Config, reports: dict[str, str]) -> list[tuple[str, str]]:

@@ -43,6 +43,17 @@ def test_a_pipeline_counts_the_quarantine_of_ingest_and_of_masking():
     assert count_photos(manifests[:1]) == {"photos_in": 10, "rows": 8, "quarantined": 2}
 
 
+@pytest.mark.parametrize(("seconds", "text"), [(43.788, "44 s"), (243.788, "4 min"), (9000.0, "2.5 h")])
+def test_a_pipeline_prints_how_long_it_took(seconds: float, text: str):
+    summary = {"photos_in": 1200, "model": "frozen epoch 5", "test_accuracy": 0.8, "seconds": seconds}
+    assert functions("pipeline")["summary_rows"](summary) == [
+        ("photos in", "1,200"),
+        ("model", "frozen epoch 5"),
+        ("test accuracy", "0.800"),
+        ("time", text),
+    ]
+
+
 def test_a_pipeline_ends_with_the_places_of_its_results_and_the_next_commands():
     pipeline = functions("pipeline")
     settings = Config(
