@@ -60,6 +60,17 @@ def test_a_flag_names_the_setting_that_excludes_its_photos():
     assert "mask.exclude.several_vehicles" in html
 
 
+def test_shares_of_classes_and_flags_are_of_all_photos():
+    counts = {
+        "classes": {"car": 150},
+        "flags": {"several_vehicles": 12},
+        "outcomes": {"vehicle": 150, "no_vehicle": 50},
+    }
+    text = visible_text(section(render(make_masking_report(**counts)), "detections"))
+    assert "car 150 75.0" in text
+    assert "vehicles 12 6.0" in text
+
+
 def test_an_unknown_flag_is_shown_by_its_name():
     assert "very blurred" in section(render(make_masking_report(flags={"very_blurred": 3})), "detections")
 
