@@ -37,7 +37,7 @@ def collect_report(
     for row in run.metrics():
         history.setdefault(row["stage"], []).append(row)
     return Report(
-        title=f"{run.settings.name} on {source.name} {settings.split}",
+        title=f"Run {run.settings.name}: {settings.split} photos of {source.name}",
         facts=[*_facts(run, source, settings, model_facts), *_copies(predictions)],
         split=settings.split,
         model=(model_facts["stage"], model_facts["epoch"]),

@@ -117,7 +117,7 @@ def _report(
     settings, manifest = masked.manifest["settings"], masked.manifest
     detector, cutout = settings["detector"], settings["cutout"]
     return MaskingReport(
-        title=f"Masking of {settings['source']}: {masked.name}",
+        title=f"Dataset {masked.name}: masks of {settings['source']}",
         facts=[
             ("Source", f"{settings['source']} (sha256 {masked.source_digest[:12]}…)"),
             ("Detector", f"{detector['model'].rsplit('/', 1)[-1]}, weights sha256 {detector['weights'][:12]}…"),

@@ -167,9 +167,9 @@ def _render_page(uri: str, job: PredictionJob, run: Run, table: Path) -> str:
     ]
     has_report = storage.exists(storage.join(run.uri, "report", "report.html"))
     link = "../../report/report.html#threshold" if has_report else None
-    title = f"Predictions of {run.settings.name}"
+    title = f"Run {run.settings.name}: predictions"
     if settings.name != PredictSettings.model_fields["name"].default:
-        title += f": {settings.name}"
+        title += f" {settings.name}"
     return render(
         collect.collect_report(
             uri,

@@ -79,7 +79,7 @@ def make_report(num_classes: int = 4, num_photos: int = 60, num_mistakes: int = 
     scores[np.arange(num_photos), labels] += 0.5
     probabilities = (scores / scores.sum(axis=1, keepdims=True)).astype(np.float32)
     return Report(
-        title="exp_001 on v2",
+        title="Run exp_001: test photos of v2",
         facts=[("Run", "exp_001"), ("Seed", "17")],
         split="test",
         model=("unfrozen", 1),
@@ -136,7 +136,7 @@ def make_masking_report(num_photos: int = 2, **changes: object) -> MaskingReport
     """Return a masking report on random measures."""
     generator = np.random.default_rng(3)
     values = {
-        "title": "Masking of v1",
+        "title": "Dataset v2: masks of v1",
         "facts": [("Dataset", "v2"), ("Detector", "mask_rcnn_r50_fpn")],
         "outcomes": {"vehicle": 180, "no_vehicle": 20},
         "quarantined": {"doubtful_mask": 7},
@@ -188,7 +188,7 @@ def make_prediction_report(num_photos: int = 6, **changes: object) -> Prediction
     shown = [make_shown_photo(seed) for seed in range(num_photos)]
     classes = [PredictedClass("Ardo Coupe", num_photos - 2, 1, 0.8), PredictedClass("Belmar Wagon", 2, 1, 0.6)]
     values = {
-        "title": "Predictions of first: monday",
+        "title": "Run first: predictions monday",
         "is_calibrated": True,
         "facts": [("Run", "first"), ("Threshold", "0.5")],
         "threshold": 0.5,

@@ -35,6 +35,7 @@ def test_every_row_has_mask_measures(masked: dataset.Dataset):
 
 def test_a_masking_job_writes_a_report_and_a_contact_sheet(masked: dataset.Dataset):
     page = storage.read_bytes(storage.join(masked.uri, "report.html")).decode()
+    assert "<h1>Dataset v2: masks of v1</h1>" in page
     assert f"{masked.manifest['outcomes']['vehicle']:,} of {masked.manifest['rows']:,} photos" in page
     with Image.open(Path(masked.uri, "contact_sheet.jpg")) as sheet:
         assert sheet.width > 1000

@@ -244,6 +244,7 @@ def test_other_settings_under_the_same_name_are_rejected(
 @both_runs
 def test_the_page_shows_every_predicted_photo(name: str, result: PredictionResult):
     page = Path(result.uri, predictions.PAGE).read_text(encoding="utf-8")
+    assert f"<h1>Run {name}: predictions</h1>" in page
     num_cutouts = sum(row["outcome"] == "vehicle" and row["label"] is not None for row in rows_of(result))
     assert page.count("<figure data-class=") == result.counts.predicted
     assert page.count('alt="cut out for the classifier"') == num_cutouts

@@ -97,7 +97,8 @@ def test_every_model_and_split_has_a_report_of_its_own(
 @pytest.mark.slow
 def test_a_report_that_is_replaced_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     publish_evaluated_run(tmp_path)
-    evaluate_run(str(tmp_path), EvaluateSettings(run="first"))
+    evaluation = evaluate_run(str(tmp_path), EvaluateSettings(run="first"))
+    assert "<h1>Run first: test photos of v1</h1>" in storage.read_bytes(evaluation.report_uri).decode()
     caplog.clear()
     with caplog.at_level(logging.INFO):
         evaluate_run(str(tmp_path), EvaluateSettings(run="first"))
