@@ -21,10 +21,14 @@ COLUMN_SYNONYMS: dict[ColumnRole, tuple[str, ...]] = {
         "image_name", "image", "img", "filename", "file_name", "file", "image_path", "img_path", "filepath",
         "file_path", "path", "photo", "image_id", "id", "key",
     ),
-    "class": ("class_name", "label", "model", "category", "make_model", "target"),
+    "class": (
+        "class_name", "classname", "label", "labels", "category", "target", "make", "model", "make_model", "brand",
+        "manufacturer", "type", "vehicle_type", "body_type",
+    ),
     "subset": SUBSET_SYNONYMS,
 }  # fmt: skip
-"""Other names of the columns of a label that tables often have, the likeliest first."""
+"""Other names of the columns of a label that tables often have, the likeliest first; several for the class are an
+error."""
 DELIMITERS = (",", ";", "\t")
 MAX_LISTED = 5
 """Bad lines that are named in an error."""
@@ -68,15 +72,25 @@ def read_column_names(stream: BinaryIO, *, source: str) -> list[str]:
         return [remove_invisible(name) for name in names]
 
 
-def guess_columns(found: Sequence[str]) -> dict[ColumnRole, str]:
-    """Return the columns of a label under other names than the usual ones, as `ingest.columns`."""
+def guess_columns(found: Sequence[str], given: Mapping[ColumnRole, str], *, source: str) -> dict[ColumnRole, str]:
+    """Return the columns of a label under other names than the usual ones, as `ingest.columns`, with those given.
+
+    Raise LabelsError if several columns may have the class.
+    """
     names = {name.lower(): name for name in reversed(found)}
+    others = names.keys() - {name.lower() for name in given.values()}
     guessed: dict[ColumnRole, str] = {}
     for role, synonyms in COLUMN_SYNONYMS.items():
-        synonym = next((name for name in synonyms if name in names), None)
-        if COLUMNS[role] not in names and synonym is not None:
-            guessed[role] = names[synonym]
-    return guessed
+        candidates = [names[name] for name in synonyms if name in others]
+        if role in given or COLUMNS[role] in names or not candidates:
+            continue
+        if role == "class" and len(candidates) > 1:
+            raise LabelsError(
+                f"{source}: several columns may have the class: {', '.join(candidates)}. Name one by `ingest.columns`, "
+                f"as in --columns '{{class: {candidates[0]}}}'."
+            )
+        guessed[role] = candidates[0]
+    return {**guessed, **given}
 
 
 def _parse_rows(
@@ -89,19 +103,24 @@ def _parse_rows(
     _check_text(header, location)
     indices = _find_columns(header, source, names, chosen)
     has_labels, num_bad = False, 0
-    problems: list[str] = []
+    problems: dict[str, list[str]] = {}  # text → numbers of lines
     for location, fields in rows:
         try:
             label = _parse_row(fields, len(header), indices, location)
         except LabelsError as error:
             num_bad += 1
-            problems += [str(error)] if num_bad <= MAX_LISTED else []
+            if num_bad <= MAX_LISTED:
+                text = str(error).removeprefix(f"{location}: ").removesuffix(".")
+                problems.setdefault(text, []).append(location.removeprefix(f"{source}, line "))
             continue
         yield location, label
         has_labels = True
     if problems:
-        more = f" {num_bad - len(problems):,} more lines are wrong." if num_bad > len(problems) else ""
-        raise LabelsError(" ".join(problems) + more)
+        places = [
+            f"line{'s' if numbers[1:] else ''} {', '.join(numbers)}: {text}" for text, numbers in problems.items()
+        ]
+        more = f" {num_bad - MAX_LISTED:,} more lines are wrong." if num_bad > MAX_LISTED else ""
+        raise LabelsError(f"{source}, {'; '.join(places)}.{more}")
     if not has_labels:
         raise LabelsError(f"{source}: no labels in it.")
 

@@ -54,16 +54,26 @@ def raise_contradictions(labels: Iterable[LocatedLabel], names: Sequence[str], t
     """Raise the LabelsError for keys whose labels differ. names: the first of them; total: number of all."""
     first: dict[str, LocatedLabel] = {}
     problems: dict[str, str] = {}
+    named = ""  # location that the message begins with
     for location, label in labels:
         if label.key not in names or label.key in problems:
             continue
         earlier_location, earlier = first.setdefault(label.key, (location, label))
         if label != earlier:
+            place = _without_file(location, named)
+            named = named or location
             problems[label.key] = (
-                f"{location}: {label.key} is {_describe(label)}, but {_describe(earlier)} at {earlier_location}"
+                f"{place}: {label.key} is {_describe(label)}, but {_describe(earlier)} at "
+                f"{_without_file(earlier_location, named)}"
             )
     more = f"; and {total - len(names):,} more" if total > len(names) else ""
     raise LabelsError(f"{'; '.join(problems.values())}{more}. Keep the correct one of each.")
+
+
+def _without_file(location: str, named: str) -> str:
+    """Return a location as "line 2" if another one that was named before is in the same file."""
+    file, found, line = location.rpartition(", line ")
+    return f"line {line}" if found and named.startswith(f"{file}, line ") else location
 
 
 def _describe(label: Label) -> str:

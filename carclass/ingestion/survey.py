@@ -116,10 +116,10 @@ def make_settings(photos: str, labels: str | None, columns: Any = None) -> Inges
         return settings
     try:
         with storage.open_stream(settings.labels) as stream:
-            guessed = label_table.guess_columns(label_table.read_column_names(stream, source=settings.labels))
+            names = label_table.read_column_names(stream, source=settings.labels)
     except OSError:
         return settings  # an error of ingestion, with a remedy
-    found = {**guessed, **settings.columns}
+    found = label_table.guess_columns(names, settings.columns, source=settings.labels)
     return settings.model_copy(update={"columns": found}) if found else settings
 
 
@@ -173,10 +173,7 @@ def _describe_layout(settings: IngestSettings, inventory: Inventory) -> str:
     place = " in an archive" if archive.is_archive(settings.photos) else ""
     if settings.labels is not None:
         return f"photos{place}, labels in {'a table' if label_table.is_table(settings.labels) else 'a devkit'}"
-    folders = find_classes(inventory.keys, source=settings.photos)
-    within = f", below {'/'.join(folders.shared)}" if folders.shared else ""
-    kind = "one folder per class" if folders.depth == 1 else "folders of subsets, with one folder per class in each"
-    return f"{kind}{within}{',' if place else ''}{place}"
+    return f"{find_classes(inventory.keys, source=settings.photos).text}{',' if place else ''}{place}"
 
 
 def _read_sample(settings: IngestSettings, inventory: Inventory) -> PhotoSample:

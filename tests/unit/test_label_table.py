@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from carclass.config.ingest_settings import IngestSettings
+from carclass.config.ingest_settings import ColumnRole, IngestSettings
 from carclass.data.inventory import Inventory
 from carclass.errors import UserError
 from carclass.ingestion import labelling
-from carclass.ingestion.label_table import parse_table
+from carclass.ingestion.label_table import guess_columns, parse_table
 from carclass.ingestion.labels import Label, LabelsError
 
 ROWS = [Label("a,1.jpg", "Citroën; C3", "train"), Label("2.jpg", "BMW", "test")]
@@ -142,6 +142,35 @@ def test_columns_without_a_table_are_refused(labels: str | None):
 def test_columns_are_those_of_a_label(columns: Any):
     with pytest.raises(ValueError, match="columns"):
         IngestSettings(photos="/photos", labels="/labels.csv", columns=columns)
+
+
+@pytest.mark.parametrize("name", ["make", "Make", "model", "label", "category", "brand", "target", "body_type"])
+def test_the_only_column_that_may_have_the_class_is_recognised(name: str):
+    assert guess_columns(["img_name", name, "seller"], {}, source="l.csv") == {"class": name}
+
+
+def test_several_columns_that_may_have_the_class_are_an_error_that_names_them_and_the_setting():
+    with pytest.raises(LabelsError) as error:
+        guess_columns(["file", "Model", "make"], {}, source="l.csv")
+    assert str(error.value) == (
+        "l.csv: several columns may have the class: make, Model. Name one by `ingest.columns`, as in "
+        "--columns '{class: make}'."
+    )
+
+
+@pytest.mark.parametrize(
+    ("found", "given", "columns"),
+    [
+        (["img_name", "class", "make", "model"], {}, {}),
+        (["img_name", "make", "model"], {"class": "model"}, {"class": "model"}),
+        (["make", "model"], {"name": "make"}, {"name": "make", "class": "model"}),
+        (["img_name", "make", "seller"], {"class": "seller"}, {"class": "seller"}),
+    ],
+)
+def test_a_column_that_is_given_or_has_the_usual_name_leaves_no_choice(
+    found: list[str], given: dict[ColumnRole, str], columns: dict[ColumnRole, str]
+):
+    assert guess_columns(found, given, source="l.csv") == columns
 
 
 def test_missing_labels_are_a_user_error(tmp_path: Path):

@@ -112,7 +112,7 @@ def test_an_empty_csv_is_an_error(data, message):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (b"1.jpg,BMW,train\n", r"line 4: 1.jpg is BMW \(train\), but Audi Sedan \(train\) at labels.csv, line 2"),
+        (b"1.jpg,BMW,train\n", r"line 4: 1.jpg is BMW \(train\), but Audi Sedan \(train\) at line 2"),
         (b"1.jpg,Audi Sedan,test\n", r"line 4: 1.jpg is Audi Sedan \(test\), but Audi Sedan \(train\)"),
     ],
 )
@@ -124,8 +124,27 @@ def test_a_contradiction_is_reported_with_both_lines(row: bytes, message: str):
 
 def test_contradictions_are_reported_together():
     rows = b"".join(b"%d.jpg,%s,train\n" % (i, label) for i in range(3) for label in (b"Audi", b"BMW"))
-    with pytest.raises(LabelsError, match=r"line 3: 0.jpg is BMW.*line 7: 2.jpg is BMW.*; and 4 more\. Keep"):
+    with pytest.raises(LabelsError, match=r"line 3: 0.jpg is BMW.*line 7: 2.jpg is BMW.*; and 4 more\. Keep") as error:
         raise_contradictions(parse_table(io.BytesIO(HEADER + rows), source="labels.csv"), ["0.jpg", "2.jpg"], 6)
+    assert str(error.value).count("labels.csv") == 1
+
+
+def test_bad_lines_of_one_cause_are_listed_together_and_the_table_is_named_once():
+    rows = b"".join(b"%d.jpg,Audi,eval\n" % i for i in range(7)) + b"7.jpg,Audi\n"
+    with pytest.raises(LabelsError) as error:
+        parsed(HEADER + rows)
+    assert str(error.value) == (
+        "labels.csv, lines 2, 3, 4, 5, 6: the subset is 'eval'; expected train, val or test. 3 more lines are wrong."
+    )
+
+
+def test_bad_lines_of_several_causes_are_listed_by_cause():
+    with pytest.raises(LabelsError) as error:
+        parsed(HEADER + b"0.jpg,Audi,eval\n1.jpg,,train\n2.jpg,Audi,eval\n")
+    assert str(error.value) == (
+        "labels.csv, lines 2, 4: the subset is 'eval'; expected train, val or test; line 3: the class of 1.jpg is "
+        "empty."
+    )
 
 
 def test_a_labels_error_is_a_user_error():
