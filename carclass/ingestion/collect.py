@@ -29,14 +29,17 @@ SIDE_EDGES = (128, 256, 512, 768, 1024, 2048)
 """Upper edges, in pixels, of ranges of the longer side."""
 
 
-def write_report(complete: dataset.Dataset, settings: IngestSettings) -> None:
-    """Write report.html of a dataset that is complete and not published yet."""
-    report = collect_report(complete, settings)
+def write_report(complete: dataset.Dataset, settings: IngestSettings, origin: str) -> None:
+    """Write report.html of a dataset that is complete and not published yet. origin: of the labels, in words."""
+    report = collect_report(complete, settings, origin)
     storage.write_bytes(storage.join(complete.uri, "report.html"), render(report).encode())
 
 
-def collect_report(complete: dataset.Dataset, settings: IngestSettings) -> DatasetReport:
-    """Read what the report shows: of every row its label, split and size, of a few their photos."""
+def collect_report(complete: dataset.Dataset, settings: IngestSettings, origin: str) -> DatasetReport:
+    """Read the contents of the report: of every row its label, split and size, of a few their photos.
+
+    origin: see write_report.
+    """
     classes: dict[str, Counter[str]] = {name: Counter() for name in complete.classes}
     sides: Counter[int] = Counter()
     chosen: dict[str, list[tuple[str, int]]] = defaultdict(list)  # class → (part, position)
@@ -53,7 +56,7 @@ def collect_report(complete: dataset.Dataset, settings: IngestSettings) -> Datas
                 chosen[label].append((uri, position))
     return DatasetReport(
         title=f"Dataset {complete.name}",
-        facts=_facts(complete, settings),
+        facts=_facts(complete, settings, origin),
         classes={name: dict(counts) for name, counts in classes.items()},
         sides={_range_text(index): sides[index] for index in range(len(SIDE_EDGES) + 1) if sides[index]},
         samples=_read_samples(chosen),
@@ -65,12 +68,12 @@ def collect_report(complete: dataset.Dataset, settings: IngestSettings) -> Datas
 HELD_OUT_OF = {"test": "of each class", "val": "of each class, without its test photos"}
 
 
-def _facts(complete: dataset.Dataset, settings: IngestSettings) -> list[tuple[str, str]]:
+def _facts(complete: dataset.Dataset, settings: IngestSettings, origin: str) -> list[tuple[str, str]]:
     sides = f"from {settings.min_side} px on the shorter side"
     sides += "" if settings.max_side is None else f", shrunk to {settings.max_side} px on the longer"
     return [
         ("Photos", settings.photos),
-        ("Labels", settings.labels or "one folder per class"),
+        ("Labels", origin),
         ("Size", sides),
         *((f"Held out for {split}", f"{share:g} {HELD_OUT_OF[split]}") for split, share in complete.held_out.items()),
         ("Seed", str(settings.seed)),

@@ -1,6 +1,5 @@
 """Labels of photos in a tree with one folder per class."""
 
-import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -10,7 +9,6 @@ from carclass.data.quarantine import Reason
 from carclass.ingestion.labels import SUBSETS, SUBSETS_TEXT, LabelsError, LocatedLabel, make_label
 from carclass.ingestion.names import has_control_characters, is_junk, may_be_photo, normalise_key
 
-log = logging.getLogger(__name__)
 MAX_MISPLACED = 0.1
 """Largest share of photos that may be at another depth than the rest; they get no label."""
 MAX_EXAMPLES = 3
@@ -42,6 +40,12 @@ class ClassFolders(NamedTuple):
 
     shared: list[str]
     depth: int
+
+    @property
+    def text(self) -> str:
+        """Return the layout in words."""
+        kind = "one folder per class" if self.depth == 1 else "folders of subsets, with one folder per class in each"
+        return f"{kind}, below {'/'.join(self.shared)}" if self.shared else kind
 
     def problem(self, key: str) -> tuple[Reason, str] | None:
         """Return the reason and detail of a photo that is in no folder of a class."""
@@ -97,8 +101,6 @@ def find_classes(keys: Callable[[], Iterable[str]], *, source: str) -> ClassFold
     num_others = sum(level.number for level in others.values())
     if depth - count > 2 or num_others > MAX_MISPLACED * (most.number + num_others):
         raise LabelsError(_depths_text(source, others, depth, most))
-    if count:
-        log.info("ingest: the folders of classes are looked for in %s", "/".join(shared[:count]))
     return ClassFolders(shared[:count], depth - count)
 
 

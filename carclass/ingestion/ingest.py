@@ -27,6 +27,7 @@ from carclass.data.lease import hold_lease
 from carclass.data.publishing import WrittenPart
 from carclass.data.root_check import check_root
 from carclass.ingestion import archive, collect, leakage, listing
+from carclass.ingestion.folder_labels import find_classes
 from carclass.ingestion.inputs import ListedInputs, check_classes, list_inputs
 from carclass.ingestion.reading import GuardedRun, read_groups, read_image_ids
 from carclass.ingestion.split import MIN_VAL_PHOTOS, check_shares, hold_out
@@ -96,7 +97,8 @@ def _write_dataset(draft: Draft, settings: IngestSettings, shares: dict[str, flo
     quarantine.check_quarantined(complete.manifest, settings.max_quarantined, "ingest.max_quarantined")
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in complete.manifest["reasons"].items())
     check_classes(complete.classes, settings, f"photos that are not in quarantine ({reasons})")
-    collect.write_report(complete, settings)
+    labels = settings.labels or find_classes(inventory.keys, source=settings.photos).text
+    collect.write_report(complete, settings, labels)
     published = draft.publish(complete)
     quarantine.log_counts("ingest", published.manifest)
     _warn_about_few_val(inventory, complete.classes)

@@ -77,6 +77,8 @@ def label_photos(settings: IngestSettings, inventory: Inventory) -> None:
     """
     if settings.labels is None:
         folders = find_classes(inventory.keys, source=settings.photos)
+        if folders.shared:
+            log.info("ingest: the folders of classes are looked for in %s", "/".join(folders.shared))
         inventory.add_labels(label for _, label in folders.labels(inventory.keys(), settings.photos))
         _reject_misplaced(inventory, folders)
     label_matching.match_labels(inventory, settings.photos)

@@ -34,11 +34,15 @@ def report(tmp_path: Path) -> DatasetReport:
     write(uri, "parts", [row(f"b{i}", image=jpeg(600 + i, 800), label="b", **sizes) for i in range(9)])
     write(uri, "quarantine", [quarantined("q1", "truncated"), quarantined("q2", "empty")])
     keys = [*(f"a{i}" for i in range(5)), *(f"b{i}" for i in range(9)), "q1", "q2"]
-    return collect.collect_report(publish(uri, keys), IngestSettings(photos=str(tmp_path / "photos")))
+    return collect.collect_report(publish(uri, keys), IngestSettings(photos=str(tmp_path / "photos")), "table.csv")
 
 
 def test_photos_are_counted_by_class_and_split(report: DatasetReport):
     assert report.classes == {"a": {"train": 3, "val": 1, "test": 1}, "b": {"train": 9}}
+
+
+def test_the_origin_of_the_labels_is_told(report: DatasetReport):
+    assert ("Labels", "table.csv") in report.facts
 
 
 def test_photos_are_counted_by_their_longer_side(report: DatasetReport):
@@ -61,7 +65,7 @@ def test_with_many_classes_the_first_ones_have_one_photo_each(tmp_path: Path, mo
     uri = dataset.dataset_uri(str(tmp_path), "v1")
     write(uri, "parts", [row(f"{i}", image=jpeg(), label="abcd"[i % 4]) for i in range(8)])
     published = publish(uri, [str(i) for i in range(8)], classes=list("abcd"))
-    report = collect.collect_report(published, IngestSettings(photos=str(tmp_path)))
+    report = collect.collect_report(published, IngestSettings(photos=str(tmp_path)), "table.csv")
     assert {name: len(samples) for name, samples in report.samples.items()} == {"a": 1, "b": 1, "c": 1}
 
 

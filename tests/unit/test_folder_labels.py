@@ -145,3 +145,15 @@ def test_a_photo_beside_the_shared_folders_gets_no_label():
 
 def test_a_backslash_in_a_key_makes_no_folder():
     assert [label.label for label in folder_labels("a/0.jpg", "a/x\\y.jpg", "b\\c/1.jpg")] == ["a", "a", "b\\c"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "text"),
+    [
+        (["Audi/1.jpg", "BMW/2.jpg"], "one folder per class"),
+        (["train/Audi/1.jpg", "test/BMW/2.jpg"], "folders of subsets, with one folder per class in each"),
+        (["a/b/Audi/1.jpg", "a/b/BMW/2.jpg"], "one folder per class, below a/b"),
+    ],
+)
+def test_the_layout_is_told_in_words(keys: list[str], text: str):
+    assert find_classes(lambda: keys, source="").text == text
