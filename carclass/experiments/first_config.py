@@ -156,7 +156,9 @@ def _training_comments(settings: Config) -> dict[str, str]:
     assert settings.train.frozen is not None
     texts = {}
     if (size := settings.train.model.image_size) < GPU_SIZE:
-        texts["train.model"] = f"Side of the network's input in pixels: {GPU_SIZE} is usual, {size} fits here."
+        texts["train.model.image_size"] = (
+            f"Side of the network's input in pixels: {GPU_SIZE} is usual, {size} fits here."
+        )
     if settings.train.frozen.batch_size < HEAD_BATCHES[0]:
         texts["train.frozen.batch_size"] = "Below the default 128, so that an epoch of so few photos has several steps."
     if settings.train.unfrozen is not None and settings.train.unfrozen.batch_size < BATCH_SIZE:
