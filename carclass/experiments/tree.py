@@ -15,7 +15,7 @@ from typing import Any
 from carclass.config import yaml_file
 from carclass.config.budget import Baseline, Budget
 from carclass.config.schema import Config, TrainSettings, with_changes
-from carclass.config.section import validate
+from carclass.config.section import CommandLineText, validate
 from carclass.errors import UserError, unknown_name
 from carclass.runs.run import STAGES, ParentEpoch, parse_parent
 
@@ -93,11 +93,15 @@ class Tree:
 
 
 def load_tree(file: Path, overrides: dict[str, str]) -> Tree:
-    """Return the tree of a budget file. Raise UserError for wrong settings, cycles and unknown parents."""
+    """Return the tree of a budget file. overrides: dotted key → text of the command line.
+
+    Raise UserError for wrong settings, cycles and unknown parents.
+    """
     values: dict[str, Any] = yaml_file.read(file)
     for key, value in overrides.items():
-        yaml_file.set_key(values, key, value)
-    budget = validate(values, Budget, source=file, base=_folder(file))
+        yaml_file.set_key(values, key, CommandLineText(value))
+    options = {key: f"--{key}" for key in overrides}
+    budget = validate(values, Budget, source=file, base=_folder(file), options=options)
     paths = sorted(glob.glob(budget.experiments))
     if not paths:
         raise UserError(f"{file}: `experiments`: no files match {budget.experiments}. Correct the pattern.")

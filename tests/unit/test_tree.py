@@ -144,3 +144,17 @@ def test_unknown_experiment_lists_the_known_ones(tmp_path: Path):
 def test_invalid_experiment_is_refused(tmp_path: Path, train: dict[str, Any], message: str):
     with pytest.raises(UserError, match=message):
         load(tmp_path, a=train)
+
+
+def test_a_root_of_the_command_line_is_relative_to_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    file = write(tmp_path, a={"parent": "sample"})
+    assert tree.load_tree(file, {"root": "mine"}).budget.root == str(tmp_path / "here" / "mine")
+
+
+def test_a_wrong_root_of_the_command_line_is_named_by_its_option(tmp_path: Path):
+    with pytest.raises(UserError, match=r"^`--root`: an S3 URI is written"):
+        tree.load_tree(write(tmp_path, a={"parent": "sample"}), {"root": "s3:x"})
