@@ -113,7 +113,10 @@ def parse_job_with_flags(
     path, overrides, args = _parse(doc, kind, [*shared, *list_settings(kind)], flags, argv, default, listed)
     prefix = "" if section is None else f"{section}."
     keys = {key: key if key == "root" else f"{prefix}{key}" for key in overrides}
-    config = load_config(path, {keys[key]: text for key, text in overrides.items()}, Config)
+    options = {keys[key]: f"--{key}" for key in overrides}
+    if listed is not None and args.listed:
+        options[keys[listed]] = listed.upper()
+    config = load_config(path, {keys[key]: text for key, text in overrides.items()}, Config, options)
     if section is not None and getattr(config, section) is None:
         if listed is not None:
             raise UserError(
@@ -187,12 +190,16 @@ def default_text(value: Any) -> str:
     return value_text(value)
 
 
-def load_config(path: Path, overrides: dict[str, str], kind: type[S]) -> S:
-    """Return the settings of a config file. overrides: dotted key → text; null, [lists], {mappings} are YAML."""
+def load_config(path: Path, overrides: dict[str, str], kind: type[S], options: Mapping[str, str] | None = None) -> S:
+    """Return the settings of a config file. overrides: dotted key → text; null, [lists], {mappings} are YAML.
+
+    options: dotted key → option that gave it, for messages; by default `--key`.
+    """
     values = yaml_file.read(path)
     for key, text in overrides.items():
         yaml_file.set_key(values, key, parse_value(text))
-    return validate(values, kind, source=path, base=Path(os.path.abspath(path)).parent)
+    given = {key: f"--{key}" for key in overrides} if options is None else options
+    return validate(values, kind, source=path, base=Path(os.path.abspath(path)).parent, options=given)
 
 
 def _null_or_text(text: str) -> str:

@@ -85,22 +85,46 @@ class Section(BaseModel):
 S = TypeVar("S", bound=Section)
 
 
-def validate(values: dict[str, Any], kind: type[S], *, source: str | Path, base: Path) -> S:
+def validate(
+    values: dict[str, Any], kind: type[S], *, source: str | Path, base: Path, options: Mapping[str, str] | None = None
+) -> S:
     """Return typed settings. Raise UserError, which names every wrong key with its path.
 
-    source: file or origin, for messages. base: folder that relative paths refer to.
+    source: file or origin, for messages. base: folder that relative paths refer to. options: dotted keys of values
+    from the command line → their options, which are named instead of the source.
     """
     try:
         return kind.model_validate(values, context={"base": base})
     except ValidationError as error:
-        empty = values.empty_variables if isinstance(values, FileValues) else {}
-        problems = [_explain(item, kind, empty) for item in error.errors()]
-    raise UserError(f"{source}: " + "; ".join(problems))
+        items, given = error.errors(), options or {}
+    empty = values.empty_variables if isinstance(values, FileValues) else {}
+    problems, in_file = list[str](), list[str]()
+    for item in items:
+        path = _path_of(item)
+        if key := next((key for key in given if f"{path}.".startswith(f"{key}.")), None):
+            problems.append(f"`{given[key]}`: {_explain(item, path[len(key) + 1 :], kind, {})}")
+        else:
+            in_file.append(_explain(item, path, kind, empty) + _name_options(item, path, given))
+    if in_file:
+        problems.append(f"{source}: {'; '.join(in_file)}")
+    raise UserError("; ".join(problems))
 
 
-def _explain(item: Any, kind: type[Section], empty: Mapping[str, str]) -> str:
+def _path_of(item: Any) -> str:
+    """Return the dotted key of a problem."""
+    return ".".join(str(step) for step in item["loc"] if step != "[key]")  # pydantic's mark of a mapping's key
+
+
+def _name_options(item: Any, path: str, options: Mapping[str, str]) -> str:
+    """Return the options that gave the settings which the problem of a whole section names, in parentheses."""
+    inner = {key: name for key, name in options.items() if key.startswith(f"{path}." if path else "")}
+    words = {*re.findall(r"`([\w.]+)", item["msg"])}
+    named = [name for key, name in inner.items() if words & {key, key.rpartition(".")[2]}]
+    return f" (given: {', '.join(named)})" if named else ""
+
+
+def _explain(item: Any, path: str, kind: type[Section], empty: Mapping[str, str]) -> str:
     """Return a problem with its path. empty: dotted key → variables that made its value empty."""
-    path = ".".join(str(step) for step in item["loc"] if step != "[key]")  # pydantic's mark of a mapping's key
     if item["type"] == "missing":
         return f"`{path}` is missing"
     if item["type"] != "extra_forbidden":
@@ -122,11 +146,9 @@ def _given_text(value: Any) -> str:
     """Return a rejected value in parentheses, as it is written in YAML; nothing for a whole section."""
     if isinstance(value, dict | Section):
         return ""
-    if isinstance(value, CommandLineText):
-        return f" (got {str(value)!r} on the command line)"
     literals: dict[Any, str] = {None: "null", True: "true", False: "false"}
     is_literal = value is None or isinstance(value, bool)
-    return f" (got {literals[value] if is_literal else repr(value)})"
+    return f" (got {literals[value] if is_literal else repr(str(value) if isinstance(value, str) else value)})"
 
 
 def _section_at(section: type[Section], path: tuple[int | str, ...]) -> type[Section]:

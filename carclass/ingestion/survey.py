@@ -27,6 +27,8 @@ from carclass.ingestion.split import count_held_out
 log = logging.getLogger(__name__)
 SAMPLE_PHOTOS, MIN_SAMPLE_PHOTOS, SAMPLE_SECONDS = 48, 8, 3.0
 """Limits of the sample: after its seconds it ends, if it has the fewest photos."""
+OPTIONS = {"photos": "PHOTOS", "labels": "--labels", "columns": "--columns"}
+"""Settings that the command line gives → its arguments."""
 MAX_EXAMPLES = 3
 """Files that are named for each reason of quarantine."""
 CLASSES = "SELECT label, subset, count(*) FROM input WHERE label NOT NULL AND reason IS NULL GROUP BY label, subset"
@@ -111,7 +113,7 @@ def make_settings(photos: str, labels: str | None, columns: Any = None) -> Inges
         values |= {"labels": CommandLineText(labels)}
     if columns is not None:
         values |= {"columns": columns}
-    settings = validate(values, IngestSettings, source="command line", base=Path.cwd())
+    settings = validate(values, IngestSettings, source="command line", base=Path.cwd(), options=OPTIONS)
     if settings.labels is None or not label_table.is_table(settings.labels):
         return settings
     try:

@@ -126,9 +126,41 @@ def test_a_path_may_contain_yaml_syntax(config_file: str, root: str):
     assert parse("train", "--config", config_file, "--root", root).root == root
 
 
-def test_a_wrong_command_line_value_is_named_by_its_key(config_file: str):
-    with pytest.raises(UserError, match=r"`train.num_workers`: .* \(got 'many' on the command line\)"):
-        parse("train", "--config", config_file, "--num_workers", "many")
+@pytest.mark.parametrize(
+    ("section", "options", "message"),
+    [
+        ("train", ["--num_workers", "many"], r"^`--num_workers`: give one number, .* \(got 'many'\)$"),
+        ("train", ["--frozen.lr", "-1"], r"^`--frozen.lr`: Input should be greater than 0 \(got '-1'\)$"),
+        ("predict", ["--photos", "p", "--threshold", "60"], r"^`--threshold`: Input should be less .* \(got '60'\)$"),
+        (None, ["--train.name", "a b"], r"^`--train.name`: a name has .* \(got 'a b'\)$"),
+        (None, ["--root", "s3:x"], r"^`--root`: an S3 URI is written s3://bucket/prefix \(got 's3:x'\)$"),
+        ("train", ["--loggers", "[csvs]"], r"^`--loggers`: `0`: .*'csvs'"),
+    ],
+)
+def test_a_wrong_value_of_the_command_line_is_named_by_its_option(
+    config_file: str, section: str | None, options: list[str], message: str
+):
+    with pytest.raises(UserError, match=message):
+        parse(section, "--config", config_file, *options)
+
+
+def test_a_mistake_in_the_file_is_told_apart_from_one_of_the_command_line(tmp_path: Path):
+    path = tmp_path / "my.yml"
+    path.write_text("root: r\ntrain: {name: a, seed: x}\n")
+    with pytest.raises(UserError, match=r"^`--num_workers`: .*; \S*my\.yml: `train\.seed`: must be an integer"):
+        parse("train", "--config", str(path), "--num_workers", "many")
+
+
+def test_an_option_without_effect_is_named(tmp_path: Path):
+    path = tmp_path / "my.yml"
+    path.write_text("root: r\ningest: {photos: p}\n")
+    with pytest.raises(UserError, match=r"my\.yml: `ingest`: `columns` has no effect: .* \(given: --columns\)$"):
+        parse("ingest", "--config", str(path), "--columns", "{name: file}")
+
+
+def test_photos_without_an_option_are_named_as_such(config_file: str):
+    with pytest.raises(UserError, match=r"^`PHOTOS`: an S3 URI is written"):
+        cli.parse_job_with_flags("", "predict", {}, ["s3:x", "--config", config_file], listed="photos")
 
 
 def test_a_pipeline_accepts_all_sections_with_dotted_keys(config_file: str):
@@ -234,7 +266,7 @@ def test_a_programming_error_keeps_its_traceback():
     [
         (("ingest.py", "--config", "/nothing.yml"), "error: config file /nothing.yml: No such file"),
         (("train.py", "--config", str(SAMPLE), "--unfrozen.lrr", "3"), "did you mean `--unfrozen.lr`?"),
-        (("train.py", "--config", str(SAMPLE), "--num_workers", "0"), "error: .*`train.num_workers`: "),
+        (("train.py", "--config", str(SAMPLE), "--num_workers", "0"), "error: `--num_workers`: "),
         (("tune.py", "--num_trails", "3"), "did you mean `--num_trials`?"),
         (("export.py", "--rnu", "first"), "did you mean `--run`?"),
         (("benchmark.py", "ingest", "--photo", "x"), "did you mean `--photos`?"),

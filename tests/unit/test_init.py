@@ -250,8 +250,8 @@ def test_an_existing_file_is_replaced_only_when_told(tmp_path: Path, monkeypatch
         (["huge"], "photos have 1 class"),
         (["s3:bucket/x"], "an S3 URI is written"),
         (["p", "--columns", "{name: nr}"], "`--columns` has no effect: no table of labels is in or beside p"),
-        (["flat", "--labels", "flat/a.csv", "--columns", "{key: nr}"], "`columns.key"),
-        (["flat", "--labels", "flat/a.csv", "--columns", "nr"], "`columns`"),
+        (["flat", "--labels", "flat/a.csv", "--columns", "{key: nr}"], "^`--columns`: `key`"),
+        (["flat", "--labels", "flat/a.csv", "--columns", "nr"], "^`--columns`: must"),
     ],
 )
 def test_a_mistake_is_reported_and_nothing_is_written(

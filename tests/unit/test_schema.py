@@ -350,9 +350,3 @@ def test_errors_speak_of_yaml_not_of_python(tmp_path: Path, values: dict[str, An
     with pytest.raises(UserError) as caught:
         validate(values, Config, source="my.yml", base=tmp_path)
     assert message in str(caught.value)
-
-
-def test_an_error_says_that_a_value_is_from_the_command_line(tmp_path: Path):
-    values = {"root": "r", "ingest": {"photos": "p", "num_classes": CommandLineText("abc")}}
-    with pytest.raises(UserError, match=r"`ingest\.num_classes`: .* \(got 'abc' on the command line\)"):
-        validate(values, Config, source="my.yml", base=tmp_path)

@@ -183,7 +183,7 @@ def test_an_empty_variable_is_not_blamed_for_a_value_of_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("V", "")
-    with pytest.raises(UserError, match=r"must be a number \(got 'x' on the command line\)"):
+    with pytest.raises(UserError, match=r"^`--train.frozen.lr`: must be a number \(got 'x'\)$"):
         cli.load_config(
             write(tmp_path, "root: r\ntrain: {name: x, frozen: {lr: ${V}}}"), {"train.frozen.lr": "x"}, Config
         )
