@@ -15,9 +15,12 @@ help: ## list what there is to make
 install: $(INSTALLED) ## a virtual environment from the locks
 
 $(INSTALLED): $(LOCKS) $(wildcard cluster/image/*.lock) cluster/image/install.sh pyproject.toml
+	@echo "1 of 2: the locked packages, PyTorch and Ray among them, into .venv (several GB; a minute or more without output)"
 	cluster/image/install.sh .venv $(LOCKS)
+	@echo "2 of 2: carclass itself"
 	.venv/bin/uv pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
+	@echo "Installed. Next: make demo, or .venv/bin/carclass --help"
 
 demo: $(INSTALLED) ## the whole chain on the embedded sample
 	$(PY) jobs/pipeline.py
