@@ -66,6 +66,13 @@ def write_checkpoint(folder: Path, learner: Learner, epoch: int, samples: int, v
     return f"{folder}/{name}"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_large_finite_weights_whose_sum_overflows_are_finite(dtype: torch.dtype):
+    largest = torch.full((4,), torch.finfo(dtype).max, dtype=dtype)
+    assert weights.first_not_finite({"a": torch.zeros(0, dtype=dtype), "b": largest, "c": torch.tensor(7)}) is None
+    assert weights.first_not_finite({"b": largest, "c": torch.tensor([1, math.inf, -math.inf], dtype=dtype)}) == "c"
+
+
 @not_finite
 def test_a_model_that_is_not_finite_is_not_read(tmp_path: Path, value: float):
     with pytest.raises(UserError, match=r"best.safetensors has weights that are not finite \(first: fc.1.weight\)"):
