@@ -17,6 +17,7 @@ interrupted job resumes. The report of the run shows which threshold gives which
 """
 
 import argparse
+import logging
 from typing import TYPE_CHECKING
 
 from carclass import progress
@@ -29,18 +30,23 @@ if TYPE_CHECKING:
     from carclass.prediction.predict import PredictionResult
 
 
+log = logging.getLogger("carclass.predict")
+
+
 def main() -> None:
     config, args = cli.parse_job_with_flags(__doc__, "predict", {}, listed="photos")
     assert config.predict is not None
     settings = config.predict.model_copy(update={"run": config.or_trained(config.predict.run)})
     if settings.run is None:
         raise UserError("`predict.run` is missing: name the run to use, e.g. --run first.")
+    log.info("predict: loading PyTorch")  # it takes seconds
     from carclass.prediction import named_photos
 
     if photos := named_photos.find_photos(args.listed or [settings.photos]):
         check_options(args, named_photos.STORED_ONLY)
-        predicted = named_photos.predict_named(config.root, settings, photos)
+        predicted, calibration = named_photos.predict_named(config.root, settings, photos)
         rows, failed = named_photos.describe_rows(predicted), all(row["label"] is None for row in predicted)
+        rows += [] if failed else [("probabilities", calibration.verdict)]
     else:
         from carclass.prediction.predict import predict_photos
 
@@ -74,7 +80,7 @@ def result_rows(settings: "PredictSettings", result: "PredictionResult") -> list
         *([("not photos, left out", terminal_text(counts.others.text))] if counts.others.number else []),
         ("quarantined", f"{sum(counts.reasons.values()):,}"),
         *((f"  {reason}", f"{number:,}") for reason, number in counts.reasons.items()),
-        ("temperature", calibration.text),
+        ("probabilities", calibration.verdict),
         *([("calibration error (val)", f"{before:.3f} → {after:.3f}")] if calibration.temperature != 1 else []),
         ("page", storage.join(result.uri, predictions.PAGE)),
         ("Parquet", storage.join(result.uri, predictions.TABLE)),

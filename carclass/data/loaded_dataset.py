@@ -64,6 +64,9 @@ class LoadedDataset:
             raise UserError(f"dataset `{self.dataset.name}` has no photo with the key {error.args[0]!r}.") from error
         return [Image.open(io.BytesIO(row["image"])) for row in rows]
 
+    def __repr__(self) -> str:
+        return f"LoadedDataset({self.dataset.uri})"
+
     def _repr_html_(self) -> str:
         manifest = self.dataset.manifest
         facts = [("uri", self.dataset.uri), ("classes", f"{len(self.classes):,}"), ("photos", f"{manifest['rows']:,}")]

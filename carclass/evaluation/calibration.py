@@ -5,8 +5,6 @@ divided by one scalar, the temperature. This does not change the order of the cl
 """
 
 import numpy as np
-from scipy.optimize import minimize_scalar
-from scipy.stats import t as student
 
 from carclass.evaluation import metrics
 from carclass.runs.calibration_record import MIN_USED_TEMPERATURE, Calibration, refuse_sharpening
@@ -64,6 +62,8 @@ def improves_others(labels: np.ndarray, probabilities: np.ndarray) -> bool:
     Every photo is left out of one of NUM_FOLDS fits; a one-sided t-test of the differences decides. labels: int (N,),
     in any order that does not depend on correctness; probabilities: float (N,C).
     """
+    from scipy.stats import t as student  # late: predictions do without it, and it takes a second
+
     if len(labels) < 2:
         return False
     folds, gains = np.arange(len(labels)) % NUM_FOLDS, np.zeros(len(labels))
@@ -82,6 +82,8 @@ def fit_temperature(labels: np.ndarray, probabilities: np.ndarray) -> float:
     labels: int (N,); probabilities: float (N,C), whose logarithms are logits up to a constant per row. The loss is
     convex in 1 / temperature, so its minimum is unique.
     """
+    from scipy.optimize import minimize_scalar  # late, as above
+
     assert len(labels) == len(probabilities) > 0, (len(labels), len(probabilities))
     result = minimize_scalar(
         lambda log_temperature: log_loss(labels, probabilities, np.exp(log_temperature)),

@@ -33,6 +33,9 @@ class LoadedComparison:
         columns += ["test_photos"] if finished["test_photos"].nunique() > 1 else []
         return finished.sort_values("val_accuracy", ascending=False, kind="stable")[columns]
 
+    def __repr__(self) -> str:
+        return f"LoadedComparison({self.uri}, {len(self.runs):,} runs)"
+
     def _repr_html_(self) -> str:
         summary = self.summary()
         facts = [("uri", self.uri), ("runs", f"{len(self.runs):,}"), ("finished", f"{len(summary):,}")]

@@ -62,6 +62,7 @@ class _Steps(NamedTuple):
 
     @classmethod
     def load(cls, job: PredictionJob) -> "_Steps":
+        log.info("predict: loading the classifier%s", "" if job.mask is None else " and the detector")
         threads = torch.get_num_threads()
         detector = None if job.mask is None else DetectNewPhotos(job.mask, NoCrashGuard(), use_gpu=False)
         classifier = ClassifyPhotos(job, NoCrashGuard(), use_gpu=False)

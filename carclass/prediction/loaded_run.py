@@ -137,6 +137,9 @@ class LoadedRun:
             names |= {"expected_calibration_error": "calibration error"}
             yield from ((names[key], metrics[key]) for key in names if key in metrics)
 
+    def __repr__(self) -> str:
+        return f"LoadedRun({self.run.uri}, stage {self.stage})"
+
     def _repr_html_(self) -> str:
         facts = [(name, f"{value:.3f}" if isinstance(value, float) else str(value)) for name, value in self._facts()]
         return facts_html(f"run {self.settings.name}", [*facts, ("uri", self.run.uri)])

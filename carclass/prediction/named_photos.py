@@ -10,6 +10,7 @@ from carclass.errors import UserError
 from carclass.formatting import terminal_text
 from carclass.ingestion.archive import is_archive
 from carclass.prediction.photo_predictor import PhotoPredictor
+from carclass.runs.calibration_record import Calibration
 from carclass.runs.run import find_run
 
 STORED_ONLY = ("name", "batch_size", "max_quarantined", "part_rows")
@@ -43,15 +44,21 @@ def _is_photo(place: str) -> bool:
     return os.path.isfile(path)
 
 
-def predict_named(root: str, settings: PredictSettings, photos: Sequence[str]) -> list[dict[str, Any]]:
-    """Return rows of predictions.PREDICTION, in order. Raise UserError as PhotoPredictor does, or without the run."""
+def predict_named(
+    root: str, settings: PredictSettings, photos: Sequence[str]
+) -> tuple[list[dict[str, Any]], Calibration]:
+    """Return rows of predictions.PREDICTION, in order, and the calibration of their probabilities.
+
+    Raise UserError as PhotoPredictor does, or without the run.
+    """
     assert settings.run is not None
     run = find_run(root, settings.run)
     model_uri = run.model_uri(run.select_stage(settings.stage))
-    rows: list[dict[str, Any]] = PhotoPredictor(run, model_uri, settings.detector_weights)(photos).to_pylist()
+    predictor = PhotoPredictor(run, model_uri, settings.detector_weights)
+    rows: list[dict[str, Any]] = predictor(photos).to_pylist()
     for row in rows:
         row["rejected"] = None if row["label"] is None else row["probability"] < settings.threshold
-    return rows
+    return rows, predictor.calibration
 
 
 def describe_rows(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """Prediction of photos in this process, by the steps of jobs/predict.py: read, mask, resize, classify, calibrate."""
 
 import io
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,16 +16,19 @@ from carclass.data import photo
 from carclass.data.quarantine import PhotoError
 from carclass.errors import UserError
 from carclass.evaluation import calibration
+from carclass.formatting import count_text
 from carclass.ingestion.reading import failed_row, to_row
 from carclass.masking.detection import detection_columns
 from carclass.masking.writer import DETECTED, cut_rows
 from carclass.prediction.detector_weights import mask_settings
 from carclass.prediction.predictions import PREDICTION, prediction_columns
+from carclass.progress import Progress
 from carclass.runs.calibration_record import require_calibration
 from carclass.runs.predictor import Predictor
 from carclass.runs.preprocessing_record import load_preprocessing
 from carclass.runs.run import Run
 
+log = logging.getLogger(__name__)
 Row = dict[str, Any]
 PhotoSource = str | os.PathLike[str] | Image.Image
 """A photo to predict: a path, a URI, or an image of PIL."""
@@ -49,10 +53,12 @@ class PhotoPredictor:
         preprocessing = load_preprocessing(run)
         self.reading = preprocessing.ingest_settings(run.uri)  # the place is not used
         self.mask = mask_settings(preprocessing, run.root, detector_weights)
+        log.info("predict: loading the classifier of run %s", run.settings.name)
         self.classifier = Predictor(model_uri, use_gpu=device == "cuda")
-        self.temperature = require_calibration(run, model_uri, self.classifier.sha256).temperature
+        self.calibration = require_calibration(run, model_uri, self.classifier.sha256)
         self.detector = None
         if self.mask is not None:
+            log.info("predict: loading the detector %s", self.mask.detector.model)
             from carclass.masking.detector import Detector  # imported late: it needs Detectron2
 
             self.detector = Detector(self.mask.detector, self.mask.choice, device)
@@ -63,10 +69,15 @@ class PhotoPredictor:
         if isinstance(photos, Iterable) and not isinstance(photos, str | bytes | os.PathLike | Image.Image):
             sources = [*photos]
         check_sources(sources)
-        rows: list[Row] = []
+        verb = "classifying" if self.detector is None else "masking and classifying"
+        log.info("predict: %s %s", verb, count_text(len(sources), "photo"))
+        rows, progress = list[Row](), Progress("predict", total=len(sources))
         for start in range(0, len(sources), BATCH_SIZE):
-            loaded = load_sources(sources[start : start + BATCH_SIZE], start)
-            rows += self._classify([self._prepare(row) for row in loaded])
+            prepared = []
+            for row in load_sources(sources[start : start + BATCH_SIZE], start):
+                prepared.append(self._prepare(row))
+                progress.add(1)
+            rows += self._classify(prepared)
         return pa.Table.from_pylist(rows, PREDICTION).drop(["rejected"])
 
     def _prepare(self, source: Row) -> Row:
@@ -91,7 +102,7 @@ class PhotoPredictor:
         valid = [row for row in rows if row["reason"] is None]
         if valid:
             probabilities = self.classifier.probabilities([row["image"] for row in valid])
-            calibrated = calibration.apply_temperature(probabilities, self.temperature)
+            calibrated = calibration.apply_temperature(probabilities, self.calibration.temperature)
             for row, columns in zip(valid, prediction_columns(calibrated, self.classifier.classes, 0.0), strict=True):
                 row |= columns
         return list(rows)

@@ -39,6 +39,14 @@ class Calibration:
     objection: str | None = None
     """Reason why the fitted temperature is not used; None if it is, and in files of former formats."""
 
+    def __repr__(self) -> str:
+        return f"Calibration({self.verdict})"
+
+    @property
+    def verdict(self) -> str:
+        """Return "calibrated: temperature …" or "not calibrated: temperature 1, …", with the reason."""
+        return f"{'not ' if self.temperature == 1 else ''}calibrated: temperature {self.text}"
+
     @property
     def text(self) -> str:
         """Return the temperature in words, with the reason if it is not the fitted one."""

@@ -42,6 +42,9 @@ class LoadedSweep:
         if not self.result.complete:
             raise UserError(f"no trial of sweep `{self.result.name}` is complete yet.")
 
+    def __repr__(self) -> str:
+        return f"LoadedSweep({self.result.name}, {len(self.result.searched):,} trials)"
+
     def _repr_html_(self) -> str:
         facts = [
             *((name.lower(), value) for name, value in self.result.facts),

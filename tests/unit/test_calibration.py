@@ -132,6 +132,14 @@ def test_a_temperature_below_one_that_was_stored_before_is_not_used_if_it_is_of_
     assert (read.coverage == [], "more of them: the best epoch" in read.text) == (temperature == 1, temperature == 1)
 
 
+def test_a_calibration_is_shown_in_short():
+    used = calibration.fit_calibration(*draw(2.0), "f" * 64)
+    unused = calibration.fit_calibration(*draw_spoiled(), "f" * 64)
+    assert repr(used) == f"Calibration(calibrated: temperature {used.text})"
+    assert repr(unused).startswith("Calibration(not calibrated: temperature 1, so that probabilities stay as they are")
+    assert max(len(repr(used)), len(repr(unused))) < 250
+
+
 def test_a_network_that_has_learnt_nothing_is_calibrated_to_chance():
     labels = np.arange(40) % 4
     fitted = calibration.fit_calibration(labels, softmax(np.tile([3.0, 0, 0, 0], (40, 1))), "f" * 64)

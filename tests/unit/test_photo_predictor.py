@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import logging
 import runpy
 import sys
 from pathlib import Path
@@ -306,9 +307,39 @@ def test_several_photos_are_predicted_by_their_names_and_rejected_below_the_thre
     (tmp_path / "text.jpg").write_text("no photo")
     names = [str(tmp_path / name) for name in ("car.png", "text.jpg")]
     run_command(monkeypatch, *names, "--config", config_file, "--threshold", "1")
-    _, _, first, second = capsys.readouterr().out.splitlines()
+    _, _, first, second, last = capsys.readouterr().out.splitlines()
+    assert last.split(maxsplit=1)[0] == "probabilities"
     assert "(rejected: below the threshold)" in first
     assert "not_an_image" in second
+
+
+@pytest.mark.parametrize(("temperature", "verdict"), [(TEMPERATURE, "calibrated: "), (1.0, "not calibrated: ")])
+def test_one_photo_is_printed_with_the_calibration_of_its_probabilities(
+    temperature: float, verdict: str, predicting: LoadedRun, image: Image.Image, config_file: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+    assert predicting.calibration is not None
+    write_calibration(
+        predicting.run.model_uri("frozen"), dataclasses.replace(predicting.calibration, temperature=temperature)
+    )
+    image.save(tmp_path / "car.png")
+    run_command(monkeypatch, str(tmp_path / "car.png"), "--config", config_file)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.split(maxsplit=1)[1].startswith(f"{verdict}temperature {temperature:g}")
+
+
+def test_the_phases_of_a_prediction_are_logged(
+    predicting: LoadedRun, image: Image.Image, config_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):  # fmt: skip
+    image.save(tmp_path / "car.png")
+    with caplog.at_level(logging.INFO, "carclass"):
+        run_command(monkeypatch, str(tmp_path / "car.png"), "--config", config_file)
+    assert [line for line in caplog.messages if line.startswith("predict: ")] == [
+        "predict: loading PyTorch",
+        "predict: loading the classifier of run first",
+        "predict: classifying 1 photo",
+    ]
 
 
 def test_an_option_without_effect_on_single_photos_is_refused(

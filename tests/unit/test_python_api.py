@@ -69,6 +69,11 @@ def test_the_history_of_a_run_has_a_row_per_epoch(loaded: LoadedRun):
     assert list(loaded.history()["val_accuracy"]) == [0.5]
 
 
+def test_a_run_and_a_dataset_are_printed_in_short(loaded: LoadedRun, run: Run):
+    assert repr(loaded) == f"LoadedRun({run.uri}, stage {loaded.stage})"
+    assert repr(carclass.load_dataset(f"{run.root}/datasets/v1")) == f"LoadedDataset({run.root}/datasets/v1)"
+
+
 def test_a_run_is_shown_in_a_notebook(loaded: LoadedRun):
     html = loaded._repr_html_()
     assert "<b>run first</b>" in html
@@ -113,6 +118,7 @@ def test_a_sweep_has_a_table_of_trials():
     assert sweep.best in [trial.trial.values for trial in sweep.result.trials]
     assert sweep.summary()
     assert "<b>sweep head</b>" in sweep._repr_html_()
+    assert repr(sweep).startswith("LoadedSweep(head, ")
 
 
 @pytest.fixture
@@ -127,6 +133,7 @@ def test_a_comparison_has_a_table_of_runs(comparison: Comparison, tmp_path: Path
     assert list(loaded.runs.index) == [run.name for run in comparison.runs]
     assert list(loaded.summary().index) == [run.name for run in comparison.finished]
     assert comparison.best.name in loaded._repr_html_()
+    assert repr(loaded).startswith(f"LoadedComparison({tmp_path}")
 
 
 def test_a_comparison_without_a_finished_run_is_shown(comparison: Comparison, tmp_path: Path):
