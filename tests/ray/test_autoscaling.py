@@ -76,7 +76,8 @@ def autoscaled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, s
 
 def run(environment: dict[str, str], code: str) -> subprocess.CompletedProcess:
     """Run a job of a few lines, the last line of its output is its result as JSON."""
-    start = "import json, ray\nfrom carclass.cluster import connection, resources\nfrom carclass.errors import UserError\nconnection.connect()\n"
+    imports = "import json, ray\nfrom carclass.cluster import connection, resources\nfrom carclass.errors import UserError\n"
+    start = f"{imports}connection.connect()\n"
     command = [sys.executable, "-c", start + textwrap.dedent(code)]
     return subprocess.run(command, env=environment, cwd=REPO, capture_output=True, text=True, timeout=180, check=False)
 
