@@ -76,8 +76,8 @@ def autoscaled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, s
 
 def run(environment: dict[str, str], code: str) -> subprocess.CompletedProcess:
     """Run a job of a few lines, the last line of its output is its result as JSON."""
-    imports = "import json, ray\nfrom carclass.cluster import connection, resources\nfrom carclass.errors import UserError\n"
-    start = f"{imports}connection.connect()\n"
+    imports = "from carclass.cluster import connection, resources\nfrom carclass.errors import UserError\n"
+    start = f"import json, ray\n{imports}connection.connect()\n"
     command = [sys.executable, "-c", start + textwrap.dedent(code)]
     return subprocess.run(command, env=environment, cwd=REPO, capture_output=True, text=True, timeout=180, check=False)
 
