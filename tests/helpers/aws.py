@@ -36,8 +36,8 @@ class Recorder(Proxy):
     no_spot: error code for spot requests. full_subnet: its zone has no capacity.
     """
 
-    def __init__(self, endpoint: str) -> None:
-        super().__init__(endpoint)
+    def __init__(self, endpoint: str, address: tuple[str, int] = ("127.0.0.1", 0)) -> None:
+        super().__init__(endpoint, address)
         self.RequestHandlerClass = RecordingHandler
         self.requests: list[Request] = []
         self.no_spot: str | None = None

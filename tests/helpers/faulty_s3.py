@@ -57,8 +57,8 @@ class Proxy(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, endpoint: str) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, endpoint: str, address: tuple[str, int] = ("127.0.0.1", 0)) -> None:
+        super().__init__(address, Handler)
         self.upstream = endpoint.split("://")[1]
         self.faults: list[Fault] = []
         self.first, self.share = 0, 0.0

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from tests.helpers.clusters import Job
 
@@ -89,6 +90,9 @@ class Host:
             process.wait(timeout=60)
 
 
+H = TypeVar("H", bound=Host)
+
+
 class Network:
     """Hosts on one switch, with a router that blocks connections from outside."""
 
@@ -104,19 +108,25 @@ class Network:
         _sh(f"ip -n {SWITCH} address add {NETWORK}.254/24 dev bridge")
         self.forward(False)
 
-    def add(self, name: str) -> Host:
-        """Add a host to the switch."""
-        host = self.hosts[name] = Host(name, len(self.hosts) + 1, self.folder, self.names)
+    def add(self, name: str, number: int | None = None, kind: type[H] = Host) -> H:  # type: ignore[assignment]
+        """Add a host to the switch. number: the last of its address, by default the next one."""
+        host = self.hosts[name] = kind(name, number or len(self.hosts) + 1, self.folder, self.names)
         _sh(f"ip -n {SWITCH} link set {host.cable} master bridge")
         with self.names.open("a") as file:  # appended in place, because running hosts have mounted the file
             file.write(f"{host.address} {name}\n")
         return host
 
-    def add_outside(self, name: str) -> Host:
+    def add_outside(self, name: str, kind: type[H] = Host) -> H:  # type: ignore[assignment]
         """Add a host in another network behind the router."""
-        host = self.hosts[name] = Host(name, len(self.hosts) + 1, self.folder, self.names, OUTSIDE)
+        host = self.hosts[name] = kind(name, len(self.hosts) + 1, self.folder, self.names, OUTSIDE)
         _sh(f"ip -n {SWITCH} address add {OUTSIDE}.254/24 dev {host.cable}")
         return host
+
+    def remove(self, host: Host) -> None:
+        """Kill and remove a host."""
+        host.kill()
+        del self.hosts[host.name]
+        _sh(f"ip netns delete {host.space}")
 
     def forward(self, on: bool) -> None:
         """Let the router forward packets or not."""
@@ -124,9 +134,8 @@ class Network:
 
     def close(self) -> None:
         """Kill and remove all hosts."""
-        for host in self.hosts.values():
-            host.kill()
-            _sh(f"ip netns delete {host.space}")
+        for host in [*self.hosts.values()]:
+            self.remove(host)
         _sh(f"ip netns delete {SWITCH}")
         with suppress(OSError):
             RAY_FOLDER.rmdir()

@@ -10,6 +10,7 @@ import socket
 import socketserver
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -29,7 +30,8 @@ class Tunnel(socketserver.ThreadingTCPServer):
     def cut(self) -> None:
         """Close all connections; new ones are accepted."""
         for connection in [*self.connections]:
-            connection.shutdown(socket.SHUT_RDWR)
+            with suppress(OSError):  # its peer hung up
+                connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, *_: object) -> None:
         """Ignore peers that hung up."""
