@@ -260,7 +260,8 @@ def _unfinished_runs(settings: Config) -> list[TrainSettings]:
 def _check_machine(settings: Config, listed: ListedInputs, planned: Planned, problems: Problems) -> Machine:
     """Collect the problems of devices and memory, and return the resources of the cluster.
 
-    A finished run needs no cluster. The nodes of an autoscaler are not started before they are needed.
+    A finished run needs no cluster. The nodes of an autoscaler are not started before they are needed: the GPUs that
+    jobs will wait for are counted, and at least one CPU.
     """
     folders = {"root": settings.root, "ingest.photos": archive.split_folder(listed.settings.photos)[0]}
     if not _unfinished_runs(settings) or not problems.passes(connection.connect, folders):
@@ -268,7 +269,17 @@ def _check_machine(settings: Config, listed: ListedInputs, planned: Planned, pro
     if not resources.is_labelled():
         _check_devices(settings, planned, problems)
     gpus, memory = resources.count_slots("GPU", 1), resources.memory_bytes(use_gpu=False)
-    return Machine(resources.count_slots("CPU", 1), memory or 0, (0,) * gpus)
+    if resources.is_labelled():
+        gpus = max(gpus, _awaited_gpus(settings))
+    return Machine(max(1, resources.count_slots("CPU", 1)), memory or 0, (0,) * gpus)
+
+
+def _awaited_gpus(settings: Config) -> int:
+    """Return the number of GPUs that masking or training will wait for on a cluster with an autoscaler."""
+    counts = [run.workers[0] for run in _unfinished_runs(settings) if run.use_gpu is not False]
+    if settings.mask is not None and settings.mask.use_gpu is not False:
+        counts.append(settings.mask.num_actors or 1)
+    return max(counts, default=0)
 
 
 def _check_devices(settings: Config, planned: Planned, problems: Problems) -> None:

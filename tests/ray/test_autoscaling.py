@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from carclass.sample.generate import write_sample
 from tests.helpers.clusters import RAY, free_port, kill, wait_for
 
 REPO = Path(__file__).parents[2]
@@ -86,6 +87,33 @@ def result(done: subprocess.CompletedProcess) -> object:
     """Parse the result of a job that succeeded."""
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+PLANNED = """
+from carclass.config.schema import Config
+from carclass.experiments.pipeline_preflight import check_pipeline
+from carclass.data.inventory import Inventory
+sections = {{"ingest": {{"photos": "{photos}"}}, "train": {train}}}
+with Inventory() as inventory:
+    check_pipeline(Config.model_validate({{"root": "{root}", "mask": {mask}, **sections}}), inventory)
+print(json.dumps(resources.count_slots("CPU", 1)))
+"""
+
+
+def test_a_pipeline_is_planned_before_any_node_is_started(
+    autoscaled, tmp_path
+):  # the first test: the others start some
+    write_sample(tmp_path / "sample", train_per_class=4, test_per_class=2)
+    mask = {"detector": {"model": "sample", "weights": "sample"}}
+    model = {"architecture": "resnet26-narrow", "image_size": 64}
+    train = {"name": "first", "parent": "sample", "num_workers": 4, "model": model}
+    for number, path in enumerate((tmp_path / "sample" / "photos").glob("*.jpg")):
+        folder = tmp_path / "photos" / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        path.rename(folder / path.name)
+    done = run(autoscaled, PLANNED.format(photos=tmp_path / "photos", root=tmp_path / "root", mask=mask, train=train))
+    assert result(done) == 0
+    assert "4 GPU(s)" in done.stdout
 
 
 PLACED = """
