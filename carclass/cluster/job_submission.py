@@ -59,9 +59,8 @@ def submit_and_follow(
     try:
         return asyncio.run(LogFollower(client, submission_id).follow())
     except KeyboardInterrupt:
-        log.info(
-            "submit: the job keeps running. The same command follows it; `ray job stop %s` stops it", submission_id
-        )
+        stop = f"ray job stop --address {address} {submission_id}"  # Ray's command does not know the default address
+        log.info("submit: the job keeps running. The same command follows it; `%s` stops it", stop)
         return 130
 
 

@@ -1,7 +1,10 @@
 """Jobs submitted to a Ray cluster with token authentication, and followed to their end."""
 
 import os
+import re
 import secrets
+import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -288,6 +291,21 @@ def test_the_same_command_follows_the_running_job(head: Head, tmp_path: Path):
     first.end()
     again.end()
     assert marker.read_text() == "x"
+
+
+def test_the_command_that_ctrl_c_prints_stops_the_job(head: Head, tmp_path: Path):
+    marker = tmp_path / "started"
+    job = start_submit(
+        head, tmp_path / "first", "python", "-c", WAIT.format(started=str(marker), end=str(tmp_path / "end"))
+    )
+    wait_for(marker.exists, *job)
+    job.process.send_signal(signal.SIGINT)
+    assert job.process.wait(timeout=60) == 130
+    (command,) = re.findall(r"`(ray job stop [^`]+)`", job.log.read_text())
+    arguments = shlex.split(command)[1:]
+    done = subprocess.run([RAY, *arguments], env=environment(head.token, tmp_path), capture_output=True, check=False)
+    (tmp_path / "end").touch()
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_submission_without_the_token_is_refused(head: Head, tmp_path: Path):
