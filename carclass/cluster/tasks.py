@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 import ray
 from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayTaskError, WorkerCrashedError
 
+from carclass.cluster import resources
 from carclass.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,8 @@ def run_tasks(
     """
     pool = _TaskPool(function, count_progress)
     for item in items:
+        if not pool.is_busy():
+            resources.check_cpus(1, "a task")  # which tells the user that nodes are waited for
         while not pool.has_room():
             yield from pool.wait()
         pool.submit(_Attempt(item))

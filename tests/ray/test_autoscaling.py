@@ -116,6 +116,18 @@ def test_a_pipeline_is_planned_before_any_node_is_started(
     assert "4 GPU(s)" in done.stdout
 
 
+UNPLACED = """
+from carclass.cluster.tasks import run_tasks
+resources.MAX_WAIT_S = 0.5
+print(list(run_tasks(str, [1])))
+"""
+
+
+def test_tasks_for_which_no_node_starts_end_with_the_reason(autoscaled):  # the second test, for the same reason
+    done = run(autoscaled, UNPLACED)
+    assert "`a task` needs 1 CPU(s); none started" in done.stderr
+
+
 PLACED = """
 try:
     assert resources.decide_gpus(None, {count}, "key", "{work}")
