@@ -58,10 +58,11 @@ def to_options(settings: dict[str, Any], prefix: str = "--") -> str:
 
 
 def interrupt(job: Job) -> None:
-    """Send Ctrl-C to a command typed by the operator."""
+    """Send Ctrl-C to a command typed by the operator: to the processes of its group, as a terminal does."""
     for pid in descendants(job.process.pid):
         with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGINT)
+            if os.getpgid(pid) == job.process.pid:
+                os.kill(pid, signal.SIGINT)
 
 
 @dataclass
