@@ -33,7 +33,9 @@ HEALTHCHECK --start-period=60s --interval=30s --timeout=10s \
 CMD ["ray", "start", "--head", "--block", "--dashboard-host=127.0.0.1"]
 
 FROM node AS inventory
-RUN --mount=type=bind,source=cluster/image,target=/image python /image/sbom.py carclass.cdx.json
+COPY requirements.lock cluster/image/detectron2.lock /locks/
+RUN --mount=type=bind,source=cluster/image,target=/image python /image/sbom.py carclass.cdx.json \
+    /locks/requirements.lock /locks/detectron2.lock
 
 FROM scratch AS sbom
 COPY --from=inventory /home/carclass/carclass.cdx.json /
