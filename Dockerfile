@@ -1,10 +1,12 @@
 # A Ray node, head or worker, with carclass' locked dependencies; jobs bring the code.
-#   docker build -t carclass .
-#   docker build --build-arg BASE=docker.io/library/python:3.11-slim-bookworm@sha256:… --build-arg DEVICE=cpu -t carclass:cpu .
-#   docker build --target sbom --output sbom .    software bill of materials: sbom/carclass.cdx.json (CycloneDX)
+#   make image                 CUDA; also serves nodes without GPUs
+#   make image DEVICE=cpu      CPU only
+#   make sbom                  software bill of materials: build/sbom/carclass.cdx.json (CycloneDX)
 # Every RUN is one script of cluster/image, so that tests/cluster/test_image.py can run these lines without Docker.
-ARG BASE=docker.io/library/python:3.11-slim-bookworm
+ARG BASE
 
+# BASE has no default: `make image` gives the base image by its digest in cluster/image/base.digest. Without make:
+#   docker build --build-arg BASE=docker.io/library/python:3.11-slim-bookworm@sha256:… .
 FROM ${BASE} AS build
 COPY requirements.lock /build/
 COPY cluster/image /build/cluster/image

@@ -5,9 +5,13 @@ INSTALLED := .venv/installed
 LOCKS := requirements.lock requirements-dev.lock
 # The longest first, so that both processes end at about the same time.
 TEST = $(PY) -m pytest --numprocesses 2 --no-loadscope-reorder $(addprefix tests/,ray cluster golden s3 unit real gpu)
+BASE := docker.io/library/python:3.11-slim-bookworm
+BASE_DIGEST := cluster/image/base.digest
+DEVICE := cuda
+BUILD = docker build --build-arg BASE=$$(cat $(BASE_DIGEST)) --build-arg DEVICE=$(DEVICE)
 COMPILE = .venv/bin/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --custom-compile-command "make lock"
 
-.PHONY: help install demo test test-all lint format bench docs lock clean
+.PHONY: help install demo test test-all lint format bench docs image sbom lock clean
 
 help: ## list what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,6 +50,17 @@ bench: $(INSTALLED) ## every benchmark that runs on the sample
 
 docs: $(INSTALLED) ## docs/configuration.md from the schema
 	$(PY) -m carclass.config.reference > docs/configuration.md
+
+image: $(BASE_DIGEST) ## the cluster's image carclass, with Docker; DEVICE=cpu is smaller
+	$(BUILD) --tag carclass .
+
+sbom: $(BASE_DIGEST) ## what the image contains: build/sbom/carclass.cdx.json
+	$(BUILD) --target sbom --output build/sbom .
+
+# The base image by its digest. Commit this file, so that all builds start from the same image; delete it for an update.
+$(BASE_DIGEST):
+	digest=$$(docker buildx imagetools inspect $(BASE) --format '{{.Manifest.Digest}}') && \
+	echo "$(BASE)@$$digest" > $@
 
 lock: $(INSTALLED) ## resolve the dependencies again
 	$(COMPILE) requirements.in -o requirements.lock
