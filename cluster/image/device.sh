@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Adapts an installed environment to a device.
+# Adapts an installed environment to a device, and removes its installers.
 #   cluster/image/device.sh VENV cuda|cpu
 # The registry's torch is one build for GPUs and CPUs. cuda keeps all of its dependencies; cpu removes those that only
 # GPU code calls. The rest of CUDA stays in both, because torch's libraries are linked against it.
@@ -17,3 +17,4 @@ case "$device" in
         exit 1
         ;;
 esac
+"$(dirname "$0")/remove_installers.sh" "$venv"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prepares a Debian with Python for a Ray node: programs and user.
+# Prepares a Debian with Python for a Ray node: programs, user, no installers of Python packages.
 #   cluster/image/system.sh
 set -euo pipefail
 
@@ -13,3 +13,5 @@ rm -rf /var/lib/apt/lists/*
 useradd --create-home --uid 1000 --user-group --shell /bin/bash carclass
 # `ray up` uses login shells, in which /etc/profile resets PATH.
 printf 'export PATH=/opt/carclass/bin:$PATH\n' >/etc/profile.d/carclass.sh
+
+"$(dirname "$0")/remove_installers.sh"
