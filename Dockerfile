@@ -18,8 +18,8 @@ RUN /build/cluster/image/device.sh /opt/carclass "${DEVICE}"
 FROM ${BASE} AS node
 RUN --mount=type=bind,source=cluster/image,target=/image /image/system.sh
 COPY --from=build /opt/carclass /opt/carclass
-# For AWS: workers run watch_spot.py beside `ray start`, the head's autoscaler uses spot_first.py.
-COPY cluster/image/watch_spot.py cluster/image/spot_first.py /opt/carclass/bin/
+# For AWS: workers run watch_spot.py beside `ray start`, the head's autoscaler uses spot_first.py. For TLS: certificates.py.
+COPY cluster/image/watch_spot.py cluster/image/spot_first.py cluster/image/certificates.py /opt/carclass/bin/
 # Ray reads HOME from the environment: `ray up` copies its files there.
 ENV HOME=/home/carclass \
     PATH=/opt/carclass/bin:$PATH \

@@ -208,8 +208,8 @@ def test_a_node_cannot_change_its_environment(node: Stage):
 
 
 @in_a_clean_root
-@pytest.mark.parametrize("script", ["watch_spot", "spot_first"])
-def test_a_node_has_what_aws_needs(node: Stage, script: str):
+@pytest.mark.parametrize("script", ["watch_spot", "spot_first", "certificates"])
+def test_a_node_has_the_scripts_that_the_templates_call(node: Stage, script: str):
     done = node.run(f"cd /opt/carclass/bin && python -c 'import {script}'")
     assert done.returncode == 0, done.stderr
 

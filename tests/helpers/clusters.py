@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -65,11 +65,12 @@ def find_by_title(pids: dict[int, str], start: str) -> list[int]:
 class Cluster:
     """A Ray cluster on this machine with nodes that can be killed."""
 
-    def __init__(self, folder: Path, *, dashboard: bool = False) -> None:
+    def __init__(self, folder: Path, *, dashboard: bool = False, variables: Mapping[str, str] | None = None) -> None:
         self.folder, self.port = folder, free_port()
         environ = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         self.environment = {**environ, **token, "OMP_NUM_THREADS": "1", "RAY_ADDRESS": f"127.0.0.1:{self.port}"}
+        self.environment |= variables or {}
         self.environment["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-")
         dashboard_port = free_port()
         if dashboard:  # otherwise a helper of Ray Train queries the controller of another cluster
