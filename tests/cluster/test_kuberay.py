@@ -28,6 +28,7 @@ VALUES = {
     "IMAGE": f"registry.example/carclass@sha256:{'0' * 64}",
     "BUCKET": "kuberay-test",
     "CODE_VERSION": "0123456789ab",
+    "TLS": "1",
     "ROLE": "arn:aws:iam::123456789012:role/carclass-worker",
 }
 TEXT = (REPO / "cluster" / "kuberay.yaml").read_text(encoding="utf-8")
@@ -60,7 +61,9 @@ def test_pods_are_valid_for_kubernetes(pod: str):
 
 
 def test_the_autoscalers_container_is_valid_for_kubernetes():
-    options = {key: CLUSTER["autoscalerOptions"][key] for key in ("resources", "securityContext")}
+    options = {
+        key: CLUSTER["autoscalerOptions"][key] for key in ("resources", "securityContext", "env", "volumeMounts")
+    }
     container = {"name": "autoscaler", "image": VALUES["IMAGE"], **options}
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "head"}, "spec": {"containers": [container]}}
     assert validate_for_kubernetes(pod)
@@ -129,13 +132,14 @@ def test_a_container_is_restricted(own: dict[str, Any], pods: dict[str, Any]):
 def test_a_pod_shares_nothing_with_its_host(pod: str):
     spec = PODS[pod]["spec"]
     assert not {"hostNetwork", "hostPID", "hostIPC"} & set(spec)
-    assert [volume for volume in spec.get("volumes", []) if "emptyDir" not in volume] == []
+    assert [volume for volume in spec.get("volumes", []) if not {"emptyDir", "secret"} & set(volume)] == []
     assert [port for each in spec["containers"] for port in each.get("ports", []) if "hostPort" in port] == []
 
 
 @pytest.mark.parametrize("pod", PODS)
 def test_a_pod_runs_the_pinned_image(pod: str):
-    assert [container["image"] for container in PODS[pod]["spec"]["containers"]] == [VALUES["IMAGE"]]
+    containers = [*PODS[pod]["spec"]["containers"], *PODS[pod]["spec"].get("initContainers", [])]
+    assert {container["image"] for container in containers} == {VALUES["IMAGE"]}
 
 
 def test_the_cluster_requires_a_token():
@@ -145,6 +149,32 @@ def test_the_cluster_requires_a_token():
 def test_the_cluster_names_the_installed_version_of_ray():
     """KubeRay creates tokens from Ray 2.52 on, and refuses token clusters without a version."""
     assert CLUSTER["rayVersion"] == ray.__version__
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_pod_makes_its_certificate_for_its_own_names_where_ray_reads_it(group: str):
+    spec = PODS[group]["spec"]
+    (maker,), (node,) = spec["initContainers"], spec["containers"]
+    environ = {each["name"]: each["value"] for each in node["env"]}
+    assert maker["env"] == node["env"] == CLUSTER["autoscalerOptions"]["env"]
+    assert environ["RAY_USE_TLS"] == VALUES["TLS"]
+    assert {Path(path).parent for name, path in environ.items() if name.startswith("RAY_TLS_")} == {Path("/tls")}
+    mount = {"name": "tls", "mountPath": "/tls"}
+    for container in (maker, node, CLUSTER["autoscalerOptions"]):
+        assert mount in container["volumeMounts"]
+    namespace = DOCUMENTS["Namespace"]["metadata"]["name"]
+    script = ["python", "/opt/carclass/bin/certificates.py", "node", "/authority"]
+    assert maker["command"] == [*script, f"*.{namespace}.svc.cluster.local"]  # KubeRay: <cluster>-head-svc
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_only_the_init_container_gets_the_authoritys_key(group: str):
+    spec = PODS[group]["spec"]
+    (name,) = (volume["name"] for volume in spec["volumes"] if "secret" in volume)
+    (maker,) = spec["initContainers"]
+    assert {"name": name, "mountPath": "/authority", "readOnly": True} in maker["volumeMounts"]
+    others = [*spec["containers"], CLUSTER["autoscalerOptions"]]
+    assert name not in {mount["name"] for each in others for mount in each["volumeMounts"]}
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -195,7 +225,7 @@ def test_a_group_with_gpus_tolerates_their_taint(group: str):
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_an_object_store_fits_its_container(group: str):
-    volume, _ = PODS[group]["spec"]["volumes"]
+    volume = PODS[group]["spec"]["volumes"][0]
     (container,) = PODS[group]["spec"]["containers"]
     share = int(volume["emptyDir"]["sizeLimit"][:-2]) / int(container["resources"]["limits"]["memory"][:-2])
     assert volume["emptyDir"]["medium"] == "Memory"
@@ -206,7 +236,7 @@ def test_an_object_store_fits_its_container(group: str):
 @pytest.mark.parametrize("group", GROUPS)
 def test_rays_files_have_a_volume_within_the_pods_disk(group: str):
     """KubeRay mounts its own volume of this name, without a limit, where there is none."""
-    _, volume = PODS[group]["spec"]["volumes"]
+    volume = PODS[group]["spec"]["volumes"][1]
     (container,) = PODS[group]["spec"]["containers"]
     assert {"name": "ray-logs", "mountPath": "/tmp/ray"} in container["volumeMounts"]
     assert volume["name"] == "ray-logs"
