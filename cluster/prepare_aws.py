@@ -14,6 +14,8 @@ import argparse
 import os
 import secrets
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -53,6 +55,9 @@ def main() -> None:
     values |= launch_values(values, create_group(ec2, values["VPC"], cluster)) | {"KEY_FILE": str(key)}
     create_roles(session.client("iam"), values)
     create_token(cluster)
+    if options.tls:
+        script = FOLDER / "image" / "certificates.py"
+        subprocess.run([sys.executable, script, "authority", token_file(cluster).parent], check=True)  # noqa: S603
     if options.budget:
         create_budget(session.client("budgets"), values["ACCOUNT"], cluster, options.budget, options.email)
     CLUSTER_FILE.parent.mkdir(exist_ok=True)
@@ -84,6 +89,7 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--budget", type=float, help="dollars a month, at whose shares of 50, 80 and 100 %% AWS writes")
     parser.add_argument("--email", help="address for --budget")
+    parser.add_argument("--tls", action="store_true", help="encrypt Ray's traffic between nodes")
     parser.add_argument("--remove", action="store_true", help="delete everything created by this script")
     options = parser.parse_args()
     if "@sha256:" not in options.image:
@@ -113,6 +119,7 @@ def check(session: boto3.Session, options: argparse.Namespace, cluster: str) -> 
         "SUBNET": options.subnet[0],
         "SUBNETS": options.subnet,
         "AMI": find_ami(session, options.ami),
+        "TLS": str(int(options.tls)),
         "TOKEN_FOLDER": f"~/.ray/{cluster}",
         "HEAD_TYPE": instances.pop("head"),
         "WORKER_TYPES": sorted(set(instances.values())),

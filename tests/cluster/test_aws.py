@@ -179,6 +179,24 @@ def test_every_node_gets_the_folder_of_the_token_readable_by_its_owner_only(laun
     assert all(f"chmod 600 {folder}/auth_token && " in line for line in launched.account.commands("ray start"))
 
 
+def test_every_node_makes_its_certificate_before_ray_starts(launched: Launched):
+    environ = launched.autoscaling.get_docker_config("head")["run_options"]
+    files = {option.partition("=")[2].partition("=")[2] for option in environ if option.startswith("--env=RAY_TLS_")}
+    assert {Path(file).parent for file in files} == {Path("/home/carclass/.ray/tls")}
+    starts = launched.account.commands("ray start")
+    assert all(
+        " && python /opt/carclass/bin/certificates.py node /home/carclass/.ray/token && " in line for line in starts
+    )
+    assert all("--env=RAY_USE_TLS=0 " in line for line in launched.account.commands("docker run"))
+
+
+def test_tls_is_an_option_that_puts_an_authority_beside_the_token(account: Account):
+    assert account.prepare("--tls").returncode == 0
+    assert "--env=RAY_USE_TLS=1" in yaml.safe_load(Path(account.file).read_text())["docker"]["run_options"]
+    files = {path.name: path.stat().st_mode & 0o777 for path in (account.home / ".ray" / "carclass").iterdir()}
+    assert files == dict.fromkeys(("auth_token", "ca.crt", "ca.key"), 0o600)
+
+
 def test_nodes_run_the_image_by_digest_and_install_nothing(launched: Launched):
     assert len(pulls := launched.account.commands("docker pull")) == 3
     assert len(runs := launched.account.commands("docker run")) == 3
