@@ -1,8 +1,11 @@
-"""TLS between Ray's processes, with the certificates of cluster/image/certificates.py."""
+"""Ports of Ray's nodes: TLS with the certificates of cluster/image/certificates.py, and the token for HTTP."""
 
 import os
+import re
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,7 +16,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from cluster.image import certificates
-from tests.helpers.clusters import RAY, Cluster
+from tests.helpers.clusters import RAY, Cluster, descendants, find_by_title
 
 SCRIPT = Path(certificates.__file__)
 NAME = "*.carclass.svc.cluster.local"
@@ -167,3 +170,25 @@ def test_clients_refuse_a_server_under_a_name_that_its_certificate_lacks(cluster
     own = client(folder, datetime.now(UTC) + timedelta(minutes=30))
     credentials = grpc.ssl_channel_credentials((folder / "ca.crt").read_bytes(), *own)
     assert not is_accepted(grpc.secure_channel(f"127.0.0.2:{cluster.port}", credentials))
+
+
+def http_status(method: str, url: str, token: str | None = None) -> int:
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method=method, headers=headers), timeout=20) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+@pytest.mark.slow
+def test_the_agent_of_a_node_answers_nothing_but_its_health_without_the_token(cluster: Cluster):
+    processes = descendants(cluster.head.pid)
+    (raylet,) = (processes[pid] for pid in find_by_title(processes, "raylet"))
+    (port,) = set(re.findall(r"--listen-port=(\d+)", raylet))
+    agent, token = f"http://127.0.0.1:{port}/api", cluster.environment["RAY_AUTH_TOKEN"]
+    jobs = [("POST", f"{agent}/job_agent/jobs/"), ("POST", f"{agent}/job_agent/jobs/x/stop")]
+    jobs += [("DELETE", f"{agent}/job_agent/jobs/x"), ("GET", f"{agent}/job_agent/jobs/x/logs")]
+    assert {http_status(*job) for job in jobs} == {401}
+    assert 401 not in {http_status(*job, token) for job in jobs}
+    assert http_status("GET", f"{agent}/healthz") == 200
