@@ -8,7 +8,7 @@ TEST = $(PY) -m pytest --numprocesses 2 --no-loadscope-reorder $(addprefix tests
 BASE := docker.io/library/python:3.11-slim-bookworm
 BASE_DIGEST := cluster/image/base.digest
 DEVICE := cuda
-BUILD = docker build --build-arg BASE=$$(cat $(BASE_DIGEST)) --build-arg DEVICE=$(DEVICE)
+BUILD = docker build --platform linux/amd64 --build-arg BASE=$$(cat $(BASE_DIGEST)) --build-arg DEVICE=$(DEVICE)
 COMPILE = .venv/bin/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --custom-compile-command "make lock"
 
 .PHONY: help install demo test test-all lint format bench docs image sbom lock clean
