@@ -333,7 +333,8 @@ def write_files(folder: Path) -> None:
         path.mkdir(parents=True)
     for name in ("cluster", "jobs"):
         shutil.copytree(REPO / name, folder / "checkout" / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(REPO / "Dockerfile", folder / "checkout")
+    for name in ("Dockerfile", "Makefile"):
+        shutil.copy(REPO / name, folder / "checkout")
     (folder / "checkout" / ".venv").symlink_to(sys.prefix)
 
 
@@ -345,5 +346,5 @@ def make_image(folder: Path) -> None:
     for name in ("python", "python3"):
         (folder / "bin" / name).symlink_to(Path(sys.executable).resolve())
     (folder / "bin" / "ray").symlink_to(RAY)
-    for name in ("spot_first.py", "watch_spot.py"):
+    for name in ("certificates.py", "spot_first.py", "watch_spot.py"):
         shutil.copy(REPO / "cluster" / "image" / name, folder / "bin" / name)

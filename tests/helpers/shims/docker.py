@@ -168,6 +168,12 @@ def push(words: list[str]) -> int:
     return call("push", image=words[-1])
 
 
+def inspect_remote(words: list[str]) -> int:
+    """Print the digest of an image in a registry: docker buildx imagetools inspect NAME --format TEMPLATE."""
+    print(f"sha256:{hashlib.sha256(words[1].encode()).hexdigest()}")
+    return 0
+
+
 def info(words: list[str]) -> int:
     """Print the runtimes: docker info -f TEMPLATE."""
     print("map[nvidia:{} runc:{}]" if words else "")
@@ -175,8 +181,9 @@ def info(words: list[str]) -> int:
 
 
 COMMANDS = {
-    "build": build, "buildx_build": build, "exec": execute, "image_inspect": inspect, "info": info, "inspect": inspect,
-    "login": login, "pull": pull, "push": push, "rm": stop, "run": run, "stop": stop, "tag": tag,
+    "build": build, "buildx_build": build, "buildx_imagetools": inspect_remote, "exec": execute,
+    "image_inspect": inspect, "info": info, "inspect": inspect, "login": login, "pull": pull, "push": push, "rm": stop,
+    "run": run, "stop": stop, "tag": tag,
 }  # fmt: skip
 
 if __name__ == "__main__":
