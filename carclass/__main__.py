@@ -7,7 +7,7 @@ from pathlib import Path
 
 import carclass
 from carclass.config.installation import JOBS, MissingPackageReport
-from carclass.errors import UserError, suggest_names
+from carclass.errors import UserError, exit_on_closed_output, suggest_names
 from carclass.formatting import terminal_text
 
 HELP = """usage: carclass COMMAND [OPTION ...]
@@ -23,7 +23,7 @@ commands:
 def main() -> None:
     """Run the job that the command line names, or list the jobs."""
     try:
-        with MissingPackageReport():
+        with exit_on_closed_output(), MissingPackageReport():
             run_command(sys.argv[1:])
     except UserError as error:
         print(f"error: {terminal_text(str(error))}", file=sys.stderr)

@@ -2,7 +2,11 @@
 
 import difflib
 import errno
-from collections.abc import Callable, Iterable, Sequence
+import os
+import select
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -78,6 +82,21 @@ def _remote_causes(error: BaseException) -> list[BaseException]:
     """Return the errors of the remote tasks or workers that an error reports."""
     remote = [getattr(error, name, None) for name in ("cause", "controller_failure")]  # a task's, Ray Train's
     return [cause for cause in (*remote, *getattr(error, "worker_failures", {}).values()) if cause is not None]
+
+
+@contextmanager
+def exit_on_closed_output() -> Iterator[None]:
+    """Exit with status 141, as programs do, if the reader of standard output has closed it: `carclass … | head`."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno())
+        if not any(events & select.POLLERR for _, events in poll.poll(0)):
+            raise  # of a socket
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
+        sys.exit(141)
 
 
 class FullDiskReport:

@@ -27,7 +27,7 @@ from carclass.config.section import (
     validate,
 )
 from carclass.config.stderr_filter import filter_stderr
-from carclass.errors import FullDiskReport, UserError, find_user_error, suggest_names
+from carclass.errors import FullDiskReport, UserError, exit_on_closed_output, find_user_error, suggest_names
 from carclass.formatting import terminal_text, value_text
 
 Flags = Mapping[str, dict[str, Any]]
@@ -252,7 +252,7 @@ def main(job: Callable[[], None]) -> None:
     logger.setLevel(logging.INFO)
     logger.propagate = False  # Ray adds a handler to the root logger: lines would appear twice
     try:
-        with FullDiskReport(), MissingPackageReport():
+        with exit_on_closed_output(), FullDiskReport(), MissingPackageReport():
             job()
     except UserError as error:
         cause = find_user_error(error)  # the text of a task's error has its traceback

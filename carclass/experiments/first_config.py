@@ -66,7 +66,9 @@ Values = dict[str, Any]
 def check_output(output: str, photos: str, *, overwrite: bool) -> None:
     """Raise UserError for a file that exists, cannot be written to, or would be one of the photos' files."""
     path = Path(output)
-    if path.exists() and not (overwrite and path.is_file()):
+    if path.is_dir():
+        raise UserError(f"`--output`: {output} is a folder. Give the name of a file: {output}/my.yml.")
+    if path.exists() and not overwrite:
         raise UserError(f"`--output`: {output} exists. Choose another name, or add --overwrite to replace it.")
     if not path.resolve().parent.is_dir():
         raise UserError(f"`--output`: there is no folder {path.resolve().parent}. Create it, or choose another.")

@@ -54,8 +54,7 @@ class Calibration:
         if self.temperature == self.fitted_temperature:
             return f"{self.temperature:.3f}, {source}"
         reason = self.objection or "it does not improve their probabilities"
-        unused = f"{self.fitted_temperature:.3f}, fitted {source}, is not used, as {reason}"
-        return f"{self.temperature:g}, so that probabilities stay as they are: {unused}"
+        return f"{self.temperature:g}; {self.fitted_temperature:.3f}, fitted {source}, is not used, as {reason}"
 
 
 def refuse_sharpening(temperature: float, num_photos: int, accuracy: float | None) -> str | None:
@@ -68,10 +67,7 @@ def refuse_sharpening(temperature: float, num_photos: int, accuracy: float | Non
     error = math.sqrt(share * (1 - share) / (num_photos + 4))
     if temperature >= 1 or error <= MAX_STANDARD_ERROR:
         return None
-    return (
-        "one below 1 takes more of them: the best epoch was chosen on them too, so their accuracy, with a standard "
-        f"error of {error:.3f}, is too high for new photos"
-    )
+    return f"these are too few to raise probabilities (standard error of their accuracy: {error:.3f})"
 
 
 def read_calibration(model_uri: str, model_sha256: str) -> Calibration | None:
@@ -103,9 +99,8 @@ def require_calibration(run: Run, model_uri: str, model_sha256: str) -> Calibrat
         training_dataset(run)  # without it, an evaluation does not calibrate either
         name, stage = run.settings.name, model_uri.rsplit("/", 2)[-2]
         raise UserError(
-            f"the model of run `{name}` (stage {stage}) is not calibrated yet, so its probabilities would not be those "
-            f"of jobs/predict.py. Run jobs/evaluate.py --run {name} --stage {stage} first, which fits the temperature "
-            "on the val photos."
+            f"the model of run `{name}` (stage {stage}) is not calibrated yet, which takes its val photos. Evaluate it "
+            f"first: jobs/evaluate.py --config FILE --run {name} --stage {stage}"
         )
     return calibration
 

@@ -51,6 +51,15 @@ def test_the_list_of_commands_loads_neither_settings_nor_heavy_libraries():
     assert run("-c", code).stderr.strip() == ""
 
 
+def test_a_reader_that_closes_the_output_ends_the_command_without_a_traceback():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "carclass", "--help"]
+    done = subprocess.run(command, cwd=REPO, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 def test_an_unknown_command_is_compared_with_the_known_ones():
     done = carclass("trian", "--config", "my.yml")
     assert done.returncode == 2

@@ -236,8 +236,8 @@ def test_an_existing_file_is_replaced_only_when_told(tmp_path: Path, monkeypatch
     [
         ([".", "--output", "my.yml"], "my.yml would lie among the photos"),
         (["p", "--output", "none/my.yml"], "there is no folder .*/none"),
-        (["p", "--output", "q"], "q exists"),
-        (["p", "--output", "q", "--overwrite"], "q exists"),
+        (["p", "--output", "q"], "q is a folder"),
+        (["p", "--output", "q", "--overwrite"], "q is a folder"),
         (["nowhere"], "no folder .*/nowhere; check the path"),
         (["pp"], "no folder .*/pp; did you mean `p`"),
         (["e/photo.zip"], "no archive .*/photo.zip; did you mean `photos.zip`"),
