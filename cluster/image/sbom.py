@@ -56,11 +56,11 @@ def debian_components() -> list[Component]:
     lines = subprocess.run(query, check=True, capture_output=True, text=True).stdout.splitlines()  # noqa: S603 - no input
     distro = f"{release['ID']}-{release['VERSION_ID']}"
     packages = [line.split(" ")[1:] for line in lines if line.startswith("installed ")]
-    return [system, *(_debian_package(*package, distro) for package in packages)]
+    return [system, *(_debian_package(distro, *package) for package in packages)]
 
 
 def _debian_package(
-    name: str, version: str, architecture: str, source: str, source_version: str, distro: str
+    distro: str, name: str, version: str, architecture: str, source: str, source_version: str
 ) -> Component:
     purl = f"pkg:deb/debian/{quote(name)}@{quote(version)}?arch={architecture}&distro={distro}"
     if (source, source_version) != (name, version):
