@@ -99,7 +99,10 @@ def _write_dataset(draft: Draft, settings: IngestSettings, shares: dict[str, flo
     check_classes(complete.classes, settings, f"photos that are not in quarantine ({reasons})")
     labels = settings.labels or find_classes(inventory.keys, source=settings.photos).text
     collect.write_report(complete, settings, labels)
+    before = () if draft.published is None else draft.published.classes
     published = draft.publish(complete)
+    for name in sorted({*before} - {*complete.classes}):
+        log.warning("ingest: class %s has no photos any more; dataset %s is without it", name, settings.dataset)
     quarantine.log_counts("ingest", published.manifest)
     _warn_about_few_val(inventory, complete.classes)
     _warn_about_test_conflicts(inventory)

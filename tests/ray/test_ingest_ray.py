@@ -381,3 +381,23 @@ def test_a_root_that_is_not_writable_is_reported(photos_folder: Path, tmp_path: 
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match=r"`root`: .*/file/root is a folder below "):
         ingest_photos(str(tmp_path / "file" / "root"), settings(photos_folder))
+
+
+def test_a_class_that_has_no_photos_any_more_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, ray_cluster: str
+):
+    folder = tmp_path / "photos"
+    for i, key in enumerate(
+        f"{subset}/{label}/{n}" for subset in ("train", "test") for label in "abc" for n in range(2)
+    ):
+        path = folder / f"{key}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(photo.encode(np.random.default_rng(i).integers(0, 255, (32, 32, 3), np.uint8)))
+    ingest_settings = IngestSettings(photos=str(folder))
+    ingest_photos(str(tmp_path), ingest_settings)
+    for subset in ("train", "test"):
+        shutil.rmtree(folder / subset / "c")
+    ingest_photos(str(tmp_path), ingest_settings, update=True)
+    assert [record.message for record in caplog.records if "no photos any more" in record.message] == [
+        "ingest: class c has no photos any more; dataset v1 is without it"
+    ]
