@@ -1,4 +1,4 @@
-"""What cluster/prepare_aws.py checks before it creates anything, and what it takes from the account."""
+"""Checks of cluster/prepare_aws.py before it creates anything, and values that it takes from the account."""
 
 import json
 import subprocess

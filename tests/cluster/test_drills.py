@@ -44,7 +44,7 @@ class Row(NamedTuple):
 
     event: str
     message: str
-    """What the user sees."""
+    """Text that the user sees."""
     seconds: float
     """Time until then."""
     minutes: float

@@ -9,7 +9,7 @@ import sys
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -285,13 +285,18 @@ def test_an_archive_gives_the_same_dataset_as_a_folder(
     assert ingest_photos(str(tmp_path), ingest_settings, update=True) == published
 
 
+def write_noise(folder: Path, names: Sequence[str], seed: int = 0) -> None:
+    """Write a photo of random pixels for each name."""
+    for i, name in enumerate(names, start=seed):
+        path = folder / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(photo.encode(np.random.default_rng(i).integers(0, 255, (32, 32, 3), np.uint8)))
+
+
 @pytest.mark.slow  # 10 s
 def test_conflicts_and_leaks_stay_in_quarantine_when_other_photos_are_added(tmp_path: Path, ray_cluster: str):
     folder = tmp_path / "photos"
-    for i, key in enumerate(["train/a/0", "train/a/1", "train/b/2", "train/b/3", "val/a/4", "val/b/5", "test/a/6"]):
-        path = folder / f"{key}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(photo.encode(np.random.default_rng(i).integers(0, 255, (32, 32, 3), np.uint8)))
+    write_noise(folder, ["train/a/0", "train/a/1", "train/b/2", "train/b/3", "val/a/4", "val/b/5", "test/a/6"])
     shutil.copy(folder / "train/a/0.png", folder / "train/b/conflict.png")
     shutil.copy(folder / "test/a/6.png", folder / "train/a/leak.png")
     ingest_settings = IngestSettings(photos=str(folder), max_quarantined=1)
@@ -305,8 +310,7 @@ def test_conflicts_and_leaks_stay_in_quarantine_when_other_photos_are_added(tmp_
         rows = publishing.read_written(published.uri, "quarantine", ["key", "reason"], [*published.quarantine])
         assert {row["key"]: row["reason"] for row in rows.to_pylist()} == expected
         assert expected.keys().isdisjoint(published.read(["key"])["key"].to_pylist())
-        new = np.random.default_rng(10 + number).integers(0, 255, (32, 32, 3), np.uint8)
-        (folder / f"train/b/new{number}.png").write_bytes(photo.encode(new))
+        write_noise(folder, [f"train/b/new{number}"], seed=10 + number)
 
 
 def test_a_folder_per_class_needs_no_labels(ingested: dataset.Dataset, photos_folder: Path, tmp_path: Path):
@@ -387,12 +391,7 @@ def test_a_class_that_has_no_photos_any_more_is_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, ray_cluster: str
 ):
     folder = tmp_path / "photos"
-    for i, key in enumerate(
-        f"{subset}/{label}/{n}" for subset in ("train", "test") for label in "abc" for n in range(2)
-    ):
-        path = folder / f"{key}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(photo.encode(np.random.default_rng(i).integers(0, 255, (32, 32, 3), np.uint8)))
+    write_noise(folder, [f"{subset}/{label}/{n}" for subset in ("train", "test") for label in "abc" for n in "01"])
     ingest_settings = IngestSettings(photos=str(folder))
     ingest_photos(str(tmp_path), ingest_settings)
     for subset in ("train", "test"):
