@@ -390,13 +390,11 @@ def test_a_root_that_is_not_writable_is_reported(photos_folder: Path, tmp_path: 
 def test_a_class_that_has_no_photos_any_more_is_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, ray_cluster: str
 ):
-    folder = tmp_path / "photos"
+    folder, ingest_settings = tmp_path / "photos", IngestSettings(photos=str(tmp_path / "photos"))
     write_noise(folder, [f"{subset}/{label}/{n}" for subset in ("train", "test") for label in "abc" for n in "01"])
-    ingest_settings = IngestSettings(photos=str(folder))
     ingest_photos(str(tmp_path), ingest_settings)
-    for subset in ("train", "test"):
-        shutil.rmtree(folder / subset / "c")
+    for path in folder.glob("*/c"):
+        shutil.rmtree(path)
     ingest_photos(str(tmp_path), ingest_settings, update=True)
-    assert [record.message for record in caplog.records if "no photos any more" in record.message] == [
-        "ingest: class c has no photos any more; dataset v1 is without it"
-    ]
+    told = [record.message for record in caplog.records if "any more" in record.message]
+    assert told == ["ingest: class c has no photos any more; dataset v1 is without it"]
