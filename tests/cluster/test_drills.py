@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.nightly,
     pytest.mark.timeout(1800),
     pytest.mark.skipif(missing_requirement() is not None, reason=str(missing_requirement())),
-]  # 600 s
+]  # 900 s
 STEPS = """
 import ray, time
 @ray.remote(num_cpus=1)
@@ -218,3 +218,52 @@ def test_denied_access_to_s3_ends_the_job_with_the_reason(drills: Drills) -> Non
     drills.end("S3 denied", last_line(job, "error"), time.monotonic() - drills.begun)
     print(job.log.read_text(), flush=True)
     assert re.search("403|[Dd]enied", job.log.read_text())
+
+
+def test_a_replaced_token_locks_the_old_one_out(drills: Drills) -> None:
+    job = drills.start_steps()
+    drills.stop_jobs()
+    job.process.wait(timeout=60)
+    file = drills.cloud.home / ".ray" / "carclass" / "auth_token"
+    old = file.read_text()
+    drills.begin()
+    file.unlink()
+    for words in ("prepare_aws.py", "ray up"):
+        done = drills.rehearsal.run(drills.rehearsal.command(words))
+        assert done.status == 0, done.output[-3000:]
+    wait_for(lambda: drills.rehearsal.ask_dashboard() != 0, *drills.rehearsal.dashboard, seconds=120)
+    ready = time.monotonic() - drills.begun
+    assert drills.rehearsal.ask_jobs(file.read_text()) == 200
+    assert drills.rehearsal.ask_jobs(old) == 403
+    workers = {instance.id for instance in drills.cloud.running("read")}
+    again = drills.start_steps()
+    drills.end("token replaced", "the dashboard with the new token", ready)
+    later = {instance.id for instance in drills.cloud.running("read")}
+    assert workers
+    assert workers.isdisjoint(later)
+    assert again.process.poll() is None
+
+
+def test_the_loss_of_the_head_is_told_with_a_remedy(drills: Drills) -> None:
+    job = drills.start_steps()
+    (head,), workers = drills.cloud.running("head"), drills.cloud.running("read")
+    assert workers
+    drills.begin()
+    drills.lose(head)
+    known = drills.wait(job, "lost the connection")
+    drills.end("head lost", last_line(job, "lost the connection"), known)
+    wait_for(lambda: all(worker.ended or raylets(worker) == 0 for worker in workers), *job, seconds=300)
+    drills.end("head lost: raylets of its workers", "nothing: they exit", time.monotonic() - drills.begun)
+    wait_for(lambda: all(worker.ended for worker in workers), *job, seconds=120)
+    drills.end("head lost: workers", "nothing: they shut down", time.monotonic() - drills.begun)
+    done = drills.rehearsal.run(drills.rehearsal.command("ray up"))
+    assert done.status == 0, done.output[-3000:]
+    assert job.process.wait(timeout=300) != 0
+    drills.end("head lost, `ray up`", last_line(job, "error"), time.monotonic() - drills.begun)
+    assert "run the same command again" in job.log.read_text()
+    drills.start_steps()
+
+
+def raylets(instance: Instance) -> int:
+    """Count the raylets on an instance."""
+    return int(instance.machine.run(["pgrep", "-c", "raylet"], {"PATH": "/usr/bin:/bin"})[1].split()[0])
