@@ -62,10 +62,11 @@ def check_pipeline(settings: Config, inventory: Inventory, *, update: bool = Fal
         listed = problems.result(_list, settings.root, settings.ingest, inventory)
     planned = {} if listed is None else plan_datasets(settings, listed)
     outdated = [] if listed is None else problems.result(find_outdated, settings, listed) or []
-    if not update and outdated and outdated[0] != settings.ingest.dataset:  # else ingestion tells what has changed
+    if not update and outdated:
+        which = " (jobs/ingest.py tells which)" if outdated[0] == settings.ingest.dataset else ""
         problems.add(
-            f"dataset `{outdated[0]}` in {settings.root} was published from other photos or labels. Add --update to "
-            "publish a new version, for which only new photos are masked."
+            f"dataset `{outdated[0]}` in {settings.root} was published from other photos or labels{which}. Add "
+            "--update to publish a new version, for which only new photos are processed."
         )
     if mask is not None:
         _check_mask(settings, mask, planned, problems)

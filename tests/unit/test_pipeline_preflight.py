@@ -150,6 +150,14 @@ def test_a_masked_dataset_of_an_earlier_version_is_found(tmp_path: Path, photos:
     assert ("dataset `v2` in" in text and "published from other photos or labels. Add --update" in text) != update
 
 
+@pytest.mark.parametrize("update", [False, True])
+def test_a_dataset_of_more_photos_than_today_is_found_before_the_plan(tmp_path: Path, photos: Path, update: bool):
+    settings = config(tmp_path, photos)
+    publish_version(tmp_path / "root", settings, 19)
+    text = problems(settings, update=update)
+    assert ("dataset `v1` in" in text and "or labels (jobs/ingest.py tells which). Add --update" in text) != update
+
+
 def test_a_run_on_an_earlier_version_of_its_dataset_is_found(tmp_path: Path, photos: Path):
     settings, root = config(tmp_path, photos, train={**TRAIN, "dataset": "v1"}, mask=None), tmp_path / "root"
     begin_run(Run(str(root), settings.train), publish_version(root, settings, 19), "0" * 64)  # type: ignore[arg-type]
