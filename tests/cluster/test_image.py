@@ -122,7 +122,7 @@ def test_all_builds_start_from_the_digest_that_the_first_one_looked_up(make: Cal
     assert make("image").returncode == make("sbom", "DEVICE=cpu").returncode == 0
     lookup, *builds = (tmp_path / "calls").read_text().splitlines()
     assert lookup == f"buildx imagetools inspect {BASE} --format {{{{.Manifest.Digest}}}}"
-    start = f"build --build-arg BASE={BASE}@sha256:0123 --build-arg DEVICE="
+    start = f"build --platform linux/amd64 --build-arg BASE={BASE}@sha256:0123 --build-arg DEVICE="
     assert builds == [f"{start}cuda --tag carclass .", f"{start}cpu --target sbom --output build/sbom ."]
 
 

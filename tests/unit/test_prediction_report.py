@@ -104,7 +104,7 @@ def test_files_that_are_no_photos_are_named_apart_from_the_quarantine(tmp_path: 
     assert "Not photos, neither by their names nor by their content, and left out: 2 (Thumbs.db, notes.txt)." in text
 
 
-@pytest.mark.parametrize(("is_calibrated", "text"), [(True, "are calibrated:"), (False, "are not calibrated, as no")])
+@pytest.mark.parametrize(("is_calibrated", "text"), [(True, "are calibrated:"), (False, "are not calibrated, as")])
 def test_probabilities_are_called_calibrated_only_if_they_are(is_calibrated: bool, text: str):
     page = render(make_prediction_report(is_calibrated=is_calibrated))
     assert f"Probabilities {text}" in visible_text(section(page, "summary"))

@@ -63,7 +63,7 @@ def _measure() -> None:
     with _timed(seconds, "finish_tasks"):
         assert sum(1 for _ in tasks.run_tasks(len, ["item"] * NUM_TASKS)) == NUM_TASKS
     figures = {**_in_seconds(seconds), "tasks_per_s": NUM_TASKS / seconds["finish_tasks"], "driver_mb": peak_mb()}
-    print(json.dumps(figures), flush=True)
+    print(json.dumps(figures, allow_nan=False), flush=True)
 
 
 def _in_seconds(seconds: Seconds) -> dict[str, float]:
@@ -122,7 +122,7 @@ def _start_head(folder: Path, environment: dict[str, str]) -> Iterator[subproces
 def _start_nodes(folder: Path, environment: dict[str, str], seconds: Seconds) -> Iterator[None]:
     """Register the nodes, which answer until the end."""
     kinds = folder / "nodes.json"
-    kinds.write_text(json.dumps([{"count": NUM_NODES, "resources": RESOURCES, "labels": LABELS}]))
+    kinds.write_text(json.dumps([{"count": NUM_NODES, "resources": RESOURCES, "labels": LABELS}], allow_nan=False))
     module = "carclass.tools.benchmarks._stub_nodes"
     command = [sys.executable, "-m", module, environment["RAY_ADDRESS"], str(kinds)]
     with _running(command, environment, folder / "nodes.log"):

@@ -182,7 +182,7 @@ def _measure(step: str, folder: str, count: str) -> None:
     source = dataset.load_dataset(folder, count)
     started = time.perf_counter()
     STEPS[step](source)
-    print(json.dumps([time.perf_counter() - started, peak_mb()]))
+    print(json.dumps([time.perf_counter() - started, peak_mb()], allow_nan=False))
 
 
 if __name__ == "__main__":
