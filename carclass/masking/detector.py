@@ -3,6 +3,7 @@
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,11 +11,11 @@ from torch import Tensor, nn
 
 from carclass.config.schema import DetectorSettings
 from carclass.masking import networks
-from carclass.masking.detection import Detection
-from carclass.masking.detectron import Instances, paste_masks_in_image
-from carclass.masking.selection import SelectionRule, select_vehicle, stability, touches_border
+from carclass.masking.detection import Detection, Detections
+from carclass.masking.fused_layers import optimise_for_inference
+from carclass.masking.selection import SelectionRule, select_vehicle, stability
 from carclass.models.gpu_memory import report_out_of_memory
-from carclass.models.resnet import autocast, fold
+from carclass.models.resnet import autocast
 
 log = logging.getLogger(__name__)
 MAX_BATCH = 1024
@@ -24,119 +25,136 @@ OUT_OF_MEMORY_REMEDY = (
 )
 
 
+class ForwardPass(NamedTuple):
+    """A forward pass that a GPU may still be computing."""
+
+    photos: list[int]
+    detections: Detections
+    finished: torch.cuda.Event | None  # None on a CPU
+
+
 class Detector:
     """A detection network with weights, on one device.
 
     On a GPU, photos with the same canvas (size after scaling, as the network pads it) share a batch, which is halved if
-    it exceeds the GPU's memory. On a CPU, where batches gain nothing, photos are processed one by one. No photo is
-    padded to another's size, so its result is independent of the batch. Raise UserError for wrong weights.
+    it exceeds the GPU's memory, and a batch's results are read after the next one has begun. On a CPU, where batches
+    gain nothing, photos are processed one by one. No photo is padded to another's size, so its result is independent of
+    the batch. Raise UserError for wrong weights.
     """
 
     def __init__(self, settings: DetectorSettings, rule: SelectionRule = "largest", device: str = "cpu") -> None:
         self.settings, self.rule, self.device = settings, rule, torch.device(device)
         self.network = networks.build_network(settings)
         self.finds_masks = self.network.finds_masks
-        _optimise_for_inference(self.network, settings.precision)
-        self.network.to(self.device)
+        optimise_for_inference(self.network, settings.precision, self.device)
         self.max_batch = MAX_BATCH if self.device.type == "cuda" else 1
         """Photos per forward pass; fewer once they have not fit into the GPU's memory."""
 
     def __call__(self, photos: Sequence[np.ndarray], batch_size: int = 1) -> list[Detection | None]:
         """Return each photo's main vehicle or None. photos: uint8 (H,W,3) RGB; batch_size: photos per forward pass."""
         detections: list[Detection | None] = [None] * len(photos)
-        for batch in self._batches(photos, batch_size):
-            with report_out_of_memory(OUT_OF_MEMORY_REMEDY):
-                outputs = self._forward_in_parts([photos[i] for i in batch])
-                for i, instances in zip(batch, outputs, strict=True):
-                    detections[i] = self._select(instances, photos[i].shape[:2])
+        with report_out_of_memory(OUT_OF_MEMORY_REMEDY):
+            for started in self._forward_passes(photos, batch_size):
+                for i, detection in zip(started.photos, self._read(started, photos), strict=True):
+                    detections[i] = detection
         return detections
 
-    def _forward_in_parts(self, photos: Sequence[np.ndarray]) -> list[Instances]:
-        """Return the result of `forward`, halving the batch until it fits into a GPU's memory."""
+    def _forward_passes(self, photos: Sequence[np.ndarray], batch_size: int) -> Iterator[ForwardPass]:
+        """Yield each forward pass after the next one has begun, so that a GPU computes while its results are read."""
+        previous: ForwardPass | None = None
+        for batch in self._batches(photos, batch_size):
+            for started in self._start(photos, batch):
+                if previous is not None:
+                    yield previous
+                previous = started
+        if previous is not None:
+            yield previous
+
+    def _start(self, photos: Sequence[np.ndarray], batch: list[int]) -> Iterator[ForwardPass]:
+        """Yield the forward pass of a batch, or several if it exceeds a GPU's memory."""
         try:
-            return self.forward(photos)
+            yield self._forward_pass(photos, batch)
+            return
         except torch.cuda.OutOfMemoryError:
-            if len(photos) == 1:
+            if len(batch) == 1:
                 raise
-        half = len(photos) // 2  # outside of the handler, which holds the tensors of the failed attempt
+        half = len(batch) // 2  # outside of the handler, which holds the tensors of the failed attempt
         torch.cuda.empty_cache()
-        log.warning("mask: %d photos don't fit into the GPU's memory at once; going on with %d", len(photos), half)
+        log.warning("mask: %d photos don't fit into the GPU's memory at once; going on with %d", len(batch), half)
         self.max_batch = half
-        return self._forward_in_parts(photos[:half]) + self._forward_in_parts(photos[half:])
+        yield from self._start(photos, batch[:half])
+        yield from self._start(photos, batch[half:])
+
+    def _forward_pass(self, photos: Sequence[np.ndarray], batch: list[int]) -> ForwardPass:
+        detections = self.forward([photos[i] for i in batch]).to_host(wait=False)
+        finished = None
+        if self.device.type == "cuda":
+            finished = torch.cuda.Event()
+            finished.record()
+        return ForwardPass(batch, detections, finished)
 
     @torch.inference_mode()
-    def forward(self, photos: Sequence[np.ndarray]) -> list[Instances]:
-        """Return the instances in photos of one canvas, in pixels of the scaled photos, with masks not pasted."""
-        inputs = [{"image": self._network_input(photo)} for photo in photos]
+    def forward(self, photos: Sequence[np.ndarray]) -> Detections:
+        """Return the detections in photos of one canvas, in pixels of the scaled photos, on the device."""
         with autocast(self.settings.precision, self.device):
-            return [output["instances"] for output in self.network(inputs)]
+            return self.network.detect([self._network_input(photo) for photo in photos])
+
+    @torch.inference_mode()
+    def forward_alone(self, photo: np.ndarray) -> Detections:
+        """Return the detections in a photo by the framework's own inference, without a limit on intermediate steps."""
+        with autocast(self.settings.precision, self.device):
+            return networks.Network.detect(self.network, [self._network_input(photo)])
+
+    def _read(self, started: ForwardPass, photos: Sequence[np.ndarray]) -> Iterator[Detection | None]:
+        """Yield the main vehicle of each photo of a forward pass, or None."""
+        if started.finished is not None:
+            started.finished.synchronize()
+        found = started.detections
+        for number, i in enumerate(started.photos):
+            if found.complete is None or found.complete[number]:
+                yield self._select(found.photo(number), photos[i].shape[:2])
+            else:
+                yield self._select(self.forward_alone(photos[i]).to_host().photo(0), photos[i].shape[:2])
 
     def _batches(self, photos: Sequence[np.ndarray], batch_size: int) -> Iterator[list[int]]:
         """Yield indices of photos that share a canvas, at most batch_size and max_batch at a time."""
         groups = defaultdict(list)
         for i, photo in enumerate(photos):
-            groups[tuple(-(-side // self.network.canvas) for side in self._scaled_size(photo))].append(i)
+            groups[tuple(-(-side // self.network.canvas) for side in self._scaled_size(*photo.shape[:2]))].append(i)
         for group in groups.values():
             while group:
                 size = min(batch_size, self.max_batch)  # which may have been lowered meanwhile
                 yield group[:size]
                 del group[:size]
 
-    def _scaled_size(self, photo: np.ndarray) -> tuple[int, int]:
-        """Return height and width of the network's input."""
-        height, width = photo.shape[:2]
+    def _scaled_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return height and width of the network's input for a photo's."""
         scale = min(self.settings.short_side / min(height, width), self.settings.max_size / max(height, width))
         return max(1, round(height * scale)), max(1, round(width * scale))
 
     def _network_input(self, photo: np.ndarray) -> Tensor:
         """Resize a photo on the device: float (3,h,w), 0..255, in the network's channel order."""
-        pixels = torch.tensor(photo, device=self.device).permute(2, 0, 1)[None].float()
-        if self.network.input_format == "BGR":
-            pixels = pixels.flip(1)
-        size = self._scaled_size(photo)
+        uploaded = torch.empty(photo.shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        uploaded.numpy()[:] = photo[:, :, ::-1] if self.network.input_format == "BGR" else photo
+        pixels = uploaded.to(self.device, non_blocking=True).permute(2, 0, 1)[None].float()
+        size = self._scaled_size(*photo.shape[:2])
         return nn.functional.interpolate(pixels, size, mode="bilinear", antialias=True)[0]
 
     @torch.inference_mode()
-    def _select(self, instances: Instances, shape: tuple[int, int]) -> Detection | None:
-        """Select the main vehicle, pasting only its mask into a photo of this shape; None without a vehicle."""
-        boxes, scores = instances.pred_boxes.tensor.float().cpu(), instances.scores.float().cpu()
-        masks = instances.pred_masks.float() if self.finds_masks else None
-        size = instances.image_size
-        selection = select_vehicle(boxes, scores, None if masks is None else masks.cpu(), size, self.rule)
+    def _select(self, found: Detections, shape: tuple[int, int]) -> Detection | None:
+        """Select the main vehicle of a photo of this shape among its detections, on the CPU; None without a vehicle."""
+        height, width = shape
+        size = self._scaled_size(height, width)
+        selection = select_vehicle(found.boxes, found.scores, found.masks, size, self.rule)
         if selection is None:
             return None
-        i, (height, width) = selection.best, shape
-        box = boxes[i] * torch.tensor([width / size[1], height / size[0]] * 2)
-        if masks is None:
-            mask, area = None, float((box[2] - box[0]) * (box[3] - box[1])) / (height * width)
-            at_border = bool((box[:2] < 1).any() or box[2] > width - 1 or box[3] > height - 1)
-        else:
-            pasted = paste_masks_in_image(masks[i], box[None].to(self.device), shape, threshold=0.5)
-            mask = pasted[0].to(torch.uint8).cpu().numpy().view(bool)
-            if not mask.any():  # it is smaller than a pixel
-                return None
-            area, at_border = float(mask.mean()), touches_border(mask)
+        i, masks = selection.best, found.masks
         return Detection(
-            category=int(instances.pred_classes[i]),
-            score=float(scores[i]),
-            box=box.numpy(),
-            mask=mask,
+            category=int(found.classes[i]),
+            score=float(found.scores[i]),
+            box=(found.boxes[i] * torch.tensor([width / size[1], height / size[0]] * 2)).numpy(),
+            grid=None if masks is None else masks[i].numpy(),
             num_vehicles=selection.num_vehicles,
             several_vehicles=selection.several_vehicles,
-            touches_border=at_border,
-            area_fraction=area,
-            stability=None if masks is None else stability(masks[i].cpu()),
+            stability=None if masks is None else stability(masks[i]),
         )
-
-
-def _optimise_for_inference(network: nn.Module, precision: str) -> None:
-    """Fold BatchNorm, cast weights to the precision and convert them to channels_last, all in place."""
-    for module in network.modules():
-        norm = getattr(module, "norm", None)
-        if isinstance(module, nn.Conv2d) and hasattr(norm, "running_var"):
-            assert norm is not None
-            module.weight, module.bias = (nn.Parameter(tensor, requires_grad=False) for tensor in fold(module, norm))
-            module.norm = None  # type: ignore[assignment]
-        if precision == "bf16" and isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
-            module.to(torch.bfloat16)
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -3,20 +3,17 @@
 import posixpath
 import sys
 import warnings
-from collections.abc import Collection
 from importlib import resources
 from types import ModuleType
 from typing import Any
 
 import PIL.Image
-import torch
 import yaml
-from torch import Tensor, nn
+from torch import nn
 
 from carclass import storage
 from carclass.config import yaml_file
 from carclass.config.installation import MissingPackageReport
-from carclass.config.schema import DetectorSettings
 from carclass.errors import UserError
 
 ARCHITECTURES = {
@@ -42,107 +39,40 @@ def _shim() -> None:
 _shim()
 with MissingPackageReport():
     from detectron2.config import CfgNode, get_cfg
-    from detectron2.layers import DeformConv, ModulatedDeformConv, ROIAlignRotated
-    from detectron2.layers.mask_ops import paste_masks_in_image
+    from detectron2.layers import DeformConv, ModulatedDeformConv, ROIAlign, ROIAlignRotated
     from detectron2.modeling import GeneralizedRCNN, RetinaNet, build_model
+    from detectron2.modeling.backbone.resnet import BasicStem, BottleneckBlock
+    from detectron2.modeling.proposal_generator.rpn import RPN, StandardRPNHead
+    from detectron2.modeling.roi_heads import FastRCNNConvFCHead, FastRCNNOutputLayers, StandardROIHeads
+    from detectron2.modeling.roi_heads.mask_head import MaskRCNNConvUpsampleHead
     from detectron2.structures import Boxes, Instances
 
-__all__ = ["Boxes", "Instances", "Network", "build", "build_network", "load_config", "paste_masks_in_image"]
+__all__ = [
+    "CONFIG_ERRORS",
+    "KEY",
+    "RPN",
+    "BasicStem",
+    "BottleneckBlock",
+    "Boxes",
+    "CfgNode",
+    "DeformConv",
+    "FastRCNNConvFCHead",
+    "FastRCNNOutputLayers",
+    "GeneralizedRCNN",
+    "Instances",
+    "MaskRCNNConvUpsampleHead",
+    "ModulatedDeformConv",
+    "ROIAlign",
+    "ROIAlignRotated",
+    "RetinaNet",
+    "StandardROIHeads",
+    "StandardRPNHead",
+    "build",
+    "load_config",
+]
 
 # Raised by yacs and by Detectron2's constructors for invalid settings.
-_CONFIG_ERRORS = (KeyError, ValueError, TypeError, AttributeError, AssertionError, RuntimeError)
-
-
-class Network(nn.Module):
-    """A detection network with Detectron2's inputs and outputs.
-
-    forward: list of {"image": float (3,H,W), 0..255, channels as in input_format} → list of {"instances": Instances}
-    with image_size, pred_boxes in input pixels, scores, pred_classes (requested classes only) and, if finds_masks,
-    pred_masks (N,1,M,M): probabilities within the box, neither pasted nor rescaled.
-    """
-
-    model: Any
-    """The framework's network, with the tensor names of its weights files."""
-    input_format: str
-    """BGR or RGB."""
-    finds_masks: bool
-    canvas: int
-    """Number that height and width of inputs are padded to multiples of; 1: they are not padded."""
-
-
-class DetectronNetwork(Network):
-    """A network built by Detectron2."""
-
-    def __init__(self, cfg: CfgNode, classes: Collection[int]) -> None:
-        super().__init__()
-        self.model = build(cfg)
-        self.input_format = cfg.INPUT.FORMAT
-        self.finds_masks = cfg.MODEL.MASK_ON and isinstance(self.model, GeneralizedRCNN)
-        _check_support(self.model, cfg)
-        self.canvas = max(1, self.model.backbone.size_divisibility)  # 32 with a feature pyramid, 0 in C4 and DC5 models
-        if isinstance(self.model, RetinaNet):
-            check_classes(classes, self.model.num_classes)
-            score_only(self.model.head.cls_score, classes, self.model.num_classes)
-            return
-        heads = self.model.roi_heads
-        check_classes(classes, heads.num_classes)
-        cascade = isinstance(heads.box_predictor, nn.ModuleList)
-        for predictor in heads.box_predictor if cascade else [heads.box_predictor]:
-            merge_into_background(predictor.cls_score, classes, heads.num_classes)
-
-    def forward(self, inputs: list[dict[str, Tensor]]) -> list[dict[str, Instances]]:
-        """Detect vehicles; see Network for inputs and outputs."""
-        if isinstance(self.model, RetinaNet):
-            # Without masks and an output size, its postprocessing changes nothing.
-            return self.model([{"image": item["image"]} for item in inputs])
-        # PanopticFPN.inference would segment the background as well.
-        results = GeneralizedRCNN.inference(self.model, inputs, do_postprocess=False)
-        return [{"instances": instances} for instances in results]
-
-
-def merge_into_background(layer: nn.Linear, classes: Collection[int], background: int) -> None:
-    """Merge all but the requested classes of a layer of softmax logits (R,K) into the background.
-
-    The probabilities of the requested classes are unchanged. Boxes of other classes reach neither the mask head nor
-    the limit on detections; as NMS is per class, detections of the requested classes are otherwise the same.
-    """
-    requested = torch.zeros(layer.out_features, dtype=torch.bool)
-    requested[list(classes)] = True
-    layer.register_buffer("other", ~requested, persistent=False)  # a buffer, to follow the layer to its device
-
-    def merge(layer: Any, _: Any, logits: Tensor) -> Tensor:
-        logits = logits.float()
-        background_logits = logits.masked_fill(~layer.other, -torch.inf).logsumexp(-1)
-        logits = logits.masked_fill(layer.other, -torch.inf)
-        logits[:, background] = background_logits
-        return logits
-
-    layer.register_forward_hook(merge)
-
-
-def score_only(layer: nn.Conv2d, classes: Collection[int], num_classes: int) -> None:
-    """Set the score of all but the requested classes to 0 in a layer of sigmoid logits (N,A*K,H,W), K per anchor."""
-    other = torch.ones(num_classes, dtype=torch.bool)
-    other[list(classes)] = False
-    layer.register_buffer("other", other.repeat(layer.out_channels // num_classes)[:, None, None], persistent=False)
-    layer.register_forward_hook(lambda layer, _, logits: logits.float().masked_fill(layer.other, -torch.inf))
-
-
-def build_network(settings: DetectorSettings) -> DetectronNetwork:
-    """Build the untrained network of a name in ARCHITECTURES or a YAML file; raise UserError if that fails."""
-    cfg = load_config(
-        settings.model,
-        MODEL__RPN__POST_NMS_TOPK_TEST=settings.num_proposals,
-        MODEL__ROI_HEADS__SCORE_THRESH_TEST=settings.score_threshold,
-        MODEL__RETINANET__SCORE_THRESH_TEST=settings.score_threshold,
-        TEST__DETECTIONS_PER_IMAGE=settings.num_detections,
-    )
-    try:
-        return DetectronNetwork(cfg, settings.classes)
-    except UserError:
-        raise
-    except _CONFIG_ERRORS as error:
-        raise UserError(f"`{KEY}`: the network in {settings.model} cannot be built ({error}).") from error
+CONFIG_ERRORS = (KeyError, ValueError, TypeError, AttributeError, AssertionError, RuntimeError)
 
 
 def load_config(model: str, **overrides: object) -> CfgNode:
@@ -158,7 +88,7 @@ def load_config(model: str, **overrides: object) -> CfgNode:
         cfg.merge_from_other_cfg(CfgNode(_read_yaml(uri)))
     except UserError:
         raise
-    except _CONFIG_ERRORS as error:
+    except CONFIG_ERRORS as error:
         raise UserError(f"`{KEY}`: {uri} has settings unknown to Detectron2 v0.6: {error.args[0]}.") from error
     if cfg.VERSION != 2:
         raise UserError(f"`{KEY}`: {uri} has VERSION {cfg.VERSION} of Detectron2's settings; version 2 is supported.")
@@ -203,30 +133,6 @@ def _merge(base: dict[str, Any], override: dict[str, Any]) -> dict[str, Any]:
     both = {key: (base[key], override[key]) for key in base.keys() & override.keys()}
     nested = {key: _merge(*pair) for key, pair in both.items() if all(isinstance(value, dict) for value in pair)}
     return {**base, **override, **nested}
-
-
-def check_classes(classes: Collection[int], num_classes: int) -> None:
-    """Raise UserError if a class is not among the network's."""
-    if unknown := [number for number in classes if not 0 <= number < num_classes]:
-        raise UserError(
-            f"`mask.detector.classes`: {unknown} is not among the network's classes 0 to {num_classes - 1}."
-        )
-
-
-def _check_support(model: nn.Module, cfg: CfgNode) -> None:
-    """Raise UserError for networks that do not detect boxes, or need operators that are not installed."""
-    if not isinstance(model, GeneralizedRCNN | RetinaNet) or getattr(model, "proposal_generator", model) is None:
-        raise UserError(
-            f"`{KEY}`: this {cfg.MODEL.META_ARCHITECTURE} does not detect boxes. "
-            "Choose a GeneralizedRCNN, PanopticFPN or RetinaNet."
-        )
-    if any(isinstance(module, DeformConv | ModulatedDeformConv | ROIAlignRotated) for module in model.modules()):
-        raise UserError(
-            f"`{KEY}`: deformable convolutions and rotated boxes need Detectron2's compiled operators, which are not "
-            "installed. Choose a network without them."
-        )
-    if cfg.INPUT.FORMAT not in ("BGR", "RGB"):
-        raise UserError(f"`{KEY}`: INPUT.FORMAT is {cfg.INPUT.FORMAT}. Set BGR or RGB.")
 
 
 def build(cfg: CfgNode) -> nn.Module:

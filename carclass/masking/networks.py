@@ -6,8 +6,8 @@ from carclass import storage
 from carclass.config.schema import DetectorSettings
 from carclass.config.section import NAMED_DETECTORS
 from carclass.errors import UserError
-from carclass.masking import detectron
-from carclass.masking.detectron import Network
+from carclass.masking import detectron, detectron_network
+from carclass.masking.network import Network
 from carclass.masking.torchvision_rcnn import TorchvisionMaskRCNN
 from carclass.models import weights
 
@@ -30,7 +30,9 @@ def build_network(settings: DetectorSettings) -> Network:
     Raise UserError for an unknown network, and for weights that are missing, have another hash or do not fit.
     """
     _check_model(settings.model)
-    network = TorchvisionMaskRCNN(settings) if settings.model == TORCHVISION else detectron.build_network(settings)
+    network = (
+        TorchvisionMaskRCNN(settings) if settings.model == TORCHVISION else detectron_network.build_network(settings)
+    )
     _load_weights(network.model, settings)
     return network.eval()
 

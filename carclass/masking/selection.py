@@ -7,7 +7,6 @@ within LARGEST_TIE of it the most central; `mask.choice` offers other rules.
 
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torchvision.ops import nms
@@ -39,12 +38,12 @@ def select_vehicle(
 ) -> Selection | None:
     """Select the main vehicle; return None if no detection covers a pixel.
 
-    boxes: float (N,4) x1,y1,x2,y2; scores: float (N,); masks: probabilities (N,1,M,M) within the boxes, or None;
+    boxes: float (N,4) x1,y1,x2,y2; scores: float (N,); masks: probabilities (N,M,M) within the boxes, or None;
     size: height and width of the photo in the boxes' pixels. All tensors are on the CPU, as N is small.
     """
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     if masks is not None:
-        areas = areas * (masks[:, 0] > 0.5).float().mean((1, 2))
+        areas = areas * (masks > 0.5).float().mean((1, 2))
     kept = (areas > 0).nonzero()[:, 0]  # a vehicle with an empty mask would be nothing but fill colour
     if len(kept) == 0:
         return None
@@ -68,8 +67,3 @@ def stability(mask: Tensor) -> float:
     high, low = torch.sigmoid(torch.tensor([STABILITY_LOGIT, -STABILITY_LOGIT])).tolist()
     smallest, largest = int((mask > high).sum()), int((mask > low).sum())
     return smallest / largest if largest else 0.0
-
-
-def touches_border(mask: np.ndarray) -> bool:
-    """Return True if a bool (H,W) mask reaches the photo's edge, where the vehicle may be truncated."""
-    return bool(mask[0].any() or mask[-1].any() or mask[:, 0].any() or mask[:, -1].any())

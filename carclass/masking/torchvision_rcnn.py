@@ -8,7 +8,8 @@ from torchvision.models.detection import MaskRCNN_ResNet50_FPN_V2_Weights, maskr
 from torchvision.models.detection.image_list import ImageList
 
 from carclass.config.schema import DetectorSettings
-from carclass.masking.detectron import Boxes, Instances, Network, check_classes, merge_into_background
+from carclass.masking.detectron import Boxes, Instances
+from carclass.masking.network import Network, check_classes, merge_into_background
 
 _NAMES = MaskRCNN_ResNet50_FPN_V2_Weights.COCO_V1.meta["categories"]
 COCO_IDS = [number for number, name in enumerate(_NAMES) if name not in ("__background__", "N/A")]

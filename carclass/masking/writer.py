@@ -3,6 +3,7 @@
 This module does not import torch, so that writing processes start in a second.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,11 +14,15 @@ from carclass.config.schema import ExcludeSettings, MaskSettings
 from carclass.data import dataset, photo, publishing
 from carclass.data.quarantine import Reason
 from carclass.masking.cutout import cut
-from carclass.masking.rle import decode_mask
+from carclass.masking.paste import paste_mask, touches_border
+from carclass.masking.rle import encode_mask
 
 FAILURE = pa.schema([("reason", pa.string()), ("detail", pa.string()), ("attempts", pa.int32())])
 """Columns of a photo that failed; null for all others."""
-DETECTED = pa.schema([*dataset.MASKED_ROW, *FAILURE])
+DETECTED = pa.schema([*dataset.MASKED_ROW, *FAILURE, ("grid", pa.binary())])
+"""Rows of detections; `grid`: the mask as detected, see Detection. `mask` and what is measured on it are null."""
+OF_VEHICLES = [name for name in dataset.DETECTION.names if not name.startswith("source_")]
+"""Columns that are null without a vehicle, but for the outcome and the number of vehicles."""
 SUMMARY = pa.schema([("outcome", pa.string()), ("reason", pa.string()), ("path", pa.string())])
 """Result of a written photo: its outcome, or the reason of its quarantine, and the path of its part."""
 
@@ -48,21 +53,39 @@ def cut_rows(batch: pa.Table, settings: MaskSettings) -> Iterator[dict[str, Any]
     """Convert rows of DETECTED one by one to rows of MASKED_ROW without the background, or of QUARANTINE."""
     for i in range(len(batch)):
         (row,) = batch.slice(i, 1).to_pylist()
+        mask = _place_vehicle(row) if row["outcome"] == "vehicle" else None
         if row["reason"] is None and (reasons := exclusion_reasons(row, settings.exclude)):
             row |= {"reason": str(Reason.DOUBTFUL_MASK), "detail": ", ".join(reasons), "attempts": 1}
         if row["reason"] is None:
-            yield _cut_row(row, settings)
+            yield _cut_row(row, mask, settings)
         else:
             yield {name: row[name] for name in dataset.QUARANTINE.names}
 
 
-def _cut_row(row: dict[str, Any], settings: MaskSettings) -> dict[str, Any]:
+def _place_vehicle(row: dict[str, Any]) -> np.ndarray | None:
+    """Add the mask and its measures to a row of DETECTED, and return it: bool (H,W); None if only a box was detected.
+
+    The outcome is changed if the mask is smaller than a pixel.
+    """
+    height, width, box = row["source_height"], row["source_width"], np.array(row["box"])
+    if row["grid"] is None:
+        row["area_fraction"] = float(np.prod(box[2:] - box[:2]) / (height * width))
+        row["touches_border"] = bool((box[:2] < 1).any() or box[2] > width - 1 or box[3] > height - 1)
+        return None
+    grid = np.frombuffer(row["grid"], np.float32)
+    side = math.isqrt(len(grid))
+    mask = paste_mask(grid.reshape(side, side), box, height, width)
+    if not mask.any():
+        row |= dict.fromkeys(OF_VEHICLES) | {"outcome": "no_vehicle", "num_vehicles": 0}
+        return None
+    row |= {"mask": encode_mask(mask), "area_fraction": float(mask.mean()), "touches_border": touches_border(mask)}
+    return mask
+
+
+def _cut_row(row: dict[str, Any], mask: np.ndarray | None, settings: MaskSettings) -> dict[str, Any]:
     """Return a row of DETECTED with the background removed; a photo without a vehicle is unchanged."""
     if row["outcome"] == "no_vehicle":
         return row
-    mask = None
-    if "mask" in settings.cutout.mode:
-        mask = decode_mask(row["mask"], row["source_height"], row["source_width"])
     pixels = cut(photo.decode_stored(row["image"]), np.array(row["box"]), mask, settings.cutout)
     return {
         **row,

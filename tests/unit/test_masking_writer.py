@@ -14,7 +14,7 @@ from carclass.config.schema import DetectorSettings, MaskSettings
 from carclass.data import dataset, photo, publishing
 from carclass.masking.detect import CPU_BATCH, DetectPhotos, decode_rows, detector_batch_size
 from carclass.masking.rle import decode_mask
-from carclass.masking.writer import write_batch
+from carclass.masking.writer import DETECTED, cut_rows, write_batch
 from tests.helpers.inventories import run_all
 
 SETTINGS = MaskSettings(detector=DetectorSettings(model="sample", weights="sample", short_side=96, num_proposals=10))
@@ -44,8 +44,17 @@ def detected(photos_folder: Path) -> Iterator[pa.Table]:
 
 
 def test_rows_that_wait_for_their_part_hold_no_pixels(detected: pa.Table):
-    assert detected["mask"].null_count == 0
-    assert detected.drop(["image"]).nbytes < 10_000 * NUM_PHOTOS
+    assert detected["grid"].null_count == 0
+    assert detected.drop(["image"]).nbytes < 15_000 * NUM_PHOTOS
+
+
+def test_a_mask_smaller_than_a_pixel_is_no_vehicle(detected: pa.Table):
+    (row,) = detected.slice(0, 1).to_pylist()
+    row["box"] = [10.1, 10.1, 10.2, 10.2]
+    (cut,) = cut_rows(pa.Table.from_pylist([row], DETECTED), SETTINGS)
+    assert (cut["outcome"], cut["num_vehicles"]) == ("no_vehicle", 0)
+    assert [cut[name] for name in ("box", "mask", "score", "vehicle_class", "area_fraction")] == [None] * 5
+    assert (cut["source_width"], cut["image"]) == (SIDES[1], row["image"])
 
 
 def test_the_background_is_removed_with_the_mask_that_is_stored(detected: pa.Table, tmp_path: Path):

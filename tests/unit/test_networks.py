@@ -16,12 +16,13 @@ from carclass import storage
 from carclass.config.schema import DetectorSettings, TrainSettings
 from carclass.errors import UserError
 from carclass.experiments import first_config
-from carclass.masking import detectron, networks
+from carclass.masking import detectron, detectron_network, networks
 from carclass.masking.torchvision_rcnn import COCO_IDS, TorchvisionMaskRCNN
 from carclass.models import weights
 
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES  # isort: skip - after detectron
 from detectron2.layers import FrozenBatchNorm2d  # isort: skip
+from detectron2.layers.mask_ops import paste_masks_in_image as detectron2_paste  # isort: skip
 
 Build = Callable[[DetectorSettings], networks.Network]
 PERSON, CAR, BUS = 0, 2, 5
@@ -204,9 +205,30 @@ def test_masks_pasted_equal_the_originals(
     if name == networks.TORCHVISION:  # the frameworks paste masks differently
         pasted = paste_masks_in_image(soft, boxes, (128, 160))[:, 0] > 0.5
     else:
-        pasted = detectron.paste_masks_in_image(soft[:, 0], boxes, (128, 160), threshold=0.5)
+        pasted = detectron2_paste(soft[:, 0], boxes, (128, 160), threshold=0.5)
     differing = (pasted != run_original(settings, photo)["masks"]).float().mean()
     assert differing < 1e-4
+
+
+@each(ALL)
+def test_detections_in_a_batch_are_the_instances_of_each_photo(
+    make_settings: Callable[..., DetectorSettings], build: Build, photo: torch.Tensor, name: str
+):
+    """Sizes on one canvas; sorted, as a photo's detections may have equal scores."""
+    net, photos = build(make_settings(name)), [photo, photo.flip(2)]
+    with torch.inference_mode():
+        found = net.detect(photos)
+    for number, expected in enumerate(run(net, *photos)):
+        actual = found.photo(number)
+        torch.testing.assert_close(
+            sort_detections(actual.classes, actual.scores, actual.boxes),
+            sort_detections(expected.pred_classes, expected.scores, expected.pred_boxes.tensor),
+            atol=1e-4,
+            rtol=0,
+        )
+        if net.finds_masks:
+            assert actual.masks is not None
+            torch.testing.assert_close(actual.masks.mean(), expected.pred_masks.mean(), atol=1e-4, rtol=0)
 
 
 @each(ALL)
@@ -285,7 +307,7 @@ C4 = """
 def test_a_network_declares_the_multiple_that_it_pads_photos_to(tmp_path: Path, name: str, canvas: int):
     (tmp_path / "c4.yaml").write_text(f"_BASE_: {SAMPLE}\nMODEL: {C4}")
     model = str(tmp_path / "c4.yaml") if name == "c4" else name
-    build = TorchvisionMaskRCNN if name == networks.TORCHVISION else detectron.build_network
+    build = TorchvisionMaskRCNN if name == networks.TORCHVISION else detectron_network.build_network
     assert build(DetectorSettings(model=model)).canvas == canvas
 
 

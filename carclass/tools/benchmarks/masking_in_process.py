@@ -13,6 +13,7 @@ from carclass.config.schema import CutoutSettings
 from carclass.data import photo
 from carclass.masking.cutout import cut
 from carclass.masking.detector import Detector
+from carclass.masking.paste import paste_mask
 from carclass.progress import print_line
 from carclass.tools.benchmarks.plain_masking import (
     PlainMasker,
@@ -58,8 +59,10 @@ def _measure_pipeline(detect: Detector, files: list[Path], out: Path) -> float:
         batch = files[max(start, 0) : max(start, 0) + BATCH_SIZE]
         pixels = [photo.decode(path.read_bytes(), min_side=1) for path in batch]
         for path, image, detection in zip(batch, pixels, detect(pixels, BATCH_SIZE), strict=True):
-            result = image if detection is None else cut(image, detection.box, detection.mask, cutout)
-            (out / path.name).write_bytes(photo.encode(result))
+            if detection is not None and detection.grid is not None:
+                mask = paste_mask(detection.grid, detection.box, *image.shape[:2])
+                image = cut(image, detection.box, mask, cutout)
+            (out / path.name).write_bytes(photo.encode(image))
         if start < 0:
             started = time.perf_counter()
     return len(files) / (time.perf_counter() - started)
