@@ -1,5 +1,6 @@
 """Vehicle detection over batches of rows: decode tasks and detector actors."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -8,10 +9,11 @@ import pyarrow.compute as pc
 import torch
 
 from carclass.cluster.device import choose_device
-from carclass.config.schema import MaskSettings
+from carclass.config.schema import DetectorSettings, MaskSettings
 from carclass.data import dataset, photo
 from carclass.data.crash_guard import CrashGuard
 from carclass.data.quarantine import PhotoError
+from carclass.masking.canvas import canvas
 from carclass.masking.detection import detection_columns
 from carclass.masking.writer import DETECTED, FAILURE
 
@@ -23,6 +25,10 @@ BATCH_BYTES = 256 * 2**20
 """Largest size of a detector's batch of decoded photos, which is in memory several times."""
 GPU_BATCHES = 8
 """Forward passes per batch of a detector on a GPU: enough photos to group them by shape."""
+WINDOW_BATCHES = 8
+"""Batches of a GPU's detector that are read at once, to be ordered by shape."""
+WINDOW_BYTES = 256 * 2**20
+"""Largest size of the encoded photos read at once, at half a byte a pixel."""
 
 
 def detector_batch_size(settings: MaskSettings, max_side: int | None, *, use_gpu: bool) -> int:
@@ -32,12 +38,34 @@ def detector_batch_size(settings: MaskSettings, max_side: int | None, *, use_gpu
     return max(CPU_BATCH, min(GPU_BATCHES * settings.batch_size, BATCH_BYTES // (3 * max_side**2)))
 
 
-def fetch_and_decode(positions: pa.Table, crash_guard: CrashGuard) -> pa.Table:
-    """Read the rows at positions (streaming.ROW_POSITION) and decode them: rows of DECODED."""
+def reading_window(batch_size: int, max_side: int | None, *, use_gpu: bool) -> int:
+    """Return the number of rows to read at once for batches of a detector. max_side: see detector_batch_size."""
+    if not use_gpu or max_side is None:
+        return batch_size
+    return batch_size * max(1, min(WINDOW_BATCHES, WINDOW_BYTES * 2 // max_side**2 // batch_size))
+
+
+def fetch_and_decode(
+    positions: pa.Table, crash_guard: CrashGuard, settings: DetectorSettings, batch_size: int
+) -> Iterator[pa.Table]:
+    """Read the rows at positions (streaming.ROW_POSITION) and yield them decoded, in batches: rows of DECODED.
+
+    Rows for several batches are ordered by the canvas of their photos, so that forward passes are full.
+    """
+    rows = _fetch(positions)
+    if len(rows) > batch_size:
+        sizes = zip(rows["height"].to_pylist(), rows["width"].to_pylist(), strict=True)
+        canvases = [canvas(height, width, settings) for height, width in sizes]
+        rows = rows.take(sorted(range(len(rows)), key=lambda row: canvases[row]))
+    for start in range(0, len(rows), batch_size):
+        yield decode_rows(rows.slice(start, batch_size), crash_guard)
+
+
+def _fetch(positions: pa.Table) -> pa.Table:
     parts = dict.fromkeys(positions["part"].to_pylist())
     by_part = {part: positions.filter(pc.field("part") == part)["position"].to_pylist() for part in parts}
     tables = [dataset.take_rows(part, in_part, dataset.ROW.names) for part, in_part in by_part.items()]
-    return decode_rows(pa.concat_tables(tables), crash_guard)
+    return pa.concat_tables(tables)
 
 
 def decode_rows(batch: pa.Table, crash_guard: CrashGuard) -> pa.Table:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from carclass.config.schema import DetectorSettings
 from carclass.masking import networks
+from carclass.masking.canvas import canvas, scaled_size
 from carclass.masking.detection import Detection, Detections
 from carclass.masking.fused_layers import optimise_for_inference
 from carclass.masking.selection import SelectionRule, select_vehicle, stability
@@ -120,31 +121,26 @@ class Detector:
         """Yield indices of photos that share a canvas, at most batch_size and max_batch at a time."""
         groups = defaultdict(list)
         for i, photo in enumerate(photos):
-            groups[tuple(-(-side // self.network.canvas) for side in self._scaled_size(*photo.shape[:2]))].append(i)
+            groups[canvas(photo.shape[0], photo.shape[1], self.settings, self.network.canvas)].append(i)
         for group in groups.values():
             while group:
                 size = min(batch_size, self.max_batch)  # which may have been lowered meanwhile
                 yield group[:size]
                 del group[:size]
 
-    def _scaled_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return height and width of the network's input for a photo's."""
-        scale = min(self.settings.short_side / min(height, width), self.settings.max_size / max(height, width))
-        return max(1, round(height * scale)), max(1, round(width * scale))
-
     def _network_input(self, photo: np.ndarray) -> Tensor:
         """Resize a photo on the device: float (3,h,w), 0..255, in the network's channel order."""
         uploaded = torch.empty(photo.shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         uploaded.numpy()[:] = photo[:, :, ::-1] if self.network.input_format == "BGR" else photo
         pixels = uploaded.to(self.device, non_blocking=True).permute(2, 0, 1)[None].float()
-        size = self._scaled_size(*photo.shape[:2])
+        size = scaled_size(photo.shape[0], photo.shape[1], self.settings)
         return nn.functional.interpolate(pixels, size, mode="bilinear", antialias=True)[0]
 
     @torch.inference_mode()
     def _select(self, found: Detections, shape: tuple[int, int]) -> Detection | None:
         """Select the main vehicle of a photo of this shape among its detections, on the CPU; None without a vehicle."""
         height, width = shape
-        size = self._scaled_size(height, width)
+        size = scaled_size(height, width, self.settings)
         selection = select_vehicle(found.boxes, found.scores, found.masks, size, self.rule)
         if selection is None:
             return None

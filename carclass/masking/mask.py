@@ -26,7 +26,7 @@ from carclass.data.lease import hold_lease
 from carclass.errors import UserError
 from carclass.formatting import count_text
 from carclass.masking import collect, networks, quality, selection
-from carclass.masking.detect import DetectPhotos, detector_batch_size, fetch_and_decode
+from carclass.masking.detect import DetectPhotos, detector_batch_size, fetch_and_decode, reading_window
 from carclass.masking.detector import Detector
 from carclass.masking.writer import write_batch
 
@@ -180,9 +180,10 @@ def _write_pending(draft: Draft, source: dataset.Dataset, settings: MaskSettings
     max_side = source.manifest["settings"].get("max_side")
     crash_guard, block_rows = CrashGuard(), detector_batch_size(settings, max_side, use_gpu=use_gpu)
     pending = streaming.positions_by_part(source, inventory.pending_numbers())
-    decoded = streaming.stream_positions(pending, block_rows).map_batches(
-        partial(fetch_and_decode, crash_guard=crash_guard),
-        batch_size=block_rows,
+    window = reading_window(block_rows, max_side, use_gpu=use_gpu)
+    decoded = streaming.stream_positions(pending, window).map_batches(
+        partial(fetch_and_decode, crash_guard=crash_guard, settings=settings.detector, batch_size=block_rows),
+        batch_size=window,
         batch_format="pyarrow",
         num_cpus=streaming.TASK_CPUS,
     )

@@ -12,6 +12,7 @@ from carclass.config.schema import PROFILES, DetectorSettings
 from carclass.data import photo
 from carclass.errors import UserError
 from carclass.masking import networks
+from carclass.masking.canvas import canvas as canvas_of
 from carclass.masking.detection import Detection
 from carclass.masking.detector import Detector
 from carclass.masking.paste import paste_mask
@@ -73,7 +74,7 @@ def test_photos_that_a_network_pads_to_other_sizes_share_no_batch(detect: Detect
     monkeypatch.setattr(detect, "max_batch", 8)  # as on a GPU
     shapes = [(200, 300), (200, 320), (201, 300), (400, 600), (200, 300)]
     groups = list(detect._batches([np.zeros((*shape, 3), np.uint8) for shape in shapes], 8))
-    sizes = [{tuple(-(-side // canvas) for side in detect._scaled_size(*shapes[i])) for i in g} for g in groups]
+    sizes = [{canvas_of(*shapes[i], detect.settings, canvas) for i in g} for g in groups]
     assert [len(size) for size in sizes] == [1] * len(groups)
     assert len(set.union(*sizes)) == len(groups) > 1
 

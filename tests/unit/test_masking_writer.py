@@ -11,8 +11,15 @@ import pytest
 import torch
 
 from carclass.config.schema import DetectorSettings, MaskSettings
-from carclass.data import dataset, photo, publishing
-from carclass.masking.detect import CPU_BATCH, DetectPhotos, decode_rows, detector_batch_size
+from carclass.data import dataset, photo, publishing, streaming
+from carclass.masking.detect import (
+    CPU_BATCH,
+    DetectPhotos,
+    decode_rows,
+    detector_batch_size,
+    fetch_and_decode,
+    reading_window,
+)
 from carclass.masking.rle import decode_mask
 from carclass.masking.writer import DETECTED, cut_rows, write_batch
 from tests.helpers.inventories import run_all
@@ -78,6 +85,31 @@ def test_large_masked_photos_are_written_in_several_parts(
 def test_detectors_on_gpus_get_fewer_photos_if_these_are_large():
     sizes = [detector_batch_size(SETTINGS, max_side, use_gpu=True) for max_side in (800, 2400, 10_000, None)]
     assert sizes == [8 * SETTINGS.batch_size, 15, CPU_BATCH, CPU_BATCH]
+
+
+def sizes_of(batch: pa.Table) -> list[tuple[int, int]]:
+    return [(row["height"], row["width"]) for row in batch.select(["height", "width"]).to_pylist()]
+
+
+def test_rows_for_several_batches_are_ordered_by_canvas(tmp_path: Path):
+    shapes = [(40, 60), (60, 40), (40, 61), (60, 41), (40, 60), (60, 40)] * 2
+    images = [photo.encode(np.full((*shape, 3), 7, np.uint8)) for shape in shapes]
+    rows = [
+        {"key": f"{i}", "image_id": f"{i}", "height": shape[0], "width": shape[1], "image": image}
+        for i, (shape, image) in enumerate(zip(shapes, images, strict=True))
+    ]
+    part = publishing.write_part(str(tmp_path), "parts", pa.Table.from_pylist(rows, dataset.ROW), {}).path
+    table = pa.table([[f"{tmp_path}/{part}"] * len(shapes), range(len(shapes))], schema=streaming.ROW_POSITION)
+    batches = [*fetch_and_decode(table, Unguarded(), SETTINGS.detector, 6)]  # type: ignore[arg-type]
+    is_wide = [{height < width for height, width in sizes_of(batch)} for batch in batches]
+    assert is_wide == [{False}, {True}] or is_wide == [{True}, {False}]
+    assert sorted(key for batch in batches for key in batch["key"].to_pylist()) == sorted(row["key"] for row in rows)
+
+
+@pytest.mark.parametrize(("max_side", "batches"), [(400, 8), (800, 6), (3000, 1), (None, 1)])
+def test_windows_of_large_photos_are_smaller(max_side: int | None, batches: int):
+    assert reading_window(128, max_side, use_gpu=True) == 128 * batches
+    assert reading_window(4, max_side, use_gpu=False) == 4
 
 
 def test_photos_of_any_size_that_ingestion_permits_are_decoded():
