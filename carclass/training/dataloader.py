@@ -15,7 +15,7 @@ from torch import Tensor
 from carclass.config.schema import AugmentationSettings, UnfrozenSettings
 from carclass.data.photo import decode_photos
 from carclass.models import preprocessing
-from carclass.models.preprocessing import photos_to_device, to_device, to_network_input
+from carclass.models.preprocessing import photos_to_device, to_device
 from carclass.models.sample_rng import uniforms
 from carclass.training import augmentation
 from carclass.training.augmentation import warp_photos
@@ -28,6 +28,12 @@ SMALL_STEP_PIXELS = 64 * 224**2
 """Up to this size of a step, a fast GPU takes less time than launching its kernels one by one."""
 STEPS_PER_GROUP = 4
 """Number of such steps that are augmented at once."""
+RESIDENT_SHARE = 0.05
+"""Share of a GPU's memory up to which a stage's photos stay there, decoded. The preflight check leaves a tenth free."""
+
+
+RESIDENT_ROWS = 256
+"""Photos copied to a GPU at once."""
 
 
 class EncodedPhotos:
@@ -81,6 +87,19 @@ class PhotoSamples(SampleOrder):
             [self.blocks[block].pixels[i - self.starts[block]] for block, i in zip(blocks, indices, strict=True)]
         )
 
+    @property
+    def num_bytes(self) -> int:
+        """Return the size of all photos when they are decoded."""
+        return len(self) * self.size**2 * 3
+
+    def copy_to(self, device: torch.device) -> Tensor:
+        """Return all photos on a device, uint8 (N,S,S,3)."""
+        photos = torch.empty(len(self), self.size, self.size, 3, dtype=torch.uint8, device=device)
+        for start in range(0, len(self), RESIDENT_ROWS):
+            positions = np.arange(start, min(start + RESIDENT_ROWS, len(self)))
+            photos[start : start + len(positions)] = torch.from_numpy(self.pixels(positions)).to(device)
+        return photos
+
     def read(self, batches: Iterable[tuple[np.ndarray, T]]) -> Iterator[tuple[np.ndarray, T, np.ndarray]]:
         """Yield (positions, item, pixels) for (positions, item), READ_AHEAD batches being read in the background."""
         with ThreadPoolExecutor(READ_AHEAD) as pool:
@@ -93,7 +112,10 @@ class PhotoSamples(SampleOrder):
 
 
 class PhotoLoader:
-    """The loader of the unfrozen stage: photos, augmented in training."""
+    """The loader of the unfrozen stage: photos, augmented in training.
+
+    Photos that take a small part of a GPU's memory are copied there once, and batches are gathered on it.
+    """
 
     def __init__(
         self,
@@ -106,6 +128,10 @@ class PhotoLoader:
         self.train_samples, self.val_samples = train, val
         self.settings, self.stage, self.device = settings, stage, device
         self.num_steps = train.num_steps(stage.batch_size)
+        self.resident: dict[PhotoSamples, Tensor] = {}
+        """Photos on the device."""
+        if fit_on_device(train.num_bytes + val.num_bytes, device):
+            self.resident = {samples: samples.copy_to(device) for samples in (train, val)}
 
     def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch after its first `start` samples."""
@@ -125,23 +151,31 @@ class PhotoLoader:
         # Without gradients, four times the photos of a forward pass take less memory.
         num_photos = min(stage.batch_size, (stage.micro_batch_size or stage.batch_size) * samples.num_workers)
         steps = ((share.positions, share) for share in samples.steps(None, 4 * num_photos))
-        for _, share, pixels in samples.read(steps):
-            yield _batch(to_network_input(pixels, self.device), samples, share)
+        for share, photos in self._photos(samples, steps):
+            yield _batch(preprocessing.normalise(photos), samples, share)
 
     def _augmented_batches(self, groups: Iterator[list[Share]], epoch: int) -> Iterator[Batch]:
         """Yield the batches of groups of steps; a group is augmented at once, with the same result as step by step."""
         samples = self.train_samples
         joined = ((np.concatenate([share.positions for share in group]), group) for group in groups)
-        for _, group, pixels in samples.read(joined):
+        for group, photos in self._photos(samples, joined):
             ids = np.concatenate([share.ids for share in group])
-            photos = self._augment(pixels, ids, epoch).split([len(share.ids) for share in group])
-            for inputs, share in zip(photos, group, strict=True):
+            augmented = self._augment(photos, ids, epoch).split([len(share.ids) for share in group])
+            for inputs, share in zip(augmented, group, strict=True):
                 yield _batch(inputs, samples, share)
 
-    def _augment(self, pixels: np.ndarray, ids: np.ndarray, epoch: int) -> Tensor:
-        """Return the augmented, normalised photos of an epoch."""
+    def _photos(self, samples: PhotoSamples, batches: Iterable[tuple[np.ndarray, T]]) -> Iterator[tuple[T, Tensor]]:
+        """Yield (item, photos) for (positions, item): uint8 (N,3,S,S) on the device."""
+        if (resident := self.resident.get(samples)) is None:
+            for _, item, pixels in samples.read(batches):
+                yield item, photos_to_device(pixels, self.device)
+        else:
+            for positions, item in batches:
+                yield item, resident[to_device(positions, self.device)].permute(0, 3, 1, 2)
+
+    def _augment(self, photos: Tensor, ids: np.ndarray, epoch: int) -> Tensor:
+        """Return the augmented, normalised photos of an epoch. photos: uint8 (N,3,S,S)."""
         seed = self.train_samples.seed
-        photos = photos_to_device(pixels, self.device)
         if self.stage.appearance:
             photos = augmentation.change_appearance(photos.float(), uniforms(seed + APPEARANCE, epoch, ids, 2))
         return warp_photos(preprocessing.normalise(photos), self.settings, uniforms(seed + AUGMENT, epoch, ids, 5))
@@ -186,6 +220,11 @@ def feature_view(photos: Tensor, view: int, ids: np.ndarray, seed: int, settings
     if view == 1:
         return photos.flip(3)
     return warp_photos(photos, settings, uniforms(seed + AUGMENT, view, ids, 5))
+
+
+def fit_on_device(num_bytes: int, device: torch.device) -> bool:
+    """Return True if photos of this size shall stay in the memory of a GPU."""
+    return device.type == "cuda" and num_bytes <= RESIDENT_SHARE * torch.cuda.get_device_properties(device).total_memory
 
 
 def prefetch(items: Iterator[T], initializer: Callable[[], None]) -> Iterator[T]:

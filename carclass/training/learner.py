@@ -13,6 +13,14 @@ from carclass.config.schema import StageSettings, UnfrozenSettings
 from carclass.models import resnet
 
 
+class StepParts(NamedTuple):
+    """Parts of a module and its average that every step uses; walking through the modules takes a millisecond."""
+
+    parameters: list[nn.Parameter]
+    averages: list[nn.Parameter]  # of the parameters; empty without an average
+    dropouts: list[resnet.SampleDropout]
+
+
 class Learner(NamedTuple):
     """Everything that a training step reads or updates."""
 
@@ -23,6 +31,7 @@ class Learner(NamedTuple):
     stage: StageSettings
     autocast: torch.autocast
     seed: int
+    parts: "StepParts"
 
     @property
     def eval_module(self) -> nn.Module:
@@ -38,7 +47,9 @@ class Learner(NamedTuple):
 def make_learner(module: nn.Module, stage: StageSettings, autocast: torch.autocast, seed: int) -> Learner:
     """Return a stage's learner before its first step; its forward pass is the module's."""
     ema = None if stage.ema_decay is None else copy.deepcopy(module).requires_grad_(False)
-    return Learner(module, make_optimizer(module, stage), ema, module, stage, autocast, seed)
+    dropouts = [part for part in module.modules() if isinstance(part, resnet.SampleDropout)]
+    parts = StepParts([*module.parameters()], [] if ema is None else [*ema.parameters()], dropouts)
+    return Learner(module, make_optimizer(module, stage), ema, module, stage, autocast, seed, parts)
 
 
 def make_optimizer(module: nn.Module, stage: StageSettings) -> torch.optim.Optimizer:
@@ -90,14 +101,13 @@ def set_learning_rate(learner: Learner, step: int, num_steps: int) -> None:
 def clip_gradients(learner: Learner) -> None:
     """Scale the gradients down to the stage's largest norm, if it has one."""
     if learner.stage.clip_grad_norm is not None:
-        clip_grad_norm_(learner.module.parameters(), learner.stage.clip_grad_norm)
+        clip_grad_norm_(learner.parts.parameters, learner.stage.clip_grad_norm)
 
 
 def has_finite_weights(learner: Learner) -> bool:
     """Return True if no weight of the module or its moving average is NaN or infinite; waits for the device."""
-    modules = {learner.module, learner.eval_module}
-    parameters = [parameter.detach() for module in modules for parameter in module.parameters()]
-    return bool(get_total_norm(parameters).isfinite())
+    parameters = [*learner.parts.parameters, *learner.parts.averages]
+    return bool(get_total_norm([parameter.detach() for parameter in parameters]).isfinite())
 
 
 @torch.no_grad()
@@ -107,5 +117,4 @@ def update_ema(learner: Learner, step: int) -> None:
         return
     assert learner.stage.ema_decay is not None
     decay = min(learner.stage.ema_decay, (1 + step) / (10 + step))  # as in TensorFlow's ExponentialMovingAverage
-    averages, parameters = ([*module.parameters()] for module in (learner.ema, learner.module))
-    get_ema_multi_avg_fn(decay)(averages, parameters, None)
+    get_ema_multi_avg_fn(decay)(learner.parts.averages, learner.parts.parameters, None)

@@ -180,9 +180,8 @@ def split_batch(batch: Batch, size: int | None) -> Iterator[Batch]:
 
 def backward(learner: Learner, batch: Batch, epoch: int) -> Tensor:
     """Add the gradients of a batch and return this worker's tally."""
-    for module in learner.module.modules():
-        if isinstance(module, resnet.SampleDropout):
-            module.draw(learner.seed + DROPOUT, epoch, batch.ids, batch.inputs.device)
+    for dropout in learner.parts.dropouts:
+        dropout.draw(learner.seed + DROPOUT, epoch, batch.ids, batch.inputs.device)
     with learner.autocast:
         logits = learner.forward(batch.inputs)
     loss = functional.cross_entropy(

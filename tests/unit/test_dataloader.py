@@ -10,6 +10,7 @@ from carclass.data import photo
 from carclass.data.photo import decode_photos
 from carclass.models import preprocessing
 from carclass.models.preprocessing import to_network_input
+from carclass.training import dataloader
 from carclass.training.dataloader import (
     READ_AHEAD,
     EncodedPhotos,
@@ -52,6 +53,26 @@ shares = pytest.mark.parametrize(("count", "batch_size", "num_workers"), SHARES)
 
 
 # Pixels
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_photos_that_stay_on_a_device_give_the_same_batches(num_workers: int, monkeypatch: pytest.MonkeyPatch):
+    def batches() -> list[torch.Tensor]:
+        loaders = [PhotoLoader(part, part, AugmentationSettings(), CHANGED, CPU) for part in shard(23, num_workers)]
+        return [batch.inputs for loader in loaders for batch in [*loader.train(2, 8), *loader.val()]]
+
+    read = batches()
+    monkeypatch.setattr(dataloader, "RESIDENT_ROWS", 5)
+    monkeypatch.setattr(dataloader, "fit_on_device", lambda _size, _device: True)
+    monkeypatch.delattr(PhotoSamples, "read")
+    for resident, expected in zip(batches(), read, strict=True):
+        torch.testing.assert_close(resident, expected, rtol=0, atol=0)
+
+
+def test_photos_on_a_cpu_are_not_copied():
+    samples = shard(23, 1)[0]
+    assert not dataloader.fit_on_device(samples.num_bytes, CPU)
+    assert samples.num_bytes == 23 * SIDE * SIDE * 3
 
 
 def test_encoded_photos_equal_decoded_ones():
