@@ -30,7 +30,8 @@ class WorkerContext(NamedTuple):
 class StepCheck:
     """Check for preemption and for a due checkpoint, with the same result on all workers at the same step.
 
-    A spot instance is announced by a draining node, the end of a container by SIGTERM.
+    A spot instance is announced by a draining node, the end of a container by SIGTERM. Of several workers, each step's
+    check is agreed on during the next step, which no worker waits for.
     """
 
     def __init__(self, worker: WorkerContext, is_checkpoint_due: Callable[[], bool] = lambda: False) -> None:
@@ -38,22 +39,37 @@ class StepCheck:
         # On CPUs even if gradients are reduced between GPUs, so that a check doesn't wait for a GPU.
         self.group = distributed.new_group(backend="gloo") if worker.num_workers > 1 else None
         self.checked = time.monotonic()
+        self.reduction: tuple[torch.Tensor, distributed.Work] | None = None
 
     def __call__(self, _step: int) -> StepSignal:
         """Return the interruptions that any worker asks for; called by every worker after every step."""
-        asks_ray = self.worker.rank == 0 and time.monotonic() - self.checked > DRAIN_CHECK_SECONDS
-        is_preempted, asks_ray, is_due = self._any(_sigterm_received.is_set(), asks_ray, self.is_checkpoint_due())
+        if self.group is None:
+            is_preempted, asks_ray, is_due = self._requests(is_saving=False)
+        else:
+            is_preempted, asks_ray, is_due = self._agreed()
+            signals = torch.tensor(self._requests(is_saving=is_due), dtype=torch.uint8)
+            work = distributed.all_reduce(signals, distributed.ReduceOp.MAX, group=self.group, async_op=True)
+            self.reduction = signals, work
         if asks_ray and not is_preempted:
-            self.checked = time.monotonic()
             is_preempted = self.worker.is_node_draining()
         return StepSignal(is_preempted, is_due)
 
-    def _any(self, *values: bool) -> list[bool]:
-        """Return for each value if it is true on any worker."""
-        if self.group is None:
-            return [*values]
-        signals = torch.tensor(values, dtype=torch.uint8)
-        distributed.all_reduce(signals, distributed.ReduceOp.MAX, group=self.group)
+    def _requests(self, *, is_saving: bool) -> list[bool]:
+        """Return the worker's own requests: to be preempted, to ask Ray for draining nodes, to save a checkpoint.
+
+        is_saving: a checkpoint is being saved after this step.
+        """
+        asks_ray = self.worker.rank == 0 and time.monotonic() - self.checked > DRAIN_CHECK_SECONDS
+        if asks_ray:
+            self.checked = time.monotonic()
+        return [_sigterm_received.is_set(), asks_ray, not is_saving and self.is_checkpoint_due()]
+
+    def _agreed(self) -> list[bool]:
+        """Return the requests that any worker made after the previous step."""
+        if self.reduction is None:
+            return [False] * 3
+        signals, work = self.reduction
+        work.wait()
         return signals.bool().tolist()
 
 

@@ -38,6 +38,10 @@ OUT_OF_MEMORY_REMEDIES: dict[str, str] = {
 }
 
 
+DDP = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+"""Statistics of BatchNorm never change, and gradients need no copy of their own."""
+
+
 class StageJob(NamedTuple):
     """Arguments of a stage's workers, the same for all."""
 
@@ -91,7 +95,7 @@ def _wrap_forward(learner: Learner, job: StageJob, net: resnet.FoldedResNet, wor
     """Return the learner with DDP if there are several workers, or with CUDA graphs if they are faster."""
     settings, stage = job.run.settings, learner.stage
     if worker.num_workers > 1:
-        return learner._replace(forward=ray.train.torch.prepare_model(learner.module))
+        return learner._replace(forward=ray.train.torch.prepare_model(learner.module, parallel_strategy_kwargs=DDP))
     if job.stage == "unfrozen" and (learner.micro_batch_size or stage.batch_size) >= stage.batch_size:
         forward = cuda_graphs.capture_if_faster(net, stage.batch_size, settings.model.image_size, settings.precision)
         return learner._replace(forward=forward)

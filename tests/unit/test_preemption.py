@@ -27,16 +27,16 @@ def test_a_draining_node_is_asked_for_now_and_then():
 
 
 def signal_of_rank(rank: int, file: str, results: Any) -> None:
-    """Put the signals of a worker, of which only rank 0 writes checkpoints, after two steps."""
+    """Put the signals of a worker, of which only rank 0 writes checkpoints, after five steps."""
     distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    is_due = iter([False, True])
+    is_due = iter([False, True, False, True])  # not asked while a checkpoint is saved
     check = StepCheck(WorkerContext(rank, 2, CPU, lambda: False), lambda: next(is_due) if rank == 0 else False)
-    results.put((rank, [tuple(check(1)) for _ in range(2)]))
+    results.put((rank, [tuple(check(1)) for _ in range(5)]))
     distributed.destroy_process_group()
 
 
 @pytest.mark.slow  # 15 s
-def test_all_workers_save_at_the_same_step(tmp_path: Path):
+def test_all_workers_save_at_the_same_step_after_the_next(tmp_path: Path):
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     processes = [context.Process(target=signal_of_rank, args=(rank, f"{tmp_path}/group", results)) for rank in (0, 1)]
@@ -45,4 +45,4 @@ def test_all_workers_save_at_the_same_step(tmp_path: Path):
     signals = dict(results.get() for _ in processes)
     for process in processes:
         process.join()
-    assert signals[0] == signals[1] == [(False, False), (False, True)]
+    assert signals[0] == signals[1] == [(False, due) for due in (False, False, True, False, False)]
