@@ -14,6 +14,7 @@
   python jobs/benchmark.py scale
   python jobs/benchmark.py nodes
   python jobs/benchmark.py rows
+  python jobs/benchmark.py gpu --photos DIR --weights DIR
 
 ingest   photos into a published dataset, against a PIL loop on one core
 masking  the pool of detectors, exact and fast, against DefaultPredictor in a plain loop and in map_batches
@@ -26,6 +27,7 @@ predict  jobs/predict.py on new photos, masked and not, against both networks on
 scale    keys listed and ingested from an S3 server, 10,000 to a million: rates and peak memory
 nodes    a head with 1,000 registered nodes that run no code: seconds of scheduling, memory of the head
 rows     what drivers do over the rows of a dataset: seconds and peak memory
+gpu      one GPU in ten minutes: training against timm (of the development packages) and a plain script, and masking
 """
 
 import importlib
@@ -39,8 +41,14 @@ from carclass.config import cli
 from carclass.errors import UserError
 from carclass.formatting import number_text
 
-NAMES = ("epochs", "frozen", "ingest", "masking", "memory", "nodes", "predict", "rows", "scale", "train", "tune")
-IN_PROCESS = {"epochs": "epochs", "frozen": "frozen", "masking": "masking_in_process", "train": "train_in_process"}
+NAMES = ("epochs", "frozen", "gpu", "ingest", "masking", "memory", "nodes", "predict", "rows", "scale", "train", "tune")
+IN_PROCESS = {
+    "epochs": "epochs",
+    "frozen": "frozen",
+    "gpu": "gpu",
+    "masking": "masking_in_process",
+    "train": "train_in_process",
+}
 """Modules of benchmarks with --in-process."""
 READS_JOBS = ("memory", "scale", "tune")
 """Benchmarks that run jobs or read their experiment files."""

@@ -46,7 +46,9 @@ def run(photos: Path | None, weights: Path | None, folder: Path) -> dict[str, fl
         print_line(f"carclass, {profile}, one process: {rate:.3f} photos/s")
         figures |= {f"{profile}_photos_per_s": rate, f"{profile}_vs_loop": rate / plain}
         if device == "cuda":
-            figures |= {f"{profile}_{name}": value for name, value in _measure_detector(detect, files).items()}
+            pixels = [photo.decode(path.read_bytes(), min_side=1) for path in files]
+            measured = measure_detector(detect, pixels, BATCH_SIZE)
+            figures |= {f"{profile}_{name}": value for name, value in measured.items()}
     return figures
 
 
@@ -68,16 +70,17 @@ def _measure_pipeline(detect: Detector, files: list[Path], out: Path) -> float:
     return len(files) / (time.perf_counter() - started)
 
 
-def _measure_detector(detect: Detector, files: list[Path]) -> dict[str, float]:
-    """Return the photos per second on decoded photos, and the share of time in which the GPU computes."""
-    pixels = [photo.decode(path.read_bytes(), min_side=1) for path in files]
-    detect(pixels, BATCH_SIZE)  # warm-up: kernels are selected once per canvas size
-    torch.cuda.synchronize()
+def measure_detector(detect: Detector, pixels: list[np.ndarray], batch_size: int) -> dict[str, float]:
+    """Return the photos per second on decoded photos and, on a GPU, the share of time in which it computes."""
+    detect(pixels, batch_size)  # warm-up: kernels are selected once per canvas size
     started = time.perf_counter()
-    detect(pixels, BATCH_SIZE)
+    detect(pixels, batch_size)
     seconds = time.perf_counter() - started
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        detect(pixels, BATCH_SIZE)
-        torch.cuda.synchronize()
-    busy = np.sum([event.self_device_time_total for event in profile.key_averages()]) / 1e6
-    return {"photos_per_s_per_gpu": len(pixels) / seconds, "gpu_share": float(busy / seconds)}
+    figures = {"photos_per_s_per_device": len(pixels) / seconds}
+    if detect.device.type == "cuda":
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            detect(pixels, batch_size)
+            torch.cuda.synchronize()
+        busy = np.sum([event.self_device_time_total for event in profile.key_averages()]) / 1e6
+        figures["gpu_share"] = float(busy / seconds)
+    return figures
