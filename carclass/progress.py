@@ -3,13 +3,43 @@
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from carclass.formatting import duration_text
 
 log = logging.getLogger(__name__)
 CLOCK = "%H:%M:%S"
 """Format of the time that begins each line."""
+
+
+class HeldLines(logging.Handler):
+    """Log lines of an attempt, to be written if it counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a line."""
+        self.records.append(record)
+
+    def write(self) -> None:
+        """Write the lines to the log."""
+        for record in self.records:
+            logging.getLogger(record.name).handle(record)
+
+
+@contextmanager
+def hold_lines(logger: str) -> Iterator[HeldLines]:
+    """Keep the lines of a logger, and of those below it, out of the log."""
+    source, held = logging.getLogger(logger), HeldLines()
+    before = source.handlers, source.propagate
+    source.handlers, source.propagate = [held], False
+    try:
+        yield held
+    finally:
+        source.handlers, source.propagate = before
 
 
 class Throttle:

@@ -44,6 +44,8 @@ def main() -> None:
     plan = [*estimate.describe_steps(steps), ("downloads", first_config.DOWNLOADS)]
     plan.append(("assumed", f"{machine.text}; {estimate.BASIS}"))
     command = cli.name_commands(f"{NEXT} {shlex.quote(args.output)}")
+    if (obstacle := survey_text.find_obstacle(survey)) is not None:
+        command = f"{obstacle}; then {command}"
     facts = [("Next", command), None, *findings, None, *plan]
     header = ["" if fact is None else ": ".join(fact) for fact in facts]
     first_config.write_config(args.output, settings, header, overwrite=args.overwrite)

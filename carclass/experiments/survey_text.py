@@ -2,10 +2,12 @@
 
 import importlib.util
 import statistics
+from itertools import count
 
 from carclass.config.installation import detectron2_command
+from carclass.data.dataset import SPLITS
 from carclass.experiments.machine import Machine
-from carclass.ingestion.split import MIN_VAL_PHOTOS
+from carclass.ingestion.split import MIN_VAL_PHOTOS, count_held_out
 from carclass.ingestion.survey import PhotoSample, Survey
 
 MAX_NAMES = 5
@@ -68,20 +70,53 @@ def _problems_by_reason(sample: PhotoSample) -> dict[str, list[tuple[str, str]]]
     return found
 
 
+def find_obstacle(survey: Survey) -> str | None:
+    """Return what to do before a pipeline can run: photos that train, val or test lack; None if it can."""
+    missing = [split for split, number in survey.splits.items() if not number]
+    if "train" not in missing and sum(counts["train"] > 0 for counts in survey.class_splits.values()) < 2:
+        return "add train photos of a second class: all are of one, and training needs at least two"
+    if not missing:
+        return None
+    where = " and ".join(missing)
+    if any(split not in survey.shares for split in missing):
+        return f"add photos: none is in {where}"
+    return f"add photos: none is in {where}, and a class needs at least {_fewest_photos(survey)} to be in all splits"
+
+
+def _fewest_photos(survey: Survey) -> int:
+    """Return the photos of a class, of which some are held out, that are enough for all splits."""
+    return next(number for number in count(1) if all(count_held_out(number, survey.shares).values()))
+
+
+def _describe_incomplete(survey: Survey) -> str | None:
+    """Return the classes without photos in some split, and what to do; None if there are none."""
+    lacking: dict[str, list[str]] = {}
+    for name, counts in survey.class_splits.items():
+        if missing := [split for split in SPLITS if not counts[split]]:
+            lacking.setdefault(", ".join(f"no {split}" for split in missing), []).append(name)
+    if not lacking:
+        return None
+    number, found = sum(map(len, lacking.values())), [f"{text}: {_name_some(names)}" for text, names in lacking.items()]
+    enough = f" (a class needs at least {_fewest_photos(survey)} for all splits)" if survey.shares else ""
+    return (
+        f"{number} of {len(survey.subsets)} classes {'lacks' if number == 1 else 'lack'} photos in a split "
+        f"({'; '.join(found)}). A class without train photos is never predicted, and one without val or test photos is "
+        f"not measured: add photos{enough}, or take the class out of the source."
+    )
+
+
+def _name_some(names: list[str]) -> str:
+    return ", ".join(names[:MAX_NAMES]) + (", …" if len(names) > MAX_NAMES else "")
+
+
 def list_warnings(survey: Survey, machine: Machine) -> list[str]:
     """Return what a user needs to know of the data and of this machine."""
-    texts = []
-    if few := [name for name, counts in survey.class_splits.items() if counts["val"] < MIN_VAL_PHOTOS]:
-        names = ", ".join(few[:MAX_NAMES]) + (", …" if len(few) > MAX_NAMES else "")
+    texts = [] if (incomplete := _describe_incomplete(survey)) is None else [incomplete]
+    if few := [name for name, counts in survey.class_splits.items() if 0 < counts["val"] < MIN_VAL_PHOTOS]:
         texts.append(
-            f"{len(few)} of {len(survey.subsets)} classes have fewer than {MIN_VAL_PHOTOS} val photos ({names}): "
-            "compare models by the accuracy over all classes."
+            f"{len(few)} of {len(survey.subsets)} classes {'has' if len(few) == 1 else 'have'} fewer than "
+            f"{MIN_VAL_PHOTOS} val photos ({_name_some(few)}): compare models by the accuracy over all classes."
         )
-    for split, number in survey.splits.items():
-        if not number:
-            can_give = split in survey.shares and any(counts["train"] > 1 for counts in survey.class_splits.values())
-            advice = f", or set a larger `{split}_fraction` in the file" if can_give else ""
-            texts.append(f"No photo is in {split}: add photos{advice}.")
     if problems := survey.sample.problems:
         total, share = sum(survey.class_sizes.values()), len(problems) / survey.sample.number
         texts.append(

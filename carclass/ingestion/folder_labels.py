@@ -18,6 +18,10 @@ SLASH_ADVICE = (
 SUBSET_ADVICE = "With folders of subsets, all classes must be in them: move the photos."
 
 
+class NoClassFoldersError(LabelsError):
+    """Error of a tree in which no photo lies in a folder of a class."""
+
+
 @dataclass
 class _Level:
     """Photos at one depth: below the same number of folders."""
@@ -90,7 +94,7 @@ def find_classes(keys: Callable[[], Iterable[str]], *, source: str) -> ClassFold
     levels = _find_levels(filter(may_be_photo, keys())) or _find_levels(keys())
     if not levels:
         outside = next((key for key in keys() if _folders(key)), None)
-        raise LabelsError(
+        raise NoClassFoldersError(
             f"{source}: {f'{outside} is outside of a class folder' if outside else 'no class folders'}; "
             "expected <class>/<file> or <subset>/<class>/<file>, or the name of a table (`ingest.labels`, or --labels)."
         )

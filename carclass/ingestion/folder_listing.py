@@ -2,34 +2,54 @@
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 from carclass.data.inventory import Listed
 from carclass.data.quarantine import Reason
+from carclass.ingestion.names import is_junk
 
 KINDS = ((stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"))
 
 
-def scan_folder(folder: str) -> Iterator[Listed]:
-    """Yield all files below a folder, links followed. Raise OSError if it or a folder below it cannot be listed."""
-    yield from _scan(os.fsencode(folder), b"", frozenset())
+def scan_folder(folder: str, empty: list[str] | None = None) -> Iterator[Listed]:
+    """Yield all files below a folder, links followed. Raise OSError if it or a folder below it cannot be listed.
+
+    empty: gets the keys of the folders in which all files, if any, are junk, only the topmost of each branch.
+    """
+    found: list[str] = []
+    yield from _scan(os.fsencode(folder), b"", frozenset(), found)
+    if empty is not None:
+        empty += found
 
 
-def _scan(folder: bytes, prefix: bytes, parents: frozenset[tuple[int, int]]) -> Iterator[Listed]:
-    """Yield all files of a folder. prefix: of their keys; parents: device and inode of the folders above."""
+def _scan(
+    folder: bytes, prefix: bytes, parents: frozenset[tuple[int, int]], empty: list[str]
+) -> Generator[Listed, None, bool]:
+    """Yield all files of a folder, and return False if there are none but junk. prefix: of their keys.
+
+    parents: device and inode of the folders above; empty: see scan_folder.
+    """
     status = os.stat(folder)
     if (identity := (status.st_dev, status.st_ino)) in parents:
-        return  # a link to a folder above, whose files are listed there
+        return True  # a link to a folder above, whose files are listed there
+    has_photos, below = False, list[str]()
     with os.scandir(folder) as entries:
         for entry in entries:
             key = prefix + entry.name
             if not _is_folder(entry):
-                yield _to_input(entry, key)
+                yield (file := _to_input(entry, key))
+                has_photos = has_photos or not is_junk(file.key)
                 continue
             try:
-                yield from _scan(entry.path, key + b"/", parents | {identity})
+                is_filled = yield from _scan(entry.path, key + b"/", parents | {identity}, below)
             except FileNotFoundError:  # deleted since its parent was listed
                 continue
+            has_photos = has_photos or is_filled
+            if not is_filled and not is_junk(name := key.decode(errors="backslashreplace")):
+                below.append(name)
+    if has_photos:
+        empty += below
+    return has_photos
 
 
 def _is_folder(entry: os.DirEntry[bytes]) -> bool:

@@ -6,8 +6,9 @@ from typing import NamedTuple
 from carclass.config.ingest_settings import IngestSettings
 from carclass.data.inventory import Inventory
 from carclass.errors import UserError
-from carclass.ingestion.labelling import label_photos, log_junk, read_labels
+from carclass.ingestion.labelling import label_photos, log_empty_folders, log_junk, read_labels
 from carclass.ingestion.listing import list_photos
+from carclass.ingestion.own_files import holds_own_files
 from carclass.ingestion.split import find_shares
 from carclass.sample import source as sample
 
@@ -29,8 +30,11 @@ def list_inputs(root: str, settings: IngestSettings, inventory: Inventory) -> Li
         uris = sample.ensure_sample(root)
         settings = settings.model_copy(update={"photos": uris.photos, "labels": uris.labels})
     read_labels(settings, inventory)  # its errors come before the listing of millions
-    list_photos(settings.photos, inventory, root=root)
+    empty: list[str] = []
+    list_photos(settings.photos, inventory, root=root, empty=empty)
     label_photos(settings, inventory)
+    if settings.labels is None:  # else folders are no classes
+        log_empty_folders([folder for folder in empty if not holds_own_files(folder, settings.photos, root)])
     check_classes(inventory.classes(), settings, "labelled photos")
     log_junk(inventory)
     return ListedInputs(settings, inventory, find_shares(inventory, settings))
@@ -45,4 +49,5 @@ def check_classes(classes: Sequence[str], settings: IngestSettings, photos: str)
             "classes. Correct the number, or check the labels for misspelt or missing classes."
         )
     if len(classes) < 2:
-        raise UserError(f"{source}: the {photos} have {len(classes)} class(es); training needs at least two.")
+        found = f"only one class ({classes[0]})" if classes else "no class"
+        raise UserError(f"{source}: the {photos} have {found}; training needs at least two.")

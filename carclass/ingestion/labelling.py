@@ -21,6 +21,8 @@ TABLE_OF_LABELS = "the table of labels"
 """Detail of quarantine of `ingest.labels`, where it lies among the photos."""
 MAX_LISTED = 5
 """Contradictions, classes or groups of classes named in a message."""
+MAX_EMPTY = 10
+"""Folders without photos named in a message."""
 CONTRADICTED = """
 SELECT name, count(*) OVER () FROM labels GROUP BY name
 HAVING min(label) != max(label) OR min(subset) != max(subset)
@@ -43,7 +45,7 @@ def read_labels(settings: IngestSettings, inventory: Inventory) -> None:
     num_classes = inventory.scalar("SELECT count(DISTINCT label) FROM labels")
     if num_classes < (expected := settings.num_classes or 2):
         raise UserError(
-            f"`ingest.labels`: {settings.labels} has {num_classes} class(es), but "
+            f"`ingest.labels`: {settings.labels} has {num_classes} {'class' if num_classes == 1 else 'classes'}, but "
             f"{'training needs at least' if settings.num_classes is None else '`ingest.num_classes` is'} {expected}. "
             "Check the labels for missing or misspelt classes."
         )
@@ -95,6 +97,13 @@ def label_photos(settings: IngestSettings, inventory: Inventory) -> None:
             "ingest: classes that differ only in case, blanks, underscores or hyphens, which may be one: %s",
             ", ".join(map(repr, group)),
         )
+
+
+def log_empty_folders(folders: list[str]) -> None:
+    """Warn about folders without photos, which make no classes."""
+    if folders:
+        names = ", ".join(map(repr, sorted(folders)[:MAX_EMPTY])) + (", …" if len(folders) > MAX_EMPTY else "")
+        log.warning("ingest: folders without photos, which make no classes: %s: %s", f"{len(folders):,}", names)
 
 
 def log_junk(inventory: Inventory) -> None:

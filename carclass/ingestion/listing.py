@@ -41,10 +41,17 @@ class _PageRequest(NamedTuple):
     token: str | None = None
 
 
-def list_photos(photos: str, inventory: Inventory, setting: str = "ingest.photos", *, root: str | None = None) -> None:
+def list_photos(
+    photos: str,
+    inventory: Inventory,
+    setting: str = "ingest.photos",
+    *,
+    root: str | None = None,
+    empty: list[str] | None = None,
+) -> None:
     """Add the keys of all files of a folder, prefix or archive to the inventory, without those that jobs wrote to root.
 
-    Raise UserError, naming the setting, if there are none.
+    empty: gets the local folders without photos. Raise UserError, naming the setting, if there are no files.
     """
     if archive.is_archive(photos):
         if not storage.exists(archive_uri := archive.split_folder(photos)[0]):
@@ -59,7 +66,7 @@ def list_photos(photos: str, inventory: Inventory, setting: str = "ingest.photos
     elif (suggested := archive.suggest_folder(photos)) is not None:
         raise UserError(f"`{setting}`: {photos} leads into an archive. Write {suggested} for a folder in it.")
     else:
-        pages = list_pages(photos)
+        pages = list_pages(photos, empty)
         if root is not None:
             pages = without_own_files(pages, photos, root)
     progress = Progress("list", "keys")
@@ -98,10 +105,11 @@ def _reject_large(file: Listed) -> Listed:
     return file
 
 
-def list_pages(uri: str) -> Iterator[list[Listed]]:
+def list_pages(uri: str, empty: list[str] | None = None) -> Iterator[list[Listed]]:
     """Yield all files below a URI, their keys relative to it, in pages of PAGE_KEYS in no order.
 
-    Yield nothing if the URI does not exist. Raise StorageError if it cannot be listed.
+    empty: gets the local folders without photos. Yield nothing if the URI does not exist. Raise StorageError if it
+    cannot be listed.
     """
     try:
         with storage.translate_errors(uri, "listed"):
@@ -109,7 +117,7 @@ def list_pages(uri: str) -> Iterator[list[Listed]]:
                 bucket, _, prefix = uri.removeprefix("s3://").rstrip("/").partition("/")
                 yield from _Bucket(bucket, f"{prefix}/" if prefix else "").pages()
             else:
-                yield from chunks(scan_folder(folder), PAGE_KEYS)
+                yield from chunks(scan_folder(folder, empty), PAGE_KEYS)
     except FileNotFoundError:
         return
 

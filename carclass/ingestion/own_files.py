@@ -21,6 +21,11 @@ def own_prefixes(photos: str, root: str) -> tuple[str, ...]:
     return tuple(f"{name}/" if inner == "." else f"{inner}/{name}/" for name in FOLDERS)
 
 
+def holds_own_files(folder: str, photos: str, root: str) -> bool:
+    """Return True if a folder of the photos, given by its key, is one of jobs or holds one."""
+    return any(f"{folder}/".startswith(own) or own.startswith(f"{folder}/") for own in own_prefixes(photos, root))
+
+
 def key_below(photos: str, uri: str) -> str | None:
     """Return the key of a file that lies within the folder or prefix of photos; None for one that does not."""
     folder, place = f"{_place(photos)}/", _place(uri)

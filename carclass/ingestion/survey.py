@@ -3,6 +3,7 @@
 import io
 import logging
 import os
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,15 +11,15 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from carclass import storage
+from carclass import progress, storage
 from carclass.config.ingest_settings import IngestSettings
 from carclass.config.section import NAMED_PARENTS, CommandLineText, validate
 from carclass.data.dataset import SPLITS
 from carclass.data.inventory import Inventory
-from carclass.data.quarantine import PhotoError
+from carclass.data.quarantine import PhotoError, Reason
 from carclass.errors import UserError
 from carclass.ingestion import archive, label_table, labelling
-from carclass.ingestion.folder_labels import find_classes
+from carclass.ingestion.folder_labels import NoClassFoldersError, find_classes
 from carclass.ingestion.inputs import check_classes, list_inputs
 from carclass.ingestion.listing import list_pages
 from carclass.ingestion.reading import load_photos, to_row
@@ -29,6 +30,8 @@ SAMPLE_PHOTOS, MIN_SAMPLE_PHOTOS, SAMPLE_SECONDS = 48, 8, 3.0
 """Limits of the sample: after its seconds it ends, if it has the fewest photos."""
 OPTIONS = {"photos": "PHOTOS", "labels": "--labels", "columns": "--columns"}
 """Settings that the command line gives → its arguments."""
+FEW_PHOTOS_SHARE = 0.25
+"""Share to hold out where the default gives no photo: of two photos of a class it is one."""
 MAX_EXAMPLES = 3
 """Files that are named for each reason of quarantine."""
 CLASSES = "SELECT label, subset, count(*) FROM input WHERE label NOT NULL AND reason IS NULL GROUP BY label, subset"
@@ -36,6 +39,11 @@ REJECTED = (
     "SELECT reason, key, count(*) OVER (PARTITION BY reason) FROM input WHERE reason NOT NULL AND detail IS NOT ? "
     "ORDER BY reason, id"
 )
+
+
+JUNK = f"SELECT key FROM input WHERE reason = '{Reason.JUNK}' ORDER BY key"  # noqa: S608 - constant
+INGESTION = "carclass.ingestion"
+"""Logger of the lines on a layout."""
 
 
 class PhotoSample(NamedTuple):
@@ -95,14 +103,30 @@ def survey_source(root: str, photos: str, labels: str | None, columns: Any = Non
                 f"`--columns` has no effect: no table of labels is in or beside {photos}. Add `--labels FILE`."
             )
     settings = make_settings(photos, labels, columns)
+    if labels is not None:
+        return _survey(root, settings)
+    with progress.hold_lines(INGESTION) as held:
+        found = _survey_folders(root, settings)
+    if isinstance(found, Survey):
+        held.write()
+        return found
+    if (table := find_table(settings.photos)) is None:
+        held.write()
+        raise found
+    # The lines on the folders are not written: they are not used.
+    if isinstance(found, NoClassFoldersError):
+        log.info("init: no folders of classes; the labels are read from %s", table)
+    else:
+        log.warning("init: the labels are read from %s, as the folders cannot be the classes: %s", table, found)
+    return _survey(root, make_settings(photos, table))
+
+
+def _survey_folders(root: str, settings: IngestSettings) -> "Survey | UserError":
+    """Return the survey of photos whose folders are their classes, or the error if they cannot be."""
     try:
         return _survey(root, settings)
-    except UserError:
-        table = None if labels is not None else find_table(settings.photos)
-        if table is None:
-            raise
-        log.info("init: no folders of classes; the labels are read from %s", table)
-    return _survey(root, make_settings(photos, table))
+    except UserError as error:
+        return error
 
 
 def make_settings(photos: str, labels: str | None, columns: Any = None) -> IngestSettings:
@@ -155,6 +179,8 @@ def _survey(root: str, settings: IngestSettings) -> Survey:
         for label, subset, number in inventory.query(CLASSES):
             subsets.setdefault(label, {})[subset] = number
         check_classes(sorted(subsets), settings, "usable photos")
+        if settings.labels is None:
+            _name_tables(settings.photos, inventory)
         rejected: dict[str, tuple[int, list[str]]] = {}
         for reason, key, number in inventory.query(REJECTED, labelling.TABLE_OF_LABELS):
             examples = rejected.setdefault(reason, (number, []))[1]
@@ -164,10 +190,32 @@ def _survey(root: str, settings: IngestSettings) -> Survey:
             settings,
             _describe_layout(settings, inventory),
             subsets,
-            shares,
+            _fill_splits(subsets, shares),
             rejected,
             _read_sample(settings, inventory),
         )
+
+
+def _fill_splits(subsets: dict[str, dict[str, int]], shares: dict[str, float]) -> dict[str, float]:
+    """Return the shares, larger for splits that would get no photo, if all splits get some by that."""
+
+    def total(split: str, chosen: dict[str, float]) -> int:
+        return sum(count_held_out(counts.get("train", 0), chosen)[split] for counts in subsets.values())
+
+    filled = dict(shares)
+    for split in shares:
+        if not total(split, filled):
+            filled[split] = FEW_PHOTOS_SHARE
+    return filled if all(total(split, filled) for split in filled) else shares
+
+
+def _name_tables(photos: str, inventory: Inventory) -> None:
+    """Name the tables among photos whose folders are their classes: they may have labels too, which are not read."""
+    keys = [key for (key,) in inventory.query(JUNK) if label_table.is_table(key) and key.count("/") <= 1]
+    if keys and not archive.is_archive(photos):
+        more = f" (one of {len(keys)} tables)" if len(keys) > 1 else ""
+        table = shlex.quote(storage.join(photos, keys[0]))
+        log.warning("init: the folders are the classes; to read labels from a table: --labels %s%s", table, more)
 
 
 def _describe_layout(settings: IngestSettings, inventory: Inventory) -> str:

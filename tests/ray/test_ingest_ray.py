@@ -347,7 +347,7 @@ def test_a_survey_counts_what_is_then_ingested(photos_folder: Path, tmp_path: Pa
 def test_a_dataset_without_usable_photos_is_refused_with_the_reasons(tmp_path: Path):
     for name in ("A/x.jpg", "B/y.jpg"):
         storage.write_bytes(str(tmp_path / "photos" / name), b"no photo")
-    message = r"photos that are not in quarantine \(2 not_an_image\) have 0 class\(es\); training needs at least two"
+    message = r"photos that are not in quarantine \(2 not_an_image\) have no class; training needs at least two"
     with pytest.raises(UserError, match=message):
         ingest_photos(str(tmp_path), IngestSettings(photos=str(tmp_path / "photos")))
 
@@ -362,7 +362,7 @@ def test_a_dataset_without_usable_photos_is_refused_with_the_reasons(tmp_path: P
         ({"photos": "{tmp}/nowhere.tgz"}, r"`ingest.photos`: no archive .*/nowhere.tgz"),
         ({"labels": "{tmp}/nowhere.csv"}, r"`ingest.labels`: .*/nowhere.csv cannot be read"),
         ({"labels": "{tmp}/columns.csv"}, r"columns.csv: no column class;"),
-        ({"labels": "{tmp}/one_class.csv"}, r"one_class.csv has 1 class\(es\), but training needs at least 2"),
+        ({"labels": "{tmp}/one_class.csv"}, r"one_class.csv has 1 class, but training needs at least 2"),
         ({"labels": "{tmp}/others.csv"}, r"no label of `ingest.labels` .* names a file of .*have different names"),
         ({"num_classes": 11}, r"labels.csv has 10 class\(es\), but `ingest.num_classes` is 11"),
         ({"labels": None}, r"no class folders; expected <class>/<file>"),

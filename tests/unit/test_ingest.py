@@ -206,7 +206,7 @@ def test_contradictions_are_reported_together_before_the_listing(tmp_path: Path)
 
 
 def test_too_few_classes_are_reported_before_the_listing(tmp_path: Path):
-    with pytest.raises(UserError, match=r"labels.csv has 1 class\(es\), but training needs at least 2"):
+    with pytest.raises(UserError, match=r"labels.csv has 1 class, but training needs at least 2"):
         labels_of(settings(labels=write_labels(tmp_path, "x.jpg,A,train")), [])
 
 

@@ -162,8 +162,8 @@ def test_a_long_listing_logs_its_progress(
     photos = fill(tmp_path, 2000)
     pages = listing.list_pages
 
-    def slowly(uri: str):
-        for page in pages(uri):
+    def slowly(uri: str, empty: list[str]):
+        for page in pages(uri, empty):
             now[0] += 6
             yield page
 
@@ -171,5 +171,5 @@ def test_a_long_listing_logs_its_progress(
     monkeypatch.setattr("carclass.progress.time.monotonic", lambda: now[0])
     monkeypatch.setattr(listing, "list_pages", slowly)
     with Inventory() as inventory, caplog.at_level(logging.INFO):
-        listing.list_photos(photos, inventory)
+        listing.list_photos(photos, inventory, empty=[])
     assert caplog.messages == ["list: 1,000 keys, 167/s", "list: 2,000 keys, 167/s"]
