@@ -77,7 +77,7 @@ def result_rows(settings: "PredictSettings", result: "PredictionResult") -> list
         ("files", f"{counts.files:,}"),
         ("predicted", f"{counts.predicted:,}"),
         *([(f"  below {settings.threshold:g}, rejected", f"{counts.rejected:,}")] if settings.threshold else []),
-        *([("not photos, left out", terminal_text(counts.others.text))] if counts.others.number else []),
+        *([("junk, left out", terminal_text(counts.others.text))] if counts.others.number else []),
         ("quarantined", f"{sum(counts.reasons.values()):,}"),
         *((f"  {reason}", f"{number:,}") for reason, number in counts.reasons.items()),
         ("probabilities", calibration.verdict),

@@ -92,7 +92,8 @@ def plain_png(data: bytes) -> Plain:
         kind, body = data[at + 4 : at + 8], view[at + 8 : end - 4]
         sound = zlib.crc32(body, zlib.crc32(kind)) == int.from_bytes(data[end - 4 : end], "big")
         if not sound and kind != b"IEND" and (kind in _PNG_PIXELS or not _is_ancillary(kind)):
-            raise PhotoError(Reason.CORRUPT, f"PNG: the checksum of the {kind!r} chunk at byte {at} is wrong")
+            name = kind.decode("latin-1")
+            raise PhotoError(Reason.CORRUPT, f"PNG: the checksum of the {name!r} chunk at byte {at} is wrong")
         if kind in _PNG_PIXELS:
             pieces.append(view[at:end])
         elif kind == b"eXIf":

@@ -62,7 +62,14 @@ def detect_kind(data: bytes) -> str:
     if unsupported:
         detail = f"{unsupported} is not supported: convert it to JPEG, PNG or WebP"
         raise PhotoError(Reason.UNSUPPORTED_FORMAT, detail)
-    raise PhotoError(Reason.NOT_AN_IMAGE, f"{len(data)} bytes that start with {data[:16]!r}")
+    raise PhotoError(Reason.NOT_AN_IMAGE, f"{len(data)} bytes that start with {_describe_bytes(data[:16])}")
+
+
+def _describe_bytes(start: bytes) -> str:
+    """Return the first bytes of a file as text, or else as hexadecimal numbers."""
+    text = start.decode("latin-1")
+    is_text = text.isascii() and all(char.isprintable() or char.isspace() for char in text)
+    return f"the text {text!r}" if is_text else start.hex(" ")
 
 
 def _read_brands(data: bytes) -> set[bytes]:

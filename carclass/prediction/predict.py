@@ -110,7 +110,7 @@ def _write_predictions(draft: Draft, job: PredictionJob, run: Run) -> None:
     counts = predictions.read_counts(uri)
     quarantine.log_counts("predict", {"inputs": counts.files, "reasons": counts.reasons})
     if counts.others.number:
-        log.info("predict: not photos, left out: %s", counts.others.text)
+        log.info("predict: junk, left out: %s", counts.others.text)
 
 
 def _remove_outdated(draft: Draft, photos: str, listing: str) -> None:

@@ -1,5 +1,6 @@
 """The page of a dataset: what it counts, which photos and quarantined files it shows."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from carclass.config.schema import IngestSettings
 from carclass.data import dataset, photo, publishing
+from carclass.data.quarantine import Reason
 from carclass.ingestion import collect
 from carclass.ingestion.report import DatasetReport, Rejected, render
 from tests.helpers.pages import DATASET_SECTIONS, has_linked_section, make_dataset_report, section, section_text
@@ -100,6 +102,13 @@ def test_classes_with_few_val_photos_are_counted_with_the_consequence():
 def test_the_smallest_class_is_first():
     html = section(render(make_dataset_report()), "classes")
     assert html.index("Ardo Coupe") < html.index("Belmar Wagon")
+
+
+def test_every_reason_is_named_in_words_too():
+    for reason in Reason:
+        page = render(make_dataset_report(reasons={reason: 1}, rejected=[Rejected("x", reason, "", None)]))
+        named = re.findall(rf'<t[hd][^>]*>{reason} <span class="note">\(', section(page, "quarantine"))
+        assert len(named) == 2  # in the counts and in the list of files
 
 
 def test_names_are_escaped():

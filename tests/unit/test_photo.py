@@ -170,6 +170,19 @@ def test_other_bytes_are_not_an_image(data):
     assert reason_of(data) == Reason.NOT_AN_IMAGE
 
 
+@pytest.mark.parametrize(
+    ("data", "detail"),
+    [
+        (b"<!DOCTYPE html>\n<html>", "22 bytes that start with the text '<!DOCTYPE html>\\n'"),
+        (b"\xc8\x00ab", "4 bytes that start with c8 00 61 62"),
+    ],
+)
+def test_the_start_of_a_file_that_is_no_image_is_named_in_words(data: bytes, detail: str):
+    with pytest.raises(PhotoError) as error:
+        photo.decode(data)
+    assert error.value.detail == detail
+
+
 def test_other_image_formats_are_unsupported():
     assert reason_of(saved(scene(), "JPEG2000")) == Reason.UNSUPPORTED_FORMAT
 

@@ -101,7 +101,10 @@ def test_files_that_are_no_photos_are_named_apart_from_the_quarantine(tmp_path: 
     report = collected(tmp_path, [failed("a"), shown("b"), *others])
     assert (report.failed, report.reasons) == ([FailedPhoto("a", "empty", "no bytes")], {"empty": 1})
     text = section_text(render(report), "quarantine")
-    assert "Not photos, neither by their names nor by their content, and left out: 2 (Thumbs.db, notes.txt)." in text
+    assert (
+        "Junk, which is left out (not photos, neither by their names nor by their content): 2 (Thumbs.db, notes.txt)."
+        in text
+    )
 
 
 @pytest.mark.parametrize(("is_calibrated", "text"), [(True, "are calibrated:"), (False, "are not calibrated, as")])
