@@ -13,6 +13,7 @@ from carclass.data.inventory import Inventory
 from carclass.data.quarantine import Reason
 from carclass.errors import UserError
 from carclass.ingestion import names
+from carclass.ingestion.labels import Label, describe
 
 log = logging.getLogger(__name__)
 MAX_LISTED = 5
@@ -221,9 +222,10 @@ def _check_contradictions(inventory: Inventory) -> None:
     for count, row in enumerate(inventory.query(CONTRADICTIONS), start=1):
         name, label, subset, other_name, other_label, other_subset, key = row
         if count <= MAX_LISTED:
+            one, other = Label(name, label, subset), Label(other_name, other_label, other_subset)
             problems.append(
-                f"{name} is {label} ({subset}), but the label {other_name} of the photo {key} is {other_label} "
-                f"({other_subset})"
+                f"{name} is {describe(one, other)}, but the label {other_name} of the photo {key} is "
+                f"{describe(other, one)}"
             )
     if problems:
         more = f"; and {count - MAX_LISTED:,} more" if count > MAX_LISTED else ""

@@ -63,7 +63,7 @@ def raise_contradictions(labels: Iterable[LocatedLabel], names: Sequence[str], t
             place = _without_file(location, named)
             named = named or location
             problems[label.key] = (
-                f"{place}: {label.key} is {_describe(label)}, but {_describe(earlier)} at "
+                f"{place}: {label.key} is {describe(label, earlier)}, but {describe(earlier, label)} at "
                 f"{_without_file(earlier_location, named)}"
             )
     more = f"; and {total - len(names):,} more" if total > len(names) else ""
@@ -76,6 +76,9 @@ def _without_file(location: str, named: str) -> str:
     return f"line {line}" if found and named.startswith(f"{file}, line ") else location
 
 
-def _describe(label: Label) -> str:
-    group = "" if label.group is None else f", group {label.group}"
-    return f"{label.label} ({label.subset}{group})"
+def describe(label: Label, other: Label) -> str:
+    """Return the class of a label, and its subset and group where another one has others."""
+    details = [label.subset] if label.subset != other.subset else []
+    if label.group != other.group:
+        details.append("no group" if label.group is None else f"group {label.group}")
+    return f"{label.label} ({', '.join(details)})" if details else label.label

@@ -78,7 +78,7 @@ def test_a_group_in_several_subsets_of_the_source_is_refused(tmp_path: Path):
 
 
 def test_a_photo_in_two_groups_is_a_contradiction(tmp_path: Path):
-    with pytest.raises(UserError, match=r"1-a.jpg is A \(train, group y\), but A \(train, group x\) at .*line 2"):
+    with pytest.raises(UserError, match=r"1-a.jpg is A \(group y\), but A \(group x\) at .*line 2"):
         groups(KEYS, tmp_path, f"{TABLE}1-a.jpg,A,train,y\n", group="Listing")
 
 

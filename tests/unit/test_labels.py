@@ -112,7 +112,7 @@ def test_an_empty_csv_is_an_error(data, message):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (b"1.jpg,BMW,train\n", r"line 4: 1.jpg is BMW \(train\), but Audi Sedan \(train\) at line 2"),
+        (b"1.jpg,BMW,train\n", r"line 4: 1.jpg is BMW, but Audi Sedan at line 2"),
         (b"1.jpg,Audi Sedan,test\n", r"line 4: 1.jpg is Audi Sedan \(test\), but Audi Sedan \(train\)"),
     ],
 )
