@@ -10,7 +10,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from carclass.evaluation.metrics import NUM_CALIBRATION_BINS
-from carclass.formatting import percent_text
+from carclass.formatting import count_text, percent_text
 from carclass.reporting import svg
 from carclass.reporting.axes import Frame, accuracy_ticks, fit_text
 from carclass.reporting.svg import BOTTOM, LEFT, RIGHT, TOP
@@ -19,6 +19,7 @@ HEAT_MAP_CELL = 4  # image pixels per class: sharp on dense screens, and 196 cla
 HEAT_MAP_RIGHT = (61, 123, 240)  # mid-tones, readable on the light and on the dark page
 HEAT_MAP_WRONG = (238, 108, 31)
 MAX_HEAT_MAP_NAMES = 14
+MIN_SPAN = 0.1  # of an axis of accuracies
 
 History = dict[str, list[dict[str, Any]]]
 
@@ -71,7 +72,7 @@ def calibration_chart(bins: list[dict[str, Any]]) -> Markup:
     width = (RIGHT - LEFT) / NUM_CALIBRATION_BINS
     column = Markup(
         '<rect class="column" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" fill-opacity="{:.2f}">'
-        "<title>confidence {} to {}: {} photos, {} correct</title></rect>"
+        "<title>confidence {} to {}: {}, {} correct</title></rect>"
     )
     parts = [svg.horizontal_grid([0, 0.25, 0.5, 0.75, 1], True)]
     for i, b in enumerate(bins):
@@ -80,11 +81,9 @@ def calibration_chart(bins: list[dict[str, Any]]) -> Markup:
             strength = 0.25 + 0.75 * math.sqrt(b["count"] / largest)
             box = (LEFT + i * width + 1, BOTTOM - height, width - 2, height, strength)
             limits = percent_text(b["lower"], 0), percent_text(b["upper"], 0)
-            parts.append(column.format(*box, *limits, b["count"], percent_text(b["accuracy"])))
+            parts.append(column.format(*box, *limits, count_text(b["count"], "photo"), percent_text(b["accuracy"])))
     parts.append(svg.line("ideal", LEFT, BOTTOM, RIGHT, TOP))
-    for tick in (0, 0.25, 0.5, 0.75, 1):
-        parts.append(svg.text("tick middle", LEFT + (RIGHT - LEFT) * tick, BOTTOM + 17, percent_text(tick, 0)))
-    parts.append(svg.axis_name("confidence"))
+    parts += [_share_ticks(0, 0.25, 0.5, 0.75, 1), svg.axis_name("confidence")]
     return svg.drawing("accuracy against the confidence of the prediction", parts)
 
 
@@ -95,10 +94,9 @@ def coverage_chart(curves: dict[str, list[dict[str, Any]]]) -> Markup:
     """
     drawn = {split: [row for row in rows if row["count"]] for split, rows in curves.items()}
     accuracies = [row["accuracy"] for rows in drawn.values() for row in rows]
-    frame = Frame(left=LEFT, right=RIGHT, top=TOP, bottom=BOTTOM, ticks=accuracy_ticks(accuracies))
-    parts = [frame.grid()]
-    for tick in (0.25, 0.5, 0.75, 1):  # 0 % would touch the lowest accuracy on narrow screens
-        parts.append(svg.text("tick middle", frame.x(tick), BOTTOM + 17, percent_text(tick, 0)))
+    ticks = accuracy_ticks(_widened(accuracies))
+    frame = Frame(left=LEFT, right=RIGHT, top=TOP, bottom=BOTTOM, ticks=ticks)
+    parts = [frame.grid(), _share_ticks(0.25, 0.5, 0.75, 1)]  # 0 % would touch the lowest accuracy on narrow screens
     dot = Markup('<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="3"><title>{}</title></circle>')
     for css_class, (split, rows) in reversed([*zip(("val", "train"), drawn.items(), strict=False)]):
         points = [(frame.x(row["coverage"]), frame.y(row["accuracy"])) for row in rows]
@@ -108,6 +106,23 @@ def coverage_chart(curves: dict[str, list[dict[str, Any]]]) -> Markup:
             parts.append(dot.format(css_class, *point, f"{split}, threshold {row['threshold']:g}: {figures}"))
     parts.append(svg.axis_name("share of accepted photos"))
     return svg.drawing("accuracy of accepted photos against their share", parts)
+
+
+def _widened(accuracies: list[float]) -> list[float]:
+    """Return accuracies, and others around them if they differ so little that their axis would magnify nothing."""
+    if not accuracies or max(accuracies) - min(accuracies) >= MIN_SPAN / 2:
+        return accuracies
+    return [*accuracies, max(0.0, min(accuracies) - MIN_SPAN / 2), min(1.0, max(accuracies) + MIN_SPAN / 2)]
+
+
+def _share_ticks(*shares: float) -> Markup:
+    """Draw the numbers of a horizontal axis from 0 to 100 %; the last one ends with the drawing."""
+    parts = []
+    for share in shares:
+        css_class, shift = ("end", svg.WIDTH - RIGHT) if share == 1 else ("middle", 0)
+        x = LEFT + (RIGHT - LEFT) * share + shift
+        parts.append(svg.text(f"tick {css_class}", x, BOTTOM + 17, percent_text(share, 0)))
+    return Markup("").join(parts)
 
 
 def heat_map(confusion: np.ndarray, class_names: list[str]) -> Markup:
@@ -128,10 +143,15 @@ def heat_map(confusion: np.ndarray, class_names: list[str]) -> Markup:
     for i in range(0, num_classes, step):
         middle = (i + 0.5) * size / num_classes
         name = f"{i + 1}\u2002{class_names[i]}"
-        parts.append(svg.text("tick end", left - 10, 9 + middle, fit_text(name, 30)))
+        parts.append(svg.text("tick end", left - 10, 9 + middle, fit_text(name, _name_length(name))))
         parts.append(svg.text("tick middle", left + middle, size + 24, str(i + 1)))
     parts.append(svg.text("tick middle", left + size / 2, size + 48, "number of the predicted class"))
     return svg.drawing(f"confusion matrix of {num_classes} classes", parts, width=left + size + 10, height=size + 56)
+
+
+def _name_length(name: str) -> int:
+    """Return the characters that fit beside a heat map: fewer of a name in capitals."""
+    return 24 if sum(map(str.isupper, name)) > len(name) / 2 else 30
 
 
 def _heat_map_png(confusion: np.ndarray) -> bytes:

@@ -7,6 +7,7 @@ import numpy as np
 from markupsafe import Markup
 
 from carclass.data import photo
+from carclass.formatting import count_text
 from carclass.masking.contact_sheet import MaskedPhoto, draw_panel
 from carclass.reporting import page, svg
 from carclass.reporting.svg import BOTTOM, LEFT, RIGHT, TOP
@@ -112,7 +113,7 @@ def histogram_chart(counts: list[int], name: str) -> Markup:
     ticks = svg.nice_ticks(max(counts) / total)
     column = Markup(
         '<rect class="column" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}">'
-        "<title>{:.2f} to {:.2f}: {:,} of {:,} photos; {:,} below {:.2f}</title></rect>"
+        "<title>{:.2f} to {:.2f}: {:,} of {}; {:,} below {:.2f}</title></rect>"
     )
     parts = [svg.horizontal_grid(ticks, True)]
     for i, count in enumerate(counts):
@@ -120,11 +121,13 @@ def histogram_chart(counts: list[int], name: str) -> Markup:
             height = max(2.0, (BOTTOM - TOP) * count / total / ticks[-1])
             lower, upper = i / len(counts), (i + 1) / len(counts)
             box = (LEFT + i * width + 1, BOTTOM - height, width - 2, height)
-            parts.append(column.format(*box, lower, upper, count, total, sum(counts[: i + 1]), upper))
+            parts.append(
+                column.format(*box, lower, upper, count, count_text(total, "photo"), sum(counts[: i + 1]), upper)
+            )
     for tick in (0, 0.25, 0.5, 0.75, 1):
         parts.append(svg.text("tick middle", LEFT + (RIGHT - LEFT) * tick, BOTTOM + 17, f"{tick:g}"))
     parts.append(svg.axis_name(name))
-    return svg.drawing(f"share of {total} photos by {name}", parts)
+    return svg.drawing(f"share of {count_text(total, 'photo')} by {name}", parts)
 
 
 def _median(counts: list[int]) -> float:

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from carclass.evaluation.charts import coverage_chart, curve_chart, find_epoch, heat_map
+from carclass.evaluation.charts import calibration_chart, coverage_chart, curve_chart, find_epoch, heat_map
 from carclass.evaluation.metrics import wilson_interval
 from carclass.evaluation.report import Mistake, Report, render
 from carclass.reporting.svg import BOTTOM, nice_ticks
@@ -264,6 +264,25 @@ def test_a_single_epoch_is_drawn_as_dots():
     history = {"frozen": [make_epoch(1, 0.5)]}
     svg = ET.fromstring(curve_chart(history, "accuracy", find_epoch(history, "frozen", 1), percent=True))
     assert len(svg.findall("circle")) == 3  # training, validation, ring
+
+
+@pytest.mark.parametrize(("accuracy", "lowest"), [(1.0, "95\xa0%"), (0.5, "44\xa0%"), (0.0, "0\xa0%")])
+def test_a_coverage_chart_of_equal_accuracies_does_not_magnify_their_axis(accuracy: float, lowest: str):
+    rows = [{"threshold": i / 2, "coverage": 1 - i / 2, "count": 2 - i, "accuracy": accuracy} for i in range(2)]
+    texts = [text.text for text in ET.fromstring(coverage_chart({"val": rows})).iter("text")]
+    assert texts[0] == lowest
+
+
+def test_the_last_number_of_an_axis_ends_with_the_chart():
+    rows = [{"threshold": 0.0, "coverage": 1.0, "count": 2, "accuracy": 0.5}]
+    chart = ET.fromstring(coverage_chart({"val": rows}))
+    last = [text for text in chart.iter("text") if text.text == "100\xa0%"][-1]
+    assert (last.get("class"), float(last.get("x"))) == ("tick end", float(chart.get("viewBox").split()[2]))
+
+
+def test_one_photo_is_not_called_photos():
+    bins = [{"lower": 0.2, "upper": 0.3, "count": 1, "accuracy": 1.0}]
+    assert "20\xa0% to 30\xa0%: 1 photo, 100.0\xa0% correct" in calibration_chart(bins)
 
 
 def test_heat_map_with_a_class_without_photos():

@@ -159,6 +159,31 @@ def test_a_comparison_opens_with_all_sections_and_a_silent_console(tmp_path):
     assert [name for name in COMPARISON_SECTIONS if f'<section id="{name}"' not in dom] == []
 
 
+FIND_CLIPPED = """
+    const region = document.querySelector("#confusion .scroll");
+    const edge = region.getBoundingClientRect().top;
+    const names = [...region.querySelectorAll("thead span")];
+    const clipped = names.filter(
+      (name) => name.getBoundingClientRect().top < edge || name.scrollHeight > name.clientHeight + 1);
+    document.title = JSON.stringify(clipped.map((name) => name.textContent));
+"""
+
+
+@pytest.mark.slow
+def test_headings_of_the_confusion_matrix_are_not_clipped(tmp_path: Path):
+    report = make_report(3)
+    report.class_names = [
+        "Chevrolet_Silverado_1500_Crew_Cab_2012",
+        "RollsRoycePhantomDropheadCoupeConvertible2012",
+        "x",
+    ]
+    report.metrics["per_class"] = [
+        {**row, "name": name} for row, name in zip(report.metrics["per_class"], report.class_names, strict=True)
+    ]
+    dom, _ = open_page(with_script(render(report), FIND_CLIPPED), tmp_path, 1200)
+    assert json.loads(re.search("<title>(.*?)</title>", dom)[1]) == []
+
+
 SET_WIDTH = f"document.body.style.width = '{PHONE_WIDTH}px';"  # a window is at least 485 pixels wide
 FIND_HIDDEN_COLUMNS = f"""
     {SET_WIDTH}
