@@ -20,6 +20,8 @@ START_SECONDS = 15.0
 """Start of a step's processes."""
 INGEST_RATE = 400.0
 """Photos of 700x480 per second and core."""
+INGEST_BYTE_SECONDS = 2e-8
+"""Seconds of a core for a byte of a large photo: 15 to 40 ns for JPEG of 0.3 to 4.5 MB."""
 MASK_RATES = {"fast": (5.0, 40.0), "exact": (0.85, 15.0)}
 """Photos per second of a core and of a GPU, by the preset of the detector."""
 FORWARD_RATES = (34.0, 795.0)
@@ -53,6 +55,11 @@ class Photos(NamedTuple):
     def total(self) -> int:
         """Return the number of photos."""
         return sum(self.splits.values())
+
+
+def ingest_seconds(file_bytes: float) -> float:
+    """Return the time of a core to convert a photo, by the size of its file."""
+    return max(1 / INGEST_RATE, file_bytes * INGEST_BYTE_SECONDS)
 
 
 class Step(NamedTuple):

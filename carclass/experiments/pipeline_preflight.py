@@ -300,9 +300,10 @@ def describe_plan(
 ) -> list[tuple[str, str]]:
     """Return the steps that are left with their photos and estimated time, and what was assumed."""
     assert settings.ingest is not None
-    size = "SELECT avg(min(size, ?)) FROM input WHERE label NOT NULL AND reason IS NULL"
-    ((stored,),) = listed.inventory.query(size, estimate.PHOTO_BYTES)
-    photos = estimate.Photos(planned[settings.ingest.dataset].manifest["splits"], int(stored or 0))
+    size = "SELECT avg(min(size, ?)), avg(size) FROM input WHERE label NOT NULL AND reason IS NULL"
+    ((stored, read),) = listed.inventory.query(size, estimate.PHOTO_BYTES)
+    splits = planned[settings.ingest.dataset].manifest["splits"]
+    photos = estimate.Photos(splits, int(stored or 0), estimate.ingest_seconds(read or 0))
     missing, unfinished = _missing_datasets(settings), _unfinished_runs(settings)
     published = [each.dataset for each in (settings.ingest, settings.mask) if each and each.dataset not in missing]
     trained = [run.name for run in pipeline_runs(settings) if run not in unfinished]
@@ -313,5 +314,5 @@ def describe_plan(
     ]
     steps = estimate.plan_steps(settings, photos, machine, published=published, trained=trained)
     rows = [*(row for row in done if row[1]), *estimate.describe_steps(steps)]
-    splits = ", ".join(f"{photos.splits.get(name, 0):,} {name}" for name in SPLITS)
-    return [("photos", splits), *rows, ("assumed", f"all photos are usable; {machine.text}; {estimate.BASIS}")]
+    counts = ", ".join(f"{splits.get(name, 0):,} {name}" for name in SPLITS)
+    return [("photos", counts), *rows, ("assumed", f"all photos are usable; {machine.text}; {estimate.BASIS}")]

@@ -240,6 +240,16 @@ def test_the_plan_has_the_steps_that_are_left_with_their_photos(tmp_path: Path, 
     assert "ingest" not in later
 
 
+def test_large_photos_take_longer_to_ingest_in_the_plan(tmp_path: Path, photos: Path):
+    settings = config(tmp_path, photos)
+    with Inventory() as inventory:
+        listed = list_inputs(settings.root, settings.ingest, inventory)  # type: ignore[arg-type]
+        planned = pipeline_preflight.plan_datasets(settings, listed)
+        inventory.execute("UPDATE input SET size = 300000000")
+        rows = dict(pipeline_preflight.describe_plan(settings, listed, planned, CPUS))
+    assert rows["ingest"].startswith("20 photos: about 75 s, ")  # 15 s, and 6 s of two cores for each
+
+
 def test_the_plan_of_a_finished_run_is_to_evaluate_it_again(tmp_path: Path, photos: Path):
     settings = config(tmp_path, photos, compare_unmasked=True)
     for name in ("v1", "v2"):
