@@ -7,6 +7,7 @@ from itertools import count
 from carclass.config.installation import detectron2_command
 from carclass.data.dataset import SPLITS
 from carclass.experiments.machine import Machine
+from carclass.formatting import count_text
 from carclass.ingestion.split import MIN_VAL_PHOTOS, count_held_out
 from carclass.ingestion.survey import PhotoSample, Survey
 
@@ -53,10 +54,11 @@ def _describe_sample(sample: PhotoSample) -> list[Row]:
         shorter, longer = zip(*sample.sides, strict=True)
         smallest, largest = (f"{edge(longer)}x{edge(shorter)}" for edge in (min, max))
         median = f"{statistics.median_low(longer)}x{statistics.median_low(shorter)}"
-        rows.append(("image sizes", f"{smallest} to {largest}, median {median} ({len(longer)} photos sampled)"))
+        sizes = smallest if smallest == largest else f"{smallest} to {largest}, median {median}"
+        rows.append(("image sizes", f"{sizes} ({count_text(len(longer), 'photo')} sampled)"))
     for reason, examples in _problems_by_reason(sample).items():
         key, detail = examples[0]
-        text = f"{len(examples)} of {sample.number} photos sampled, such as {key!r} ({detail})"
+        text = f"{len(examples)} of {count_text(sample.number, 'photo')} sampled, such as {key!r} ({detail})"
         rows.append((f"unusable, {reason}", text))
     return rows
 
@@ -120,8 +122,8 @@ def list_warnings(survey: Survey, machine: Machine) -> list[str]:
     if problems := survey.sample.problems:
         total, share = sum(survey.class_sizes.values()), len(problems) / survey.sample.number
         texts.append(
-            f"{len(problems)} of {survey.sample.number} photos sampled are unusable: of all {total:,}, about "
-            f"{round(share * total):,} will be quarantined, so that the counts above will be lower."
+            f"{len(problems)} of {count_text(survey.sample.number, 'photo')} sampled are unusable: of all {total:,}, "
+            f"about {round(share * total):,} will be quarantined, so that the counts above will be lower."
         )
     if not machine.gpus:
         texts.append("No GPU here: the settings are for CPUs. Run this again on a machine with a GPU to train there.")

@@ -29,10 +29,12 @@ class _Level:
     number: int = 0
     shared: list[str] | None = None  # leading folders of all
     examples: list[str] = field(default_factory=list)
+    has_subsets: bool = False  # one of the folders above the last ones is that of a subset
 
     def add(self, key: str, folders: list[str]) -> None:
         """Count a photo."""
         self.number += 1
+        self.has_subsets = self.has_subsets or (len(folders) > 1 and folders[-2].lower() in SUBSETS)
         pairs = zip(folders if self.shared is None else self.shared, folders, strict=False)
         self.shared = [name for name, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
         if len(self.examples) < MAX_EXAMPLES:
@@ -93,11 +95,7 @@ def find_classes(keys: Callable[[], Iterable[str]], *, source: str) -> ClassFold
     """
     levels = _find_levels(filter(may_be_photo, keys())) or _find_levels(keys())
     if not levels:
-        outside = next((key for key in keys() if _folders(key)), None)
-        raise NoClassFoldersError(
-            f"{source}: {f'{outside} is outside of a class folder' if outside else 'no class folders'}; "
-            "expected <class>/<file> or <subset>/<class>/<file>, or the name of a table (`ingest.labels`, or --labels)."
-        )
+        raise NoClassFoldersError(_no_folders_text(source, keys))
     depth, most = max(levels.items(), key=lambda item: item[1].number)
     shared = (most.shared or [])[: depth - 1]
     count = next((i for i, name in enumerate(shared) if name.lower() in SUBSETS), len(shared))
@@ -105,6 +103,12 @@ def find_classes(keys: Callable[[], Iterable[str]], *, source: str) -> ClassFold
     num_others = sum(level.number for level in others.values())
     if depth - count > 2 or num_others > MAX_MISPLACED * (most.number + num_others):
         raise LabelsError(_depths_text(source, others, depth, most))
+    if depth - count == 2 and not most.has_subsets:
+        raise LabelsError(
+            f"{source}: the photos are in two levels of folders ({', '.join(most.examples)}), and no folder of the "
+            f"upper level is {SUBSETS_TEXT}. If the lower folders are the classes, move them into one folder; if the "
+            "upper ones are, move their photos into them."
+        )
     return ClassFolders(shared[:count], depth - count)
 
 
@@ -115,6 +119,17 @@ def _find_levels(keys: Iterable[str]) -> dict[int, _Level]:
         if (folders := _folders(key)) and folders[-1].lower() not in SUBSETS:
             levels.setdefault(len(folders), _Level()).add(key, folders)
     return levels
+
+
+def _no_folders_text(source: str, keys: Callable[[], Iterable[str]]) -> str:
+    """Return the error of a tree in which no photo is in a folder of a class."""
+    outside = next((key for key in keys() if _folders(key)), None)
+    if outside is None and (first := next(iter(keys()), None)) is not None and all(map(is_junk, keys())):
+        return f"{source}: no photos in it, only files of other kinds by their names, such as {first}. Check the path."
+    return (
+        f"{source}: {f'{outside} is outside of a class folder' if outside else 'no class folders'}; "
+        "expected <class>/<file> or <subset>/<class>/<file>, or the name of a table (`ingest.labels`, or --labels)."
+    )
 
 
 def _depths_text(source: str, others: dict[int, _Level], depth: int, most: _Level) -> str:

@@ -3,13 +3,14 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, BinaryIO
 
 from carclass.config.ingest_settings import TABLE_SUFFIXES, ColumnRole
 from carclass.ingestion.labels import Label, LabelsError, LocatedLabel, make_label
-from carclass.ingestion.names import is_utf8, remove_invisible
+from carclass.ingestion.names import image_suffix, is_utf8, remove_invisible
 
 JSON_SUFFIXES = (".jsonl", ".ndjson")
 COLUMNS = {"name": "img_name", "class": "class", "subset": "subset"}
@@ -22,14 +23,16 @@ COLUMN_SYNONYMS: dict[ColumnRole, tuple[str, ...]] = {
         "file_path", "path", "photo", "image_id", "id", "key",
     ),
     "class": (
-        "class_name", "classname", "label", "labels", "category", "target", "make", "model", "make_model", "brand",
-        "manufacturer", "type", "vehicle_type", "body_type",
+        "class_name", "classname", "class_label", "label", "labels", "category", "target", "make", "model",
+        "make_model", "brand", "manufacturer", "type", "vehicle_type", "body_type",
     ),
     "subset": SUBSET_SYNONYMS,
 }  # fmt: skip
 """Other names of the columns of a label that tables often have, the likeliest first; several for the class are an
 error."""
 DELIMITERS = (",", ";", "\t")
+EXCEL_DELIMITER = re.compile('"?sep=(.)"?')
+"""First line by which a table names its delimiter, for Excel."""
 MAX_LISTED = 5
 """Bad lines that are named in an error."""
 Fields = list[str] | LabelsError
@@ -77,12 +80,12 @@ def guess_columns(found: Sequence[str], given: Mapping[ColumnRole, str], *, sour
 
     Raise LabelsError if several columns may have the class.
     """
-    names = {name.lower(): name for name in reversed(found)}
-    others = names.keys() - {name.lower() for name in given.values()}
+    usual, names = {name.lower() for name in found}, {_fold(name): name for name in reversed(found)}
+    others = names.keys() - {_fold(name) for name in given.values()}
     guessed: dict[ColumnRole, str] = {}
     for role, synonyms in COLUMN_SYNONYMS.items():
-        candidates = [names[name] for name in synonyms if name in others]
-        if role in given or COLUMNS[role] in names or not candidates:
+        candidates = [names[name] for name in (COLUMNS[role], *synonyms) if name in others]
+        if role in given or COLUMNS[role] in usual or not candidates:
             continue
         if role == "class" and len(candidates) > 1:
             raise LabelsError(
@@ -91,6 +94,11 @@ def guess_columns(found: Sequence[str], given: Mapping[ColumnRole, str], *, sour
             )
         guessed[role] = candidates[0]
     return {**guessed, **given}
+
+
+def _fold(name: str) -> str:
+    """Return the name of a column in the spelling of COLUMN_SYNONYMS."""
+    return re.sub(r"[\s\-]+", "_", name.lower())
 
 
 def _parse_rows(
@@ -128,12 +136,16 @@ def _parse_rows(
 def _text_rows(text: io.TextIOBase, source: str, names: Iterable[str]) -> Iterator[tuple[str, Fields]]:
     """Yield the fields of each line of delimited text with its location. names: of columns to look for."""
     first = text.readline()
-    reader = csv.reader(chain([first], text), delimiter=_find_delimiter(first, {*names}), strict=True)
+    given = EXCEL_DELIMITER.fullmatch(first.strip("\r\n"))
+    if given is not None:
+        first = text.readline()
+    delimiter, skipped = (_find_delimiter(first, {*names}), 0) if given is None else (given[1], 1)
+    reader = csv.reader(chain([first], text), delimiter=delimiter, strict=True)
     try:
         for fields in filter(None, reader):  # skips empty lines
-            yield f"{source}, line {reader.line_num}", fields
+            yield f"{source}, line {reader.line_num + skipped}", fields
     except csv.Error as error:
-        location = f"{source}, line {reader.line_num}"
+        location = f"{source}, line {reader.line_num + skipped}"
         yield location, LabelsError(f"{location}: not valid CSV ({error}).")
 
 
@@ -201,6 +213,11 @@ def _find_columns(header: list[str], source: str, names: Mapping[str, str], chos
         if (found if name in found else folded).count(name if name in found else name.lower()) > 1:
             raise LabelsError(f"{source}: the first line has the column {name} twice. Remove or rename one.")
     missing = [name for role, name in names.items() if role not in indices and (role != "subset" or role in chosen)]
+    if missing and any(map(image_suffix, found)):
+        raise LabelsError(
+            f"{source}: the first line has no names of columns, but {found}. Add a line above it, such as "
+            f"{','.join(list(names.values())[:2])}."
+        )
     if missing:
         raise LabelsError(
             f"{source}: no column {', '.join(missing)}; the first line has {found}. It needs "

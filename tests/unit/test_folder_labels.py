@@ -92,8 +92,12 @@ def test_double_slashes_make_no_folders():
     ("keys", "message"),
     [
         ([], "no class folders"),
+        (["a/x.pdf", "b/notes.txt"], "s3://cars: no photos in it, only files of other kinds .* such as a/x.pdf"),
         (["1.jpg", "2.jpg"], "s3://cars: no class folders; .* or the name of a table"),
-        (["cars/Audi/1.jpg", "bikes/BMW/2.jpg"], "the subset is 'cars'; expected train, val or test"),
+        (
+            ["cars/Audi/1.jpg", "bikes/BMW/2.jpg"],
+            "two levels of folders .*no folder of the upper level is train, val or test",
+        ),
         (["train/1.jpg", "Valid/2.jpg"], "train/1.jpg is outside of a class folder; expected"),
         (
             ["Audi/1.jpg", "Ram C/V Van/2.jpg", "BMW/3.jpg"],

@@ -177,3 +177,29 @@ def test_missing_labels_are_a_user_error(tmp_path: Path):
     settings = IngestSettings(photos="/photos", labels=str(tmp_path / "labels.jsonl"))
     with Inventory() as inventory, pytest.raises(UserError, match=r"`ingest.labels`: .*labels.jsonl cannot be read"):
         labelling.read_labels(settings, inventory)
+
+
+@pytest.mark.parametrize(
+    ("found", "columns"),
+    [
+        (["Image Path", "Class Name"], {"name": "Image Path", "class": "Class Name"}),
+        (["img name", "class-label", "class id"], {"name": "img name", "class": "class-label"}),
+        (["img_name", "Class"], {}),
+    ],
+)
+def test_columns_are_recognised_with_blanks_and_hyphens_in_their_names(found: list[str], columns: dict[str, str]):
+    assert guess_columns(found, {}, source="l.csv") == columns
+
+
+def test_a_table_without_names_of_columns_is_told_so():
+    with pytest.raises(
+        LabelsError, match=r"no names of columns, but \['a/1.jpg', 'Audi'\]\. .* such as img_name,class\."
+    ):
+        parsed("a/1.jpg,Audi\na/2.jpg,BMW\n")
+
+
+@pytest.mark.parametrize(("first", "separator"), [("sep=;", ";"), ('"sep=|"', "|"), ("sep=\t", "\t")])
+def test_a_line_that_names_the_separator_for_excel_is_read(first: str, separator: str):
+    assert parsed(f"\ufeff{first}\r\n{delimited(separator)}") == ROWS
+    with pytest.raises(LabelsError, match=r"line 3: the class of x.jpg is empty"):
+        parsed(f"{first}\nimg_name{separator}class\nx.jpg{separator}\n")
