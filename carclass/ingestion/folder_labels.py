@@ -106,8 +106,8 @@ def find_classes(keys: Callable[[], Iterable[str]], *, source: str) -> ClassFold
     if depth - count == 2 and not most.has_subsets:
         raise LabelsError(
             f"{source}: the photos are in two levels of folders ({', '.join(most.examples)}), and no folder of the "
-            f"upper level is {SUBSETS_TEXT}. If the lower folders are the classes, move them into one folder; if the "
-            "upper ones are, move their photos into them."
+            f"upper level is {SUBSETS_TEXT}. If the upper folders are subsets, name them so; if the lower ones are the "
+            "classes, move them into one folder; if the upper ones are, move their photos into them."
         )
     return ClassFolders(shared[:count], depth - count)
 
