@@ -78,7 +78,7 @@ def _without_file(location: str, named: str) -> str:
 
 def describe(label: Label, other: Label) -> str:
     """Return the class of a label, and its subset and group where another one has others."""
-    details = [label.subset] if label.subset != other.subset else []
+    details: list[str] = [label.subset] if label.subset != other.subset else []
     if label.group != other.group:
         details.append("no group" if label.group is None else f"group {label.group}")
     return f"{label.label} ({', '.join(details)})" if details else label.label
