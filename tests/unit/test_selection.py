@@ -9,7 +9,8 @@ from carclass.data.dataset import Dataset
 from carclass.errors import UserError
 from carclass.masking import selection
 from carclass.masking.mask import _identity
-from carclass.masking.selection import SelectionRule, select_vehicle, stability, touches_border
+from carclass.masking.paste import touches_border
+from carclass.masking.selection import SelectionRule, select_vehicle, stability
 from carclass.masking.writer import exclusion_reasons
 from carclass.prediction.detector_weights import mask_settings
 from carclass.runs.preprocessing_record import Preprocessing
@@ -23,8 +24,8 @@ def boxes(*corners: tuple[float, float, float, float]) -> torch.Tensor:
 
 def full_masks(count: int, share: float = 1.0) -> torch.Tensor:
     """Return masks that cover a share of their boxes."""
-    masks = torch.zeros(count, 1, 10, 10)
-    masks[:, :, : round(10 * share)] = 1
+    masks = torch.zeros(count, 10, 10)
+    masks[:, : round(10 * share)] = 1
     return masks
 
 
