@@ -138,6 +138,19 @@ def suggest_names(name: str, known: Iterable[str], prefix: str = "") -> str:
     return f"did you mean {' or '.join(f'`{prefix}{match}`' for match in close)}?" if close else ""
 
 
+def suggest_beside(path: str | None) -> str:
+    """Return "did you mean `a`?" for a local path whose first missing part is like a name beside it, or "" if none is.
+
+    path: None for a place that is not local.
+    """
+    parent, name = os.path.split((path or "").rstrip("/"))
+    while name and not os.path.lexists(parent):
+        parent, name = os.path.split(parent)
+    is_missing = name and not os.path.lexists(os.path.join(parent, name))
+    beside = os.listdir(parent) if is_missing and os.path.isdir(parent) and os.access(parent, os.R_OK) else []
+    return suggest_names(name, beside)
+
+
 def unknown_name(kind: str, name: str, known: Sequence[str], place: str, hint: str = "") -> UserError:
     """Return the error for an unknown name: "no dataset `x` in ROOT. Available: a, b."."""
     suggestion = suggest_names(name, known)

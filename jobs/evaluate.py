@@ -15,9 +15,12 @@ from carclass.formatting import rate_text
 def main() -> None:
     config = cli.parse_job(__doc__, "evaluate")
     settings = config.evaluate.model_copy(update={"run": config.or_trained(config.evaluate.run)})
-    from carclass.evaluation.evaluate import evaluate_run
+    from carclass.evaluation.target import find_target
 
-    evaluation = evaluate_run(config.root, settings)
+    target = find_target(config.root, settings)
+    from carclass.evaluation.evaluate import evaluate_target  # late: it takes seconds to load
+
+    evaluation = evaluate_target(target, settings)
     rows = [*metrics_rows(evaluation.metrics), ("report", evaluation.report_uri)]
     print(progress.table(rows, title=f"run {settings.run}"))
 

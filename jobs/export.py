@@ -1,5 +1,6 @@
 """A run → its best model for other programs: safetensors, ONNX and torch.export, in `<run>/export/`.
 
+  python jobs/export.py --config FILE
   python jobs/export.py --run NAME --config FILE
   python jobs/export.py --run NAME --root s3://bucket/carclass
 
@@ -15,13 +16,14 @@ from typing import get_args
 from carclass import progress
 from carclass.config import cli, installation
 from carclass.config.schema import Config, StageName
+from carclass.errors import UserError
 
 SAMPLE = Path(__file__).parent / "experiments" / "sample.yml"
 
 
 def main() -> None:
     parser = cli.JobParser(__doc__)
-    parser.add_argument("--run", required=True, metavar="NAME", help="run to export")
+    parser.add_argument("--run", metavar="NAME", help="run to export [the one that the file trains]")
     place = parser.add_mutually_exclusive_group()
     place.add_argument(
         "--config",
@@ -35,12 +37,19 @@ def main() -> None:
         "--stage", choices=get_args(StageName), help="stage whose best epoch to export [best over stages]"
     )
     args = parser.parse()
-    root = cli.load_config(installation.find_config(args.config), {"root": args.root} if args.root else {}, Config).root
+    overrides = {"root": args.root} if args.root else {}
+    config = cli.load_config(installation.find_config(args.config), overrides, Config)
+    name = args.run or (None if args.root else config.or_trained(None))
+    if name is None:
+        raise UserError("no run is named. Name the run to export, e.g. --run first.")
     from carclass import storage
+    from carclass.runs.run import find_run
+
+    find_run(config.root, name)  # a mistake is found before PyTorch is loaded for seconds
     from carclass.runs.export import FORMATS, export_run
 
-    uri = export_run(root, args.run, args.stage)
-    print(progress.table([(name, storage.join(uri, name)) for name in FORMATS], title=f"run {args.run}"))
+    uri = export_run(config.root, name, args.stage)
+    print(progress.table([(file, storage.join(uri, file)) for file in FORMATS], title=f"run {name}"))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,9 @@ def main() -> None:
     settings, args = cli.parse_job_with_flags(__doc__, None, cli.UPDATE, default=SAMPLE)
     check_sections(settings)
     started = time.monotonic()
+    from carclass.experiments.pipeline_places import check_places
+
+    check_places(settings)
     import_verbs(settings)
     from carclass.data.inventory import Inventory
     from carclass.experiments.pipeline_preflight import check_pipeline

@@ -39,18 +39,25 @@ def main() -> None:
     settings = config.predict.model_copy(update={"run": config.or_trained(config.predict.run)})
     if settings.run is None:
         raise UserError("`predict.run` is missing: name the run to use, e.g. --run first.")
-    log.info("predict: loading PyTorch")  # it takes seconds
+    from carclass.ingestion.listing import check_place
     from carclass.prediction import named_photos
+    from carclass.runs.run import find_run
 
     if photos := named_photos.find_photos(args.listed or [settings.photos]):
         check_options(args, named_photos.STORED_ONLY)
-        predicted, calibration = named_photos.predict_named(config.root, settings, photos)
+    else:
+        check_place(settings.photos, "predict.photos")
+    run = find_run(config.root, settings.run)
+    stage = run.select_stage(settings.stage)
+    if photos:
+        predicted, calibration = named_photos.predict_named(run, stage, settings, photos)
         rows, failed = named_photos.describe_rows(predicted), all(row["label"] is None for row in predicted)
         rows += [] if failed else [("probabilities", calibration.verdict)]
     else:
-        from carclass.prediction.predict import predict_photos
+        log.info("predict: loading PyTorch")  # it takes seconds
+        from carclass.prediction.predict import predict_by_run
 
-        rows, failed = result_rows(settings, predict_photos(config.root, settings)), False
+        rows, failed = result_rows(settings, predict_by_run(run, stage, settings)), False
     print(progress.table(rows, title=f"predictions of {settings.run}"))
     if failed:
         raise SystemExit(1)

@@ -299,13 +299,15 @@ def load_dataset(root: str, name: str) -> Dataset:
     if (published := find_dataset(root, name)) is not None:
         return published
     published_names = storage.list_folders(storage.join(root, "datasets"), "manifest.json")
-    hint = "" if published_names else first_step(root, "python jobs/ingest.py")
+    hint = "" if published_names else first_step(root, "python jobs/ingest.py --config FILE")
     raise unknown_name("dataset", name, published_names, root, hint)
 
 
 def first_step(root: str, command: str) -> str:
     """Return what to do where a root has no results of a command."""
     path = storage.local_path(root)
+    if path is not None and os.path.isfile(path):
+        return f"{root} is a file, not a folder: correct `root`."
     is_missing = path is not None and not os.path.isdir(path)
     return f"{f'There is no folder {root}: correct `root`, or run' if is_missing else 'Run'} `{command}` first."
 

@@ -225,6 +225,19 @@ def hold_lease(uri: str, job: str) -> Lease:
     return Lease(uri, job)
 
 
+def find_worker(uri: str) -> Holder | None:
+    """Return the job that is at work on a target now, as far as its lease tells, or None."""
+    file = storage.join(uri, FILE)
+    try:
+        holder = read_holder(file)
+        if holder.is_local:
+            return None if holder.is_dead else holder
+        found = storage.stat(file)
+    except (UserError, OSError):  # without a lease; a message is no reason to fail
+        return None
+    return holder if found.now - found.modified <= EXPIRE_S else None
+
+
 def read_holder(file: str) -> Holder:
     """Return the holder in a lease's file, UNKNOWN if it is damaged. Raise FileNotFoundError without a file."""
     data = storage.read_bytes(file)

@@ -2,7 +2,6 @@
 
 import logging
 import time
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -12,17 +11,17 @@ from carclass import storage
 from carclass.config.schema import EvaluateSettings
 from carclass.data import dataset, formats
 from carclass.data.lease import hold_lease
-from carclass.errors import UserError
 from carclass.evaluation.calibrate import calibrate_if_possible, calibrate_predictions
 from carclass.evaluation.classification import predict_split
 from carclass.evaluation.collect import collect_report, to_arrays
 from carclass.evaluation.metrics import classification_metrics
 from carclass.evaluation.report import render
+from carclass.evaluation.target import EvaluationTarget, find_target
 from carclass.formatting import rate_text
 from carclass.runs.calibration_record import Calibration
 from carclass.runs.preprocessing_record import masking_difference
 from carclass.runs.report_record import METRICS, PREDICTIONS, report_uri
-from carclass.runs.run import Run, find_run
+from carclass.runs.run import Run
 from carclass.runs.saved_model import read_model
 from carclass.runs.seen_photos import find_seen_photos
 
@@ -37,30 +36,16 @@ class Evaluation(NamedTuple):
     report_uri: str
 
 
-def describe_difference(of_run: Sequence[str], of_dataset: Sequence[str]) -> str:
-    """Return how two lists of classes differ, with an example of each."""
-    only = {"run": sorted({*of_run} - {*of_dataset}), "dataset": sorted({*of_dataset} - {*of_run})}
-    parts = [f"only the {owner} has {names[0]!r}" for owner, names in only.items() if names]
-    return "; ".join(parts) or "the same ones in another order"
-
-
 def evaluate_run(root: str, settings: EvaluateSettings) -> Evaluation:
     """Write `<run>/report/`. Raise UserError if run, dataset and classes do not match."""
-    if settings.run is None:
-        raise UserError("`evaluate.run` is missing: name the run to evaluate, e.g. --run first.")
-    run = find_run(root, settings.run)
-    stage = run.select_stage(settings.stage)
+    return evaluate_target(find_target(root, settings), settings)
+
+
+def evaluate_target(target: EvaluationTarget, settings: EvaluateSettings) -> Evaluation:
+    """Write the report of a run's stage on a dataset."""
+    run, stage, source = target
     model_uri = run.model_uri(stage)
     _, model_facts = read_model(model_uri)
-    source = dataset.load_dataset(root, settings.dataset or run.settings.dataset)
-    if source.classes != model_facts["classes"]:
-        raise UserError(
-            f"run `{settings.run}` and dataset `{source.name}` have different classes: "
-            f"{describe_difference(model_facts['classes'], source.classes)}. Evaluate on the run's training dataset, "
-            "or on one masked from it."
-        )
-    if not source.manifest["splits"][settings.split]:
-        raise UserError(f"dataset `{source.name}` has no {settings.split} photos. Choose another `evaluate.split`.")
     _warn_about_photos(run, source, settings.split)
     uri = report_uri(run, source.name, settings.split, stage)
     _tell_of_report(uri)

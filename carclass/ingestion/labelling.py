@@ -1,6 +1,7 @@
 """Labels of an ingestion: read and checked before the photos are listed, then assigned to them."""
 
 import logging
+import os
 from collections.abc import Iterator
 from functools import partial
 
@@ -8,7 +9,7 @@ from carclass import storage
 from carclass.config.ingest_settings import TABLE_SUFFIXES, IngestSettings
 from carclass.data.inventory import Inventory
 from carclass.data.quarantine import Reason
-from carclass.errors import UserError
+from carclass.errors import UserError, suggest_beside
 from carclass.formatting import count_text
 from carclass.ingestion import label_matching, label_table, labels, names
 from carclass.ingestion.devkit import read_devkit
@@ -51,6 +52,24 @@ def read_labels(settings: IngestSettings, inventory: Inventory) -> None:
         )
 
 
+def check_labels_place(source: str) -> None:
+    """Raise UserError if labels are a local file or folder that does not exist."""
+    path = storage.local_path(source)
+    if path is not None and not os.path.lexists(path):
+        raise _unreadable(source, FileNotFoundError(source))
+
+
+def _unreadable(source: str, error: OSError) -> UserError:
+    """Return the error of labels that cannot be read, with a name like that of a missing file."""
+    is_missing = isinstance(error, FileNotFoundError)
+    hint = suggest_beside(storage.local_path(source)) if is_missing else ""
+    return UserError(
+        f"`ingest.labels`: {source} cannot be read ({'no such file' if is_missing else error})"
+        f"{f'; {hint}' if hint else '.'} Set it to a {', '.join(TABLE_SUFFIXES)} or a folder with Stanford's devkit "
+        "(cars_meta.mat and cars_train_annos.mat), or omit it for one folder per class."
+    )
+
+
 def _open_labels(settings: IngestSettings, source: str) -> Iterator[labels.LocatedLabel]:
     """Yield the labels of a table or of the devkit's folder. Raise UserError if they cannot be read or parsed."""
     try:
@@ -66,10 +85,7 @@ def _open_labels(settings: IngestSettings, source: str) -> Iterator[labels.Locat
         else:
             yield from read_devkit(source)
     except OSError as error:
-        raise UserError(
-            f"`ingest.labels`: {source} cannot be read ({error}). Set it to a {', '.join(TABLE_SUFFIXES)} or a folder "
-            "with Stanford's devkit (cars_meta.mat and cars_train_annos.mat), or omit it for one folder per class."
-        ) from error
+        raise _unreadable(source, error) from error
 
 
 def label_photos(settings: IngestSettings, inventory: Inventory) -> None:

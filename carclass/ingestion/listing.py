@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from carclass import s3, storage
 from carclass.data.inventory import Inventory, Listed, chunks
 from carclass.data.quarantine import Reason
-from carclass.errors import UserError, suggest_names
+from carclass.errors import UserError, suggest_beside
 from carclass.ingestion import archive, members
 from carclass.ingestion.folder_listing import scan_folder
 from carclass.ingestion.own_files import without_own_files
@@ -41,6 +41,27 @@ class _PageRequest(NamedTuple):
     token: str | None = None
 
 
+def check_place(photos: str, setting: str) -> None:
+    """Raise UserError, naming the setting, for a place that has no photos: a misspelt or an empty one.
+
+    Of a prefix, nothing is listed.
+    """
+    path = storage.local_path(photos)
+    if archive.is_archive(photos):
+        if not storage.exists(archive_uri := archive.split_folder(photos)[0]):
+            hint = suggest_beside(storage.local_path(archive_uri))
+            raise UserError(f"`{setting}`: no archive {archive_uri}{f'; {hint}' if hint else NO_ARCHIVE}")
+    elif path is not None and os.path.isfile(path):
+        suffixes = ", ".join([*archive.TAR_SUFFIXES, archive.ZIP_SUFFIX])
+        raise UserError(
+            f"`{setting}`: {photos} is a file. Set it to a folder, an s3:// prefix or an archive ({suffixes})."
+        )
+    elif (suggested := archive.suggest_folder(photos)) is not None:
+        raise UserError(f"`{setting}`: {photos} leads into an archive. Write {suggested} for a folder in it.")
+    elif path is not None and next(list_pages(photos), None) is None:
+        raise _nothing_found(photos, setting)
+
+
 def list_photos(
     photos: str,
     inventory: Inventory,
@@ -53,18 +74,9 @@ def list_photos(
 
     empty: gets the local folders without photos. Raise UserError, naming the setting, if there are no files.
     """
+    check_place(photos, setting)
     if archive.is_archive(photos):
-        if not storage.exists(archive_uri := archive.split_folder(photos)[0]):
-            hint = _name_beside(archive_uri)
-            raise UserError(f"`{setting}`: no archive {archive_uri}{f'; {hint}' if hint else NO_ARCHIVE}")
         pages = chunks(archive.list_members(photos, setting), PAGE_KEYS)
-    elif (path := storage.local_path(photos)) is not None and os.path.isfile(path):
-        suffixes = ", ".join([*archive.TAR_SUFFIXES, archive.ZIP_SUFFIX])
-        raise UserError(
-            f"`{setting}`: {photos} is a file. Set it to a folder, an s3:// prefix or an archive ({suffixes})."
-        )
-    elif (suggested := archive.suggest_folder(photos)) is not None:
-        raise UserError(f"`{setting}`: {photos} leads into an archive. Write {suggested} for a folder in it.")
     else:
         pages = list_pages(photos, empty)
         if root is not None:
@@ -83,14 +95,7 @@ def _nothing_found(photos: str, setting: str) -> UserError:
     if path is None or os.path.exists(path) or archive.is_archive(photos):
         hint = "; the credentials need permission to list it" if path is None else ""
         return UserError(f"`{setting}`: no files in {photos}. Check the path{hint}.")
-    return UserError(f"`{setting}`: no folder {photos}; {_name_beside(photos) or 'check the path.'}")
-
-
-def _name_beside(uri: str) -> str:
-    """Return a hint to a name like that of a missing local file or folder; "" if there is none beside it."""
-    parent, name = os.path.split(storage.local_path(uri) or "")
-    beside = os.listdir(parent) if os.path.isdir(parent) and os.access(parent, os.R_OK) else []
-    return suggest_names(name, beside)
+    return UserError(f"`{setting}`: no folder {photos}; {suggest_beside(path) or 'check the path.'}")
 
 
 def spelled_once(uri: str) -> str:

@@ -25,6 +25,7 @@ from safetensors.torch import save as save_safetensors
 from carclass import storage
 from carclass.errors import UserError
 from carclass.models.download import failure_text, fetch
+from carclass.models.weights_place import missing_weights
 
 UNPICKLE_SECONDS = 300
 """Time limit for reading a pickle; the largest of the zoo takes seconds."""
@@ -199,6 +200,8 @@ def _read(uri: str, sha256: str | None, key: str) -> bytes:
     """Return a file's bytes; keep downloads in the user's cache directory, named by their hash."""
     try:
         return _download(uri, sha256) if uri.startswith("http") else storage.read_bytes(uri)
+    except FileNotFoundError as error:
+        raise missing_weights(uri, key) from error
     except (OSError, http.client.HTTPException) as error:
         if uri.startswith("http"):
             raise UserError(f"`{key}`: {uri} cannot be read {failure_text(error, key)}") from error

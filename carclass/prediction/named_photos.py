@@ -1,27 +1,31 @@
 """Prediction of photos that are named one by one: in this process, without a cluster; printed, not stored."""
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
 
 from carclass import storage
 from carclass.config.schema import PredictSettings
-from carclass.errors import UserError
+from carclass.errors import UserError, suggest_beside
 from carclass.formatting import terminal_text
 from carclass.ingestion.archive import is_archive
-from carclass.prediction.photo_predictor import PhotoPredictor
 from carclass.runs.calibration_record import Calibration
-from carclass.runs.run import find_run
+from carclass.runs.run import Run
 
+log = logging.getLogger(__name__)
 STORED_ONLY = ("name", "batch_size", "max_quarantined", "part_rows")
 """Settings of predictions that are stored."""
+MAX_MISSING = 10
+"""Missing photos that are named."""
 
 
 def find_photos(places: Sequence[str]) -> list[str]:
     """Return the places if they are photos, and none if they are one folder, prefix or archive.
 
-    Raise UserError for a place that does not exist, and for several that are not all photos.
+    Raise UserError for places that do not exist, and for several that are not all photos.
     """
+    _check_missing(places)
     others = [place for place in places if not _is_photo(place)]
     if len(places) == 1 and others:
         return []
@@ -33,28 +37,45 @@ def find_photos(places: Sequence[str]) -> list[str]:
     return list(places)
 
 
+def _check_missing(places: Sequence[str]) -> None:
+    """Raise UserError for local places that do not exist, with names like theirs. Archives are checked elsewhere."""
+    paths = {place: storage.local_path(place) for place in places if not is_archive(place)}
+    missing = {place: path for place, path in paths.items() if path is not None and not os.path.exists(path)}
+    if not missing:
+        return
+    hints = {place: suggest_beside(path) for place, path in [*missing.items()][:MAX_MISSING]}
+    if len(missing) == 1:
+        ((place, hint),) = hints.items()
+        end = f"; {hint}" if hint else ". Check the path."
+        raise UserError(f"`predict.photos`: no photo, folder or archive {place}{end}")
+    named = ", ".join(f"{place} ({hint})" if hint else place for place, hint in hints.items())
+    more = f" and {len(missing) - MAX_MISSING:,} more" if len(missing) > MAX_MISSING else ""
+    raise UserError(
+        f"`predict.photos`: {len(missing):,} of {len(places):,} are missing. There is no photo, folder or archive "
+        f"{named}{more}. Check the paths."
+    )
+
+
 def _is_photo(place: str) -> bool:
-    """Return True for one file that is no archive. Raise UserError if there is nothing in this place."""
+    """Return True for one file that is no archive."""
     if is_archive(place) or place.endswith("/"):
         return False
     if (path := storage.local_path(place)) is None:
         return "/" in place.removeprefix("s3://") and storage.exists(place)  # without one, it is a bucket
-    if not os.path.exists(path):
-        raise UserError(f"`predict.photos`: no photo, folder or archive {place}. Check the path.")
     return os.path.isfile(path)
 
 
 def predict_named(
-    root: str, settings: PredictSettings, photos: Sequence[str]
+    run: Run, stage: str, settings: PredictSettings, photos: Sequence[str]
 ) -> tuple[list[dict[str, Any]], Calibration]:
     """Return rows of predictions.PREDICTION, in order, and the calibration of their probabilities.
 
-    Raise UserError as PhotoPredictor does, or without the run.
+    stage: of the run's model to use. Raise UserError as PhotoPredictor does.
     """
-    assert settings.run is not None
-    run = find_run(root, settings.run)
-    model_uri = run.model_uri(run.select_stage(settings.stage))
-    predictor = PhotoPredictor(run, model_uri, settings.detector_weights)
+    log.info("predict: loading PyTorch")  # it takes seconds
+    from carclass.prediction.photo_predictor import PhotoPredictor  # imported late: mistakes are found before
+
+    predictor = PhotoPredictor(run, run.model_uri(stage), settings.detector_weights)
     rows: list[dict[str, Any]] = predictor(photos).to_pylist()
     for row in rows:
         row["rejected"] = None if row["label"] is None else row["probability"] < settings.threshold

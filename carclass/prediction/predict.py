@@ -53,7 +53,12 @@ def predict_photos(root: str, settings: PredictSettings) -> PredictionResult:
     if settings.run is None:
         raise UserError("`predict.run` is missing: name the run to use, e.g. --run first.")
     run = find_run(root, settings.run)
-    model_uri = run.model_uri(run.select_stage(settings.stage))
+    return predict_by_run(run, run.select_stage(settings.stage), settings)
+
+
+def predict_by_run(run: Run, stage: str, settings: PredictSettings) -> PredictionResult:
+    """Write predictions by a stage's model of a run, as `predict_photos` does."""
+    root, model_uri = run.root, run.model_uri(stage)
     _, facts = read_model(model_uri)
     check_root(root)
     connection.check_cluster()

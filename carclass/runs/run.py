@@ -23,6 +23,7 @@ from carclass import storage
 from carclass.config.schema import StageName, TrainSettings
 from carclass.config.section import EPOCH_OF_RUN, S, validate
 from carclass.data import dataset, formats
+from carclass.data.lease import find_worker
 from carclass.errors import UserError, unknown_name
 from carclass.formatting import rate_text
 from carclass.runs.environment import code_version
@@ -124,7 +125,7 @@ class Run:
         UserError if the last stage is not finished.
         """
         if not self.is_finished(self.stages[-1]):
-            raise unfinished_stage(self.model_uri(self.stages[-1]))
+            raise unfinished_stage(self.model_uri(self.stages[-1]), [s for s in self.stages if self.is_finished(s)])
         uri = storage.join(self.uri, MODEL)
         try:
             record = formats.read(uri, "run_model")
@@ -210,9 +211,14 @@ def epoch_text(facts: dict[str, Any]) -> str:
     return f"{facts['stage']} epoch {facts['epoch']}"
 
 
-def unfinished_stage(model_uri: str) -> UserError:
-    """Return the error of a model that is not published yet."""
-    return UserError(f"no model at {model_uri}.safetensors: the run has not finished this stage. Run jobs/train.py.")
+def unfinished_stage(model_uri: str, finished: Sequence[str] = ()) -> UserError:
+    """Return the error of a model that is not published yet. finished: stages of the run whose models are."""
+    run, worker = model_uri.rsplit("/", 2)[0], find_worker(model_uri.rsplit("/", 2)[0])
+    remedy = "Run `python jobs/train.py --config FILE` with the run's file, which resumes it."
+    if worker is not None:
+        remedy = f"It is in training: {worker} is at work on {run}. Run the same command again when it has ended."
+    earlier = "".join(f" Or use the stage that is finished: --stage {stage}." for stage in finished)
+    return UserError(f"no model at {model_uri}.safetensors: the run has not finished this stage. {remedy}{earlier}")
 
 
 def _contradiction(uri: str, other_uri: str, name: str) -> formats.DamagedFileError:
@@ -281,7 +287,7 @@ def find_run(root: str, name: str) -> Run:
         return Run(root, settings.model_copy(update={"name": name}))  # a copied folder has another run's name in it
     except FileNotFoundError as error:
         existing = storage.list_folders(storage.join(root, "experiments"), "config.yml")
-        hint = "" if existing else dataset.first_step(root, "python jobs/train.py")
+        hint = "" if existing else dataset.first_step(root, "python jobs/train.py --config FILE")
         raise unknown_name("run", name, existing, root, hint) from error
 
 

@@ -148,5 +148,5 @@ def test_a_root_in_a_missing_bucket_is_reported(uploaded: str):
 
 
 def test_the_error_for_an_empty_bucket_names_the_job_that_makes_a_dataset(bucket: str):
-    with pytest.raises(UserError, match=r"no dataset `v1` in .*Run `python jobs/ingest.py` first"):
+    with pytest.raises(UserError, match=r"no dataset `v1` in .*Run `python jobs/ingest.py --config FILE` first"):
         dataset.load_dataset(f"s3://{bucket}/out", "v1")

@@ -176,13 +176,13 @@ def test_the_error_for_a_missing_dataset_lists_the_published_ones(tmp_path: Path
 
 def test_a_root_that_does_not_exist_is_named(tmp_path: Path):
     with pytest.raises(
-        UserError, match=r"There is no folder .*/nowhere: correct `root`, or run `python jobs/ingest\.py`"
+        UserError, match=r"There is no folder .*/nowhere: correct `root`, or run `python jobs/ingest\.py --config FILE`"
     ):
         dataset.load_dataset(str(tmp_path / "nowhere"), "v1")
 
 
 def test_the_error_without_any_dataset_names_the_job_that_makes_one(tmp_path: Path):
-    with pytest.raises(UserError, match=r"Available: none\. Run `python jobs/ingest\.py` first"):
+    with pytest.raises(UserError, match=r"Available: none\. Run `python jobs/ingest\.py --config FILE` first"):
         dataset.load_dataset(str(tmp_path), "v1")
 
 

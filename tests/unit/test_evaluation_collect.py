@@ -13,7 +13,8 @@ from carclass import storage
 from carclass.config.schema import EvaluateSettings, TrainSettings
 from carclass.data import dataset, publishing
 from carclass.evaluation import calibrate, calibration, collect
-from carclass.evaluation.evaluate import describe_difference, evaluate_run
+from carclass.evaluation.evaluate import evaluate_run
+from carclass.evaluation.target import describe_difference
 from carclass.runs.report_record import report_uri
 from tests.helpers.evaluated_run import publish_evaluated_run
 from tests.helpers.runs import FROZEN, MODEL, begin, finish, publish_dataset

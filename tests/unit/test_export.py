@@ -388,8 +388,11 @@ def test_an_unfinished_stage_is_an_error(tmp_path: Path, photos: list[bytes]):
 
 
 @pytest.mark.slow  # 6 s
-def test_the_job_prints_the_uris_of_the_files(folder: Path):
-    command = [sys.executable, str(HOUSE / "jobs" / "export.py"), "--run", "first", "--root", str(folder.parents[2])]
+@pytest.mark.parametrize("arguments", [("--run", "first", "--root", "{root}"), ("--config", "{root}/my.yml")])
+def test_the_job_prints_the_uris_of_the_files(folder: Path, arguments: tuple[str, ...]):
+    root = folder.parents[2]
+    (root / "my.yml").write_text("root: .\ntrain: {name: first}\n")
+    command = [sys.executable, str(HOUSE / "jobs" / "export.py"), *(text.format(root=root) for text in arguments)]
     done = subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert all(f"{folder}/{name}" in done.stdout for name in FORMATS)

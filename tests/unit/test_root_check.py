@@ -38,7 +38,7 @@ def test_a_root_below_a_file_is_refused(tmp_path: Path):
 
 def test_a_dataset_in_a_root_that_is_a_file_is_unknown(tmp_path: Path):
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(UserError, match=r"no dataset `v1` in \S*file\..*There is no folder \S*file: correct `root`"):
+    with pytest.raises(UserError, match=r"no dataset `v1` in .*file is a file, not a folder: correct `root`"):
         dataset.load_dataset(str(tmp_path / "file"), "v1")
 
 
