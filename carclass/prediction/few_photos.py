@@ -16,9 +16,11 @@ from carclass import storage
 from carclass.cluster import connection
 from carclass.data.crash_guard import NoCrashGuard
 from carclass.data.draft import Draft
+from carclass.formatting import count_text
 from carclass.ingestion import archive
 from carclass.prediction import classify
 from carclass.prediction.classify import KEY_ROWS, ClassifyPhotos, DetectNewPhotos, PredictionJob
+from carclass.progress import Progress
 
 log = logging.getLogger(__name__)
 FEW_PHOTOS, FEW_MASKED = 1000, 20
@@ -41,7 +43,7 @@ def can_predict_here(draft: Draft, job: PredictionJob) -> bool:
 
 def predict_here(draft: Draft, job: PredictionJob) -> Iterator[pa.Table]:
     """Yield rows of PREDICTED for the pending photos, in tables of at most `part_rows` rows."""
-    steps = _Steps.load(job)
+    steps = PhotoSteps.load(job, draft.inventory.count_pending())
     with _mark_attempt(draft.uri):
         tables: list[pa.Table] = []
         for batch in _read_pending(draft, job):
@@ -53,21 +55,24 @@ def predict_here(draft: Draft, job: PredictionJob) -> Iterator[pa.Table]:
             yield pa.concat_tables(tables)
 
 
-class _Steps(NamedTuple):
+class PhotoSteps(NamedTuple):
     """The networks of a job, on all CPUs."""
 
     job: PredictionJob
     detector: DetectNewPhotos | None
     classifier: ClassifyPhotos
+    masked: Progress
 
     @classmethod
-    def load(cls, job: PredictionJob) -> "_Steps":
+    def load(cls, job: PredictionJob, num_photos: int) -> "PhotoSteps":
         log.info("predict: loading the classifier%s", "" if job.mask is None else " and the detector")
         threads = torch.get_num_threads()
         detector = None if job.mask is None else DetectNewPhotos(job.mask, NoCrashGuard(), use_gpu=False)
         classifier = ClassifyPhotos(job, NoCrashGuard(), use_gpu=False)
         torch.set_num_threads(threads)  # the actors of a cluster have a CPU each
-        return cls(job, detector, classifier)
+        verb = "classifying" if detector is None else "masking and classifying"
+        log.info("predict: %s %s", verb, count_text(num_photos, "photo"))
+        return cls(job, detector, classifier, Progress("predict", "photos masked", num_photos))
 
     def prepare(self, batch: pa.Table) -> Iterator[pa.Table]:
         """Yield rows of CLASSIFIER_INPUT for rows of INPUT or LOADED."""
@@ -75,9 +80,15 @@ class _Steps(NamedTuple):
             if self.job.mask is None:
                 yield classify.select_input(rows, self.job.shown_share)
             else:
-                assert self.detector is not None
-                detected = self.detector(classify.decode_valid(rows, NoCrashGuard()))
+                detected = pa.concat_tables(self._detect(rows.slice(i, 1)) for i in range(len(rows)))
                 yield from classify.cut_photos(detected, self.job.mask, self.job.shown_share)
+
+    def _detect(self, row: pa.Table) -> pa.Table:
+        """Convert one row of READ to DETECTED, and count it: a photo takes up to seconds."""
+        assert self.detector is not None
+        detected = self.detector(classify.decode_valid(row, NoCrashGuard()))
+        self.masked.add(1)
+        return detected
 
 
 def _read_pending(draft: Draft, job: PredictionJob) -> Iterator[pa.Table]:

@@ -1,5 +1,6 @@
 """The steps of a prediction job on batches, without a cluster: fingerprints and thumbnails reach the written rows."""
 
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,9 +13,10 @@ from carclass.data import photo
 from carclass.data.inventory import INPUT
 from carclass.masking import networks
 from carclass.models import resnet
-from carclass.prediction import classify
+from carclass.prediction import classify, few_photos
 from carclass.prediction.collect import THUMBNAIL_SIDE
 from carclass.prediction.predictions import PREDICTED
+from carclass.progress import Progress
 from carclass.runs.run import find_run
 from carclass.sample.background import SCENES
 from carclass.sample.draw import draw_photo
@@ -38,12 +40,18 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def read(box: Path) -> pa.Table:
-    """Return the photos as rows of READ."""
+def inputs(box: Path) -> pa.Table:
+    """Return the photos as rows of INPUT."""
     keys = sorted(path.name for path in box.iterdir())
-    inputs = [{"key": key, "fingerprint": f"of {key}", "subset": "test", "size": 1} for key in keys]
+    rows = [{"key": key, "fingerprint": f"of {key}", "subset": "test", "size": 1} for key in keys]
+    return pa.Table.from_pylist(rows, INPUT)
+
+
+@pytest.fixture(scope="module")
+def read(box: Path, inputs: pa.Table) -> pa.Table:
+    """Return the photos as rows of READ."""
     settings = IngestSettings(photos=str(box), max_side=320)
-    return pa.concat_tables(classify.read_batch(pa.Table.from_pylist(inputs, INPUT), GUARD, settings))
+    return pa.concat_tables(classify.read_batch(inputs, GUARD, settings))
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +110,16 @@ def test_classified_rows_have_all_that_is_written(read: pa.Table, job: classify.
     assert [row["label"] is None for row in rows.to_pylist()] == [False, False, True]
     assert [row["fingerprint"] for row in rows.to_pylist()] == ["of car.jpg", "of grey.jpg", "of text.jpg"]
     assert [row["photo"] is None for row in rows.to_pylist()] == [False, False, True]
+
+
+def test_a_few_masked_photos_are_counted_one_by_one(
+    inputs: pa.Table, masked: pa.Table, box: Path, mask: MaskSettings, job: classify.PredictionJob,
+    caplog: pytest.LogCaptureFixture,
+):  # fmt: skip
+    job = job._replace(reading=IngestSettings(photos=str(box), max_side=320), mask=mask)
+    with caplog.at_level(logging.INFO, "carclass"):
+        steps = few_photos.PhotoSteps.load(job, 3)
+        prepared = [*steps._replace(masked=Progress("predict", total=3, interval=0)).prepare(inputs)]
+    assert "predict: masking and classifying 3 photos" in caplog.messages
+    assert [line.split(",")[0] for line in caplog.messages[-3:]] == [f"predict: {i} of 3 photos" for i in (1, 2, 3)]
+    assert pa.concat_tables(prepared).sort_by("key") == masked
