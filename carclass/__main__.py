@@ -3,6 +3,7 @@
 import ast
 import runpy
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import carclass
@@ -17,7 +18,8 @@ HELP = """usage: carclass COMMAND [OPTION ...]
 commands:
 {commands}
 
-`carclass COMMAND --help` shows a command's options; `carclass pipeline` alone runs the embedded sample."""
+`carclass COMMAND --help` shows a command's options; `carclass pipeline` alone runs the embedded sample.
+`carclass --version` prints the version."""
 
 
 def main() -> None:
@@ -36,6 +38,9 @@ def run_command(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         commands = "\n".join(f"  {name:<10} {first_line(path)}" for name, path in jobs.items())
         print(HELP.format(description=carclass.__doc__, commands=commands))
+        return
+    if arguments == ["--version"]:
+        print(f"carclass {metadata.version('carclass')}")
         return
     name, *options = arguments
     if name not in jobs:

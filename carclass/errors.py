@@ -129,13 +129,20 @@ def _is_full_disk(error: BaseException) -> bool:
 
 
 def suggest_names(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """Return "did you mean `a`?" for the known names closest to an unknown one, or "" if none is close.
-
-    Dotted names match by their last part too: `lr` is close to `frozen.lr` and `unfrozen.lr`.
-    """
-    names = list(known)
-    close = difflib.get_close_matches(name, names, n=1) or [key for key in names if key.rsplit(".", 1)[-1] == name][:3]
+    """Return "did you mean `a`?" for the known names closest to an unknown one, or "" if none is close."""
+    close = find_close_names(name, list(known))
     return f"did you mean {' or '.join(f'`{prefix}{match}`' for match in close)}?" if close else ""
+
+
+def find_close_names(name: str, known: Sequence[str]) -> list[str]:
+    """Return the known names closest to an unknown one, up to three.
+
+    Of dotted names a part is enough: `lr` is meant for `frozen.lr` and `unfrozen.lr`, and `train.frozen.lr` for the
+    first.
+    """
+    _, _, shorter = name.partition(".")
+    same = [shorter] if shorter in known else [key for key in known if key.rsplit(".", 1)[-1] == name][:3]
+    return same or difflib.get_close_matches(name, known, n=1)
 
 
 def suggest_beside(path: str | None) -> str:
@@ -148,7 +155,8 @@ def suggest_beside(path: str | None) -> str:
         parent, name = os.path.split(parent)
     is_missing = name and not os.path.lexists(os.path.join(parent, name))
     beside = os.listdir(parent) if is_missing and os.path.isdir(parent) and os.access(parent, os.R_OK) else []
-    return suggest_names(name, beside)
+    close = difflib.get_close_matches(name, beside, n=1)  # a dot in a file's name has no meaning
+    return f"did you mean `{close[0]}`?" if close else ""
 
 
 def unknown_name(kind: str, name: str, known: Sequence[str], place: str, hint: str = "") -> UserError:

@@ -27,7 +27,14 @@ from carclass.config.section import (
     validate,
 )
 from carclass.config.stderr_filter import filter_stderr
-from carclass.errors import FullDiskReport, UserError, exit_on_closed_output, find_user_error, suggest_names
+from carclass.errors import (
+    FullDiskReport,
+    UserError,
+    exit_on_closed_output,
+    find_close_names,
+    find_user_error,
+    suggest_names,
+)
 from carclass.formatting import terminal_text, value_text
 
 Flags = Mapping[str, dict[str, Any]]
@@ -43,7 +50,7 @@ class JobParser(argparse.ArgumentParser):
     """
 
     def __init__(self, doc: str, usage: str | None = None, removed: Mapping[str, str] | None = None) -> None:
-        self.removed = removed or {}
+        self.removed, self.arguments = removed or {}, list[str]()
         super().__init__(
             usage=usage,
             description=name_commands(doc),
@@ -53,7 +60,7 @@ class JobParser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """Return the parsed arguments, by default those of the process. Raise UserError for unknown options."""
-        arguments = list(sys.argv[1:] if argv is None else argv)
+        arguments = self.arguments = list(sys.argv[1:] if argv is None else argv)
         lists = {option[2:] for action in self._actions if action.default == [] for option in action.option_strings}
         known = {option[2:] for action in self._actions for option in action.option_strings if option[:2] == "--"}
         options = arguments[: arguments.index("--")] if "--" in arguments else arguments
@@ -73,7 +80,21 @@ class JobParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError, which cli.main reports with exit status 2."""
-        raise UserError(f"{message}; see `{self.prog} --help`")
+        raise UserError(f"{message}; {self._suggest_option() or f'see `{self.prog} --help`'}")
+
+    def _suggest_option(self) -> str:
+        """Return the spelling of the first argument that was probably meant for an option, or "" if none was."""
+        known = [option[2:] for action in self._actions for option in action.option_strings if option[:2] == "--"]
+        for before, value in zip(["", *self.arguments], self.arguments, strict=False):
+            key, sign, text = value.partition("=")
+            if value.startswith("-") or (before.startswith("--") and "=" not in before):
+                continue
+            if value.endswith((".yml", ".yaml")) and "config" in known and "--config" not in self.arguments:
+                return f"did you mean `--config {value}`?"
+            names = [key] if key in known else find_close_names(key, known)
+            if sign and names:
+                return f"did you mean {' or '.join(f'`--{name} {text}`' for name in names)}?"
+        return ""
 
 
 UPDATE: Flags = {

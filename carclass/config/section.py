@@ -62,8 +62,10 @@ MESSAGES = {
     "bool_parsing": "must be true or false",
 }
 """Texts for those of pydantic's error types whose own texts speak of Python."""
+LIMITS = {"ge": "at least", "gt": "greater than", "le": "at most", "lt": "less than"}
+"""Limits of numbers, by the keys of pydantic's errors."""
 PATTERN_MESSAGES = {
-    NAME_PATTERN: "a name has up to 200 letters, digits and . _ = - and begins with a letter or digit",
+    NAME_PATTERN: "a name has up to 200 letters a-z or A-Z, digits and . _ = - and begins with a letter or digit",
     SHA256_PATTERN: "a sha256 has 64 digits 0-9 or a-f",
 }
 Uri = Annotated[str, BeforeValidator(_resolve)]
@@ -129,6 +131,10 @@ def _explain(item: Any, path: str, kind: type[Section], empty: Mapping[str, str]
         return f"`{path}` is missing"
     if item["type"] != "extra_forbidden":
         message = MESSAGES.get(item["type"], item["msg"]).removeprefix("Value error, ")
+        if limits := [key for key in LIMITS if key in item.get("ctx", {})]:
+            message = _limit_text(item, limits[0], kind)
+        if item["type"] == "literal_error":
+            message = f"must be {item['ctx']['expected']}"
         if item["type"] == "string_pattern_mismatch":
             message = PATTERN_MESSAGES[item["ctx"]["pattern"]]
         if path in empty and not str(item["input"] or "").strip():
@@ -140,6 +146,20 @@ def _explain(item: Any, path: str, kind: type[Section], empty: Mapping[str, str]
     known = [*section.model_fields, *(setting.key for setting in list_settings(section))]
     hint = suggest_names(name, dict.fromkeys(known)) or f"known here: {', '.join(section.model_fields)}"
     return f"`{path}` is not a setting; {hint}"
+
+
+def _limit_text(item: Any, limit: str, kind: type[Section]) -> str:
+    """Return the problem of a number outside of a limit; with both limits, if the setting has two that are allowed."""
+    section: type[Section] | None = kind
+    field: FieldInfo | None = None
+    for step in item["loc"]:
+        field = None if section is None else section.model_fields.get(str(step))
+        section = None if field is None else section_type(field.annotation)
+    found = [] if field is None else field.metadata
+    low, high = (next((getattr(each, key) for each in found if hasattr(each, key)), None) for key in ("ge", "le"))
+    if low is not None and high is not None:
+        return f"must be from {low:g} to {high:g}"
+    return f"must be {LIMITS[limit]} {item['ctx'][limit]:g}"
 
 
 def _given_text(value: Any) -> str:

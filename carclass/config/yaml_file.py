@@ -138,7 +138,10 @@ class _Builder:
         if node.tag == TEXT:
             return self._replace_variables(node, path)
         if node.value == "":
-            self._refuse(node, path, "has no value. Write one, `null` for none, or `{}` for the defaults of a section")
+            remedy = "Write one, `null` for none, or `{}` for the defaults of a section"
+            if path == "root":
+                remedy = "Write the folder or s3:// prefix for all results, such as `root: results`"
+            self._refuse(node, path, f"has no value. {remedy}")
         text = self._replace_variables(node, path)
         # Text around a variable makes a text; alone, it has the type of its value.
         return self.plain(text) if text == node.value or PLACEHOLDER.fullmatch(node.value) else text

@@ -130,8 +130,8 @@ def test_a_path_may_contain_yaml_syntax(config_file: str, root: str):
     ("section", "options", "message"),
     [
         ("train", ["--num_workers", "many"], r"^`--num_workers`: give one number, .* \(got 'many'\)$"),
-        ("train", ["--frozen.lr", "-1"], r"^`--frozen.lr`: Input should be greater than 0 \(got '-1'\)$"),
-        ("predict", ["--photos", "p", "--threshold", "60"], r"^`--threshold`: Input should be less .* \(got '60'\)$"),
+        ("train", ["--frozen.lr", "-1"], r"^`--frozen.lr`: must be greater than 0 \(got '-1'\)$"),
+        ("predict", ["--photos", "p", "--threshold", "60"], r"^`--threshold`: must be from 0 to 1 \(got '60'\)$"),
         (None, ["--train.name", "a b"], r"^`--train.name`: a name has .* \(got 'a b'\)$"),
         (None, ["--root", "s3:x"], r"^`--root`: an S3 URI is written s3://bucket/prefix \(got 's3:x'\)$"),
         ("train", ["--loggers", "[csvs]"], r"^`--loggers`: `0`: .*'csvs'"),
@@ -205,6 +205,8 @@ def test_a_file_without_the_jobs_section_is_refused(config_file: str):
     [
         ("train", "--unfrozen.lrr", "did you mean `--unfrozen.lr`?"),
         ("train", "--unfrozen.lrr=3", "did you mean `--unfrozen.lr`?"),
+        ("train", "--train.frozen.lr", "did you mean `--frozen.lr`?"),
+        ("train", "--epochs", "did you mean `--frozen.epochs` or `--unfrozen.epochs`?"),
         ("train", "--lr", "did you mean `--frozen.lr` or `--unfrozen.lr`?"),
         ("train", "--confg", "did you mean `--config`?"),
         ("train", "--num_work", "did you mean `--num_workers`?"),  # abbreviations are not accepted
@@ -216,6 +218,29 @@ def test_an_unknown_option_is_named_with_the_nearest_ones(section: str | None, o
     name = option.split("=")[0]
     with pytest.raises(UserError, match=rf"^`{name}` is not an option of .*; {re.escape(suggestion)}"):
         parse(section, option, "3")
+
+
+@pytest.mark.parametrize(
+    ("section", "arguments", "suggestion"),
+    [
+        (None, ["my.yml"], "did you mean `--config my.yml`?"),
+        ("train", ["my.yaml"], "did you mean `--config my.yaml`?"),
+        ("train", ["--config", "my.yml", "frozen.epochs=5"], "did you mean `--frozen.epochs 5`?"),
+        ("train", ["--config", "my.yml", "train.frozen.epochs=5"], "did you mean `--frozen.epochs 5`?"),
+        (None, ["epochs=5"], "did you mean `--train.frozen.epochs 5` or `--train.unfrozen.epochs 5`?"),
+        ("train", ["--config", "my.yml", "x"], "see `"),
+    ],
+)
+def test_a_value_without_its_option_is_named_with_the_one_that_was_meant(
+    section: str | None, arguments: list[str], suggestion: str
+):
+    with pytest.raises(UserError, match=rf"; {re.escape(suggestion)}"):
+        parse(section, *arguments, default=SAMPLE if section is None else None)
+
+
+def test_a_config_file_among_photos_is_named_with_its_option():
+    with pytest.raises(UserError, match=r"required: --config; did you mean `--config my.yml`\?"):
+        parse_listed("car.jpg", "my.yml")
 
 
 def test_an_option_after_two_dashes_belongs_to_the_command():

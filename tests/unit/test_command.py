@@ -1,6 +1,7 @@
 """The command `carclass`, in a checkout and from a wheel in an empty folder: it runs the jobs."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,10 @@ def test_a_reader_that_closes_the_output_ends_the_command_without_a_traceback():
     done = subprocess.run(command, cwd=REPO, stdout=writer, stderr=subprocess.PIPE, check=False)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_the_version_is_printed():
+    assert re.fullmatch(r"carclass \d+\.\d+\.\d+\n", carclass("--version").stdout)
 
 
 def test_an_unknown_command_is_compared_with_the_known_ones():

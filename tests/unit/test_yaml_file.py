@@ -59,6 +59,7 @@ def test_a_key_is_the_text_that_is_written(tmp_path: Path, key: str):
 
 def test_a_section_without_values_is_refused(tmp_path: Path):
     refuse(tmp_path, "train:\n  frozen:\n  #  epochs: 3\n", "line 2: `train.frozen` has no value")
+    refuse(tmp_path, "root:\n", "line 1: `root` has no value. Write the folder or s3:// prefix for all results")
 
 
 def test_a_key_given_twice_in_the_file_of_the_cluster_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
