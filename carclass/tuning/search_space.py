@@ -118,7 +118,7 @@ def load_space(path: Path, search: Search) -> SearchSpace:
     for key, each in search.space.items():  # of a user's file only: a stored one holds defaults too
         for changed in _settings_of(key, each, base_settings, source, folder):
             _check_effect(key, get_setting(changed, key), base_settings, source)
-            _check_schedule_effect(key, changed, source)
+            _check_schedule_effect(key, changed, base_settings, source)
     _warn_about_repetition(space)
     return space
 
@@ -136,7 +136,7 @@ def _warn_about_repetition(space: SearchSpace) -> None:
 
 def make_space(search: Search, base_settings: TrainSettings, root: str, source: str, folder: Path) -> SearchSpace:
     """Return the space around an experiment's settings. folder: base of relative paths among the choices."""
-    dimensions = tuple(_make_dimension(key, each, base_settings, source, folder) for key, each in search.space.items())
+    dimensions = tuple(_make_dimension(key, each, search, base_settings, source, folder) for key, each in search.space.items())
     # Store choices as validated, with absolute paths: the stored search is read again from another folder.
     typed = {one.key: Range(choices=list(one.choices)) for one in dimensions if one.choices is not None}
     search = search.model_copy(update={"space": {**search.space, **typed}})
@@ -162,13 +162,16 @@ def _check_key(key: str, source: str) -> None:
         raise UserError(f"{source}: `{key}` is set by the sweep itself or does not change accuracy. Leave it out.")
 
 
-def _make_dimension(key: str, values: Range, base: TrainSettings, source: str, folder: Path) -> Dimension:
+def _make_dimension(
+    key: str, values: Range, search: Search, base: TrainSettings, source: str, folder: Path
+) -> Dimension:
     """Return a range or choices in the setting's own type; validate each value as part of the settings."""
     if isinstance(get_setting(base, key), bool | str) and values.choices is None:
         raise UserError(f"{source}: `space.{key}` is not a number; give `choices` instead of `min` and `max`.")
     typed = [get_setting(settings, key) for settings in _settings_of(key, values, base, source, folder)]
-    if get_setting(base, key.rsplit(".", 1)[0]) is None:
-        raise UserError(f"{source}: `space.{key}`: the experiment skips that stage (it is null). Vary another setting.")
+    if get_setting(base, stage := key.rsplit(".", 1)[0]) is None:
+        origin = f"`fixed.{stage}`" if stage in search.fixed else search.experiment
+        raise UserError(f"{source}: `space.{key}`: {origin} skips that stage (it is null). Vary another setting.")
     if any(isinstance(value, Section) for value in (get_setting(base, key), *typed)):
         raise UserError(f"{source}: `space.{key}` is a section; name one of its settings.")
     if values.choices is not None:
@@ -197,19 +200,30 @@ def _check_effect(key: str, value: Any, base: TrainSettings, source: str) -> Non
         min_views = required_views(key.rsplit(".", 1)[1], value)
         if base.frozen.views < min_views:
             raise UserError(
-                f"{source}: `space.{key}` would change nothing: the experiment trains only the classifier, on "
-                f"{base.frozen.views} cached view(s) of each photo. Add `fixed: {{train.frozen.views: {min_views}}}`."
+                f"{source}: `space.{key}` would change nothing: trials train only the classifier, on "
+                f"{base.frozen.views} cached view(s) of each photo. Set `fixed: {{train.frozen.views: {min_views}}}`."
             )
 
 
-def _check_schedule_effect(key: str, changed: TrainSettings, source: str) -> None:
-    """Raise UserError if a value of a stage's setting is without effect. changed: the experiment with that value."""
-    stage = get_setting(changed, key.rsplit(".", 1)[0])
-    if isinstance(stage, StageSettings):
-        try:
-            check_stage_effect(stage)
-        except ValueError as error:
-            raise UserError(f"{source}: `space.{key}`: {error}.") from error
+def _check_schedule_effect(key: str, changed: TrainSettings, base: TrainSettings, source: str) -> None:
+    """Raise UserError if a value of a stage's setting is without effect.
+
+    changed: the experiment with that value; base: without it. The experiment alone has passed this check, so what base
+    has without effect is by `fixed`.
+    """
+    stage, unchanged = (get_setting(settings, key.rsplit(".", 1)[0]) for settings in (changed, base))
+    if isinstance(stage, StageSettings) and (error := _find_ineffective(stage)):
+        place = "`fixed`" if _find_ineffective(unchanged) == error else f"`space.{key}`"
+        raise UserError(f"{source}: {place}: {error}.")
+
+
+def _find_ineffective(stage: StageSettings) -> str:
+    """Return the error of a setting without effect, or ""."""
+    try:
+        check_stage_effect(stage)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def settings_text(values: dict[str, Value]) -> str:

@@ -57,6 +57,23 @@ def test_a_warm_up_beyond_its_stage_is_refused(tmp_path: Path):
     refuse(tmp_path, message, {"train.unfrozen.warmup_epochs": {"min": 0, "max": 6}}, experiment)
 
 
+@pytest.mark.parametrize(
+    ("fixed", "message"),
+    [
+        ({"train.unfrozen": None}, rf"search.yml: `space.{LR}`: `fixed.train.unfrozen` skips that stage"),
+        ({"train.unfrozen.warmup_epochs": 6}, r"search.yml: `fixed`: `unfrozen.warmup_epochs` is 6 and the stage has"),
+    ],
+)
+def test_a_fixed_setting_is_blamed_for_its_own_mistake(tmp_path: Path, fixed: dict[str, Any], message: str):
+    experiment = {**EXPERIMENT, "train": {"name": "one", "unfrozen": {"epochs": 4}}}
+    refuse(tmp_path, message, {LR: {"min": 1e-4, "max": 1e-2}}, experiment, fixed=fixed)
+
+
+def test_a_stage_that_the_experiment_skips_is_named_with_its_file(tmp_path: Path):
+    experiment = {**EXPERIMENT, "train": {"name": "one", "unfrozen": None}}
+    refuse(tmp_path, r"experiment.yml skips that stage", {LR: {"min": 1e-4, "max": 1e-2}}, experiment)
+
+
 def test_epochs_down_to_the_default_warm_up_are_accepted(tmp_path: Path):
     assert dimension(tmp_path, "train.unfrozen.epochs", min=1, max=4).low == 1
 
