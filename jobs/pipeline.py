@@ -120,9 +120,12 @@ def print_summary(run: "Run", summary: dict[str, int | float | str]) -> None:
     """Write summary.json below the run, and print it."""
     from carclass import storage
     from carclass.data import formats
+    from carclass.training.train import describe_stages
 
     formats.write(storage.join(run.uri, SUMMARY), "summary", summary)
-    print(progress.table(summary_rows(summary), title=f"carclass: {run.settings.name}"))
+    stages = describe_stages(run)
+    rows = [(name, stages.get(name, text)) for name, text in summary_rows(summary)]
+    print(progress.table(rows, title=f"carclass: {run.settings.name}"))
 
 
 def summary_rows(summary: dict[str, int | float | str]) -> list[tuple[str, str]]:

@@ -9,18 +9,16 @@ accuracy.
 
 from carclass import progress
 from carclass.config import cli
-from carclass.formatting import rate_text
 
 
 def main() -> None:
     settings = cli.parse_job(__doc__, "train")
     from carclass.runs.run import model_text
-    from carclass.training.train import train_run
+    from carclass.training.train import describe_stages, train_run
 
     assert settings.train is not None
     run = train_run(settings.root, settings.train)
-    rows = [(f"{stage} val accuracy", rate_text(run.best_val_accuracy(stage))) for stage in run.stages]
-    rows += [("model", model_text(run.model_facts(run.best_stage))), ("run", run.uri)]
+    rows = [*describe_stages(run).items(), ("model", model_text(run.model_facts(run.best_stage))), ("run", run.uri)]
     print(progress.table(rows, title=f"run {settings.train.name}"))
 
 

@@ -13,8 +13,8 @@ from carclass.experiments.machine import Machine
 from carclass.formatting import bytes_text, count_text, duration_text
 
 BASIS = (
-    "rough rates of carclass' benchmarks for cores of an AMD EPYC, an L4 (mask) and an A10G (train); others may be "
-    "several times faster or slower (docs/benchmarks.md, docs/cost.md)"
+    "an otherwise idle machine; rough rates of carclass' benchmarks for cores of an AMD EPYC, an L4 (mask) and an A10G "
+    "(train); others may be several times faster or slower (docs/benchmarks.md, docs/cost.md)"
 )
 START_SECONDS = 15.0
 """Start of a step's processes."""

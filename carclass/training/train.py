@@ -21,7 +21,7 @@ from carclass.config.schema import StageName, TrainSettings
 from carclass.data import dataset, formats
 from carclass.data.lease import hold_lease
 from carclass.errors import UserError, find_user_error
-from carclass.formatting import count_text
+from carclass.formatting import count_text, rate_text
 from carclass.models import resnet
 from carclass.runs.divergence_record import record_divergence, remove_divergence
 from carclass.runs.metrics_loggers import check_loggers
@@ -158,6 +158,21 @@ def warn_if_unfreezing_hurt(run: Run, source: dataset.Dataset) -> None:
             "`warmup_epochs` (now %g) or `epochs` (now %d), or `clip_grad_norm: 1`, under another `train.name`.",
             *(run.settings.name, after, before, unfrozen.lr, unfrozen.warmup_epochs, unfrozen.epochs),
         )
+
+
+def describe_stages(run: Run) -> dict[str, str]:
+    """Return the val accuracy of each stage of a finished run by its name in tables.
+
+    That of the unfrozen stage has its gain over the frozen one in parentheses, if the run has both and its dataset is
+    still there.
+    """
+    texts = {f"{stage} val accuracy": rate_text(run.best_val_accuracy(stage)) for stage in run.stages}
+    source = dataset.find_dataset(run.root, run.settings.dataset)
+    if len(run.stages) > 1 and source is not None:
+        before, after = map(run.best_val_accuracy, run.stages)
+        verdict = "within chance" if is_chance(before, after, source.manifest["splits"]["val"]) else "beyond chance"
+        texts[f"{run.stages[-1]} val accuracy"] += f" ({after - before:+.3f}, {verdict})"
+    return texts
 
 
 def is_chance(first: float, second: float, num_photos: int) -> bool:

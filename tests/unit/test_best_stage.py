@@ -19,7 +19,7 @@ from carclass.experiments.tree import Budget, Experiment, Tree
 from carclass.models import resnet
 from carclass.runs.run import Run, find_run, record_best_stage
 from carclass.training import pretrained
-from carclass.training.train import is_chance, load_run_inputs, train_run, warn_if_unfreezing_hurt
+from carclass.training.train import describe_stages, is_chance, load_run_inputs, train_run, warn_if_unfreezing_hurt
 from tests.helpers.runs import CLASSES, MODEL, begin, finish, publish_dataset
 
 BOTH = {"model": MODEL, "parent": "sample", "frozen": {"epochs": 5}, "unfrozen": {"epochs": 2}}
@@ -99,6 +99,21 @@ def test_a_run_has_no_model_before_its_last_stage_is_finished(tmp_path: Path):
     with pytest.raises(UserError, match=r"unfrozen/best.safetensors: the run has not finished this stage"):
         run.select_stage(None)
     assert run.select_stage("frozen") == "frozen"
+
+
+@pytest.mark.parametrize(
+    ("frozen", "unfrozen", "photos", "text"),
+    [
+        (25, 50, 200, "0.500 (+0.250, beyond chance)"),
+        (50, 25, 200, "0.250 (-0.250, beyond chance)"),
+        (50, 25, 20, "0.250 (-0.250, within chance)"),
+    ],
+)
+def test_the_gain_of_unfreezing_is_described(tmp_path: Path, frozen: int, unfrozen: int, photos: int, text: str):
+    run = make_run(tmp_path, frozen, unfrozen)
+    publish_dataset(tmp_path, splits={"val": photos})
+    accuracy = f"{run.best_val_accuracy('frozen'):.3f}"
+    assert describe_stages(run) == {"frozen val accuracy": accuracy, "unfrozen val accuracy": text}
 
 
 def test_results_of_another_stage_have_its_name(worse: Run):
