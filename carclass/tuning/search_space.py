@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,8 @@ def _warn_about_repetition(space: SearchSpace) -> None:
 
 def make_space(search: Search, base_settings: TrainSettings, root: str, source: str, folder: Path) -> SearchSpace:
     """Return the space around an experiment's settings. folder: base of relative paths among the choices."""
-    dimensions = tuple(_make_dimension(key, each, search, base_settings, source, folder) for key, each in search.space.items())
+    make = partial(_make_dimension, search=search, base=base_settings, source=source, folder=folder)
+    dimensions = tuple(make(key, each) for key, each in search.space.items())
     # Store choices as validated, with absolute paths: the stored search is read again from another folder.
     typed = {one.key: Range(choices=list(one.choices)) for one in dimensions if one.choices is not None}
     search = search.model_copy(update={"space": {**search.space, **typed}})
