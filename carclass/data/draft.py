@@ -137,6 +137,13 @@ class Draft:
             progress.add(1)
         self.inventory.commit_parts(removed=recorded - existing)
 
+    def log_resumed(self) -> None:
+        """Log how many photos of an unpublished draft an interrupted job has finished, if some are left."""
+        is_begun = self.published is None and self.inventory.contents()
+        if is_begun and (num_pending := self.inventory.count_pending()):
+            total = self.inventory.count_inputs()
+            log.info("%s: resumed, %s of %s photos are done", self.uri, f"{total - num_pending:,}", f"{total:,}")
+
     def _record(self, path: str, rows: pa.Table | None) -> bool:
         """Record a file's rows, and return True; delete it if it is damaged or outdated."""
         metadata = {} if rows is None else rows.schema.metadata or {}
@@ -185,6 +192,7 @@ class Draft:
         Relabelled rows are in the split of their subset. Photos that storage could not deliver become pending again.
         """
         self.sync()
+        self.log_resumed()
         found = [change for change in changes.find_changes(self.inventory) if change.kind != "added" or self.published]
         if found:
             log.info("%s: since it was written: %s", self.uri, changes.changes_text(found))

@@ -125,13 +125,16 @@ def _remove_outdated(draft: Draft, photos: str, listing: str) -> None:
     inputs.
     """
     draft.sync()
+    is_update = storage.exists(storage.join(draft.uri, predictions.TABLE))
+    if not is_update:
+        draft.log_resumed()
     draft.retry_unreadable()
     if draft.settings.get(predictions.LISTING) == listing:  # format 1, whose parts have no fingerprints
         return
     if not is_archive(photos):
         read = partial(read_image_ids, photos=photos)
         changes.recognize_unchanged(draft.inventory, lambda inputs: chain.from_iterable(map(read, inputs)))
-    if storage.exists(storage.join(draft.uri, predictions.TABLE)):
+    if is_update:
         log.info("predict: since the last run: %s", changes.changes_text(changes.find_changes(draft.inventory)))
     draft.correct(changes.replaced_rows(draft.inventory))
 

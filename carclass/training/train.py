@@ -5,6 +5,7 @@ A stage is a run of Ray Train; with a single worker on CPUs of a cluster of the 
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -72,10 +73,19 @@ def train_run(root: str, settings: TrainSettings) -> Run:
     use_gpu = check_resources(root, settings, source, probe=True)
     with hold_lease(run.uri, "train"):
         begin_run(run, source, parent_sha256)
+        log_resumed(run)
         train_resources = all_resources(settings, use_gpu=use_gpu)
         train_stages(run, source, PhotoStore(settings, source).get, train_resources, run.unfinished_stages)
     warn_if_unfreezing_hurt(run, source)
     return run
+
+
+def log_resumed(run: Run) -> None:
+    """Log how many epochs of each stage an interrupted job has finished, if any."""
+    done = Counter(row["stage"] for row in run.metrics())
+    if done:
+        counts = [f"{done[stage]} of {getattr(run.settings, stage).epochs} {stage} epochs" for stage in run.stages]
+        log.info("train: run %s is resumed, %s are done", run.settings.name, " and ".join(counts))
 
 
 def load_run_inputs(root: str, settings: TrainSettings) -> tuple[dataset.Dataset, str]:

@@ -19,7 +19,14 @@ from carclass.experiments.tree import Budget, Experiment, Tree
 from carclass.models import resnet
 from carclass.runs.run import Run, find_run, record_best_stage
 from carclass.training import pretrained
-from carclass.training.train import describe_stages, is_chance, load_run_inputs, train_run, warn_if_unfreezing_hurt
+from carclass.training.train import (
+    describe_stages,
+    is_chance,
+    load_run_inputs,
+    log_resumed,
+    train_run,
+    warn_if_unfreezing_hurt,
+)
 from tests.helpers.runs import CLASSES, MODEL, begin, finish, publish_dataset
 
 BOTH = {"model": MODEL, "parent": "sample", "frozen": {"epochs": 5}, "unfrozen": {"epochs": 2}}
@@ -189,6 +196,19 @@ def test_a_report_of_the_model_of_the_run_is_read(worse: Run):
     write_report(worse, "report", model_sha256=worse.model_facts("frozen")["sha256"])
     assert read_test(RunStatus(worse, "finished", best=status.find_model(worse))) is not None
     assert load_run(worse.uri).predictions is not None
+
+
+# Resuming
+
+
+def test_a_resumed_run_says_which_epochs_are_done(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    publish_dataset(tmp_path)
+    run = begin(tmp_path, SETTINGS)
+    with caplog.at_level(logging.INFO, "carclass"):
+        log_resumed(run)
+        finish(run, stage="frozen")
+        log_resumed(run)
+    assert caplog.messages == ["train: run both is resumed, 5 of 5 frozen epochs and 0 of 2 unfrozen epochs are done"]
 
 
 # Warning

@@ -1,5 +1,6 @@
 """Drafts of datasets: what has changed since rows were written, and what an update keeps, corrects and reads again."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,16 @@ def test_a_draft_killed_before_labels_were_corrected_has_the_new_labels(job: Job
 def test_photos_deleted_since_the_draft_was_begun_are_dropped(job: Job, monkeypatch: pytest.MonkeyPatch):
     interrupt(job, monkeypatch)
     assert sorted(rows(job(versions={"a": "1", "c": "1"}))) == ["a", "c"]
+
+
+def test_a_resumed_job_says_how_many_photos_are_done(
+    job: Job, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    with caplog.at_level(logging.INFO, "carclass"):
+        interrupt(job, monkeypatch, versions={"a": "1", "b": "1"})
+        assert caplog.messages == []
+        job()
+    assert caplog.messages[0] == f"{job.uri}: resumed, 2 of 3 photos are done"
 
 
 def test_unreadable_photos_are_read_again_by_a_resumed_job(job: Job, monkeypatch: pytest.MonkeyPatch):
