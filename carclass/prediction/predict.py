@@ -47,6 +47,8 @@ class PredictionResult(NamedTuple):
 def predict_photos(root: str, settings: PredictSettings) -> PredictionResult:
     """Write `<run>/predictions/<name>/`; do nothing if it is finished, and predict new photos alone if there are any.
 
+    Another threshold is applied to the stored probabilities.
+
     Raise UserError if the run is missing or unfinished, there are no photos, the name was used with other settings, or
     the preprocessing of the run's photos cannot be repeated.
     """
@@ -69,7 +71,7 @@ def predict_by_run(run: Run, stage: str, settings: PredictSettings) -> Predictio
         store_preprocessing(run, preprocessing)
         calibrated = calibrate_run(run, model_uri, facts, settings.batch_size)
         identity = predictions.begin_predictions(uri, _identity(settings, facts, preprocessing, calibrated))
-        if predictions.is_finished(uri, identity, inventory.digest()):
+        if predictions.is_finished(uri, identity, inventory.digest(), settings.threshold):
             log.info("predict: %s is finished, nothing to do", uri)
         else:
             reading = preprocessing.ingest_settings(settings.photos)
@@ -105,13 +107,16 @@ def _write_predictions(draft: Draft, job: PredictionJob, run: Run) -> None:
     if inventory.count_pending():
         _predict_pending(draft, job)
         draft.sync()
+    else:
+        log.info("predict: no new photos; threshold %g is applied to stored probabilities", job.settings.threshold)
     draft.check_lease()
     num_gone = sum(change.number for change in changes.find_changes(inventory) if change.kind == "removed")
     if num_gone:
         log.info("predict: %s of the predicted photos are gone since; their rows stay", f"{num_gone:,}")
     facts = {"inputs": inventory.count_inputs() + num_gone, "reasons": inventory.reasons()}
     quarantine.check_quarantined(facts, job.settings.max_quarantined, "predict.max_quarantined")
-    predictions.publish_predictions(uri, inventory, listing, partial(_render_page, uri, job, run))
+    render_page = partial(_render_page, uri, job, run)
+    predictions.publish_predictions(uri, inventory, listing, job.settings.threshold, render_page)
     counts = predictions.read_counts(uri)
     quarantine.log_counts("predict", {"inputs": counts.files, "reasons": counts.reasons})
     if counts.others.number:
@@ -134,8 +139,8 @@ def _remove_outdated(draft: Draft, photos: str, listing: str) -> None:
     if not is_archive(photos):
         read = partial(read_image_ids, photos=photos)
         changes.recognize_unchanged(draft.inventory, lambda inputs: chain.from_iterable(map(read, inputs)))
-    if is_update:
-        log.info("predict: since the last run: %s", changes.changes_text(changes.find_changes(draft.inventory)))
+    if is_update and (found := changes.find_changes(draft.inventory)):
+        log.info("predict: since the last run: %s", changes.changes_text(found))
     draft.correct(changes.replaced_rows(draft.inventory))
 
 

@@ -63,6 +63,8 @@ PREDICTED = pa.unify_schemas([PREDICTION, THUMBNAIL])
 SETTINGS, TABLE, CSV, PAGE = "settings.json", "predictions.parquet", "predictions.csv", "predictions.html"
 LISTING = "list of photos"
 """Key of format 1 of the settings, and of the table's metadata: digest of the inputs that the table has."""
+THRESHOLD = "threshold"
+"""Setting of the first job, and key of the table's metadata: the threshold of `rejected`, which may change."""
 NO_PHOTO_REASONS = (Reason.NOT_AN_IMAGE, Reason.UNSUPPORTED_FORMAT, Reason.EMPTY)
 """Reasons of files that may be no photos at all, which their names tell."""
 MAX_EXAMPLES = 5
@@ -108,7 +110,7 @@ def predictions_uri(run_uri: str, name: str) -> str:
 def begin_predictions(uri: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Begin or resume predictions, and return their settings as they were stored first.
 
-    Raise UserError if they were begun with other settings.
+    Raise UserError if they were begun with other settings than another threshold.
     """
     new = json.loads(formats.to_json(settings))
     try:
@@ -117,7 +119,7 @@ def begin_predictions(uri: str, settings: dict[str, Any]) -> dict[str, Any]:
         formats.write(storage.join(uri, SETTINGS), "predictions", new)
         return dict(new)
     old.pop("format", None)
-    keys = {*old, *new} - {LISTING}
+    keys = {*old, *new} - {LISTING, THRESHOLD}
     if changed := sorted(key for key in keys if old.get(key) != new.get(key)):
         raise UserError(
             f"{uri} was begun with other settings ({', '.join(changed)}). Choose another name (--name), or delete it."
@@ -125,8 +127,8 @@ def begin_predictions(uri: str, settings: dict[str, Any]) -> dict[str, Any]:
     return old
 
 
-def is_finished(uri: str, settings: dict[str, Any], listing: str) -> bool:
-    """Return True if nothing is left to do. settings: as stored; listing: digest of the inputs of today.
+def is_finished(uri: str, settings: dict[str, Any], listing: str, threshold: float) -> bool:
+    """Return True if nothing is left to do. settings: as stored; listing, threshold: the inputs and setting of today.
 
     Photos that storage could not deliver are left to do.
     """
@@ -134,8 +136,9 @@ def is_finished(uri: str, settings: dict[str, Any], listing: str) -> bool:
         return False
     with open_parquet(storage.join(uri, TABLE)) as file:
         metadata = pq.read_schema(file).metadata or {}
-    recorded = metadata.get(LISTING.encode(), str(settings.get(LISTING)).encode()).decode()
-    return recorded == listing and not read_counts(uri).reasons.get(Reason.UNREADABLE)
+    recorded = {key: metadata.get(key.encode(), b"").decode() or settings.get(key) for key in (LISTING, THRESHOLD)}
+    is_same = recorded[LISTING] == listing and float(recorded[THRESHOLD] or 0) == threshold
+    return is_same and not read_counts(uri).reasons.get(Reason.UNREADABLE)
 
 
 def prediction_columns(probabilities: np.ndarray, classes: Sequence[str], threshold: float) -> list[dict[str, Any]]:
@@ -174,12 +177,14 @@ def write_unread(uri: str, inventory: Inventory, settings: dict[str, Any]) -> No
         write_batch(pa.Table.from_pylist(unread, PREDICTED), uri, settings)
 
 
-def publish_predictions(uri: str, inventory: Inventory, listing: str, render: Callable[[Path], str]) -> None:
+def publish_predictions(
+    uri: str, inventory: Inventory, listing: str, threshold: float, render: Callable[[Path], str]
+) -> None:
     """Write all rows as CSV and Parquet, and the page before the latter. Rows of photos that are gone are kept.
 
     Workers of a killed job may write for a moment after its successor has listed the missing photos, so a photo may be
     in two parts; their rows are equal, and one is used. Raise AssertionError if an input is missing. listing: digest of
-    the inputs; render: local Parquet file → page.
+    the inputs; threshold: of `rejected`, in place of that of the parts; render: local Parquet file → page.
     """
     missing = inventory.missing_keys()
     assert not missing, f"{uri}: keys are missing, such as {missing}"
@@ -187,15 +192,22 @@ def publish_predictions(uri: str, inventory: Inventory, listing: str, render: Ca
         csv, table = Path(folder, CSV), Path(folder, TABLE)
         with ExitStack() as writers:
             csv_writer = writers.enter_context(pyarrow.csv.CSVWriter(csv, to_csv(PREDICTION.empty_table()).schema))
-            schema = PREDICTION.with_metadata({LISTING: listing})
+            schema = PREDICTION.with_metadata({LISTING: listing, THRESHOLD: repr(threshold)})
             options: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
             parquet_writer = writers.enter_context(pq.ParquetWriter(table, schema, **options))
-            for rows in _rows_by_key(uri, inventory):
+            for stored in _rows_by_key(uri, inventory):
+                rows = _apply_threshold(stored, threshold)
                 csv_writer.write_table(to_csv(rows))
                 parquet_writer.write_table(rows.cast(schema))
         _publish_file(uri, csv)
         storage.write_bytes(storage.join(uri, PAGE), render(table).encode())
         _publish_file(uri, table)
+
+
+def _apply_threshold(rows: pa.Table, threshold: float) -> pa.Table:
+    """Return rows of PREDICTION with `rejected` by a threshold."""
+    rejected = pc.less(rows["probability"], pa.scalar(threshold, pa.float32()))
+    return rows.set_column(rows.schema.get_field_index("rejected"), "rejected", rejected)
 
 
 def _publish_file(uri: str, file: Path) -> None:

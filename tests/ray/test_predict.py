@@ -235,10 +235,21 @@ def test_other_settings_under_the_same_name_are_rejected(
     root: str, settings: PredictSettings, predicted: PredictionResult, tmp_path: Path
 ):
     shutil.copy(Path(settings.photos, sorted(os.listdir(settings.photos))[0]), tmp_path)
-    with pytest.raises(UserError, match=r"other settings \(threshold\)\. Choose another name \(--name\)"):
-        predict_photos(root, settings.model_copy(update={"threshold": 0.9}))
-    with pytest.raises(UserError, match=r"other settings \(photos\)"):
+    with pytest.raises(UserError, match=r"other settings \(photos\)\. Choose another name \(--name\)"):
         predict_photos(root, settings.model_copy(update={"photos": str(tmp_path)}))
+
+
+def test_another_threshold_is_applied_without_predicting_again(
+    root: str, settings: PredictSettings, predicted: PredictionResult, files_below: Callable[[str], Any]
+):
+    files, rows = files_below(f"{predicted.uri}/parts"), rows_of(predicted)
+    page = Path(predicted.uri, predictions.PAGE).read_bytes()
+    strict = predict_photos(root, settings.model_copy(update={"threshold": 1.0}))
+    assert (strict.uri, strict.counts.rejected) == (predicted.uri, strict.counts.predicted)
+    assert files_below(f"{predicted.uri}/parts") == files
+    predict_photos(root, settings)
+    assert rows_of(predicted) == rows
+    assert Path(predicted.uri, predictions.PAGE).read_bytes() == page
 
 
 @both_runs

@@ -65,7 +65,7 @@ def collected(uri: Path, *parts: list[dict[str, Any]]) -> PredictionReport:
     with Inventory() as inventory:
         add_keys(inventory, {each["key"] for rows in parts for each in rows})
         Draft(str(uri), {}, inventory).sync()
-        predictions.publish_predictions(str(uri), inventory, "", render_page)
+        predictions.publish_predictions(str(uri), inventory, "", 0.5, render_page)
     assert (uri / predictions.PAGE).read_text(encoding="utf-8") == render(found[0])
     return found[0]
 

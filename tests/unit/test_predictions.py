@@ -54,15 +54,17 @@ def digest(keys: Sequence[str]) -> str:
         return inventory.digest()
 
 
-def is_finished(uri: Path | str, keys: Sequence[str], settings: dict[str, Any] = SETTINGS) -> bool:
-    return predictions.is_finished(str(uri), settings, digest(keys))
+def is_finished(
+    uri: Path | str, keys: Sequence[str], settings: dict[str, Any] = SETTINGS, threshold: float = 0.5
+) -> bool:
+    return predictions.is_finished(str(uri), settings, digest(keys), threshold)
 
 
-def publish(uri: Path | str, keys: Sequence[str]) -> None:
+def publish(uri: Path | str, keys: Sequence[str], threshold: float = 0.5) -> None:
     with Inventory() as inventory:
         add_keys(inventory, keys)
         Draft(str(uri), SETTINGS, inventory).sync()
-        predictions.publish_predictions(str(uri), inventory, inventory.digest(), lambda _: "page")
+        predictions.publish_predictions(str(uri), inventory, inventory.digest(), threshold, lambda _: "page")
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -214,12 +216,12 @@ def test_inputs_that_are_not_read_are_listed_with_their_reason(tmp_path: Path):
         write(tmp_path, [predicted("a.jpg")])
         predictions.write_unread(str(tmp_path), inventory, SETTINGS)
         Draft(str(tmp_path), SETTINGS, inventory).sync()
-        predictions.publish_predictions(str(tmp_path), inventory, "", lambda _: "page")
+        predictions.publish_predictions(str(tmp_path), inventory, "", 0.5, lambda _: "page")
     assert [(row["key"], row["reason"]) for row in read(tmp_path)] == [("\\xff.jpg", "bad_name"), ("a.jpg", None)]
 
 
 def test_photos_are_counted_by_result(tmp_path: Path):
-    write(tmp_path, [failed("a"), predicted("b"), predicted("c", rejected=True), failed("d")])
+    write(tmp_path, [failed("a"), predicted("b"), predicted("c", probability=0.4), failed("d")])
     publish(tmp_path, ["a", "b", "c", "d"])
     assert predictions.read_counts(str(tmp_path)) == (4, 2, 1, (0, []), {"empty": 2})
 
@@ -253,8 +255,27 @@ def test_predictions_are_resumed_with_their_first_settings(tmp_path: Path):
 
 def test_other_settings_under_the_same_name_are_rejected(tmp_path: Path):
     predictions.begin_predictions(str(tmp_path), SETTINGS)
-    with pytest.raises(UserError, match=r"other settings \(threshold\)\. Choose another name \(--name\)"):
-        predictions.begin_predictions(str(tmp_path), {**SETTINGS, "threshold": 0.7})
+    with pytest.raises(UserError, match=r"other settings \(photos\)\. Choose another name \(--name\)"):
+        predictions.begin_predictions(str(tmp_path), {**SETTINGS, "photos": "other"})
+
+
+def test_another_threshold_is_applied_to_the_stored_probabilities(tmp_path: Path):
+    write(tmp_path, [predicted("a"), failed("b")])
+    predictions.begin_predictions(str(tmp_path), SETTINGS)
+    publish(tmp_path, ["a", "b"])
+    assert predictions.begin_predictions(str(tmp_path), {**SETTINGS, "threshold": 0.9}) == SETTINGS
+    assert not is_finished(tmp_path, ["a", "b"], threshold=0.9)
+    publish(tmp_path, ["a", "b"], threshold=0.9)
+    assert is_finished(tmp_path, ["a", "b"], threshold=0.9)
+    assert not is_finished(tmp_path, ["a", "b"])
+    assert [row["rejected"] for row in read(tmp_path)] == [True, None]
+    assert next(csv.DictReader((tmp_path / predictions.CSV).open()))["rejected"] == "true"
+
+
+def test_a_probability_at_the_threshold_is_accepted(tmp_path: Path):
+    write(tmp_path, [predicted("a")])
+    publish(tmp_path, ["a"], threshold=0.7)
+    assert [row["rejected"] for row in read(tmp_path)] == [False]
 
 
 def test_predictions_on_s3(bucket: str):

@@ -89,5 +89,5 @@ def test_predictions_begun_with_lists_of_a_fixed_length_are_finished(tmp_path: P
     with Inventory() as inventory:
         add_keys(inventory, ["a", "b"])
         Draft(str(tmp_path), {}, inventory).sync()
-        predictions.publish_predictions(str(tmp_path), inventory, "", lambda _: "page")
+        predictions.publish_predictions(str(tmp_path), inventory, "", 0.5, lambda _: "page")
     assert pq.read_table(tmp_path / predictions.TABLE)["box"].to_pylist() == [BOX, BOX]
