@@ -35,7 +35,7 @@ def main() -> None:
 def run_command(arguments: list[str]) -> None:
     """Run a command of carclass. Raise UserError for an unknown one."""
     jobs = {path.stem: path for path in sorted(JOBS.glob("*.py"))}
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
         commands = "\n".join(f"  {name:<10} {first_line(path)}" for name, path in jobs.items())
         print(HELP.format(description=carclass.__doc__, commands=commands))
         return

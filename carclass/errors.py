@@ -137,12 +137,19 @@ def suggest_names(name: str, known: Iterable[str], prefix: str = "") -> str:
 def find_close_names(name: str, known: Sequence[str]) -> list[str]:
     """Return the known names closest to an unknown one, up to three.
 
-    Of dotted names a part is enough: `lr` is meant for `frozen.lr` and `unfrozen.lr`, and `train.frozen.lr` for the
-    first.
+    Of dotted names some parts are enough: `lr` and `train.lr` are meant for `train.frozen.lr`, and likewise
+    `train.frozen.lr` for `frozen.lr`, where the section is left out.
     """
-    _, _, shorter = name.partition(".")
-    same = [shorter] if shorter in known else [key for key in known if key.rsplit(".", 1)[-1] == name][:3]
-    return same or difflib.get_close_matches(name, known, n=1)
+    parts = name.split(".")
+    for given in (parts, parts[1:]):
+        if same := [key for key in known if given and _has_in_order(key.split("."), given)]:
+            return same[:3]
+    return difflib.get_close_matches(name, known, n=1)
+
+
+def _has_in_order(parts: Iterable[str], given: Sequence[str]) -> bool:
+    rest = iter(parts)
+    return all(part in rest for part in given)
 
 
 def suggest_beside(path: str | None) -> str:

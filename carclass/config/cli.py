@@ -50,7 +50,7 @@ class JobParser(argparse.ArgumentParser):
     """
 
     def __init__(self, doc: str, usage: str | None = None, removed: Mapping[str, str] | None = None) -> None:
-        self.removed, self.arguments = removed or {}, list[str]()
+        self.removed, self.arguments, self.has_list = removed or {}, list[str](), False
         super().__init__(
             usage=usage,
             description=name_commands(doc),
@@ -74,8 +74,8 @@ class JobParser(argparse.ArgumentParser):
             if names.count(name) > 1 and name not in lists:
                 raise UserError(f"`--{name}` is given {names.count(name)} times. Give it once.")
         # Arguments of any number between options; not with subcommands, nor after `--`, where all are arguments.
-        has_list = any(action.nargs == "*" and not action.option_strings for action in self._actions)
-        mixed = has_list and "--" not in arguments
+        self.has_list = any(action.nargs == "*" and not action.option_strings for action in self._actions)
+        mixed = self.has_list and "--" not in arguments
         return self.parse_intermixed_args(arguments) if mixed else self.parse_args(arguments)
 
     def error(self, message: str) -> NoReturn:
@@ -94,6 +94,8 @@ class JobParser(argparse.ArgumentParser):
             names = [key] if key in known else find_close_names(key, known)
             if sign and names:
                 return f"did you mean {' or '.join(f'`--{name} {text}`' for name in names)}?"
+            if "run" in known and "--run" not in self.arguments and not sign and not self.has_list:
+                return f"did you mean `--run {value}`?"
         return ""
 
 

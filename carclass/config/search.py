@@ -1,6 +1,6 @@
 """Settings of a search file: the sweep of jobs/tune.py."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -48,6 +48,11 @@ def _check_scheduler(value: Any) -> Any:
 
 class Search(Section):
     """A search file."""
+
+    removed: ClassVar[dict[str, str]] = {
+        "train": "is a section of an experiment file, which --experiment names. Give a search file, such as "
+        "jobs/experiments/searches/both.yml, by --config"
+    }
 
     name: Name
     """Name of the sweep; the same name resumes it."""

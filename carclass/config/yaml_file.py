@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from carclass.errors import UserError
+from carclass.errors import UserError, suggest_beside
 
 NULLS = ("", "~", "null", "Null", "NULL")
 """Plain values that stand for null; a key without a value is an error, but a variable may be empty."""
@@ -42,7 +42,9 @@ def read(path: str | Path) -> FileValues:
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise UserError(f"config file {path}: {error.strerror or error}. Give an existing file.") from error
+        hint = suggest_beside(os.path.abspath(path))
+        remedy = f"{hint[:1].upper()}{hint[1:]}" if hint else "Give an existing file."
+        raise UserError(f"config file {path}: {error.strerror or error}. {remedy}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"config file {path} is not UTF-8 text ({error}). Check that it is the right file.") from error
     builder = _Builder(f"config file {path}", null_or_text)
