@@ -66,7 +66,7 @@ PLAIN = (
     "evaluation.calibration", "prediction.predictions", "prediction.loaded_run", "prediction.named_photos",
     "prediction.collect", "prediction.report", "ingestion.labels", "ingestion.listing", "ingestion.reading",
     "ingestion.survey", "experiments.estimate", "experiments.first_config", "experiments.machine",
-    "experiments.survey_text",
+    "experiments.survey_text", "experiments.pipeline_places", "evaluation.target",
 )  # fmt: skip
 """Packages and modules that work on arrays, tensors and files, without Ray."""
 MAX_MODULE, MAX_FUNCTION = 400, 40
