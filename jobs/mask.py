@@ -26,10 +26,14 @@ def main() -> None:
         raise UserError(f"`--preview` is {args.preview}. Give a number of photos from 1 to {MAX_PREVIEW}.")
     from carclass import storage
     from carclass.data import dataset
-    from carclass.masking import quality
-    from carclass.masking.mask import mask_dataset, preview_masks
+    from carclass.models.weights_place import check_weights_place
 
     assert settings.mask is not None
+    dataset.load_dataset(settings.root, settings.mask.source)
+    check_weights_place(settings.mask.detector.weights, "mask.detector.weights")
+    from carclass.masking import quality  # late: it takes seconds to load
+    from carclass.masking.mask import mask_dataset, preview_masks
+
     if args.preview is not None:
         uri = preview_masks(settings.root, settings.mask, args.preview)
         rows = [(name, storage.join(uri, name)) for name in ("contact_sheet.jpg", "report.html")]

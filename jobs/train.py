@@ -13,10 +13,16 @@ from carclass.config import cli
 
 def main() -> None:
     settings = cli.parse_job(__doc__, "train")
-    from carclass.runs.run import model_text
-    from carclass.training.train import describe_stages, train_run
-
     assert settings.train is not None
+    from carclass.data.dataset import load_dataset
+    from carclass.models.weights_place import check_weights_place
+    from carclass.runs.run import model_text, parse_parent
+
+    load_dataset(settings.root, settings.train.dataset)
+    if parse_parent(settings.train.parent) is None:
+        check_weights_place(settings.train.parent, "train.parent")
+    from carclass.training.train import describe_stages, train_run  # late: it takes seconds to load
+
     run = train_run(settings.root, settings.train)
     rows = [*describe_stages(run).items(), ("model", model_text(run.model_facts(run.best_stage))), ("run", run.uri)]
     print(progress.table(rows, title=f"run {settings.train.name}"))

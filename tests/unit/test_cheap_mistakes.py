@@ -27,7 +27,8 @@ def place(tmp_path: Path) -> Path:
     (tmp_path / "photos" / "car.jpg").touch()
     (tmp_path / "file").touch()
     (tmp_path / "labels.csv").touch()
-    (tmp_path / "my.yml").write_text("root: root\ningest: {photos: photos}\ntrain: {name: first, dataset: v1}\n")
+    sections = "ingest: {photos: photos}\nmask: {}\ntrain: {name: first, dataset: v1}\n"
+    (tmp_path / "my.yml").write_text(f"root: root\n{sections}")
     return tmp_path
 
 
@@ -60,6 +61,10 @@ def error_of(place: Path, job: str, *arguments: str, config: tuple[str, ...] = (
         ("evaluate --run first --dataset v2", "no dataset `v2` in {}/root. Available: v1."),
         ("evaluate --run first --split val --root file", "{}/file is a file, not a folder"),
         ("export --run frist", "no run `frist` in {}/root. Did you mean `first`?"),
+        ("train --dataset v2", "no dataset `v2` in {}/root. Available: v1."),
+        ("train --parent imgenet", "imgenet cannot be read (no such file). Did you mean `imagenet`?"),
+        ("mask --source v2", "no dataset `v2` in {}/root. Available: v1."),
+        ("mask --detector.weights zo", "zo cannot be read (no such file). Did you mean `zoo`?"),
         ("pipeline --ingest.photos photso", "`ingest.photos`: no folder {}/photso; did you mean `photos`?"),
         ("pipeline --ingest.photos empty", "`ingest.photos`: no files in {}/empty"),
         ("pipeline --ingest.labels label.csv",
