@@ -91,7 +91,7 @@ def test_every_page_is_in_the_index():
 def test_every_benchmark_is_documented():
     modules = {path.stem for path in (REPO / "carclass/tools/benchmarks").glob("*.py")}
     named = set(BENCHMARK.findall((REPO / "docs/benchmarks.md").read_text(encoding="utf-8")))
-    plain = {name for name in modules if name.startswith(("plain_", "_")) or name.endswith("_in_process")}
+    plain = {name for name in modules if name.startswith(("plain_", "timm_", "_")) or name.endswith("_in_process")}
     assert modules - plain - {"labelled", "timing"} == named
 
 

@@ -11,6 +11,7 @@ from carclass import sample
 from carclass.config.schema import DetectorSettings, ModelSettings, TrainSettings
 from carclass.masking.detection import Detection
 from carclass.masking.detector import Detector
+from carclass.masking.paste import paste_mask
 from carclass.masking.rle import mask_iou
 from carclass.models import resnet
 from carclass.sample.background import SCENES
@@ -58,8 +59,8 @@ def test_detector_finds_a_vehicle_in_every_photo(detections: list[Detection | No
 
 def test_detector_outlines_the_photographed_car(drawn, detections) -> None:
     ious = [
-        mask_iou(detection.mask, vehicles[0].mask)
-        for detection, (_, vehicles) in zip(detections, drawn, strict=True)
+        mask_iou(paste_mask(detection.grid, detection.box, *pixels.shape[:2]), vehicles[0].mask)
+        for detection, (pixels, vehicles) in zip(detections, drawn, strict=True)
         if detection
     ]
     assert np.mean(ious) >= 0.9
