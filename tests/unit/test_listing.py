@@ -162,7 +162,7 @@ def test_a_long_listing_logs_its_progress(
     photos = fill(tmp_path, 2000)
     pages = listing.list_pages
 
-    def slowly(uri: str, empty: list[str]):
+    def slowly(uri: str, empty: list[str] | None = None):
         for page in pages(uri, empty):
             now[0] += 6
             yield page
