@@ -35,6 +35,17 @@ for number in range(600):
     print("finished step", number, flush=True)
 """
 """A job of ten minutes on one CPU of a node."""
+STOP = """
+import time
+from ray.job_submission import JobSubmissionClient
+
+client = JobSubmissionClient("http://127.0.0.1:8265")
+running = [job.submission_id for job in client.list_jobs() if not job.status.is_terminal()]
+for job in running:
+    client.stop_job(job)
+while not all(client.get_job_status(job).is_terminal() for job in running):
+    time.sleep(0.1)
+"""
 SETTLED_S = 90
 """Seconds for which a failure that ends by itself, or does not end, is watched."""
 
@@ -82,11 +93,9 @@ class Drills:
         return job
 
     def stop_jobs(self) -> None:
-        """Stop all jobs as an operator would."""
-        code = "from ray.job_submission import JobSubmissionClient as C; c = C('http://127.0.0.1:8265'); "
-        code += "[c.stop_job(j.submission_id) for j in c.list_jobs() if not j.status.is_terminal()]"
+        """Stop all jobs and wait for their ends: the same command would follow a job that is about to end."""
         settings = self.rehearsal.command("submit.py").settings
-        assert self.rehearsal.run(Command(f".venv/bin/python -c {shlex.quote(code)}", settings)).status == 0
+        assert self.rehearsal.run(Command(f".venv/bin/python -c {shlex.quote(STOP)}", settings)).status == 0
 
     def lose(self, instance: Instance) -> None:
         """Let AWS terminate an instance without notice."""
