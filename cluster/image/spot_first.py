@@ -1,4 +1,4 @@
-"""Node provider for AWS with fallback to other zones, and from spot to on-demand nodes.
+"""Node provider for AWS with fallback to other zones, from spot to on-demand nodes, and a pause after failed setups.
 
   python spot_first.py ~/ray_bootstrap_config.yaml
   PYTHONPATH=/opt/carclass/bin ray start --head --autoscaling-config=~/ray_bootstrap_config.yaml
@@ -6,19 +6,26 @@
 Ray 2.60 retries a refused spot request every few seconds and has no fallback. The first command configures the head's
 autoscaler to use this provider; `ray up` itself launches no workers. A node that the zone of one subnet has no capacity
 for, or does not offer, is requested in the next of `provider.subnets`; then, if its type is in
-`provider.on_demand_fallback`, on demand.
+`provider.on_demand_fallback`, on demand. Ray replaces a node whose setup fails, as for an image that cannot be pulled, at
+once and without end; here a type whose last nodes failed pauses.
 """
 
 import copy
 import json
 import logging
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler.node_launch_exception import NodeLaunchException
-from ray.autoscaler.tags import TAG_RAY_USER_NODE_TYPE
+from ray.autoscaler.tags import (
+    STATUS_UP_TO_DATE,
+    STATUS_UPDATE_FAILED,
+    TAG_RAY_NODE_STATUS,
+    TAG_RAY_USER_NODE_TYPE,
+)
 
 NO_CAPACITY = (
     "InsufficientInstanceCapacity",
@@ -28,6 +35,8 @@ NO_CAPACITY = (
     "Unsupported",
 )
 """EC2's error codes for a zone or a market without capacity. All others are raised: they are configuration errors."""
+MAX_FAILED_NODES, PAUSE_S = 2, 600.0
+"""Nodes of a type in a row whose setup may fail, and seconds from the last failure until another one is launched."""
 logger = logging.getLogger(__name__)
 
 
@@ -40,11 +49,28 @@ def main() -> None:
 
 
 class SpotFirst(AWSNodeProvider):
-    """Ray's AWS provider with other zones and on-demand nodes to fall back on."""
+    """Ray's AWS provider with other zones and on-demand nodes to fall back on, and pauses after failed setups."""
+
+    def __init__(self, provider_config: dict[str, Any], cluster_name: str) -> None:
+        super().__init__(provider_config, cluster_name)
+        self.failures: dict[str, dict[str, float]] = {}
+        """Node type → the nodes whose setup failed since the last success, with the time of the last failure."""
+
+    def set_node_tags(self, node_id: str, tags: dict[str, str]) -> None:
+        """Set tags; count the failed setups of a node's type."""
+        super().set_node_tags(node_id, tags)
+        status = tags.get(TAG_RAY_NODE_STATUS)
+        if status in (STATUS_UP_TO_DATE, STATUS_UPDATE_FAILED):
+            failed = self.failures.setdefault(self.node_tags(node_id)[TAG_RAY_USER_NODE_TYPE], {})
+            if status == STATUS_UP_TO_DATE:
+                failed.clear()
+            else:
+                failed[node_id] = time.monotonic()
 
     def create_node(self, node_config: dict[str, Any], tags: dict[str, str], count: int) -> dict[str, Any]:
-        """Launch up to `count` nodes and return them by id. Raise NodeLaunchException if AWS launches none."""
+        """Launch up to `count` nodes and return them by id. Raise NodeLaunchException if none is launched."""
         node_type = tags[TAG_RAY_USER_NODE_TYPE]
+        self._check_failures(node_type)
         *others, last = self._fallbacks(node_config, node_type)
         for title, config in others:
             try:
@@ -54,6 +80,17 @@ class SpotFirst(AWSNodeProvider):
                     raise
                 logger.warning("%s: no capacity (%s) for %s, trying the next", node_type, error.category, title)
         return super().create_node(last[1], tags, count)
+
+    def _check_failures(self, node_type: str) -> None:
+        """Raise NodeLaunchException if the setup of the last nodes of a type has failed a short time ago."""
+        failed = self.failures.get(node_type, {})
+        if len(failed) < MAX_FAILED_NODES or (rest := max(failed.values()) + PAUSE_S - time.monotonic()) <= 0:
+            return
+        reason = (
+            f"the setup of the last {len(failed)} nodes of type {node_type} failed, such as for an image that cannot be "
+            f"pulled: see monitor.err on the head. The next node is launched in {rest / 60:.0f} min"
+        )
+        raise NodeLaunchException("SetupFailed", reason, None)
 
     def _fallbacks(self, node_config: dict[str, Any], node_type: str) -> list[tuple[str, dict[str, Any]]]:
         """Return the node's configurations in the order of preference, each with a title."""

@@ -1,4 +1,4 @@
-"""The head's node provider: other zones are tried, and training nodes, and only those, launched on demand."""
+"""The head's node provider: other zones are tried, only training nodes launched on demand, and failed setups paused."""
 
 import subprocess
 import sys
@@ -71,8 +71,9 @@ def up(s3: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
 
 @pytest.fixture
 def head(up: Head) -> Iterator[Head]:
-    """Yield a head without workers; then restore spot capacity."""
+    """Yield a head without workers; then restore spot capacity, and forget failed setups."""
     yield up
+    up.provider.failures.clear()
     up.account.recorder.no_spot = up.account.recorder.full_subnet = None
     up.provider.terminate_nodes(up.provider.non_terminated_nodes({"ray-node-type": "worker"}))
 
@@ -131,6 +132,38 @@ def test_other_errors_are_not_retried_on_demand(head: Head, code: str):
 def test_with_spot_capacity_nothing_is_launched_on_demand(head: Head):
     assert head.launch("train") == []
     assert [market for market, _ in head.launches()] == ["spot"]
+
+
+def fail_setups(head: Head, count: int) -> list[str]:
+    """Launch nodes for reading, mark them as Ray does when their setup has failed three times, and return their ids."""
+    for _ in range(count):
+        assert head.launch("read") == []
+    nodes = head.provider.non_terminated_nodes({"ray-user-node-type": "read"})
+    for node in nodes * 3:
+        head.provider.set_node_tags(node, {"ray-node-status": "update-failed"})
+    return list(nodes)
+
+
+def test_a_type_whose_last_two_nodes_could_not_be_set_up_pauses(head: Head):
+    fail_setups(head, 2)
+    (error,) = head.launch("read")
+    assert "the setup of the last 2 nodes of type read failed" in str(error.__cause__)
+    assert head.launches() == []
+    assert head.launch("mask") == []
+
+
+def test_a_type_is_launched_again_after_the_pause(head: Head, monkeypatch: pytest.MonkeyPatch):
+    fail_setups(head, 2)
+    monkeypatch.setattr(sys.modules[type(head.provider).__module__], "PAUSE_S", 0.0)
+    assert head.launch("read") == []
+
+
+def test_setups_that_fail_once_or_between_successes_do_not_pause_a_type(head: Head):
+    (node,) = fail_setups(head, 1)
+    assert head.launch("read") == []
+    fail_setups(head, 1)
+    head.provider.set_node_tags(node, {"ray-node-status": "up-to-date"})
+    assert head.launch("read") == []
 
 
 class RayHead(Cluster):
