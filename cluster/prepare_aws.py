@@ -55,7 +55,7 @@ def main() -> None:
     values |= launch_values(values, create_group(ec2, values["VPC"], cluster)) | {"KEY_FILE": str(key)}
     create_roles(session.client("iam"), values)
     create_token(cluster)
-    if options.tls:
+    if values["TLS"] == "1":
         script = FOLDER / "image" / "certificates.py"
         subprocess.run([sys.executable, script, "authority", token_file(cluster).parent], check=True)  # noqa: S603
     if options.budget:
@@ -111,6 +111,9 @@ def check(session: boto3.Session, options: argparse.Namespace, cluster: str) -> 
     advice += storage_advice
     if absent := [name for name in PROGRAMS if shutil.which(name) is None]:
         advice.append(f"`ray up` needs {', '.join(absent)} on this machine.")
+    if has_authority(cluster) and not options.tls:
+        files = f"{token_file(cluster).parent}/ca.*"
+        advice.append(f"TLS between nodes stays on, as by --tls before. To turn it off, delete {files} and run this again.")
     values |= {
         "CLUSTER": cluster,
         "REGION": options.region,
@@ -119,7 +122,7 @@ def check(session: boto3.Session, options: argparse.Namespace, cluster: str) -> 
         "SUBNET": options.subnet[0],
         "SUBNETS": options.subnet,
         "AMI": find_ami(session, options.ami),
-        "TLS": str(int(options.tls)),
+        "TLS": str(int(options.tls or has_authority(cluster))),
         "TOKEN_FOLDER": f"~/.ray/{cluster}",
         "HEAD_TYPE": instances.pop("head"),
         "WORKER_TYPES": sorted(set(instances.values())),
@@ -222,6 +225,11 @@ def create_key(ec2: Any, cluster: str, path: Path) -> None:
 def token_file(cluster: str) -> Path:
     """Return the file of the cluster's token, alone in its folder: not that of the clusters on this machine."""
     return Path(f"~/.ray/{cluster}/auth_token").expanduser()
+
+
+def has_authority(cluster: str) -> bool:
+    """Return True if nodes have certificates: the cluster was prepared with --tls."""
+    return token_file(cluster).with_name("ca.key").exists()
 
 
 def create_token(cluster: str) -> None:

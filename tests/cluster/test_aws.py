@@ -197,6 +197,17 @@ def test_tls_is_an_option_that_puts_an_authority_beside_the_token(account: Accou
     assert files == dict.fromkeys(("auth_token", "ca.crt", "ca.key"), 0o600)
 
 
+def test_tls_stays_on_without_the_option_and_the_output_tells(account: Account):
+    assert account.prepare("--tls").returncode == 0
+    again = account.prepare()
+    assert "--env=RAY_USE_TLS=1" in yaml.safe_load(Path(account.file).read_text())["docker"]["run_options"]
+    assert "TLS between nodes stays on" in again.stdout
+    for file in (account.home / ".ray" / "carclass").glob("ca.*"):  # as the output says
+        file.unlink()
+    assert "TLS" not in account.prepare().stdout
+    assert "--env=RAY_USE_TLS=0" in yaml.safe_load(Path(account.file).read_text())["docker"]["run_options"]
+
+
 def test_nodes_run_the_image_by_digest_and_install_nothing(launched: Launched):
     assert len(pulls := launched.account.commands("docker pull")) == 3
     assert len(runs := launched.account.commands("docker run")) == 3
