@@ -113,7 +113,9 @@ def check(session: boto3.Session, options: argparse.Namespace, cluster: str) -> 
         advice.append(f"`ray up` needs {', '.join(absent)} on this machine.")
     if has_authority(cluster) and not options.tls:
         files = f"{token_file(cluster).parent}/ca.*"
-        advice.append(f"TLS between nodes stays on, as by --tls before. To turn it off, delete {files} and run this again.")
+        advice.append(
+            f"TLS between nodes stays on, as by --tls before. To turn it off, delete {files} and run this again."
+        )
     values |= {
         "CLUSTER": cluster,
         "REGION": options.region,

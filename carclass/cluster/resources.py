@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
+from carclass.cluster import autoscaler
 from carclass.errors import UserError
 from carclass.formatting import duration_text
 from carclass.progress import Throttle
@@ -176,11 +177,13 @@ def _wait_for(bundle: dict[str, float], count: int, label: dict[str, str], key: 
         while not group.wait(timeout_seconds=1):
             waited = time.monotonic() - started
             if waited > MAX_WAIT_S:
+                reason = autoscaler.failed_launch() or "the node type's max_workers or the zone's capacity is too low"
                 raise UserError(
-                    f"`{key}` needs {count} {resource}(s){where}; none started within {duration_text(MAX_WAIT_S)}. See "
-                    "`ray status`: the node type's max_workers, the account's quota or the zone's capacity is too low."
+                    f"`{key}` needs {count} {resource}(s){where}; they did not start within "
+                    f"{duration_text(MAX_WAIT_S)}. See `ray status` and docs/cluster.md, Failures: {reason}."
                 )
             if throttle.is_ready():
-                log.info("waiting for %d %s(s)%s, %s so far", count, resource, where, duration_text(waited))
+                cause = f"; {failure}" if (failure := autoscaler.failed_launch()) else ""
+                log.info("waiting for %d %s(s)%s, %s so far%s", count, resource, where, duration_text(waited), cause)
     finally:
         remove_placement_group(group)

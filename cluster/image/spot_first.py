@@ -3,11 +3,11 @@
   python spot_first.py ~/ray_bootstrap_config.yaml
   PYTHONPATH=/opt/carclass/bin ray start --head --autoscaling-config=~/ray_bootstrap_config.yaml
 
-Ray 2.60 retries a refused spot request every few seconds and has no fallback. The first command configures the head's
-autoscaler to use this provider; `ray up` itself launches no workers. A node that the zone of one subnet has no capacity
-for, or does not offer, is requested in the next of `provider.subnets`; then, if its type is in
-`provider.on_demand_fallback`, on demand. Ray replaces a node whose setup fails, as for an image that cannot be pulled, at
-once and without end; here a type whose last nodes failed pauses.
+Ray 2.60 retries a refused spot request every few seconds and has no fallback, and it replaces a node whose setup fails,
+as for an image that cannot be pulled, without end. The first command configures the head's autoscaler to use this
+provider; `ray up` itself launches no workers. A node that the zone of one subnet has no capacity for, or does not
+offer, is requested in the next of `provider.subnets`; then, if its type is in `provider.on_demand_fallback`, on demand.
+A type whose last two nodes could not be set up pauses.
 """
 
 import copy
@@ -87,8 +87,8 @@ class SpotFirst(AWSNodeProvider):
         if len(failed) < MAX_FAILED_NODES or (rest := max(failed.values()) + PAUSE_S - time.monotonic()) <= 0:
             return
         reason = (
-            f"the setup of the last {len(failed)} nodes of type {node_type} failed, such as for an image that cannot be "
-            f"pulled: see monitor.err on the head. The next node is launched in {rest / 60:.0f} min"
+            f"the setup of the last {len(failed)} nodes of type {node_type} failed, as for an image that cannot be "
+            f"pulled: see monitor.err beside monitor.log. The next one is launched in {rest / 60:.0f} min"
         )
         raise NodeLaunchException("SetupFailed", reason, None)
 

@@ -181,41 +181,41 @@ def test_a_job_goes_on_after_the_loss_of_a_worker(drills: Drills) -> None:
     assert drills.cloud.running("read")
 
 
-def watch_pending(drills: Drills, event: str) -> tuple[str, str]:
-    """Submit the page's job while no node can start; return its log and that of the autoscaler."""
+def watch_pending(drills: Drills, event: str, reason: str, seconds: float = SETTLED_S) -> str:
+    """Submit the page's job while no node can start, and return the autoscaler's log once the job's has the reason."""
     drills.begin()
     job = drills.rehearsal.submit()
     wait_for(lambda: "assumed" in job.log.read_text(), *job, seconds=120)
-    planned = len(job.log.read_text())
-    time.sleep(SETTLED_S)
-    output, monitor = job.log.read_text()[planned:], drills.monitor_log()
-    seen = [line for line in output.splitlines()[1:] if line.strip()]
-    drills.end(event, " / ".join(seen[:3]) or "nothing", SETTLED_S)
+    known = drills.wait(job, reason, seconds)
+    time.sleep(max(0.0, SETTLED_S - known))
+    drills.end(event, last_line(job, reason), known)
+    monitor = drills.monitor_log()
     drills.stop_jobs()
     job.process.wait(timeout=60)
-    print(output, monitor[-3000:], flush=True)
-    return output, monitor
+    print(job.log.read_text(), monitor[-3000:], flush=True)
+    return monitor
 
 
-def test_the_autoscalers_log_tells_that_there_is_no_spot_capacity(drills: Drills) -> None:
+def test_a_waiting_job_tells_that_there_is_no_spot_capacity(drills: Drills) -> None:
     drills.lose_workers()
     drills.cloud.nodes.no_spot = "InsufficientInstanceCapacity"
-    _, monitor = watch_pending(drills, "no spot capacity")
-    assert "InsufficientInstanceCapacity" in monitor
+    assert "InsufficientInstanceCapacity" in watch_pending(drills, "no spot capacity", "InsufficientInstanceCapacity")
 
 
-def test_the_autoscalers_log_tells_that_a_quota_is_reached(drills: Drills) -> None:
+def test_a_waiting_job_tells_that_a_quota_is_reached(drills: Drills) -> None:
     drills.lose_workers()
     drills.cloud.nodes.refuse = lambda request: "VcpuLimitExceeded"
-    _, monitor = watch_pending(drills, "quota reached")
-    assert "VcpuLimitExceeded" in monitor
+    assert "VcpuLimitExceeded" in watch_pending(drills, "quota reached", "VcpuLimitExceeded")
 
 
-def test_the_autoscalers_log_tells_that_the_image_is_missing(drills: Drills) -> None:
+def test_a_waiting_job_tells_that_the_image_is_missing_and_instances_are_started_no_more(drills: Drills) -> None:
     drills.lose_workers()
     drills.cloud.images.clear()
-    _, monitor = watch_pending(drills, "image missing")
+    before = len(drills.cloud.instances)
+    monitor = watch_pending(drills, "image missing", "the setup of the last 2 nodes of type read failed", 400)
     assert "Ray installation failed" in monitor  # its reason is in monitor.err
+    assert len(drills.cloud.instances) == before + 2
+    assert drills.cloud.running("read") == []
 
 
 def test_denied_access_to_s3_ends_the_job_with_the_reason(drills: Drills) -> None:
