@@ -17,6 +17,7 @@ from typing import Any
 import ray
 from ray.util.metrics import Counter, Gauge
 
+from carclass.cluster import autoscaler
 from carclass.errors import find_user_error
 from carclass.progress import Progress
 from carclass.storage import StorageError
@@ -98,8 +99,8 @@ def report_divergence(run: str, stage: str) -> None:
 def watch_nodes() -> None:
     """Report the cost of the cluster's nodes and the number of lost nodes until this process exits.
 
-    Metrics, tagged with Ray's job id: ray_carclass_cost_usd (since now, of all nodes with the label `usd-per-hour`;
-    absent if no node has it), ray_carclass_lost_nodes (since now, by reason).
+    Metrics, tagged with Ray's job id: ray_carclass_cost_usd (since now, of all nodes with the label `usd-per-hour`, on
+    AWS also of those that start; absent if no node has it), ray_carclass_lost_nodes (since now, by reason).
     """
     stopped, job_id = threading.Event(), ray.get_runtime_context().get_job_id()
     thread = threading.Thread(target=_watch, args=(stopped, job_id), daemon=True)
@@ -118,7 +119,7 @@ def _watch(stopped: threading.Event, job_id: str) -> None:
     with suppress(ray.exceptions.RayError):  # the job itself reports a lost cluster
         while ray.is_initialized():
             nodes = ray.nodes()
-            cost.update(nodes, time.monotonic())
+            cost.update([*nodes, *starting_nodes()], time.monotonic())
             if cost.is_known:
                 _gauge("cost_usd", "job_id").set(cost.usd, tags)
             for reason, count in lost.update(nodes).items():
@@ -126,6 +127,13 @@ def _watch(stopped: threading.Event, job_id: str) -> None:
             if stopped.is_set():
                 return
             stopped.wait(POLL_S)
+
+
+def starting_nodes() -> list[dict[str, Any]]:
+    """Return an entry like those of ray.nodes() for each node that AWS has started and that has not joined yet."""
+    types = autoscaler.node_types()
+    starting = autoscaler.starting_types() if types else []
+    return [{"Alive": True, "Labels": types[name].get("labels", {})} for name in starting if name in types]
 
 
 class CostMeter:

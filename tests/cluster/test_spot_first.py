@@ -33,6 +33,14 @@ from ray.autoscaler.v2.sdk import request_cluster_resources
 request_cluster_resources(os.environ["RAY_ADDRESS"], [{REQUESTED}])
 """
 
+FIND_STARTING = """
+import ray
+from carclass.cluster import telemetry
+
+ray.init(log_to_driver=False)
+print([telemetry.hourly_price(node) for node in telemetry.starting_nodes()])
+"""
+
 
 class Head(NamedTuple):
     """The head of a cluster with its node provider."""
@@ -194,8 +202,11 @@ def test_rays_autoscaler_gets_one_node_on_demand_and_sets_it_up(
         while not head.account.commands("ray start --address"):
             assert time.monotonic() < deadline, logs(cluster)
             time.sleep(0.1)
+        command = [sys.executable, "-c", FIND_STARTING]
+        prices = subprocess.run(command, env=cluster.environment, check=True, capture_output=True, text=True).stdout
     finally:
         cluster.stop()
+    assert prices == "[5.672]\n", "of the node that has not joined"
     markets = [market for market, _ in head.launches()]
     assert (head.markets(), markets.count("on demand")) == (["spot", "on demand"], 1)
 
