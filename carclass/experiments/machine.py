@@ -18,6 +18,7 @@ class Machine(NamedTuple):
     cpus: int
     memory: int  # bytes
     gpus: tuple[int, ...] = ()  # bytes of memory of each, 0 if unknown
+    note: str = ""  # about a cluster whose size changes
 
     @property
     def text(self) -> str:
@@ -25,7 +26,8 @@ class Machine(NamedTuple):
         gpus = f"{len(self.gpus)} GPU(s)" if self.gpus else "no GPU"
         if any(self.gpus):
             gpus += f" of {min(self.gpus) / 1e9:.0f} GB"
-        return f"{self.cpus} CPUs, {self.memory / 1e9:.0f} GB of memory, {gpus}"
+        note = f" ({self.note})" if self.note else ""
+        return f"{self.cpus} CPUs, {self.memory / 1e9:.0f} GB of memory, {gpus}{note}"
 
 
 def this_machine() -> Machine:

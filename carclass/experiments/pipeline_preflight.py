@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from carclass import progress, storage
-from carclass.cluster import connection, resources
+from carclass.cluster import autoscaler, connection, resources
 from carclass.config.pipeline_sections import pipeline_runs
 from carclass.config.schema import Config, IngestSettings, MaskSettings, TrainSettings
 from carclass.data import dataset
@@ -261,18 +261,30 @@ def _unfinished_runs(settings: Config) -> list[TrainSettings]:
 def _check_machine(settings: Config, listed: ListedInputs, planned: Planned, problems: Problems) -> Machine:
     """Collect the problems of devices and memory, and return the resources of the cluster.
 
-    A finished run needs no cluster. The nodes of an autoscaler are not started before they are needed: the GPUs that
-    jobs will wait for are counted, and at least one CPU.
+    A finished run needs no cluster.
     """
     folders = {"root": settings.root, "ingest.photos": archive.split_folder(listed.settings.photos)[0]}
     if not _unfinished_runs(settings) or not problems.passes(connection.connect, folders):
         return this_machine()
-    if not resources.is_labelled():
-        _check_devices(settings, planned, problems)
     gpus, memory = resources.count_slots("GPU", 1), resources.memory_bytes(use_gpu=False)
+    running = Machine(max(1, resources.count_slots("CPU", 1)), memory or 0, (0,) * gpus)
     if resources.is_labelled():
-        gpus = max(gpus, _awaited_gpus(settings))
-    return Machine(max(1, resources.count_slots("CPU", 1)), memory or 0, (0,) * gpus)
+        return _autoscaled(running, settings)
+    _check_devices(settings, planned, problems)
+    return running
+
+
+def _autoscaled(running: Machine, settings: Config) -> Machine:
+    """Return the resources of a cluster whose nodes are started when they are needed.
+
+    They are the GPUs that jobs will wait for, and the CPUs and memory of all nodes without GPUs, if they are known.
+    """
+    gpus = (0,) * max(len(running.gpus), _awaited_gpus(settings))
+    largest = autoscaler.largest_size()
+    if largest is None:
+        return running._replace(gpus=gpus, note="CPUs and memory of the nodes that run now; more are started on demand")
+    note = "CPUs and memory of all nodes without GPUs that may be started"
+    return Machine(int(largest.get("CPU", 0)) or running.cpus, int(largest.get("memory", 0)), gpus, note)
 
 
 def _awaited_gpus(settings: Config) -> int:
