@@ -59,7 +59,7 @@ def calibrate_predictions(predictions: pa.Table, temperature: float) -> pa.Table
 def _fit(run: Run, source: Dataset, model_uri: str, facts: dict[str, Any], batch_size: int) -> Calibration:
     """Fit and store the calibration of a model on the val photos of its run's dataset."""
     settings = EvaluateSettings(run=run.settings.name, split="val", batch_size=batch_size)
-    table = predict_split(source, settings, model_uri)
+    table = predict_split(source, settings, model_uri, run.settings.use_gpu)
     fitted = calibration.fit_calibration(*to_arrays(table, facts["classes"]), facts["sha256"])
     write_calibration(model_uri, fitted)
     log.info("calibration: temperature %s", fitted.text)

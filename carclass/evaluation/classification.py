@@ -24,12 +24,21 @@ FEW_PHOTOS = 1000
 COLUMNS = ["key", "label", "image", "image_id"]
 
 
-def predict_split(source: dataset.Dataset, settings: EvaluateSettings, model_uri: str) -> pa.Table:
-    """Return key, label, predicted, confidence, probabilities and image_id of every photo of a split, by key."""
+def predict_split(
+    source: dataset.Dataset, settings: EvaluateSettings, model_uri: str, trained_on_gpu: bool | None = None
+) -> pa.Table:
+    """Return key, label, predicted, confidence, probabilities and image_id of every photo of a split, by key.
+
+    trained_on_gpu: `train.use_gpu` of the run; False: CPUs are used here too, otherwise GPUs if the cluster has any.
+    """
+    use_gpu = False if trained_on_gpu is False else None
+    has_gpu = use_gpu is None and torch.cuda.is_available()
     num_photos = source.manifest["splits"][settings.split]
-    is_small = num_photos <= FEW_PHOTOS and not torch.cuda.is_available() and connection.is_local()
-    classify = classify_here if is_small else classify_on_cluster
-    table = classify(source, settings, model_uri).sort_by("key")
+    if num_photos <= FEW_PHOTOS and not has_gpu and connection.is_local():
+        table = classify_here(source, settings, model_uri)
+    else:
+        table = classify_on_cluster(source, settings, model_uri, use_gpu)
+    table = table.sort_by("key")
     expected = source.read(["key", "split"]).filter(pc.field("split") == settings.split)["key"].to_pylist()
     assert table["key"].to_pylist() == sorted(expected), "a photo was classified twice or not at all"
     probabilities = np.stack(table["probabilities"].to_numpy())
@@ -51,10 +60,15 @@ def classify_here(source: dataset.Dataset, settings: EvaluateSettings, model_uri
     return pa.concat_tables(classified)
 
 
-def classify_on_cluster(source: dataset.Dataset, settings: EvaluateSettings, model_uri: str) -> pa.Table:
-    """Return columns of ClassifyRows for every photo of a split, classified by an actor pool."""
+def classify_on_cluster(
+    source: dataset.Dataset, settings: EvaluateSettings, model_uri: str, use_gpu: bool | None = None
+) -> pa.Table:
+    """Return columns of ClassifyRows for every photo of a split, classified by an actor pool.
+
+    use_gpu: None: if available.
+    """
     connection.connect({"root": source.uri})
-    use_gpu = resources.decide_gpus(None, 1, "evaluate", None)
+    use_gpu = resources.decide_gpus(use_gpu, 1, "evaluate", None)
     resources.check_cpus(1, "evaluate")
     num_batches = math.ceil(source.manifest["splits"][settings.split] / settings.batch_size)
     count = min(resources.count_slots("GPU" if use_gpu else "CPU", 1), num_batches)

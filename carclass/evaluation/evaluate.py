@@ -51,7 +51,7 @@ def evaluate_target(target: EvaluationTarget, settings: EvaluateSettings) -> Eva
     _tell_of_report(uri)
     with hold_lease(uri, "evaluate") as lease:
         calibrated = calibrate_if_possible(run, model_uri, model_facts, settings.batch_size)
-        predictions = predict_split(source, settings, model_uri)
+        predictions = predict_split(source, settings, model_uri, run.settings.use_gpu)
         if calibrated is not None:
             predictions = calibrate_predictions(predictions, calibrated.temperature)
         metrics = {

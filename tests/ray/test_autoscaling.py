@@ -11,10 +11,15 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import yaml
 
+from carclass.config.schema import TrainSettings
+from carclass.data import dataset, photo, publishing
 from carclass.sample.generate import write_sample
+from tests.helpers import parts, runs
 from tests.helpers.clusters import RAY, free_port, kill, wait_for
 
 REPO = Path(__file__).parents[2]
@@ -114,6 +119,7 @@ def test_a_pipeline_is_planned_before_any_node_is_started(
     done = run(autoscaled, PLANNED.format(photos=tmp_path / "photos", root=tmp_path / "root", mask=mask, train=train))
     assert result(done) == 0
     assert "4 GPU(s)" in done.stdout
+    assert "of the nodes that run now; more are started on demand" in " ".join(done.stdout.split())
 
 
 UNPLACED = """
@@ -125,7 +131,7 @@ print(list(run_tasks(str, [1])))
 
 def test_tasks_for_which_no_node_starts_end_with_the_reason(autoscaled):  # the second test, for the same reason
     done = run(autoscaled, UNPLACED)
-    assert "`a task` needs 1 CPU(s); none started" in done.stderr
+    assert "`a task` needs 1 CPU(s); they did not start within" in done.stderr
 
 
 PLACED = """
@@ -158,3 +164,25 @@ def test_nodes_that_do_not_start_are_an_error_with_their_label(autoscaled):
 
 def test_a_job_with_use_gpu_false_waits_for_no_gpu(autoscaled):
     assert result(run(autoscaled, 'print(json.dumps(resources.decide_gpus(False, 9, "key", "train")))')) is False
+
+
+EVALUATED = """
+from carclass.config.schema import EvaluateSettings
+from carclass.data.dataset import load_dataset
+from carclass.evaluation.classification import predict_split
+source = load_dataset("{root}", "v1")
+table = predict_split(source, EvaluateSettings(run="r", split="val"), "{model}", trained_on_gpu=False)
+print(json.dumps(len(table)))
+"""
+
+
+def test_a_run_trained_without_gpus_is_evaluated_without(autoscaled, tmp_path):
+    uri, image = str(tmp_path / "datasets" / "v1"), photo.encode(np.full((48, 48, 3), 128, np.uint8))
+    rows = [parts.row(label, label=label, split="val", image=image) for label in "ab"]
+    publishing.write_part(uri, "parts", pa.Table.from_pylist(rows, dataset.ROW), parts.SETTINGS)
+    source = parts.publish(uri, ["a", "b"])
+    settings = TrainSettings(**runs.FROZEN, name="r", dataset="v1", use_gpu=False)
+    trained = runs.begin(tmp_path, settings)
+    runs.finish(trained, classes=source.classes)
+    done = run(autoscaled, EVALUATED.format(root=tmp_path, model=trained.model_uri("frozen")))
+    assert result(done) == 2  # with a GPU it would end: the nodes' GPUs exist for Ray only
