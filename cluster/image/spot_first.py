@@ -36,7 +36,7 @@ NO_CAPACITY = (
 )
 """EC2's error codes for a zone or a market without capacity. All others are raised: they are configuration errors."""
 MAX_FAILED_NODES, PAUSE_S = 2, 600.0
-"""Nodes of a type in a row whose setup may fail, and seconds from the last failure until another one is launched."""
+"""Nodes of a type in a row whose setup may fail, and seconds until each further one is launched."""
 logger = logging.getLogger(__name__)
 
 
@@ -53,19 +53,22 @@ class SpotFirst(AWSNodeProvider):
 
     def __init__(self, provider_config: dict[str, Any], cluster_name: str) -> None:
         super().__init__(provider_config, cluster_name)
-        self.failures: dict[str, dict[str, float]] = {}
-        """Node type → the nodes whose setup failed since the last success, with the time of the last failure."""
+        self.failed: dict[str, set[str]] = {}
+        """Node type → the nodes whose setup has failed since the last one that succeeded."""
+        self.pauses: dict[str, float] = {}
+        """Node type → the time until which none is launched."""
 
     def set_node_tags(self, node_id: str, tags: dict[str, str]) -> None:
-        """Set tags; count the failed setups of a node's type."""
+        """Set tags; count the failed setups of the node's type."""
         super().set_node_tags(node_id, tags)
         status = tags.get(TAG_RAY_NODE_STATUS)
         if status in (STATUS_UP_TO_DATE, STATUS_UPDATE_FAILED):
-            failed = self.failures.setdefault(self.node_tags(node_id)[TAG_RAY_USER_NODE_TYPE], {})
+            node_type = self.node_tags(node_id)[TAG_RAY_USER_NODE_TYPE]
             if status == STATUS_UP_TO_DATE:
-                failed.clear()
+                self.failed.pop(node_type, None)
             else:
-                failed[node_id] = time.monotonic()
+                self.failed.setdefault(node_type, set()).add(node_id)
+                self.pauses[node_type] = time.monotonic() + PAUSE_S
 
     def create_node(self, node_config: dict[str, Any], tags: dict[str, str], count: int) -> dict[str, Any]:
         """Launch up to `count` nodes and return them by id. Raise NodeLaunchException if none is launched."""
@@ -82,15 +85,17 @@ class SpotFirst(AWSNodeProvider):
         return super().create_node(last[1], tags, count)
 
     def _check_failures(self, node_type: str) -> None:
-        """Raise NodeLaunchException if the setup of the last nodes of a type has failed a short time ago."""
-        failed = self.failures.get(node_type, {})
-        if len(failed) < MAX_FAILED_NODES or (rest := max(failed.values()) + PAUSE_S - time.monotonic()) <= 0:
+        """Raise NodeLaunchException if a type pauses; begin the next pause otherwise, if its last nodes failed."""
+        now, failed = time.monotonic(), len(self.failed.get(node_type, ()))
+        if failed < MAX_FAILED_NODES:
             return
-        reason = (
-            f"the setup of the last {len(failed)} nodes of type {node_type} failed, as for an image that cannot be "
-            f"pulled: see monitor.err beside monitor.log. The next one is launched in {rest / 60:.0f} min"
-        )
-        raise NodeLaunchException("SetupFailed", reason, None)
+        if (rest := self.pauses[node_type] - now) > 0:
+            reason = (
+                f"the setup of the last {failed} nodes of type {node_type} failed, as for an image that cannot be "
+                f"pulled: see monitor.err beside monitor.log. The next one is launched in {rest / 60:.0f} min"
+            )
+            raise NodeLaunchException("SetupFailed", reason, None)
+        self.pauses[node_type] = now + PAUSE_S  # for all but this one
 
     def _fallbacks(self, node_config: dict[str, Any], node_type: str) -> list[tuple[str, dict[str, Any]]]:
         """Return the node's configurations in the order of preference, each with a title."""
