@@ -284,7 +284,9 @@ def remove(session: boto3.Session, cluster: str, subnet: str, key: Path) -> None
     states = {"Name": "instance-state-name", "Values": ["pending", "running", "stopping", "shutting-down"]}
     nodes = ec2.describe_instances(Filters=[{"Name": "tag:ray-cluster-name", "Values": [cluster]}, states])
     if nodes["Reservations"]:
-        raise UserError(f"the cluster {cluster} still has nodes. Run `ray down {CLUSTER_FILE}` first.")
+        raise UserError(
+            f"the cluster {cluster} still has nodes. Run `ray down {CLUSTER_FILE}` and wait until they are terminated."
+        )
     remove_roles(session.client("iam"), cluster)
     (description,) = ec2.describe_subnets(SubnetIds=[subnet])["Subnets"]
     if group := find_group(ec2, description["VpcId"], cluster):
