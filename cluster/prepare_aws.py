@@ -65,9 +65,8 @@ def main() -> None:
     for text in advice:
         print(f"advice: {text}")
     print(f"{CLUSTER_FILE} is ready. As {cluster}-operator:  ray up {CLUSTER_FILE}")
-    print(
-        f"Other operators need it too, {key} and the files in {token_file(cluster).parent}, with mode 0600. They are:"
-    )
+    print(f"Other operators need it too, {key} and the files in {token_file(cluster).parent}, with mode 0600.")
+    print("Operators are:")
     print("\n".join(f"  {arn}" for arn in values["OPERATORS"]))
     print(f"To submit jobs:  export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={token_file(cluster)}")
 

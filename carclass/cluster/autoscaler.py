@@ -3,6 +3,7 @@
 Jobs' drivers run on the head. Elsewhere, as on Kubernetes, nothing of it is known.
 """
 
+import json
 import re
 from contextlib import suppress
 from datetime import datetime, timedelta
@@ -10,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import yaml
 from ray._private.worker import global_worker
 from ray.autoscaler.v2.sdk import get_cluster_status
 
 CONFIG = Path("~/ray_bootstrap_config.yaml")
-"""Copy of build/aws.yaml that `ray up` makes on the head, completed by the resources of the instance types."""
+"""Copy of build/aws.yaml, in JSON, that `ray up` makes on the head; it has the resources of the instance types too."""
 FAILED_LAUNCH = re.compile(
     r"^(\S+ \S+),\d+\t.* -- (Failed to launch \d+ nodes of type .+|Ray installation failed on instance .+)",
     re.MULTILINE,
@@ -29,7 +29,7 @@ NodeTypes = dict[str, dict[str, Any]]
 def node_types() -> NodeTypes:
     """Return the types of the nodes that the autoscaler starts, as in cluster/aws.yaml, none if they are not known."""
     with suppress(FileNotFoundError):
-        config = yaml.safe_load(CONFIG.expanduser().read_text())
+        config = json.loads(CONFIG.expanduser().read_text())
         return {name: each for name, each in config["available_node_types"].items() if name != config["head_node_type"]}
     return {}
 
