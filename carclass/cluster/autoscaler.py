@@ -12,7 +12,6 @@ from typing import Any
 
 import ray
 from ray._private.worker import global_worker
-from ray.autoscaler.v2.sdk import get_cluster_status
 
 CONFIG = Path("~/ray_bootstrap_config.yaml")
 """Copy of build/aws.yaml, in JSON, that `ray up` makes on the head; it has the resources of the instance types too."""
@@ -44,6 +43,8 @@ def largest_size() -> dict[str, float] | None:
 
 def starting_types() -> list[str]:
     """Return the type of each node that AWS has started and that has not joined the cluster yet."""
+    from ray.autoscaler.v2.sdk import get_cluster_status  # only this function needs it
+
     with suppress(ray.exceptions.RpcError):
         status = get_cluster_status(ray.get_runtime_context().gcs_address)
         return [node.ray_node_type_name for node in status.pending_nodes]
