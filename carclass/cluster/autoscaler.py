@@ -16,7 +16,7 @@ from ray._private.worker import global_worker
 CONFIG = Path("~/ray_bootstrap_config.yaml")
 """Copy of build/aws.yaml, in JSON, that `ray up` makes on the head; it has the resources of the instance types too."""
 FAILED_LAUNCH = re.compile(
-    r"^(\S+ \S+),\d+\t.* -- (Failed to launch \d+ nodes of type .+|Ray installation failed on instance .+)",
+    r"^(\S+ \S+),\d+\t.* -- (Failed to launch \d+ nodes of type .+|Ray installation failed on instance [\w-]+)",
     re.MULTILINE,
 )
 RECENT = timedelta(minutes=2)
