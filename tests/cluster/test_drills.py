@@ -208,16 +208,6 @@ def test_a_waiting_job_tells_that_a_quota_is_reached(drills: Drills) -> None:
     assert "VcpuLimitExceeded" in watch_pending(drills, "quota reached", "VcpuLimitExceeded")
 
 
-def test_a_waiting_job_tells_that_the_image_is_missing_and_instances_are_started_no_more(drills: Drills) -> None:
-    drills.lose_workers()
-    drills.cloud.images.clear()
-    before = len(drills.cloud.instances)
-    monitor = watch_pending(drills, "image missing", "the setup of the last 2 nodes of type read failed", 400)
-    assert "Ray installation failed" in monitor  # its reason is in monitor.err
-    assert len(drills.cloud.instances) == before + 2
-    assert drills.cloud.running("read") == []
-
-
 def test_denied_access_to_s3_ends_the_job_with_the_reason(drills: Drills) -> None:
     drills.lose_workers()
     drills.cloud.nodes.faults.append(Fault(403, pattern=f"/{BUCKET}"))
@@ -266,6 +256,18 @@ def test_the_loss_of_the_head_is_told_with_a_remedy(drills: Drills) -> None:
     drills.end("head lost, `ray up`", last_line(job, "error"), time.monotonic() - drills.begun)
     assert "run the same command again" in job.log.read_text()
     drills.start_steps()
+
+
+def test_a_waiting_job_tells_that_the_image_is_missing_and_instances_are_started_no_more(
+    drills: Drills,
+) -> None:  # the last test: nodes for reading pause after it
+    drills.lose_workers()
+    drills.cloud.images.clear()
+    before = len(drills.cloud.instances)
+    monitor = watch_pending(drills, "image missing", "the setup of the last 2 nodes of type read failed", 400)
+    assert "Ray installation failed" in monitor  # its reason is in monitor.err
+    assert len(drills.cloud.instances) == before + 2
+    assert drills.cloud.running("read") == []
 
 
 def raylets(instance: Instance) -> int:
