@@ -8,6 +8,7 @@
   python jobs/benchmark.py frozen --photos DIR --weights DIR
   python jobs/benchmark.py train --photos DIR --weights DIR
   python jobs/benchmark.py train --photos DIR --weights DIR --in-process
+  python jobs/benchmark.py workers --photos DIR --weights DIR
   python jobs/benchmark.py epochs --photos DIR --weights DIR
   python jobs/benchmark.py tune
   python jobs/benchmark.py predict --photos DIR --weights DIR
@@ -21,6 +22,7 @@ masking  the pool of detectors, exact and fast, against DefaultPredictor in a pl
 memory   peak memory of ingest and masking over 500, 1,000 and 2,000 drawn phone photos of 12 megapixels
 frozen   the frozen stage on cached features, against a loop that runs the backbone in every epoch
 train    the unfrozen stage, against a script with DataLoader, ImageFolder and DDP
+workers  steps by several workers of Ray Train with DDP, against one
 epochs   per-epoch overhead
 tune     a sweep of 16 trials on the drawn sample with pruning, against the same trials without
 predict  jobs/predict.py on new photos, masked and not, against both networks on one photo at a time
@@ -41,7 +43,21 @@ from carclass.config import cli
 from carclass.errors import UserError
 from carclass.formatting import number_text
 
-NAMES = ("epochs", "frozen", "gpu", "ingest", "masking", "memory", "nodes", "predict", "rows", "scale", "train", "tune")
+NAMES = (
+    "epochs",
+    "frozen",
+    "gpu",
+    "ingest",
+    "masking",
+    "memory",
+    "nodes",
+    "predict",
+    "rows",
+    "scale",
+    "train",
+    "tune",
+    "workers",
+)
 IN_PROCESS = {
     "epochs": "epochs",
     "frozen": "frozen",
