@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import ray
+from ray._private.state import state
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from carclass.cluster import autoscaler
@@ -73,16 +74,16 @@ def _decide_gpus(requested: bool | None, count: int, key: str, work: str | None,
     return requested
 
 
-def check_cpus(count: float, key: str) -> None:
+def check_cpus(count: float, key: str, label: dict[str, str] | None = None) -> None:
     """Raise UserError if the cluster has fewer CPUs than a job needs at once: Ray would wait forever.
 
-    On labelled nodes, wait for them.
+    On labelled nodes, wait for them. label: of the nodes that count, by default all.
     """
-    available = _total("CPU")
+    available = sum(resources.get("CPU", 0) for resources in _resources(label))
     if available >= count:
         return
     if is_labelled():
-        _wait_for({"CPU": 1}, math.ceil(count), {}, key)
+        _wait_for({"CPU": 1}, math.ceil(count), label or {}, key)
     else:
         raise UserError(f"`{key}` needs {count:g} CPUs at once, the cluster has {available:g}. Lower it or add nodes.")
 
@@ -98,8 +99,23 @@ def count_slots(resource: str, each: float, label: dict[str, str] | None = None)
 
     label: of the nodes to count, by default all.
     """
-    nodes = [node["Resources"] for node in _live_nodes() if (label or {}).items() <= node["Labels"].items()]
-    return sum(int(resources.get(resource, 0) / each + 1e-9) for resources in nodes)
+    return sum(int(resources.get(resource, 0) / each + 1e-9) for resources in _resources(label))
+
+
+def count_possible_gpus(work: str) -> int | None:
+    """Count the GPUs of a kind of work's nodes when Ray's autoscaler has started all that it may; None if unknown.
+
+    A group of nodes has the name of its kind of work (cluster/aws.yaml, kuberay.yaml); on clusters without labels all
+    groups count.
+    """
+    config = state.get_cluster_config()
+    groups = [] if config is None else config.node_group_configs
+    if is_labelled():
+        groups = [group for group in groups if group.name == work]
+    counts = [(group.max_count, int(group.resources.get("GPU", 0))) for group in groups]
+    if any(nodes < 0 and gpus for nodes, gpus in counts):  # without a limit
+        return None
+    return sum(nodes * gpus for nodes, gpus in counts) or None
 
 
 def object_store_bytes() -> int:
@@ -154,9 +170,9 @@ def _total(resource: str) -> float:
     return sum(resources.get(resource, 0) for resources in _resources())
 
 
-def _resources() -> list[dict[str, float]]:
-    """Return the resources of each live node."""
-    return [node["Resources"] for node in _live_nodes()]
+def _resources(label: dict[str, str] | None = None) -> list[dict[str, float]]:
+    """Return the resources of each live node, all or those with a label."""
+    return [node["Resources"] for node in _live_nodes() if (label or {}).items() <= node["Labels"].items()]
 
 
 def _live_nodes() -> list[dict[str, Any]]:

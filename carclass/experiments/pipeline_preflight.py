@@ -300,7 +300,7 @@ def _check_devices(settings: Config, planned: Planned, problems: Problems) -> No
     if settings.mask is not None and settings.mask.dataset in _missing_datasets(settings):
         from carclass.masking import mask  # late: it needs Detectron2
 
-        problems.passes(mask.decide_devices, settings.mask)
+        problems.passes(mask.plan_detectors, settings.mask)
     for run in _unfinished_runs(settings):
         source = _find(settings.root, run.dataset, planned, problems)
         if source is not None:

@@ -7,14 +7,15 @@ photo does not depend on its batch, so a resumed job writes the same rows as an 
 """
 
 import logging
+import sys
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
-import ray
 
 from carclass import storage
-from carclass.cluster import connection, resources
+from carclass.cluster import actor_pools, connection, resources
+from carclass.cluster.actor_pools import ActorPool, plan_pool
 from carclass.cluster.tasks import run_tasks
 from carclass.cluster.telemetry import PhotoMeter
 from carclass.config.schema import MaskSettings
@@ -24,7 +25,6 @@ from carclass.data.draft import Draft
 from carclass.data.inventory import Inventory
 from carclass.data.lease import hold_lease
 from carclass.errors import UserError
-from carclass.formatting import count_text
 from carclass.masking import collect, networks, quality, selection
 from carclass.masking.detect import DetectPhotos, detector_batch_size, fetch_and_decode, reading_window
 from carclass.masking.detector import Detector
@@ -98,15 +98,19 @@ def check_target(root: str, settings: MaskSettings, source: dataset.Dataset) -> 
     dataset.find_same_dataset(root, settings.dataset, _identity(settings, source))
 
 
-def decide_devices(settings: MaskSettings) -> tuple[bool, int]:
-    """Return True if GPUs are used, and the number of actors. Raise UserError if the cluster has too few devices."""
+def plan_detectors(settings: MaskSettings, num_photos: int | None = None, max_side: int | None = None) -> ActorPool:
+    """Return the pool of detectors. Raise UserError if the cluster has too few devices.
+
+    num_photos: pending ones, by default many; max_side: of the photos, None without a limit.
+    """
     use_gpu = resources.decide_gpus(
         settings.use_gpu, settings.num_actors or 1, "mask.use_gpu", resources.MASK, all_at_once=False
     )
-    node_selector = resources.node_selector(resources.MASK) if use_gpu else None
-    num_actors = settings.num_actors or max(1, resources.count_slots("GPU" if use_gpu else "CPU", 1, node_selector))
-    resources.check_cpus(1 + (num_actors + 1) * streaming.TASK_CPUS, "mask.num_actors")  # 1: Ray's own repartitioning
-    return use_gpu, num_actors
+    photos = sys.maxsize if num_photos is None else num_photos
+    num_batches = -(-photos // detector_batch_size(settings, max_side, use_gpu=use_gpu))
+    pool = plan_pool(settings.num_actors, num_batches, resources.MASK, use_gpu=use_gpu, task_cpus=streaming.TASK_CPUS)
+    actor_pools.check_cpus("mask.num_actors", pool)
+    return pool
 
 
 def pin_detector(root: str, settings: MaskSettings) -> MaskSettings:
@@ -172,12 +176,12 @@ def _write_dataset(draft: Draft, source: dataset.Dataset, settings: MaskSettings
 def _write_pending(draft: Draft, source: dataset.Dataset, settings: MaskSettings) -> None:
     """Stream the pending rows through the detectors into parts."""
     inventory = draft.inventory
-    use_gpu, num_actors = decide_devices(settings)
-    node_selector = resources.node_selector(resources.MASK) if use_gpu else None
+    max_side = source.manifest["settings"].get("max_side")
+    pool = plan_detectors(settings, inventory.count_pending(), max_side)
+    use_gpu = pool.use_gpu
     if "batch_size" in settings.model_fields_set and not use_gpu:
         log.warning("mask: `mask.batch_size` has no effect without GPUs: on a CPU photos are processed one by one")
-    log.info("mask: starting %s", count_text(num_actors, "detector"))
-    max_side = source.manifest["settings"].get("max_side")
+    log.info("mask: starting %s", pool.describe("detector"))
     crash_guard, block_rows = CrashGuard(), detector_batch_size(settings, max_side, use_gpu=use_gpu)
     pending = streaming.positions_by_part(source, inventory.pending_numbers())
     window = reading_window(block_rows, max_side, use_gpu=use_gpu)
@@ -190,12 +194,9 @@ def _write_pending(draft: Draft, source: dataset.Dataset, settings: MaskSettings
     detected = decoded.map_batches(
         DetectPhotos,
         fn_constructor_kwargs={"settings": settings, "crash_guard": crash_guard, "use_gpu": use_gpu},
-        compute=ray.data.ActorPoolStrategy(size=num_actors),
         batch_size=block_rows,
         batch_format="pyarrow",
-        num_cpus=streaming.TASK_CPUS,
-        num_gpus=1 if use_gpu else 0,
-        label_selector=node_selector,
+        **pool.options(),
     )
     written = detected.map_batches(
         partial(write_batch, uri=draft.uri, settings=settings, identity=draft.settings),
@@ -203,6 +204,7 @@ def _write_pending(draft: Draft, source: dataset.Dataset, settings: MaskSettings
         batch_format="pyarrow",
         num_cpus=streaming.TASK_CPUS,
     )
+    written = pool.configure(written)
     with PhotoMeter("mask", inventory.count_pending()) as meter:
         for summary in written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             assert isinstance(summary, pa.Table)

@@ -1,6 +1,8 @@
 """Stream of new photos through the networks of a run, by Ray Data, with the preprocessing of its training photos.
 
-keys → fetch and read (tasks) → for a run on masked photos: detect (actors), cut out (tasks) → classify (actors)
+keys → fetch and read (tasks) → classify (actors)
+keys → fetch, read, decode (tasks) → detect, cut out, classify (actors with a GPU each), for a run on masked photos
+keys → fetch, read, decode (tasks) → detect (actors) → cut out (tasks) → classify (actors), the same without GPUs
 
 Without GPUs, Ray Data fuses the tasks before an actor into it, as both request the same resources. Queued blocks are
 small: thousands of keys, or one batch of photos. Classifier batches are padded to one size, so that the result of a
@@ -12,13 +14,16 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 import ray.data
 import torch
 
-from carclass.cluster import resources
+from carclass import storage
+from carclass.cluster import actor_pools, resources
+from carclass.cluster.actor_pools import ActorPool, plan_pool
 from carclass.config.schema import IngestSettings, MaskSettings, PredictSettings
 from carclass.data import dataset, publishing, streaming
 from carclass.data.crash_guard import CrashGuard
@@ -26,7 +31,6 @@ from carclass.data.inventory import Inventory
 from carclass.data.quarantine import PhotoError
 from carclass.data.thumbnail import thumbnail
 from carclass.evaluation import calibration
-from carclass.formatting import count_text
 from carclass.ingestion import archive
 from carclass.ingestion.reading import read_groups
 from carclass.masking import detect
@@ -38,6 +42,8 @@ from carclass.runs.predictor import Predictor
 log = logging.getLogger(__name__)
 KEY_ROWS = 4096
 """Keys per block of the listing."""
+CUT_ROWS = 4
+"""Photos that a thread cuts out at a time."""
 DETECTORS_PER_CLASSIFIER = 4
 """On CPUs, where detection takes about ten times as long as everything else."""
 READ = pa.schema([*dataset.ROW, *FAILURE, publishing.FINGERPRINT])
@@ -67,45 +73,42 @@ class PredictionJob(NamedTuple):
 
 
 class ActorPools(NamedTuple):
-    """Sizes of the actor pools, and the options of map_batches."""
+    """Actor pools, and the options of map_batches for the tasks before them."""
 
-    use_gpu: bool
-    num_detectors: int
-    num_classifiers: int
-    block_rows: int  # photos per batch before the classifier
+    detectors: ActorPool | None  # None: photos are not masked, or each classifier has a detector on its GPU
+    classifiers: ActorPool
     task_options: dict[str, Any]
-    actor_options: dict[str, Any]
+
+    def describe(self) -> str:
+        """Return the numbers of actors in words."""
+        detectors = "" if self.detectors is None else f"{self.detectors.describe('detector')} and "
+        return detectors + self.classifiers.describe("classifier")
 
 
 def stream_predictions(inventory: Inventory, job: PredictionJob) -> ray.data.Dataset:
     """Stream rows of PREDICTED for the pending photos. Raise UserError if the cluster is too small."""
-    pools = _plan_actor_pools(job)
-    detectors = f"{count_text(pools.num_detectors, 'detector')} and " if pools.num_detectors else ""
-    log.info("predict: starting %s%s", detectors, count_text(pools.num_classifiers, "classifier"))
-    photos = stream_photos(job.settings.photos, inventory, pools.block_rows)
+    pools = _plan_actor_pools(job, inventory.count_pending())
+    log.info("predict: starting %s", pools.describe())
+    photos = stream_photos(job.settings.photos, inventory, pools.task_options["batch_size"])
     read = photos.map_batches(partial(read_batch, crash_guard=CrashGuard(), settings=job.reading), **pools.task_options)
-    return _to_inputs(read, job, pools).map_batches(
-        ClassifyPhotos,
-        fn_constructor_kwargs={"job": job, "crash_guard": CrashGuard(), "use_gpu": pools.use_gpu},
-        compute=ray.data.ActorPoolStrategy(size=pools.num_classifiers),
-        **{**pools.actor_options, "batch_size": job.settings.batch_size},
-    )
+    return pools.classifiers.configure(_classify(read, job, pools))
 
 
-def _plan_actor_pools(job: PredictionJob) -> ActorPools:
+def _plan_actor_pools(job: PredictionJob, num_photos: int) -> ActorPools:
     """Return the actor pools that fit the cluster; raise UserError if it is too small."""
-    use_gpu = resources.decide_gpus(None, 1, "predict", None)
-    slots = max(1, resources.count_slots("GPU" if use_gpu else "CPU", 1))
-    block_rows, num_detectors, num_classifiers, gpus = job.settings.batch_size, 0, slots, 1.0
+    use_gpu = resources.decide_gpus(None, 1, "predict", resources.MASK)
+    plan = partial(plan_pool, work=resources.MASK, use_gpu=use_gpu, task_cpus=streaming.TASK_CPUS)
+    block_rows, detectors = job.settings.batch_size, None
     if job.mask is not None:
-        block_rows, num_detectors = detect.detector_batch_size(job.mask, job.reading.max_side, use_gpu=use_gpu), slots
-        num_classifiers = slots if use_gpu else -(-slots // DETECTORS_PER_CLASSIFIER)
-        gpus = 0.5  # a detector and a classifier per GPU; halves fit in any order of placement
-    num_actors = num_classifiers + num_detectors
-    resources.check_cpus(1 + (num_actors + 1) * streaming.TASK_CPUS, "jobs/predict.py")  # 1: Ray's own repartitioning
+        block_rows = detect.detector_batch_size(job.mask, job.reading.max_side, use_gpu=use_gpu)
+    num_batches = -(-num_photos // block_rows)
+    classifiers = plan(None, num_batches)
+    if job.mask is not None and not use_gpu:
+        detectors = classifiers
+        classifiers = plan(-(-detectors.smallest // DETECTORS_PER_CLASSIFIER), num_batches)
+    actor_pools.check_cpus("jobs/predict.py", *([classifiers] if detectors is None else [detectors, classifiers]))
     task_options = {"batch_size": block_rows, "batch_format": "pyarrow", "num_cpus": streaming.TASK_CPUS}
-    actor_options = {**task_options, "num_gpus": gpus if use_gpu else 0}
-    return ActorPools(use_gpu, num_detectors, num_classifiers, block_rows, task_options, actor_options)
+    return ActorPools(detectors, classifiers, task_options)
 
 
 def stream_photos(photos: str, inventory: Inventory, block_rows: int) -> ray.data.Dataset:
@@ -134,20 +137,26 @@ def read_batch(batch: pa.Table, crash_guard: CrashGuard, settings: IngestSetting
         yield pa.Table.from_pylist(rows, READ)
 
 
-def _to_inputs(read: ray.data.Dataset, job: PredictionJob, pools: ActorPools) -> ray.data.Dataset:
-    """Convert a stream of READ to CLASSIFIER_INPUT: through the detectors and without backgrounds, if so trained."""
-    if job.mask is None:
-        return read.map_batches(partial(select_input, shown_share=job.shown_share), **pools.task_options)
+def _classify(read: ray.data.Dataset, job: PredictionJob, pools: ActorPools) -> ray.data.Dataset:
+    """Convert a stream of READ to PREDICTED: through the detectors and without backgrounds, if so trained."""
+    use_gpu, tasks = pools.classifiers.use_gpu, pools.task_options
     crash_guard = CrashGuard()
-    decoded = read.map_batches(partial(decode_valid, crash_guard=crash_guard), **pools.task_options)
+    guards = {"crash_guard": crash_guard, "use_gpu": use_gpu}
+    options = {**pools.classifiers.options(), "batch_format": "pyarrow", "batch_size": job.settings.batch_size}
+    if job.mask is None:
+        inputs = read.map_batches(partial(select_input, shown_share=job.shown_share), **tasks)
+        return inputs.map_batches(ClassifyPhotos, fn_constructor_kwargs={"job": job, **guards}, **options)
+    decoded = read.map_batches(partial(decode_valid, crash_guard=crash_guard), **tasks)
+    if pools.detectors is None:
+        options["batch_size"] = tasks["batch_size"]
+        return decoded.map_batches(DetectAndClassifyPhotos, fn_constructor_kwargs={"job": job, **guards}, **options)
     detected = decoded.map_batches(
         DetectNewPhotos,
-        fn_constructor_kwargs={"settings": job.mask, "crash_guard": crash_guard, "use_gpu": pools.use_gpu},
-        compute=ray.data.ActorPoolStrategy(size=pools.num_detectors),
-        **pools.actor_options,
+        fn_constructor_kwargs={"settings": job.mask, **guards},
+        **{**tasks, **pools.detectors.options()},
     )
-    cut = partial(cut_photos, settings=job.mask, shown_share=job.shown_share)
-    return detected.map_batches(cut, **pools.task_options)
+    cut = detected.map_batches(partial(cut_photos, settings=job.mask, shown_share=job.shown_share), **tasks)
+    return cut.map_batches(ClassifyPhotos, fn_constructor_kwargs={"job": job, **guards}, **options)
 
 
 def decode_valid(batch: pa.Table, crash_guard: CrashGuard) -> pa.Table:
@@ -218,9 +227,31 @@ class ClassifyPhotos:
     def _classify(self, images: list[bytes]) -> list[dict[str, Any]]:
         if not images:
             return []
-        probabilities = self.predictor.probabilities(images, self.job.settings.batch_size)
+        size = self.job.settings.batch_size
+        batches = [images[start : start + size] for start in range(0, len(images), size)]
+        probabilities = np.concatenate([self.predictor.probabilities(batch, size) for batch in batches])
         calibrated = calibration.apply_temperature(probabilities, self.job.temperature)
         return prediction_columns(calibrated, self.job.classes, self.job.settings.threshold)
+
+
+class DetectAndClassifyPhotos:
+    """An actor with both networks of a run on masked photos on one GPU: what decode_valid returns → rows of PREDICTED.
+
+    Two actors on halves of GPUs are packed, so that a GPU could get two detectors and another one none.
+    """
+
+    def __init__(self, job: PredictionJob, crash_guard: CrashGuard, *, use_gpu: bool) -> None:
+        assert job.mask is not None
+        self.detector = DetectNewPhotos(job.mask, crash_guard, use_gpu=use_gpu)
+        self.classifier = ClassifyPhotos(job, crash_guard, use_gpu=use_gpu)
+        self.cut = partial(cut_photos, settings=job.mask, shown_share=job.shown_share)
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        """Detect in the whole batch; cut out in threads, while the GPU waits; classify."""
+        detected = self.detector(batch)
+        slices = [detected.slice(start, CUT_ROWS) for start in range(0, len(detected), CUT_ROWS)]
+        groups = storage.in_parallel(lambda rows: pa.concat_tables(self.cut(rows)), slices)
+        yield self.classifier(pa.concat_tables(groups))
 
 
 def _add_columns(row: dict[str, Any], result: dict[str, Any] | PhotoError) -> dict[str, Any]:

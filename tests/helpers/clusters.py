@@ -63,10 +63,12 @@ def find_by_title(pids: dict[int, str], start: str) -> list[int]:
 
 
 class Cluster:
-    """A Ray cluster on this machine with nodes that can be killed."""
+    """A Ray cluster on this machine with nodes that can be killed. gpus: of each node, which exist for Ray only."""
 
-    def __init__(self, folder: Path, *, dashboard: bool = False, variables: Mapping[str, str] | None = None) -> None:
-        self.folder, self.port = folder, free_port()
+    def __init__(
+        self, folder: Path, *, dashboard: bool = False, variables: Mapping[str, str] | None = None, gpus: int = 0
+    ) -> None:
+        self.folder, self.port, self.gpus = folder, free_port(), gpus
         environ = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         self.environment = {**environ, **token, "OMP_NUM_THREADS": "1", "RAY_ADDRESS": f"127.0.0.1:{self.port}"}
@@ -105,7 +107,12 @@ class Cluster:
         shutil.rmtree(self.environment["RAY_TMPDIR"], ignore_errors=True)
 
     def _start(self, name: str, *options: str) -> subprocess.Popen:
-        common = ["--num-cpus=2", "--object-store-memory=200000000", f"--dashboard-agent-listen-port={free_port()}"]
+        common = [
+            "--num-cpus=2",
+            f"--num-gpus={self.gpus}",
+            "--object-store-memory=200000000",
+            f"--dashboard-agent-listen-port={free_port()}",
+        ]
         common += ["--min-worker-port=0", "--max-worker-port=0", "--node-ip-address=127.0.0.1", "--block"]
         log = self.folder / f"{name}-{time.monotonic_ns()}.log"
         environment = {key: value for key, value in self.environment.items() if key != "RAY_ADDRESS"}

@@ -35,6 +35,7 @@ LAYERS = (
 )
 """Packages and modules of carclass from the top layer down: each imports from lower layers only."""
 RAY_MODULES = {
+    "cluster.actor_pools",
     "cluster.address",
     "cluster.connection",
     "cluster.job_submission",
@@ -48,7 +49,6 @@ RAY_MODULES = {
     "experiments.run",
     "ingestion.collect",
     "ingestion.ingest",
-    "masking.mask",
     "prediction.classify",
     "training.photo_store",
     "training.preemption",
