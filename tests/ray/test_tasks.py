@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from carclass.cluster import connection
+from carclass.cluster import connection, tasks
 from carclass.cluster.tasks import COUNT_EVERY_S, MAX_CRASHES, run_tasks
 from carclass.errors import UserError
 
@@ -28,6 +28,16 @@ def test_the_clusters_cpus_are_not_counted_for_every_task(monkeypatch: pytest.Mo
     started = time.monotonic()
     assert len(list(run_tasks(abs, range(100)))) == 100
     assert len(counts) <= 1 + (time.monotonic() - started) / COUNT_EVERY_S
+
+
+def test_tasks_beyond_those_that_are_waited_for_are_noticed_too(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tasks, "WINDOW", 1)
+
+    def sleep(seconds: float) -> float:
+        time.sleep(seconds)
+        return seconds
+
+    assert list(run_tasks(sleep, [3, 0, 0.1])) == [0, 0.1, 3]
 
 
 @pytest.mark.slow  # 10 s: five workers start
