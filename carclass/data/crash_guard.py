@@ -5,6 +5,8 @@ processed. A batch that is in the ledger already has crashed a worker, so its ph
 MAX_SINGLE_ATTEMPTS crashes of its own, a photo gets a PhotoError instead of another attempt.
 """
 
+import math
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -16,7 +18,8 @@ from carclass.errors import UserError
 
 MAX_SINGLE_ATTEMPTS = 2
 """With the attempt in its batch, a photo gets three; more would exceed the three retries of a Ray task."""
-
+CPUS_PER_LEDGER = 128
+"""CPUs of a cluster whose workers share a ledger: each makes one to five calls per second."""
 
 T = TypeVar("T")
 
@@ -57,11 +60,17 @@ class AttemptLedger:
 
 
 class CrashGuard:
-    """Ledger of one job, shared by its workers through a Ray actor; it starts empty if the actor's node is lost."""
+    """Ledgers of one job, shared by its workers through Ray actors; one starts empty if the actor's node is lost.
+
+    A ledger answers a thousand calls per second, so that large clusters have several. A batch and its photos always use
+    the same one: that of its first photo, as a repeated batch has the same photos.
+    """
 
     def __init__(self) -> None:
-        actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(AttemptLedger)
-        self.ledger: Any = actor.remote()
+        options: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": -1}
+        actor = ray.remote(scheduling_strategy="SPREAD", **options)(AttemptLedger)
+        number = math.ceil(ray.cluster_resources().get("CPU", 0) / CPUS_PER_LEDGER)
+        self.ledgers: list[Any] = [actor.remote() for _ in range(max(1, number))]
 
     def run(
         self, stage: str, keys: Sequence[str], work: Callable[[list[int]], Iterable[T]]
@@ -71,18 +80,21 @@ class CrashGuard:
         stage: an infinitive, such as "decode", that separates attempts on the same photos; work: indices into keys →
         results, which may be computed one by one as they are consumed.
         """
+        if not keys:
+            return
         names = [f"{stage} {key}" for key in keys]
-        if not ray.get(self.ledger.begin_batch.remote(names)):
+        ledger = self.ledgers[zlib.crc32(names[0].encode()) % len(self.ledgers)]
+        if not ray.get(ledger.begin_batch.remote(names)):
             yield from work(list(range(len(keys))))
         else:
             for i, name in enumerate(names):
-                if ray.get(self.ledger.begin_single.remote(name)) < MAX_SINGLE_ATTEMPTS:
+                if ray.get(ledger.begin_single.remote(name)) < MAX_SINGLE_ATTEMPTS:
                     results = list(work([i]))
-                    self.ledger.end.remote([name])
+                    ledger.end.remote([name])
                     yield from results
                 else:  # keep its count until the batch has ended: a later photo may crash this worker too
                     yield _crash_error(stage)
-        self.ledger.end.remote(names)
+        ledger.end.remote(names)
 
     def run_strictly(self, stage: str, keys: Sequence[str], work: Callable[[list[int]], Iterable[T]]) -> list[T]:
         """Process a batch as `run` does. Raise UserError for a photo that is not tried again and cannot be left out."""
@@ -99,8 +111,7 @@ class CrashGuard:
 
     def count_crashes(self) -> int:
         """Return the number of crashes in attempts on a single photo, each of which brings its batch forward."""
-        count: int = ray.get(self.ledger.count_crashes.remote())
-        return count
+        return sum(ray.get([ledger.count_crashes.remote() for ledger in self.ledgers]))
 
 
 class NoCrashGuard(CrashGuard):
