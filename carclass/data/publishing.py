@@ -22,8 +22,10 @@ SETTINGS_KEY, FINGERPRINTS_KEY = b"carclass.settings", b"carclass.fingerprints"
 FINGERPRINT = pa.field("fingerprint", pa.string())
 PART_BYTES = 32 * 2**20
 """Bytes of encoded photos after which a part ends: photos that are not shrunk would fill the memory."""
-_ROW_GROUP_ROWS = 16
-"""Rows that are read together: one or two megabytes of photos."""
+ROW_GROUP_BYTES, _MIN_GROUP_ROWS = 8 * 2**20, 16
+"""Bytes and least rows of photos that are read together: to read any column takes a request per group."""
+_HASHED_ROWS = 16
+"""Rows in memory as Python's objects while their hashes are computed."""
 
 
 class WrittenPart(NamedTuple):
@@ -75,16 +77,22 @@ def write_part(uri: str, folder: str, rows: pa.Table, settings: dict[str, Any]) 
     sink = pa.BufferOutputStream()
     table = rows.cast(rows.schema.with_metadata(metadata))
     options: dict[str, Any] = {"compression": "zstd", "compression_level": 1, "write_page_checksum": True}
-    pq.write_table(table, sink, row_group_size=_ROW_GROUP_ROWS, **options)
+    pq.write_table(table, sink, row_group_size=_row_group_rows(table), **options)
     storage.write_bytes(storage.join(uri, part.path), memoryview(sink.getvalue()))
     pa.default_memory_pool().release_unused()
     return part
 
 
+def _row_group_rows(rows: pa.Table) -> int:
+    """Return the number of rows whose photos, or other bytes, have about ROW_GROUP_BYTES."""
+    size = sum(rows[field.name].nbytes for field in rows.schema if pa.types.is_binary(field.type))
+    return max(_MIN_GROUP_ROWS, ROW_GROUP_BYTES * len(rows) // max(1, size))
+
+
 def content_digest(rows: pa.Table) -> str:
     """Return the sum of the sha256 of all rows, in hex, which depends neither on their order nor on their files."""
     columns = rows.drop(["fingerprint"]) if "fingerprint" in rows.schema.names else rows
-    total = sum(_row_hash(row) for batch in columns.to_batches(_ROW_GROUP_ROWS) for row in batch.to_pylist())
+    total = sum(_row_hash(row) for batch in columns.to_batches(_HASHED_ROWS) for row in batch.to_pylist())
     return f"{total % 2**256:064x}"
 
 

@@ -140,7 +140,8 @@ def test_rows_are_read_by_key_in_the_requested_order(uri: str):
     assert rows == [{"key": "d", "label": "two"}, {"key": "a", "label": "one"}]
 
 
-def test_rows_are_read_by_position_across_row_groups(uri: str):
+def test_rows_are_read_by_position_across_row_groups(uri: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(publishing, "ROW_GROUP_BYTES", 1)
     keys = [f"{i:03d}" for i in range(50)]
     publishing.write_part(uri, "parts", pa.Table.from_pylist([row(key) for key in keys], dataset.ROW), SETTINGS)
     (part,) = publish(uri, keys).part_uris
@@ -148,6 +149,13 @@ def test_rows_are_read_by_position_across_row_groups(uri: str):
     rows = dataset.take_rows(part, [49, 0, 17, 16, 15], ["label", "key"])
     assert rows["key"].to_pylist() == ["049", "000", "017", "016", "015"]
     assert rows.column_names == ["label", "key"]
+
+
+@pytest.mark.parametrize(("image_bytes", "num_groups"), [(1_000, 1), (200_000, 3), (2_000_000, 6)])
+def test_row_groups_have_megabytes_of_photos(uri: str, image_bytes: int, num_groups: int):
+    rows = [row(f"{i:03d}", image=bytes(image_bytes)) for i in range(96)]
+    written = publishing.write_part(uri, "parts", pa.Table.from_pylist(rows, dataset.ROW), SETTINGS)
+    assert pq.ParquetFile(f"{uri}/{written.path}").num_row_groups == num_groups
 
 
 def test_the_rows_of_a_part_are_read_into_one_piece_of_memory(uri: str):
