@@ -151,11 +151,20 @@ class Dataset:
         """Read columns of all rows, in the order of the parts. Raise UserError if they are not all there."""
         if not self.parts:
             return pa.schema([MASKED_ROW.field(name) for name in columns]).empty_table()
-        # Row groups are small: on S3 each takes a request, and in memory each is a chunk larger than its rows.
-        read = storage.in_parallel(lambda part: part.read(columns).combine_chunks(), self.parts)
-        table = pa.concat_tables(read)
-        self.check_rows(table.num_rows)
-        return table
+        return pa.concat_tables(self.read_parts(columns))
+
+    def read_parts(self, columns: Sequence[str], filters: pc.Expression | None = None) -> Iterator[pa.Table]:
+        """Yield columns of the rows that pass the filters, part by part, in a memory that depends on no number of rows.
+
+        Raise UserError at the end if the rows of a read without filters are not all there.
+        """
+        num_rows = 0
+        # Row groups are small, and in memory each is a chunk larger than its rows.
+        for rows in storage.in_parallel(lambda part: part.read(columns, filters).combine_chunks(), self.parts):
+            num_rows += rows.num_rows
+            yield rows.replace_schema_metadata()
+        if filters is None:
+            self.check_rows(num_rows)
 
     def check_rows(self, num_rows: int) -> None:
         """Raise DamagedFileError if all parts together have another number of rows than the manifest."""

@@ -39,11 +39,12 @@ def predict_split(
     else:
         table = classify_on_cluster(source, settings, model_uri, use_gpu)
     table = table.sort_by("key")
-    expected = source.read(["key", "split"]).filter(pc.field("split") == settings.split)["key"].to_pylist()
-    assert table["key"].to_pylist() == sorted(expected), "a photo was classified twice or not at all"
-    probabilities = np.stack(table["probabilities"].to_numpy())
-    names = np.array(source.classes)[probabilities.argmax(1)]
-    table = table.add_column(2, "predicted", pa.array(names.tolist()))
+    expected = source.read(["key", "split"]).filter(pc.field("split") == settings.split).sort_by("key")
+    assert table["key"].equals(expected["key"]), "a photo was classified twice or not at all"
+    values = np.concatenate([chunk.flatten().to_numpy() for chunk in table["probabilities"].chunks])
+    probabilities = values.reshape(len(table), -1)
+    names = pa.array(source.classes, pa.string()).take(pa.array(probabilities.argmax(1)))
+    table = table.add_column(2, "predicted", names)
     return table.add_column(3, "confidence", pa.array(probabilities.max(1)))
 
 

@@ -1,26 +1,21 @@
 """Collection of a masked dataset's report and contact sheet."""
 
-import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from carclass import storage
 from carclass.data import dataset, photo
 from carclass.formatting import percent_text
 from carclass.masking import quality
 from carclass.masking.contact_sheet import MaskedPhoto, draw_contact_sheet, shrink_photo
-from carclass.masking.report import FLAGS, MaskingReport, doubt_score, histogram, render
+from carclass.masking.overview import DOUBT_COLUMNS, Overview, read_overview
+from carclass.masking.report import MaskingReport, histogram, render
 from carclass.masking.rle import decode_mask
 
-NUM_SHEET, NUM_DOUBTFUL, NUM_EMPTY = 40, 50, 15
-"""Photos on the contact sheet; doubtful photos in the report, and those of them without a vehicle."""
-BATCH_ROWS = 1000
-DOUBT_COLUMNS = ("outcome", "score", "stability", "several_vehicles", "touches_border", "area_fraction")
-"""Parameters of doubt_score."""
+NUM_SHEET = 40
+"""Photos on the contact sheet."""
 PHOTO_COLUMNS = (
     "image", *DOUBT_COLUMNS, "num_vehicles", "vehicle_class", "box", "mask", "source_width", "source_height"
 )  # fmt: skip
@@ -34,47 +29,13 @@ def write_report(
     source: the unmasked dataset; truth: URI of a COCO file with true masks, by which photos are then ranked; num_sheet:
     photos on the sheet, chosen by content.
     """
-    index = read_index(masked)
     ious = {} if truth is None else quality.ious(masked, truth, source=source)
-    sampled = first_by_content(index, num_sheet)
-    doubtful = most_doubtful(index, ious)
-    photos = _masked_photos(masked, source, list({*sampled, *doubtful}), ious)
-    sheet = [photos[key] for key in sampled]
-    report = _report(masked, index, ious, doubtful=[photos[key] for key in doubtful], sheet=sheet)
+    overview = read_overview(masked, num_sheet, ious)
+    photos = _masked_photos(masked, source, list({*overview.sampled, *overview.doubtful}), ious)
+    sheet = [photos[key] for key in overview.sampled]
+    report = _report(masked, overview, doubtful=[photos[key] for key in overview.doubtful], sheet=sheet)
     storage.write_bytes(storage.join(masked.uri, "contact_sheet.jpg"), draw_contact_sheet(sheet, report.title))
     storage.write_bytes(storage.join(masked.uri, "report.html"), render(report).encode())
-
-
-def read_index(masked: dataset.Dataset) -> pa.Table:
-    """Read the columns of all rows by which photos are chosen and counted."""
-    return masked.read(["image_id", "key", "vehicle_class", *DOUBT_COLUMNS])
-
-
-def first_by_content(index: pa.Table, number: int) -> list[str]:
-    """Return the keys of the first rows in the order of their content's hash."""
-    order = [("image_id", "ascending"), ("key", "ascending")]
-    return list(index["key"].take(pc.select_k_unstable(index, number, order)).to_pylist())
-
-
-def most_doubtful(index: pa.Table, ious: dict[str, float]) -> list[str]:
-    """Return keys, worst first: by IoU where a true mask is known, else by doubt_score.
-
-    Photos without a vehicle are alike, so at most NUM_EMPTY of them are listed.
-    """
-    is_empty = pc.field("outcome") == "no_vehicle"
-    worst = [
-        *heapq.nsmallest(NUM_DOUBTFUL, _ranks(index.filter(~is_empty), ious)),
-        *heapq.nsmallest(NUM_EMPTY, _ranks(index.filter(is_empty), ious)),
-    ]
-    return [key for _, key in sorted(worst)[:NUM_DOUBTFUL]]
-
-
-def _ranks(index: pa.Table, ious: dict[str, float]) -> Iterator[tuple[float, str]]:
-    """Yield the negative doubt of each row with its key, batch by batch: a row takes a kilobyte as Python's objects."""
-    for batch in index.select(["key", *DOUBT_COLUMNS]).to_batches(BATCH_ROWS):
-        for row in batch.to_pylist():
-            key = row.pop("key")
-            yield -(1 - ious[key] if key in ious else doubt_score(**row)), key
 
 
 def _masked_photos(
@@ -111,11 +72,9 @@ def _notes(row: dict[str, Any], ious: dict[str, float]) -> list[str]:
     return notes if row["stability"] is None else [*notes, f"stability {row['stability']:.2f}"]
 
 
-def _report(
-    masked: dataset.Dataset, index: pa.Table, ious: dict[str, float], **pictures: list[MaskedPhoto]
-) -> MaskingReport:
+def _report(masked: dataset.Dataset, overview: Overview, **pictures: list[MaskedPhoto]) -> MaskingReport:
     settings, manifest = masked.manifest["settings"], masked.manifest
-    detector, cutout = settings["detector"], settings["cutout"]
+    detector, cutout, ious = settings["detector"], settings["cutout"], list(overview.ious.values())
     return MaskingReport(
         title=f"Dataset {masked.name}: masks of {settings['source']}",
         facts=[
@@ -127,22 +86,12 @@ def _report(
         ],
         outcomes=manifest["outcomes"],
         quarantined=manifest["reasons"],
-        flags={flag: pc.sum(index[flag]).as_py() or 0 for flag in FLAGS},
-        classes=_count_values(index["vehicle_class"].drop_null()),
-        scores=_column_histogram(index, "score"),
-        areas=_column_histogram(index, "area_fraction"),
-        stabilities=_column_histogram(index, "stability"),
-        mean_iou=float(np.mean(list(ious.values()))) if ious else None,
-        ious=histogram(np.array(list(ious.values()))),
+        flags=dict(overview.flags),
+        classes=dict(overview.classes.most_common()),
+        scores=overview.histograms["score"].tolist(),
+        areas=overview.histograms["area_fraction"].tolist(),
+        stabilities=overview.histograms["stability"].tolist(),
+        mean_iou=float(np.mean(ious)) if ious else None,
+        ious=histogram(np.array(ious)),
         **pictures,
     )
-
-
-def _count_values(values: pa.ChunkedArray) -> dict[str, int]:
-    """Return the number of each value, most frequent first."""
-    counts = sorted(values.value_counts().to_pylist(), key=lambda row: -row["counts"])
-    return {row["values"]: row["counts"] for row in counts}
-
-
-def _column_histogram(index: pa.Table, column: str) -> list[int]:
-    return histogram(index[column].drop_null().to_numpy())

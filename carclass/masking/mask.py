@@ -200,7 +200,7 @@ def _write_pending(draft: Draft, source: dataset.Dataset, settings: MaskSettings
     )
     written = detected.map_batches(
         partial(write_batch, uri=draft.uri, settings=settings, identity=draft.settings),
-        batch_size=settings.part_rows,
+        batch_size=streaming.rows_per_write(source, settings.part_rows),
         batch_format="pyarrow",
         num_cpus=streaming.TASK_CPUS,
     )

@@ -4,6 +4,8 @@ import logging
 from collections import Counter
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from carclass.config.schema import MaskSettings
 from carclass.data import dataset
@@ -24,10 +26,18 @@ def check_truth(root: str, settings: MaskSettings, source: dataset.Dataset) -> N
     if (uri := resolve_truth(root, settings)) is None:
         return
     masks = load_truth(uri, source, settings.detector.classes.values())
-    rows = source.read(["key", "split"]).to_pylist()
-    splits = Counter(row["split"] for row in rows if row["key"] in masks)
+    splits = Counter[str]()
+    for rows in source.read_parts(["split"], pc.field("key").isin(pa.array([*masks], pa.string()))):
+        splits.update(rows["split"].to_pylist())
     counts = ", ".join(f"{splits[split]:,} {split}" for split in dataset.SPLITS)
-    log.info("mask: `%s` has masks of %d of %d photos of `%s`: %s", KEY, len(masks), len(rows), source.name, counts)
+    log.info(
+        "mask: `%s` has masks of %d of %d photos of `%s`: %s",
+        KEY,
+        len(masks),
+        source.manifest["rows"],
+        source.name,
+        counts,
+    )
     if not splits["test"]:
         log.warning("mask: `%s` has a mask of no test photo, so there is no mean IoU of the test split", KEY)
 
@@ -56,12 +66,13 @@ def ious(
     shrunk as ingestion shrinks photos.
     """
     truth = load_truth(truth_uri, source or masked, masked.manifest["settings"]["detector"]["classes"].values())
-    rows = masked.read(["key", "split", "mask", "source_height", "source_width"])
+    chosen = pc.field("key").isin(pa.array([*truth], pa.string()))
+    if split is not None:
+        chosen &= pc.field("split") == split
     result = {}
-    for row in rows.to_pylist():
-        if row["key"] not in truth or split not in (None, row["split"]):
-            continue
-        shape = row["source_height"], row["source_width"]
-        mask = decode_mask(row["mask"], *shape) if row["mask"] else np.zeros(shape, bool)
-        result[row["key"]] = mask_iou(mask, resize_mask(decode_rle(truth[row["key"]]), *shape))
+    for rows in masked.read_parts(["key", "mask", "source_height", "source_width"], chosen):
+        for row in rows.to_pylist():
+            shape = row["source_height"], row["source_width"]
+            mask = decode_mask(row["mask"], *shape) if row["mask"] else np.zeros(shape, bool)
+            result[row["key"]] = mask_iou(mask, resize_mask(decode_rle(truth[row["key"]]), *shape))
     return result

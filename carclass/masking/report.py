@@ -49,7 +49,7 @@ class MaskingReport:
     ious: list[int]
     """All zero without true masks."""
     doubtful: list[MaskedPhoto]
-    """Worst first: by IoU if true masks are known, else by doubt_score; at most 50. May be empty."""
+    """Worst first: by IoU if true masks are known, else by overview.doubt_scores; at most 50. May be empty."""
     sheet: list[MaskedPhoto]
     """Random sample of all photos; at most 40. May be empty."""
 
@@ -62,29 +62,6 @@ def histogram(values: np.ndarray) -> list[int]:
     """Count float (N,) values in NUM_BINS equal bins from 0 to 1, ignoring NaN. Counts of parts can be added."""
     known = np.clip(values[~np.isnan(values)], 0, 1)
     return np.histogram(known, NUM_BINS, (0, 1))[0].tolist()
-
-
-def doubt_score(
-    outcome: str,
-    score: float | None,
-    stability: float | None,
-    several_vehicles: bool | None,
-    touches_border: bool | None,
-    area_fraction: float | None,
-) -> float:
-    """Return the priority of a photo for review, 0 to 1; 1 without a vehicle.
-
-    It is one minus the product of factors of trust, treated as independent probabilities that the mask is right: score,
-    stability, 0.6 if several vehicles are large, 0.9 if the vehicle touches the border, and the share of SMALL_AREA
-    that it covers. None, for values that a detector does not give, counts as 1.
-    """
-    if outcome == "no_vehicle":
-        return 1.0
-    trust = (1.0 if score is None else score) * (1.0 if stability is None else stability)
-    trust *= (0.6 if several_vehicles else 1.0) * (0.9 if touches_border else 1.0)
-    if area_fraction is not None:
-        trust *= min(1.0, area_fraction / SMALL_AREA)
-    return 1.0 - trust
 
 
 def render(report: MaskingReport) -> str:

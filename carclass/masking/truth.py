@@ -5,6 +5,9 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from carclass import storage
 from carclass.data import dataset
 from carclass.errors import UserError
@@ -34,22 +37,33 @@ def load_truth(uri: str, photos: dataset.Dataset, classes: Collection[str]) -> d
     other shapes than theirs.
     """
     coco = _read_coco(uri, classes)
-    columns = ["source_height", "source_width"] if photos.manifest["kind"] == "masked" else ["height", "width"]
-    columns = [column.to_pylist() for column in photos.read(["key", *columns]).columns]
-    sizes = {key: (height, width) for key, height, width in zip(*columns, strict=True)}
     names = {image["file_name"] for image in coco.images.values()}
+    sizes, first_key = _read_sizes(photos, names)
     keys = match_names(names, sizes, uri)
     if not keys:
         raise UserError(
-            f"`{KEY}`: {uri} has none of the photos of dataset `{photos.name}`, whose first key is "
-            f"{min(sizes, default=None)}; the first `file_name` is {min(names, default=None)}. Images are matched by "
-            f"key, then by file name. {ADVICE}"
+            f"`{KEY}`: {uri} has none of the photos of dataset `{photos.name}`, whose first key is {first_key}; the "
+            f"first `file_name` is {min(names, default=None)}. Images are matched by key, then by file name. {ADVICE}"
         )
     masks = _choose_masks(coco, keys)
     if not masks:
         raise UserError(f"`{KEY}`: {uri} has no mask for any of the photos of dataset `{photos.name}`. {ADVICE}")
     _check_sizes(masks, sizes, uri)
     return masks
+
+
+def _read_sizes(photos: dataset.Dataset, names: Iterable[str]) -> tuple[dict[str, tuple[int, int]], str | None]:
+    """Return (height, width) of the photos with the file names of `names`, by key, and the first key of all photos."""
+    columns = ["source_height", "source_width"] if photos.manifest["kind"] == "masked" else ["height", "width"]
+    files = pa.array({_file_name(name) for name in names}, pa.string())
+    sizes: dict[str, tuple[int, int]] = {}
+    first_keys = []
+    for rows in photos.read_parts(["key", *columns]):
+        first_keys.append(pc.min(rows["key"]).as_py())
+        has_name = pc.is_in(pc.replace_substring_regex(rows["key"], r"(?s)\A.*/", ""), files)
+        keys, heights, widths = (column.to_pylist() for column in rows.filter(has_name).columns)
+        sizes |= dict(zip(keys, zip(heights, widths, strict=True), strict=True))
+    return sizes, min(first_keys, default=None)
 
 
 def match_names(names: Iterable[str], keys: Collection[str], uri: str) -> dict[str, str]:

@@ -3,14 +3,16 @@
 import re
 import tracemalloc
 import xml.etree.ElementTree as ET
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from carclass.data import dataset
 from carclass.data.photo import resize
-from carclass.masking import collect
-from carclass.masking.report import NUM_BINS, doubt_score, histogram, histogram_chart, render
+from carclass.masking.overview import DOUBT_COLUMNS, NUM_DOUBTFUL, NUM_EMPTY, Overview, doubt_scores
+from carclass.masking.report import NUM_BINS, histogram, histogram_chart, render
 from tests.helpers.pages import (
     MASKING_SECTIONS,
     has_linked_section,
@@ -20,6 +22,7 @@ from tests.helpers.pages import (
     visible_text,
 )
 
+DOUBTS = pa.schema([dataset.DETECTION.field(name) for name in DOUBT_COLUMNS])
 CONFIDENT = {
     "outcome": "vehicle",
     "score": 0.99,
@@ -177,9 +180,13 @@ def test_a_single_photo_of_a_million_is_visible():
     assert [float(column.get("height")) >= 2 for column in svg.findall("rect")] == [True, True]
 
 
+def doubt_score(**row: Any) -> float:
+    return float(doubt_scores(pa.Table.from_pylist([row], DOUBTS))[0])
+
+
 def test_no_vehicle_is_the_most_doubtful():
     bad = {"score": 0.5, "stability": 0.3, "several_vehicles": True, "touches_border": True, "area_fraction": 0.01}
-    assert doubt_score("no_vehicle", None, None, None, None, None) > doubt_score("vehicle", **bad)
+    assert doubt_score(outcome="no_vehicle") > doubt_score(outcome="vehicle", **bad)
 
 
 @pytest.mark.parametrize(
@@ -209,31 +216,54 @@ def test_missing_values_do_not_change_the_doubt_score():
 
 
 def index_of(num_rows: int) -> pa.Table:
-    """Return the columns that decide which photos are shown as doubtful; a tenth have no vehicle."""
+    """Return rows of overview.COLUMNS; a tenth have no vehicle, and of the others a third have a truck."""
     scores = np.random.default_rng(0).random((num_rows, 3)).astype(np.float32)
     measured = ("score", "stability", "area_fraction")
     is_empty = np.arange(num_rows) % 10 == 0
     return pa.table({
         "key": [f"{i:06d}.jpg" for i in range(num_rows)],
+        "image_id": [f"{num_rows - i:06d}" for i in range(num_rows)],
+        "vehicle_class": pa.array(np.where(np.arange(num_rows) % 3 == 1, "truck", "car"), mask=is_empty),
         "outcome": np.where(is_empty, "no_vehicle", "vehicle"),
         **{name: pa.array(scores[:, i], mask=is_empty) for i, name in enumerate(measured)},
         **{name: pa.array(scores[:, 0] > 0.5, mask=is_empty) for name in ("several_vehicles", "touches_border")},
     })  # fmt: skip
 
 
-def test_the_most_doubtful_photos_come_first_with_few_of_those_without_a_vehicle():
+def overview_of(index: pa.Table, ious: dict[str, float], num_parts: int) -> Overview:
+    """Return the overview of rows in several parts."""
+    overview, size = Overview(7, ious), -(-len(index) // num_parts)
+    for start in range(0, len(index), size):
+        overview.add(index.slice(start, size))
+    return overview
+
+
+@pytest.mark.parametrize("num_parts", [1, 7])
+def test_the_most_doubtful_photos_come_first_with_few_of_those_without_a_vehicle(num_parts):
     index, ious = index_of(1000), {"000003.jpg": 0.0, "000004.jpg": 1.0}
     rows = {row.pop("key"): row for row in index.to_pylist()}
-    doubts = {key: doubt_score(**row) for key, row in rows.items()} | {key: 1 - iou for key, iou in ious.items()}
+    doubts = dict(zip(rows, doubt_scores(index).tolist(), strict=True)) | {key: 1 - iou for key, iou in ious.items()}
     ranked = sorted(rows, key=lambda key: (-doubts[key], key))
     empty = [key for key in ranked if rows[key]["outcome"] == "no_vehicle"]
-    expected = [key for key in ranked if key not in empty[collect.NUM_EMPTY :]][: collect.NUM_DOUBTFUL]
-    assert collect.most_doubtful(index, ious) == expected
+    expected = [key for key in ranked if key not in empty[NUM_EMPTY:]][:NUM_DOUBTFUL]
+    assert overview_of(index, ious, num_parts).doubtful == expected
 
 
-def test_choosing_doubtful_photos_takes_little_memory_per_photo():
+def test_the_counts_of_parts_are_those_of_all_rows():
+    index = index_of(1000)
+    whole, parts = overview_of(index, {}, 1), overview_of(index, {}, 9)
+    assert whole.sampled == parts.sampled == sorted(index["key"].to_pylist(), reverse=True)[:7]
+    assert whole.flags == parts.flags
+    assert whole.classes == parts.classes == {"car": 600, "truck": 300}
+    for name, counts in whole.histograms.items():
+        assert counts.tolist() == parts.histograms[name].tolist() == histogram(index[name].drop_null().to_numpy())
+
+
+def test_choosing_doubtful_photos_takes_no_memory_per_photo():
     index = index_of(50_000)
     tracemalloc.start()
-    collect.most_doubtful(index, {})
-    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    before, overview = pa.total_allocated_bytes(), overview_of(index, {}, 50)
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    assert pa.total_allocated_bytes() - before < 100_000
+    assert len(overview.doubtful) == NUM_DOUBTFUL
     tracemalloc.stop()

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -51,3 +52,18 @@ def test_written_rows_are_not_pending(source: dataset.Dataset):
 def test_positions_are_expanded_to_rows():
     table = streaming.expand_positions(pa.table({"part": ["x.parquet"], "positions": [[3, 5]]}))
     assert table.to_pylist() == [{"part": "x.parquet", "position": position} for position in (3, 5)]
+
+
+@pytest.mark.parametrize(("part_rows", "image_bytes", "expected"), [(64, 100, 64), (4096, 10**6, 33), (8, 10**8, 1)])
+def test_a_task_gets_as_many_rows_to_write_as_fill_a_file(
+    tmp_path: Path, part_rows: int, image_bytes: int, expected: int
+):
+    uri = dataset.dataset_uri(str(tmp_path), "v1")
+    rng = np.random.default_rng(0)
+    rows = [
+        {"image_id": "00", "key": key, "label": "a", "split": "train", "image": rng.bytes(image_bytes)} for key in "ab"
+    ]
+    publishing.write_part(uri, "parts", pa.Table.from_pylist(rows, dataset.ROW), {})
+    args = {"settings": {}, "classes": ["a", "b"], "facts": {"kind": "photos"}}
+    published = publishing.publish_manifest(inventories.complete_dataset(uri, "ab", **args))
+    assert streaming.rows_per_write(published, part_rows) == expected

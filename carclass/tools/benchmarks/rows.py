@@ -24,7 +24,7 @@ from carclass.errors import UserError
 from carclass.ingestion import leakage
 from carclass.ingestion.labelling import label_photos
 from carclass.ingestion.split import hold_out
-from carclass.masking import collect
+from carclass.masking import collect, overview
 from carclass.progress import print_line
 from carclass.tools.benchmarks.memory import peak_mb
 from carclass.training import preflight
@@ -151,9 +151,7 @@ def _mask_positions(source: Dataset) -> None:
 
 
 def _mask_report(source: Dataset) -> None:
-    index = collect.read_index(source)
-    collect.first_by_content(index, collect.NUM_SHEET)
-    collect.most_doubtful(index, {})
+    overview.read_overview(source, collect.NUM_SHEET, {})
 
 
 def _train_classes(source: Dataset) -> None:

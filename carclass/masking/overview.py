@@ -1,0 +1,108 @@
+"""Counts of a masked dataset, and the photos that its report shows, collected part by part in little memory."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from carclass.data import dataset
+from carclass.masking.report import FLAGS, NUM_BINS, SMALL_AREA, histogram
+
+NUM_DOUBTFUL, NUM_EMPTY = 50, 15
+"""Doubtful photos in the report, and those of them without a vehicle, as these are alike."""
+DOUBT_COLUMNS = ("outcome", "score", "stability", "several_vehicles", "touches_border", "area_fraction")
+COLUMNS = ("image_id", "key", "vehicle_class", *DOUBT_COLUMNS)
+MEASURES = ("score", "area_fraction", "stability")
+FIRST = pa.schema([dataset.ROW.field(name) for name in ("image_id", "key")])
+RANKS = pa.schema([("doubt", pa.float64()), ("key", pa.string())])
+
+
+@dataclass
+class Overview:
+    """Counts and chosen photos of the rows added so far."""
+
+    num_sheet: int
+    """Photos to choose by content."""
+    ious: Mapping[str, float]
+    """IoU with the true mask by key, as far as known."""
+    flags: Counter[str] = field(default_factory=Counter)
+    classes: Counter[str] = field(default_factory=Counter)
+    histograms: dict[str, np.ndarray] = field(default_factory=lambda: {name: _no_counts() for name in MEASURES})
+    first: pa.Table = field(default_factory=FIRST.empty_table)
+    vehicles: pa.Table = field(default_factory=RANKS.empty_table)
+    empty: pa.Table = field(default_factory=RANKS.empty_table)
+
+    def add(self, rows: pa.Table) -> None:
+        """Add rows with COLUMNS."""
+        self.flags.update({flag: pc.sum(rows[flag]).as_py() or 0 for flag in FLAGS})
+        for row in rows["vehicle_class"].drop_null().value_counts().to_pylist():
+            self.classes[row["values"]] += row["counts"]
+        for name, counts in self.histograms.items():
+            counts += np.array(histogram(rows[name].drop_null().to_numpy()))
+        order = [("image_id", "ascending"), ("key", "ascending")]
+        self.first = _first(self.first, rows.select(FIRST.names), self.num_sheet, order)
+        ranks = pa.table([self._doubts(rows), rows["key"]], schema=RANKS)
+        is_empty = pc.equal(rows["outcome"], "no_vehicle")
+        order = [("doubt", "descending"), ("key", "ascending")]
+        self.vehicles = _first(self.vehicles, ranks.filter(pc.invert(is_empty)), NUM_DOUBTFUL, order)
+        self.empty = _first(self.empty, ranks.filter(is_empty), NUM_EMPTY, order)
+
+    def _doubts(self, rows: pa.Table) -> np.ndarray:
+        """Return one minus the IoU where a true mask is known, else the doubt score: float64 (N,)."""
+        doubts = doubt_scores(rows)
+        for i, key in enumerate(rows["key"].to_pylist() if self.ious else ()):
+            if key in self.ious:
+                doubts[i] = 1 - self.ious[key]
+        return doubts
+
+    @property
+    def sampled(self) -> list[str]:
+        """Return the keys of the first photos in the order of their content's hash."""
+        return list(self.first["key"].to_pylist())
+
+    @property
+    def doubtful(self) -> list[str]:
+        """Return the keys of the most doubtful photos, worst first."""
+        ranks = pa.concat_tables([self.vehicles, self.empty])
+        return list(ranks.sort_by([("doubt", "descending"), ("key", "ascending")])["key"].to_pylist()[:NUM_DOUBTFUL])
+
+
+def read_overview(masked: dataset.Dataset, num_sheet: int, ious: Mapping[str, float]) -> Overview:
+    """Return the overview of a masked dataset. Raise UserError if its rows are not all there."""
+    overview = Overview(num_sheet, ious)
+    for rows in masked.read_parts(COLUMNS):
+        overview.add(rows)
+    return overview
+
+
+def doubt_scores(rows: pa.Table) -> np.ndarray:
+    """Return the priority of photos for review, 0 to 1, float64 (N,); 1 without a vehicle. rows: with DOUBT_COLUMNS.
+
+    It is one minus the product of factors of trust, treated as independent probabilities that the mask is right: score,
+    stability, 0.6 if several vehicles are large, 0.9 if the vehicle touches the border, and the share of SMALL_AREA
+    that it covers. Null, for values that a detector does not give, counts as 1.
+    """
+    several, border = (rows[name].fill_null(False).to_numpy() for name in ("several_vehicles", "touches_border"))
+    trust = _factor(rows["score"]) * _factor(rows["stability"])
+    trust *= np.where(several, 0.6, 1.0) * np.where(border, 0.9, 1.0)
+    trust *= np.minimum(1.0, _factor(pc.divide(rows["area_fraction"].cast(pa.float64()), SMALL_AREA)))
+    return np.where(pc.equal(rows["outcome"], "no_vehicle").to_numpy(), 1.0, 1.0 - trust)
+
+
+def _factor(values: pa.ChunkedArray) -> np.ndarray:
+    """Return a column as float64, null as 1."""
+    factors: np.ndarray = values.cast(pa.float64()).fill_null(1.0).to_numpy()
+    return factors
+
+
+def _first(kept: pa.Table, added: pa.Table, number: int, order: list[tuple[str, str]]) -> pa.Table:
+    """Return the first rows of both tables, sorted."""
+    rows = pa.concat_tables([kept, added])
+    return rows.take(pc.select_k_unstable(rows, number, order)).combine_chunks()
+
+
+def _no_counts() -> np.ndarray:
+    return np.zeros(NUM_BINS, np.int64)
