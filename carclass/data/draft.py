@@ -19,6 +19,7 @@ from carclass.data.changes import Correction, ReadImageIds
 from carclass.data.dataset import SPLITS, Dataset, read_part, to_json
 from carclass.data.inventory import Inventory, chunks
 from carclass.data.lease import Lease
+from carclass.data.publishing import WrittenPart
 from carclass.data.quarantine import Reason
 from carclass.errors import UserError
 from carclass.progress import Progress
@@ -172,6 +173,13 @@ class Draft:
     def restore(self, paths: Iterable[str]) -> None:
         """Take written files as current, also one that has the rows, and so the name, of one that was set aside."""
         self.discarded.difference_update(paths)
+
+    def record(self, parts: Iterable[WrittenPart]) -> None:
+        """Record files as they are written; their rows count after the next `sync`."""
+        for part in parts:
+            self.restore([part.path])
+            if not self.inventory.has_part(part.path):
+                self.inventory.add_part(*part)
 
     def _delete(self, paths: Iterable[str]) -> None:
         """Delete files. Raise UserError if the draft is no longer this job's."""

@@ -240,6 +240,10 @@ class Inventory:
         """Return the recorded files, sorted by path, with the hash of their content."""
         return dict(self.query("SELECT path, content FROM part ORDER BY path"))
 
+    def has_part(self, path: str) -> bool:
+        """Return True if a file is recorded."""
+        return next(self.query("SELECT 1 FROM part WHERE path = ?", path), None) is not None
+
     def add_part(self, path: str, rows: pa.Table, content: str) -> None:
         """Record a file, the hash of its content and its rows, columns of WRITTEN.
 

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from carclass import storage
@@ -34,6 +35,26 @@ class WrittenPart(NamedTuple):
     path: str  # below the dataset's URI
     rows: pa.Table  # columns of inventory.WRITTEN, as far as the file has them
     content: str  # see `content_digest`
+
+
+RECORDS = pa.schema([(name, pa.string()) for name in ("path", "content", *WRITTEN)])
+"""WrittenPart as a table, with a row for each of its rows, which tasks return so that no file is read again."""
+
+
+def to_records(part: WrittenPart) -> pa.Table:
+    """Return a written file as rows of RECORDS."""
+    size = len(part.rows)
+    columns = {name: part.rows[name].cast(pa.string()) for name in part.rows.column_names}
+    for name, value in (("path", part.path), ("content", part.content)):
+        columns[name] = pa.array([value] * size, pa.string())
+    return pa.table([columns.get(name, pa.nulls(size, pa.string())) for name in RECORDS.names], schema=RECORDS)
+
+
+def from_records(records: pa.Table) -> Iterator[WrittenPart]:
+    """Yield the written files of rows with the columns of RECORDS."""
+    for path in records["path"].unique().to_pylist():
+        rows = records.filter(pc.equal(records["path"], path))
+        yield WrittenPart(path, rows.select(WRITTEN), rows["content"][0].as_py())
 
 
 def write_rows(uri: str, folder: str, rows: Sequence[dict[str, Any]], settings: dict[str, Any]) -> WrittenPart:

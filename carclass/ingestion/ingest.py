@@ -131,8 +131,7 @@ def _write_inputs(draft: Draft, settings: IngestSettings) -> None:
     rejected = (quarantine.quarantine_row(*row) for row in draft.inventory.rejected_inputs())
     for rows in chunks(rejected, QUARANTINE_ROWS):
         part = publishing.write_rows(draft.uri, "quarantine", rows, draft.settings)
-        draft.restore([part.path])
-        draft.inventory.add_part(*part)
+        draft.record([part])
 
 
 def _write_pending_photos(draft: Draft, settings: IngestSettings) -> None:
@@ -146,9 +145,7 @@ def _write_pending_photos(draft: Draft, settings: IngestSettings) -> None:
     write = partial(write_photos, uri=draft.uri, settings=settings, identity=draft.settings, run=crash_guard.run)
     with PhotoMeter("ingest", total) as meter:
         for written in run_tasks(write, batches, crash_guard.count_crashes):
-            draft.restore(part.path for part in written)
-            for part in written:
-                inventory.add_part(*part)
+            draft.record(written)
             meter.add(_column(written, "split"), _column(written, "reason"))
 
 

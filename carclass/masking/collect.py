@@ -1,6 +1,6 @@
 """Collection of a masked dataset's report and contact sheet."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,9 +8,8 @@ import numpy as np
 from carclass import storage
 from carclass.data import dataset, photo
 from carclass.formatting import percent_text
-from carclass.masking import quality
 from carclass.masking.contact_sheet import MaskedPhoto, draw_contact_sheet, shrink_photo
-from carclass.masking.overview import DOUBT_COLUMNS, Overview, read_overview
+from carclass.masking.overview import DOUBT_COLUMNS, Overview
 from carclass.masking.report import MaskingReport, histogram, render
 from carclass.masking.rle import decode_mask
 
@@ -21,16 +20,9 @@ PHOTO_COLUMNS = (
 )  # fmt: skip
 
 
-def write_report(
-    masked: dataset.Dataset, source: dataset.Dataset, truth: str | None, *, num_sheet: int = NUM_SHEET
-) -> None:
-    """Write report.html and contact_sheet.jpg of a masked dataset.
-
-    source: the unmasked dataset; truth: URI of a COCO file with true masks, by which photos are then ranked; num_sheet:
-    photos on the sheet, chosen by content.
-    """
-    ious = {} if truth is None else quality.ious(masked, truth, source=source)
-    overview = read_overview(masked, num_sheet, ious)
+def write_report(masked: dataset.Dataset, source: dataset.Dataset, overview: Overview) -> None:
+    """Write report.html and contact_sheet.jpg of a masked dataset. source: the unmasked dataset."""
+    ious = overview.ious
     photos = _masked_photos(masked, source, list({*overview.sampled, *overview.doubtful}), ious)
     sheet = [photos[key] for key in overview.sampled]
     report = _report(masked, overview, doubtful=[photos[key] for key in overview.doubtful], sheet=sheet)
@@ -39,7 +31,7 @@ def write_report(
 
 
 def _masked_photos(
-    masked: dataset.Dataset, source: dataset.Dataset, keys: Sequence[str], ious: dict[str, float]
+    masked: dataset.Dataset, source: dataset.Dataset, keys: Sequence[str], ious: Mapping[str, float]
 ) -> dict[str, MaskedPhoto]:
     """Return the photos of these keys, at the size of a panel."""
     originals = {row["key"]: row["image"] for row in source.rows(keys, ["image"])}
@@ -47,7 +39,7 @@ def _masked_photos(
     return {row["key"]: shrink_photo(_masked_photo(row, originals[row["key"]], ious)) for row in rows}
 
 
-def _masked_photo(row: dict[str, Any], original: bytes, ious: dict[str, float]) -> MaskedPhoto:
+def _masked_photo(row: dict[str, Any], original: bytes, ious: Mapping[str, float]) -> MaskedPhoto:
     mask = row["mask"]
     return MaskedPhoto(
         key=row["key"],
@@ -62,7 +54,7 @@ def _masked_photo(row: dict[str, Any], original: bytes, ious: dict[str, float]) 
     )
 
 
-def _notes(row: dict[str, Any], ious: dict[str, float]) -> list[str]:
+def _notes(row: dict[str, Any], ious: Mapping[str, float]) -> list[str]:
     notes = [f"IoU {ious[row['key']]:.2f}"] if row["key"] in ious else []
     if row["outcome"] == "no_vehicle":
         return notes
@@ -87,7 +79,7 @@ def _report(masked: dataset.Dataset, overview: Overview, **pictures: list[Masked
         outcomes=manifest["outcomes"],
         quarantined=manifest["reasons"],
         flags=dict(overview.flags),
-        classes=dict(overview.classes.most_common()),
+        classes=dict(sorted(overview.classes.items(), key=lambda item: (-item[1], item[0]))),
         scores=overview.histograms["score"].tolist(),
         areas=overview.histograms["area_fraction"].tolist(),
         stabilities=overview.histograms["stability"].tolist(),

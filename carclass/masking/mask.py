@@ -28,6 +28,7 @@ from carclass.errors import UserError
 from carclass.masking import collect, networks, quality, selection
 from carclass.masking.detect import DetectPhotos, detector_batch_size, fetch_and_decode, reading_window
 from carclass.masking.detector import Detector
+from carclass.masking.overview import Overview, read_overview
 from carclass.masking.writer import write_batch
 
 log = logging.getLogger(__name__)
@@ -54,9 +55,9 @@ def mask_dataset(root: str, settings: MaskSettings, *, update: bool = False) -> 
             assert published is not None
             log.info("mask: dataset %s is published, nothing to do", settings.dataset)
             return published
-        complete = _write_dataset(draft, source, settings)
+        complete, overview = _write_dataset(root, draft, source, settings)
         quarantine.check_quarantined(complete.manifest, settings.max_quarantined, "mask.max_quarantined")
-        collect.write_report(complete, source, quality.resolve_truth(root, settings))
+        collect.write_report(complete, source, overview)
         published = draft.publish(complete)
         quarantine.log_counts("mask", published.manifest)
         return published
@@ -71,10 +72,8 @@ def preview_masks(root: str, settings: MaskSettings, num_photos: int) -> str:
         draft = Draft(uri, _identity(settings, source), inventory, lease=lease)
         draft.delete_outdated([])
         _add_inputs(inventory, source, num_photos)
-        complete = _write_dataset(draft, source, settings)
-        collect.write_report(
-            complete, source, quality.resolve_truth(root, settings), num_sheet=complete.manifest["rows"]
-        )
+        complete, overview = _write_dataset(root, draft, source, settings, num_photos)
+        collect.write_report(complete, source, overview)
         draft.delete_outdated([])
     return uri
 
@@ -155,22 +154,29 @@ def _add_inputs(inventory: Inventory, source: dataset.Dataset, limit: int | None
     inventory.add_numbered_inputs((row.number, row.key, row.image_id, row.label, row.split) for row in rows)
 
 
-def _write_dataset(draft: Draft, source: dataset.Dataset, settings: MaskSettings) -> dataset.Dataset:
-    """Write what is missing in the draft and return the complete dataset, which is not published yet."""
+def _write_dataset(
+    root: str, draft: Draft, source: dataset.Dataset, settings: MaskSettings, num_sheet: int = collect.NUM_SHEET
+) -> tuple[dataset.Dataset, Overview]:
+    """Write what is missing in the draft, and return the complete dataset, not published yet, with its overview.
+
+    num_sheet: photos on the contact sheet.
+    """
     connection.connect({"root": draft.uri})
     draft.begin()
     draft.reconcile()
     draft.write_missing(lambda: _write_pending(draft, source, settings))
-    parts = [path for path in draft.inventory.contents() if path.startswith("parts/")]
-    outcomes = publishing.read_written(draft.uri, "parts", ["outcome"], parts)["outcome"].value_counts().to_pylist()
     facts = {
         "kind": "masked",
-        "outcomes": dict(sorted((row["values"], row["counts"]) for row in outcomes)),
         "source_digest": source.digest,
         # For predictions: the identity holds only their hash.
         "detector_weights": settings.detector.weights,
     }
-    return draft.complete(source.classes, facts)
+    complete = draft.complete(source.classes, facts)
+    truth = quality.resolve_truth(root, settings)
+    ious = {} if truth is None else quality.ious(complete, truth, source=source)
+    overview = read_overview(complete, num_sheet, ious, run_tasks)
+    outcomes = {"outcomes": dict(sorted(overview.outcomes.items()))}
+    return dataset.Dataset(complete.uri, complete.manifest | outcomes), overview
 
 
 def _write_pending(draft: Draft, source: dataset.Dataset, settings: MaskSettings) -> None:
@@ -208,5 +214,5 @@ def _write_pending(draft: Draft, source: dataset.Dataset, settings: MaskSettings
     with PhotoMeter("mask", inventory.count_pending()) as meter:
         for summary in written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             assert isinstance(summary, pa.Table)
-            draft.restore(summary["path"].to_pylist())
+            draft.record(publishing.from_records(summary))
             meter.add(summary["outcome"].drop_null().to_pylist(), summary["reason"].drop_null().to_pylist())

@@ -1,13 +1,15 @@
 """Counts of a masked dataset, and the photos that its report shows, collected part by part in little memory."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from carclass import storage
 from carclass.data import dataset
 from carclass.masking.report import FLAGS, NUM_BINS, SMALL_AREA, histogram
 
@@ -17,7 +19,12 @@ DOUBT_COLUMNS = ("outcome", "score", "stability", "several_vehicles", "touches_b
 COLUMNS = ("image_id", "key", "vehicle_class", *DOUBT_COLUMNS)
 MEASURES = ("score", "area_fraction", "stability")
 FIRST = pa.schema([dataset.ROW.field(name) for name in ("image_id", "key")])
+WORST_FIRST = [("doubt", "descending"), ("key", "ascending")]
 RANKS = pa.schema([("doubt", pa.float64()), ("key", pa.string())])
+
+PARTS_PER_TASK = 512
+Parts = Sequence[dataset.Part]
+RunTasks = Callable[[Callable[[Parts], "Overview"], Iterable[Parts]], Iterable["Overview"]]
 
 
 @dataclass
@@ -28,6 +35,8 @@ class Overview:
     """Photos to choose by content."""
     ious: Mapping[str, float]
     """IoU with the true mask by key, as far as known."""
+    num_rows: int = 0
+    outcomes: Counter[str] = field(default_factory=Counter)
     flags: Counter[str] = field(default_factory=Counter)
     classes: Counter[str] = field(default_factory=Counter)
     histograms: dict[str, np.ndarray] = field(default_factory=lambda: {name: _no_counts() for name in MEASURES})
@@ -37,18 +46,41 @@ class Overview:
 
     def add(self, rows: pa.Table) -> None:
         """Add rows with COLUMNS."""
-        self.flags.update({flag: pc.sum(rows[flag]).as_py() or 0 for flag in FLAGS})
-        for row in rows["vehicle_class"].drop_null().value_counts().to_pylist():
-            self.classes[row["values"]] += row["counts"]
-        for name, counts in self.histograms.items():
-            counts += np.array(histogram(rows[name].drop_null().to_numpy()))
-        order = [("image_id", "ascending"), ("key", "ascending")]
-        self.first = _first(self.first, rows.select(FIRST.names), self.num_sheet, order)
         ranks = pa.table([self._doubts(rows), rows["key"]], schema=RANKS)
         is_empty = pc.equal(rows["outcome"], "no_vehicle")
-        order = [("doubt", "descending"), ("key", "ascending")]
-        self.vehicles = _first(self.vehicles, ranks.filter(pc.invert(is_empty)), NUM_DOUBTFUL, order)
-        self.empty = _first(self.empty, ranks.filter(is_empty), NUM_EMPTY, order)
+        self._count(
+            len(rows),
+            _count_values(rows["outcome"]),
+            Counter({flag: pc.sum(rows[flag]).as_py() or 0 for flag in FLAGS}),
+            _count_values(rows["vehicle_class"]),
+            {name: np.array(histogram(rows[name].drop_null().to_numpy())) for name in MEASURES},
+        )
+        self._choose(rows.select(FIRST.names), ranks.filter(pc.invert(is_empty)), ranks.filter(is_empty))
+
+    def merge(self, other: "Overview") -> None:
+        """Add the rows of another overview with the same parameters."""
+        self._count(other.num_rows, other.outcomes, other.flags, other.classes, other.histograms)
+        self._choose(other.first, other.vehicles, other.empty)
+
+    def _count(
+        self,
+        num_rows: int,
+        outcomes: Counter[str],
+        flags: Counter[str],
+        classes: Counter[str],
+        histograms: Mapping[str, np.ndarray],
+    ) -> None:
+        self.num_rows += num_rows
+        self.outcomes.update(outcomes)
+        self.flags.update(flags)
+        self.classes.update(classes)
+        for name, counts in histograms.items():
+            self.histograms[name] += counts
+
+    def _choose(self, first: pa.Table, vehicles: pa.Table, empty: pa.Table) -> None:
+        self.first = _first(self.first, first, self.num_sheet, [("image_id", "ascending"), ("key", "ascending")])
+        self.vehicles = _first(self.vehicles, vehicles, NUM_DOUBTFUL, WORST_FIRST)
+        self.empty = _first(self.empty, empty, NUM_EMPTY, WORST_FIRST)
 
     def _doubts(self, rows: pa.Table) -> np.ndarray:
         """Return one minus the IoU where a true mask is known, else the doubt score: float64 (N,)."""
@@ -67,13 +99,29 @@ class Overview:
     def doubtful(self) -> list[str]:
         """Return the keys of the most doubtful photos, worst first."""
         ranks = pa.concat_tables([self.vehicles, self.empty])
-        return list(ranks.sort_by([("doubt", "descending"), ("key", "ascending")])["key"].to_pylist()[:NUM_DOUBTFUL])
+        return list(ranks.sort_by(WORST_FIRST)["key"].to_pylist()[:NUM_DOUBTFUL])
 
 
-def read_overview(masked: dataset.Dataset, num_sheet: int, ious: Mapping[str, float]) -> Overview:
-    """Return the overview of a masked dataset. Raise UserError if its rows are not all there."""
+def read_overview(
+    masked: dataset.Dataset, num_sheet: int, ious: Mapping[str, float], run_tasks: RunTasks = map
+) -> Overview:
+    """Return the overview of a masked dataset. Raise UserError if its rows are not all there.
+
+    run_tasks: how to summarize PARTS_PER_TASK parts each, if there are more; not with true masks, as these are in
+    memory.
+    """
+    summarize = partial(_summarize, num_sheet=num_sheet, ious=ious)
+    chunks = [masked.parts[i : i + PARTS_PER_TASK] for i in range(0, len(masked.parts), PARTS_PER_TASK)]
     overview = Overview(num_sheet, ious)
-    for rows in masked.read_parts(COLUMNS):
+    for other in (map if ious or len(chunks) == 1 else run_tasks)(summarize, chunks):
+        overview.merge(other)
+    masked.check_rows(overview.num_rows)
+    return overview
+
+
+def _summarize(parts: Parts, num_sheet: int, ious: Mapping[str, float]) -> Overview:
+    overview = Overview(num_sheet, ious)
+    for rows in storage.in_parallel(lambda part: part.read(COLUMNS).replace_schema_metadata(), parts):
         overview.add(rows)
     return overview
 
@@ -102,6 +150,10 @@ def _first(kept: pa.Table, added: pa.Table, number: int, order: list[tuple[str, 
     """Return the first rows of both tables, sorted."""
     rows = pa.concat_tables([kept, added])
     return rows.take(pc.select_k_unstable(rows, number, order)).combine_chunks()
+
+
+def _count_values(values: pa.ChunkedArray) -> Counter[str]:
+    return Counter({row["values"]: row["counts"] for row in values.drop_null().value_counts().to_pylist()})
 
 
 def _no_counts() -> np.ndarray:

@@ -23,8 +23,8 @@ DETECTED = pa.schema([*dataset.MASKED_ROW, *FAILURE, ("grid", pa.binary())])
 """Rows of detections; `grid`: the mask as detected, see Detection. `mask` and what is measured on it are null."""
 OF_VEHICLES = [name for name in dataset.DETECTION.names if not name.startswith("source_")]
 """Columns that are null without a vehicle, but for the outcome and the number of vehicles."""
-SUMMARY = pa.schema([("outcome", pa.string()), ("reason", pa.string()), ("path", pa.string())])
-"""Result of a written photo: its outcome, or the reason of its quarantine, and the path of its part."""
+SUMMARY = pa.schema([*publishing.RECORDS, ("outcome", pa.string())])
+"""Result of a written photo: the record of its row, and its outcome, null for one in quarantine."""
 
 
 def write_batch(batch: pa.Table, uri: str, settings: MaskSettings, identity: dict[str, Any]) -> pa.Table:
@@ -32,21 +32,22 @@ def write_batch(batch: pa.Table, uri: str, settings: MaskSettings, identity: dic
 
     There are several parts if photos are large.
     """
-    summary: list[dict[str, str]] = []
+    summary = [SUMMARY.empty_table()]
     for group in publishing.split_by_bytes(cut_rows(batch, settings)):
         photos = [row for row in group if row["reason"] is None]
         rejected = [row for row in group if row["reason"] is not None]
-        for folder, schema, written, result in (
-            ("parts", dataset.MASKED_ROW, photos, "outcome"),
-            ("quarantine", dataset.QUARANTINE, rejected, "reason"),
+        for folder, schema, written in (
+            ("parts", dataset.MASKED_ROW, photos),
+            ("quarantine", dataset.QUARANTINE, rejected),
         ):
             if written:
                 table = pa.Table.from_pylist(written, schema)
                 # A masked photo is masked again if its source photo is replaced.
                 table = table.append_column("fingerprint", table["image_id"])
-                path = publishing.write_part(uri, folder, table, identity).path
-                summary += [{result: row[result], "path": path} for row in written]
-    return pa.Table.from_pylist(summary, SUMMARY)
+                records = publishing.to_records(publishing.write_part(uri, folder, table, identity))
+                outcomes = table["outcome"] if folder == "parts" else pa.nulls(len(table), pa.string())
+                summary.append(records.append_column(SUMMARY.field("outcome"), outcomes))
+    return pa.concat_tables(summary)
 
 
 def cut_rows(batch: pa.Table, settings: MaskSettings) -> Iterator[dict[str, Any]]:

@@ -13,7 +13,7 @@ from carclass import storage
 from carclass.cluster import connection
 from carclass.cluster.telemetry import PhotoMeter
 from carclass.config.schema import PredictSettings
-from carclass.data import changes, quarantine, streaming
+from carclass.data import changes, publishing, quarantine, streaming
 from carclass.data.draft import Draft
 from carclass.data.inventory import Inventory
 from carclass.data.lease import hold_lease
@@ -151,6 +151,7 @@ def _predict_pending(draft: Draft, job: PredictionJob) -> None:
     written = map(write, predict_here(draft, job)) if is_small else _stream_written(draft, job, write)
     with PhotoMeter("predict", draft.inventory.count_pending()) as meter:
         for summary in written:
+            draft.record(publishing.from_records(summary))
             rejected = summary["rejected"].drop_null().to_pylist()
             outcomes = ["rejected" if is_rejected else "accepted" for is_rejected in rejected]
             meter.add(outcomes, summary["reason"].drop_null().to_pylist())

@@ -161,12 +161,12 @@ def prediction_columns(probabilities: np.ndarray, classes: Sequence[str], thresh
 
 
 def write_batch(batch: pa.Table, uri: str, settings: dict[str, Any]) -> pa.Table:
-    """Write rows of PREDICTED as a part and their thumbnails as another, and return `rejected` and `reason`."""
+    """Write rows of PREDICTED as a part, thumbnails as another, and return publishing.RECORDS with `rejected`."""
     pictures = [name for name in ("photo", "cutout") if name in batch.column_names]
-    publishing.write_part(uri, "parts", batch.drop(pictures), settings)
+    part = publishing.write_part(uri, "parts", batch.drop(pictures), settings)
     if pictures and len(shown := batch.filter(pc.is_valid(batch["photo"]))):
         publishing.write_part(uri, "thumbnails", shown.select(THUMBNAIL.names), settings)
-    return batch.select(["rejected", "reason"])
+    return publishing.to_records(part).append_column("rejected", batch["rejected"])
 
 
 def write_unread(uri: str, inventory: Inventory, settings: dict[str, Any]) -> None:

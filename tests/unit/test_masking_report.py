@@ -231,10 +231,13 @@ def index_of(num_rows: int) -> pa.Table:
 
 
 def overview_of(index: pa.Table, ious: dict[str, float], num_parts: int) -> Overview:
-    """Return the overview of rows in several parts."""
+    """Return the overview of rows in several parts, each other one added by another process."""
     overview, size = Overview(7, ious), -(-len(index) // num_parts)
-    for start in range(0, len(index), size):
+    for start in range(0, len(index), 2 * size):
+        other = Overview(7, ious)
         overview.add(index.slice(start, size))
+        other.add(index.slice(start + size, size))
+        overview.merge(other)
     return overview
 
 
@@ -253,6 +256,8 @@ def test_the_counts_of_parts_are_those_of_all_rows():
     index = index_of(1000)
     whole, parts = overview_of(index, {}, 1), overview_of(index, {}, 9)
     assert whole.sampled == parts.sampled == sorted(index["key"].to_pylist(), reverse=True)[:7]
+    assert whole.num_rows == parts.num_rows == 1000
+    assert whole.outcomes == parts.outcomes == {"vehicle": 900, "no_vehicle": 100}
     assert whole.flags == parts.flags
     assert whole.classes == parts.classes == {"car": 600, "truck": 300}
     for name, counts in whole.histograms.items():

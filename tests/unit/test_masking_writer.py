@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from carclass.config.schema import DetectorSettings, MaskSettings
+from carclass.config.schema import DetectorSettings, ExcludeSettings, MaskSettings
 from carclass.data import dataset, photo, publishing, streaming
 from carclass.masking.detect import (
     CPU_BATCH,
@@ -80,6 +80,23 @@ def test_large_masked_photos_are_written_in_several_parts(
     monkeypatch.setattr(publishing, "PART_BYTES", 1)
     assert len(write_batch(detected, str(tmp_path), SETTINGS, {})) == NUM_PHOTOS
     assert len(publishing.list_parts(str(tmp_path))) == NUM_PHOTOS
+
+
+def test_writers_return_the_rows_that_would_be_read_from_their_files(
+    detected: pa.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(publishing, "PART_BYTES", 1)
+    limit = float(np.median(detected["area_fraction"].to_numpy()))
+    settings = SETTINGS.model_copy(update={"exclude": ExcludeSettings(min_area_fraction=limit)})
+    records = write_batch(detected, str(tmp_path), settings, {})
+    written = {part.path: part for part in publishing.from_records(records)}
+    assert sorted(written) == publishing.list_parts(str(tmp_path))
+    assert {path.split("/")[0] for path in written} == {"parts", "quarantine"}
+    for path, part in written.items():
+        read = publishing.read_written_columns(str(tmp_path), path)
+        assert read is not None
+        assert part.content.encode() == read.schema.metadata[dataset.CONTENT_KEY]
+        assert part.rows.select(read.column_names).to_pylist() == read.to_pylist()
 
 
 def test_detectors_on_gpus_get_fewer_photos_if_these_are_large():
