@@ -45,7 +45,7 @@ format: $(INSTALLED) ## apply the fixes of ruff
 	$(PY) -m ruff format
 
 bench: $(INSTALLED) ## every benchmark that runs on the sample
-	set -e; for name in ingest memory nodes rows tune scale; do $(PY) jobs/benchmark.py $$name; done
+	set -e; for name in ingest memory nodes parts rows tune scale; do $(PY) jobs/benchmark.py $$name; done
 	@echo "Not run: masking, frozen, train, epochs and predict need --photos and --weights (python jobs/benchmark.py --help)."
 
 docs: $(INSTALLED) ## docs/configuration.md from the schema

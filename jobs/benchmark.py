@@ -15,6 +15,7 @@
   python jobs/benchmark.py scale
   python jobs/benchmark.py nodes
   python jobs/benchmark.py rows
+  python jobs/benchmark.py parts
   python jobs/benchmark.py gpu --photos DIR --weights DIR
 
 ingest   photos into a published dataset, against a PIL loop on one core
@@ -29,6 +30,7 @@ predict  jobs/predict.py on new photos, masked and not, against both networks on
 scale    keys listed and ingested from an S3 server, 10,000 to a million: rates and peak memory
 nodes    a head with 1,000 registered nodes that run no code: seconds of scheduling, memory of the head
 rows     what drivers do over the rows of a dataset: seconds and peak memory
+parts    what drivers do for each part of a dataset, of 15,000 to 1.5 million parts: seconds and peak memory
 gpu      one GPU in ten minutes: training against timm (of the development packages) and a plain script, and masking
 """
 
@@ -44,27 +46,10 @@ from carclass.errors import UserError
 from carclass.formatting import number_text
 
 NAMES = (
-    "epochs",
-    "frozen",
-    "gpu",
-    "ingest",
-    "masking",
-    "memory",
-    "nodes",
-    "predict",
-    "rows",
-    "scale",
-    "train",
-    "tune",
-    "workers",
-)
-IN_PROCESS = {
-    "epochs": "epochs",
-    "frozen": "frozen",
-    "gpu": "gpu",
-    "masking": "masking_in_process",
-    "train": "train_in_process",
-}
+    "epochs", "frozen", "gpu", "ingest", "masking", "memory", "nodes", "parts", "predict", "rows", "scale", "train",
+    "tune", "workers",
+)  # fmt: skip
+IN_PROCESS = {"epochs": "epochs", "frozen": "frozen", "masking": "masking_in_process", "train": "train_in_process"}
 """Modules of benchmarks with --in-process."""
 READS_JOBS = ("memory", "scale", "tune")
 """Benchmarks that run jobs or read their experiment files."""

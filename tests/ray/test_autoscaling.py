@@ -134,6 +134,29 @@ def test_tasks_for_which_no_node_starts_end_with_the_reason(autoscaled):  # the 
     assert "`a task` needs 1 CPU(s); they did not start within" in done.stderr
 
 
+POOLED = """
+import time
+import ray.data
+from carclass.cluster.actor_pools import plan_pool
+pool = plan_pool(None, 10_000, "mask", use_gpu=True, task_cpus=0.25)
+class Work:
+    def __call__(self, batch):
+        time.sleep(1)
+        return {"node": [ray.get_runtime_context().get_node_id()]}
+rows = ray.data.range(60, override_num_blocks=60).map_batches(Work, batch_size=1, **pool.options())
+used = {row["node"] for row in pool.configure(rows).iter_rows()}
+labels = {node["NodeID"]: node["Labels"]["carclass-work"] for node in ray.nodes()}
+print(json.dumps([pool.smallest, [labels[node] for node in used], sorted(set(labels.values()))]))
+"""
+
+
+def test_a_pool_gets_all_gpus_that_the_autoscaler_may_start_for_its_kind_of_work(autoscaled):  # the third
+    number, used, started = result(run(autoscaled, POOLED))
+    assert number == 2
+    assert used == ["mask", "mask"]
+    assert started == ["head", "mask"]
+
+
 PLACED = """
 try:
     assert resources.decide_gpus(None, {count}, "key", "{work}")

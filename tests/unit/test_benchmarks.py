@@ -13,7 +13,7 @@ from carclass.config.schema import AugmentationSettings, FrozenSettings, ModelSe
 from carclass.data import dataset
 from carclass.errors import UserError
 from carclass.models import resnet
-from carclass.tools.benchmarks import labelled, plain_training, rows, train_in_process
+from carclass.tools.benchmarks import labelled, parts, plain_training, rows, train_in_process
 from carclass.tools.benchmarks.timing import WARM_UP, ThroughputClock
 from carclass.training.dataloader import PhotoBlock, PhotoLoader, PhotoSamples
 from carclass.training.learner import step_rate
@@ -191,3 +191,9 @@ def test_the_summary_has_the_medians_of_the_turns():
     summary = train_in_process.summarise(rates, 10, frozen_settings())
     assert (summary["ours_vs_plain"], summary["ours_vs_plain_lowest"], summary["ours_vs_plain_highest"]) == (2, 1, 3)
     assert summary["share_outside_the_model"] == pytest.approx(0.2)
+
+
+def test_the_steps_of_the_benchmark_of_parts_lose_none(tmp_path: Path):
+    for step in ("record", "publish", "load", "report"):  # `positions` needs Ray
+        for _ in parts.STEPS[step](str(tmp_path), 600):
+            pass
