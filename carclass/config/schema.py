@@ -128,7 +128,7 @@ class MaskSettings(Section):
     cutout: CutoutSettings = CutoutSettings()
     exclude: ExcludeSettings = ExcludeSettings()
     num_actors: int | None = Field(None, ge=1)
-    """Number of detector actors; by default one per GPU, or one per CPU if there are no GPUs."""
+    """Number of detectors; by default one per GPU, also of nodes that join, or one per CPU if there are no GPUs."""
     use_gpu: bool | None = None
     """true or false; by default true if the cluster has a GPU."""
     batch_size: int = Field(8, ge=1)
