@@ -10,7 +10,8 @@ recognizes its finished parts by their settings and writes the missing ones.
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -80,6 +81,13 @@ class Part(NamedTuple):
     def read(self, columns: Sequence[str], filters: pc.Expression | None = None) -> pa.Table:
         """Read columns of the rows that pass the filters, see read_part."""
         return read_part(self.uri, columns, filters, self.content)
+
+
+class Place(NamedTuple):
+    """Place of a row."""
+
+    part: str  # URI
+    position: int  # in the part
 
 
 @dataclass(frozen=True)
@@ -175,12 +183,13 @@ class Dataset:
 
     def rows(self, keys: Sequence[str], columns: Sequence[str]) -> list[dict[str, Any]]:
         """Read a few rows in the order of the given keys, each as a dict of `key` and the columns."""
-        rows: dict[str, dict[str, Any]] = {}
-        for part in self.parts if keys else []:
-            part_keys = part.read(["key"])["key"].to_pylist()
-            positions = [i for i, key in enumerate(part_keys) if key in set(keys)]
-            if positions:  # avoid fetching the photos of other parts
-                rows |= {row["key"]: row for row in take_rows(part.uri, positions, ["key", *columns]).to_pylist()}
+        wanted, parts, places = pa.array(keys, pa.string()), self.parts if keys else [], dict[str, Place]()
+        for part, found in zip(parts, storage.in_parallel(lambda part: part.read(["key"])["key"], parts), strict=False):
+            positions = np.flatnonzero(pc.is_in(found, wanted).to_numpy()).tolist()
+            places |= {found[i].as_py(): Place(part.uri, i) for i in positions}
+            if len(places) == len(set(keys)):  # the other parts are not read
+                break
+        rows = rows_at(places, columns)
         return [rows[key] for key in keys]
 
 
@@ -274,6 +283,15 @@ def take_rows(part_uri: str, positions: Sequence[int], columns: Sequence[str]) -
         tables[group].slice(position - starts[group], 1) for group, position in zip(groups, positions, strict=True)
     )
     return with_plain_lists(rows.select(columns).replace_schema_metadata())
+
+
+def rows_at(places: Mapping[str, Place], columns: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Read a few rows at known places, each as a dict of `key` and the columns, by key."""
+    positions = defaultdict(list)
+    for place in places.values():
+        positions[place.part].append(place.position)
+    read = storage.in_parallel(lambda item: take_rows(*item, ["key", *columns]), positions.items())
+    return {row["key"]: row for table in read for row in table.to_pylist()}
 
 
 def dataset_uri(root: str, name: str) -> str:

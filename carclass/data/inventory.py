@@ -218,6 +218,10 @@ class Inventory:
         """Yield the numbers of photos that are not written yet, sorted."""
         return (number for (number,) in self.query(f"SELECT id {PENDING} ORDER BY id"))
 
+    def number(self, key: str) -> int:
+        """Return the number of an input."""
+        return int(next(self.query("SELECT id FROM input WHERE key = ?", key))[0])
+
     def rejected_inputs(self) -> Iterator[tuple[str, str, str, str | None]]:
         """Yield (key, reason, detail, fingerprint) of inputs that cannot become a row and are not in quarantine yet."""
         written = "SELECT 1 FROM written WHERE written.key = input.key"

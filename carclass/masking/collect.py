@@ -1,6 +1,6 @@
 """Collection of a masked dataset's report and contact sheet."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,23 +20,20 @@ PHOTO_COLUMNS = (
 )  # fmt: skip
 
 
-def write_report(masked: dataset.Dataset, source: dataset.Dataset, overview: Overview) -> None:
-    """Write report.html and contact_sheet.jpg of a masked dataset. source: the unmasked dataset."""
-    ious = overview.ious
-    photos = _masked_photos(masked, source, list({*overview.sampled, *overview.doubtful}), ious)
+def write_report(masked: dataset.Dataset, overview: Overview, originals: Mapping[str, dataset.Place]) -> None:
+    """Write report.html and contact_sheet.jpg of a masked dataset. originals: places of the chosen photos by key."""
+    photos = _masked_photos(overview, originals)
     sheet = [photos[key] for key in overview.sampled]
     report = _report(masked, overview, doubtful=[photos[key] for key in overview.doubtful], sheet=sheet)
     storage.write_bytes(storage.join(masked.uri, "contact_sheet.jpg"), draw_contact_sheet(sheet, report.title))
     storage.write_bytes(storage.join(masked.uri, "report.html"), render(report).encode())
 
 
-def _masked_photos(
-    masked: dataset.Dataset, source: dataset.Dataset, keys: Sequence[str], ious: Mapping[str, float]
-) -> dict[str, MaskedPhoto]:
-    """Return the photos of these keys, at the size of a panel."""
-    originals = {row["key"]: row["image"] for row in source.rows(keys, ["image"])}
-    rows = masked.rows(keys, PHOTO_COLUMNS)
-    return {row["key"]: shrink_photo(_masked_photo(row, originals[row["key"]], ious)) for row in rows}
+def _masked_photos(overview: Overview, originals: Mapping[str, dataset.Place]) -> dict[str, MaskedPhoto]:
+    """Return the chosen photos by key, at the size of a panel."""
+    images = dataset.rows_at(originals, ["image"])
+    rows = dataset.rows_at(overview.places, PHOTO_COLUMNS)
+    return {key: shrink_photo(_masked_photo(row, images[key]["image"], overview.ious)) for key, row in rows.items()}
 
 
 def _masked_photo(row: dict[str, Any], original: bytes, ious: Mapping[str, float]) -> MaskedPhoto:

@@ -8,6 +8,7 @@ photo does not depend on its batch, so a resumed job writes the same rows as an 
 
 import logging
 import sys
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -57,7 +58,7 @@ def mask_dataset(root: str, settings: MaskSettings, *, update: bool = False) -> 
             return published
         complete, overview = _write_dataset(root, draft, source, settings)
         quarantine.check_quarantined(complete.manifest, settings.max_quarantined, "mask.max_quarantined")
-        collect.write_report(complete, source, overview)
+        collect.write_report(complete, overview, _find_places(inventory, source, overview.places))
         published = draft.publish(complete)
         quarantine.log_counts("mask", published.manifest)
         return published
@@ -73,7 +74,7 @@ def preview_masks(root: str, settings: MaskSettings, num_photos: int) -> str:
         draft.delete_outdated([])
         _add_inputs(inventory, source, num_photos)
         complete, overview = _write_dataset(root, draft, source, settings, num_photos)
-        collect.write_report(complete, source, overview)
+        collect.write_report(complete, overview, _find_places(inventory, source, overview.places))
         draft.delete_outdated([])
     return uri
 
@@ -177,6 +178,14 @@ def _write_dataset(
     overview = read_overview(complete, num_sheet, ious, run_tasks)
     outcomes = {"outcomes": dict(sorted(overview.outcomes.items()))}
     return dataset.Dataset(complete.uri, complete.manifest | outcomes), overview
+
+
+def _find_places(inventory: Inventory, source: dataset.Dataset, keys: Iterable[str]) -> dict[str, dataset.Place]:
+    """Return the places of photos in the source by key, without reading it again."""
+    numbers = {inventory.number(key): key for key in keys}
+    places = streaming.positions_by_part(source, sorted(numbers))
+    ordered = (dataset.Place(part, position) for part, positions in places for position in positions)
+    return dict(zip((numbers[number] for number in sorted(numbers)), ordered, strict=True))
 
 
 def _write_pending(draft: Draft, source: dataset.Dataset, settings: MaskSettings) -> None:

@@ -18,10 +18,10 @@ NUM_DOUBTFUL, NUM_EMPTY = 50, 15
 DOUBT_COLUMNS = ("outcome", "score", "stability", "several_vehicles", "touches_border", "area_fraction")
 COLUMNS = ("image_id", "key", "vehicle_class", *DOUBT_COLUMNS)
 MEASURES = ("score", "area_fraction", "stability")
-FIRST = pa.schema([dataset.ROW.field(name) for name in ("image_id", "key")])
+PLACE = pa.schema([("key", pa.string()), ("part", pa.string()), ("position", pa.int64())])
+FIRST = pa.schema([dataset.ROW.field("image_id"), *PLACE])
+RANKS = pa.schema([("doubt", pa.float64()), *PLACE])
 WORST_FIRST = [("doubt", "descending"), ("key", "ascending")]
-RANKS = pa.schema([("doubt", pa.float64()), ("key", pa.string())])
-
 PARTS_PER_TASK = 512
 Parts = Sequence[dataset.Part]
 RunTasks = Callable[[Callable[[Parts], "Overview"], Iterable[Parts]], Iterable["Overview"]]
@@ -44,9 +44,10 @@ class Overview:
     vehicles: pa.Table = field(default_factory=RANKS.empty_table)
     empty: pa.Table = field(default_factory=RANKS.empty_table)
 
-    def add(self, rows: pa.Table) -> None:
-        """Add rows with COLUMNS."""
-        ranks = pa.table([self._doubts(rows), rows["key"]], schema=RANKS)
+    def add(self, rows: pa.Table, part: str = "") -> None:
+        """Add all rows of a part, with COLUMNS. part: its URI."""
+        places = [rows["key"], pa.array([part] * len(rows), pa.string()), np.arange(len(rows))]
+        ranks = pa.table([self._doubts(rows), *places], schema=RANKS)
         is_empty = pc.equal(rows["outcome"], "no_vehicle")
         self._count(
             len(rows),
@@ -55,7 +56,8 @@ class Overview:
             _count_values(rows["vehicle_class"]),
             {name: np.array(histogram(rows[name].drop_null().to_numpy())) for name in MEASURES},
         )
-        self._choose(rows.select(FIRST.names), ranks.filter(pc.invert(is_empty)), ranks.filter(is_empty))
+        first = pa.table([rows["image_id"], *places], schema=FIRST)
+        self._choose(first, ranks.filter(pc.invert(is_empty)), ranks.filter(is_empty))
 
     def merge(self, other: "Overview") -> None:
         """Add the rows of another overview with the same parameters."""
@@ -101,6 +103,13 @@ class Overview:
         ranks = pa.concat_tables([self.vehicles, self.empty])
         return list(ranks.sort_by(WORST_FIRST)["key"].to_pylist()[:NUM_DOUBTFUL])
 
+    @property
+    def places(self) -> dict[str, dataset.Place]:
+        """Return the places of the chosen photos by key."""
+        tables = [table.select(PLACE.names) for table in (self.first, self.vehicles, self.empty)]
+        rows = pa.concat_tables(tables).to_pylist()
+        return {row["key"]: dataset.Place(row["part"], row["position"]) for row in rows}
+
 
 def read_overview(
     masked: dataset.Dataset, num_sheet: int, ious: Mapping[str, float], run_tasks: RunTasks = map
@@ -111,7 +120,8 @@ def read_overview(
     memory.
     """
     summarize = partial(_summarize, num_sheet=num_sheet, ious=ious)
-    chunks = [masked.parts[i : i + PARTS_PER_TASK] for i in range(0, len(masked.parts), PARTS_PER_TASK)]
+    parts = masked.parts
+    chunks = [parts[i : i + PARTS_PER_TASK] for i in range(0, len(parts), PARTS_PER_TASK)]
     overview = Overview(num_sheet, ious)
     for other in (map if ious or len(chunks) == 1 else run_tasks)(summarize, chunks):
         overview.merge(other)
@@ -121,8 +131,9 @@ def read_overview(
 
 def _summarize(parts: Parts, num_sheet: int, ious: Mapping[str, float]) -> Overview:
     overview = Overview(num_sheet, ious)
-    for rows in storage.in_parallel(lambda part: part.read(COLUMNS).replace_schema_metadata(), parts):
-        overview.add(rows)
+    tables = storage.in_parallel(lambda part: part.read(COLUMNS).replace_schema_metadata(), parts)
+    for part, rows in zip(parts, tables, strict=True):
+        overview.add(rows, part.uri)
     return overview
 
 

@@ -264,6 +264,18 @@ def test_the_counts_of_parts_are_those_of_all_rows():
         assert counts.tolist() == parts.histograms[name].tolist() == histogram(index[name].drop_null().to_numpy())
 
 
+def test_chosen_photos_have_their_places():
+    index, overview = index_of(1000), Overview(7, {})
+    for part in range(4):
+        overview.add(index.slice(250 * part, 250), f"part {part}")
+    assert overview.places.keys() == {*overview.sampled, *overview.vehicles["key"].to_pylist()} | {
+        *overview.empty["key"].to_pylist()
+    }
+    keys = index["key"].to_pylist()
+    for key, (part, position) in overview.places.items():
+        assert keys[250 * int(part[-1]) + position] == key
+
+
 def test_choosing_doubtful_photos_takes_no_memory_per_photo():
     index = index_of(50_000)
     tracemalloc.start()
