@@ -12,6 +12,7 @@ photo does not depend on its batch, and a resumed job predicts the same as an un
 import logging
 from collections.abc import Iterator
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -250,8 +251,8 @@ class DetectAndClassifyPhotos:
         """Detect in the whole batch; cut out in threads, while the GPU waits; classify."""
         detected = self.detector(batch)
         slices = [detected.slice(start, CUT_ROWS) for start in range(0, len(detected), CUT_ROWS)]
-        groups = storage.in_parallel(lambda rows: pa.concat_tables(self.cut(rows)), slices)
-        yield self.classifier(pa.concat_tables(groups))
+        groups = storage.in_parallel(lambda rows: list(self.cut(rows)), slices)
+        yield self.classifier(pa.concat_tables([CLASSIFIER_INPUT.empty_table(), *chain.from_iterable(groups)]))
 
 
 def _add_columns(row: dict[str, Any], result: dict[str, Any] | PhotoError) -> dict[str, Any]:

@@ -123,3 +123,15 @@ def test_a_few_masked_photos_are_counted_one_by_one(
     assert "predict: masking and classifying 3 photos" in caplog.messages
     assert [line.split(",")[0] for line in caplog.messages[-3:]] == [f"predict: {i} of 3 photos" for i in (1, 2, 3)]
     assert pa.concat_tables(prepared).sort_by("key") == masked
+
+
+@pytest.mark.parametrize("repeats", [0, 1, 3])
+def test_an_actor_with_both_networks_gives_the_rows_of_two_actors(
+    read: pa.Table, mask: MaskSettings, masked: pa.Table, job: classify.PredictionJob, repeats: int
+):
+    decoded = classify.decode_valid(read, GUARD)
+    both = classify.DetectAndClassifyPhotos(job._replace(mask=mask), GUARD, use_gpu=False)
+    (rows,) = both(pa.concat_tables([decoded] * repeats) if repeats else decoded.slice(0, 0))
+    expected = classify.ClassifyPhotos(job, GUARD, use_gpu=False)(masked)
+    assert rows.schema == PREDICTED
+    assert rows.sort_by("key").to_pylist() == [row for row in expected.to_pylist() for _ in range(repeats)]
