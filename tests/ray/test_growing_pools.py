@@ -1,7 +1,7 @@
 """Actor pools of masking and prediction on nodes with a GPU each, which join and leave while a job runs.
 
 The GPUs exist for Ray only, and networks run on CPUs: this file, run as a script, is the driver of such a job. Actors
-log their nodes, and wait a second per batch, so that a job outlasts the changes of its cluster.
+log their nodes, and wait for seconds in each batch, so that a job outlasts the changes of its cluster.
 """
 
 import subprocess
@@ -151,7 +151,7 @@ def test_a_node_that_joins_gets_a_detector_and_one_that_leaves_is_done_without(
 
 def test_prediction_has_one_actor_per_gpu_also_of_a_node_that_joins(growing: GrowingCluster):
     growing.start("predict", "alone").end()
-    grown = growing.start("predict", "grown", pace=1)
+    grown = growing.start("predict", "grown", pace=12)  # batches of 64
     growing.wait_for_nodes(1, "predict", "grown", grown)
     growing.cluster.add_node()
     growing.wait_for_nodes(2, "predict", "grown", grown)
