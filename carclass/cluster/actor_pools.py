@@ -1,7 +1,8 @@
 """Actor pools with one actor per GPU, also on nodes that join while a job runs, or one per CPU.
 
-On labelled nodes all actors that the job deserves exist from its beginning; those that wait for a GPU are the demand
-that Ray's autoscaler sees. Elsewhere Ray Data adds an actor as soon as there is another GPU.
+Where a label tells how many nodes the autoscaler may start, all actors that the job deserves exist from its beginning;
+those that wait for a GPU are the demand that the autoscaler sees. Elsewhere Ray Data adds an actor as soon as there is
+another GPU.
 """
 
 import math
@@ -64,11 +65,10 @@ def plan_pool(requested: int | None, num_batches: int, work: str, *, use_gpu: bo
     available = max(1, resources.count_slots("GPU" if use_gpu else "CPU", 1, selector))
     smallest = largest = requested or max(1, min(available, num_batches))
     if use_gpu and requested is None:
-        possible = resources.count_possible_gpus(work)
-        if possible is None:
-            largest = max(smallest, num_batches)
-        else:
-            smallest = largest = max(smallest, min(possible, math.ceil(num_batches / BATCHES_PER_NODE)))
+        deserved = math.ceil(num_batches / BATCHES_PER_NODE) if selector else num_batches
+        if (possible := resources.count_possible_gpus(work)) is not None:
+            smallest = max(smallest, min(possible, deserved))
+        largest = smallest if possible is not None else max(smallest, deserved)
     return ActorPool(smallest, largest, use_gpu, selector, task_cpus)
 
 

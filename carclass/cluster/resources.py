@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import ray
-from ray._private.state import state
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from carclass.cluster import autoscaler
@@ -19,6 +18,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 WORK_LABEL = "carclass-work"
 """Node label with the kind of work (cluster/aws.yaml, kuberay.yaml); local clusters have none."""
+MAX_NODES_LABEL = "carclass-max-nodes"
+"""Node label with the largest number of nodes of its kind."""
 MASK, TRAIN = "mask", "train"
 GPU_WAIT_S = 60.0
 """Seconds to wait for a free GPU and a short task on it."""
@@ -103,19 +104,14 @@ def count_slots(resource: str, each: float, label: dict[str, str] | None = None)
 
 
 def count_possible_gpus(work: str) -> int | None:
-    """Count the GPUs of a kind of work's nodes when Ray's autoscaler has started all that it may; None if unknown.
+    """Count the GPUs of a kind of work when Ray's autoscaler has started all nodes that it may; None if unknown.
 
-    A group of nodes has the name of its kind of work (cluster/aws.yaml, kuberay.yaml); on clusters without labels all
-    groups count.
+    Ray does not tell; a node's label does, once there is one.
     """
-    config = state.get_cluster_config()
-    groups = [] if config is None else config.node_group_configs
-    if is_labelled():
-        groups = [group for group in groups if group.name == work]
-    counts = [(group.max_count, int(group.resources.get("GPU", 0))) for group in groups]
-    if any(nodes < 0 and gpus for nodes, gpus in counts):  # without a limit
-        return None
-    return sum(nodes * gpus for nodes, gpus in counts) or None
+    nodes = [node for node in _live_nodes() if node["Labels"].get(WORK_LABEL) == work]
+    known = [node for node in nodes if node["Labels"].get(MAX_NODES_LABEL, "").isdigit()]
+    counts = [int(node["Labels"][MAX_NODES_LABEL]) * int(node["Resources"].get("GPU", 0)) for node in known]
+    return max(counts, default=0) or None
 
 
 def object_store_bytes() -> int:

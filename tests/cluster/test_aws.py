@@ -232,6 +232,7 @@ def test_nodes_have_labels_with_work_and_price(launched: Launched):
     work = {name: each.labels["carclass-work"] for name, each in types.items()}
     assert work == {kind: kind for kind in TYPES}
     assert all(float(each.labels["usd-per-hour"]) > 0 for each in types.values())
+    assert int(types["mask"].labels["carclass-max-nodes"]) == types["mask"].max_worker_nodes
     for name in ("head", "mask", "read"):
         assert f'"carclass-work":"{name}","usd-per-hour":"' in "".join(launched.account.commands("ray start"))
 

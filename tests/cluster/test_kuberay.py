@@ -218,6 +218,10 @@ def test_a_group_has_its_own_nodes_and_labels(group: str):
     assert PODS[group]["metadata"]["labels"] == PODS["head"]["metadata"]["labels"]
 
 
+def test_the_largest_number_of_nodes_for_masking_is_on_their_label():
+    assert int(GROUPS["mask"]["labels"]["carclass-max-nodes"]) == GROUPS["mask"]["maxReplicas"]
+
+
 @pytest.mark.parametrize("group", ["mask", "train"])
 def test_a_group_with_gpus_tolerates_their_taint(group: str):
     assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in PODS[group]["spec"]["tolerations"]
