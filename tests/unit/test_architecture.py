@@ -37,6 +37,7 @@ LAYERS = (
 RAY_MODULES = {
     "cluster.actor_pools",
     "cluster.address",
+    "cluster.autoscaler",
     "cluster.connection",
     "cluster.job_submission",
     "cluster.resources",

@@ -86,7 +86,7 @@ def test_writers_return_the_rows_that_would_be_read_from_their_files(
     detected: pa.Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(publishing, "PART_BYTES", 1)
-    limit = float(np.median(detected["area_fraction"].to_numpy()))
+    limit = float(np.median([row["area_fraction"] for row in cut_rows(detected, SETTINGS)]))
     settings = SETTINGS.model_copy(update={"exclude": ExcludeSettings(min_area_fraction=limit)})
     records = write_batch(detected, str(tmp_path), settings, {})
     written = {part.path: part for part in publishing.from_records(records)}
