@@ -29,7 +29,7 @@ from tests.helpers.own_cluster import treated_as_own
 from tests.helpers.runs import publish_frozen_run
 
 REPO = Path(__file__).parents[2]
-pytestmark = pytest.mark.slow  # 200 s
+pytestmark = pytest.mark.slow  # 290 s
 MODEL = ModelSettings(architecture="resnet26-narrow", image_size=32)
 CONFIG = """
 root: {folder}/root
