@@ -326,7 +326,9 @@ def load_dataset(root: str, name: str) -> Dataset:
     if (published := find_dataset(root, name)) is not None:
         return published
     published_names = storage.list_folders(storage.join(root, "datasets"), "manifest.json")
-    hint = "" if published_names else first_step(root, "python jobs/ingest.py --config FILE")
+    hint = "Masked ones are made by `python jobs/mask.py --config FILE`."
+    if not published_names:
+        hint = first_step(root, "python jobs/ingest.py --config FILE")
     raise unknown_name("dataset", name, published_names, root, hint)
 
 
