@@ -3,7 +3,8 @@
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import ray.train
@@ -11,6 +12,7 @@ import ray.train.torch
 import torch
 from torch import distributed
 
+from carclass.progress import print_line
 from carclass.training.loop import StepSignal
 
 DRAIN_CHECK_SECONDS = 2.0
@@ -82,6 +84,34 @@ def listen_for_sigterm() -> None:
     """Treat SIGTERM as preemption from now on. For the main thread, the only one in which Python handles signals."""
     _sigterm_received.clear()
     signal.signal(signal.SIGTERM, lambda *_: _sigterm_received.set())
+
+
+@contextmanager
+def checkpoint_on_interrupt() -> Iterator[None]:
+    """Treat the first Ctrl-C as preemption, and raise KeyboardInterrupt at the end; a second one raises it at once.
+
+    In another thread than the main one, such as a worker's of Ray Train, do nothing: it gets no signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.getsignal(signal.SIGINT)
+
+    def preempt(*_: object) -> None:
+        print_line("train: interrupted; a checkpoint is saved after this step (Ctrl-C again: end at once)")
+        _sigterm_received.set()
+        signal.signal(signal.SIGINT, previous)
+
+    signal.signal(signal.SIGINT, preempt)
+    try:
+        yield
+    finally:
+        was_interrupted = signal.getsignal(signal.SIGINT) is not preempt
+        signal.signal(signal.SIGINT, previous)
+        if was_interrupted:
+            _sigterm_received.clear()
+    if was_interrupted:
+        raise KeyboardInterrupt
 
 
 _TorchBackend: type = ray.train.torch.TorchConfig().backend_cls

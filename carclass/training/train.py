@@ -81,11 +81,19 @@ def train_run(root: str, settings: TrainSettings) -> Run:
 
 
 def log_resumed(run: Run) -> None:
-    """Log how many epochs of each stage an interrupted job has finished, if any."""
-    done = Counter(row["stage"] for row in run.metrics())
-    if done:
-        counts = [f"{done[stage]} of {getattr(run.settings, stage).epochs} {stage} epochs" for stage in run.stages]
-        log.info("train: run %s is resumed, %s are done", run.settings.name, " and ".join(counts))
+    """Log how many epochs of each stage an interrupted job has finished and saved, if it has begun any."""
+    trained = Counter(row["stage"] for row in run.metrics())
+    if not trained:
+        return
+    done = {stage: trained[stage] for stage in run.stages}
+    for stage in run.unfinished_stages:
+        saved = checkpoint.resumable_names(storage.join(run.uri, stage))
+        done[stage] = int(saved[-1].split("-")[1]) if saved else 0
+    if not any(done.values()):
+        log.info("train: run %s begins again, as it was interrupted before its first checkpoint", run.settings.name)
+        return
+    counts = [f"{done[stage]} of {getattr(run.settings, stage).epochs} {stage} epochs" for stage in run.stages]
+    log.info("train: run %s is resumed, %s are done", run.settings.name, " and ".join(counts))
 
 
 def load_run_inputs(root: str, settings: TrainSettings) -> tuple[dataset.Dataset, str]:

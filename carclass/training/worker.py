@@ -27,7 +27,7 @@ from carclass.training.checkpoint_writer import CheckpointWriter
 from carclass.training.dataloader import PhotoLoader, PhotoSamples
 from carclass.training.learner import Learner, make_learner
 from carclass.training.photo_store import BlockRefs, get_blocks
-from carclass.training.preemption import StepCheck, WorkerContext, is_node_draining
+from carclass.training.preemption import StepCheck, WorkerContext, checkpoint_on_interrupt, is_node_draining
 from carclass.training.stage_progress import StageProgress
 
 OUT_OF_MEMORY_REMEDIES: dict[str, str] = {
@@ -157,7 +157,8 @@ def _train(job: StageJob, worker: WorkerContext, learner: Learner, loader: loop.
 
     callbacks = loop.Callbacks(writer.save, on_epoch_end, after_step)
     try:
-        return loop.train_epochs(learner, loader, state, callbacks)
+        with checkpoint_on_interrupt():
+            return loop.train_epochs(learner, loader, state, callbacks)
     except loop.DivergedError:
         if job.run.folder == "experiments":
             telemetry.report_divergence(job.run.settings.name, job.stage)

@@ -1,6 +1,7 @@
 """The model of a run: the best epoch over its stages, in every job that uses it."""
 
 import logging
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -209,6 +210,16 @@ def test_a_resumed_run_says_which_epochs_are_done(tmp_path: Path, caplog: pytest
         finish(run, stage="frozen")
         log_resumed(run)
     assert caplog.messages == ["train: run both is resumed, 5 of 5 frozen epochs and 0 of 2 unfrozen epochs are done"]
+
+
+def test_epochs_without_a_checkpoint_are_not_done(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    publish_dataset(tmp_path)
+    run = begin(tmp_path, SETTINGS)
+    finish(run, stage="frozen")
+    shutil.rmtree(Path(run.uri) / "frozen")
+    with caplog.at_level(logging.INFO, "carclass"):
+        log_resumed(run)
+    assert caplog.messages == ["train: run both begins again, as it was interrupted before its first checkpoint"]
 
 
 # Warning

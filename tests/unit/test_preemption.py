@@ -1,5 +1,6 @@
 """Interruptions after a step: due checkpoints and preemption, with the same result on all workers."""
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import distributed, multiprocessing
 
 from carclass.training.loop import StepSignal
-from carclass.training.preemption import DRAIN_CHECK_SECONDS, StepCheck, WorkerContext
+from carclass.training.preemption import DRAIN_CHECK_SECONDS, StepCheck, WorkerContext, checkpoint_on_interrupt
 
 CPU = torch.device("cpu")
 
@@ -24,6 +25,38 @@ def test_a_draining_node_is_asked_for_now_and_then():
     assert not check(1).is_preempted
     check.checked -= DRAIN_CHECK_SECONDS + 1
     assert check(1).is_preempted
+
+
+def interrupt(times: int, reached: list[bool]) -> None:
+    check = StepCheck(WorkerContext(0, 1, CPU, lambda: False))
+    with checkpoint_on_interrupt():
+        for _ in range(times):
+            signal.raise_signal(signal.SIGINT)
+        reached.append(check(1).is_preempted)
+
+
+def test_the_first_interrupt_lets_a_checkpoint_be_saved():
+    reached: list[bool] = []
+    with pytest.raises(KeyboardInterrupt):
+        interrupt(1, reached)
+    assert reached == [True]
+    assert not StepCheck(WorkerContext(0, 1, CPU, lambda: False))(1).is_preempted
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_second_interrupt_ends_at_once():
+    reached: list[bool] = []
+    with pytest.raises(KeyboardInterrupt):
+        interrupt(2, reached)
+    assert reached == []
+    assert not StepCheck(WorkerContext(0, 1, CPU, lambda: False))(1).is_preempted
+
+
+def test_without_an_interrupt_training_ends_as_usual():
+    reached: list[bool] = []
+    interrupt(0, reached)
+    assert reached == [False]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def signal_of_rank(rank: int, file: str, results: Any) -> None:
