@@ -61,10 +61,12 @@ def check_labels_place(source: str) -> None:
 
 def _unreadable(source: str, error: OSError) -> UserError:
     """Return the error of labels that cannot be read, with a name like that of a missing file."""
-    is_missing = isinstance(error, FileNotFoundError)
-    hint = suggest_beside(storage.local_path(source)) if is_missing else ""
+    path, problem = storage.local_path(source), str(error)
+    if isinstance(error, FileNotFoundError):
+        problem = "a folder without a devkit" if path is not None and os.path.isdir(path) else "no such file"
+    hint = suggest_beside(path) if problem == "no such file" else ""
     return UserError(
-        f"`ingest.labels`: {source} cannot be read ({'no such file' if is_missing else error})"
+        f"`ingest.labels`: {source} cannot be read ({problem})"
         f"{f'; {hint}' if hint else '.'} Set it to a {', '.join(TABLE_SUFFIXES)} or a folder with Stanford's devkit "
         "(cars_meta.mat and cars_train_annos.mat), or omit it for one folder per class."
     )

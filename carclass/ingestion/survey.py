@@ -110,7 +110,11 @@ def survey_source(root: str, photos: str, labels: str | None, columns: Any = Non
     if isinstance(found, Survey):
         held.write()
         return found
-    if (table := find_table(settings.photos)) is None:
+    try:
+        table = find_table(settings.photos)
+    except UserError as several:
+        raise several if isinstance(found, NoClassFoldersError) else found from None
+    if table is None:
         held.write()
         raise found
     # The lines on the folders are not written: they are not used.
@@ -166,8 +170,8 @@ def find_table(photos: str) -> str | None:
         tables = [os.path.join(folder, name) for name in os.listdir(folder) if label_table.is_table(name)]
     if len(tables) > 1:
         raise UserError(
-            f"{photos} has no folders of classes, but several tables: {', '.join(sorted(tables)[:5])}. Name the one "
-            "with the labels: `--labels FILE`."
+            f"several tables are in or beside {photos}: {', '.join(sorted(tables)[:5])}. Name the one with the labels: "
+            "`--labels FILE`."
         )
     return tables[0] if tables else None
 

@@ -116,6 +116,10 @@ def check_sources(sources: Sequence[Any]) -> None:
                 f"photo {number} is of type {type(item).__name__}: give paths, URIs or PIL images. `run.model` takes "
                 "tensors, of photos that are masked and resized already."
             )
+        if not isinstance(item, Image.Image) and os.path.isdir(item):
+            raise UserError(
+                f"{os.fspath(item)} is a folder: give a list of its photos, or predict it by `carclass predict`."
+            )
         if isinstance(item, Image.Image) and item.mode not in PHOTO_MODES:
             raise UserError(f"photo {number} has PIL's mode {item.mode}, whose range is unknown: convert it to RGB.")
         if isinstance(item, ImageFile.ImageFile) and _is_reduced(item):

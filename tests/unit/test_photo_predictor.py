@@ -257,6 +257,7 @@ def test_no_photos_give_no_rows(predicting: LoadedRun):
         ([b"bytes"], "photo 0 is of type bytes"),
         (b"bytes", "photo 0 is of type bytes"),
         (None, "photo 0 is of type NoneType"),
+        (".", "^. is a folder: give a list of its photos"),
         (["car.jpg", np.zeros((9, 9, 3))], "photo 1 is of type ndarray"),
         (Image.fromarray(np.zeros((20, 20), np.float32)), "PIL's mode F"),
         (Image.fromarray(np.zeros((20, 20), np.int32)), "PIL's mode I"),
