@@ -19,26 +19,21 @@ from carclass.config.schema import Config, StageName
 from carclass.errors import UserError
 
 SAMPLE = Path(__file__).parent / "experiments" / "sample.yml"
+"""Settings beside a root that is given: none of them is used."""
 
 
 def main() -> None:
     parser = cli.JobParser(__doc__)
     parser.add_argument("--run", metavar="NAME", help="run to export [the one that the file trains]")
-    place = parser.add_mutually_exclusive_group()
-    place.add_argument(
-        "--config",
-        type=Path,
-        default=SAMPLE,
-        metavar="FILE",
-        help="YAML file whose `root` holds the run [the sample's]",
-    )
+    place = parser.add_mutually_exclusive_group(required=True)
+    place.add_argument("--config", type=Path, metavar="FILE", help="YAML file whose `root` holds the run")
     place.add_argument("--root", metavar="URI", help="root of the run: a folder or s3:// prefix")
     parser.add_argument(
         "--stage", choices=get_args(StageName), help="stage whose best epoch to export [best over stages]"
     )
     args = parser.parse()
     overrides = {"root": args.root} if args.root else {}
-    config = cli.load_config(installation.find_config(args.config), overrides, Config)
+    config = cli.load_config(installation.find_config(args.config or SAMPLE), overrides, Config)
     name = args.run or (None if args.root else config.or_trained(None))
     if name is None:
         raise UserError("no run is named. Name the run to export, e.g. --run first.")
