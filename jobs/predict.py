@@ -39,8 +39,8 @@ def main() -> None:
     settings = config.predict.model_copy(update={"run": config.or_trained(config.predict.run)})
     if settings.run is None:
         raise UserError("`predict.run` is missing: name the run to use, e.g. --run first.")
-    from carclass.ingestion.listing import check_place
-    from carclass.prediction import named_photos
+    from carclass.ingestion.listing import check_place, spelled_once
+    from carclass.prediction import named_photos, predictions
     from carclass.runs.run import find_run
 
     if photos := named_photos.find_photos(args.listed or [settings.photos]):
@@ -54,6 +54,7 @@ def main() -> None:
         rows, failed = named_photos.describe_rows(predicted), all(row["label"] is None for row in predicted)
         rows += [] if failed else [("probabilities", calibration.verdict)]
     else:
+        predictions.check_photos(predictions.predictions_uri(run.uri, settings.name), spelled_once(settings.photos))
         log.info("predict: loading PyTorch")  # it takes seconds
         from carclass.prediction.predict import predict_by_run
 

@@ -10,6 +10,7 @@
 
 import json
 import mmap
+import re
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -105,6 +106,19 @@ class Counts(NamedTuple):
 def predictions_uri(run_uri: str, name: str) -> str:
     """Return the URI of a run's predictions by name."""
     return storage.join(run_uri, "predictions", name)
+
+
+def check_photos(uri: str, photos: str) -> None:
+    """Raise UserError if there are predictions of other photos. photos: see listing.spelled_once."""
+    try:
+        old = formats.read(storage.join(uri, SETTINGS), "predictions")["photos"]
+    except FileNotFoundError:
+        return
+    if old != photos:
+        raise UserError(
+            f"{uri} has the predictions of {old}. Give those of {photos} another name, e.g. "
+            f"--name {re.sub('[^A-Za-z0-9_-]+', '-', photos.rsplit('/', 1)[-1]).strip('-') or 'second'}."
+        )
 
 
 def begin_predictions(uri: str, settings: dict[str, Any]) -> dict[str, Any]:

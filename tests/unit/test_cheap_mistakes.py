@@ -9,6 +9,7 @@ import pytest
 from carclass.config.schema import TrainSettings
 from carclass.data.lease import hold_lease
 from carclass.errors import UserError, suggest_beside
+from carclass.prediction import predictions
 from tests.helpers.runs import FROZEN, begin, finish, publish_dataset
 
 JOBS = Path(__file__).parents[2] / "jobs"
@@ -23,6 +24,8 @@ def place(tmp_path: Path) -> Path:
         begin(tmp_path / "root", TrainSettings(name=name, dataset="v1", **FROZEN))
     finish(begin(tmp_path / "root", TrainSettings(name="first", dataset="v1", **FROZEN)))
     (tmp_path / "empty" / "folder").mkdir(parents=True)
+    stored = predictions.predictions_uri(str(tmp_path / "root" / "experiments" / "first"), "predictions")
+    predictions.begin_predictions(stored, {"photos": "/old"})
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "car.jpg").touch()
     (tmp_path / "file").touch()
@@ -55,6 +58,8 @@ def error_of(place: Path, job: str, *arguments: str, config: tuple[str, ...] = (
         ("predict photso", "no photo, folder or archive photso; did you mean `photos`?"),
         ("predict a.jpg photos/car.jpg photos/cra.jpg", "2 of 3 are missing. There is no photo, folder or archive "
          "a.jpg, photos/cra.jpg (did you mean `car.jpg`?). Check the paths."),
+        ("predict photos", "{0}/root/experiments/first/predictions/predictions has the predictions of /old. Give those "
+         "of {0}/photos another name, e.g. --name photos."),
         ("predict empty", "`predict.photos`: no files in {}/empty"),
         ("predict photos/car.jpg --name x", "`--name` has no effect on photos that are named one by one"),
         ("evaluate --run frist", "no run `frist` in {}/root. Did you mean `first`?"),
