@@ -29,7 +29,7 @@ from carclass.errors import UserError
 from carclass.masking import collect, networks, quality, selection
 from carclass.masking.detect import DetectPhotos, detector_batch_size, fetch_and_decode, reading_window
 from carclass.masking.detector import Detector
-from carclass.masking.overview import Overview, read_overview
+from carclass.masking.overview import Overview, read_overview, warn_of_small_vehicles
 from carclass.masking.writer import write_batch
 
 log = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ def mask_dataset(root: str, settings: MaskSettings, *, update: bool = False) -> 
         collect.write_report(complete, overview, _find_places(inventory, source, overview.places))
         published = draft.publish(complete)
         quarantine.log_counts("mask", published.manifest)
+        warn_of_small_vehicles(overview, storage.join(uri, "contact_sheet.jpg"))
         return published
 
 

@@ -1,5 +1,6 @@
 """Counts of a masked dataset, and the photos that its report shows, collected part by part in little memory."""
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from carclass import storage
 from carclass.data import dataset
 from carclass.masking.report import FLAGS, NUM_BINS, SMALL_AREA, histogram
 
+log = logging.getLogger(__name__)
 NUM_DOUBTFUL, NUM_EMPTY = 50, 15
 """Doubtful photos in the report, and those of them without a vehicle, as these are alike."""
 DOUBT_COLUMNS = ("outcome", "score", "stability", "several_vehicles", "touches_border", "area_fraction")
@@ -109,6 +111,18 @@ class Overview:
         tables = [table.select(PLACE.names) for table in (self.first, self.vehicles, self.empty)]
         rows = pa.concat_tables(tables).to_pylist()
         return {row["key"]: dataset.Place(row["part"], row["position"]) for row in rows}
+
+
+def warn_of_small_vehicles(overview: Overview, sheet: str) -> None:
+    """Warn if most photos have no vehicle, or one that covers less than SMALL_AREA. sheet: URI of the contact sheet."""
+    small = int(overview.histograms["area_fraction"][: round(SMALL_AREA * NUM_BINS)].sum())
+    empty = overview.outcomes["no_vehicle"]
+    if small + empty > overview.num_rows / 2:
+        log.warning(
+            "mask: of %s photos, %s have no vehicle and %s one that covers less than %d %% of the photo. Look at %s "
+            "before training on them: other weights or classes of `mask.detector` may fit these photos better.",
+            *(f"{overview.num_rows:,}", f"{empty:,}", f"{small:,}", round(100 * SMALL_AREA), sheet),
+        )
 
 
 def read_overview(

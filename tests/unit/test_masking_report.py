@@ -7,11 +7,19 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from carclass.data import dataset
 from carclass.data.photo import resize
-from carclass.masking.overview import DOUBT_COLUMNS, NUM_DOUBTFUL, NUM_EMPTY, Overview, doubt_scores
+from carclass.masking.overview import (
+    DOUBT_COLUMNS,
+    NUM_DOUBTFUL,
+    NUM_EMPTY,
+    Overview,
+    doubt_scores,
+    warn_of_small_vehicles,
+)
 from carclass.masking.report import NUM_BINS, histogram, histogram_chart, render
 from tests.helpers.pages import (
     MASKING_SECTIONS,
@@ -284,3 +292,22 @@ def test_choosing_doubtful_photos_takes_no_memory_per_photo():
     assert pa.total_allocated_bytes() - before < 100_000
     assert len(overview.doubtful) == NUM_DOUBTFUL
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize(("area", "warnings"), [(0.05, 1), (0.3, 0)])
+def test_photos_that_are_mostly_without_a_large_vehicle_are_warned_of(
+    area: float, warnings: int, caplog: pytest.LogCaptureFixture
+):
+    index = index_of(1000)
+    place = index.column_names.index("area_fraction")
+    is_empty = pc.equal(index["outcome"], "no_vehicle")
+    areas = pc.if_else(is_empty, pa.scalar(None, pa.float32()), pa.scalar(area, pa.float32()))
+    warn_of_small_vehicles(overview_of(index.set_column(place, "area_fraction", areas), {}, 3), "sheet.jpg")
+    assert len(caplog.messages) == warnings
+    assert all("of 1,000 photos, 100 have no vehicle and 900 one that covers less" in text for text in caplog.messages)
+
+
+def test_half_of_the_photos_in_the_first_bin_have_less_than_its_width():
+    counts = [150] + [3] * 10 + [0] * 9
+    page = visible_text(section(render(make_masking_report(areas=counts)), "measures"))
+    assert "Half of the photos have less than 0.05." in page
