@@ -16,7 +16,7 @@ import pyarrow as pa
 from carclass import storage
 from carclass.data import changes, formats, publishing
 from carclass.data.changes import Correction, ReadImageIds
-from carclass.data.dataset import SPLITS, Dataset, read_part, to_json
+from carclass.data.dataset import SPLITS, Dataset, dataset_uri, find_same_dataset, read_part, to_json
 from carclass.data.inventory import Inventory, chunks
 from carclass.data.lease import Lease
 from carclass.data.publishing import WrittenPart
@@ -41,6 +41,28 @@ def run_here(function: Callable[[Correction], Corrected], items: Iterable[Correc
     return map(function, items)
 
 
+def find_version(root: str, name: str, settings: dict[str, Any]) -> Dataset | None:
+    """Return the published dataset, or None. Raise UserError if it was made or begun with other settings."""
+    published = find_same_dataset(root, name, settings)
+    _is_begun(dataset_uri(root, name), settings)
+    return published
+
+
+def _is_begun(uri: str, settings: dict[str, Any]) -> bool:
+    """Return True if a dataset is unfinished. Raise UserError if it was begun with other settings."""
+    new = json.loads(to_json(settings))
+    try:
+        old = formats.read(storage.join(uri, NOTES), "draft")["settings"]
+    except (FileNotFoundError, NotADirectoryError, formats.DamagedFileError):
+        return False
+    if changed := sorted(key for key in {*old, *new} if old.get(key) != new.get(key)):
+        raise UserError(
+            f"{uri} is unfinished and was begun with other settings ({', '.join(changed)}). Choose another name, run "
+            "again with those settings, or delete the folder."
+        )
+    return True
+
+
 @dataclass
 class Draft:
     """A dataset being written by one job."""
@@ -60,18 +82,8 @@ class Draft:
 
     def begin(self) -> None:
         """Record the settings. Raise UserError if the draft was begun with other settings."""
-        uri = storage.join(self.uri, NOTES)
-        new = json.loads(to_json(self.settings))
-        try:
-            old = formats.read(uri, "draft")["settings"]
-        except (FileNotFoundError, formats.DamagedFileError):
-            formats.write(uri, "draft", {"settings": self.settings})
-            return
-        if changed := sorted(key for key in {*old, *new} if old.get(key) != new.get(key)):
-            raise UserError(
-                f"{self.uri} is unfinished and was begun with other settings ({', '.join(changed)}). Choose another "
-                "name, run again with those settings, or delete the folder."
-            )
+        if not _is_begun(self.uri, self.settings):
+            formats.write(storage.join(self.uri, NOTES), "draft", {"settings": self.settings})
 
     def is_current(self, *, update: bool, read_image_ids: ReadImageIds | None = None) -> bool:
         """Return True if the published version needs no work. update: whether a new version may be published.

@@ -15,6 +15,7 @@ from carclass.config.pipeline_sections import pipeline_runs
 from carclass.config.schema import Config, IngestSettings, MaskSettings, TrainSettings
 from carclass.data import dataset
 from carclass.data.dataset import SPLITS, Dataset
+from carclass.data.draft import find_version
 from carclass.data.inventory import Inventory
 from carclass.data.root_check import check_root
 from carclass.errors import Problems, UserError
@@ -105,7 +106,7 @@ def check_split(settings: Config, manifest: dict[str, Any]) -> None:
 
 def check_ingest_target(root: str, settings: IngestSettings) -> None:
     """Raise UserError if the name of the dataset is used by one with other settings."""
-    dataset.find_same_dataset(root, settings.dataset, ingest.identify_settings(settings))
+    find_version(root, settings.dataset, ingest.identify_settings(settings))
 
 
 def plan_datasets(settings: Config, listed: ListedInputs) -> Planned:

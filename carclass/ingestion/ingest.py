@@ -21,7 +21,7 @@ from carclass.cluster.telemetry import PhotoMeter
 from carclass.config.schema import IngestSettings
 from carclass.data import dataset, publishing, quarantine
 from carclass.data.crash_guard import CrashGuard
-from carclass.data.draft import Draft
+from carclass.data.draft import Draft, find_version
 from carclass.data.inventory import Inventory, chunks
 from carclass.data.lease import hold_lease
 from carclass.data.publishing import WrittenPart
@@ -49,12 +49,12 @@ def ingest_photos(
     are listed already. Raise UserError if photos, labels or settings are unusable, or have changed.
     """
     identity = identify_settings(settings)
-    dataset.find_same_dataset(root, settings.dataset, identity)
+    find_version(root, settings.dataset, identity)
     check_root(root)
     connection.check_cluster()
     uri = dataset.dataset_uri(root, settings.dataset)
     with hold_lease(uri, "ingest") as lease, Inventory() as new:
-        published = dataset.find_same_dataset(root, settings.dataset, identity)
+        published = find_version(root, settings.dataset, identity)
         settings, inventory, shares = listed or list_inputs(root, settings, new)
         check_shares(published, shares)
         draft = Draft(uri, identity, inventory, published, run_tasks, lease)

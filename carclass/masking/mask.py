@@ -22,7 +22,7 @@ from carclass.cluster.telemetry import PhotoMeter
 from carclass.config.schema import MaskSettings
 from carclass.data import dataset, publishing, quarantine, streaming
 from carclass.data.crash_guard import CrashGuard
-from carclass.data.draft import Draft
+from carclass.data.draft import Draft, find_version
 from carclass.data.inventory import Inventory
 from carclass.data.lease import hold_lease
 from carclass.errors import UserError
@@ -46,10 +46,10 @@ def mask_dataset(root: str, settings: MaskSettings, *, update: bool = False) -> 
     source = dataset.load_dataset(root, settings.source)
     settings = _check_settings(root, settings, source)
     identity = _identity(settings, source)
-    dataset.find_same_dataset(root, settings.dataset, identity)
+    find_version(root, settings.dataset, identity)
     uri = dataset.dataset_uri(root, settings.dataset)
     with hold_lease(uri, "mask") as lease, Inventory() as inventory:
-        published = dataset.find_same_dataset(root, settings.dataset, identity)
+        published = find_version(root, settings.dataset, identity)
         draft = Draft(uri, identity, inventory, published, run_tasks, lease)
         _add_inputs(inventory, source, settings.limit)
         if draft.is_current(update=update):
@@ -96,7 +96,7 @@ def check_target(root: str, settings: MaskSettings, source: dataset.Dataset) -> 
 
     settings: see pin_detector. source: only its settings are used, so that it may be one that is yet to be made.
     """
-    dataset.find_same_dataset(root, settings.dataset, _identity(settings, source))
+    find_version(root, settings.dataset, _identity(settings, source))
 
 
 def plan_detectors(settings: MaskSettings, num_photos: int | None = None, max_side: int | None = None) -> ActorPool:

@@ -12,6 +12,7 @@ from carclass.config.pipeline_sections import check_sections
 from carclass.config.schema import Config, TrainSettings
 from carclass.data import dataset, formats, photo
 from carclass.data.dataset import SPLITS
+from carclass.data.draft import Draft
 from carclass.data.inventory import Inventory
 from carclass.errors import UserError
 from carclass.experiments import pipeline_preflight
@@ -130,6 +131,15 @@ def test_names_that_other_settings_use_are_found(tmp_path: Path, photos: Path):
     assert "dataset `v2` in" in text
     assert "run `first` in" in text
     assert "begun with other settings (seed)" in text
+
+
+def test_an_unfinished_dataset_of_other_settings_is_found(tmp_path: Path, photos: Path):
+    settings = config(tmp_path, photos)
+    assert settings.ingest is not None
+    begun = ingest.identify_settings(settings.ingest) | {"val_fraction": 0.4}
+    with Inventory() as inventory:
+        Draft(dataset.dataset_uri(settings.root, "v1"), begun, inventory).begin()
+    assert "v1 is unfinished and was begun with other settings (val_fraction)" in problems(settings)
 
 
 def publish_version(root: Path, settings: Config, inputs: int) -> dataset.Dataset:
