@@ -35,10 +35,20 @@ def node_types() -> NodeTypes:
 
 def largest_size() -> dict[str, float] | None:
     """Return the sums of resources over all nodes without GPUs that may run at once, None if they are not known."""
-    cpu_nodes = [each for each in node_types().values() if not each["resources"].get("GPU")]
+    cpu_nodes = _cpu_nodes()
     names = {name for each in cpu_nodes for name in each["resources"]}
     sums = {name: sum(each["max_workers"] * each["resources"].get(name, 0) for each in cpu_nodes) for name in names}
     return sums or None
+
+
+def largest_node_cpus() -> int:
+    """Return the CPUs of the largest node without GPUs that may run, 0 if it is not known."""
+    return max((int(each["resources"].get("CPU", 0)) for each in _cpu_nodes() if each["max_workers"]), default=0)
+
+
+def _cpu_nodes() -> list[dict[str, Any]]:
+    """Return the types of nodes without GPUs."""
+    return [each for each in node_types().values() if not each["resources"].get("GPU")]
 
 
 def starting_types() -> list[str]:

@@ -130,7 +130,7 @@ def _mask_step(settings: MaskSettings, photos: Photos, machine: Machine) -> Step
 def _train_steps(settings: TrainSettings, photos: Photos, machine: Machine) -> list[Step]:
     """Return the stages of a run."""
     train, val = photos.splits["train"], photos.splits["val"]
-    rate, memory = forward_rate(settings, machine), TRAIN_BYTES
+    rate, memory = training_rate(settings, machine), TRAIN_BYTES
     steps = []
     if (frozen := settings.frozen) is not None:
         seconds = (frozen.views * train + val) / rate + frozen.epochs * (train + val) * HEAD_SECONDS
@@ -157,7 +157,7 @@ def unfrozen_seconds(settings: TrainSettings, photos: Photos, machine: Machine) 
     """Return the time of the unfrozen stage of a run that has one."""
     assert settings.unfrozen is not None
     passes = TRAINING_COST * photos.splits["train"] + photos.splits["val"]
-    return settings.unfrozen.epochs * passes / forward_rate(settings, machine)
+    return settings.unfrozen.epochs * passes / training_rate(settings, machine)
 
 
 def uses_gpu(settings: TrainSettings, machine: Machine) -> bool:
@@ -165,8 +165,13 @@ def uses_gpu(settings: TrainSettings, machine: Machine) -> bool:
     return settings.use_gpu is not False and len(machine.gpus) >= settings.workers[0]
 
 
+def training_rate(settings: TrainSettings, machine: Machine) -> float:
+    """Return the photos per second through the network, of all training workers together."""
+    return forward_rate(settings, machine._replace(cpus=machine.cpus_of(settings.workers[1])))
+
+
 def forward_rate(settings: TrainSettings, machine: Machine) -> float:
-    """Return the photos per second through the network, of all workers together."""
+    """Return the photos per second through the network, of all CPUs, or of a GPU per worker."""
     core, gpu = FORWARD_RATES
     rate = gpu * settings.workers[0] if uses_gpu(settings, machine) else core * machine.cpus
     cost = RELATIVE_COST[settings.model.architecture] * (settings.model.image_size / BASE_SIZE) ** 2

@@ -19,6 +19,7 @@ class Machine(NamedTuple):
     memory: int  # bytes
     gpus: tuple[int, ...] = ()  # bytes of memory of each, 0 if unknown
     note: str = ""  # about a cluster whose size changes
+    node_cpus: int = 0  # of a cluster's largest node; 0: this is one node
 
     @property
     def text(self) -> str:
@@ -28,6 +29,10 @@ class Machine(NamedTuple):
             gpus += f" of {min(self.gpus) / 1e9:.0f} GB"
         note = f" ({self.note})" if self.note else ""
         return f"{self.cpus} CPUs, {self.memory / 1e9:.0f} GB of memory, {gpus}{note}"
+
+    def cpus_of(self, num_processes: int) -> int:
+        """Return the CPUs that a number of processes can use, none spanning two nodes."""
+        return min(self.cpus, num_processes * (self.node_cpus or self.cpus))
 
 
 def this_machine() -> Machine:

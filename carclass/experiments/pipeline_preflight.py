@@ -268,7 +268,8 @@ def _check_machine(settings: Config, listed: ListedInputs, planned: Planned, pro
     if not _unfinished_runs(settings) or not problems.passes(connection.connect, folders):
         return this_machine()
     gpus, memory = resources.count_slots("GPU", 1), resources.memory_bytes(use_gpu=False)
-    running = Machine(max(1, resources.count_slots("CPU", 1)), memory or 0, (0,) * gpus)
+    cpus, node_cpus = max(1, resources.count_slots("CPU", 1)), resources.cpus_per_worker(1)
+    running = Machine(cpus, memory or 0, (0,) * gpus, node_cpus=node_cpus)
     if resources.is_labelled():
         return _autoscaled(running, settings)
     _check_devices(settings, planned, problems)
@@ -284,8 +285,9 @@ def _autoscaled(running: Machine, settings: Config) -> Machine:
     largest = autoscaler.largest_size()
     if largest is None:
         return running._replace(gpus=gpus, note="CPUs and memory of the nodes that run now; more are started on demand")
-    note = "CPUs and memory of all nodes without GPUs that may be started"
-    return Machine(int(largest.get("CPU", 0)) or running.cpus, int(largest.get("memory", 0)), gpus, note)
+    cpus, node_cpus = int(largest.get("CPU", 0)) or running.cpus, autoscaler.largest_node_cpus() or running.node_cpus
+    note = f"CPUs and memory of all nodes without GPUs that may be started, of up to {node_cpus} CPUs each"
+    return Machine(cpus, int(largest.get("memory", 0)), gpus, note, node_cpus)
 
 
 def _awaited_gpus(settings: Config) -> int:

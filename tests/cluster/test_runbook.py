@@ -101,7 +101,8 @@ def test_every_command_of_the_page_is_run(rehearsal: Rehearsal) -> None:
 
 
 def test_the_plan_counts_the_cpus_of_the_nodes_that_may_be_started(rehearsal: Rehearsal) -> None:
-    assert all("128 CPUs, " in output for output in outputs(rehearsal, "submit.py"))  # of 8 c7i.4xlarge
+    plans = [" ".join(output.split()) for output in outputs(rehearsal, "submit.py")]
+    assert all("128 CPUs, " in plan and "of up to 16 CPUs each" in plan for plan in plans)  # of 8 c7i.4xlarge
 
 
 def test_the_job_publishes_datasets_a_trained_run_and_its_report(rehearsal: Rehearsal) -> None:

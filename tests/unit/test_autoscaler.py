@@ -39,6 +39,12 @@ def test_the_largest_size_counts_all_nodes_without_gpus(home: Path):
     assert autoscaler.largest_size() == {"CPU": 128, "memory": 8 * 24_000_000_000}
 
 
+def test_the_largest_node_is_one_without_gpus(home: Path):
+    assert autoscaler.largest_node_cpus() == 0
+    write_config(home, "read")
+    assert autoscaler.largest_node_cpus() == 16
+
+
 def test_the_largest_size_is_unknown_without_such_nodes_or_elsewhere(home: Path):
     assert autoscaler.largest_size() is None
     write_config(home)

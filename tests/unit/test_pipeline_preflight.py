@@ -15,7 +15,7 @@ from carclass.data.dataset import SPLITS
 from carclass.data.draft import Draft
 from carclass.data.inventory import Inventory
 from carclass.errors import UserError
-from carclass.experiments import pipeline_preflight
+from carclass.experiments import estimate, pipeline_preflight
 from carclass.experiments.machine import Machine
 from carclass.ingestion import ingest
 from carclass.ingestion.inputs import list_inputs
@@ -28,6 +28,7 @@ SMALL = {"architecture": "resnet26-narrow", "image_size": 64}
 TRAIN = {"name": "first", "parent": "sample", "model": SMALL, "unfrozen": {"epochs": 2, "warmup_epochs": 0}}
 MASK = {"detector": {"model": "sample", "weights": "sample"}}
 CPUS = Machine(2, 24_000_000_000)
+CLUSTER = Machine(128, 0, node_cpus=16)
 
 
 @pytest.fixture
@@ -258,6 +259,18 @@ def test_large_photos_take_longer_to_ingest_in_the_plan(tmp_path: Path, photos: 
         inventory.execute("UPDATE input SET size = 300000000")
         rows = dict(pipeline_preflight.describe_plan(settings, listed, planned, CPUS))
     assert rows["ingest"].startswith("20 photos: about 75 s, ")  # 15 s, and 6 s of two cores for each
+
+
+@pytest.mark.parametrize(("num_workers", "nodes"), [(1, 1), (2, 2), ([1, 4], 4), (9, 8)])
+def test_a_training_worker_is_planned_on_one_node_of_a_cluster(
+    tmp_path: Path, photos: Path, num_workers: Any, nodes: int
+):
+    settings = config(tmp_path, photos, train={**TRAIN, "num_workers": num_workers})
+    many = estimate.Photos(dict.fromkeys(SPLITS, 10**6))
+    cluster = {step.name: step.seconds for step in estimate.plan_steps(settings, many, CLUSTER)}
+    node = {step.name: step.seconds for step in estimate.plan_steps(settings, many, Machine(nodes * 16, 0))}
+    whole = {step.name: step.seconds for step in estimate.plan_steps(settings, many, Machine(128, 0))}
+    assert cluster == whole | {name: node[name] for name in ("train, frozen", "train, unfrozen")}
 
 
 def test_the_plan_of_a_finished_run_is_to_evaluate_it_again(tmp_path: Path, photos: Path):
