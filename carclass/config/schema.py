@@ -261,7 +261,7 @@ class TrainSettings(Section):
     num_workers: Annotated[int | tuple[int, int], BeforeValidator(_parse_workers)] = 1
     """Training workers, one per GPU if GPUs are used; [min, max]: as many as fit the cluster at the time."""
     use_gpu: bool | None = None
-    """true or false, for the run's evaluation too; by default true if the cluster has a GPU."""
+    """true or false, for the run's evaluation and predictions too; by default true if the cluster has a GPU."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16 autocast, or float32 throughout."""
     checkpoint_seconds: float = Field(60, ge=0)

@@ -71,6 +71,7 @@ class PredictionJob(NamedTuple):
     classes: list[str]
     temperature: float
     shown_share: float  # of the photos, which get thumbnails
+    use_gpu: bool | None = None  # False: no; None: if available
 
 
 class ActorPools(NamedTuple):
@@ -97,7 +98,7 @@ def stream_predictions(inventory: Inventory, job: PredictionJob) -> ray.data.Dat
 
 def _plan_actor_pools(job: PredictionJob, num_photos: int) -> ActorPools:
     """Return the actor pools that fit the cluster; raise UserError if it is too small."""
-    use_gpu = resources.decide_gpus(None, 1, "predict", resources.MASK)
+    use_gpu = resources.decide_gpus(job.use_gpu, 1, "predict", resources.MASK)
     plan = partial(plan_pool, work=resources.MASK, use_gpu=use_gpu, task_cpus=streaming.TASK_CPUS)
     block_rows, detectors = job.settings.batch_size, None
     if job.mask is not None:

@@ -32,7 +32,8 @@ ATTEMPT = "attempt"
 def can_predict_here(draft: Draft, job: PredictionJob) -> bool:
     """Return True if no other process would help, and an attempt in a single process has not crashed before."""
     few = FEW_PHOTOS if job.mask is None else FEW_MASKED
-    if draft.inventory.count_pending() > few or torch.cuda.is_available() or not connection.is_local():
+    has_gpu = job.use_gpu is not False and torch.cuda.is_available()
+    if draft.inventory.count_pending() > few or has_gpu or not connection.is_local():
         return False
     if not storage.exists(storage.join(draft.uri, ATTEMPT)):
         return True

@@ -43,13 +43,13 @@ ORIENTATION = 0x0112
 
 
 class PhotoPredictor:
-    """All that predicts photos with a run's model, loaded once, on a GPU if there is one.
+    """All that predicts photos with a run's model, loaded once, on a GPU if there is one and `train.use_gpu` allows it.
 
     Raise UserError if the preprocessing of the run's photos cannot be repeated, or the model is not calibrated.
     """
 
     def __init__(self, run: Run, model_uri: str, detector_weights: str | None = None) -> None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if run.settings.use_gpu is not False and torch.cuda.is_available() else "cpu"
         preprocessing = load_preprocessing(run)
         self.reading = preprocessing.ingest_settings(run.uri)  # the place is not used
         self.mask = mask_settings(preprocessing, run.root, detector_weights)

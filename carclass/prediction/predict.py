@@ -77,7 +77,16 @@ def predict_by_run(run: Run, stage: str, settings: PredictSettings) -> Predictio
             reading = preprocessing.ingest_settings(settings.photos)
             mask = mask_settings(preprocessing, root, settings.detector_weights)
             share = collect.shown_share(inventory.count_inputs())
-            job = PredictionJob(settings, reading, mask, model_uri, facts["classes"], calibrated.temperature, share)
+            job = PredictionJob(
+                settings,
+                reading,
+                mask,
+                model_uri,
+                facts["classes"],
+                calibrated.temperature,
+                share,
+                use_gpu=False if run.settings.use_gpu is False else None,
+            )
             _write_predictions(Draft(uri, identity, inventory, lease=lease), job, run)
     return PredictionResult(uri, predictions.read_counts(uri), calibrated)
 

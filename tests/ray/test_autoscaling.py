@@ -12,15 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import yaml
 
 from carclass.config.schema import TrainSettings
-from carclass.data import dataset, photo, publishing
+from carclass.data import photo
 from carclass.sample.generate import write_sample
-from tests.helpers import parts, runs
+from tests.helpers import runs
 from tests.helpers.clusters import RAY, free_port, kill, wait_for
+from tests.helpers.evaluated_run import publish_photos
 
 REPO = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow  # 60 s
@@ -198,23 +198,24 @@ def test_a_job_with_use_gpu_false_waits_for_no_gpu(autoscaled):
     assert result(run(autoscaled, 'print(json.dumps(resources.decide_gpus(False, 9, "key", "train")))')) is False
 
 
-EVALUATED = """
-from carclass.config.schema import EvaluateSettings
+CLASSIFIED = """
+from carclass.config.schema import EvaluateSettings, PredictSettings
 from carclass.data.dataset import load_dataset
 from carclass.evaluation.classification import predict_split
+from carclass.prediction.predict import predict_photos
 source = load_dataset("{root}", "v1")
 table = predict_split(source, EvaluateSettings(run="r", split="val"), "{model}", trained_on_gpu=False)
-print(json.dumps(len(table)))
+predicted = predict_photos("{root}", PredictSettings(run="r", photos="{photos}"))
+print(json.dumps([len(table), predicted.counts.files]))
 """
 
 
-def test_a_run_trained_without_gpus_is_evaluated_without(autoscaled, tmp_path):
-    uri, image = str(tmp_path / "datasets" / "v1"), photo.encode(np.full((48, 48, 3), 128, np.uint8))
-    rows = [parts.row(label, label=label, split="val", image=image) for label in "ab"]
-    publishing.write_part(uri, "parts", pa.Table.from_pylist(rows, dataset.ROW), parts.SETTINGS)
-    source = parts.publish(uri, ["a", "b"])
+def test_a_run_trained_without_gpus_is_evaluated_and_predicts_without(autoscaled, tmp_path):
+    source = publish_photos(tmp_path)
     settings = TrainSettings(**runs.FROZEN, name="r", dataset="v1", use_gpu=False)
     trained = runs.begin(tmp_path, settings)
     runs.finish(trained, classes=source.classes)
-    done = run(autoscaled, EVALUATED.format(root=tmp_path, model=trained.model_uri("frozen")))
-    assert result(done) == 2  # with a GPU it would end: the nodes' GPUs exist for Ray only
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "grey.jpg").write_bytes(photo.encode(np.full((48, 48, 3), 128, np.uint8)))
+    code = CLASSIFIED.format(root=tmp_path, model=trained.model_uri("frozen"), photos=tmp_path / "new")
+    assert result(run(autoscaled, code)) == [9, 1]  # with a GPU it would end: the nodes' GPUs exist for Ray only

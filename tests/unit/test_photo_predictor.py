@@ -22,6 +22,7 @@ from carclass.evaluation.calibration import apply_temperature, fit_calibration
 from carclass.masking import networks
 from carclass.models import preprocessing, resnet
 from carclass.prediction.loaded_run import LoadedRun
+from carclass.prediction.photo_predictor import PhotoPredictor
 from carclass.prediction.predictions import PREDICTION
 from carclass.runs.calibration_record import write_calibration
 from carclass.runs.preprocessing_record import record_preprocessing
@@ -84,6 +85,14 @@ def test_a_file_is_read_shrunk_and_calibrated(
     assert row["label"] == CLASSES[expected.argmax()]
     assert row["top5_probabilities"] == pytest.approx(sorted(expected, reverse=True), abs=1e-4)
     assert (row["key"], row["reason"], row["outcome"]) == (str(tmp_path / "car.png"), None, None)
+
+
+def test_a_run_trained_without_gpus_predicts_without(
+    predicting: LoadedRun, image: Image.Image, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    run = dataclasses.replace(predicting.run, settings=predicting.settings.model_copy(update={"use_gpu": False}))
+    assert PhotoPredictor(run, run.model_uri("frozen"))(image)["label"].null_count == 0
 
 
 def test_the_table_has_the_columns_of_the_job_without_rejection(predicting: LoadedRun, image: Image.Image):

@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from carclass.config.schema import DetectorSettings, IngestSettings, MaskSettings, PredictSettings
 from carclass.data import photo
-from carclass.data.inventory import INPUT
+from carclass.data.draft import Draft
+from carclass.data.inventory import INPUT, Inventory
 from carclass.masking import networks
 from carclass.models import resnet
 from carclass.prediction import classify, few_photos
@@ -110,6 +112,17 @@ def test_classified_rows_have_all_that_is_written(read: pa.Table, job: classify.
     assert [row["label"] is None for row in rows.to_pylist()] == [False, False, True]
     assert [row["fingerprint"] for row in rows.to_pylist()] == ["of car.jpg", "of grey.jpg", "of text.jpg"]
     assert [row["photo"] is None for row in rows.to_pylist()] == [False, False, True]
+
+
+def test_a_few_photos_are_predicted_here_without_a_gpu_or_its_use(
+    tmp_path: Path, job: classify.PredictionJob, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with Inventory() as inventory:
+        draft = Draft(str(tmp_path), {}, inventory)
+        assert few_photos.can_predict_here(draft, job._replace(use_gpu=False))
+        assert not few_photos.can_predict_here(draft, job)
 
 
 def test_a_few_masked_photos_are_counted_one_by_one(
