@@ -89,6 +89,20 @@ def check_cpus(count: float, key: str, label: dict[str, str] | None = None) -> N
         raise UserError(f"`{key}` needs {count:g} CPUs at once, the cluster has {available:g}. Lower it or add nodes.")
 
 
+def await_cpus(key: str) -> None:
+    """Wait until labelled nodes have a CPU, as after the loss of all of them; tasks that are pending request it.
+
+    Raise UserError after MAX_WAIT_S.
+    """
+
+    def has_cpu() -> bool:
+        time.sleep(1)
+        return _total("CPU") >= 1
+
+    if _total("CPU") < 1 and is_labelled():
+        _report_until(has_cpu, "1 CPU(s)", key)
+
+
 def cpus_per_worker(count: int) -> int:
     """Return the CPUs per process if `count` run at once, none spanning two nodes; at least 1."""
     nodes = [int(resources.get("CPU", 0)) for resources in _resources()]
@@ -183,19 +197,27 @@ def _wait_for(bundle: dict[str, float], count: int, label: dict[str, str], key: 
     """
     (resource,) = bundle
     group = placement_group([bundle] * count, bundle_label_selector=[label] * count)
-    started, throttle = time.monotonic(), Throttle(REPORT_EVERY_S, immediate=True)
     where = f" on nodes labelled {WORK_LABEL}={label[WORK_LABEL]}" if label else ""
     try:
-        while not group.wait(timeout_seconds=1):
-            waited = time.monotonic() - started
-            if waited > MAX_WAIT_S:
-                reason = autoscaler.failed_launch() or "the node type's max_workers or the zone's capacity is too low"
-                raise UserError(
-                    f"`{key}` needs {count} {resource}(s){where}; they did not start within "
-                    f"{duration_text(MAX_WAIT_S)}. See `ray status` and docs/cluster.md, Failures: {reason}."
-                )
-            if throttle.is_ready():
-                cause = f"; {failure}" if (failure := autoscaler.failed_launch()) else ""
-                log.info("waiting for %d %s(s)%s, %s so far%s", count, resource, where, duration_text(waited), cause)
+        _report_until(lambda: bool(group.wait(timeout_seconds=1)), f"{count} {resource}(s){where}", key)
     finally:
         remove_placement_group(group)
+
+
+def _report_until(are_there: Callable[[], bool], needed: str, key: str) -> None:
+    """Wait for resources, and report why they are missing. Raise UserError after MAX_WAIT_S.
+
+    are_there: waits for a second at most, and returns True if they are there.
+    """
+    started, throttle = time.monotonic(), Throttle(REPORT_EVERY_S, immediate=True)
+    while not are_there():
+        waited = time.monotonic() - started
+        if waited > MAX_WAIT_S:
+            reason = autoscaler.failed_launch() or "the node type's max_workers or the zone's capacity is too low"
+            raise UserError(
+                f"`{key}` needs {needed}; they did not start within {duration_text(MAX_WAIT_S)}. "
+                f"See `ray status` and docs/cluster.md, Failures: {reason}."
+            )
+        if throttle.is_ready():
+            cause = f"; {failure}" if (failure := autoscaler.failed_launch()) else ""
+            log.info("waiting for %s, %s so far%s", needed, duration_text(waited), cause)

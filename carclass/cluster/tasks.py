@@ -22,6 +22,8 @@ COUNT_EVERY_S = 1.0
 """Seconds between counts of the CPUs, which take 18 ms on 1,000 nodes."""
 WINDOW, WINDOW_S = 1000, 0.05
 """Tasks that are waited for at a time, and seconds until the next ones are: a wait for 32,000 takes 13 ms."""
+CHECK_EVERY_S = 5.0
+"""Seconds without a result after which a check for the loss of all nodes follows: their tasks wait in silence."""
 MAX_CRASHES = 5
 """Crashes of a task in a row, without progress in between, that stop the job."""
 
@@ -62,6 +64,7 @@ class _TaskPool(Generic[S, T]):
         self.running: dict[ray.ObjectRef, _Attempt[S]] = {}
         self.postponed: list[_Attempt[S]] = []
         self.room, self.counted = 0, -COUNT_EVERY_S
+        self.heard = time.monotonic()  # of a result, or of the nodes
 
     def has_room(self) -> bool:
         """Return True if another task may be submitted."""
@@ -82,11 +85,17 @@ class _TaskPool(Generic[S, T]):
         if not self.running:
             self.submit(self.postponed.pop())
         window = list(islice(self.running, WINDOW))
+        is_all = len(window) == len(self.running)
         done, waiting = ray.wait(window, num_returns=len(window), timeout=0)
         if not done:
-            done, waiting = ray.wait(window, timeout=None if len(window) == len(self.running) else WINDOW_S)
-        for task in waiting if len(window) < len(self.running) else ():
+            done, waiting = ray.wait(window, timeout=CHECK_EVERY_S if is_all else WINDOW_S)
+        for task in () if is_all else waiting:
             self.running[task] = self.running.pop(task)  # the next call looks at the next ones
+        if not done and time.monotonic() - self.heard >= CHECK_EVERY_S:
+            resources.await_cpus("a task")
+            self.heard = time.monotonic()
+        if done:
+            self.heard = time.monotonic()
         for task in done:
             yield from self._take(task)
 

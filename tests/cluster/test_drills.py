@@ -181,7 +181,7 @@ def test_a_job_goes_on_after_the_loss_of_a_worker(drills: Drills) -> None:
     assert drills.cloud.running("read")
 
 
-def watch_pending(drills: Drills, event: str, reason: str, seconds: float = SETTLED_S) -> str:
+def watch_pending(drills: Drills, event: str, reason: str, seconds: float = 2 * SETTLED_S) -> str:
     """Submit the page's job while no node can start, and return the autoscaler's log once the job's has the reason."""
     drills.begin()
     job = drills.rehearsal.submit()

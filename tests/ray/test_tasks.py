@@ -5,12 +5,13 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import ray
 
-from carclass.cluster import connection, tasks
+from carclass.cluster import connection, resources, tasks
 from carclass.cluster.tasks import COUNT_EVERY_S, MAX_CRASHES, run_tasks
 from carclass.errors import UserError
 
@@ -38,6 +39,25 @@ def test_tasks_beyond_those_that_are_waited_for_are_noticed_too(monkeypatch: pyt
         return seconds
 
     assert list(run_tasks(sleep, [3, 0, 0.1])) == [0, 0.1, 3]
+
+
+def test_tasks_whose_nodes_are_lost_and_not_replaced_end_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    head = [{**node, "Resources": {}, "Labels": {resources.WORK_LABEL: "head"}} for node in ray.nodes()]
+    monkeypatch.setattr(resources, "MAX_WAIT_S", 1.5)
+    monkeypatch.setattr(tasks, "CHECK_EVERY_S", 0.1)
+
+    def items() -> Iterator[int]:
+        yield 8
+        monkeypatch.setattr(ray, "nodes", lambda: head)
+
+    with (
+        caplog.at_level(logging.INFO, "carclass"),
+        pytest.raises(UserError, match=r"`a task` needs 1 CPU\(s\); they did"),
+    ):
+        list(run_tasks(time.sleep, items()))
+    assert "waiting for 1 CPU(s), 1 s so far" in caplog.messages
 
 
 @pytest.mark.slow  # 10 s: five workers start
