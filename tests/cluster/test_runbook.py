@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.nightly,
     pytest.mark.timeout(3000),  # the first test waits for all of it
     pytest.mark.skipif(missing_requirement() is not None, reason=str(missing_requirement())),
-]  # 260 s
+]  # 260 to 360 s
 NEEDS_REAL_CLOUD = {
     # The command's resource and namespace are those of cluster/kuberay.yaml, which test_kuberay.py checks by schema.
     "kubectl -n carclass delete rayjob carclass",
