@@ -364,7 +364,7 @@ def test_a_dataset_without_usable_photos_is_refused_with_the_reasons(tmp_path: P
         ({"labels": "{tmp}/columns.csv"}, r"columns.csv: no column class;"),
         ({"labels": "{tmp}/one_class.csv"}, r"one_class.csv has 1 class, but training needs at least 2"),
         ({"labels": "{tmp}/others.csv"}, r"no label of `ingest.labels` .* names a file of .*have different names"),
-        ({"num_classes": 11}, r"labels.csv has 10 class\(es\), but `ingest.num_classes` is 11"),
+        ({"num_classes": 11}, r"labels.csv has 10 classes, but `ingest.num_classes` is 11"),
         ({"labels": None}, r"no class folders; expected <class>/<file>"),
     ],
 )
