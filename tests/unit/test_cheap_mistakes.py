@@ -58,8 +58,8 @@ def error_of(place: Path, job: str, *arguments: str, config: tuple[str, ...] = (
         ("predict photso", "no photo, folder or archive photso; did you mean `photos`?"),
         ("predict a.jpg photos/car.jpg photos/cra.jpg", "2 of 3 are missing. There is no photo, folder or archive "
          "a.jpg, photos/cra.jpg (did you mean `car.jpg`?). Check the paths."),
-        ("predict photos", "{0}/root/experiments/first/predictions/predictions has the predictions of /old. Give those "
-         "of {0}/photos another name, e.g. --name photos."),
+        ("predict photos", "/experiments/first/predictions/predictions has the predictions of /old. Give those of "
+         "{}/photos another name, e.g. --name photos."),
         ("predict empty", "`predict.photos`: no files in {}/empty"),
         ("predict photos/car.jpg --name x", "`--name` has no effect on photos that are named one by one"),
         ("evaluate --run frist", "no run `frist` in {}/root. Did you mean `first`?"),
