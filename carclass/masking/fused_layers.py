@@ -1,5 +1,6 @@
 """Optimisation of a detection network for inference: folded BatchNorm, cast weights and, on CPUs, fused layers."""
 
+import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -31,9 +32,13 @@ def optimise_for_inference(network: nn.Module, precision: str, device: torch.dev
 
 
 def _can_fuse(precision: str) -> bool:
-    """Return True if oneDNN has convolutions of this precision for the CPU."""
+    """Return True if oneDNN has convolutions of this precision for the CPU; measured on x86 only."""
     is_available = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
-    return is_available and (precision == "fp32" or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return (
+        is_available
+        and platform.machine() in ("x86_64", "AMD64")
+        and (precision == "fp32" or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
 
 
 def _fuse(network: nn.Module) -> None:
