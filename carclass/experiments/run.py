@@ -22,7 +22,7 @@ from carclass.experiments.status import UNFINISHED, RunStatus, tree_status
 from carclass.experiments.tree import Experiment, Tree
 from carclass.formatting import rate_text
 from carclass.ingestion.ingest import ingest_photos
-from carclass.models import resnet
+from carclass.models import architectures
 from carclass.progress import Throttle
 from carclass.runs.metrics_loggers import check_loggers
 from carclass.runs.run import MetricsRow, Run, begin_run, find_run
@@ -316,7 +316,7 @@ def _check_placement(
     slots = placement.count_slots(settings.workers[0], devices_per_worker, use_gpu=use_gpu)
     memory = placement.memory_per_run(settings, devices_per_worker, slots, use_gpu=use_gpu)
     if memory is not None:
-        net = resnet.build(settings.model, len(source.classes))
+        net = architectures.build(settings.model, len(source.classes))
         preflight.check_memory(settings, source, net, memory, use_gpu=use_gpu)
 
 

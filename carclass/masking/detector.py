@@ -15,8 +15,8 @@ from carclass.masking.canvas import canvas, scaled_size
 from carclass.masking.detection import Detection, Detections
 from carclass.masking.fused_layers import optimise_for_inference
 from carclass.masking.selection import SelectionRule, select_vehicle, stability
+from carclass.models.classifier import autocast
 from carclass.models.gpu_memory import report_out_of_memory
-from carclass.models.resnet import autocast
 
 log = logging.getLogger(__name__)
 MAX_BATCH = 1024

@@ -1,1 +1,1 @@
-"""ResNet50, its input and its weights."""
+"""Classifiers, their input and their weights."""

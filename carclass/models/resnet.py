@@ -1,18 +1,17 @@
-"""ResNet50 with a dropout and linear head, its frozen BatchNorm, and the trainable parameters of each stage."""
+"""ResNet50 and smaller ones, with frozen BatchNorm."""
 
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from carclass.config.schema import ModelSettings, StageName
-from carclass.models import preprocessing
-from carclass.models.sample_rng import random_bits
+from carclass.config.schema import ModelSettings
+from carclass.models.classifier import LARGEST_DEPTH, Classifier, make_head
 
-Precision = Literal["bf16", "fp32"]
+DEPTHS = {"layer3": 1.0, "layer2": 2.0, "layer1": 3.0, "bn1": LARGEST_DEPTH, "conv1": LARGEST_DEPTH}
+"""Depths of the parameters by the first part of their names, see Classifier.depths; of others 0."""
 
 
 class FoldedBottleneck(Bottleneck):
@@ -28,15 +27,22 @@ class FoldedBottleneck(Bottleneck):
         return self.relu(x)
 
 
-class FoldedResNet(ResNet):
+class FoldedResNet(Classifier, ResNet):
     """torchvision's ResNet of FoldedBottlenecks, with the same tensor names."""
+
+    conv1: nn.Conv2d
+    bn1: nn.BatchNorm2d
+    relu: nn.ReLU
+    maxpool: nn.MaxPool2d
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
+    avgpool: nn.AdaptiveAvgPool2d
+    fc: nn.Sequential
 
     def __init__(self, num_blocks: list[int]) -> None:
         super().__init__(FoldedBottleneck, num_blocks)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return float32 logits (N,num_classes) of float normalised RGB (N,3,S,S)."""
-        return self.classify(self.features(x))
 
     def features(self, x: Tensor) -> Tensor:
         """Return pooled features (N,2048 or 512) of float normalised RGB (N,3,S,S)."""
@@ -44,15 +50,20 @@ class FoldedResNet(ResNet):
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return torch.flatten(self.avgpool(x), 1)
 
-    def classify(self, features: Tensor) -> Tensor:
-        """Return float32 logits (N,num_classes) of pooled features (N,2048 or 512).
+    def depths(self) -> dict[str, float]:
+        """Return the depths of all parameters: each of the four layers has one."""
+        return {name: DEPTHS.get(name.split(".")[0], 0.0) for name, _ in self.named_parameters()}
 
-        In float32 under autocast too: bfloat16 has 8 bits, so that logits of different classes would be equal.
-        """
-        if features.is_meta:  # a device without autocast, on which memory is estimated
-            return self.fc(features)
-        with torch.autocast(features.device.type, enabled=False):
-            return self.fc(features.float())
+    def published_name(self, name: str) -> str:
+        """Return torchvision's name of a tensor."""
+        return name.replace("fc.1.", "fc.")
+
+    def prepare_export(self) -> None:
+        """Take torchvision's forward pass: exporters fold its BatchNorms once, ours would fold them in every pass."""
+        for module in self.modules():
+            if isinstance(module, FoldedBottleneck):
+                module.__class__ = Bottleneck
+        self.__class__ = ResNet
 
 
 class NarrowResNet(FoldedResNet):
@@ -89,31 +100,6 @@ class FrozenNorm(torch.autograd.Function):
         return torch.batch_norm_elemt(gradient, weight, zeros, zeros, scale, 0.0), None, weight_grad, bias_grad
 
 
-class SampleDropout(nn.Dropout):
-    """Dropout of (N,width) features with a mask drawn per sample from (seed, epoch, id), before each step.
-
-    The masks are therefore independent of the number of workers and of restarts.
-    """
-
-    def __init__(self, p: float, width: int) -> None:
-        super().__init__(p)
-        self.width = width
-        self.keep: Tensor | None = None
-
-    def draw(self, seed: int, epoch: int, ids: np.ndarray, device: torch.device) -> None:
-        """Draw the masks of the next step's samples. ids: uint64 (N,)."""
-        if self.p:
-            bits = random_bits(seed, epoch, ids, -(-self.width // 4)).view(np.uint16)[:, : self.width]
-            self.keep = preprocessing.to_device(bits >= round(self.p * 2**16), device)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Return inputs (N,width), masked in train mode only."""
-        if not self.training or not self.p:
-            return inputs
-        assert self.keep is not None, "no masks were drawn for these samples"
-        return inputs * self.keep * (1 / (1 - self.p) if self.p < 1 else 0)
-
-
 ARCHITECTURES: dict[str, tuple[type[FoldedResNet], list[int], int]] = {
     "resnet50": (FoldedResNet, [3, 4, 6, 3], 2048),
     "resnet26-narrow": (NarrowResNet, [2, 2, 2, 2], 512),
@@ -129,9 +115,9 @@ def build(settings: ModelSettings, num_classes: int) -> FoldedResNet:
         for module in net.modules():
             if isinstance(module, Bottleneck):
                 module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
-    net.fc = nn.Sequential(SampleDropout(settings.dropout, width), nn.Linear(width, num_classes))
-    nn.init.zeros_(net.fc[1].bias)
-    return net.to(memory_format=torch.channels_last)
+    net.fc = make_head(settings.dropout, width, num_classes)
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return net
 
 
 def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -159,36 +145,3 @@ def conv_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
         return FrozenNorm.apply(x, norm, norm.weight, norm.bias) if x.is_cuda and torch.is_grad_enabled() else norm(x)
     weight, bias = fold(conv, norm)
     return functional.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-
-
-def prepare_stage(net: ResNet, stage: StageName) -> None:
-    """Set the trainable parameters of a stage, and train mode.
-
-    frozen: the head only. unfrozen: all parameters. BatchNorm statistics stay frozen in both, as in the Keras project.
-    """
-    net.requires_grad_(stage == "unfrozen")
-    net.fc.requires_grad_(True)
-    set_train_mode(net)
-
-
-def depth_from_head(name: str) -> int:
-    """Return a tensor's distance from layer4: 0 for layer4 and the head, 4 for the stem. name: its state dict key."""
-    return {"layer3": 1, "layer2": 2, "layer1": 3, "bn1": 4, "conv1": 4}.get(name.split(".")[0], 0)
-
-
-def set_train_mode(net: nn.Module) -> None:
-    """Put the network in train mode, but BatchNorm in eval mode."""
-    net.train()
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval()
-
-
-def num_features(net: ResNet) -> int:
-    """Return the width of the features that the head takes: 2048 or 512."""
-    return int(net.get_submodule("fc.1").in_features)
-
-
-def autocast(precision: Precision, device: torch.device, *, cached: bool = True) -> torch.autocast:
-    """Return the autocast context of a forward pass. cached: reuse the bf16 casts of weights within the context."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16", cache_enabled=cached)

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import torch
 from torch import Tensor
-from torchvision.models.resnet import ResNet
 
 from carclass.config.schema import TrainSettings
 from carclass.data.results import split_place
 from carclass.errors import UserError
 from carclass.evaluation import tables
+from carclass.models.classifier import Classifier
 from carclass.reporting.notebook import facts_html
 from carclass.runs.calibration_record import Calibration, read_calibration
 from carclass.runs.predictor import PhotoClassifier
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class CheckedClassifier(PhotoClassifier):
     """A PhotoClassifier that refuses other input, such as normalised photos, instead of returning wrong logits."""
 
-    def __init__(self, net: ResNet, image_size: int) -> None:
+    def __init__(self, net: Classifier, image_size: int) -> None:
         super().__init__(net)
         self.image_size = image_size
 

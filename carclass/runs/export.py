@@ -1,6 +1,6 @@
 """Export of a run's best network to other formats, each checked against the network before it is published.
 
-<run>/export/model.safetensors  weights under torchvision's names
+<run>/export/model.safetensors  weights under torchvision's or timm's names
 <run>/export/model.onnx         for ONNX runtimes
 <run>/export/model.pt2          for torch.export.load
 <run>/export/export.json        each file's sha256 and its largest difference from the network, written last
@@ -32,7 +32,8 @@ from carclass.data import formats, photo
 from carclass.data.formats import json_text
 from carclass.data.lease import hold_lease
 from carclass.formatting import bytes_text
-from carclass.models import resnet
+from carclass.models import architectures
+from carclass.models.classifier import Classifier
 from carclass.models.preprocessing import normalise
 from carclass.runs.calibration_record import require_calibration
 from carclass.runs.model_description import ModelDescription
@@ -120,11 +121,11 @@ def _is_current(uri: str, identity: dict[str, str]) -> bool:
         return False
 
 
-def _compare(file: str, data: bytes, net: nn.Module, description: ModelDescription, photos: Tensor) -> float:
+def _compare(file: str, data: bytes, net: Classifier, description: ModelDescription, photos: Tensor) -> float:
     """Return the largest difference of a file from the network. Raise AssertionError if it exceeds TOLERANCE."""
     error = largest_difference(
         FORMATS[file].read(data),
-        lambda batch: _outputs(net(normalise(batch)), description.temperature),
+        lambda batch: _outputs(net(normalise(batch, net.normalisation)), description.temperature),
         photos,
     )
     assert error <= TOLERANCE, (
@@ -154,16 +155,17 @@ def largest_difference(exported: Classify, network: Classify, photos: Tensor) ->
 
 
 def to_safetensors(classify: PhotoClassifier, description: ModelDescription) -> bytes:
-    """Return the network's tensors under torchvision's names (`fc.weight`), so that its ResNet can load them."""
-    state = {name.replace("fc.1.", "fc."): value.contiguous() for name, value in classify.net.state_dict().items()}
+    """Return the network's tensors under the names of the library that its architecture is from (`fc.weight`)."""
+    state = {classify.names[name]: value.contiguous() for name, value in classify.net.state_dict().items()}
     return save(state, description.metadata(normalises=False))
 
 
 def from_safetensors(data: bytes) -> Classify:
     """Build the classifier of a .safetensors file."""
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-    net = resnet.build(ModelSettings.model_validate_json(header["model"]), len(json.loads(header["classes"])))
-    net.load_state_dict({name.replace("fc.", "fc.1."): value for name, value in load(data).items()})
+    net = architectures.build(ModelSettings.model_validate_json(header["model"]), len(json.loads(header["classes"])))
+    tensors = load(data)
+    net.load_state_dict({name: tensors[net.published_name(name)] for name in net.state_dict()})
     return CalibratedClassifier(PhotoClassifier(net), float(header["temperature"]))
 
 

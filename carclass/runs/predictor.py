@@ -6,12 +6,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import Bottleneck, ResNet
 
 from carclass.cluster.device import choose_device
 from carclass.data.photo import decode_photos
 from carclass.errors import UserError
-from carclass.models import preprocessing, resnet
+from carclass.models import classifier
+from carclass.models.classifier import Classifier
 from carclass.models.gpu_memory import report_out_of_memory
 from carclass.models.preprocessing import to_network_input
 from carclass.runs.saved_model import load_network
@@ -26,7 +26,7 @@ class Predictor:
         self.net, facts = load_network(model_uri)
         self.net.to(self.device)
         self.image_size: int = facts["model"]["image_size"]
-        self.precision: resnet.Precision = facts["precision"]
+        self.precision: classifier.Precision = facts["precision"]
         self.classes: list[str] = facts["classes"]
         self.sha256: str = facts["sha256"]
 
@@ -40,8 +40,9 @@ class Predictor:
         """
         pixels = decode_photos(images, self.image_size)
         padding = max(0, batch_size - len(pixels))
-        photos = to_network_input(np.pad(pixels, ((0, padding), (0, 0), (0, 0), (0, 0))), self.device)
-        with resnet.autocast(self.precision, self.device):
+        padded = np.pad(pixels, ((0, padding), (0, 0), (0, 0), (0, 0)))
+        photos = to_network_input(padded, self.device, self.net.normalisation)
+        with classifier.autocast(self.precision, self.device):
             logits = self.net(photos).float()
         if not logits[: len(pixels)].isfinite().all():
             raise UserError(
@@ -54,26 +55,25 @@ class Predictor:
 class PhotoClassifier(nn.Module):
     """Normalisation and network in one module: uint8 (N,3,S,S) RGB → float32 (N,C) logits.
 
-    net: as resnet.build makes it; it is copied.
+    net: it is copied.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, net: ResNet) -> None:
+    def __init__(self, net: Classifier) -> None:
         super().__init__()
         # Buffers, where preprocessing.normalise has constants: an exported program is moved to a GPU as a whole.
-        self.register_buffer("mean", torch.tensor(preprocessing.MEAN).view(3, 1, 1) * 255)
-        self.register_buffer("std", torch.tensor(preprocessing.STD).view(3, 1, 1) * 255)
+        for name, values in net.normalisation._asdict().items():
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1) * 255)
+        self.names = {name: net.published_name(name) for name in net.state_dict()}
         # Contiguous format: from channels_last the exporter would make an ONNX graph of more nodes.
-        self.net = copy.deepcopy(net).to(memory_format=torch.contiguous_format)
-        # torchvision's forward pass: exporters fold its BatchNorms once, ours would fold them in every pass.
-        for module in self.net.modules():
-            if isinstance(module, resnet.FoldedBottleneck):
-                module.__class__ = Bottleneck
-        self.net.__class__ = ResNet
+        self.net = copy.deepcopy(net)
+        self.net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        self.net.prepare_export()
         self.eval()
 
     def forward(self, photos: Tensor) -> Tensor:
         """Return the logits."""
-        return self.net((photos.float() - self.mean) / self.std)
+        logits: Tensor = self.net((photos.float() - self.mean) / self.std)
+        return logits

@@ -14,8 +14,7 @@ from carclass.config.schema import IngestSettings
 from carclass.config.section import validate
 from carclass.data import dataset, formats
 from carclass.errors import UserError
-from carclass.models import weights
-from carclass.models.preprocessing import MEAN, STD
+from carclass.models import architectures, weights
 from carclass.runs.run import Run
 
 log = logging.getLogger(__name__)
@@ -124,10 +123,11 @@ def _detector(mask: dict[str, Any] | None, uri: str | None) -> dict[str, Any]:
 
 
 def _network_input(run: Run, classes: list[str]) -> dict[str, Any]:
+    scale = architectures.normalisation(run.settings.model)
     return {
         "image_size": run.settings.model.image_size,
-        "mean": [*MEAN],
-        "std": [*STD],
+        "mean": [*scale.mean],
+        "std": [*scale.std],
         "classes": classes,
     }
 

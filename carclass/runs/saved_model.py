@@ -13,7 +13,8 @@ from carclass.config.section import validate
 from carclass.data import formats
 from carclass.data.formats import json_text
 from carclass.errors import UserError
-from carclass.models import resnet
+from carclass.models import architectures
+from carclass.models.classifier import Classifier
 from carclass.models.weights import first_not_finite
 from carclass.runs.run import unfinished_stage
 
@@ -74,11 +75,11 @@ def read_model(uri: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, facts
 
 
-def load_network(uri: str) -> tuple[resnet.FoldedResNet, dict[str, Any]]:
+def load_network(uri: str) -> tuple[Classifier, dict[str, Any]]:
     """Return (network in eval mode, facts) of a published network. Raise UserError if it is missing or damaged."""
     state, facts = read_model(uri)
     model = validate(facts["model"], ModelSettings, source=f"{uri}.json: `model`", base=Path("/"))
-    net = resnet.build(model, len(facts["classes"]))
+    net = architectures.build(model, len(facts["classes"]))
     net.load_state_dict(state)
     return net.eval(), facts
 

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import load
 from torch import Tensor, nn
-from torchvision.models.resnet import ResNet
 
 from carclass import storage
 from carclass.data import formats
 from carclass.data.formats import json_text
 from carclass.errors import UserError
+from carclass.models.classifier import Classifier
 from carclass.models.weights import first_not_finite
 from carclass.progress import print_line
 from carclass.runs.checkpoint_index import INDEX, WEIGHTS, decode_index
@@ -48,7 +48,7 @@ def is_resumable(name: str) -> bool:
     return name.count("-") > 1
 
 
-def trained_module(net: ResNet, stage: str) -> nn.Module:
+def trained_module(net: Classifier, stage: str) -> nn.Module:
     """Return the module in the checkpoints of a stage: the classifier (frozen) or the whole network (unfrozen)."""
     return net.fc if stage == "frozen" else net
 

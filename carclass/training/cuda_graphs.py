@@ -8,7 +8,7 @@ an epoch needs too: 1.4 GB for 64 photos of 224 pixels in ResNet50 and bfloat16.
 import torch
 from torch import Tensor, nn
 
-from carclass.models.resnet import FoldedResNet, Precision, autocast
+from carclass.models.classifier import Classifier, Precision, autocast
 from carclass.training.dataloader import SMALL_STEP_PIXELS
 
 
@@ -19,11 +19,11 @@ class GraphedNetwork(nn.Module):
     gradients while others are still computed. Dropout is in the classifier, outside of the graphs.
     """
 
-    def __init__(self, net: FoldedResNet, num_photos: int, size: int, precision: Precision) -> None:
+    def __init__(self, net: Classifier, num_photos: int, size: int, precision: Precision) -> None:
         super().__init__()
         self.net = net
         self.shape = (num_photos, 3, size, size)
-        device = net.conv1.weight.device
+        device = net.device
         photos = torch.zeros(self.shape, device=device).to(memory_format=torch.channels_last)
         # Gradients accumulate on the stream of the capture, and other streams wait for it, as intended.
         torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
@@ -42,7 +42,7 @@ class GraphedNetwork(nn.Module):
 class _GraphedFeatures(nn.Module):
     """A network without its classifier; capturing requires a module."""
 
-    def __init__(self, net: FoldedResNet) -> None:
+    def __init__(self, net: Classifier) -> None:
         super().__init__()
         self.net = net
 
@@ -50,8 +50,8 @@ class _GraphedFeatures(nn.Module):
         return self.net.features(photos)
 
 
-def capture_if_faster(net: FoldedResNet, num_photos: int, size: int, precision: Precision) -> nn.Module:
+def capture_if_faster(net: Classifier, num_photos: int, size: int, precision: Precision) -> nn.Module:
     """Return the network, with graphs if they are faster. num_photos: photos per step, in one pass."""
-    if net.conv1.weight.device.type != "cuda" or num_photos * size**2 > SMALL_STEP_PIXELS:
+    if net.device.type != "cuda" or num_photos * size**2 > SMALL_STEP_PIXELS:
         return net
     return GraphedNetwork(net, num_photos, size, precision)

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from carclass.config.schema import AugmentationSettings, UnfrozenSettings
 from carclass.data.photo import decode_photos
-from carclass.models import preprocessing
-from carclass.models.preprocessing import photos_to_device, to_device
+from carclass.models.preprocessing import IMAGENET, Normalisation, normalise, photos_to_device, to_device
 from carclass.models.sample_rng import uniforms
 from carclass.training import augmentation
 from carclass.training.augmentation import warp_photos
@@ -124,9 +123,10 @@ class PhotoLoader:
         settings: AugmentationSettings,
         stage: UnfrozenSettings,
         device: torch.device,
+        scale: Normalisation = IMAGENET,
     ) -> None:
         self.train_samples, self.val_samples = train, val
-        self.settings, self.stage, self.device = settings, stage, device
+        self.settings, self.stage, self.device, self.scale = settings, stage, device, scale
         self.num_steps = train.num_steps(stage.batch_size)
         self.resident: dict[PhotoSamples, Tensor] = {}
         """Photos on the device."""
@@ -152,7 +152,7 @@ class PhotoLoader:
         num_photos = min(stage.batch_size, (stage.micro_batch_size or stage.batch_size) * samples.num_workers)
         steps = ((share.positions, share) for share in samples.steps(None, 4 * num_photos))
         for share, photos in self._photos(samples, steps):
-            yield _batch(preprocessing.normalise(photos), samples, share)
+            yield _batch(normalise(photos, self.scale), samples, share)
 
     def _augmented_batches(self, groups: Iterator[list[Share]], epoch: int) -> Iterator[Batch]:
         """Yield the batches of groups of steps; a group is augmented at once, with the same result as step by step."""
@@ -178,7 +178,7 @@ class PhotoLoader:
         seed = self.train_samples.seed
         if self.stage.appearance:
             photos = augmentation.change_appearance(photos.float(), uniforms(seed + APPEARANCE, epoch, ids, 2))
-        return warp_photos(preprocessing.normalise(photos), self.settings, uniforms(seed + AUGMENT, epoch, ids, 5))
+        return warp_photos(normalise(photos, self.scale), self.settings, uniforms(seed + AUGMENT, epoch, ids, 5))
 
 
 class FeatureLoader:

@@ -21,7 +21,8 @@ from carclass.config.schema import TrainSettings
 from carclass.data.formats import json_text
 from carclass.errors import UserError
 from carclass.formatting import duration_text
-from carclass.models import resnet
+from carclass.models import classifier
+from carclass.models.classifier import Classifier
 from carclass.models.preprocessing import to_network_input
 from carclass.progress import Progress, print_line
 from carclass.runs.run import Run
@@ -63,9 +64,7 @@ def cache_key(settings: TrainSettings) -> dict[str, Any]:
     return key
 
 
-def write_cache(
-    uri: str, net: resnet.FoldedResNet, splits: Sequence[PhotoSamples], run: Run, device: torch.device
-) -> None:
+def write_cache(uri: str, net: Classifier, splits: Sequence[PhotoSamples], run: Run, device: torch.device) -> None:
     """Compute the features of train and val (`splits`), all workers together, and publish them."""
     assert run.settings.frozen is not None
     started, tensors = time.monotonic(), {}
@@ -121,21 +120,19 @@ def _damaged(uri: str, reason: str) -> UserError:
 
 
 @torch.inference_mode()
-def compute_features(
-    net: resnet.FoldedResNet, samples: PhotoSamples, num_views: int, run: Run, device: torch.device
-) -> Tensor:
+def compute_features(net: Classifier, samples: PhotoSamples, num_views: int, run: Run, device: torch.device) -> Tensor:
     """Return the features of a split, float32 (V,N,D). Each worker computes its share; all get the whole."""
     settings = run.settings
     net.eval()
     progress = Progress(f"{settings.name} features", total=len(samples), interval=1.0, write=print_line)
-    features = torch.zeros(num_views, len(samples), resnet.num_features(net))
+    features = torch.zeros(num_views, len(samples), net.num_features)
     share = np.arange(len(samples))[samples.rank :: samples.num_workers]
     batches = ((share[start : start + BATCH_SIZE], None) for start in range(0, len(share), BATCH_SIZE))
     for indices, _, pixels in samples.read(batches):
-        photos = to_network_input(pixels, device)
+        photos = to_network_input(pixels, device, net.normalisation)
         for view in range(num_views):
             inputs = feature_view(photos, view, samples.ids[indices], VIEWS_SEED, settings.augmentation)
-            with resnet.autocast(settings.precision, device):
+            with classifier.autocast(settings.precision, device):
                 features[view, indices] = net.features(inputs).float().cpu()
         if samples.rank == 0:  # the other workers are about as fast
             progress.add(min(len(indices) * samples.num_workers, len(samples) - progress.done))

@@ -10,7 +10,8 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from carclass.config.schema import StageSettings, UnfrozenSettings
-from carclass.models import resnet
+from carclass.models import classifier
+from carclass.models.classifier import Classifier
 
 
 class StepParts(NamedTuple):
@@ -18,7 +19,7 @@ class StepParts(NamedTuple):
 
     parameters: list[nn.Parameter]
     averages: list[nn.Parameter]  # of the parameters; empty without an average
-    dropouts: list[resnet.SampleDropout]
+    dropouts: list[classifier.SampleDropout]
 
 
 class Learner(NamedTuple):
@@ -47,7 +48,7 @@ class Learner(NamedTuple):
 def make_learner(module: nn.Module, stage: StageSettings, autocast: torch.autocast, seed: int) -> Learner:
     """Return a stage's learner before its first step; its forward pass is the module's."""
     ema = None if stage.ema_decay is None else copy.deepcopy(module).requires_grad_(False)
-    dropouts = [part for part in module.modules() if isinstance(part, resnet.SampleDropout)]
+    dropouts = [part for part in module.modules() if isinstance(part, classifier.SampleDropout)]
     parts = StepParts([*module.parameters()], [] if ema is None else [*ema.parameters()], dropouts)
     return Learner(module, make_optimizer(module, stage), ema, module, stage, autocast, seed, parts)
 
@@ -55,14 +56,14 @@ def make_learner(module: nn.Module, stage: StageSettings, autocast: torch.autoca
 def make_optimizer(module: nn.Module, stage: StageSettings) -> torch.optim.Optimizer:
     """Return the stage's optimizer of the trainable parameters; biases and normalisation have no weight decay.
 
-    Each block's learning rate is `layer_decay` times the rate of the block above; the last block and the classifier
-    have the stage's own.
+    The learning rate of a block is the stage's own times `layer_decay` to the power of the block's depth.
     """
     layer_decay = stage.layer_decay if isinstance(stage, UnfrozenSettings) else 1.0
-    parameters: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    depths = module.depths() if isinstance(module, Classifier) else {}
+    parameters: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            parameters.setdefault((resnet.depth_from_head(name), parameter.ndim > 1), []).append(parameter)
+            parameters.setdefault((depths.get(name, 0.0), parameter.ndim > 1), []).append(parameter)
     groups = [
         {"params": group, "scale": layer_decay**depth, "weight_decay": stage.weight_decay if is_decayed else 0.0}
         for (depth, is_decayed), group in sorted(parameters.items(), key=lambda item: item[0])

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from carclass.config.schema import StageSettings
 from carclass.errors import UserError
-from carclass.models import resnet
+from carclass.models import classifier
 from carclass.training.dataloader import Batch
 from carclass.training.distributed import sum_over_workers
 from carclass.training.learner import (
@@ -111,7 +111,7 @@ def train_epoch(learner: Learner, loader: Loader, state: TrainState, callbacks: 
 
     Raise DivergedError at the next checkpoint, or at the end of the epoch, if a loss or a weight is not finite.
     """
-    resnet.set_train_mode(learner.module)
+    classifier.set_train_mode(learner.module)
     started = time.perf_counter() - state.seconds
     tallies: list[Tensor] = []  # on the device, so that no step waits for the previous one
     for batch in loader.train(state.epoch + 1, state.samples):

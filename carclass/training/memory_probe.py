@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from carclass.config.schema import TrainSettings
-from carclass.models import resnet
+from carclass.models import architectures, classifier
 from carclass.training import loop
 from carclass.training.dataloader import Batch
 from carclass.training.learner import make_learner
@@ -21,7 +21,7 @@ def measure_step(settings: TrainSettings, num_classes: int) -> StepMemory:
     """
     assert settings.unfrozen is not None
     # DDP keeps the gradients in its buckets too.
-    buckets = weight_bytes(resnet.build(settings.model, num_classes)) if settings.workers[1] > 1 else 0
+    buckets = weight_bytes(architectures.build(settings.model, num_classes)) if settings.workers[1] > 1 else 0
     num_photos = photos_per_pass(settings.unfrozen, settings.workers[0])
     while num_photos > 1:
         fewer = num_photos // 2
@@ -44,9 +44,9 @@ def peak_bytes(settings: TrainSettings, num_classes: int, num_photos: int) -> in
     device, size = torch.device("cuda"), settings.model.image_size
     gc.collect()
     torch.cuda.empty_cache()  # of an earlier attempt
-    net = resnet.build(settings.model, num_classes).to(device)
-    resnet.prepare_stage(net, "unfrozen")
-    learner = make_learner(net, settings.unfrozen, resnet.autocast(settings.precision, device), seed=0)
+    net = architectures.build(settings.model, num_classes).to(device)
+    net.prepare_stage("unfrozen")
+    learner = make_learner(net, settings.unfrozen, classifier.autocast(settings.precision, device), seed=0)
     for step in (1, 2):  # the first one allocates the optimizer's moments at its end
         torch.cuda.reset_peak_memory_stats(device)
         inputs = torch.zeros(num_photos, 3, size, size, device=device).to(memory_format=torch.channels_last)

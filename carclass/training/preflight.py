@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
-from torchvision.models.resnet import ResNet
 
 from carclass import storage
 from carclass.config.schema import StageSettings, TrainSettings, UnfrozenSettings
 from carclass.data import dataset
 from carclass.errors import UserError
 from carclass.formatting import bytes_text
-from carclass.models import resnet
+from carclass.models import architectures, classifier
+from carclass.models.classifier import Classifier
 from carclass.runs.run import run_uri
 from carclass.runs.seen_photos import find_parent_run, find_seen_photos
 
@@ -68,7 +68,7 @@ def check_run(
     check_seen_photos(root, settings, source)
     check_warmup(settings)
     check_object_store(settings, source, object_store)
-    net = resnet.build(settings.model, len(source.classes))
+    net = architectures.build(settings.model, len(source.classes))
     check_disk(root, settings, source, net)
     if memory is not None:
         check_memory(settings, source, net, memory, use_gpu=use_gpu, step=step)
@@ -168,7 +168,7 @@ def _num_photos(source: dataset.Dataset) -> int:
     return int(splits["train"] + splits["val"])
 
 
-def check_disk(root: str, settings: TrainSettings, source: dataset.Dataset, net: ResNet) -> None:
+def check_disk(root: str, settings: TrainSettings, source: dataset.Dataset, net: Classifier) -> None:
     """Raise UserError if a local root has less space than the run's checkpoints and cached features need."""
     if (path := storage.local_path(root)) is None:
         return
@@ -185,7 +185,7 @@ def check_disk(root: str, settings: TrainSettings, source: dataset.Dataset, net:
         )
 
 
-def disk_bytes(settings: TrainSettings, source: dataset.Dataset, net: ResNet) -> int:
+def disk_bytes(settings: TrainSettings, source: dataset.Dataset, net: Classifier) -> int:
     """Return the most bytes that a run has on disk: checkpoints, best models and cached features."""
     total = 0
     for stage, trained in ((settings.frozen, net.fc), (settings.unfrozen, net)):
@@ -207,7 +207,7 @@ def extra_copies(stage: StageSettings) -> int:
 def check_memory(
     settings: TrainSettings,
     source: dataset.Dataset,
-    net: ResNet,
+    net: Classifier,
     memory: int,
     *,
     use_gpu: bool,
@@ -230,7 +230,7 @@ def check_memory(
         _check_batch_size(settings, num_workers, step, usable, available)
 
 
-def _check_views(views: int, source: dataset.Dataset, net: ResNet, usable: float, available: str) -> None:
+def _check_views(views: int, source: dataset.Dataset, net: Classifier, usable: float, available: str) -> None:
     """Raise UserError if the features of all views don't fit. usable: bytes. available: text for the error."""
     # Twice: as the workers' sum, and on the device.
     val_only, one_view = (2 * FLOAT_BYTES * _num_features(count, source, net) for count in (0, 1))
@@ -268,7 +268,7 @@ def photos_per_pass(stage: UnfrozenSettings, num_workers: int) -> int:
     return min(share, stage.micro_batch_size or share)
 
 
-def step_memory(settings: TrainSettings, stage: StageSettings, net: ResNet, *, use_gpu: bool) -> StepMemory:
+def step_memory(settings: TrainSettings, stage: StageSettings, net: Classifier, *, use_gpu: bool) -> StepMemory:
     """Return the memory of a step that trains the whole network. Validation saves no activations and takes less."""
     one, two = (saved_bytes(net, settings, num_photos, use_gpu=use_gpu) for num_photos in (1, 2))
     weights, extra = weight_bytes(net), extra_copies(stage)
@@ -282,7 +282,7 @@ def step_memory(settings: TrainSettings, stage: StageSettings, net: ResNet, *, u
     return StepMemory(weights * copies + max(weights, held), int((two - one) * (1.0 if use_gpu else CPU_OVERHEAD)))
 
 
-def saved_bytes(net: ResNet, settings: TrainSettings, num_photos: int, *, use_gpu: bool) -> int:
+def saved_bytes(net: Classifier, settings: TrainSettings, num_photos: int, *, use_gpu: bool) -> int:
     """Return the bytes held between forward and backward pass: photos, weights and tensors that autograd saves.
 
     Counted on tensors that have a shape but no content, so that it takes a second and no memory. On a GPU, where
@@ -294,7 +294,7 @@ def saved_bytes(net: ResNet, settings: TrainSettings, num_photos: int, *, use_gp
         saved[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
-    resnet.prepare_stage(net, "unfrozen")
+    net.prepare_stage("unfrozen")
     net.fc.eval()  # dropout takes little memory, but needs the ids of photos
     device, dtype, precision = "cpu", torch.float32, settings.precision
     if use_gpu:  # the meta device takes the same path as a GPU, but has no autocast
@@ -305,7 +305,7 @@ def saved_bytes(net: ResNet, settings: TrainSettings, num_photos: int, *, use_gp
         photos = save(torch.empty(num_photos, 3, size, size, device=device).to(memory_format=torch.channels_last))
         labels = torch.empty(num_photos, dtype=torch.int64, device=device)
         with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-            with resnet.autocast(precision, torch.device("cpu")):
+            with classifier.autocast(precision, torch.device("cpu")):
                 logits = net(photos.to(dtype))
             functional.cross_entropy(logits.float(), labels)
         return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
@@ -320,7 +320,7 @@ def _numel(module: nn.Module) -> int:
     return sum(tensor.numel() for tensor in module.state_dict().values())
 
 
-def _num_features(views: int, source: dataset.Dataset, net: ResNet) -> int:
+def _num_features(views: int, source: dataset.Dataset, net: Classifier) -> int:
     """Return the number of values in the cached features: all views of train and one of val."""
     splits = source.manifest["splits"]
-    return int((views * splits["train"] + splits["val"]) * resnet.num_features(net))
+    return int((views * splits["train"] + splits["val"]) * net.num_features)

@@ -2,24 +2,24 @@
 
 import torch
 from torch import Tensor
-from torchvision.models.resnet import ResNet
 
 from carclass import storage
 from carclass.config.schema import StageName, TrainSettings
 from carclass.errors import UserError
-from carclass.models import resnet, weights
+from carclass.models import architectures, weights
+from carclass.models.classifier import Classifier
 from carclass.runs import checkpoint_index
 from carclass.runs.run import ParentEpoch, Run, find_run, parse_parent
 from carclass.runs.saved_model import load_network, read_model
 from carclass.training import checkpoint
 
 
-def initial_network(run: Run, stage: StageName, classes: list[str]) -> resnet.FoldedResNet:
+def initial_network(run: Run, stage: StageName, classes: list[str]) -> Classifier:
     """Return the network that a stage starts from: the parent's weights, or after a frozen stage its best model."""
     if stage == "unfrozen" and run.settings.frozen is not None:
         return load_network(run.model_uri("frozen"))[0]
     torch.manual_seed(run.settings.seed)  # the initial classifier, the same on every worker
-    net = resnet.build(run.settings.model, len(classes))
+    net = architectures.build(run.settings.model, len(classes))
     load_pretrained(net, run.root, run.settings, classes)
     return net
 
@@ -27,7 +27,7 @@ def initial_network(run: Run, stage: StageName, classes: list[str]) -> resnet.Fo
 def check_parent(root: str, settings: TrainSettings) -> None:
     """Raise UserError for a parent that is unusable, whatever the classes of the dataset."""
     classes = parent_classes(root, settings) or []
-    load_pretrained(resnet.build(settings.model, len(classes) or 1), root, settings, classes)
+    load_pretrained(architectures.build(settings.model, len(classes) or 1), root, settings, classes)
 
 
 def parent_classes(root: str, settings: TrainSettings) -> list[str] | None:
@@ -43,7 +43,7 @@ def parent_classes(root: str, settings: TrainSettings) -> list[str] | None:
     return classes
 
 
-def load_pretrained(net: ResNet, root: str, settings: TrainSettings, classes: list[str]) -> str:
+def load_pretrained(net: Classifier, root: str, settings: TrainSettings, classes: list[str]) -> str:
     """Load the parent's weights into a network and return the sha256 of their file.
 
     A run's weights include the classifier; an epoch of a frozen stage has only the classifier in its file, so the
@@ -107,7 +107,7 @@ def _check_parent(settings: TrainSettings, facts: dict, classes: list[str]) -> N
             )
 
 
-def load_backbone(net: ResNet, settings: TrainSettings, cache: str | None = None) -> str:
+def load_backbone(net: Classifier, settings: TrainSettings, cache: str | None = None) -> str:
     """Load a file's weights into everything but the classifier and return the file's sha256.
 
     cache: a folder or s3:// prefix, where the sha256 of a download is recorded if none is set. Raise UserError if the

@@ -23,7 +23,7 @@ from carclass.data import dataset, formats
 from carclass.data.lease import hold_lease
 from carclass.errors import UserError, find_user_error
 from carclass.formatting import count_text, rate_text
-from carclass.models import resnet
+from carclass.models import architectures
 from carclass.runs.divergence_record import record_divergence, remove_divergence
 from carclass.runs.metrics_loggers import check_loggers
 from carclass.runs.preprocessing_record import record_preprocessing
@@ -100,7 +100,7 @@ def load_run_inputs(root: str, settings: TrainSettings) -> tuple[dataset.Dataset
     """Return the dataset to train on and the sha256 of the parent's weights. Raise UserError if either is unusable."""
     source = dataset.load_dataset(root, settings.dataset)
     preflight.check_splits(source)
-    net = resnet.build(settings.model, len(source.classes))
+    net = architectures.build(settings.model, len(source.classes))
     return source, pretrained.load_pretrained(net, root, settings, source.classes)
 
 

@@ -9,7 +9,6 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from torchvision.models.resnet import ResNet
 
 from carclass import storage
 from carclass.cluster import telemetry
@@ -17,7 +16,8 @@ from carclass.cluster.device import choose_device
 from carclass.config.schema import StageName
 from carclass.data import formats
 from carclass.errors import UserError
-from carclass.models import resnet
+from carclass.models import classifier
+from carclass.models.classifier import Classifier
 from carclass.models.gpu_memory import report_out_of_memory
 from carclass.runs.environment import record_environment
 from carclass.runs.run import Run
@@ -81,17 +81,17 @@ def _train_from_checkpoint(job: StageJob, worker: WorkerContext) -> bool:
     settings, stage = job.run.settings, getattr(job.run.settings, job.stage)
     torch.set_num_threads(job.num_threads)
     net = pretrained.initial_network(job.run, job.stage, job.classes).to(worker.device)
-    resnet.prepare_stage(net, job.stage)
+    net.prepare_stage(job.stage)
     loader = _make_loader(job, net, worker)
     precision = "fp32" if job.stage == "frozen" else settings.precision  # a linear layer gains nothing from bf16
-    autocast = resnet.autocast(precision, worker.device)
+    autocast = classifier.autocast(precision, worker.device)
     learner = make_learner(checkpoint.trained_module(net, job.stage), stage, autocast, settings.seed)
     state = _restore(job, learner)
     learner = _wrap_forward(learner, job, net, worker)
     return _train(job, worker, learner, loader, state)
 
 
-def _wrap_forward(learner: Learner, job: StageJob, net: resnet.FoldedResNet, worker: WorkerContext) -> Learner:
+def _wrap_forward(learner: Learner, job: StageJob, net: Classifier, worker: WorkerContext) -> Learner:
     """Return the learner with DDP if there are several workers, or with CUDA graphs if they are faster."""
     settings, stage = job.run.settings, learner.stage
     if worker.num_workers > 1:
@@ -102,7 +102,7 @@ def _wrap_forward(learner: Learner, job: StageJob, net: resnet.FoldedResNet, wor
     return learner
 
 
-def _make_loader(job: StageJob, net: ResNet, worker: WorkerContext) -> loop.Loader:
+def _make_loader(job: StageJob, net: Classifier, worker: WorkerContext) -> loop.Loader:
     """Return the worker's loader: of photos (unfrozen) or cached features (frozen), which are computed if missing."""
     settings = job.run.settings
     share = {"seed": settings.seed, "rank": worker.rank, "num_workers": worker.num_workers}
@@ -110,7 +110,9 @@ def _make_loader(job: StageJob, net: ResNet, worker: WorkerContext) -> loop.Load
     samples = [PhotoSamples(blocks, **share) for blocks in get_blocks(job.blocks, settings.model.image_size)]
     if job.stage == "unfrozen":
         assert settings.unfrozen is not None
-        return PhotoLoader(samples[0], samples[1], settings.augmentation, settings.unfrozen, worker.device)
+        return PhotoLoader(
+            samples[0], samples[1], settings.augmentation, settings.unfrozen, worker.device, net.normalisation
+        )
     assert settings.frozen is not None
     uri = feature_cache.cache_uri(job.run, job.dataset_digest)
     if samples:

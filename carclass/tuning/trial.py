@@ -12,7 +12,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from carclass.config.schema import TrainSettings
 from carclass.errors import UserError
-from carclass.models import resnet
+from carclass.models import architectures
 from carclass.runs.run import Run, begin_run, copy_stage
 from carclass.storage import StorageError
 from carclass.training import feature_cache, preflight
@@ -64,7 +64,7 @@ def _train(trial: Trial, context: SweepContext) -> None:
         ray.tune.report(rows[-1])
     source, parent_sha256 = load_run_inputs(context.space.root, run.settings)
     if context.memory is not None:
-        net = resnet.build(run.settings.model, len(source.classes))
+        net = architectures.build(run.settings.model, len(source.classes))
         preflight.check_memory(run.settings, source, net, context.memory, use_gpu=context.resources.use_gpu)
     begin_run(run, source, parent_sha256)
     first_run = context.first_run

@@ -14,7 +14,7 @@ from carclass.config.schema import (
     UnfrozenSettings,
 )
 from carclass.masking.detector import Detector
-from carclass.models import resnet
+from carclass.models import architectures, classifier
 from carclass.training import loop, memory_probe, preflight
 from carclass.training.dataloader import SMALL_STEP_PIXELS, PhotoBlock, PhotoLoader, PhotoSamples
 from carclass.training.learner import make_learner
@@ -36,7 +36,7 @@ def small_gpu() -> Iterator[None]:
     torch.cuda.empty_cache()
 
 
-def train_settings(precision: resnet.Precision, **changes: object) -> TrainSettings:
+def train_settings(precision: classifier.Precision, **changes: object) -> TrainSettings:
     unfrozen = STAGE.model_copy(update=changes)
     return TrainSettings(name="one", precision=precision, model=ModelSettings(image_size=SIDE), unfrozen=unfrozen)
 
@@ -51,26 +51,27 @@ def stage_peak(settings: TrainSettings) -> int:
     samples = PhotoSamples(blocks, seed=1)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    net = resnet.build(settings.model, CLASSES).to(GPU)
-    resnet.prepare_stage(net, "unfrozen")
-    learner = make_learner(net, stage, resnet.autocast(settings.precision, GPU), seed=1)
+    net = architectures.build(settings.model, CLASSES).to(GPU)
+    net.prepare_stage("unfrozen")
+    learner = make_learner(net, stage, classifier.autocast(settings.precision, GPU), seed=1)
     loader = PhotoLoader(samples, samples, AugmentationSettings(), stage, GPU)
     assert loop.train_epochs(learner, loader, loop.TrainState(), loop.Callbacks())
     return torch.cuda.max_memory_allocated()
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_a_measured_step_has_the_memory_of_a_stage(precision: resnet.Precision):
+def test_a_measured_step_has_the_memory_of_a_stage(precision: classifier.Precision):
     settings = train_settings(precision)
     step = memory_probe.measure_step(settings, CLASSES)
     assert step.fixed + BATCH * step.per_photo == pytest.approx(stage_peak(settings), rel=0.1)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_an_estimated_step_has_the_memory_of_a_stage(precision: resnet.Precision):
+def test_an_estimated_step_has_the_memory_of_a_stage(precision: classifier.Precision):
     settings = train_settings(precision)
     assert settings.unfrozen is not None
-    step = preflight.step_memory(settings, settings.unfrozen, resnet.build(settings.model, CLASSES), use_gpu=True)
+    net = architectures.build(settings.model, CLASSES)
+    step = preflight.step_memory(settings, settings.unfrozen, net, use_gpu=True)
     assert step.fixed + BATCH * step.per_photo == pytest.approx(stage_peak(settings), rel=0.2)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from carclass.config.schema import AugmentationSettings, ModelSettings, UnfrozenSettings
-from carclass.models import resnet
+from carclass.models import architectures, classifier, resnet
 from carclass.training import cuda_graphs, loop
 from carclass.training.dataloader import SMALL_STEP_PIXELS, PhotoBlock, PhotoLoader, PhotoSamples
 from carclass.training.learner import make_learner
@@ -26,13 +26,14 @@ def make_samples() -> PhotoSamples:
     return PhotoSamples(blocks, seed=1)
 
 
-def train(precision: resnet.Precision, *, graphs: bool) -> tuple[dict[str, Tensor], list[float]]:
+def train(precision: classifier.Precision, *, graphs: bool) -> tuple[dict[str, Tensor], list[float]]:
     """Return weights and losses of all steps after two epochs; their last step has five photos."""
     torch.backends.cudnn.deterministic = True
     torch.manual_seed(0)
-    net = resnet.build(ModelSettings(architecture="resnet26-narrow", image_size=SIDE, dropout=0.3), CLASSES).to(GPU)
-    resnet.prepare_stage(net, "unfrozen")
-    learner = make_learner(net, STAGE, resnet.autocast(precision, GPU), seed=1)
+    model = ModelSettings(architecture="resnet26-narrow", image_size=SIDE, dropout=0.3)
+    net = architectures.build(model, CLASSES).to(GPU)
+    net.prepare_stage("unfrozen")
+    learner = make_learner(net, STAGE, classifier.autocast(precision, GPU), seed=1)
     if graphs:
         learner = learner._replace(forward=cuda_graphs.capture_if_faster(net, STAGE.batch_size, SIDE, precision))
         assert learner.forward is not net
@@ -73,7 +74,7 @@ def test_a_frozen_norm_has_the_outputs_and_gradients_of_batch_norm(dtype: torch.
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_graphs_do_not_change_the_result(precision: resnet.Precision):
+def test_graphs_do_not_change_the_result(precision: classifier.Precision):
     eager_weights, eager_losses = train(precision, graphs=False)
     weights, losses = train(precision, graphs=True)
     assert losses == pytest.approx(eager_losses, rel=1e-6)
@@ -81,7 +82,7 @@ def test_graphs_do_not_change_the_result(precision: resnet.Precision):
 
 
 def test_large_batches_run_without_graphs():
-    net = resnet.build(ModelSettings(architecture="resnet26-narrow", image_size=SIDE), CLASSES).to(GPU)
+    net = architectures.build(ModelSettings(architecture="resnet26-narrow", image_size=SIDE), CLASSES).to(GPU)
     assert cuda_graphs.capture_if_faster(net, SMALL_STEP_PIXELS // SIDE**2 + 1, SIDE, "bf16") is net
 
 

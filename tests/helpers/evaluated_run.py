@@ -13,7 +13,7 @@ from carclass.config.schema import ModelSettings
 from carclass.data import dataset, formats, photo, publishing
 from carclass.evaluation.calibration import fit_calibration
 from carclass.evaluation.metrics import classification_metrics
-from carclass.models import resnet
+from carclass.models import architectures
 from carclass.runs.calibration_record import write_calibration
 from carclass.runs.metrics_log import MetricsLog
 from carclass.runs.predictor import Predictor
@@ -57,7 +57,7 @@ def publish_evaluated_run(root: Path) -> Run:
     """Publish the run `first` on the dataset v1, with its calibration, an epoch of metrics, and its evaluation."""
     source = publish_photos(root)
     torch.manual_seed(3)
-    publish_frozen_run(str(root), source, "first", MODEL, resnet.build(MODEL, len(CLASSES)).eval())
+    publish_frozen_run(str(root), source, "first", MODEL, architectures.build(MODEL, len(CLASSES)).eval())
     run = find_run(str(root), "first")
     record_preprocessing(run, source)
     figures = dict.fromkeys(("train_loss", "train_accuracy", "val_loss", "val_accuracy", "lr", "seconds"), 0.5)

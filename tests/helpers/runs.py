@@ -9,7 +9,7 @@ from torch import nn
 from carclass import storage
 from carclass.config.schema import ModelSettings, TrainSettings
 from carclass.data import dataset, publishing
-from carclass.models import resnet
+from carclass.models import architectures
 from carclass.runs.checkpoint_index import WEIGHTS, checkpoint_name
 from carclass.runs.metrics_log import MetricsLog
 from carclass.runs.run import Run, begin_run
@@ -52,7 +52,7 @@ def finish(
     """
     stage = stage or run.stages[-1]
     torch.manual_seed(0)
-    net = resnet.build(run.settings.model, len(classes))
+    net = architectures.build(run.settings.model, len(classes))
     module = checkpoint.trained_module(net, stage)
     log = MetricsLog(run, stage, 0)
     for epoch in range(1, epochs + 1):

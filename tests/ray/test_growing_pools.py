@@ -20,7 +20,7 @@ from carclass.config import cli
 from carclass.config.schema import Config, ModelSettings
 from carclass.data import dataset
 from carclass.evaluation.calibrate import calibrate_run
-from carclass.models import resnet
+from carclass.models import architectures
 from carclass.prediction import predictions
 from carclass.runs.run import find_run
 from carclass.sample.generate import write_sample
@@ -124,7 +124,7 @@ def growing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GrowingCluster
         growing.start("mask", "v2").end()
         torch.manual_seed(0)
         source = dataset.load_dataset(growing.root, "v2")
-        run = publish_frozen_run(growing.root, source, "first", MODEL, resnet.build(MODEL, len(source.classes)))
+        run = publish_frozen_run(growing.root, source, "first", MODEL, architectures.build(MODEL, len(source.classes)))
         with treated_as_own():  # in this process: an evaluation would use a GPU
             calibrate_run(run, run.model_uri("frozen"), run.model_facts("frozen"), batch_size=16)
         yield growing

@@ -23,7 +23,7 @@ from carclass.data.photo import decode_photos
 from carclass.errors import UserError
 from carclass.evaluation import calibration
 from carclass.evaluation.calibrate import calibrate_run
-from carclass.models import resnet, weights
+from carclass.models import architectures, weights
 from carclass.models.preprocessing import to_network_input
 from carclass.prediction import few_photos, predictions
 from carclass.prediction.detector_weights import mask_settings
@@ -57,7 +57,7 @@ def two_cpus(ray_cluster: str) -> Iterator[None]:
 def publish_run(root: str, name: str, source: dataset.Dataset) -> None:
     """Publish a run with a finished frozen stage: a head fitted to the backbone's features of the train photos."""
     torch.manual_seed(1)
-    net = resnet.build(MODEL, len(source.classes))
+    net = architectures.build(MODEL, len(source.classes))
     net.load_state_dict(weights.load_weights("sample", None, sample="backbone.safetensors", key="")[0], strict=False)
     rows = source.read(["split", "label", "image"]).filter(pc.field("split") == "train")
     labels = torch.tensor([source.classes.index(label) for label in rows["label"].to_pylist()])

@@ -10,7 +10,7 @@ import torch
 
 from carclass.config.schema import ModelSettings
 from carclass.data.photo import decode_photos
-from carclass.models import preprocessing, resnet, weights
+from carclass.models import architectures, preprocessing, weights
 from carclass.models.preprocessing import to_network_input
 from carclass.runs.export import FORMATS, OUTPUTS, TOLERANCE
 from carclass.runs.model_description import ModelDescription
@@ -30,7 +30,7 @@ FACTS: dict[str, Any] = {
     "sha256": "0" * 64,
 }
 READING = {"min_side": 16, "max_pixels": 100_000_000, "max_side": 800, "quality": 92}
-STATISTICS = [*preprocessing.MEAN], [*preprocessing.STD]
+STATISTICS = [*preprocessing.IMAGENET.mean], [*preprocessing.IMAGENET.std]
 CLASSES = [f"class {i}" for i in range(1000)]
 DESCRIPTION = ModelDescription(FACTS, Preprocessing(READING, None, None, None, 224, *STATISTICS, CLASSES), 1.5)
 
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def net() -> Any:
     state, _ = weights.load_weights(str(WEIGHTS), None, sample="", key="train.parent")
-    net = resnet.build(SETTINGS, 1000)
+    net = architectures.build(SETTINGS, 1000)
     net.load_state_dict({name.replace("fc.", "fc.1."): value.float() for name, value in state.items()}, strict=False)
     return net.eval()
 

@@ -26,7 +26,7 @@ from carclass.config.schema import (
     PredictSettings,
 )
 from carclass.data import dataset
-from carclass.models import resnet
+from carclass.models import architectures
 from carclass.prediction import predictions
 from tests.helpers.faulty_s3 import RESET, TRUNCATED, Fault, Proxy
 from tests.helpers.runs import publish_frozen_run
@@ -122,7 +122,7 @@ def prepare(cars: str) -> Callable[[str], None]:
         root = f"s3://{cars}/out"
         source = dataset.load_dataset(root, "v1")
         torch.manual_seed(1)
-        publish_frozen_run(root, source, "sample", MODEL, resnet.build(MODEL, len(source.classes)))
+        publish_frozen_run(root, source, "sample", MODEL, architectures.build(MODEL, len(source.classes)))
 
     return prepare
 

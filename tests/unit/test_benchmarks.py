@@ -12,7 +12,7 @@ from torch import nn
 from carclass.config.schema import AugmentationSettings, FrozenSettings, ModelSettings, TrainSettings, UnfrozenSettings
 from carclass.data import dataset
 from carclass.errors import UserError
-from carclass.models import resnet
+from carclass.models import architectures
 from carclass.tools.benchmarks import labelled, parts, plain_training, rows, train_in_process
 from carclass.tools.benchmarks.timing import WARM_UP, ThroughputClock
 from carclass.training.dataloader import PhotoBlock, PhotoLoader, PhotoSamples
@@ -84,7 +84,7 @@ def test_class_folders_and_blocks_have_the_same_labels(photos_folder: Path, tmp_
 def test_both_networks_return_the_same_features_with_the_same_weights(tmp_path: Path):
     torch.manual_seed(0)
     settings = ModelSettings(stride_in_1x1=True, image_size=64)
-    ours = resnet.build(settings, 5).eval()
+    ours = architectures.build(settings, 5).eval()
     save_file(
         {name: tensor.contiguous() for name, tensor in ours.state_dict().items()}, tmp_path / "weights.safetensors"
     )
@@ -99,7 +99,7 @@ def test_the_timed_epoch_returns_features_with_their_labels(photos_folder: Path,
     torch.manual_seed(0)
     splits = {"train": valid_photos(photos_folder, 6), "val": valid_photos(photos_folder, 6)}
     folder = labelled.link_class_folders(splits, tmp_path)
-    net = resnet.build(NARROW, 5)
+    net = architectures.build(NARROW, 5)
     net.fc = torch.nn.Linear(512, 5)
     trainer = plain_training.HeadTrainer(net.fc, frozen_settings(), 6, CPU)
     loaders = {

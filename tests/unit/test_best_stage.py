@@ -17,7 +17,7 @@ from carclass.experiments import status, tree_view
 from carclass.experiments.collect import read_test
 from carclass.experiments.status import RunStatus
 from carclass.experiments.tree import Budget, Experiment, Tree
-from carclass.models import resnet
+from carclass.models import architectures
 from carclass.runs.run import Run, find_run, record_best_stage
 from carclass.training import pretrained
 from carclass.training.train import (
@@ -139,7 +139,7 @@ def test_load_run_loads_the_model_of_the_run_or_of_a_named_stage(worse: Run, sta
 @pytest.mark.parametrize(("parent", "bias"), [("both@best", 5), ("both@2", 2), ("both@last", 2)])
 def test_a_child_starts_from_the_model_of_the_run_or_from_epochs_of_its_last_stage(worse: Run, parent: str, bias: int):
     settings = TrainSettings(name="child", parent=parent, model=MODEL, frozen=None)
-    net = resnet.build(settings.model, len(CLASSES))
+    net = architectures.build(settings.model, len(CLASSES))
     pretrained.load_pretrained(net, worse.root, settings, CLASSES)
     assert net.get_parameter("fc.1.bias")[0] == bias
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from carclass.config.schema import FrozenSettings
 from carclass.errors import UserError
-from carclass.models import resnet
+from carclass.models import classifier
 from carclass.runs.checkpoint_index import INDEX, WEIGHTS, checkpoint_name
 from carclass.runs.saved_model import serialise
 from carclass.training import checkpoint
@@ -22,7 +22,7 @@ def learner(value: float) -> Learner:
     module = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
     nn.init.constant_(module.weight, value)
     stage = FrozenSettings(lr=0.1, ema_decay=None)
-    made = make_learner(module, stage, resnet.autocast("fp32", torch.device("cpu")), seed=1)
+    made = make_learner(module, stage, classifier.autocast("fp32", torch.device("cpu")), seed=1)
     module(torch.ones(1, 3, 8, 8)).sum().backward()
     made.optimizer.step()
     return made

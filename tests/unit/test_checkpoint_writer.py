@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from carclass.config.schema import FrozenSettings, TrainSettings
-from carclass.models import resnet
+from carclass.models import classifier
 from carclass.runs.run import Run
 from carclass.storage import StorageError
 from carclass.training import checkpoint, loop
@@ -28,7 +28,7 @@ class SlowStorage:
 
 def make_writer(run: Run, module: nn.Module, state: loop.TrainState) -> CheckpointWriter:
     assert run.settings.frozen is not None
-    autocast = resnet.autocast("fp32", torch.device("cpu"))
+    autocast = classifier.autocast("fp32", torch.device("cpu"))
     return CheckpointWriter(run, "frozen", make_learner(module, run.settings.frozen, autocast, seed=1), state)
 
 

@@ -14,7 +14,7 @@ from carclass import storage
 from carclass.config.schema import DetectorSettings, TrainSettings
 from carclass.errors import UserError
 from carclass.masking import networks
-from carclass.models import resnet, weights
+from carclass.models import architectures, weights
 from carclass.training import pretrained
 from tests.helpers.weights_server import CUT, WeightsServer, serve_weights
 
@@ -177,7 +177,7 @@ def test_a_download_is_cached_on_storage_as_safetensors(web: WeightsServer, tmp_
 
 @pytest.mark.slow
 def test_the_weights_that_a_run_starts_from_are_recorded(web: WeightsServer, tmp_path: Path):
-    net = resnet.build(TrainSettings(name="first").model, 2)
+    net = architectures.build(TrainSettings(name="first").model, 2)
     state = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
     web.files["net.safetensors"] = save(state)
     settings = TrainSettings(name="first", parent=f"{web.address}/net.safetensors")

@@ -28,7 +28,7 @@ from carclass.data import dataset, photo, publishing
 from carclass.data.photo import decode_photos
 from carclass.errors import UserError
 from carclass.evaluation.calibration import fit_calibration
-from carclass.models import preprocessing, resnet
+from carclass.models import architectures, preprocessing
 from carclass.models.preprocessing import to_network_input
 from carclass.runs.calibration_record import write_calibration
 from carclass.runs.export import EXTRA, FORMATS, OUTPUTS, TOLERANCE, export_run, to_safetensors
@@ -82,7 +82,7 @@ def begin(root: Path, photos: list[bytes]) -> Run:
 def make_net(seed: int = 0) -> torch.nn.Module:
     """Return the sample's backbone with a random classifier, with logits of up to about 10."""
     torch.manual_seed(seed)
-    net = resnet.build(MODEL, len(CLASSES))
+    net = architectures.build(MODEL, len(CLASSES))
     pretrained.load_backbone(net, TrainSettings(name="any", parent="sample", model=MODEL))
     torch.nn.init.normal_(net.get_submodule("fc.1").weight, std=0.5)
     return net.eval()
@@ -165,7 +165,7 @@ def test_all_tensors_of_a_pt2_file_move_to_another_device(folder: Path, pixels: 
 @pytest.mark.slow
 def test_torchvisions_resnet50_loads_the_safetensors():
     settings = ModelSettings(image_size=64)
-    classifier = PhotoClassifier(resnet.build(settings, len(CLASSES)))
+    classifier = PhotoClassifier(architectures.build(settings, len(CLASSES)))
     data = to_safetensors(classifier, describe(settings))
     torchvision_net = resnet50(num_classes=len(CLASSES))
     torchvision_net.load_state_dict(load(data))
@@ -179,7 +179,7 @@ def test_torchvisions_resnet50_loads_the_safetensors():
 
 def describe(model: ModelSettings, mask: dict[str, Any] | None = None) -> ModelDescription:
     facts = {"run": "r", "stage": "frozen", "epoch": 1, "val_accuracy": 0.5, "sha256": "0", "model": model.model_dump()}
-    statistics = [*preprocessing.MEAN], [*preprocessing.STD]
+    statistics = [*map(list, preprocessing.IMAGENET)]
     steps = Preprocessing(READING, mask, "s3://bucket/weights", "e" * 64, model.image_size, *statistics, CLASSES)
     return ModelDescription(facts, steps, TEMPERATURE)
 
@@ -201,7 +201,7 @@ def test_every_file_has_classes_and_preprocessing_in_its_metadata(folder: Path, 
     assert json.loads(metadata["classes"]) == CLASSES
     assert (metadata["image_size"], metadata["layout"]) == ("96", "NCHW, RGB")
     assert "bilinear, antialiased" in metadata["resize"]
-    assert (json.loads(metadata["mean"]), json.loads(metadata["std"])) == ([*preprocessing.MEAN], [*preprocessing.STD])
+    assert (json.loads(metadata["mean"]), json.loads(metadata["std"])) == tuple(map(list, preprocessing.IMAGENET))
     assert metadata["input"].startswith("float32" if name == "model.safetensors" else "uint8 (N,3,96,96) RGB")
     assert float(metadata["temperature"]) == TEMPERATURE
     assert metadata["masking"] == "none"

@@ -10,7 +10,7 @@ from carclass.config.schema import AugmentationSettings, FrozenSettings, ModelSe
 from carclass.data import formats
 from carclass.data.photo import decode_photos
 from carclass.errors import UserError
-from carclass.models import resnet
+from carclass.models import architectures, classifier
 from carclass.runs.run import Run
 from carclass.training import feature_cache, loop, pretrained, worker
 from carclass.training.dataloader import PhotoBlock, PhotoLoader, PhotoSamples
@@ -42,7 +42,7 @@ def train(loader: loop.Loader, module: torch.nn.Module) -> list[loop.Metrics]:
     """Train a whole stage and return its metrics by epoch."""
     assert SETTINGS.frozen is not None
     epochs: list[loop.Metrics] = []
-    learner = make_learner(module, SETTINGS.frozen, resnet.autocast("fp32", CPU), seed=1)
+    learner = make_learner(module, SETTINGS.frozen, classifier.autocast("fp32", CPU), seed=1)
     callbacks = loop.Callbacks(on_epoch_end=lambda _state, metrics, _steps: epochs.append(metrics))
     loop.train_epochs(learner, loader, loop.TrainState(), callbacks)
     return epochs
@@ -56,7 +56,7 @@ def test_damaged_features_are_named_with_a_way_out(tmp_path: Path, damage: bytes
 
 
 def test_features_with_a_changed_bit_are_damaged(splits: tuple[PhotoSamples, PhotoSamples], tmp_path: Path):
-    uri, net = str(tmp_path / "features.safetensors"), resnet.build(SETTINGS.model, 4)
+    uri, net = str(tmp_path / "features.safetensors"), architectures.build(SETTINGS.model, 4)
     feature_cache.write_cache(uri, net, splits, Run("", SETTINGS), CPU)
     data = bytearray(Path(uri).read_bytes())
     data[-1] ^= 0x80  # a sign: the value stays finite
@@ -72,9 +72,9 @@ def test_training_on_cached_features_equals_training_on_photos(
     nets = []
     for _ in range(2):
         torch.manual_seed(0)
-        net = resnet.build(SETTINGS.model, 4)
+        net = architectures.build(SETTINGS.model, 4)
         pretrained.load_backbone(net, SETTINGS)
-        resnet.prepare_stage(net, "frozen")
+        net.prepare_stage("frozen")
         nets.append(net)
     uri = str(tmp_path / "features.safetensors")
     feature_cache.write_cache(uri, nets[0], splits, Run("", SETTINGS), CPU)
@@ -89,7 +89,7 @@ def test_training_on_cached_features_equals_training_on_photos(
 @pytest.mark.parametrize("sampling", ["uniform", "balanced"])
 def test_a_worker_draws_features_as_its_run_is_set(root: Path, sampling: str):
     run = Run(str(root), SETTINGS.model_copy(update={"sampling": sampling}))
-    net = resnet.build(SETTINGS.model, 2)
+    net = architectures.build(SETTINGS.model, 2)
     pixels, ids = np.zeros((12, 64, 64, 3), np.uint8), np.arange(12).astype(np.uint64)
     splits = [PhotoSamples([PhotoBlock(pixels, np.repeat([0, 1], [2, 10]), ids.copy())], seed=1) for _ in range(2)]
     feature_cache.write_cache(feature_cache.cache_uri(run, "digest"), net, splits, run, CPU)

@@ -16,7 +16,7 @@ import carclass
 from carclass.config.schema import ModelSettings, TrainSettings
 from carclass.data import dataset, formats
 from carclass.errors import UserError
-from carclass.models import preprocessing, resnet
+from carclass.models import architectures, preprocessing
 from carclass.runs.metrics_log import MetricsLog
 from carclass.runs.run import Run, begin_run, find_run
 from tests.helpers.runs import publish_frozen_run
@@ -37,7 +37,7 @@ def begun(tmp_path: Path) -> Run:
 @pytest.fixture
 def finished(tmp_path: Path) -> tuple[Run, torch.nn.Module]:
     torch.manual_seed(3)
-    net = resnet.build(MODEL, len(CLASSES)).eval()
+    net = architectures.build(MODEL, len(CLASSES)).eval()
     source = dataset.Dataset(f"{tmp_path}/datasets/v2", SOURCE)
     return publish_frozen_run(str(tmp_path), source, "first", MODEL, net), net
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from carclass.config.schema import AugmentationSettings, FrozenSettings, ModelSettings, StageSettings, UnfrozenSettings
-from carclass.models import resnet
+from carclass.models import architectures, classifier
 from carclass.runs.checkpoint_index import checkpoint_name
 from carclass.training import checkpoint, learner, loop
 from carclass.training.dataloader import FeatureLoader, PhotoBlock, PhotoLoader, PhotoSamples
 
 SIDE, EPOCHS = 32, 3
 MODEL = ModelSettings(architecture="resnet26-narrow", image_size=SIDE, dropout=0.3)
-FP32 = resnet.autocast("fp32", torch.device("cpu"))
+FP32 = classifier.autocast("fp32", torch.device("cpu"))
 
 
 def make_samples(count: int, seed: int, *, balanced: bool = False) -> PhotoSamples:
@@ -42,8 +42,8 @@ class Stage:
     def begin(self) -> tuple[learner.Learner, loop.Loader]:
         """Return the learner before its first step, and the loader."""
         torch.manual_seed(0)
-        net = resnet.build(MODEL, 4)
-        resnet.prepare_stage(net, "frozen" if self.kind == "features" else "unfrozen")
+        net = architectures.build(MODEL, 4)
+        net.prepare_stage("frozen" if self.kind == "features" else "unfrozen")
         train, val = make_samples(29, 1, balanced=self.balanced), make_samples(9, 2)
         if self.kind == "photos":
             loader: loop.Loader = PhotoLoader(train, val, AugmentationSettings(), self.settings, torch.device("cpu"))
@@ -331,7 +331,7 @@ def test_biases_and_normalisation_have_no_weight_decay(stage: Callable[..., Stag
 
 
 def apply_dropout(ids: np.ndarray, *, seed: int = 1, epoch: int = 1, p: float = 0.3) -> torch.Tensor:
-    dropout = resnet.SampleDropout(p, 300)
+    dropout = classifier.SampleDropout(p, 300)
     dropout.draw(seed, epoch, ids, torch.device("cpu"))
     return dropout(torch.ones(len(ids), 300))
 
@@ -360,9 +360,9 @@ def test_dropout_of_nothing_and_of_everything(p: float, mean: float):
 
 
 def test_dropout_is_off_in_evaluation():
-    dropout = resnet.SampleDropout(0.5, 300).eval()
+    dropout = classifier.SampleDropout(0.5, 300).eval()
     assert torch.equal(dropout(torch.ones(4, 300)), torch.ones(4, 300))
 
 
 def test_names_of_the_classifiers_tensors_are_stable():
-    assert {"fc.1.weight", "fc.1.bias"} <= resnet.build(MODEL, 4).state_dict().keys()
+    assert {"fc.1.weight", "fc.1.bias"} <= architectures.build(MODEL, 4).state_dict().keys()

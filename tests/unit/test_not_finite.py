@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from carclass.config.schema import FrozenSettings, ModelSettings, TrainSettings
 from carclass.data import formats
 from carclass.errors import UserError
-from carclass.models import resnet, weights
+from carclass.models import architectures, classifier, weights
+from carclass.models.classifier import Classifier
 from carclass.runs import saved_model
 from carclass.runs.checkpoint_index import checkpoint_name
 from carclass.runs.predictor import Predictor
@@ -35,9 +36,9 @@ FACTS = {
 not_finite = pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 
 
-def make_net(value: float) -> resnet.FoldedResNet:
+def make_net(value: float) -> Classifier:
     """Return a network with one weight of this value."""
-    net = resnet.build(MODEL, 2)
+    net = architectures.build(MODEL, 2)
     net.fc[1].weight.data[1, 7] = value
     return net
 
@@ -54,7 +55,7 @@ def write_model(folder: Path, value: float) -> str:
 @pytest.fixture
 def learner() -> Learner:
     stage = FrozenSettings(lr=0.1)
-    return make_learner(make_net(0.5).fc, stage, resnet.autocast("fp32", torch.device("cpu")), seed=1)
+    return make_learner(make_net(0.5).fc, stage, classifier.autocast("fp32", torch.device("cpu")), seed=1)
 
 
 def write_checkpoint(folder: Path, learner: Learner, epoch: int, samples: int, value: float) -> str:

@@ -20,7 +20,7 @@ from carclass.data import dataset, formats, photo
 from carclass.errors import UserError
 from carclass.evaluation.calibration import apply_temperature, fit_calibration
 from carclass.masking import networks
-from carclass.models import preprocessing, resnet
+from carclass.models import architectures, classifier, preprocessing
 from carclass.prediction.loaded_run import LoadedRun
 from carclass.prediction.photo_predictor import PhotoPredictor
 from carclass.prediction.predictions import PREDICTION
@@ -44,7 +44,7 @@ TEMPERATURE = 0.1
 @pytest.fixture
 def net() -> torch.nn.Module:
     torch.manual_seed(3)
-    return resnet.build(MODEL, len(CLASSES)).eval()
+    return architectures.build(MODEL, len(CLASSES)).eval()
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_a_file_is_read_shrunk_and_calibrated(
     (row,) = predicting.predict([tmp_path / "car.png"]).to_pylist()
     stored, _, _ = photo.reencode((tmp_path / "car.png").read_bytes(), **READING)
     pixels = torch.from_numpy(photo.decode_photos([stored], 64)).permute(0, 3, 1, 2)
-    with torch.inference_mode(), resnet.autocast("fp32", torch.device("cpu")):
+    with torch.inference_mode(), classifier.autocast("fp32", torch.device("cpu")):
         raw = net(preprocessing.normalise(pixels)).softmax(1).numpy()
     (expected,) = apply_temperature(raw, TEMPERATURE)
     assert row["label"] == CLASSES[expected.argmax()]

@@ -14,7 +14,7 @@ from carclass.data import photo
 from carclass.data.draft import Draft
 from carclass.data.inventory import INPUT, Inventory
 from carclass.masking import networks
-from carclass.models import resnet
+from carclass.models import architectures
 from carclass.prediction import classify, few_photos
 from carclass.prediction.collect import THUMBNAIL_SIDE
 from carclass.prediction.predictions import PREDICTED
@@ -100,7 +100,7 @@ def test_photos_that_are_not_masked_have_one_thumbnail(read: pa.Table):
 
 @pytest.fixture
 def job(tmp_path: Path) -> classify.PredictionJob:
-    publish_frozen_run(str(tmp_path), publish_photos(tmp_path), "first", MODEL, resnet.build(MODEL, 3).eval())
+    publish_frozen_run(str(tmp_path), publish_photos(tmp_path), "first", MODEL, architectures.build(MODEL, 3).eval())
     model_uri = find_run(str(tmp_path), "first").model_uri("frozen")
     settings = PredictSettings(photos="/box", threshold=0.5, batch_size=4)
     return classify.PredictionJob(settings, IngestSettings(photos="/box"), None, model_uri, CLASSES, 1.0, 1.0)

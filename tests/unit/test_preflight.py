@@ -13,13 +13,13 @@ import torch
 from carclass.config.schema import FrozenSettings, ModelSettings, TrainSettings, UnfrozenSettings
 from carclass.data import dataset, publishing
 from carclass.errors import UserError
-from carclass.models import resnet
+from carclass.models import architectures, classifier
 from carclass.training import checkpoint, preflight
 from carclass.training.learner import make_learner
 from tests.helpers import inventories
 
 HOUSE = Path(__file__).parents[2]
-FP32 = resnet.autocast("fp32", torch.device("cpu"))
+FP32 = classifier.autocast("fp32", torch.device("cpu"))
 SMALL = ModelSettings(architecture="resnet26-narrow", image_size=96)
 GB = 10**9
 
@@ -51,7 +51,7 @@ def of_rows(root: Path, rows: list[tuple[str, str]]) -> dataset.Dataset:
 
 @pytest.fixture(scope="module")
 def net() -> torch.nn.Module:
-    return resnet.build(SMALL, 10)
+    return architectures.build(SMALL, 10)
 
 
 # The whole
@@ -140,7 +140,7 @@ def test_the_estimate_of_disk_space_agrees_with_checkpoints(tmp_path: Path, net:
         frozen=None, unfrozen=UnfrozenSettings(optimizer=optimizer, keep_epochs=(3, 7)), keep_checkpoints=3
     )
     assert settings.unfrozen is not None
-    resnet.prepare_stage(net, "unfrozen")
+    net.prepare_stage("unfrozen")
     net.get_submodule("fc").eval()
     learner = make_learner(net, settings.unfrozen, FP32, seed=1)
     net(torch.rand(1, 3, 96, 96)).sum().backward()
@@ -220,7 +220,7 @@ def test_too_many_views_are_an_error_with_the_number_that_fits(net: torch.nn.Mod
 def test_the_estimate_includes_weights_gradients_moments_and_average(net: torch.nn.Module):
     settings = train_settings(precision="fp32")
     assert settings.unfrozen is not None
-    resnet.prepare_stage(net, "unfrozen")
+    net.prepare_stage("unfrozen")
     net.get_submodule("fc").eval()
     learner = make_learner(net, settings.unfrozen, FP32, seed=1)
     assert learner.ema is not None
@@ -237,7 +237,7 @@ def test_the_estimate_includes_weights_gradients_moments_and_average(net: torch.
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_the_estimate_on_a_cpu_includes_folded_weights_and_the_checkpoint_that_is_being_written(
-    net: torch.nn.Module, precision: resnet.Precision
+    net: torch.nn.Module, precision: classifier.Precision
 ):
     settings = train_settings(precision=precision)
     assert settings.unfrozen is not None
@@ -258,9 +258,9 @@ def test_an_elastic_run_is_checked_with_the_fewest_workers_on_gpus_and_the_most_
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("precision", "bytes_per_value"), [("fp32", 4), ("bf16", 2)])
-def test_on_a_gpu_the_input_of_every_norm_is_counted(precision: resnet.Precision, bytes_per_value: int):
+def test_on_a_gpu_the_input_of_every_norm_is_counted(precision: classifier.Precision, bytes_per_value: int):
     """A GPU does not fold BatchNorm into the convolution before it."""
-    settings, plain = train_settings(precision=precision), resnet.build(SMALL, 10)
+    settings, plain = train_settings(precision=precision), architectures.build(SMALL, 10)
     outputs: list[int] = []
     for layer in plain.modules():
         if isinstance(layer, torch.nn.Conv2d):
@@ -296,16 +296,16 @@ def test_every_photo_of_a_step_takes_the_same_memory(net: torch.nn.Module):
 STEP = """
 import sys, torch
 from carclass.config.schema import ModelSettings, TrainSettings
-from carclass.models import resnet
+from carclass.models import architectures, classifier
 from carclass.training import learner, preflight
 
 precision = sys.argv[1]
 settings = TrainSettings(
     name="x", precision=precision, model=ModelSettings(architecture="resnet26-narrow", image_size=96)
 )
-net = resnet.build(settings.model, 10)
-resnet.prepare_stage(net, "unfrozen")
-autocast = resnet.autocast(precision, torch.device("cpu"))
+net = architectures.build(settings.model, 10)
+net.prepare_stage("unfrozen")
+autocast = classifier.autocast(precision, torch.device("cpu"))
 optimizer = learner.make_learner(net, settings.unfrozen, autocast, seed=1).optimizer
 net.fc.eval()
 

@@ -9,7 +9,7 @@ from safetensors import torch as safetensors
 from carclass import storage
 from carclass.config.schema import TrainSettings
 from carclass.errors import UserError
-from carclass.models import resnet
+from carclass.models import architectures
 from carclass.training import pretrained
 from tests.helpers.runs import CLASSES, FROZEN, MODEL, begin, finish, publish_dataset
 
@@ -26,7 +26,7 @@ def root(tmp_path: Path) -> Path:
 
 def load(root: Path, parent: str, classes: list[str] = CLASSES, **changes: object) -> tuple[torch.nn.Module, str]:
     settings = TrainSettings(**{**CHILD, "parent": parent, **changes})
-    net = resnet.build(settings.model, len(classes))
+    net = architectures.build(settings.model, len(classes))
     return net, pretrained.load_pretrained(net, str(root), settings, classes)
 
 

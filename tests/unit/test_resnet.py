@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from carclass.config.schema import ModelSettings
-from carclass.models import resnet
+from carclass.models import architectures, classifier, resnet
 
 SETTINGS = ModelSettings(architecture="resnet26-narrow", image_size=64, dropout=0)
 
@@ -22,7 +22,7 @@ class PlainNarrowResNet(ResNet):
 def nets() -> tuple[ResNet, ResNet]:
     """Our network and torchvision's with the same weights and statistics, none of them 0 or 1."""
     torch.manual_seed(0)
-    ours, theirs = resnet.build(SETTINGS, 7), PlainNarrowResNet(Bottleneck, [2, 2, 2, 2])
+    ours, theirs = architectures.build(SETTINGS, 7), PlainNarrowResNet(Bottleneck, [2, 2, 2, 2])
     theirs.fc = nn.Sequential(nn.Dropout(0), nn.Linear(512, 7))
     for module in ours.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -54,7 +54,7 @@ def test_logits_equal_torchvisions(nets: tuple[ResNet, ResNet]):
 
 def test_gradients_with_frozen_statistics_equal_torchvisions(nets: tuple[ResNet, ResNet]):
     for net in nets:
-        resnet.set_train_mode(net)
+        classifier.set_train_mode(net)
     ours, theirs = gradients(nets[0]), gradients(nets[1])
     assert ours.keys() == dict(nets[0].named_parameters()).keys()
     for name, gradient in ours.items():
@@ -70,7 +70,7 @@ def test_running_statistics_in_train_mode_equal_torchvisions(nets: tuple[ResNet,
 
 def test_frozen_statistics_do_not_change(nets: tuple[ResNet, ResNet]):
     before = {name: buffer.clone() for name, buffer in nets[0].named_buffers()}
-    resnet.set_train_mode(nets[0])
+    classifier.set_train_mode(nets[0])
     nets[0](photos())
     assert all((buffer == before[name]).all() for name, buffer in nets[0].named_buffers())
 
@@ -78,7 +78,7 @@ def test_frozen_statistics_do_not_change(nets: tuple[ResNet, ResNet]):
 def test_bf16_features_equal_fp32_up_to_rounding(nets: tuple[ResNet, ResNet]):
     nets[1].fc = nn.Identity()
     exact = nets[1].eval()(photos()).detach()
-    with torch.inference_mode(), resnet.autocast("bf16", torch.device("cpu")):
+    with torch.inference_mode(), classifier.autocast("bf16", torch.device("cpu")):
         rounded = nets[0].eval().features(photos()).float()
     assert float((rounded - exact).norm() / exact.norm()) < 0.01
 
@@ -90,7 +90,7 @@ def test_logits_are_computed_in_float32_under_bf16(nets: tuple[ResNet, ResNet]):
     linear.weight.data[1] = linear.weight.data[0] * (1 + 1e-4)
     linear.bias.data[1] = linear.bias.data[0]
     with torch.inference_mode():
-        with resnet.autocast("bf16", torch.device("cpu")):
+        with classifier.autocast("bf16", torch.device("cpu")):
             logits, features = net(photos()), net.features(photos())
         assert logits.dtype == torch.float32
         torch.testing.assert_close(logits, net.fc(features.float()))

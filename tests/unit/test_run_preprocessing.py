@@ -37,7 +37,7 @@ def recorded(detector: DetectorSettings, **changes: Any) -> Preprocessing:
     mask["detector"]["weights"] = mask["detector"].pop("weights_sha256")
     mask["detector"]["architecture"] = networks.architecture_digest(detector)
     values = {"detector_source_sha256": weights.converted_from(detector.weights), "image_size": 64, "classes": ["a"]}
-    statistics = {"mean": [*preprocessing.MEAN], "std": [*preprocessing.STD]}
+    statistics = {"mean": [*preprocessing.IMAGENET.mean], "std": [*preprocessing.IMAGENET.std]}
     return Preprocessing(READING, {**mask, **changes}, detector.weights, **values, **statistics)  # type: ignore[arg-type]
 
 
@@ -83,7 +83,8 @@ def test_the_record_has_all_steps_up_to_the_networks_input(tmp_path: Path):
     assert stored == {
         "format": 4, "dataset_digest": source.digest,
         "reading": READING, "mask": None, "detector_weights": None, "detector_source_sha256": None,
-        "image_size": 32, "mean": [*preprocessing.MEAN], "std": [*preprocessing.STD], "classes": ["a", "b"],
+        "image_size": 32, "classes": ["a", "b"],
+        **{name: [*values] for name, values in preprocessing.IMAGENET._asdict().items()},
     }  # fmt: skip
 
 
@@ -123,7 +124,7 @@ def test_training_goes_on_with_a_warning_if_no_record_is_possible(
 def test_a_record_of_a_former_format_gets_the_networks_input(tmp_path: Path):
     shutil.copytree(FORMAT_1 / "experiments", tmp_path / "experiments")
     stored = load_preprocessing(find_run(str(tmp_path), "run"))
-    assert (stored.image_size, stored.mean, len(stored.classes)) == (64, [*preprocessing.MEAN], 10)
+    assert (stored.image_size, stored.mean, len(stored.classes)) == (64, [*preprocessing.IMAGENET.mean], 10)
     assert (stored.detector_weights, stored.detector_source_sha256) == ("sample", None)
 
 

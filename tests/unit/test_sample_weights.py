@@ -13,7 +13,7 @@ from carclass.masking.detection import Detection
 from carclass.masking.detector import Detector
 from carclass.masking.paste import paste_mask
 from carclass.masking.rle import mask_iou
-from carclass.models import resnet
+from carclass.models import architectures
 from carclass.sample.background import SCENES
 from carclass.sample.draw import Vehicle, draw_photo
 from carclass.sample.models import MODELS
@@ -77,7 +77,7 @@ def test_detector_mostly_distinguishes_cars_buses_and_trucks(drawn, detections) 
 
 def test_backbone_has_all_weights_of_the_narrow_resnet_except_the_classifier() -> None:
     settings = TrainSettings(name="probe", parent="sample", model=ModelSettings(architecture="resnet26-narrow"))
-    net = resnet.build(settings.model, num_classes=len(MODELS))
+    net = architectures.build(settings.model, num_classes=len(MODELS))
     untrained = {name: value.clone() for name, value in net.state_dict().items()}
     assert pretrained.load_backbone(net, settings) == expected_sha256("backbone.safetensors")
     unchanged = [name for name, value in net.state_dict().items() if torch.equal(value, untrained[name])]

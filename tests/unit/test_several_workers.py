@@ -10,7 +10,7 @@ from torch import distributed, multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 from carclass.config.schema import AugmentationSettings, ModelSettings, UnfrozenSettings
-from carclass.models import resnet
+from carclass.models import architectures, classifier
 from carclass.training import loop
 from carclass.training.dataloader import PhotoBlock, PhotoLoader, PhotoSamples
 from carclass.training.learner import make_learner
@@ -26,9 +26,9 @@ def train(rank: int, num_workers: int) -> tuple[list[float], list[torch.Tensor]]
     """Return the losses of all steps and the averaged weights after two epochs, whose last steps have five photos."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    net = resnet.build(ModelSettings(architecture="resnet26-narrow", image_size=SIDE, dropout=0.3), CLASSES)
-    resnet.prepare_stage(net, "unfrozen")
-    learner = make_learner(net, STAGE, resnet.autocast("fp32", CPU), seed=1)
+    net = architectures.build(ModelSettings(architecture="resnet26-narrow", image_size=SIDE, dropout=0.3), CLASSES)
+    net.prepare_stage("unfrozen")
+    learner = make_learner(net, STAGE, classifier.autocast("fp32", CPU), seed=1)
     if num_workers > 1:
         learner = learner._replace(forward=DistributedDataParallel(net, **DDP))
     rng = np.random.default_rng(0)

@@ -12,7 +12,7 @@ from carclass.masking import detectron_network, nms, roi_align, two_stage
 from carclass.masking.detection import Detections
 from carclass.masking.detectron import Instances
 from carclass.masking.paste import paste_mask
-from carclass.models.resnet import autocast
+from carclass.models.classifier import autocast
 
 from detectron2.layers import FrozenBatchNorm2d  # isort: skip - after detectron
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from carclass.config.schema import FrozenSettings, ModelSettings, TrainSettings
-from carclass.models import resnet
+from carclass.models import architectures, classifier
 from carclass.progress import print_line
 from carclass.runs.run import Run
 from carclass.tools.benchmarks import labelled, plain_training
@@ -62,9 +62,9 @@ def _run_cached(splits: labelled.Splits, settings: TrainSettings, device: torch.
     """Return the seconds of each part and in total, and the last epoch's val accuracy."""
     assert settings.frozen is not None
     torch.manual_seed(settings.seed)
-    net = resnet.build(settings.model, labelled.num_classes(splits))
+    net = architectures.build(settings.model, labelled.num_classes(splits))
     pretrained.load_backbone(net, settings)
-    resnet.prepare_stage(net.to(device), "frozen")
+    net.to(device).prepare_stage("frozen")
     times = [time.perf_counter()]
     train, val = (
         PhotoSamples(labelled.decode(splits[split], settings.model.image_size), seed=settings.seed)
@@ -76,7 +76,7 @@ def _run_cached(splits: labelled.Splits, settings: TrainSettings, device: torch.
     val_features = feature_cache.compute_features(net, val, 1, run, device)
     times.append(time.perf_counter())
     loader = FeatureLoader(train, val, (train_features, val_features), settings.frozen.batch_size, device)
-    learner = make_learner(net.fc, settings.frozen, resnet.autocast("fp32", device), settings.seed)
+    learner = make_learner(net.fc, settings.frozen, classifier.autocast("fp32", device), settings.seed)
     state = loop.TrainState()
     loop.train_epochs(learner, loader, state, loop.Callbacks())
     times.append(time.perf_counter())

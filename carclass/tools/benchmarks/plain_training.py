@@ -22,7 +22,7 @@ from torchvision.models import resnet50
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from carclass.config.schema import ModelSettings, TrainSettings
-from carclass.models import preprocessing, resnet
+from carclass.models import classifier, preprocessing
 from carclass.tools.benchmarks.timing import ThroughputClock
 from carclass.training.learner import step_rate
 
@@ -54,7 +54,7 @@ def make_loader(folder: Path, batch_size: int, size: int, augment: bool, shuffle
     """Return a loader of class folders. augment: random crop and flip instead of a plain resize."""
     resize = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
     steps = [*(resize if augment else [transforms.Resize((size, size))]), transforms.ToTensor()]
-    transform = transforms.Compose([*steps, transforms.Normalize(preprocessing.MEAN, preprocessing.STD)])
+    transform = transforms.Compose([*steps, transforms.Normalize(*preprocessing.IMAGENET)])
     return DataLoader(
         ImageFolder(str(folder), transform, allow_empty=True),  # small splits may lack photos of a class
         batch_size=batch_size,
@@ -110,7 +110,7 @@ def train_frozen_epoch(net: ResNet, trainer: HeadTrainer, loaders: dict[str, Dat
     started = time.perf_counter()
     for split, batches in loaders.items():
         for photos, targets in batches:
-            with torch.no_grad(), resnet.autocast(trainer.precision, trainer.device):
+            with torch.no_grad(), classifier.autocast(trainer.precision, trainer.device):
                 outputs = net(photos.to(trainer.device)).float()
             if split == "train":
                 trainer.step(outputs, targets.to(trainer.device))
@@ -142,7 +142,7 @@ def measure_unfrozen(folder: Path, weights: Path, values: dict[str, Any], num_cl
         net.train()
         for photos, labels in clock.after_warm_up(loader):
             photos, labels = photos.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-            with resnet.autocast(settings.precision, device):
+            with classifier.autocast(settings.precision, device):
                 loss = functional.cross_entropy(net(photos), labels, label_smoothing=stage.label_smoothing)
             optimizer.zero_grad()
             loss.backward()

@@ -26,7 +26,8 @@ from carclass.errors import UserError
 from carclass.evaluation.calibrate import calibrate_run
 from carclass.ingestion.ingest import ingest_photos
 from carclass.masking import mask as masking
-from carclass.models import resnet, weights
+from carclass.models import architectures, weights
+from carclass.models.classifier import Classifier
 from carclass.prediction.predict import predict_photos
 from carclass.progress import print_line
 from carclass.runs.predictor import PhotoClassifier
@@ -88,10 +89,10 @@ def _choose_photos(photos: Path | None) -> list[Path]:
     return files[:: max(1, len(files) // NUM_PHOTOS)][:NUM_PHOTOS]
 
 
-def _network(backbone: Path) -> nn.Module:
+def _network(backbone: Path) -> Classifier:
     """Return a ResNet50 with two classes and an untrained head."""
     torch.manual_seed(1)
-    net = resnet.build(MODEL, 2)
+    net = architectures.build(MODEL, 2)
     state, _ = weights.load_weights(str(backbone), None, sample="", key="--weights")
     initial = net.state_dict()
     net.load_state_dict({**initial, **{name: value.float() for name, value in state.items() if name in initial}})

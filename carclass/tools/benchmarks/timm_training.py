@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from carclass.config.schema import TrainSettings
-from carclass.models import resnet
+from carclass.models import classifier
 
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
 
@@ -38,7 +38,7 @@ class TimmTraining:
         decay = self.stage.weight_decay
         self.optimizer = timm.optim.create_optimizer_v2(self.net, opt="adamw", lr=self.stage.lr, weight_decay=decay)
         self.forward = torch.compile(self.net) if compiled else self.net
-        self.autocast = resnet.autocast(settings.precision, self.device)
+        self.autocast = classifier.autocast(settings.precision, self.device)
         self.train_loader, self.val_loader = (self._loader(split, settings.model.image_size) for split in SPLITS)
         self.loss = timm.loss.LabelSmoothingCrossEntropy(self.stage.label_smoothing)
 

@@ -15,7 +15,7 @@ from statistics import median
 import torch
 
 from carclass.config.schema import ModelSettings, TrainSettings, UnfrozenSettings
-from carclass.models import resnet
+from carclass.models import architectures, classifier
 from carclass.progress import print_line
 from carclass.tools.benchmarks import labelled, plain_training
 from carclass.tools.benchmarks.timing import WARM_UP, ThroughputClock
@@ -81,10 +81,10 @@ def unfrozen_learner(settings: TrainSettings, num_classes: int, device: torch.de
     """Return the learner at the start of the unfrozen stage."""
     assert settings.unfrozen is not None
     torch.manual_seed(settings.seed)
-    net = resnet.build(settings.model, num_classes)
+    net = architectures.build(settings.model, num_classes)
     pretrained.load_backbone(net, settings)
-    resnet.prepare_stage(net.to(device), "unfrozen")
-    learner = make_learner(net, settings.unfrozen, resnet.autocast(settings.precision, device), settings.seed)
+    net.to(device).prepare_stage("unfrozen")
+    learner = make_learner(net, settings.unfrozen, classifier.autocast(settings.precision, device), settings.seed)
     size, batch_size = settings.model.image_size, settings.unfrozen.batch_size
     return learner._replace(forward=cuda_graphs.capture_if_faster(net, batch_size, size, settings.precision))
 

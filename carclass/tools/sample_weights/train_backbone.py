@@ -21,7 +21,7 @@ from carclass import sample
 from carclass.config.schema import AugmentationSettings, CutoutSettings, ModelSettings
 from carclass.data import photo
 from carclass.masking.cutout import cut
-from carclass.models import preprocessing, resnet
+from carclass.models import architectures, classifier, preprocessing
 from carclass.models.sample_rng import uniforms
 from carclass.sample.draw import mask_to_box
 from carclass.sample.models import PRETRAIN_MODELS
@@ -40,7 +40,7 @@ def main() -> None:
     drawings = draw(PRETRAIN_MODELS, NUM_PHOTOS)
     photos = torch.from_numpy(np.stack([prepare(drawing, index) for index, drawing in enumerate(drawings)]))
     labels = torch.tensor([BODY_TYPES.index(PRETRAIN_MODELS[drawing.label].shape.kind) for drawing in drawings])
-    net = resnet.build(SETTINGS, len(BODY_TYPES))
+    net = architectures.build(SETTINGS, len(BODY_TYPES))
     train(net, photos[NUM_HELD_OUT:], labels[NUM_HELD_OUT:])
     print(
         f"accuracy on {NUM_HELD_OUT} held-out photos: {accuracy(net, photos[:NUM_HELD_OUT], labels[:NUM_HELD_OUT]):.3f}"
@@ -69,7 +69,7 @@ def train(net: torch.nn.Module, photos: Tensor, labels: Tensor) -> None:
         for batch in torch.randperm(len(photos))[: num_steps // NUM_EPOCHS * BATCH_SIZE].split(BATCH_SIZE):
             draws = uniforms(SEED, epoch, batch.numpy().astype(np.uint64), 5)
             inputs = warp_photos(preprocessing.normalise(photos[batch]), AugmentationSettings(), draws)
-            with resnet.autocast("bf16", inputs.device):
+            with classifier.autocast("bf16", inputs.device):
                 logits = net(inputs.contiguous(memory_format=torch.channels_last))
             loss = functional.cross_entropy(logits.float(), labels[batch], label_smoothing=0.1)
             optimizer.zero_grad()
