@@ -6,6 +6,8 @@ choice one by one. Defaults may be without effect, as warm-up is in a stage of a
 
 from typing import Any
 
+RESNETS, RESNET_WEIGHTS = ("resnet50", "resnet26-narrow"), ("imagenet", "imagenet-v2", "sample")
+"""Our own architectures, and their weights."""
 MIRRORED_VIEWS, RANDOM_VIEWS = 2, 3
 """Fewest views of the frozen stage among which are the mirror image, and random augmentations."""
 
@@ -14,6 +16,7 @@ def check_train_effect(settings: Any) -> Any:
     """Return the settings, TrainSettings or None. Raise ValueError, with the key, for one without effect."""
     if settings is None:
         return None
+    _check_architecture_effect(settings)
     for stage in (settings.frozen, settings.unfrozen):
         if stage is not None:
             check_stage_effect(stage)
@@ -22,6 +25,19 @@ def check_train_effect(settings: Any) -> Any:
         if settings.unfrozen is None:
             _check_augmentation_effect(settings.frozen.views, settings.augmentation)
     return settings
+
+
+def _check_architecture_effect(settings: Any) -> None:
+    """Raise ValueError for a setting of ResNets, or weights of them, with another architecture."""
+    if settings.model.architecture in RESNETS:
+        return
+    if settings.model.stride_in_1x1:
+        raise ValueError("`model.stride_in_1x1` has no effect on networks of timm. Leave it out")
+    if settings.parent in RESNET_WEIGHTS:
+        raise ValueError(
+            f"`parent: {settings.parent}` are weights of a ResNet, and `model.architecture` is "
+            f"{settings.model.architecture}. Leave `parent` out for those that timm publishes"
+        )
 
 
 def check_stage_effect(stage: Any) -> None:

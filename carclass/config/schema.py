@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from carclass.config import yaml_file
-from carclass.config.effects import check_mask_effect, check_train_effect
+from carclass.config.effects import RESNETS, check_mask_effect, check_train_effect
 from carclass.config.ingest_settings import IngestSettings as IngestSettings
 from carclass.config.section import Name, Parent, ProperShare, Section, Sha256, Share, Uri, validate
 from carclass.errors import UserError
@@ -141,11 +141,22 @@ class MaskSettings(Section):
     """Photos per Parquet file, and between two progress lines: half a minute of work on a CPU."""
 
 
+TIMM = "timm:"
+"""Start of the names of timm's."""
+
+
+def _check_architecture(value: Any) -> Any:
+    if isinstance(value, str) and not (value in RESNETS or value.removeprefix(TIMM) not in ("", value)):
+        raise ValueError(f"must be {', '.join(map(repr, RESNETS))} or '{TIMM}NAME'")
+    return value
+
+
 class ModelSettings(Section):
     """Classifier network."""
 
-    architecture: Literal["resnet50", "resnet26-narrow"] = "resnet50"
-    """resnet26-narrow has two blocks per layer and a quarter of the width: for the sample and for tests."""
+    architecture: Annotated[str, BeforeValidator(_check_architecture)] = "resnet50"
+    """`resnet50`, or `timm:NAME` for any network of timm, such as `timm:convnext_tiny`; `resnet26-narrow` has two
+    blocks per layer and a quarter of the width: for the sample and for tests."""
     stride_in_1x1: bool = False
     """Stride in a block's 1x1 convolution: true for Keras' and MSRA's weights, false for torchvision's."""
     image_size: int = Field(224, ge=32)
@@ -226,7 +237,8 @@ class UnfrozenSettings(StageSettings):
     weight_decay: float = Field(0.05, ge=0)
     warmup_epochs: float = Field(1.0, ge=0)
     layer_decay: float = Field(0.5, gt=0, le=1)
-    """Learning rate of each block as a share of the block above; the last block and the classifier have lr."""
+    """Learning rate of each quarter of the network (ResNet's layers) as a share of the quarter above; the last one and
+    the classifier have lr."""
     ema_decay: float | None = Field(0.99, gt=0, lt=1)
     appearance: bool = True
     """One random change of a photo's colours or sharpness per epoch, as in TrivialAugment."""
@@ -244,9 +256,10 @@ class TrainSettings(Section):
     dataset: Name = "v2"
     """Dataset to train on."""
     parent: Parent = "imagenet"
-    """`imagenet` or `imagenet-v2` (torchvision's), `sample` (in the package), the URI of weights, or a run under
-    the same root, including its classifier: `exp_002@best` (its model, the best epoch over its stages), `exp_002@12`
-    or `exp_002@last` (epochs of its last stage)."""
+    """`pretrained` (the weights published for the architecture, the default for timm's), `imagenet` or `imagenet-v2`
+    (torchvision's), `sample` (in the package), the URI of weights, or a run under the same root, including its
+    classifier: `exp_002@best` (its model, the best epoch over its stages), `exp_002@12` or `exp_002@last` (epochs of
+    its last stage)."""
     parent_sha256: Sha256 | None = None
     """Checked before the weights are opened; by default the one recorded at the first use of a download or .pkl."""
     model: ModelSettings = ModelSettings()
@@ -273,6 +286,15 @@ class TrainSettings(Section):
     loggers: tuple[LoggerName, ...] = ("tensorboard",)
     """Receivers of metrics besides `metrics.jsonl`: `tensorboard`, `mlflow`, `wandb`. The latter two are extras
     (`pip install carclass[mlflow]`) and set up by their environment variables; [] for none."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _choose_parent(cls, values: Any) -> Any:
+        """Return the values with the parent of timm's architectures, unless one is given."""
+        model = values.get("model") if isinstance(values, dict) else None
+        if isinstance(model, dict) and str(model.get("architecture")).startswith(TIMM):
+            return {"parent": "pretrained", **values}
+        return values
 
     @model_validator(mode="after")
     def _check_stages(self) -> "TrainSettings":

@@ -13,7 +13,7 @@ from carclass.config.yaml_file import FileValues
 from carclass.errors import UserError, suggest_names
 
 NAMED_DETECTORS = ("mask_rcnn_r50_fpn", "faster_rcnn_r101_fpn", "torchvision_mask_rcnn_v2", "sample")
-NAMED_PARENTS = ("imagenet", "imagenet-v2", "sample", "zoo", *NAMED_DETECTORS)
+NAMED_PARENTS = ("pretrained", "imagenet", "imagenet-v2", "sample", "zoo", *NAMED_DETECTORS)
 """Names of weights, detectors and the embedded sample that are accepted in place of a path."""
 EPOCH_OF_RUN = re.compile(r"([A-Za-z0-9][A-Za-z0-9._=-]*)@([1-9][0-9]*|best|last)")
 """Syntax of a run's epoch."""

@@ -29,7 +29,7 @@ FORWARD_RATES = (34.0, 795.0)
 TRAINING_COST = 3.0
 """Arithmetic of a training step, in forward passes."""
 RELATIVE_COST = {"resnet50": 1.0, "resnet26-narrow": 0.05}
-"""Arithmetic of a network, in that of a ResNet50."""
+"""Arithmetic of a network, in that of a ResNet50; of networks of timm, which are not built here, 1."""
 BASE_SIZE = 224
 """Side in pixels of the photos that rates and memory refer to."""
 HEAD_SECONDS = 2e-5
@@ -39,7 +39,7 @@ INGEST_BYTES, MASK_BYTES, TRAIN_BYTES = 1.5e9, (0.9e9, 0.9e9), 2.0e9
 STEP_BYTES = (22e6, 44e6)
 """Memory of a photo in a training step on a CPU and on a GPU, in bf16."""
 RUN_BYTES = {"resnet50": 2.0e9, "resnet26-narrow": 2.0e7}
-"""Disk space of the checkpoints of both stages."""
+"""Disk space of the checkpoints of both stages; of networks of timm that of a ResNet50."""
 PHOTO_BYTES = 120_000
 """Size of a stored photo of 700x480, where no sample tells it."""
 
@@ -143,7 +143,7 @@ def _train_steps(settings: TrainSettings, photos: Photos, machine: Machine) -> l
         memory = TRAIN_BYTES + batch * step_bytes(settings.model.image_size, on_gpu=uses_gpu(settings, machine))
         work = f"{count_text(unfrozen.epochs, 'epoch')} of {train:,} photos at {settings.model.image_size} px"
         steps.append(Step("train, unfrozen", work, START_SECONDS + seconds, memory))
-    steps[-1] = steps[-1]._replace(disk=RUN_BYTES[settings.model.architecture])
+    steps[-1] = steps[-1]._replace(disk=RUN_BYTES.get(settings.model.architecture, RUN_BYTES["resnet50"]))
     return steps
 
 
@@ -174,7 +174,7 @@ def forward_rate(settings: TrainSettings, machine: Machine) -> float:
     """Return the photos per second through the network, of all CPUs, or of a GPU per worker."""
     core, gpu = FORWARD_RATES
     rate = gpu * settings.workers[0] if uses_gpu(settings, machine) else core * machine.cpus
-    cost = RELATIVE_COST[settings.model.architecture] * (settings.model.image_size / BASE_SIZE) ** 2
+    cost = RELATIVE_COST.get(settings.model.architecture, 1.0) * (settings.model.image_size / BASE_SIZE) ** 2
     return rate / cost
 
 

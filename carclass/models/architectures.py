@@ -1,16 +1,30 @@
 """Classifiers by the name of their architecture."""
 
-from carclass.config.schema import ModelSettings
-from carclass.models import resnet
+from carclass.config.schema import TIMM, ModelSettings
+from carclass.models import resnet, timm_classifier
 from carclass.models.classifier import Classifier
 from carclass.models.preprocessing import IMAGENET, Normalisation
 
 
 def build(settings: ModelSettings, num_classes: int) -> Classifier:
-    """Build the untrained network: float normalised RGB (N,3,S,S) → logits (N,num_classes)."""
-    return resnet.build(settings, num_classes)
+    """Build the untrained network: float normalised RGB (N,3,S,S) → logits (N,num_classes).
+
+    Raise UserError if there is none of this name, or none for photos of this size.
+    """
+    is_timm = settings.architecture.startswith(TIMM)
+    return (timm_classifier if is_timm else resnet).build(settings, num_classes)
 
 
-def normalisation(settings: ModelSettings) -> Normalisation:
+def normalisation(architecture: str) -> Normalisation:
     """Return the scale of a network's input, without building it."""
-    return IMAGENET
+    if not architecture.startswith(TIMM):
+        return IMAGENET
+    config = timm_classifier.pretrained_config(architecture)
+    return Normalisation(tuple(config.mean), tuple(config.std))
+
+
+def pretrained_weights(architecture: str) -> str:
+    """Return the name or URI of the weights that are published for an architecture. Raise UserError if none are."""
+    if architecture.startswith(TIMM):
+        return timm_classifier.weights_uri(architecture)
+    return "imagenet" if architecture == "resnet50" else "sample"

@@ -6,7 +6,10 @@ from carclass import storage
 from carclass.config.section import NAMED_PARENTS
 from carclass.errors import UserError, suggest_beside, suggest_names
 
-NAMES = {"train.parent": ("imagenet", "imagenet-v2", "sample"), "mask.detector.weights": ("zoo", "sample")}
+NAMES = {
+    "train.parent": ("pretrained", "imagenet", "imagenet-v2", "sample"),
+    "mask.detector.weights": ("zoo", "sample"),
+}
 """Names of weights that a setting may have in place of a file."""
 
 

@@ -123,7 +123,7 @@ def _detector(mask: dict[str, Any] | None, uri: str | None) -> dict[str, Any]:
 
 
 def _network_input(run: Run, classes: list[str]) -> dict[str, Any]:
-    scale = architectures.normalisation(run.settings.model)
+    scale = architectures.normalisation(run.settings.model.architecture)
     return {
         "image_size": run.settings.model.image_size,
         "mean": [*scale.mean],

@@ -113,11 +113,18 @@ def load_backbone(net: Classifier, settings: TrainSettings, cache: str | None = 
     cache: a folder or s3:// prefix, where the sha256 of a download is recorded if none is set. Raise UserError if the
     file is of another architecture.
     """
+    uri = settings.parent
+    if uri == "pretrained":
+        uri = architectures.pretrained_weights(settings.model.architecture)
     state, sha256 = weights.load_weights(
-        settings.parent, settings.parent_sha256, sample="backbone.safetensors", key="train.parent", cache=cache
+        uri, settings.parent_sha256, sample="backbone.safetensors", key="train.parent", cache=cache
     )
-    state = {name: value.float() for name, value in state.items() if not name.startswith("fc.")}
-    expected = {name: value for name, value in net.state_dict().items() if not name.startswith("fc.")}
+    own = {net.published_name(name): name for name in net.state_dict()}
+    head = {published for published, name in own.items() if name.startswith("fc.")}
+    # Files of carclass' own runs have the names of a Classifier.
+    state = {name.removeprefix("backbone."): value.float() for name, value in state.items()}
+    state = {name: value for name, value in state.items() if name not in head and not name.startswith("fc.1.")}
+    expected = {name: net.state_dict()[own[name]] for name in own if name not in head}
     # Some files have no counters of BatchNorm; frozen statistics don't need them.
     missing = [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]
     mismatched = [name for name in state if name not in expected or state[name].shape != expected[name].shape]
@@ -128,5 +135,5 @@ def load_backbone(net: Classifier, settings: TrainSettings, cache: str | None = 
             f"tensors missing, {len(mismatched)} unknown or with other shapes (first: {[*missing, *mismatched][0]}). "
             f"Set `train.model.architecture` to {right}."
         )
-    net.load_state_dict(state, strict=False)
+    net.load_state_dict({own[name]: value for name, value in state.items()}, strict=False)
     return sha256

@@ -28,6 +28,7 @@ from carclass.runs.run import Run, begin_run, changed_inputs
 from carclass.training import feature_cache, placement
 from carclass.training.loop import DivergedError
 from carclass.training.photo_store import PhotoStore
+from carclass.training.pretrained import check_parent
 from carclass.training.train import TrainResources, all_resources, check_resources, load_run_inputs, train_stages
 from carclass.tuning import trial_records
 from carclass.tuning.collect import collect_sweep
@@ -76,12 +77,12 @@ def _run_search(space: SearchSpace, records: TrialRecords, scheduler: schedulers
 
 def _refuse_changed_inputs(space: SearchSpace, records: TrialRecords) -> None:
     """Raise UserError if trials were trained on another version of their dataset or from other weights."""
-    inputs: dict[tuple[str, str], tuple[str, str]] = {}
+    inputs: dict[tuple[str, str, str], tuple[str, str]] = {}
     for trial in records.trials.values():
         run = trial_records.trial_run(space, trial)
         if not trial_records.is_begun(space, trial):
             continue
-        key = run.settings.dataset, run.settings.parent
+        key = run.settings.dataset, run.settings.parent, run.settings.model.architecture
         if key not in inputs:
             source, parent_sha256 = load_run_inputs(space.root, run.settings)
             inputs[key] = source.digest, parent_sha256
@@ -112,6 +113,7 @@ def prepare_sweep(space: SearchSpace, records: TrialRecords) -> SweepContext:
     max_concurrent = placement.count_concurrent_runs(space.base_settings, devices_per_worker, limit, use_gpu=use_gpu)
     sources = {name: dataset.load_dataset(space.root, name) for name in _dataset_names(space)}
     check_same_val(sources, space.source)
+    _check_weights(space)
     has_one_size = all(dimension.key != "train.model.image_size" for dimension in space.dimensions)
     stores = {name: PhotoStore(settings, each, decoded=has_one_size) for name, each in sources.items()}
     trial_records.begin_records(space)  # after all checks, so that a refused sweep can begin with other settings
@@ -162,6 +164,15 @@ def check_same_val(sources: dict[str, dataset.Dataset], source: str) -> None:
             f"{source}: `space.train.dataset`: {' and '.join(sources)} have other val photos, so the val accuracies of "
             "their trials can't be compared. Mask one dataset in several ways, or tune on each dataset by itself."
         )
+
+
+def _check_weights(space: SearchSpace) -> None:
+    """Fetch and check the weights that trials start from. Raise UserError for unusable ones."""
+    for dimension in space.dimensions:
+        if dimension.key in ("train.parent", "train.model.architecture"):
+            for choice in dimension.choices or ():
+                values = {**space.base_values, dimension.key: choice}
+                check_parent(space.root, space.trial_settings(values, "probe", space.base_settings.seed))
 
 
 def _needs_photos(space: SearchSpace) -> bool:

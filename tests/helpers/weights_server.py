@@ -10,7 +10,7 @@ CUT = 100_000
 
 
 class WeightsServer(http.server.ThreadingHTTPServer):
-    """Server of `files` (name → content) below any path.
+    """Server of `files`: by name below any path, or by path.
 
     /cut/: an answer ends after CUT bytes; /cut/whole/: without ranges. /moved/: redirects. A missing file is 404.
     """
@@ -33,7 +33,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.requests.append((self.path, self.headers["Range"]))
         folder, _, name = self.path.rpartition("/")
-        data = self.server.files.get(name)
+        data = self.server.files.get(self.path, self.server.files.get(name))
         if data is None:
             self.send_error(404)
         elif folder.endswith("/moved"):
