@@ -25,6 +25,8 @@ HUB = "https://huggingface.co"
 class TimmClassifier(Classifier):
     """A network of timm without its classifier, as `backbone`, and the head."""
 
+    backbone: Any
+
     def __init__(self, settings: ModelSettings, num_classes: int) -> None:
         super().__init__()
         self.backbone = _create_backbone(settings)
