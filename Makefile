@@ -11,7 +11,7 @@ DEVICE := cuda
 BUILD = docker build --platform linux/amd64 --build-arg BASE=$$(cat $(BASE_DIGEST)) --build-arg DEVICE=$(DEVICE)
 COMPILE = .venv/bin/uv pip compile --quiet --universal --generate-hashes --python-version 3.11 --custom-compile-command "make lock"
 
-.PHONY: help install demo test test-all lint format bench docs image sbom lock clean
+.PHONY: help install demo test test-all test-nightly lint format bench docs image sbom lock clean
 
 help: ## list what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,8 +32,11 @@ demo: $(INSTALLED) ## the whole chain on the embedded sample
 test: $(INSTALLED) ## every subsystem once, in minutes
 	$(TEST) -m "not slow and not nightly"
 
-test-all: $(INSTALLED) ## all tests but the nightly ones, in half an hour
+test-all: $(INSTALLED) ## all tests but the nightly ones, in twenty minutes
 	$(TEST) -m "not nightly"
+
+test-nightly: $(INSTALLED) ## the nightly ones: long outages, losses of hosts, the runbook
+	$(PY) -m pytest -m nightly tests
 
 lint: $(INSTALLED) ## ruff, its formatter and mypy
 	$(PY) -m ruff check

@@ -272,22 +272,26 @@ def life(node: Stage) -> Path:
     return home
 
 
+@pytest.mark.nightly  # 120 s with its fixture
 @in_a_clean_root
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_node_without_ray_is_unhealthy(life: Path, when: str):
     assert (life / f"health.{when}.code").read_text().strip() != "0"
 
 
+@pytest.mark.nightly  # 120 s with its fixture
 @in_a_clean_root
 def test_a_heads_health_check_covers_raylet_and_gcs(life: Path):
     assert (life / "health.head").read_text().split("\n") == ["raylet: success", "gcs: success"]
 
 
+@pytest.mark.nightly  # 120 s with its fixture
 @in_a_clean_root
 def test_a_workers_health_check_covers_its_raylet(life: Path):
     assert (life / "health.worker").read_text().split("\n") == ["raylet: success", "gcs: success (no local gcs)"]
 
 
+@pytest.mark.nightly  # 120 s with its fixture
 @in_a_clean_root
 def test_the_chain_runs_as_a_job(life: Path):
     assert (life / "job.code").read_text().strip() == "0", (life / "job.log").read_text()

@@ -144,32 +144,32 @@ def scraped(
     return Prometheus(server, started, time.time())
 
 
-@pytest.mark.slow  # 90 s with its fixture
+@pytest.mark.nightly  # 90 s with its fixture
 @pytest.mark.parametrize(("title", "query"), SHOWN)
 def test_every_panel_shows_data_of_running_jobs(scraped: Prometheus, title: str, query: str):
     assert scraped.query(query) != []
 
 
-@pytest.mark.slow  # 90 s with its fixture
+@pytest.mark.nightly  # 90 s with its fixture
 @pytest.mark.parametrize("title", WITHOUT_DATA)
 def test_panels_without_data_have_valid_queries(scraped: Prometheus, title: str):
     for target in PANELS[title]["targets"]:
         scraped.query(target["expr"])
 
 
-@pytest.mark.slow  # 90 s with its fixture
+@pytest.mark.nightly  # 90 s with its fixture
 def test_the_queue_empties_while_photos_are_processed(scraped: Prometheus):
     queue = scraped.values('sum by (verb) (ray_carclass_queue{verb="mask"})')
     assert queue[0] == max(queue) > 0
     assert queue[-1] == 0
 
 
-@pytest.mark.slow  # 90 s with its fixture
+@pytest.mark.nightly  # 90 s with its fixture
 def test_photos_per_second_are_zero_after_the_step(scraped: Prometheus):
     assert scraped.values('sum by (verb) (ray_carclass_photos_per_second{verb="mask"})')[-1] == 0
 
 
-@pytest.mark.slow  # 90 s with its fixture
+@pytest.mark.nightly  # 90 s with its fixture
 def test_cost_is_the_price_label_times_the_jobs_duration(scraped: Prometheus):
     for series in scraped.query("ray_carclass_cost_usd"):
         (first, least), (last, most) = series["values"][0], series["values"][-1]
@@ -177,13 +177,13 @@ def test_cost_is_the_price_label_times_the_jobs_duration(scraped: Prometheus):
         assert float(most) > 0
 
 
-@pytest.mark.slow  # 90 s with its fixture
+@pytest.mark.nightly  # 90 s with its fixture
 def test_a_non_finite_loss_is_exported(scraped: Prometheus):
     assert set(scraped.values('ray_carclass_diverged{run="broken"}')) == {1.0}
     assert set(scraped.values('ray_carclass_diverged{run="scraped", stage="frozen"}')) == {0.0}
 
 
-@pytest.mark.slow  # 90 s with its fixture
+@pytest.mark.nightly  # 90 s with its fixture
 def test_a_non_finite_loss_fires_its_alert(scraped: Prometheus):
     assert scraped.query('ALERTS{alertname="CarclassLossDiverged", alertstate="firing", run="broken"}') != []
 

@@ -121,7 +121,7 @@ def crashed(tmp_path_factory: pytest.TempPathFactory) -> Crashed:
     return Crashed(result["errors"], {row["key"]: row for row in result["rows"]}, crashes)
 
 
-@pytest.mark.slow  # 120 s with its fixture
+@pytest.mark.nightly  # 120 s with its fixture
 def test_photos_that_crash_the_classifier_are_predicted_as_crashed_and_their_neighbours_are_classified(
     crashed: Crashed,
 ):
@@ -129,7 +129,7 @@ def test_photos_that_crash_the_classifier_are_predicted_as_crashed_and_their_nei
     assert len(crashed.rows) == 6
 
 
-@pytest.mark.slow  # 120 s with its fixture
+@pytest.mark.nightly  # 120 s with its fixture
 @pytest.mark.parametrize(("job", "key"), [("evaluate", BAD[0]), ("train", BAD[1])])
 def test_a_photo_that_crashes_a_job_which_cannot_leave_it_out_stops_the_job_with_its_name(
     crashed: Crashed, job: str, key: str
@@ -138,7 +138,7 @@ def test_a_photo_that_crashes_a_job_which_cannot_leave_it_out_stops_the_job_with
     assert "\n" not in crashed.errors[job]
 
 
-@pytest.mark.slow  # 120 s with its fixture
+@pytest.mark.nightly  # 120 s with its fixture
 def test_no_photo_crashes_more_processes_than_it_has_attempts(crashed: Crashed):
     assert crashed.crashes == dict.fromkeys(("evaluate", "train", "predict"), MAX_SINGLE_ATTEMPTS + 1)
 

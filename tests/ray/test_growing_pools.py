@@ -29,7 +29,7 @@ from tests.helpers.own_cluster import treated_as_own
 from tests.helpers.runs import publish_frozen_run
 
 REPO = Path(__file__).parents[2]
-pytestmark = pytest.mark.slow  # 290 s
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]  # 290 s
 MODEL = ModelSettings(architecture="resnet26-narrow", image_size=32)
 CONFIG = """
 root: {folder}/root
@@ -149,7 +149,6 @@ def test_a_node_that_joins_gets_a_detector_and_one_that_leaves_is_done_without(
         assert contents(dataset.load_dataset(growing.root, name)) == expected
 
 
-@pytest.mark.nightly  # 160 s
 def test_prediction_has_one_actor_per_gpu_also_of_a_node_that_joins(growing: GrowingCluster):
     growing.start("predict", "alone").end()
     grown = growing.start("predict", "grown", pace=12)  # batches of 64

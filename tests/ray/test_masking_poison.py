@@ -199,7 +199,7 @@ def quarantine(published: dataset.Dataset) -> dict[str, dict[str, Any]]:
     return {row["key"]: row for row in table.to_pylist()}
 
 
-@pytest.mark.slow  # 60 s with its fixture
+@pytest.mark.nightly  # 60 s with its fixture
 @pytest.mark.parametrize("stage", CRASH_COLOURS)
 def test_photos_that_crash_workers_are_quarantined_as_crashed(poisoned: Poisoned, stage: str):
     rows = {key: row for key, row in quarantine(poisoned.masked).items() if key in poisoned.bad[stage]}
@@ -209,7 +209,7 @@ def test_photos_that_crash_workers_are_quarantined_as_crashed(poisoned: Poisoned
         assert stage in row["detail"]
 
 
-@pytest.mark.slow  # 60 s with its fixture
+@pytest.mark.nightly  # 60 s with its fixture
 @pytest.mark.parametrize("stage", CRASH_COLOURS)
 def test_no_photo_crashes_more_workers_than_it_has_attempts(poisoned: Poisoned, stage: str):
     counts = Counter(key for where, keys in poisoned.crashes for key in keys if where == stage)
@@ -217,19 +217,19 @@ def test_no_photo_crashes_more_workers_than_it_has_attempts(poisoned: Poisoned, 
     assert max(counts.values()) <= MAX_SINGLE_ATTEMPTS + 1
 
 
-@pytest.mark.slow  # 60 s with its fixture
+@pytest.mark.nightly  # 60 s with its fixture
 def test_two_bad_photos_were_in_the_same_batch(poisoned: Poisoned):
     assert ("detect", poisoned.bad["detect"][:2]) in poisoned.crashes
 
 
-@pytest.mark.slow  # 60 s with its fixture
+@pytest.mark.nightly  # 60 s with its fixture
 def test_photos_that_do_not_decode_are_quarantined_with_their_reason(poisoned: Poisoned):
     rows = quarantine(poisoned.masked)
     reasons = [(rows[key]["reason"], rows[key]["attempts"]) for key in poisoned.bad["damaged"]]
     assert reasons == [("truncated", 1), ("not_an_image", 1)]
 
 
-@pytest.mark.slow  # 60 s with its fixture
+@pytest.mark.nightly  # 60 s with its fixture
 def test_all_other_photos_have_the_same_rows_as_without_crashes(
     poisoned: Poisoned, contents: Callable[[dataset.Dataset], tuple[Rows, Rows]]
 ):

@@ -22,7 +22,7 @@ from carclass.models.timm_classifier import pretrained_config
 from carclass.training import checkpoint
 from tests.helpers.weights_server import WeightsServer, serve_weights
 
-pytestmark = pytest.mark.slow  # 200 s: ten jobs, each with a start of its own
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]  # 200 s: ten jobs, each with a start of its own
 JOBS = Path(__file__).parents[2] / "jobs"
 NAMES = ["timm:convnext_atto", "timm:resnet18", "timm:vit_tiny_patch16_224"]
 

@@ -39,7 +39,7 @@ TRAIN: dict[str, Any] = {
     "checkpoint_seconds": 0,
 }
 SEED = 5
-pytestmark = pytest.mark.slow  # 90 s
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]  # 90 s
 TRIAL = "ray::TrialProcess"
 """Prefix of the title of a trial's process."""
 

@@ -61,7 +61,7 @@ def job(root: str, photos: str) -> None:
     mask_dataset(root, MASK)
 
 
-@pytest.mark.slow  # 40 s
+@pytest.mark.nightly  # 40 s
 def test_a_throttled_job_makes_the_same_dataset(
     proxy: Proxy,
     s3: Any,

@@ -194,7 +194,7 @@ def test_weights_of_a_resnet_are_an_error(tmp_path: Path):
 # Export
 
 
-@pytest.mark.slow  # 60 s: three networks are traced twice
+@pytest.mark.nightly  # 60 s: three networks are traced twice
 @pytest.mark.parametrize("name", [*export.FORMATS])
 def test_an_exported_file_gives_the_same_outputs(net: Classifier, name: str):
     facts = {"run": "r", "stage": "frozen", "epoch": 1, "val_accuracy": 0.5, "sha256": "0"}
