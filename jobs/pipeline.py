@@ -49,7 +49,7 @@ def main() -> None:
     assert settings.train is not None
     run, evaluation = train_and_evaluate(settings, settings.train)
     summary |= {f"{stage}_val_accuracy": run.best_val_accuracy(stage) for stage in run.stages}
-    summary["model"] = epoch_text(evaluation.metrics)
+    summary["model"] = epoch_text(run.model_facts(run.model_name))
     summary |= name_accuracy(evaluation)
     reports = {"report": evaluation.report_uri}
     if settings.compare_unmasked:

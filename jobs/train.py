@@ -24,7 +24,7 @@ def main() -> None:
     from carclass.training.train import describe_stages, train_run  # late: it takes seconds to load
 
     run = train_run(settings.root, settings.train)
-    rows = [*describe_stages(run).items(), ("model", model_text(run.model_facts(run.best_stage))), ("run", run.uri)]
+    rows = [*describe_stages(run).items(), ("model", model_text(run.model_facts(run.model_name))), ("run", run.uri)]
     print(progress.table(rows, title=f"run {settings.train.name}"))
 
 

@@ -28,8 +28,11 @@ def check_train_effect(settings: Any) -> Any:
 
 
 def _check_architecture_effect(settings: Any) -> None:
-    """Raise ValueError for a setting of ResNets, or weights of them, with another architecture."""
+    """Raise ValueError for a setting of ResNets, or weights of them, with another architecture, and vice versa."""
     if settings.model.architecture in RESNETS:
+        unfrozen = settings.unfrozen
+        if unfrozen is not None and unfrozen.blocks == 1 and is_chosen(unfrozen, "layer_decay"):
+            raise ValueError("`unfrozen.layer_decay` has no effect with `unfrozen.blocks: 1`: one layer has one rate")
         return
     if settings.model.stride_in_1x1:
         raise ValueError("`model.stride_in_1x1` has no effect on networks of timm. Leave it out")

@@ -15,8 +15,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from carclass.config import yaml_file
-from carclass.config.effects import RESNETS, check_mask_effect, check_train_effect
+from carclass.config.effects import check_mask_effect, check_train_effect
 from carclass.config.ingest_settings import IngestSettings as IngestSettings
+from carclass.config.model_settings import TIMM
+from carclass.config.model_settings import ModelSettings as ModelSettings
 from carclass.config.section import Name, Parent, ProperShare, Section, Sha256, Share, Uri, validate
 from carclass.errors import UserError
 
@@ -141,30 +143,6 @@ class MaskSettings(Section):
     """Photos per Parquet file, and between two progress lines: half a minute of work on a CPU."""
 
 
-TIMM = "timm:"
-"""Start of the names of timm's."""
-
-
-def _check_architecture(value: Any) -> Any:
-    if isinstance(value, str) and not (value in RESNETS or value.removeprefix(TIMM) not in ("", value)):
-        raise ValueError(f"must be {', '.join(map(repr, RESNETS))} or '{TIMM}NAME'")
-    return value
-
-
-class ModelSettings(Section):
-    """Classifier network."""
-
-    architecture: Annotated[str, BeforeValidator(_check_architecture)] = "resnet50"
-    """`resnet50`, or `timm:NAME` for any network of timm, such as `timm:convnext_tiny`; `resnet26-narrow` has two
-    blocks per layer and a quarter of the width: for the sample and for tests."""
-    stride_in_1x1: bool = False
-    """Stride in a block's 1x1 convolution: true for Keras' and MSRA's weights, false for torchvision's."""
-    image_size: int = Field(224, ge=32)
-    """Side in pixels of the square input."""
-    dropout: float = Field(0.2, ge=0, lt=1)
-    """Dropout before the classifier."""
-
-
 class AugmentationSettings(Section):
     """Random changes of a training photo, drawn from (seed, epoch, photo)."""
 
@@ -236,6 +214,8 @@ class UnfrozenSettings(StageSettings):
     lr: float = Field(6e-4, gt=0)
     weight_decay: float = Field(0.05, ge=0)
     warmup_epochs: float = Field(1.0, ge=0)
+    blocks: int = Field(4, ge=1, le=4)
+    """Quarters of the network that are trained, counted from the last one (ResNet's layers): 4 for all of it."""
     layer_decay: float = Field(0.5, gt=0, le=1)
     """Learning rate of each quarter of the network (ResNet's layers) as a share of the quarter above; the last one and
     the classifier have lr."""
@@ -281,6 +261,9 @@ class TrainSettings(Section):
     """Seconds between checkpoints for resuming, which are written asynchronously; the latest two are kept."""
     keep_checkpoints: int = Field(2, ge=1)
     """Number of epochs whose weights are kept, the best by val accuracy."""
+    refit: bool = False
+    """true: train once more on train and val photos together, for as many epochs as were best on val, and use that
+    model. Accuracies on val, curves and calibration are of the model before."""
     seed: int = Field(123, ge=0)
     """Seed of initial weights, order, augmentation and dropout."""
     loggers: tuple[LoggerName, ...] = ("tensorboard",)

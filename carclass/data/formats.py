@@ -64,8 +64,10 @@ ADDED_SETTINGS: dict[str, Row] = {
     },
 }
 """Settings that format 1 of a run's config may lack, by stage, at the values that the run was trained with then."""
-ADDED_RUN_SETTINGS: Row = {"sampling": "uniform", "loggers": ["tensorboard"]}
-"""Settings of whole runs that format 2 lacks, likewise."""
+ADDED_RUN_SETTINGS: dict[int, Row] = {2: {"sampling": "uniform", "loggers": ["tensorboard"]}, 3: {"refit": False}}
+"""Settings of whole runs that a format lacks, likewise."""
+ADDED_UNFROZEN_SETTINGS: dict[int, Row] = {2: {}, 3: {"blocks": 4}}
+"""Settings of the unfrozen stage that a format lacks, likewise."""
 
 
 def _complete_settings(values: Any) -> Row:
@@ -80,9 +82,18 @@ def _complete_settings(values: Any) -> Row:
     return settings
 
 
-def _add_run_settings(values: Any) -> Row:
-    """Return a run's settings of format 2 with all settings of format 3."""
-    return {**ADDED_RUN_SETTINGS, **values} if isinstance(values, dict) else {}
+def _add_run_settings(number: int) -> Callable[[Any], Row]:
+    """Return the migration of a run's settings from a format to the next one."""
+
+    def migrate(values: Any) -> Row:
+        if not isinstance(values, dict):
+            return {}
+        settings = {**ADDED_RUN_SETTINGS[number], **values}
+        if isinstance(settings.get("unfrozen"), dict):
+            settings["unfrozen"] = {**ADDED_UNFROZEN_SETTINGS[number], **settings["unfrozen"]}
+        return settings
+
+    return migrate
 
 
 def _upgrade_train(upgrade: Callable[[Any], Row]) -> Callable[[Any], Row]:
@@ -116,8 +127,8 @@ KINDS = {
     "run_config": Kind(
         {"name": str, "dataset": str, "parent": str, "seed": str},
         RUN_REMEDY,
-        format=3,
-        migrations={1: _complete_settings, 2: _add_run_settings},
+        format=4,
+        migrations={1: _complete_settings, 2: _add_run_settings(2), 3: _add_run_settings(3)},
     ),
     "lineage": Kind(
         {
@@ -189,8 +200,12 @@ KINDS = {
     "search": Kind(
         {"search": dict, "train.seed": str},
         SWEEP_REMEDY,
-        format=3,
-        migrations={1: _upgrade_train(_complete_settings), 2: _upgrade_train(_add_run_settings)},
+        format=4,
+        migrations={
+            1: _upgrade_train(_complete_settings),
+            2: _upgrade_train(_add_run_settings(2)),
+            3: _upgrade_train(_add_run_settings(3)),
+        },
     ),
     "trials": Kind({"trials": list}, SWEEP_REMEDY, format=2, migrations={1: lambda rows: {"trials": rows}}),
 }

@@ -100,6 +100,11 @@ def _calibration_text(
     """Return a sentence on the probabilities in a report."""
     if calibrated is None:
         return "Probabilities are the network's own, not calibrated: the run's val photos are no longer available."
+    if run.settings.refit and settings.stage is None:
+        return (
+            f"Probabilities are as those of predictions, at temperature {calibrated.text}, by the model before the "
+            "refit, which has seen the val photos. The accuracies on val below are of that model too."
+        )
     is_used = calibrated.temperature == calibrated.fitted_temperature
     is_fitted_here = is_used and settings.split == "val" and source.digest == run.lineage()["dataset_digest"]
     here = " It was fitted on these very photos, which flatters the calibration." if is_fitted_here else ""

@@ -113,7 +113,7 @@ def _describe(
         "dataset": source.name,
         "dataset_digest": source.digest,
         "split": settings.split,
-        **{key: model_facts[key] for key in ("stage", "epoch")},
+        **{key: model_facts[key] for key in ("stage", "epoch", "chosen") if key in model_facts},
         "model_sha256": model_facts["sha256"],
         "temperature": None if calibrated is None else calibrated.temperature,
     }

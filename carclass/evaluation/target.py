@@ -6,7 +6,7 @@ from typing import NamedTuple
 from carclass.config.schema import EvaluateSettings
 from carclass.data import dataset
 from carclass.errors import UserError
-from carclass.runs.run import Run, find_run
+from carclass.runs.run import REFIT, Run, find_run
 
 
 class EvaluationTarget(NamedTuple):
@@ -30,6 +30,11 @@ def find_target(root: str, settings: EvaluateSettings) -> EvaluationTarget:
             f"run `{settings.run}` and dataset `{source.name}` have different classes: "
             f"{describe_difference(classes, source.classes)}. Evaluate on the run's training dataset, or on one masked "
             "from it."
+        )
+    if stage == REFIT and settings.split == "val":
+        raise UserError(
+            f"`evaluate.split`: the model of run `{settings.run}` is a refit, which was trained on the val photos too. "
+            f"Evaluate the one that was chosen on them by `evaluate.stage: {run.best_stage}`, or evaluate on test."
         )
     if not source.manifest["splits"][settings.split]:
         raise UserError(f"dataset `{source.name}` has no {settings.split} photos. Choose another `evaluate.split`.")

@@ -125,14 +125,14 @@ def read_test(status: RunStatus) -> TestResult | None:
 
     One on another version of the run's dataset is none.
     """
-    run, best = status.run, status.best
-    if best is None:
+    run = status.run
+    if status.best is None:
         return None
     try:
-        metrics = read_report_metrics(run, best["stage"])
+        metrics = read_report_metrics(run, run.model_name)
         if metrics is None or not is_of_training_dataset(run, metrics):
             return None
-        table = read_report_predictions(run, best["stage"], metrics)
+        table = read_report_predictions(run, run.model_name, metrics)
     except storage.StorageError:
         raise
     except UserError:

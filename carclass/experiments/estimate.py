@@ -143,6 +143,9 @@ def _train_steps(settings: TrainSettings, photos: Photos, machine: Machine) -> l
         memory = TRAIN_BYTES + batch * step_bytes(settings.model.image_size, on_gpu=uses_gpu(settings, machine))
         work = f"{count_text(unfrozen.epochs, 'epoch')} of {train:,} photos at {settings.model.image_size} px"
         steps.append(Step("train, unfrozen", work, START_SECONDS + seconds, memory))
+    if settings.refit:
+        seconds = sum(step.seconds for step in steps) * (train + val) / train
+        steps.append(Step("train, refit", f"the same on {train + val:,} photos, train and val", seconds, memory))
     steps[-1] = steps[-1]._replace(disk=RUN_BYTES.get(settings.model.architecture, RUN_BYTES["resnet50"]))
     return steps
 

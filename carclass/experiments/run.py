@@ -32,6 +32,7 @@ from carclass.training.train import (
     TrainResources,
     check_resources,
     load_run_inputs,
+    refit_run,
     train_stages,
     warn_if_unfreezing_hurt,
 )
@@ -326,6 +327,7 @@ def train_experiment(root: str, settings: TrainSettings, photos: BlockRefs, reso
         source, parent_sha256 = load_run_inputs(root, settings)
         run = begin_run(Run(root, settings), source, parent_sha256)
         train_stages(run, source, lambda: photos, resources, run.unfinished_stages)
+        refit_run(run, source, lambda: photos, resources)
     except UserError as error:  # returned instead of raised, as Ray would retry the task
         return str(error)
     return None

@@ -1,6 +1,6 @@
 """Classifiers by the name of their architecture."""
 
-from carclass.config.schema import TIMM, ModelSettings
+from carclass.config.model_settings import TIMM, ModelSettings
 from carclass.models import resnet, timm_classifier
 from carclass.models.classifier import Classifier
 from carclass.models.preprocessing import IMAGENET, Normalisation

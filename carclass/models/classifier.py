@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from carclass.config.schema import StageName
+from carclass.config.schema import StageSettings, UnfrozenSettings
 from carclass.models import preprocessing
 from carclass.models.preprocessing import IMAGENET, Normalisation
 from carclass.models.sample_rng import random_bits
@@ -90,14 +90,17 @@ class Classifier(nn.Module, ABC):
         """Return the device of the head, and so of the network."""
         return next(self.fc.parameters()).device
 
-    def prepare_stage(self, stage: StageName) -> None:
+    def prepare_stage(self, settings: StageSettings) -> None:
         """Set the trainable parameters of a stage, and train mode.
 
-        frozen: the head only. unfrozen: all parameters. BatchNorm statistics stay frozen in both, as in the Keras
-        project.
+        frozen: the head only. unfrozen: the last `blocks` of the network too. BatchNorm statistics stay frozen in
+        both, as in the Keras project.
         """
-        self.requires_grad_(stage == "unfrozen")
-        self.fc.requires_grad_(True)
+        depths = self.depths()
+        trained = settings.blocks if isinstance(settings, UnfrozenSettings) else 0
+        for name, parameter in self.named_parameters():
+            is_head = name.startswith("fc.")
+            parameter.requires_grad_(is_head or depths[name] < trained or trained == LARGEST_DEPTH)
         set_train_mode(self)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from carclass.config.schema import TIMM, ModelSettings
+from carclass.config.model_settings import TIMM, ModelSettings
 from carclass.errors import UserError, suggest_names
 from carclass.models.classifier import LARGEST_DEPTH, Classifier, make_head
 from carclass.models.preprocessing import Normalisation

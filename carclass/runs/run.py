@@ -8,6 +8,7 @@
 <root>/experiments/<name>/steps/<stage>/  a file per epoch, a line per step
 <root>/experiments/<name>/tensorboard/    metrics and steps as TensorBoard events
 <root>/experiments/<name>/<stage>/        checkpoints, the best model of a stage and its calibration.json
+<root>/experiments/<name>/refit/          the model of a refit, and the run of its stages
 <root>/experiments/<name>/report/         report of the evaluation
 """
 
@@ -30,6 +31,8 @@ from carclass.runs.environment import code_version
 
 log = logging.getLogger(__name__)
 STAGES: tuple[StageName, ...] = ("frozen", "unfrozen")
+REFIT = "refit"
+"""Name of a refit's model beside those of stages, and of its own run within the run."""
 MAY_CHANGE_ON_RESUME = (
     *("num_workers", "use_gpu", "checkpoint_seconds", "keep_checkpoints", "loggers"),
     "unfrozen.micro_batch_size",
@@ -76,11 +79,11 @@ class Run:
     @property
     def unfinished_stages(self) -> list[StageName]:
         """Return the stages whose best model is not published or has lost its weights, in order."""
-        return [
-            stage
-            for stage in self.stages
-            if not (self.is_finished(stage) and storage.exists(f"{self.model_uri(stage)}.safetensors"))
-        ]
+        return [stage for stage in self.stages if not self.has_model(stage)]
+
+    def has_model(self, stage: str) -> bool:
+        """Return True if the best model of a stage, or of the refit, is published and has its weights."""
+        return self.is_finished(stage) and storage.exists(f"{self.model_uri(stage)}.safetensors")
 
     def model_facts(self, stage: str) -> dict[str, Any]:
         """Return the facts of a stage's best model, such as its epoch, as publish_model recorded them.
@@ -138,17 +141,24 @@ class Run:
             raise formats.damaged("run_model", uri, f"its `sha256` is not that of the model of stage {recorded}")
         return recorded
 
-    def select_stage(self, stage: str | None) -> StageName:
-        """Return the stage whose best model is to be used: by default that of the run's model, which is logged.
+    @property
+    def model_name(self) -> str:
+        """Return the stage of the run's model, or REFIT: the name of its files. Raise UserError as best_stage does."""
+        return REFIT if self.settings.refit else self.best_stage
+
+    def select_stage(self, stage: str | None) -> str:
+        """Return the stage whose best model is to be used, or REFIT: by default that of the run's model, as is logged.
 
         Raise UserError if the run has no such stage, or as model_facts does.
         """
         if stage is None:
-            best = self.best_stage
-            if len(self.stages) > 1:
-                log.info("run %s: its model is of the %s stage, the best on val", self.settings.name, best)
-            self.model_facts(best)
-            return best
+            name = self.model_name
+            if name == REFIT:
+                log.info("run %s: its model is the refit, on train and val photos", self.settings.name)
+            elif len(self.stages) > 1:
+                log.info("run %s: its model is of the %s stage, the best on val", self.settings.name, name)
+            self.model_facts(name)
+            return name
         for known in self.stages:
             if stage == known:
                 self.model_facts(known)
@@ -161,7 +171,7 @@ class Run:
 
     def stage_suffix(self, stage: str) -> str:
         """Return the ending of the names of results by a stage's model: empty for the run's model."""
-        return "" if self.is_finished(self.stages[-1]) and stage == self.best_stage else f"-{stage}"
+        return "" if self.is_finished(self.stages[-1]) and stage == self.model_name else f"-{stage}"
 
     def lineage(self) -> dict[str, Any]:
         """Return the run's parent and dataset with their hashes, seed, start, code version and environments."""
@@ -207,7 +217,9 @@ def model_text(facts: dict[str, Any]) -> str:
 
 
 def epoch_text(facts: dict[str, Any]) -> str:
-    """Return an epoch with its stage in words: "frozen epoch 12"."""
+    """Return an epoch with its stage in words: "frozen epoch 12"; of a refit the one that was chosen."""
+    if facts["stage"] == REFIT:
+        return f"refit on train and val after {epoch_text(facts['chosen'])}"
     return f"{facts['stage']} epoch {facts['epoch']}"
 
 
@@ -261,8 +273,11 @@ def begin_run(run: Run, source: dataset.Dataset, parent_sha256: str) -> Run:
     config_uri = storage.join(run.uri, "config.yml")
     if storage.exists(config_uri):
         old = read_run_settings(run.uri)
-        changed = changed_inputs(run, source.digest, parent_sha256)
-        _refuse_changes(run, old, [*changed_settings(old, settings), *changed])
+        changed = [*changed_settings(old, settings), *changed_inputs(run, source.digest, parent_sha256)]
+        if changed == ["refit"] and settings.refit:  # it follows what is finished
+            formats.write(config_uri, "run_config", settings.model_dump(mode="json"))
+            return run
+        _refuse_changes(run, old, changed)
         return run
     _refuse_results_without_config(run)
     formats.write(storage.join(run.uri, "lineage.json"), "lineage", lineage)
@@ -349,7 +364,7 @@ def check_same_settings(run: Run) -> None:
 
 def _refuse_results_without_config(run: Run) -> None:
     """Raise UserError if a run without config.yml has results, of which no one knows the settings and the data."""
-    places = ("metrics.jsonl", "model.json", "frozen/", "unfrozen/")
+    places = ("metrics.jsonl", "model.json", "frozen/", "unfrozen/", "refit/")
     if found := [path for path in storage.list_files(run.uri) if path.startswith(places)]:
         raise UserError(
             f"{run.uri} has no config.yml, but results of a run with unknown settings ({found[0]}). Restore the file; "

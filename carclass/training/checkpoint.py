@@ -161,6 +161,14 @@ def restore_best(uri: str, module: nn.Module) -> dict[str, Any]:
     raise _all_damaged(uri)
 
 
+def restore_last(uri: str, module: nn.Module) -> dict[str, Any]:
+    """Load the weights of the last epoch and return its state. Raise DamagedError if they are damaged."""
+    last = storage.join(uri, max(name for name in names(uri) if not is_resumable(name)))
+    files = verify(last)
+    module.load_state_dict(_load_finite(last, files[WEIGHTS]))
+    return _state(last, files)
+
+
 def read_weights(uri: str) -> tuple[dict[str, Tensor], str]:
     """Return a checkpoint's (state dict, sha256 of its file). Raise DamagedError if it is damaged."""
     data = verify(uri)[WEIGHTS]

@@ -45,7 +45,7 @@ def peak_bytes(settings: TrainSettings, num_classes: int, num_photos: int) -> in
     gc.collect()
     torch.cuda.empty_cache()  # of an earlier attempt
     net = architectures.build(settings.model, num_classes).to(device)
-    net.prepare_stage("unfrozen")
+    net.prepare_stage(settings.unfrozen)
     learner = make_learner(net, settings.unfrozen, classifier.autocast(settings.precision, device), seed=0)
     for step in (1, 2):  # the first one allocates the optimizer's moments at its end
         torch.cuda.reset_peak_memory_stats(device)

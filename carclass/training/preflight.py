@@ -196,7 +196,7 @@ def disk_bytes(settings: TrainSettings, source: dataset.Dataset, net: Classifier
             total += FLOAT_BYTES * (copies * _numel(trained) + _numel(net))
     if settings.frozen is not None:
         total += _num_features(settings.frozen.views, source, net) * FLOAT_BYTES // 2  # float16
-    return total
+    return 2 * total if settings.refit else total
 
 
 def extra_copies(stage: StageSettings) -> int:
@@ -294,7 +294,8 @@ def saved_bytes(net: Classifier, settings: TrainSettings, num_photos: int, *, us
         saved[tensor.untyped_storage()._cdata] = tensor
         return tensor
 
-    net.prepare_stage("unfrozen")
+    assert settings.unfrozen is not None
+    net.prepare_stage(settings.unfrozen)
     net.fc.eval()  # dropout takes little memory, but needs the ids of photos
     device, dtype, precision = "cpu", torch.float32, settings.precision
     if use_gpu:  # the meta device takes the same path as a GPU, but has no autocast

@@ -21,6 +21,8 @@ class StageProgress:
         self.name, self.stage, self.num_steps = name, stage, num_steps
         self.first_step = state.epoch * num_steps + len(state.steps)
         self.started = time.monotonic()
+        self.shows_val = True
+        """False in a refit, which is trained on the val photos."""
         self.epochs, self.steps = Throttle(EPOCH_INTERVAL, immediate=True), Throttle(STEP_INTERVAL)
 
     def report_step(self, step: int) -> None:
@@ -35,7 +37,9 @@ class StageProgress:
         epoch = int(metrics["epoch"])
         self.steps = Throttle(STEP_INTERVAL)  # the next line of a step waits from here
         if self.epochs.is_ready() or epoch == self.stage.epochs:
-            figures = f"loss {metrics['train_loss']:.3f}, val accuracy {rate_text(metrics['val_accuracy'])}"
+            figures = f"loss {metrics['train_loss']:.3f}"
+            if self.shows_val:
+                figures += f", val accuracy {rate_text(metrics['val_accuracy'])}"
             left = "" if epoch == self.stage.epochs else f", {self._time_left(epoch * self.num_steps)}"
             self._print(epoch, f"{figures}, {metrics['seconds']:.1f} s{left}")
 

@@ -27,15 +27,15 @@ from carclass.models import architectures
 from carclass.runs.divergence_record import record_divergence, remove_divergence
 from carclass.runs.metrics_loggers import check_loggers
 from carclass.runs.preprocessing_record import record_preprocessing
-from carclass.runs.run import Run, begin_run, record_best_stage
+from carclass.runs.run import REFIT, Run, begin_run, record_best_stage
 from carclass.runs.saved_model import publish_model, read_model
-from carclass.training import checkpoint, feature_cache, preflight, pretrained
+from carclass.training import checkpoint, preflight, pretrained, refit
 from carclass.training.allocator import WORKER_ENV
 from carclass.training.loop import DivergedError, Metrics, TrainState
 from carclass.training.memory_probe import measure_step
 from carclass.training.photo_store import BlockRefs, PhotoStore
 from carclass.training.preemption import TorchConfig
-from carclass.training.worker import StageJob, run_train_worker, train_stage_in_process
+from carclass.training.worker import StageJob, cache_uri, run_train_worker, train_stage_in_process
 
 log = logging.getLogger(__name__)
 MAX_RESTARTS_WITHOUT_PROGRESS = 3
@@ -60,13 +60,13 @@ def train_run(root: str, settings: TrainSettings) -> Run:
     Raise UserError if settings, data, weights or cluster don't fit, before anything is written.
     """
     run = Run(root, settings)
-    if run.unfinished_stages:
+    if not is_trained(run):
         connection.check_cluster()
     source, parent_sha256 = load_run_inputs(root, settings)
-    if not run.unfinished_stages:
+    if is_trained(run):
         begin_run(run, source, parent_sha256)
-        for stage in run.stages:
-            read_model(run.model_uri(stage))  # an error if it is damaged
+        for name in {*run.stages, run.model_name}:
+            read_model(run.model_uri(name))  # an error if it is damaged
         log.info("train: run %s is finished, nothing to do", settings.name)
         warn_if_unfreezing_hurt(run, source)
         return run
@@ -75,9 +75,28 @@ def train_run(root: str, settings: TrainSettings) -> Run:
         begin_run(run, source, parent_sha256)
         log_resumed(run)
         train_resources = all_resources(settings, use_gpu=use_gpu)
-        train_stages(run, source, PhotoStore(settings, source).get, train_resources, run.unfinished_stages)
+        photos = PhotoStore(settings, source)
+        train_stages(run, source, photos.get, train_resources, run.unfinished_stages)
+        refit_run(run, source, photos.get, train_resources)
     warn_if_unfreezing_hurt(run, source)
     return run
+
+
+def is_trained(run: Run) -> bool:
+    """Return True if all stages of a run are finished, and its refit."""
+    return not run.unfinished_stages and (not run.settings.refit or run.has_model(REFIT))
+
+
+def refit_run(
+    run: Run, source: dataset.Dataset, get_photos: Callable[[], BlockRefs], train_resources: TrainResources
+) -> None:
+    """Train and publish the refit of a run whose stages are finished, if its settings ask for one that it lacks."""
+    if is_trained(run):
+        return
+    again = refit.begin_refit(run, source)
+    joined = lambda: refit.join_splits(get_photos())  # noqa: E731
+    train_stages(again, source, joined, train_resources, again.unfinished_stages, is_refit=True)
+    refit.publish_refit(run, again)
 
 
 def log_resumed(run: Run) -> None:
@@ -134,12 +153,14 @@ def train_stages(
     get_photos: Callable[[], BlockRefs],
     train_resources: TrainResources,
     stages: Sequence[StageName],
+    *,
+    is_refit: bool = False,
 ) -> None:
     """Train and publish stages of a run that has begun. get_photos: called by stages that need photos."""
     record_preprocessing(run, source)
     for stage in stages:
         job = StageJob(run, stage, source.classes, source.digest, {}, 1)
-        job = job._replace(report=train_resources.report, verbose=train_resources.verbose)
+        job = job._replace(report=train_resources.report, verbose=train_resources.verbose, is_refit=is_refit)
         try:
             _fit_stage(job, get_photos, train_resources)
         except DivergedError as error:
@@ -248,7 +269,7 @@ def _lasting_crash(job: StageJob, error: Exception) -> UserError:
 
 
 def _has_cached_features(job: StageJob) -> bool:
-    return job.stage == "frozen" and storage.exists(feature_cache.cache_uri(job.run, job.dataset_digest))
+    return job.stage == "frozen" and storage.exists(cache_uri(job))
 
 
 def _count_threads(job: StageJob, train_resources: TrainResources) -> int:
@@ -298,11 +319,12 @@ def ray_run_name(run: Run, stage: str) -> str:
 
 
 def _publish(job: StageJob) -> None:
-    """Publish the whole network with the weights of the stage's best epoch."""
+    """Publish the whole network with the weights of the stage's best epoch; of a refit, of the last one."""
     settings, uri = job.run.settings, storage.join(job.run.uri, job.stage)
     net = pretrained.initial_network(job.run, job.stage, job.classes)
-    best = checkpoint.restore_best(uri, checkpoint.trained_module(net, job.stage))
-    state = formats.build(TrainState, best, "checkpoint", uri)
+    module = checkpoint.trained_module(net, job.stage)
+    restored = checkpoint.restore_last(uri, module) if job.is_refit else checkpoint.restore_best(uri, module)
+    state = formats.build(TrainState, restored, "checkpoint", uri)
     facts = {
         "run": settings.name,
         "stage": job.stage,

@@ -53,6 +53,13 @@ class StageJob(NamedTuple):
     num_threads: int
     report: Callable[[loop.Metrics], None] | None = None  # this and the next: see TrainResources
     verbose: bool = True
+    is_refit: bool = False  # train on val photos too
+
+
+def cache_uri(job: StageJob) -> str:
+    """Return the URI of the features of a job's frozen stage."""
+    digest = f"{job.dataset_digest}, train and val" if job.is_refit else job.dataset_digest
+    return feature_cache.cache_uri(job.run, digest)
 
 
 def run_train_worker(job_fields: dict[str, Any]) -> bool:
@@ -81,7 +88,7 @@ def _train_from_checkpoint(job: StageJob, worker: WorkerContext) -> bool:
     settings, stage = job.run.settings, getattr(job.run.settings, job.stage)
     torch.set_num_threads(job.num_threads)
     net = pretrained.initial_network(job.run, job.stage, job.classes).to(worker.device)
-    net.prepare_stage(job.stage)
+    net.prepare_stage(stage)
     loader = _make_loader(job, net, worker)
     precision = "fp32" if job.stage == "frozen" else settings.precision  # a linear layer gains nothing from bf16
     autocast = classifier.autocast(precision, worker.device)
@@ -114,7 +121,7 @@ def _make_loader(job: StageJob, net: Classifier, worker: WorkerContext) -> loop.
             samples[0], samples[1], settings.augmentation, settings.unfrozen, worker.device, net.normalisation
         )
     assert settings.frozen is not None
-    uri = feature_cache.cache_uri(job.run, job.dataset_digest)
+    uri = cache_uri(job)
     if samples:
         feature_cache.write_cache(uri, net, samples, job.run, worker.device)
     return feature_cache.open_cache(uri, settings.frozen.batch_size, worker.device, **share)
@@ -140,6 +147,7 @@ def _train(job: StageJob, worker: WorkerContext, learner: Learner, loader: loop.
     writer = CheckpointWriter(job.run, job.stage, learner, state)
     check = StepCheck(worker, writer.is_checkpoint_due)
     progress = StageProgress(f"{job.run.settings.name} {job.stage}", learner.stage, loader.num_steps, state)
+    progress.shows_val = not job.is_refit
 
     def after_step(step: int) -> loop.StepSignal:
         if job.verbose:

@@ -96,9 +96,10 @@ class SearchSpace:
         return self.search.min_epochs or max(1, self.max_epochs // 15)
 
     def trial_settings(self, values: dict[str, Value], name: str, seed: int) -> TrainSettings:
-        """Return the settings of one trial. Raise UserError if they are inconsistent."""
+        """Return the settings of one trial, without a refit. Raise UserError if they are inconsistent."""
         changes = {**values, "train.name": name, "train.seed": seed}
-        return with_changes(self.base_settings, changes, source=self.source, base=Path.cwd())
+        settings = with_changes(self.base_settings, changes, source=self.source, base=Path.cwd())
+        return settings.model_copy(update={"refit": False}) if settings.refit else settings
 
 
 def load_space(path: Path, search: Search) -> SearchSpace:

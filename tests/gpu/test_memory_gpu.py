@@ -52,7 +52,7 @@ def stage_peak(settings: TrainSettings) -> int:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     net = architectures.build(settings.model, CLASSES).to(GPU)
-    net.prepare_stage("unfrozen")
+    net.prepare_stage(stage)
     learner = make_learner(net, stage, classifier.autocast(settings.precision, GPU), seed=1)
     loader = PhotoLoader(samples, samples, AugmentationSettings(), stage, GPU)
     assert loop.train_epochs(learner, loader, loop.TrainState(), loop.Callbacks())

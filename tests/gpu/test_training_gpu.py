@@ -32,7 +32,7 @@ def train(precision: classifier.Precision, *, graphs: bool) -> tuple[dict[str, T
     torch.manual_seed(0)
     model = ModelSettings(architecture="resnet26-narrow", image_size=SIDE, dropout=0.3)
     net = architectures.build(model, CLASSES).to(GPU)
-    net.prepare_stage("unfrozen")
+    net.prepare_stage(STAGE)
     learner = make_learner(net, STAGE, classifier.autocast(precision, GPU), seed=1)
     if graphs:
         learner = learner._replace(forward=cuda_graphs.capture_if_faster(net, STAGE.batch_size, SIDE, precision))

@@ -23,7 +23,7 @@ from tests.helpers.clusters import RAY, free_port, kill, wait_for
 from tests.helpers.evaluated_run import publish_photos
 
 REPO = Path(__file__).parents[2]
-pytestmark = pytest.mark.slow  # 60 s
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]  # 60 s, on many nodes
 HEAD_ID = "f" * 51 + "00000"
 PROVIDER = {
     "type": "external",

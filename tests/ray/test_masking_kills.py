@@ -28,7 +28,7 @@ CASES = [
     pytest.param(("machine", 6), marks=pytest.mark.nightly),  # 80 s
 ]
 PART_ROWS = 20
-pytestmark = pytest.mark.slow  # 70 s
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]  # 70 s
 CONFIG = """
 root: {folder}/root
 ingest: {{photos: {folder}/photos, labels: {folder}/labels.csv}}

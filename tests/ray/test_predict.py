@@ -313,7 +313,7 @@ def test_new_and_changed_photos_of_a_folder_are_predicted_alone(
     assert sorted(map(sorted, parts)) == sorted([[kept], sorted([changed, new])])
 
 
-@pytest.mark.slow  # 25 s
+@pytest.mark.nightly  # 25 s
 def test_a_killed_job_resumes_with_the_same_result(
     root: str, settings: PredictSettings, predicted: PredictionResult, ray_cluster: str, tmp_path: Path,
     files_below: Callable[[str], Any],

@@ -34,7 +34,10 @@ def wait_for_checkpoint(stage: Path, epoch: int, job: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
-pytestmark = pytest.mark.slow  # 90 s: a job is started twice, each time with a cluster of its own
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.nightly,
+]  # 90 s: a job is started twice, each time with a cluster of its own
 
 
 @pytest.fixture(scope="module")

@@ -132,7 +132,7 @@ def test_table_has_all_trials(root: str, swept: results.SweepResult):
     assert table["number"].to_pylist() == [result.trial.number for result in swept.trials]
 
 
-@pytest.mark.slow  # 20 s
+@pytest.mark.nightly  # 20 s
 def test_trials_with_several_workers(root: str, tmp_path: Path):
     train = {**TRAIN, "frozen": None, "num_workers": 2, "unfrozen": {"epochs": 2, "batch_size": 16}}
     sweep = run(root, tmp_path, "two-workers", LR, train, num_trials=1, num_seeds=1, scheduler="none")

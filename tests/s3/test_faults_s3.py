@@ -51,8 +51,6 @@ STOPS = {
     "forbidden": (Fault(403), "The credentials lack a permission"),
     "expired": (Fault(400, after=10), "Renew the credentials"),
 }
-EVERY_TIME = ("expired", "ingest")
-"""The one cell of fault and job that is not nightly."""
 PASSING = (429, 502, RESET, TRUNCATED)
 
 
@@ -144,15 +142,8 @@ def check_resumed(name: str, bucket: str, contents: Callable[[dataset.Dataset], 
     assert resumed == result_of(name, bucket, contents)
 
 
-@pytest.mark.parametrize(
-    ("fault", "name"),
-    # 60 to 150 s each: three to five jobs
-    [
-        pytest.param(fault, name, marks=pytest.mark.slow if (fault, name) == EVERY_TIME else pytest.mark.nightly)
-        for fault in STOPS
-        for name in RESULTS
-    ],
-)
+@pytest.mark.nightly  # 60 to 150 s each: three to five jobs
+@pytest.mark.parametrize(("fault", "name"), [(fault, name) for fault in STOPS for name in RESULTS])
 def test_a_job_stops_with_a_remedy_and_is_resumed(
     name: str,
     fault: str,
@@ -169,11 +160,8 @@ def test_a_job_stops_with_a_remedy_and_is_resumed(
     check_resumed(name, cars, contents)
 
 
-@pytest.mark.parametrize(
-    "name",
-    # 50 to 80 s each: three or four jobs
-    [pytest.param(name, marks=pytest.mark.slow if name == "ingest" else pytest.mark.nightly) for name in RESULTS],
-)
+@pytest.mark.nightly  # 50 to 80 s each: three or four jobs
+@pytest.mark.parametrize("name", RESULTS)
 def test_a_job_outlasts_passing_faults(
     name: str,
     proxy: Proxy,

@@ -74,7 +74,7 @@ def test_training_on_cached_features_equals_training_on_photos(
         torch.manual_seed(0)
         net = architectures.build(SETTINGS.model, 4)
         pretrained.load_backbone(net, SETTINGS)
-        net.prepare_stage("frozen")
+        net.prepare_stage(FrozenSettings())
         nets.append(net)
     uri = str(tmp_path / "features.safetensors")
     feature_cache.write_cache(uri, nets[0], splits, Run("", SETTINGS), CPU)

@@ -43,7 +43,7 @@ class Stage:
         """Return the learner before its first step, and the loader."""
         torch.manual_seed(0)
         net = architectures.build(MODEL, 4)
-        net.prepare_stage("frozen" if self.kind == "features" else "unfrozen")
+        net.prepare_stage(FrozenSettings() if self.kind == "features" else UnfrozenSettings())
         train, val = make_samples(29, 1, balanced=self.balanced), make_samples(9, 2)
         if self.kind == "photos":
             loader: loop.Loader = PhotoLoader(train, val, AugmentationSettings(), self.settings, torch.device("cpu"))

@@ -140,7 +140,7 @@ def test_the_estimate_of_disk_space_agrees_with_checkpoints(tmp_path: Path, net:
         frozen=None, unfrozen=UnfrozenSettings(optimizer=optimizer, keep_epochs=(3, 7)), keep_checkpoints=3
     )
     assert settings.unfrozen is not None
-    net.prepare_stage("unfrozen")
+    net.prepare_stage(settings.unfrozen)
     net.get_submodule("fc").eval()
     learner = make_learner(net, settings.unfrozen, FP32, seed=1)
     net(torch.rand(1, 3, 96, 96)).sum().backward()
@@ -220,7 +220,7 @@ def test_too_many_views_are_an_error_with_the_number_that_fits(net: torch.nn.Mod
 def test_the_estimate_includes_weights_gradients_moments_and_average(net: torch.nn.Module):
     settings = train_settings(precision="fp32")
     assert settings.unfrozen is not None
-    net.prepare_stage("unfrozen")
+    net.prepare_stage(settings.unfrozen)
     net.get_submodule("fc").eval()
     learner = make_learner(net, settings.unfrozen, FP32, seed=1)
     assert learner.ema is not None
@@ -304,7 +304,7 @@ settings = TrainSettings(
     name="x", precision=precision, model=ModelSettings(architecture="resnet26-narrow", image_size=96)
 )
 net = architectures.build(settings.model, 10)
-net.prepare_stage("unfrozen")
+net.prepare_stage(settings.unfrozen)
 autocast = classifier.autocast(precision, torch.device("cpu"))
 optimizer = learner.make_learner(net, settings.unfrozen, autocast, seed=1).optimizer
 net.fc.eval()

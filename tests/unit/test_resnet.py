@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from carclass.config.schema import ModelSettings
+from carclass.config.schema import ModelSettings, UnfrozenSettings
 from carclass.models import architectures, classifier, resnet
 
 SETTINGS = ModelSettings(architecture="resnet26-narrow", image_size=64, dropout=0)
@@ -59,6 +59,19 @@ def test_gradients_with_frozen_statistics_equal_torchvisions(nets: tuple[ResNet,
     assert ours.keys() == dict(nets[0].named_parameters()).keys()
     for name, gradient in ours.items():
         torch.testing.assert_close(gradient, theirs[name], rtol=1e-3, atol=1e-4 * float(theirs[name].abs().max()))
+
+
+@pytest.mark.parametrize(("blocks", "layers"), [(1, ("layer4",)), (3, ("layer4", "layer3", "layer2"))])
+def test_the_last_layers_may_be_trained_alone(blocks: int, layers: tuple[str, ...]):
+    net = architectures.build(SETTINGS, 7)
+    net.prepare_stage(UnfrozenSettings(blocks=blocks))
+    assert {name.split(".")[0] for name, each in net.named_parameters() if each.requires_grad} == {*layers, "fc"}
+
+
+def test_all_parameters_are_trained_by_default():
+    net = architectures.build(SETTINGS, 7)
+    net.prepare_stage(UnfrozenSettings())
+    assert all(parameter.requires_grad for parameter in net.parameters())
 
 
 def test_running_statistics_in_train_mode_equal_torchvisions(nets: tuple[ResNet, ResNet]):

@@ -27,7 +27,7 @@ def train(rank: int, num_workers: int) -> tuple[list[float], list[torch.Tensor]]
     torch.set_num_threads(1)
     torch.manual_seed(0)
     net = architectures.build(ModelSettings(architecture="resnet26-narrow", image_size=SIDE, dropout=0.3), CLASSES)
-    net.prepare_stage("unfrozen")
+    net.prepare_stage(STAGE)
     learner = make_learner(net, STAGE, classifier.autocast("fp32", CPU), seed=1)
     if num_workers > 1:
         learner = learner._replace(forward=DistributedDataParallel(net, **DDP))

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from carclass.config import cli
-from carclass.config.schema import Config, ModelSettings, TrainSettings
+from carclass.config.schema import Config, FrozenSettings, ModelSettings, TrainSettings, UnfrozenSettings
 from carclass.errors import UserError
 from carclass.models import architectures
 from carclass.models.classifier import Classifier
@@ -58,20 +58,27 @@ def test_depths_reach_from_the_last_block_to_the_first_layers(net: Classifier):
 
 
 def test_a_block_learns_at_its_share_of_the_rate(net: Classifier):
-    net.prepare_stage("unfrozen")
-    stage = TrainSettings(name="a").unfrozen
-    assert stage is not None
+    stage = UnfrozenSettings()
+    net.prepare_stage(stage)
     optimizer = make_optimizer(net, stage)
     scales = {group["scale"] for group in optimizer.param_groups}
     assert (max(scales), min(scales)) == (1, stage.layer_decay**4)
 
 
 def test_the_frozen_stage_trains_the_head_alone(net: Classifier):
-    net.prepare_stage("frozen")
+    net.prepare_stage(FrozenSettings())
     assert {name for name, parameter in net.named_parameters() if parameter.requires_grad} == {
         "fc.1.weight",
         "fc.1.bias",
     }
+
+
+def test_the_last_blocks_may_be_trained_alone(net: Classifier):
+    net.prepare_stage(UnfrozenSettings(blocks=2))
+    depths = net.depths()
+    trained = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, depth in depths.items() if depth < 2}
+    assert 2 < len(trained) < len(depths)
 
 
 def test_memory_of_a_step_grows_with_its_photos(net: Classifier):

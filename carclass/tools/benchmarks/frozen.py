@@ -64,7 +64,7 @@ def _run_cached(splits: labelled.Splits, settings: TrainSettings, device: torch.
     torch.manual_seed(settings.seed)
     net = architectures.build(settings.model, labelled.num_classes(splits))
     pretrained.load_backbone(net, settings)
-    net.to(device).prepare_stage("frozen")
+    net.to(device).prepare_stage(settings.frozen)
     times = [time.perf_counter()]
     train, val = (
         PhotoSamples(labelled.decode(splits[split], settings.model.image_size), seed=settings.seed)

@@ -83,7 +83,7 @@ def unfrozen_learner(settings: TrainSettings, num_classes: int, device: torch.de
     torch.manual_seed(settings.seed)
     net = architectures.build(settings.model, num_classes)
     pretrained.load_backbone(net, settings)
-    net.to(device).prepare_stage("unfrozen")
+    net.to(device).prepare_stage(settings.unfrozen)
     learner = make_learner(net, settings.unfrozen, classifier.autocast(settings.precision, device), settings.seed)
     size, batch_size = settings.model.image_size, settings.unfrozen.batch_size
     return learner._replace(forward=cuda_graphs.capture_if_faster(net, batch_size, size, settings.precision))
