@@ -33,7 +33,7 @@ def test_photos_below_a_prefix_are_counted_and_sampled(
     runpy.run_path(str(JOB))["main"]()
     printed = capsys.readouterr().out
     assert "train 12, val 4 (20% held out), test 4 (20% held out)" in printed
-    assert "100x60 to 100x60, median 100x60 (20 photos sampled)" in printed
+    assert "100x60 (20 photos sampled)" in printed
     settings = cli.parse_job("", "ingest", ["--config", "my.yml"]).ingest
     assert settings is not None
     assert (settings.photos, settings.labels) == (f"s3://{bucket}/cars", arguments[2] if labels else None)

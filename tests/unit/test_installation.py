@@ -10,6 +10,7 @@ import pytest
 
 from carclass.config.installation import MissingPackageReport
 from carclass.errors import UserError
+from tests.helpers.runs import publish_dataset
 
 REPO = Path(__file__).parents[2]
 
@@ -85,11 +86,13 @@ def run_without_detectron2(code: str, *arguments: str | Path) -> "subprocess.Com
 def test_a_job_that_masks_names_the_command_before_any_work(job: str, tmp_path: Path):
     config = tmp_path / "my.yml"
     config.write_text("root: results\ningest: {photos: sample}\nmask: {}\ntrain: {name: first}\n")
+    publish_dataset(tmp_path / "results", "v1")
     run_job = f"runpy.run_path({str(REPO / 'jobs' / job)!r} + '.py', run_name='__main__')"
     done = run_without_detectron2(run_job, job, "--config", config)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"error: Detectron2 is missing.* run this once: PYTHONPATH=\S+ .*\n", done.stderr)
-    assert [path.name for path in tmp_path.iterdir()] == ["my.yml"]
+    assert {path.name for path in tmp_path.iterdir()} == {"my.yml", "results"}
+    assert [path.name for path in (tmp_path / "results" / "datasets").iterdir()] == ["v1"]
 
 
 @pytest.mark.slow  # 10 s: PyTorch and Ray are imported
