@@ -273,11 +273,10 @@ def begin_run(run: Run, source: dataset.Dataset, parent_sha256: str) -> Run:
     config_uri = storage.join(run.uri, "config.yml")
     if storage.exists(config_uri):
         old = read_run_settings(run.uri)
-        changed = [*changed_settings(old, settings), *changed_inputs(run, source.digest, parent_sha256)]
-        if changed == ["refit"] and settings.refit:  # it follows what is finished
+        changed = changed_inputs(run, source.digest, parent_sha256)
+        _refuse_changes(run, old, [*refused_settings(old, settings), *changed])
+        if settings.refit and not old.refit:
             formats.write(config_uri, "run_config", settings.model_dump(mode="json"))
-            return run
-        _refuse_changes(run, old, changed)
         return run
     _refuse_results_without_config(run)
     formats.write(storage.join(run.uri, "lineage.json"), "lineage", lineage)
@@ -337,6 +336,11 @@ def changed_settings(old: TrainSettings, new: TrainSettings) -> list[str]:
     return [key for key in keys if key not in MAY_CHANGE_ON_RESUME and before.get(key) != after.get(key)]
 
 
+def refused_settings(old: TrainSettings, new: TrainSettings) -> list[str]:
+    """Return the keys of changed_settings, without that of a refit, which follows what is finished."""
+    return [key for key in changed_settings(old, new) if key != "refit" or not new.refit]
+
+
 def flatten(values: dict[str, Any], prefix: str = "") -> MetricsRow:
     """Return nested settings by dotted key."""
     flat: MetricsRow = {}
@@ -359,7 +363,7 @@ def check_same_settings(run: Run) -> None:
     """Raise UserError if the run exists with other settings, as `begin_run` does."""
     if storage.exists(storage.join(run.uri, "config.yml")):
         old = read_run_settings(run.uri)
-        _refuse_changes(run, old, changed_settings(old, run.settings))
+        _refuse_changes(run, old, refused_settings(old, run.settings))
 
 
 def _refuse_results_without_config(run: Run) -> None:

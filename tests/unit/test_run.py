@@ -9,7 +9,7 @@ from carclass.config.schema import TrainSettings, UnfrozenSettings
 from carclass.data import dataset
 from carclass.errors import UserError
 from carclass.runs.metrics_log import MetricsLog
-from carclass.runs.run import Run, begin_run
+from carclass.runs.run import Run, begin_run, refused_settings
 from tests.helpers.runs import MODEL, finish
 
 OF_MACHINES = (
@@ -104,3 +104,11 @@ def test_other_settings_of_a_begun_run_are_an_error(tmp_path: Path, key: str, va
     begin(tmp_path)
     with pytest.raises(UserError, match=rf"begun with other settings \({key}\)"):
         begin(tmp_path, **{key: value})
+
+
+def test_a_refit_may_be_added_to_a_run_but_not_taken_away():
+    plain = TrainSettings(name="first")
+    refitted = plain.model_copy(update={"refit": True})
+    assert refused_settings(plain, refitted) == []
+    assert refused_settings(refitted, plain) == ["refit"]
+    assert refused_settings(plain, refitted.model_copy(update={"seed": 4})) == ["seed"]
