@@ -32,7 +32,7 @@ demo: $(INSTALLED) ## the whole chain on the embedded sample
 test: $(INSTALLED) ## every subsystem once, in minutes
 	$(TEST) -m "not slow and not nightly"
 
-test-all: $(INSTALLED) ## all tests but the nightly ones, in twenty minutes
+test-all: $(INSTALLED) ## all tests but the nightly ones
 	$(TEST) -m "not nightly"
 
 test-nightly: $(INSTALLED) ## the nightly ones: long outages, losses of hosts, the runbook

@@ -17,10 +17,7 @@ def build(settings: ModelSettings, num_classes: int) -> Classifier:
 
 def normalisation(architecture: str) -> Normalisation:
     """Return the scale of a network's input, without building it."""
-    if not architecture.startswith(TIMM):
-        return IMAGENET
-    config = timm_classifier.pretrained_config(architecture)
-    return Normalisation(tuple(config.mean), tuple(config.std))
+    return timm_classifier.normalisation(architecture) if architecture.startswith(TIMM) else IMAGENET
 
 
 def pretrained_weights(architecture: str) -> str:

@@ -35,9 +35,8 @@ class TimmClassifier(Classifier):
                 f"`{KEY}`: timm does not tell the groups of layers of {settings.architecture.removeprefix(TIMM)}, "
                 "which learning rates depend on. Choose another network."
             )
-        config = pretrained_config(settings.architecture)
-        self.normalisation = Normalisation(tuple(config.mean), tuple(config.std))
-        self.head_name = str(config.classifier)
+        self.normalisation = normalisation(settings.architecture)
+        self.head_name = str(pretrained_config(settings.architecture).classifier)
         width = getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features
         self.fc = make_head(settings.dropout, int(width), num_classes)
 
@@ -89,6 +88,12 @@ def pretrained_config(architecture: str) -> Any:
     if not isinstance(config.classifier, str):
         raise UserError(f"`{KEY}`: {name} has several classifiers, which is not supported. Choose another network.")
     return config
+
+
+def normalisation(architecture: str) -> Normalisation:
+    """Return the scale of the input that an architecture's published weights expect."""
+    config = pretrained_config(architecture)
+    return Normalisation(tuple(config.mean), tuple(config.std))
 
 
 def weights_uri(architecture: str) -> str:
