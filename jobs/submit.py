@@ -7,12 +7,14 @@
 Only code is uploaded: carclass/, jobs/ and the files that the command and its config files name, which are in the
 working directory. Paths that the cluster would not have are refused. The job gets the variables that config files name,
 and those of --env; the dashboard shows them, so give no secrets. The same command again follows the job if it is still
-running, and otherwise resumes it. With RAY_AUTH_MODE=token, the token is RAY_AUTH_TOKEN, or that of the file
-RAY_AUTH_TOKEN_PATH. A lost connection, or the end of this program, does not stop the job.
+running with the same files and variables, and otherwise resumes it. With RAY_AUTH_MODE=token, the token is
+RAY_AUTH_TOKEN, or that of the file RAY_AUTH_TOKEN_PATH. A lost connection, or the end of this program, does not stop
+the job.
 """
 
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -23,6 +25,8 @@ log = logging.getLogger("carclass.submit")
 DASHBOARD = "http://127.0.0.1:8265"
 CODE = {"carclass": installation.PACKAGE, "jobs": installation.JOBS}
 """Folders to upload."""
+SECRET = re.compile("SECRET|TOKEN|PASSWORD|KEY")
+"""Names of variables that may be secrets."""
 
 
 def main() -> None:
@@ -37,6 +41,8 @@ def main() -> None:
     if not args.command:
         raise UserError("no command to submit. Give it after `--`, such as `-- python jobs/train.py --config my.yml`.")
     variables = dict(read_variable(text) for text in args.env)
+    if shown := [name for name in variables if SECRET.search(name)]:
+        log.warning("submit: the dashboard shows the values of %s to all who can open it", ", ".join(shown))
     os.environ.update(variables)  # as the job will read config files
     from carclass.cluster import job_inputs, job_submission
     from carclass.runs.environment import CODE_VERSION, code_version
@@ -48,8 +54,10 @@ def main() -> None:
     variables = job_inputs.find_variables(files.values()) | variables
     if variables:
         log.info("submit: variables of the job: %s", ", ".join(variables))
+    digest = job_inputs.digest_inputs(files, variables)
     variables[CODE_VERSION] = code_version()
-    sys.exit(job_submission.submit_and_follow(args.address, command, {**CODE, **files}, variables))
+    submission = job_submission.Submission(command, {**CODE, **files}, variables, digest)
+    sys.exit(job_submission.submit_and_follow(args.address, submission))
 
 
 def read_variable(text: str) -> tuple[str, str]:

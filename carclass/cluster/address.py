@@ -63,6 +63,11 @@ def _check_answer(given: str, address: str) -> None:
 
 def refused_token(address: str) -> UserError:
     """Return the error of a cluster that does not accept this environment's token."""
+    file = os.environ.get("RAY_AUTH_TOKEN_PATH", "")
+    if file and "RAY_AUTH_TOKEN" not in os.environ and not os.path.isfile(file):
+        return UserError(
+            f"{address} asks for a token, and RAY_AUTH_TOKEN_PATH is {file}, which is no file. Correct it."
+        )
     return UserError(
         f"{address} refuses the token. Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to the file of the cluster's "
         "token, or RAY_AUTH_TOKEN to the token."

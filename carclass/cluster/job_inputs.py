@@ -4,6 +4,7 @@ A path that would be missing on the cluster is refused before anything is upload
 """
 
 import glob
+import json
 import logging
 import os
 import re
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from carclass import storage
 from carclass.config import installation, yaml_file
 from carclass.config.budget import Budget
 from carclass.config.schema import Config
@@ -38,6 +40,8 @@ def find_files(command: Sequence[str], folder: Path) -> dict[str, Path]:
     """
     files, options, problems = _Files(folder.resolve()), dict(_options(command)), Problems()
     for key, word in options.items():
+        if key == "config" and not Path(word).is_file() and not (installation.JOBS.parent / word).is_file():
+            problems.add(f"config file {word or '(none)'} does not exist in {Path.cwd()}. Correct --config.")
         if key in PATH_OPTIONS and _is_local(word) and _is_relative(word) and not Path(word).is_file():
             problems.add(_missing_text(f"`--{key}`", word))
     for word in (*(word for word in command if not word.startswith("--")), *options.values()):
@@ -57,6 +61,12 @@ def find_variables(files: Iterable[Path]) -> dict[str, str]:
     texts = [path.read_text(encoding="utf-8", errors="replace") for path in configs]
     found = {match[1].partition(":-")[0] for text in texts for match in yaml_file.VARIABLE.finditer(text)}
     return {name: os.environ[name] for name in sorted(found) if os.environ.get(name)}
+
+
+def digest_inputs(files: Mapping[str, Path], variables: Mapping[str, str]) -> str:
+    """Return the sha256 of files, by their paths, and of variables."""
+    contents = {path: storage.sha256(source.read_bytes()) for path, source in files.items()}
+    return storage.sha256(json.dumps([contents, dict(variables)], sort_keys=True, allow_nan=False).encode())
 
 
 class _Files:
@@ -110,7 +120,13 @@ def _add_paths(files: _Files, config: Path, job: str, options: dict[str, str], p
         full = installation.resolve_path(Path(value).expanduser(), config.parent)
         found = [Path(each) for each in glob.glob(str(full))] if key == "experiments" else [full]
         if not _is_relative(value):
-            if full.exists():
+            if key == "root":
+                log.warning(
+                    "submit: `root` is %s: results stay on the nodes that write them, and are lost with those, unless "
+                    "it is a folder that all nodes share. Otherwise give an s3:// URI",
+                    full,
+                )
+            elif full.exists():
                 log.warning("submit: `%s` is %s: the nodes of the cluster need it at the same path", key, full)
         elif key != "root" and all(each.is_file() and files.is_within(each) for each in found):
             for each in found:  # the roots of experiments are ignored

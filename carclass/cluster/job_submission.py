@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -29,6 +30,17 @@ POLL_S, REQUEST_S, SILENT_S, GIVE_UP_S = 5.0, 30.0, 60.0, 600.0
 answer to any request before an error."""
 CONNECTION_ERRORS = (ConnectionError, requests.RequestException, aiohttp.ClientError, RuntimeError, TimeoutError)
 """Errors of Ray's client on a lost connection or a failed server."""
+INPUTS = "carclass-inputs"
+"""Key of a job's metadata for the digest of Submission."""
+
+
+class Submission(NamedTuple):
+    """A command to run on a cluster."""
+
+    command: Sequence[str]
+    uploads: Mapping[str, Path]  # files and folders, by their paths in the folder that the command runs in
+    variables: Mapping[str, str]
+    digest: str  # of the files and variables that a user gave, to tell jobs with the same command apart
 
 
 class TimedClient(JobSubmissionClient):
@@ -38,45 +50,64 @@ class TimedClient(JobSubmissionClient):
         return super()._do_request(method, endpoint, timeout=REQUEST_S, **options)
 
 
-def submit_and_follow(
-    address: str, command: Sequence[str], uploads: Mapping[str, Path], variables: Mapping[str, str]
-) -> int:
-    """Submit a command, or find it running, and follow it; return its exit status.
+def submit_and_follow(address: str, submission: Submission) -> int:
+    """Submit a command, or find it running with the same digest, and follow it; return its exit status.
 
-    The cluster runs it with these environment variables, in a folder with copies of the uploaded files and folders, by
-    their paths there. Raise UserError if the cluster is out of reach or refuses the token.
+    Raise UserError if the cluster is out of reach or refuses the token.
     """
     client = connect(address)
     with _unreachable(address):
-        entrypoint = shlex.join(command)
-        same = [job for job in client.list_jobs() if job.entrypoint == entrypoint and not job.status.is_terminal()]
-        if running := [job.submission_id for job in same if job.submission_id is not None]:
-            submission_id = running[0]
-            log.info("submit: the same command is already running as %s; following it", submission_id)
-        else:
-            submission_id = _submit(client, entrypoint, uploads, variables)
-            log.info("submit: submitted as %s to %s", submission_id, address)
+        submission_id = _find_running(client, submission)
+    is_new = submission_id is None
+    submission_id = submission_id or f"carclass-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+    stop = f"ray job stop --address {address} {submission_id}"  # Ray's command does not know the default address
+    state = "may have been submitted" if is_new else "keeps running"
     try:
+        if is_new:
+            with _unreachable(address, f" The job may have been submitted as {submission_id}; `{stop}` stops it."):
+                _submit(client, submission_id, submission)
+            log.info("submit: submitted as %s to %s", submission_id, address)
+            state = "keeps running"
         return asyncio.run(LogFollower(client, submission_id).follow())
     except KeyboardInterrupt:
-        stop = f"ray job stop --address {address} {submission_id}"  # Ray's command does not know the default address
-        log.info("submit: the job keeps running. The same command follows it; `%s` stops it", stop)
+        log.info("submit: the job %s. The same command follows it; `%s` stops it", state, stop)
         return 130
 
 
+def _find_running(client: JobSubmissionClient, submission: Submission) -> str | None:
+    """Return the id of a running job with the same command and digest, None if there is none."""
+    for job in client.list_jobs():
+        if job.entrypoint != shlex.join(submission.command) or job.status.is_terminal() or job.submission_id is None:
+            continue
+        if (job.metadata or {}).get(INPUTS) == submission.digest:
+            log.info("submit: the same command is already running as %s; following it", job.submission_id)
+            return str(job.submission_id)
+        log.info(
+            "submit: the same command is running as %s, but with other files or variables; this is another job",
+            job.submission_id,
+        )
+    return None
+
+
 @contextmanager
-def _unreachable(address: str) -> Iterator[None]:
-    """Convert the errors of requests to UserError."""
+def _unreachable(address: str, note: str = "") -> Iterator[None]:
+    """Convert the errors of requests to UserError. note: end of its text."""
     try:
         yield
     except AuthenticationError as error:
         raise refused_token(address) from error
     except (*CONNECTION_ERRORS, KeyError) as error:
-        cause = " ".join(str(error).split())[:200]
         raise UserError(
-            f"no cluster answers at {address} ({cause}). Is its dashboard's port forwarded (docs/cluster.md)? "
-            "Otherwise give --address. A job that was submitted keeps running: the same command follows it."
+            f"no cluster answers at {address} ({_cause(error)}). Is its dashboard's port forwarded (docs/cluster.md)? "
+            f"Otherwise give --address.{note}"
         ) from error
+
+
+def _cause(error: Exception) -> str:
+    """Return an error in a few words: the system's, if it has one."""
+    text = " ".join(str(error).split())
+    found = re.search(r"\[Errno -?\d+\] ([^'\")\]]+)", text)
+    return found[1] if found else f"{type(error).__name__}: {text[:100]}"
 
 
 def connect(address: str) -> JobSubmissionClient:
@@ -93,21 +124,22 @@ def connect(address: str) -> JobSubmissionClient:
         return TimedClient(address)
 
 
-def _submit(
-    client: JobSubmissionClient, entrypoint: str, uploads: Mapping[str, Path], variables: Mapping[str, str]
-) -> str:
-    """Upload files and folders, by path in the job's folder, submit the job and return its unique id."""
-    submission_id = f"carclass-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+def _submit(client: JobSubmissionClient, submission_id: str, submission: Submission) -> None:
+    """Upload files and folders, and submit the job under a unique id."""
     with tempfile.TemporaryDirectory() as folder:
-        for path, source in uploads.items():
+        for path, source in submission.uploads.items():
             target = Path(folder, path)
             if source.is_dir():
                 shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, target)
-        runtime_env = {"working_dir": folder, "env_vars": dict(variables)}
-        return str(client.submit_job(entrypoint=entrypoint, submission_id=submission_id, runtime_env=runtime_env))
+        client.submit_job(
+            entrypoint=shlex.join(submission.command),
+            submission_id=submission_id,
+            runtime_env={"working_dir": folder, "env_vars": dict(submission.variables)},
+            metadata={INPUTS: submission.digest},
+        )
 
 
 class JobState(NamedTuple):
@@ -119,8 +151,8 @@ class JobState(NamedTuple):
 
     @classmethod
     def from_details(cls, job: JobDetails) -> "JobState":
-        """Convert the answer of Ray's client."""
-        return cls(job.status, job.driver_exit_code, job.message or "")
+        """Convert the answer of Ray's client, without the log's end in its message, which is printed already."""
+        return cls(job.status, job.driver_exit_code, (job.message or "").partition(", last available logs")[0])
 
     @property
     def exit_status(self) -> int:

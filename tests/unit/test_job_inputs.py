@@ -57,6 +57,31 @@ def test_a_path_that_the_cluster_would_not_have_is_refused(folder: Path, values:
         find(folder)
 
 
+def test_a_config_that_is_not_here_is_refused(folder: Path):
+    with pytest.raises(UserError, match=r"config file my.yml does not exist in .*. Correct --config"):
+        find(folder)
+
+
+def test_a_config_of_the_code_need_not_be_in_the_working_directory(folder: Path):
+    job = ("python", "jobs/tune.py", "--config", "jobs/experiments/searches/both.yml", "--root", ROOT)
+    assert find(folder, *job) == []
+
+
+def test_a_root_on_the_nodes_is_warned_of(folder: Path, caplog: pytest.LogCaptureFixture):
+    write(folder, root="/not/here")
+    with caplog.at_level(logging.WARNING):
+        find(folder)
+    assert "`root` is /not/here: results stay on the nodes" in caplog.text
+
+
+def test_the_digest_tells_files_and_variables_apart(folder: Path):
+    write(folder)
+    files = {"my.yml": folder / "my.yml"}
+    digests = {job_inputs.digest_inputs(files, values) for values in ({}, {"A": "1"}, {"A": "2"}, {"B": "1"})}
+    write(folder, train={"name": "other"})
+    assert len(digests | {job_inputs.digest_inputs(files, {})}) == 5
+
+
 @pytest.mark.parametrize("value", ["sample", "imagenet", "exp_1@best", "s3://bucket/w.safetensors"])
 def test_names_and_uris_are_no_paths_of_this_machine(folder: Path, value: str):
     write(folder, train={"parent": value})
