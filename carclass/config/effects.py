@@ -20,6 +20,8 @@ def check_train_effect(settings: Any) -> Any:
     for stage in (settings.frozen, settings.unfrozen):
         if stage is not None:
             check_stage_effect(stage)
+    if settings.unfrozen is not None:
+        _check_size_effect(settings.unfrozen.train_size, settings.model.image_size)
     if settings.frozen is not None:
         _check_views_effect(settings.frozen.views, settings.augmentation)
         if settings.unfrozen is None:
@@ -66,6 +68,15 @@ def check_stage_effect(stage: Any) -> None:
         )
 
 
+def _check_size_effect(train_size: int | None, image_size: int) -> None:
+    """Raise ValueError if photos would not be trained smaller than they are evaluated."""
+    if train_size is not None and train_size >= image_size:
+        raise ValueError(
+            f"`unfrozen.train_size` is {train_size} and `model.image_size`, the larger one for validation and "
+            f"prediction, is {image_size}. Raise that, or leave `train_size` out"
+        )
+
+
 def _check_views_effect(views: int, augmentation: Any) -> None:
     """Raise ValueError if all cached views of a photo would be the same."""
     if views == 1 or augmentation.flip != "none":
@@ -75,7 +86,7 @@ def _check_views_effect(views: int, augmentation: Any) -> None:
             "`frozen.views: 2` has no effect with `augmentation.flip: none`: the second view is the mirror image. Give "
             "1, or 3 and more for random augmentations"
         )
-    if augmentation.rotation == augmentation.zoom_height == augmentation.zoom_width == 0:
+    if augmentation.rotation == augmentation.zoom_height == augmentation.zoom_width == 0 and augmentation.crop is None:
         raise ValueError(
             f"`frozen.views` is {views}, but `augmentation` changes nothing: all views would be the same. Set "
             "`frozen.views: 1`"

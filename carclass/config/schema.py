@@ -154,6 +154,9 @@ class AugmentationSettings(Section):
     """Largest change of the height, in or out."""
     zoom_width: Share = 0.2
     """Largest change of the width, in or out, drawn independently of the height."""
+    crop: float | None = Field(None, gt=0, lt=1)
+    """Area of the smallest random crop, as a share of the photo; the ratio of its sides varies from 3/4 to 4/3 of the
+    photo's. null: the whole photo."""
 
 
 class StageSettings(Section):
@@ -222,6 +225,9 @@ class UnfrozenSettings(StageSettings):
     ema_decay: float | None = Field(0.99, gt=0, lt=1)
     appearance: bool = True
     """One random change of a photo's colours or sharpness per epoch, as in TrivialAugment."""
+    train_size: int | None = Field(None, ge=32)
+    """Side in pixels of the photos that the stage is trained on, below `model.image_size`, which validation, evaluation
+    and prediction use. By default the same."""
     micro_batch_size: int | None = Field(None, ge=1)
     """Photos per forward pass of a worker; gradients are accumulated over its share of the batch. By default all."""
 
@@ -301,6 +307,11 @@ class TrainSettings(Section):
     def workers(self) -> tuple[int, int]:
         """Return the smallest and the largest number of workers."""
         return self.num_workers if isinstance(self.num_workers, tuple) else (self.num_workers, self.num_workers)
+
+    @property
+    def train_size(self) -> int:
+        """Return the side in pixels of the photos that the unfrozen stage is trained on."""
+        return (self.unfrozen and self.unfrozen.train_size) or self.model.image_size
 
 
 class EvaluateSettings(Section):

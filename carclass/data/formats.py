@@ -52,45 +52,39 @@ MANIFEST_KEYS = {
     **{"settings": dict, "classes": list[str], "kind": str, "parts": list[str], "splits": COUNTS, "reasons": COUNTS},
     **dict.fromkeys(("inputs", "rows", "quarantined"), NonNegativeInt),
 }
-ADDED_SETTINGS: dict[str, Row] = {
-    "frozen": {"ema_decay": None, "clip_grad_norm": None, "keep_epochs": []},
-    "unfrozen": {
-        "ema_decay": None,
-        "clip_grad_norm": None,
-        "keep_epochs": [],
-        "layer_decay": 1.0,
-        "appearance": False,
-        "micro_batch_size": None,
+ADDED_SETTINGS: dict[int, Row] = {
+    1: {
+        "checkpoint_seconds": 60.0,
+        "frozen": {"ema_decay": None, "clip_grad_norm": None, "keep_epochs": []},
+        "unfrozen": {
+            "ema_decay": None,
+            "clip_grad_norm": None,
+            "keep_epochs": [],
+            "layer_decay": 1.0,
+            "appearance": False,
+            "micro_batch_size": None,
+        },
     },
+    2: {"sampling": "uniform", "loggers": ["tensorboard"]},
+    3: {"refit": False, "unfrozen": {"blocks": 4}},
+    4: {"augmentation": {"crop": None}, "unfrozen": {"train_size": None}},
 }
-"""Settings that format 1 of a run's config may lack, by stage, at the values that the run was trained with then."""
-ADDED_RUN_SETTINGS: dict[int, Row] = {2: {"sampling": "uniform", "loggers": ["tensorboard"]}, 3: {"refit": False}}
-"""Settings of whole runs that a format lacks, likewise."""
-ADDED_UNFROZEN_SETTINGS: dict[int, Row] = {2: {}, 3: {"blocks": 4}}
-"""Settings of the unfrozen stage that a format lacks, likewise."""
+"""Settings that a format of a run's config may lack, at the values that the run was trained with then."""
 
 
-def _complete_settings(values: Any) -> Row:
-    """Return a run's settings of format 1 with all settings of format 2."""
-    if not isinstance(values, dict):
-        return {}
-    settings = {"checkpoint_seconds": 60.0, **values}
-    settings.pop("checkpoint_steps", None)
-    for stage, added in ADDED_SETTINGS.items():
-        if isinstance(settings.get(stage), dict):
-            settings[stage] = {**added, **settings[stage]}
-    return settings
-
-
-def _add_run_settings(number: int) -> Callable[[Any], Row]:
+def _add_settings(number: int) -> Callable[[Any], Row]:
     """Return the migration of a run's settings from a format to the next one."""
 
     def migrate(values: Any) -> Row:
         if not isinstance(values, dict):
             return {}
-        settings = {**ADDED_RUN_SETTINGS[number], **values}
-        if isinstance(settings.get("unfrozen"), dict):
-            settings["unfrozen"] = {**ADDED_UNFROZEN_SETTINGS[number], **settings["unfrozen"]}
+        settings = {**values}
+        settings.pop("checkpoint_steps", None)
+        for key, added in ADDED_SETTINGS[number].items():
+            if not isinstance(added, dict):
+                settings.setdefault(key, added)
+            elif isinstance(settings.get(key), dict):
+                settings[key] = {**added, **settings[key]}
         return settings
 
     return migrate
@@ -127,8 +121,8 @@ KINDS = {
     "run_config": Kind(
         {"name": str, "dataset": str, "parent": str, "seed": str},
         RUN_REMEDY,
-        format=4,
-        migrations={1: _complete_settings, 2: _add_run_settings(2), 3: _add_run_settings(3)},
+        format=5,
+        migrations={number: _add_settings(number) for number in ADDED_SETTINGS},
     ),
     "lineage": Kind(
         {
@@ -200,12 +194,8 @@ KINDS = {
     "search": Kind(
         {"search": dict, "train.seed": str},
         SWEEP_REMEDY,
-        format=4,
-        migrations={
-            1: _upgrade_train(_complete_settings),
-            2: _upgrade_train(_add_run_settings(2)),
-            3: _upgrade_train(_add_run_settings(3)),
-        },
+        format=5,
+        migrations={number: _upgrade_train(_add_settings(number)) for number in ADDED_SETTINGS},
     ),
     "trials": Kind({"trials": list}, SWEEP_REMEDY, format=2, migrations={1: lambda rows: {"trials": rows}}),
 }

@@ -140,8 +140,8 @@ def _train_steps(settings: TrainSettings, photos: Photos, machine: Machine) -> l
     if (unfrozen := settings.unfrozen) is not None:
         seconds = unfrozen_seconds(settings, photos, machine)
         batch = min(unfrozen.batch_size, unfrozen.micro_batch_size or unfrozen.batch_size)
-        memory = TRAIN_BYTES + batch * step_bytes(settings.model.image_size, on_gpu=uses_gpu(settings, machine))
-        work = f"{count_text(unfrozen.epochs, 'epoch')} of {train:,} photos at {settings.model.image_size} px"
+        memory = TRAIN_BYTES + batch * step_bytes(settings.train_size, on_gpu=uses_gpu(settings, machine))
+        work = f"{count_text(unfrozen.epochs, 'epoch')} of {train:,} photos at {settings.train_size} px"
         steps.append(Step("train, unfrozen", work, START_SECONDS + seconds, memory))
     if settings.refit:
         seconds = sum(step.seconds for step in steps) * (train + val) / train
@@ -159,7 +159,8 @@ def _evaluate_step(settings: TrainSettings, photos: Photos, machine: Machine) ->
 def unfrozen_seconds(settings: TrainSettings, photos: Photos, machine: Machine) -> float:
     """Return the time of the unfrozen stage of a run that has one."""
     assert settings.unfrozen is not None
-    passes = TRAINING_COST * photos.splits["train"] + photos.splits["val"]
+    cost = TRAINING_COST * (settings.train_size / settings.model.image_size) ** 2
+    passes = cost * photos.splits["train"] + photos.splits["val"]
     return settings.unfrozen.epochs * passes / training_rate(settings, machine)
 
 

@@ -14,6 +14,10 @@ from carclass.models.preprocessing import to_device
 
 GRAY_WEIGHTS = (0.2989, 0.587, 0.114)
 """Weights of red, green and blue in gray (ITU-R BT.601)."""
+NUM_DRAWS = 9
+"""Random numbers of a photo for warp_photos: two flips, rotation, two zooms, and area, shape and place of the crop."""
+LOG_RATIO = math.log(4 / 3)
+"""Logarithm of the largest ratio of a crop's sides, relative to the photo's, as in torchvision's RandomResizedCrop."""
 LARGEST_STRENGTH = 0.99
 """Largest relative change of brightness, color, contrast and sharpness, down or up."""
 
@@ -107,21 +111,23 @@ def _blend(photos: Tensor, other: Tensor, strength: Tensor) -> Tensor:
     return torch.lerp(other.expand_as(photos), photos, 1 + LARGEST_STRENGTH * (2 * strength - 1)).clamp(0, 255)
 
 
-def warp_photos(photos: Tensor, settings: AugmentationSettings, draws: np.ndarray) -> Tensor:
-    """Flip, rotate and zoom each photo in one resampling, with reflection padding as in Keras.
+def warp_photos(photos: Tensor, settings: AugmentationSettings, draws: np.ndarray, size: int | None = None) -> Tensor:
+    """Flip, zoom, rotate and crop each photo in one resampling, with reflection padding as in Keras.
 
     The photo's own height and width are zoomed, before it is turned; Keras' layers zoom those of the turned photo.
 
-    photos: float (N,3,S,S). draws: (N,5) in [0,1), see sample_rng.uniforms. Return float (N,3,S,S).
+    photos: float (N,3,S,S). draws: (N,NUM_DRAWS) in [0,1), see sample_rng.uniforms. size: S of the result, by default
+    that of the photos. Return float (N,3,size,size).
     """
     matrices = to_device(affine_matrices(settings, draws), photos.device).to(photos)
-    grid = functional.affine_grid(matrices, list(photos.shape), align_corners=False)
+    side = photos.shape[-1] if size is None else size
+    grid = functional.affine_grid(matrices, [len(photos), 3, side, side], align_corners=False)
     return functional.grid_sample(photos, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
 def affine_matrices(settings: AugmentationSettings, draws: np.ndarray) -> np.ndarray:
     """Return float64 (N,2,3) matrices from output to input coordinates, both in -1..1."""
-    flips_x, flips_y, rotations, heights, widths = draws.T
+    flips_x, flips_y, rotations, heights, widths = draws.T[:5]
     flip_x = np.where((flips_x < 0.5) & (settings.flip != "none"), -1.0, 1.0)
     flip_y = np.where((flips_y < 0.5) & (settings.flip == "horizontal+vertical"), -1.0, 1.0)
     angle = 2 * math.pi * settings.rotation * (2 * rotations - 1)
@@ -129,4 +135,19 @@ def affine_matrices(settings: AugmentationSettings, draws: np.ndarray) -> np.nda
     zoom_y = 1 + settings.zoom_height * (2 * heights - 1)
     cos, sin, zero = np.cos(angle), np.sin(angle), np.zeros(len(draws))
     rows = [flip_x * zoom_x * cos, -flip_x * zoom_x * sin, zero, flip_y * zoom_y * sin, flip_y * zoom_y * cos, zero]
-    return np.stack(rows, axis=1).reshape(-1, 2, 3)
+    matrices = np.stack(rows, axis=1).reshape(-1, 2, 3)
+    return matrices if settings.crop is None else _crop(matrices, settings.crop, draws[:, 5:])
+
+
+def _crop(matrices: np.ndarray, smallest: float, draws: np.ndarray) -> np.ndarray:
+    """Return the matrices of crops of turned and zoomed photos.
+
+    smallest: area of the smallest crop, as a share. draws: (N,4): area, ratio of the sides, and place in x and y.
+    """
+    areas, ratios, places_x, places_y = draws.T
+    area, stretch = smallest + (1 - smallest) * areas, np.exp(LOG_RATIO * (ratios - 0.5))
+    width, height = np.minimum(1, np.sqrt(area) * stretch), np.minimum(1, np.sqrt(area) / stretch)
+    x, y = (1 - width) * (2 * places_x - 1), (1 - height) * (2 * places_y - 1)
+    across, down, shift = matrices.transpose(2, 0, 1)
+    moved = shift + across * x[:, None] + down * y[:, None]
+    return np.stack([across * width[:, None], down * height[:, None], moved], axis=2)

@@ -17,7 +17,7 @@ from carclass.data.photo import decode_photos
 from carclass.models.preprocessing import IMAGENET, Normalisation, normalise, photos_to_device, to_device
 from carclass.models.sample_rng import uniforms
 from carclass.training import augmentation
-from carclass.training.augmentation import warp_photos
+from carclass.training.augmentation import NUM_DRAWS, warp_photos
 from carclass.training.sample_order import APPEARANCE, AUGMENT, VIEW, SampleOrder, Share
 
 T = TypeVar("T")
@@ -178,7 +178,8 @@ class PhotoLoader:
         seed = self.train_samples.seed
         if self.stage.appearance:
             photos = augmentation.change_appearance(photos.float(), uniforms(seed + APPEARANCE, epoch, ids, 2))
-        return warp_photos(normalise(photos, self.scale), self.settings, uniforms(seed + AUGMENT, epoch, ids, 5))
+        draws = uniforms(seed + AUGMENT, epoch, ids, NUM_DRAWS)
+        return warp_photos(normalise(photos, self.scale), self.settings, draws, self.stage.train_size)
 
 
 class FeatureLoader:
@@ -219,7 +220,7 @@ def feature_view(photos: Tensor, view: int, ids: np.ndarray, seed: int, settings
         return photos
     if view == 1:
         return photos.flip(3)
-    return warp_photos(photos, settings, uniforms(seed + AUGMENT, view, ids, 5))
+    return warp_photos(photos, settings, uniforms(seed + AUGMENT, view, ids, NUM_DRAWS))
 
 
 def fit_on_device(num_bytes: int, device: torch.device) -> bool:

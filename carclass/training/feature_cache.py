@@ -60,7 +60,7 @@ def cache_key(settings: TrainSettings) -> dict[str, Any]:
     if views == 2:  # the second view is the mirror image, if photos are flipped
         key["mirrored"] = settings.augmentation.flip != "none"
     if views > 2:
-        key["augmentation"] = settings.augmentation.model_dump()
+        key["augmentation"] = settings.augmentation.model_dump(exclude_none=True)
     return key
 
 

@@ -41,7 +41,7 @@ def measure_step(settings: TrainSettings, num_classes: int) -> StepMemory:
 def peak_bytes(settings: TrainSettings, num_classes: int, num_photos: int) -> int:
     """Return the most bytes of tensors that are on the GPU in a step."""
     assert settings.unfrozen is not None
-    device, size = torch.device("cuda"), settings.model.image_size
+    device, size = torch.device("cuda"), settings.train_size
     gc.collect()
     torch.cuda.empty_cache()  # of an earlier attempt
     net = architectures.build(settings.model, num_classes).to(device)

@@ -255,7 +255,7 @@ def _check_batch_size(
             advice = f"Up to {max_photos * num_workers} fit"
             advice += f"; or set `train.unfrozen.micro_batch_size` to {max_photos} or less"
         raise UserError(
-            f"`train.unfrozen.batch_size`: {stage.batch_size} photos of {settings.model.image_size} pixels "
+            f"`train.unfrozen.batch_size`: {stage.batch_size} photos of {settings.train_size} pixels "
             f"over {num_workers} worker(s) don't fit into {available}, of which weights, gradients, optimizer "
             f"and libraries take {bytes_text(PROCESS_BYTES + step.fixed)} and each photo {bytes_text(step.per_photo)}. "
             f"{advice}, lower `train.model.image_size`, or use more or larger machines."
@@ -301,7 +301,7 @@ def saved_bytes(net: Classifier, settings: TrainSettings, num_photos: int, *, us
     if use_gpu:  # the meta device takes the same path as a GPU, but has no autocast
         device, dtype, precision = "meta", torch.bfloat16 if precision == "bf16" else dtype, "fp32"
         net = copy.deepcopy(net).to(device, dtype)
-    size = settings.model.image_size
+    size = settings.train_size
     with FakeTensorMode(allow_non_fake_inputs=True):
         photos = save(torch.empty(num_photos, 3, size, size, device=device).to(memory_format=torch.channels_last))
         labels = torch.empty(num_photos, dtype=torch.int64, device=device)

@@ -124,7 +124,8 @@ def load_backbone(net: Classifier, settings: TrainSettings, cache: str | None = 
     # Files of carclass' own runs have the names of a Classifier.
     state = {name.removeprefix("backbone."): value.float() for name, value in state.items()}
     state = {name: value for name, value in state.items() if name not in head and not name.startswith("fc.1.")}
-    expected = {name: net.state_dict()[own[name]] for name in own if name not in head}
+    tensors = net.state_dict()
+    expected = {name: tensors[own[name]] for name in own if name not in head}
     # Some files have no counters of BatchNorm; frozen statistics don't need them.
     missing = [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]
     mismatched = [name for name in state if name not in expected or state[name].shape != expected[name].shape]

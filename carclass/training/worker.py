@@ -104,7 +104,7 @@ def _wrap_forward(learner: Learner, job: StageJob, net: Classifier, worker: Work
     if worker.num_workers > 1:
         return learner._replace(forward=ray.train.torch.prepare_model(learner.module, parallel_strategy_kwargs=DDP))
     if job.stage == "unfrozen" and (learner.micro_batch_size or stage.batch_size) >= stage.batch_size:
-        forward = cuda_graphs.capture_if_faster(net, stage.batch_size, settings.model.image_size, settings.precision)
+        forward = cuda_graphs.capture_if_faster(net, stage.batch_size, settings.train_size, settings.precision)
         return learner._replace(forward=forward)
     return learner
 

@@ -8,7 +8,7 @@ import torch
 
 from carclass.config.schema import AugmentationSettings
 from carclass.models.sample_rng import uniforms
-from carclass.training.augmentation import affine_matrices, warp_photos
+from carclass.training.augmentation import NUM_DRAWS, affine_matrices, warp_photos
 
 NOTHING = AugmentationSettings(flip="none", rotation=0, zoom_height=0, zoom_width=0)
 IDS = np.random.default_rng(0).integers(0, 2**64, 2000, np.uint64)
@@ -20,8 +20,9 @@ def photos() -> torch.Tensor:
 
 
 def draws(count: int = 8, **fixed: float) -> np.ndarray:
-    """Return (count,5) draws without an effect, except the given ones: mirror_x, mirror_y, turn, tall, wide."""
-    neutral = {"mirror_x": 0.9, "mirror_y": 0.9, "turn": 0.5, "tall": 0.5, "wide": 0.5} | fixed
+    """Return draws without an effect, except the given ones: mirror_x, …, and area, ratio, x and y of a crop."""
+    neutral = {"mirror_x": 0.9, "mirror_y": 0.9, "turn": 0.5, "tall": 0.5, "wide": 0.5}
+    neutral |= {"area": 1.0, "ratio": 0.5, "x": 0.5, "y": 0.5} | fixed
     return np.tile(list(neutral.values()), (count, 1))
 
 
@@ -130,6 +131,39 @@ def test_zooming_in_enlarges_the_middle():
     zoom = NOTHING.model_copy(update={"zoom_height": 0.5, "zoom_width": 0.5})
     area = warp_photos(photo, zoom, draws(1, tall=0.0, wide=0.0)).sum().item()
     assert area == pytest.approx(64 * 4, rel=0.05)
+
+
+def test_a_crop_is_a_part_of_the_photo(photos: torch.Tensor):
+    crop = NOTHING.model_copy(update={"crop": 0.25})
+    corner = warp_photos(photos, crop, draws(area=0.0, x=0.0, y=1.0), 8)
+    torch.testing.assert_close(corner, photos[:, :, 8:, :8], atol=1e-5, rtol=0)
+
+
+def test_crops_stay_within_the_photo_and_their_areas_and_ratios_within_their_ranges():
+    matrices = affine_matrices(NOTHING.model_copy(update={"crop": 0.3}), uniforms(0, 0, IDS, NUM_DRAWS))
+    width, height, x, y = matrices[:, 0, 0], matrices[:, 1, 1], matrices[:, 0, 2], matrices[:, 1, 2]
+    assert (np.abs(x) + width).max() <= 1 + 1e-9
+    assert (np.abs(y) + height).max() <= 1 + 1e-9
+    areas, ratios = width * height, width / height
+    assert (areas.min(), areas.max()) == pytest.approx((0.3, 1.0), abs=0.02)
+    assert (ratios.min(), ratios.max()) == pytest.approx((3 / 4, 4 / 3), rel=0.01)
+    np.testing.assert_array_equal(matrices[:, [0, 1], [1, 0]], 0)
+
+
+def test_a_crop_is_taken_of_the_turned_photo(photos: torch.Tensor):
+    settings = NOTHING.model_copy(update={"crop": 0.25, "rotation": 0.25})
+    corner = warp_photos(photos, settings, draws(turn=1.0, area=0.0, x=0.0, y=0.0), 8)
+    torch.testing.assert_close(corner, photos.rot90(1, (2, 3))[:, :, :8, :8], atol=1e-4, rtol=0)
+
+
+def test_without_crops_their_draws_change_nothing():
+    random = uniforms(0, 0, IDS, NUM_DRAWS)
+    settings = AugmentationSettings()
+    np.testing.assert_array_equal(affine_matrices(settings, random), affine_matrices(settings, random[:, :5]))
+
+
+def test_photos_are_trained_at_the_size_asked_for(photos: torch.Tensor):
+    assert warp_photos(photos, NOTHING, draws(), 12).shape == (8, 3, 12, 12)
 
 
 def test_padding_is_a_reflection():

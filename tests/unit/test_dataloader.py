@@ -69,6 +69,13 @@ def test_photos_that_stay_on_a_device_give_the_same_batches(num_workers: int, mo
         torch.testing.assert_close(resident, expected, rtol=0, atol=0)
 
 
+def test_photos_are_trained_smaller_than_they_are_validated():
+    (samples,) = shard(9, 1)
+    loader = PhotoLoader(samples, samples, AugmentationSettings(), PLAIN.model_copy(update={"train_size": 6}), CPU)
+    assert next(loader.train(0)).inputs.shape == (8, 3, 6, 6)
+    assert next(loader.val()).inputs.shape[1:] == (3, SIDE, SIDE)
+
+
 def test_photos_on_a_cpu_are_not_copied():
     samples = shard(23, 1)[0]
     assert not dataloader.fit_on_device(samples.num_bytes, CPU)

@@ -34,6 +34,11 @@ WITHOUT_EFFECT: list[tuple[dict[str, Any], str]] = [
         {"train": {"augmentation": {"flip": "none", "rotation": 0, "zoom_height": 0, "zoom_width": 0}}},
         r"`frozen.views` is 4, but `augmentation` changes nothing",
     ),
+    ({"train": {"unfrozen": {"train_size": 224}}}, r"`unfrozen.train_size` is 224 and `model.image_size`, .*, is 224"),
+    (
+        {"train": {"frozen": {"views": 2}, "unfrozen": None, "augmentation": {"crop": 0.5}}},
+        r"`augmentation.crop` has no effect: .* Set `frozen.views` to 3",
+    ),
     (
         {"train": {"frozen": {"views": 2}, "unfrozen": None, "augmentation": {"rotation": 0.1}}},
         r"`augmentation.rotation` has no effect: .* Set `frozen.views` to 3",
@@ -59,6 +64,8 @@ WITH_EFFECT: list[dict[str, Any]] = [
     {"train": {"unfrozen": {"epochs": 1}}},  # the default warm-up, of which preflight warns
     {"train": {"unfrozen": {"epochs": 3, "warmup_epochs": 2.5}}},
     {"train": {"unfrozen": {"epochs": 5, "patience": 3, "keep_epochs": [4]}}},
+    {"train": {"unfrozen": {"train_size": 192}}},
+    {"train": {"augmentation": {"flip": "none", "rotation": 0, "zoom_height": 0, "zoom_width": 0, "crop": 0.5}}},
     {"train": {"augmentation": {"flip": "none"}}},
     {"train": {"frozen": {"views": 1}, "augmentation": {"flip": "none", "rotation": 0.1}}},
     {"train": {"frozen": {"views": 2}, "augmentation": {"rotation": 0.1}}},

@@ -3,7 +3,7 @@
 format_1/ holds files of a small run and sweep as they were written before files had a format, the settings of an early
 run, and files that were added later in their first format. format_2/ holds the second format of settings, a search, a
 manifest, preprocessing, calibration and metrics, and the lineage of today. format_3/ holds settings and a search in
-their third format, format_4/ as of today.
+their third format, format_4/ in their fourth, format_5/ as of today.
 """
 
 import json
@@ -35,6 +35,7 @@ FORMAT_1 = Path(__file__).with_name("format_1")
 FORMAT_2 = Path(__file__).with_name("format_2")
 FORMAT_3 = Path(__file__).with_name("format_3")
 FORMAT_4 = Path(__file__).with_name("format_4")
+FORMAT_5 = Path(__file__).with_name("format_5")
 RUN = "experiments/run"
 SHA256 = "81e08061c1c9ef2a3a0e7232a0f853754e7d9e3f1c3b2d32dbe5d6241056d6fb"
 READERS: dict[str, Callable[[str], Any]] = {
@@ -122,8 +123,8 @@ def test_the_lineage_of_a_former_run_has_no_environments():
 
 def test_the_present_format_has_every_setting_of_training():
     """A new setting needs a new format, and a value in the migration: that of the runs before it."""
-    stored = flatten(yaml.safe_load((FORMAT_4 / RUN / "config.yml").read_text()))
-    settings = find_run(str(FORMAT_4), "run").settings
+    stored = flatten(yaml.safe_load((FORMAT_5 / RUN / "config.yml").read_text()))
+    settings = find_run(str(FORMAT_5), "run").settings
     assert {*stored} == {"format", *flatten(settings.model_dump(mode="json"))}
     assert stored["format"] == formats.KINDS["run_config"].format
 
@@ -131,6 +132,13 @@ def test_the_present_format_has_every_setting_of_training():
 def test_a_run_of_the_third_format_has_no_refit():
     assert not find_run(str(FORMAT_3), "run").settings.refit
     assert load_records(str(FORMAT_3), "head")
+
+
+def test_a_run_of_the_fourth_format_was_trained_on_whole_photos_of_one_size():
+    settings = find_run(str(FORMAT_4), "run").settings
+    assert settings.unfrozen is not None
+    assert (settings.augmentation.crop, settings.unfrozen.train_size) == (None, None)
+    assert load_records(str(FORMAT_4), "head")
 
 
 def test_the_present_lineage_is_read():
@@ -152,8 +160,8 @@ def test_metrics_of_a_former_format_have_no_coverage():
 
 
 def test_a_sweep_without_a_setting_of_its_format_is_refused(tmp_path: Path):
-    assert load_records(str(FORMAT_4), "head")
-    root = shutil.copytree(FORMAT_4, tmp_path / "root")
+    assert load_records(str(FORMAT_5), "head")
+    root = shutil.copytree(FORMAT_5, tmp_path / "root")
     file = root / "sweeps" / "head" / "search.yml"
     file.write_text(file.read_text().replace("    views: 3\n", ""))
     with pytest.raises(UserError, match=r"search.yml: `train` lacks the setting `frozen.views`"):
