@@ -87,17 +87,23 @@ def _endpoints(ec2: Any, vpc: str, table: str) -> set[str]:
     return {each["ServiceName"].split(".", 3)[3] for each in usable}  # com.amazonaws.us-east-1.ecr.api
 
 
-def find_group(ec2: Any, vpc: str, cluster: str) -> str | None:
-    """Return the id of the cluster's security group, None if it does not exist."""
-    filters = [{"Name": "vpc-id", "Values": [vpc]}, {"Name": "group-name", "Values": [cluster]}]
-    return next((group["GroupId"] for group in ec2.describe_security_groups(Filters=filters)["SecurityGroups"]), None)
+def find_groups(ec2: Any, cluster: str, vpc: str | None = None) -> list[str]:
+    """Return the ids of the cluster's security groups: that of a VPC, or those of all VPCs of the region."""
+    filters = [{"Name": "group-name", "Values": [cluster]}]
+    filters += [{"Name": "description", "Values": [_group_text(cluster)]}, {"Name": "vpc-id", "Values": [vpc or "*"]}]
+    return [group["GroupId"] for group in ec2.describe_security_groups(Filters=filters)["SecurityGroups"]]
+
+
+def _group_text(cluster: str) -> str:
+    """Return the description by which a security group is known as the cluster's, besides its name."""
+    return f"Ray cluster {cluster}"
 
 
 def create_group(ec2: Any, vpc: str, cluster: str) -> str:
     """Return the id of a security group that allows connections between its members only; create what is missing."""
-    group = find_group(ec2, vpc, cluster)
+    group = next(iter(find_groups(ec2, cluster, vpc)), None)
     if group is None:
-        created = ec2.create_security_group(GroupName=cluster, Description=f"Ray cluster {cluster}", VpcId=vpc)
+        created = ec2.create_security_group(GroupName=cluster, Description=_group_text(cluster), VpcId=vpc)
         group = str(created["GroupId"])
     rule = {"IpProtocol": "-1", "UserIdGroupPairs": [{"GroupId": group}]}
     try:  # also for an existing group: an earlier run may have ended before it had the rule

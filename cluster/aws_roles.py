@@ -4,7 +4,9 @@ import json
 import string
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from carclass.errors import UserError
 
 FOLDER = Path(__file__).parent / "iam"
 POLICIES = {"worker": ["worker"], "head": ["worker", "head"], "operator": ["operator"]}
@@ -12,6 +14,74 @@ POLICIES = {"worker": ["worker"], "head": ["worker", "head"], "operator": ["oper
 SESSION_S = 12 * 3600
 """Longest session of an operator who takes the role directly; one who has another role gets an hour."""
 Values = dict[str, Any]
+
+
+class Prepared(NamedTuple):
+    """Cluster as its existing roles allow it; "" and no operators for what they do not tell."""
+
+    region: str
+    photos: str
+    root: str
+    operators: list[str]
+    """ARNs of those who may take the operator's role."""
+
+
+def read_prepared(iam: Any, cluster: str) -> Prepared:
+    """Return the region, prefixes and operators of the existing roles.
+
+    They are read from the policies: a tag cannot contain every prefix, and roles of earlier versions have none.
+    """
+    head = _read_resources(iam, f"{cluster}-head", "head")
+    worker = _read_resources(iam, f"{cluster}-worker", "worker")
+    region = head.get("LaunchWorkers", ":::").split(":")[3]  # arn:aws:ec2:us-east-1:123456789012:instance/*
+    photos, root = (
+        f"s3://{worker[name].split(':::')[-1].removesuffix('/*')}" if name in worker else ""
+        for name in ("ReadPhotos", "ReadAndWriteRoot")
+    )
+    return Prepared(region, photos, root, _read_operators(iam, f"{cluster}-operator"))
+
+
+def _read_resources(iam: Any, role: str, policy: str) -> dict[str, str]:
+    """Return the statements' ids and resources of a role's policy, of those with one resource."""
+    try:
+        document = iam.get_role_policy(RoleName=role, PolicyName=policy)["PolicyDocument"]
+    except iam.exceptions.NoSuchEntityException:
+        return {}
+    return {each["Sid"]: each["Resource"] for each in document["Statement"] if isinstance(each["Resource"], str)}
+
+
+def _read_operators(iam: Any, role: str) -> list[str]:
+    """Return the ARNs that a role trusts; IAM shows deleted users and roles as ids, which it does not take again."""
+    try:
+        statements = iam.get_role(RoleName=role)["Role"]["AssumeRolePolicyDocument"]["Statement"]
+    except iam.exceptions.NoSuchEntityException:
+        return []
+    trusted = [str(each.get("Principal", {}).get("AWS", "")) for each in statements]
+    return [arn for arn in trusted if arn.startswith("arn:")]
+
+
+def check_region(prepared: Prepared, cluster: str, region: str) -> None:
+    """Raise UserError if the roles, which an account has once for all regions, are of a cluster in another one."""
+    if prepared.region not in ("", region):
+        raise UserError(
+            f"--region {region}: the cluster {cluster} of this account was prepared in {prepared.region}, and its "
+            f"roles and budget are of all regions. Give --region {prepared.region}, or remove it there first: "
+            f"`ray down`, then `python cluster/prepare_aws.py --region {prepared.region} --remove`."
+        )
+
+
+def check_prefixes(prepared: Prepared, cluster: str, photos: str, root: str) -> None:
+    """Raise UserError if the existing roles allow other prefixes."""
+    changed = [
+        f"{name} {former} (now {given})"
+        for name, former, given in (("--photos", prepared.photos, photos), ("--root", prepared.root, root))
+        if former not in ("", given.rstrip("/"))
+    ]
+    if changed:
+        raise UserError(
+            f"the cluster {cluster} was prepared for {' and '.join(changed)}: running nodes would lose access to the "
+            "former prefix. Give the former one, or --replace."
+        )
 
 
 def create_roles(iam: Any, values: Values) -> None:
@@ -78,14 +148,18 @@ def fill(text: str, values: Values) -> str:
     return string.Template(text).safe_substitute(values)  # leaves $RAY_HEAD_IP and ${aws:userid}
 
 
-def remove_roles(iam: Any, cluster: str) -> None:
-    """Delete the roles and the instance profiles."""
+def remove_roles(iam: Any, cluster: str) -> list[str]:
+    """Delete the roles and the instance profiles. Return the names of the deleted roles."""
+    deleted = []
     for kind, policies in POLICIES.items():
         name = f"{cluster}-{kind}"
+        calls = [(iam.delete_role_policy, {"RoleName": name, "PolicyName": policy}) for policy in policies]
+        calls.insert(0, (iam.remove_role_from_instance_profile, {"InstanceProfileName": name, "RoleName": name}))
+        calls.insert(1, (iam.delete_instance_profile, {"InstanceProfileName": name}))
+        for call, arguments in calls:
+            with suppress(iam.exceptions.NoSuchEntityException):  # an earlier run may have ended before it
+                call(**arguments)
         with suppress(iam.exceptions.NoSuchEntityException):
-            iam.remove_role_from_instance_profile(InstanceProfileName=name, RoleName=name)
-            iam.delete_instance_profile(InstanceProfileName=name)
-        with suppress(iam.exceptions.NoSuchEntityException):
-            for policy in policies:
-                iam.delete_role_policy(RoleName=name, PolicyName=policy)
             iam.delete_role(RoleName=name)
+            deleted.append(name)
+    return deleted

@@ -193,15 +193,7 @@ def test_an_image_outside_of_ecr_needs_no_ecr_permissions(account: Account):
 
 @pytest.mark.slow
 def test_remove_deletes_everything_created(account: Account):
-    def created() -> list[str]:
-        ec2, iam = boto3.client("ec2"), boto3.client("iam")
-        names = [group["GroupName"] for group in ec2.describe_security_groups()["SecurityGroups"]]
-        names += [key["KeyName"] for key in ec2.describe_key_pairs()["KeyPairs"]]
-        names += [role["RoleName"] for role in iam.list_roles()["Roles"]]
-        names += [profile["InstanceProfileName"] for profile in iam.list_instance_profiles()["InstanceProfiles"]]
-        return [name for name in names if name.startswith("carclass")]
-
-    assert len(created()) == 7
+    assert len(account.created()) == 7
     account.prepare("--remove").check_returncode()
-    assert created() == []
+    assert account.created() == []
     assert not (account.home / ".ssh" / "carclass.pem").exists()

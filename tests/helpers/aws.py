@@ -1,5 +1,6 @@
 """A simulated AWS account with an operator, whose SSH commands are recorded and always succeed."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -7,7 +8,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
@@ -28,12 +29,14 @@ Request = dict[str, str]
 
 
 REFUSAL = "<Response><Errors><Error><Code>{}</Code><Message>refused</Message></Error></Errors></Response>"
+DENIAL = "<ErrorResponse><Error><Code>AccessDenied</Code><Message>refused</Message></Error></ErrorResponse>"
 
 
 class Recorder(Proxy):
     """Proxy of the simulated AWS that records requests with an action.
 
-    no_spot: error code for spot requests. full_subnet: its zone has no capacity.
+    no_spot: error code for spot requests. full_subnet: its zone has no capacity. denied: operation of IAM, or of a
+    service with JSON such as ECR, for which the permission is missing.
     """
 
     def __init__(self, endpoint: str, address: tuple[str, int] = ("127.0.0.1", 0)) -> None:
@@ -42,10 +45,15 @@ class Recorder(Proxy):
         self.requests: list[Request] = []
         self.no_spot: str | None = None
         self.full_subnet: str | None = None
+        self.denied: str | None = None
 
 
 class RefusedError(Exception):
     """A request that is answered with an error code instead of being forwarded."""
+
+
+class DeniedError(Exception):
+    """A request of IAM for which the permission is missing."""
 
 
 class RecordingHandler(Handler):
@@ -57,6 +65,8 @@ class RecordingHandler(Handler):
         body = b"".join(super().chunks())
         if b"Action=" in body:
             self.server.requests.append(dict(parse_qsl(body.decode())))
+        if self.server.denied and f"Action={self.server.denied}&".encode() in body:
+            raise DeniedError
         if self.server.no_spot and b"MarketType=spot" in body:
             raise RefusedError(self.server.no_spot)
         if self.server.full_subnet and f"SubnetId={self.server.full_subnet}".encode() in body:
@@ -64,8 +74,16 @@ class RecordingHandler(Handler):
         yield body
 
     def do_POST(self) -> None:  # noqa: N802
+        operation = self.headers.get("X-Amz-Target", "").rpartition(".")[2]
+        if operation and operation == self.server.denied:
+            b"".join(super().chunks())
+            error = {"__type": "AccessDeniedException", "message": f"not authorized to perform: {operation}"}
+            self.reply(400, {"Content-Type": "application/x-amz-json-1.1"}, json.dumps(error).encode())
+            return
         try:
             self.answer()
+        except DeniedError:
+            self.reply(403, {"Content-Type": "text/xml"}, DENIAL.encode())
         except RefusedError as code:
             self.reply(500, {"Content-Type": "text/xml"}, REFUSAL.format(code).encode())
 
@@ -104,28 +122,59 @@ class Account(NamedTuple):
         return str(self.home / "build" / "aws.yaml")
 
     def prepare(self, *options: str, image: str = IMAGE, subnet: str = "") -> subprocess.CompletedProcess:
-        """Run prepare_aws.py. subnet: in place of the private one."""
-        command = [sys.executable, PREPARE, "--region", "us-east-1", "--ami", AMI]
-        command += ["--photos", "s3://my-bucket/photos", "--root", "s3://my-bucket/team/carclass", "--image", image]
-        command += ["--subnet", subnet or self.subnet, *options]
-        return subprocess.run(command, cwd=self.home, capture_output=True, text=True, check=False)
+        """Run prepare_aws.py with options in place of the tests' own, or besides. subnet: before that of options."""
+        words = ["--region", "us-east-1", "--ami", AMI, "--photos", "s3://my-bucket/photos"]
+        words += ["--root", "s3://my-bucket/team/carclass", "--image", image]
+        pairs = zip(words[::2], words[1::2], strict=True)
+        defaults = [word for pair in pairs if pair[0] not in options for word in pair]
+        return self.run(*defaults, "--subnet", subnet or self.subnet, *options)
+
+    def run(self, *options: str, **environment: str) -> subprocess.CompletedProcess:
+        """Run prepare_aws.py with these options only, and further variables."""
+        command = [sys.executable, PREPARE, *options]
+        variables = {**os.environ, **environment}
+        return subprocess.run(command, cwd=self.home, env=variables, capture_output=True, text=True, check=False)
+
+    def created(self, region: str = "us-east-1") -> list[str]:
+        """Return the names of a region's groups and keys, and of the account's budgets, roles and profiles."""
+        ec2, iam = boto3.client("ec2", region_name=region), boto3.client("iam")
+        names = [group["GroupName"] for group in ec2.describe_security_groups()["SecurityGroups"]]
+        names += [key["KeyName"] for key in ec2.describe_key_pairs()["KeyPairs"]]
+        names += [role["RoleName"] for role in iam.list_roles()["Roles"]]
+        names += [profile["InstanceProfileName"] for profile in iam.list_instance_profiles()["InstanceProfiles"]]
+        budgets = boto3.client("budgets").describe_budgets(AccountId="123456789012")["Budgets"]
+        names += [budget["BudgetName"] for budget in budgets]
+        return sorted(name for name in names if name.startswith("carclass"))
 
     def commands(self, text: str) -> list[str]:
         """Return the commands sent to nodes that contain a text."""
         return [line for line in (self.home / "commands").read_text().splitlines() if text in line]
 
 
-def give_default_route(vpc: str, **target: str) -> str:
+def give_default_route(vpc: str, region: str = "us-east-1", **target: str) -> str:
     """Add a default route to the main route table of a VPC and return the table's id."""
-    ec2 = boto3.client("ec2")
+    ec2 = boto3.client("ec2", region_name=region)
     (table,) = ec2.describe_route_tables(Filters=[{"Name": "vpc-id", "Values": [vpc]}])["RouteTables"]
     ec2.create_route(RouteTableId=table["RouteTableId"], DestinationCidrBlock="0.0.0.0/0", **target)
     return str(table["RouteTableId"])
 
 
+def put_image(image: str = IMAGE) -> None:
+    """Put an image into ECR, in the registry's region, and its repository if it is missing."""
+    registry, _, name = image.partition("/")
+    repository, _, digest = name.partition("@")
+    ecr = boto3.client("ecr", region_name=registry.split(".")[3])
+    kind = "application/vnd.docker.distribution.manifest.v2+json"
+    manifest = json.dumps({"schemaVersion": 2, "mediaType": kind, "config": {"digest": digest}})
+    with suppress(ecr.exceptions.RepositoryAlreadyExistsException):
+        ecr.create_repository(repositoryName=repository)
+    with suppress(ecr.exceptions.ImageAlreadyExistsException):
+        ecr.put_image(repositoryName=repository, imageManifest=manifest, imageTag=digest[-8:], imageDigest=digest)
+
+
 @contextmanager
 def make_account(home: Path) -> Iterator[Account]:
-    """Create a bucket and a VPC with two private subnets and a public one at the S3 server; clean up at the end."""
+    """Create a bucket with a photo, an image, and a VPC with private subnets and a public one; clean up at the end."""
     for name, script in (("ssh", SSH), ("rsync", RSYNC)):
         (home / name).write_text(script)
         (home / name).chmod(0o755)
@@ -143,6 +192,8 @@ def make_account(home: Path) -> Iterator[Account]:
     nat = ec2.create_nat_gateway(SubnetId=subnets[2], AllocationId=ec2.allocate_address(Domain="vpc")["AllocationId"])
     give_default_route(vpc, NatGatewayId=nat["NatGateway"]["NatGatewayId"])
     boto3.client("s3").create_bucket(Bucket="my-bucket")
+    boto3.client("s3").put_object(Bucket="my-bucket", Key="photos/a/1.jpg", Body=b"photo")
+    put_image()
     account = Account(home, recorder, *subnets)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{recorder.server_port}")

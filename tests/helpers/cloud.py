@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -217,21 +217,16 @@ class Cloud:
         return 0
 
     def pull(self, request: Message, streams: list[int]) -> int:
-        """Find an image of the account's registry, or of another."""
-        registry, _, name = request["image"].partition("/")
-        repository, _, digest = name.partition("@")
+        """Find an image of a registry."""
         found = request["image"] in self.images
-        if not found and ".dkr.ecr." in registry:
-            ecr = boto3.client("ecr")
-            with suppress(ecr.exceptions.ClientError):
-                found = bool(ecr.describe_images(repositoryName=repository, imageIds=[{"imageDigest": digest}]))
         if not found:
             os.write(streams[2], b"Error response from daemon: manifest unknown\n")
         return 0 if found else 1
 
     def push(self, request: Message, streams: list[int]) -> int:
         """Put an image into the account's registry under its tag."""
-        repository, _, tag = request["image"].partition("/")[2].partition(":")
+        registry, _, name = request["image"].partition("/")
+        repository, _, tag = name.partition(":")
         kind = "application/vnd.docker.distribution.manifest.v2+json"
         manifest = json.dumps({"schemaVersion": 2, "mediaType": kind, "config": {"digest": secrets.token_hex(32)}})
         digest = f"sha256:{hashlib.sha256(manifest.encode()).hexdigest()}"
@@ -243,6 +238,7 @@ class Cloud:
         except ecr.exceptions.ClientError as error:
             os.write(streams[2], f"{error}\n".encode())
             return 1
+        self.images.add(f"{registry}/{repository}@{digest}")
         os.write(streams[1], f"{tag or 'latest'}: digest: {digest} size: 1234\n".encode())
         return 0
 
