@@ -18,6 +18,18 @@ PRINCIPAL = re.compile(r"arn:aws[a-z-]*:iam::\d{12}:(user|role)/[\w+=,.@/-]+")
 
 def parse_options(doc: str) -> argparse.Namespace:
     """Parse the command line. doc: text of --help. Raise UserError for values that cannot be right."""
+    parser = _make_parser(doc)
+    options = parser.parse()
+    if not options.remove:
+        if missing := [f"--{name}" for name in NEEDED if not getattr(options, name)]:
+            parser.error(f"the following arguments are required: {', '.join(missing)}")
+        _check_image_name(options.image)
+        _check_addresses(options)
+    return options
+
+
+def _make_parser(doc: str) -> cli.JobParser:
+    """Return the parser of all options; those with several values have a list as default."""
     parser = cli.JobParser(doc)
     parser.add_argument("--region", required=True)
     parser.add_argument(
@@ -50,13 +62,7 @@ def parse_options(doc: str) -> argparse.Namespace:
         action="store_true",
         help="delete everything created by this script except the token; other options than --region have no effect",
     )
-    options = parser.parse()
-    if not options.remove:
-        if missing := [f"--{name}" for name in NEEDED if not getattr(options, name)]:
-            parser.error(f"the following arguments are required: {', '.join(missing)}")
-        _check_image_name(options.image)
-        _check_addresses(options)
-    return options
+    return parser
 
 
 def _check_image_name(image: str) -> None:

@@ -23,12 +23,13 @@ from typing import Any
 
 import boto3
 import yaml
-from aws_errors import aws_error_report
+from aws_errors import aws_error_report, is_denied
 from aws_images import ECR, check_image, find_ami, image_values, is_of_region
 from aws_network import ECR_ENDPOINTS, ENDPOINTS, check_subnets, create_group, find_groups
 from aws_options import parse_options
 from aws_roles import caller_arn, check_prefixes, check_region, create_roles, fill, read_prepared, remove_roles
 from aws_storage import check_buckets, check_photos, storage_values
+from botocore.exceptions import ClientError
 
 from carclass.config import cli, yaml_file
 from carclass.errors import UserError
@@ -215,24 +216,24 @@ def remove(session: boto3.Session, cluster: str) -> None:
     ec2, iam, region = session.client("ec2"), session.client("iam"), session.client("ec2").meta.region_name
     check_region(read_prepared(iam, cluster), cluster, region)
     check_no_nodes(ec2, cluster)
-    deleted = []
+    files, deleted = [CLUSTER_FILE] if is_of_region(CLUSTER_FILE, region) else [], []
     for group in find_groups(ec2, cluster):
         ec2.delete_security_group(GroupId=group)
         deleted.append(f"security group {group}")
     if has_key_pair(ec2, cluster):  # otherwise the file is of another region's cluster, or of another account's
         ec2.delete_key_pair(KeyName=cluster)
-        key_file(cluster).expanduser().unlink(missing_ok=True)
-        deleted.append(f"SSH key {cluster} and {key_file(cluster)}")
+        deleted.append(f"SSH key {cluster} on EC2")
+        files.append(key_file(cluster).expanduser())
     account = session.client("sts").get_caller_identity()["Account"]
-    if remove_budget(session.client("budgets"), account, cluster):
-        deleted.append(f"budget {cluster}")
-    deleted += [f"role {name}" for name in remove_roles(iam, cluster)]
-    if is_of_region(CLUSTER_FILE, region):
-        CLUSTER_FILE.unlink()
-        deleted.append(str(CLUSTER_FILE))
+    budgets, budget_left = remove_budget(session.client("budgets"), account, cluster)
+    deleted += budgets + [f"role {name}" for name in remove_roles(iam, cluster)]
+    for file in filter(Path.exists, files):
+        file.unlink()
+        deleted.append(str(file))
     print(f"Deleted in {region}: {', '.join(deleted) or 'nothing, as nothing was there'}.")
     left = [str(each) for each in (key_file(cluster).expanduser(), token_file(cluster).parent) if each.exists()]
-    print(f"Left: {', '.join([*left, 'data on S3', 'images'])}. Delete what no other cluster or operator needs.")
+    left += [*budget_left, "data on S3", "images"]
+    print(f"Left: {', '.join(left)}. Delete what no other cluster or operator needs.")
 
 
 def check_no_nodes(ec2: Any, cluster: str) -> None:
@@ -245,13 +246,17 @@ def check_no_nodes(ec2: Any, cluster: str) -> None:
         )
 
 
-def remove_budget(budgets: Any, account: str, cluster: str) -> bool:
-    """Delete the budget. Return False if there is none."""
+def remove_budget(budgets: Any, account: str, cluster: str) -> tuple[list[str], list[str]]:
+    """Delete the budget. Return a text if it was deleted, and one if it may be left for want of billing rights."""
     try:
         budgets.delete_budget(AccountId=account, BudgetName=cluster)
     except budgets.exceptions.NotFoundException:
-        return False
-    return True
+        return [], []
+    except ClientError as error:
+        if is_denied(error):
+            return [], [f"a budget {cluster} if there is one (no permission to delete it)"]
+        raise
+    return [f"budget {cluster}"], []
 
 
 if __name__ == "__main__":
