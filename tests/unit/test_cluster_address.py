@@ -20,6 +20,7 @@ from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 from carclass.cluster import address, job_submission
 from carclass.cluster.address import cluster_address
+from carclass.cluster.job_submission import Submission
 from carclass.config.schema import IngestSettings, TrainSettings
 from carclass.errors import UserError
 from carclass.ingestion.ingest import ingest_photos
@@ -170,13 +171,19 @@ def test_a_cluster_that_refuses_the_token_is_an_error(monkeypatch: pytest.Monkey
         cluster_address()
 
 
-@pytest.mark.parametrize("variable", ["RAY_AUTH_TOKEN_PATH", "HOME"])
-def test_a_missing_token_is_an_error(tmp_path: Path, head: tuple[Head, str], variable: str):
+@pytest.mark.parametrize(
+    ("variable", "message"),
+    [
+        ("RAY_AUTH_TOKEN_PATH", "asks for a token, and RAY_AUTH_TOKEN_PATH is {file}, which is no file"),
+        ("HOME", "refuses the token. Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH"),
+    ],
+)
+def test_a_missing_token_is_an_error(tmp_path: Path, head: tuple[Head, str], variable: str, message: str):
     """In a process of its own, as Ray reads its token once."""
     token = {"RAY_ADDRESS": head[1], "RAY_AUTH_MODE": "token", variable: f"{tmp_path}/none"}
     code = "from carclass.cluster.address import cluster_address; cluster_address()"
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **token}, capture_output=True, text=True)
-    assert "refuses the token. Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH" in done.stderr.splitlines()[-1]
+    assert message.format(file=f"{tmp_path}/none") in done.stderr.splitlines()[-1]
 
 
 def ingest(root: str) -> None:
@@ -230,7 +237,7 @@ def test_a_dashboard_that_stops_answering_is_an_error_after_the_limit(monkeypatc
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url, begun = f"http://{LOOPBACK}:{server.server_port}", time.monotonic()
         with pytest.raises(UserError, match=r"no cluster answers at .*timed out"):
-            job_submission.submit_and_follow(url, ["python", "-c", ""], {}, {})
+            job_submission.submit_and_follow(url, Submission(["python", "-c", ""], {}, {}, "digest"))
         assert time.monotonic() - begun < 2.5
         server.shutdown()
 

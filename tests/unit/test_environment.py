@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from carclass.cluster import job_submission
+from carclass.cluster.job_submission import Submission
 from carclass.config.schema import TrainSettings
 from carclass.data import dataset
 from carclass.runs.environment import CODE_VERSION, code_version, record_environment
@@ -111,5 +112,6 @@ class RecordingClient:
 
 def test_a_submitted_job_gets_the_code_version(tmp_path: Path):
     client: Any = RecordingClient()
-    job_submission._submit(client, "python x.py", {}, {CODE_VERSION: "0123456789ab"})
+    submission = Submission(["python", "x.py"], {}, {CODE_VERSION: "0123456789ab"}, "digest")
+    job_submission._submit(client, "id", submission)
     assert client.options["runtime_env"]["env_vars"] == {CODE_VERSION: "0123456789ab"}

@@ -89,7 +89,7 @@ def test_machine_settings_do_not_make_runs_stale(root: Path):
             r"`surprise` is not a setting.*another version of carclass",
         ),
         ("config.yml", "  dropout: 0.2\n", "", r"lacks the setting `model.dropout`.*another version of carclass"),
-        ("config.yml", "format: 4", "format: 99", "a newer version of carclass"),
+        ("config.yml", "format: 5", "format: 99", "a newer version of carclass"),
         ("lineage.json", None, None, r"lineage.json is missing\. Restore it"),
         ("lineage.json", "dataset", "data", "`dataset` is missing"),
         ("lineage.json", '"environments": []', '"environments": [7]', "`environments` is no list"),
