@@ -31,11 +31,9 @@ from carclass.tuning import trial_records
 from carclass.tuning.collect import collect_sweep
 from carclass.tuning.trial_records import load_records
 
-FORMAT_1 = Path(__file__).with_name("format_1")
-FORMAT_2 = Path(__file__).with_name("format_2")
-FORMAT_3 = Path(__file__).with_name("format_3")
-FORMAT_4 = Path(__file__).with_name("format_4")
-FORMAT_5 = Path(__file__).with_name("format_5")
+FORMAT_1, FORMAT_2, FORMAT_3, FORMAT_4, FORMAT_5 = (
+    Path(__file__).with_name(f"format_{number}") for number in range(1, 6)
+)
 RUN = "experiments/run"
 SHA256 = "81e08061c1c9ef2a3a0e7232a0f853754e7d9e3f1c3b2d32dbe5d6241056d6fb"
 READERS: dict[str, Callable[[str], Any]] = {
@@ -136,8 +134,7 @@ def test_a_run_of_the_third_format_has_no_refit():
 
 def test_a_run_of_the_fourth_format_was_trained_on_whole_photos_of_one_size():
     settings = find_run(str(FORMAT_4), "run").settings
-    assert settings.unfrozen is not None
-    assert (settings.augmentation.crop, settings.unfrozen.train_size) == (None, None)
+    assert (settings.augmentation.crop, settings.train_size) == (None, settings.model.image_size)
     assert load_records(str(FORMAT_4), "head")
 
 
