@@ -40,7 +40,8 @@ def find_files(command: Sequence[str], folder: Path) -> dict[str, Path]:
     """
     files, options, problems = _Files(folder.resolve()), dict(_options(command)), Problems()
     for key, word in options.items():
-        if key == "config" and not Path(word).is_file() and not (installation.JOBS.parent / word).is_file():
+        places = (Path(word), installation.JOBS.parent / word)
+        if key == "config" and _is_relative(word) and not any(place.is_file() for place in places):
             problems.add(f"config file {word or '(none)'} does not exist in {Path.cwd()}. Correct --config.")
         if key in PATH_OPTIONS and _is_local(word) and _is_relative(word) and not Path(word).is_file():
             problems.add(_missing_text(f"`--{key}`", word))

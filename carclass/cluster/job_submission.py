@@ -76,15 +76,17 @@ def submit_and_follow(address: str, submission: Submission) -> int:
 
 def _find_running(client: JobSubmissionClient, submission: Submission) -> str | None:
     """Return the id of a running job with the same command and digest, None if there is none."""
-    for job in client.list_jobs():
-        if job.entrypoint != shlex.join(submission.command) or job.status.is_terminal() or job.submission_id is None:
-            continue
-        if (job.metadata or {}).get(INPUTS) == submission.digest:
-            log.info("submit: the same command is already running as %s; following it", job.submission_id)
-            return str(job.submission_id)
+    entrypoint = shlex.join(submission.command)
+    running = [job for job in client.list_jobs() if job.entrypoint == entrypoint and not job.status.is_terminal()]
+    digests = {job.submission_id: (job.metadata or {}).get(INPUTS) for job in running if job.submission_id is not None}
+    for submission_id, digest in digests.items():
+        if digest == submission.digest:
+            log.info("submit: the same command is already running as %s; following it", submission_id)
+            return submission_id
+    if digests:
+        others = ", ".join(digests)
         log.info(
-            "submit: the same command is running as %s, but with other files or variables; this is another job",
-            job.submission_id,
+            "submit: the same command is running as %s, but with other files or variables; this is another job", others
         )
     return None
 
