@@ -76,7 +76,7 @@ class DetectorSettings(Section):
     max_size: int = Field(1333, ge=32)
     """Upper limit of the longer side in pixels, as in the zoo."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Precision of the network: bf16 autocast is 1.5 to 2 times faster on recent CPUs and GPUs."""
+    """Precision of the network, as `train.precision`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -262,7 +262,8 @@ class TrainSettings(Section):
     use_gpu: bool | None = None
     """true or false, for the run's evaluation and predictions too; by default true if the cluster has a GPU."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """bf16 autocast, or float32 throughout."""
+    """bf16 autocast where it is faster than float32 (GPUs since Ampere, CPUs with AMX, AMD's since Zen 4), and float32
+    elsewhere; or float32 throughout."""
     checkpoint_seconds: float = Field(60, ge=0)
     """Seconds between checkpoints for resuming, which are written asynchronously; the latest two are kept."""
     keep_checkpoints: int = Field(2, ge=1)

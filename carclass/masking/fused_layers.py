@@ -9,35 +9,37 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from carclass.masking.detectron import BasicStem, BottleneckBlock
+from carclass.models.precision import Precision, uses_bf16
 from carclass.models.resnet import fold
 
 
-def optimise_for_inference(network: nn.Module, precision: str, device: torch.device) -> None:
+def optimise_for_inference(network: nn.Module, precision: Precision, device: torch.device) -> None:
     """Fold BatchNorm, cast weights to the precision, move them to the device and fuse layers on CPUs, all in place.
 
     A fused network can only be run: it has no weights to be saved or moved.
     """
+    in_bf16 = uses_bf16(precision, device)
     for module in network.modules():
         norm = getattr(module, "norm", None)
         if isinstance(module, nn.Conv2d) and hasattr(norm, "running_var"):
             assert norm is not None
             module.weight, module.bias = (nn.Parameter(tensor, requires_grad=False) for tensor in fold(module, norm))
             module.norm = None  # type: ignore[assignment]
-        if precision == "bf16" and isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+        if in_bf16 and isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
             module.to(torch.bfloat16)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     network.to(device)
-    if device.type == "cpu" and _can_fuse(precision):
+    if device.type == "cpu" and _can_fuse(in_bf16=in_bf16):
         _fuse(network)
 
 
-def _can_fuse(precision: str) -> bool:
-    """Return True if oneDNN has convolutions of this precision for the CPU; measured on x86 only."""
+def _can_fuse(*, in_bf16: bool) -> bool:
+    """Return True if oneDNN has convolutions of the precision for the CPU; measured on x86 only."""
     is_available = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
     return (
         is_available
         and platform.machine() in ("x86_64", "AMD64")
-        and (precision == "fp32" or torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        and (not in_bf16 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
 
 

@@ -1,7 +1,6 @@
 """Classifiers: a backbone with a dropout and linear head, and the trainable parameters of each stage."""
 
 from abc import ABC, abstractmethod
-from typing import Literal
 
 import numpy as np
 import torch
@@ -9,10 +8,10 @@ from torch import Tensor, nn
 
 from carclass.config.schema import StageSettings, UnfrozenSettings
 from carclass.models import preprocessing
+from carclass.models.precision import Precision, uses_bf16
 from carclass.models.preprocessing import IMAGENET, Normalisation
 from carclass.models.sample_rng import random_bits
 
-Precision = Literal["bf16", "fp32"]
 LARGEST_DEPTH = 4.0
 """Depth of a backbone's first layers, see Classifier.depths."""
 
@@ -128,4 +127,5 @@ def set_train_mode(module: nn.Module) -> None:
 
 def autocast(precision: Precision, device: torch.device, *, cached: bool = True) -> torch.autocast:
     """Return the autocast context of a forward pass. cached: reuse the bf16 casts of weights within the context."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16", cache_enabled=cached)
+    enabled = uses_bf16(precision, device)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=cached)

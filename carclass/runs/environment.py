@@ -12,6 +12,8 @@ from carclass.data import formats
 if TYPE_CHECKING:
     import torch
 
+    from carclass.models.precision import Precision
+
 CODE_VERSION = "CARCLASS_CODE_VERSION"
 """Variable with the code version of a submitted job, whose copy of the code has no commits."""
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -27,13 +29,19 @@ def code_version() -> str:
     return os.environ.get(CODE_VERSION) or (metadata.version("carclass") if _is_installed() else "unknown")
 
 
-def record_environment(run_uri: str, stage: str, device: "torch.device") -> None:
-    """Add the environment of a stage to the run's lineage, unless it is the latest there."""
+def record_environment(run_uri: str, stage: str, device: "torch.device", precision: "Precision") -> None:
+    """Add the environment of a stage to the run's lineage, unless it is the latest there.
+
+    precision: as in the settings; the one in which the device computes is recorded.
+    """
     import torch  # imported late: whoever lists runs needs no PyTorch
+
+    from carclass.models.precision import uses_bf16
 
     environment = {
         "stage": stage,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "precision": "bf16" if uses_bf16(precision, device) else "fp32",
         "code": code_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,

@@ -13,6 +13,7 @@ from carclass.errors import UserError
 from carclass.models import classifier
 from carclass.models.classifier import Classifier
 from carclass.models.gpu_memory import report_out_of_memory
+from carclass.models.precision import Precision
 from carclass.models.preprocessing import to_network_input
 from carclass.runs.saved_model import load_network
 
@@ -26,7 +27,7 @@ class Predictor:
         self.net, facts = load_network(model_uri)
         self.net.to(self.device)
         self.image_size: int = facts["model"]["image_size"]
-        self.precision: classifier.Precision = facts["precision"]
+        self.precision: Precision = facts["precision"]
         self.classes: list[str] = facts["classes"]
         self.sha256: str = facts["sha256"]
 

@@ -8,7 +8,8 @@ an epoch needs too: 1.4 GB for 64 photos of 224 pixels in ResNet50 and bfloat16.
 import torch
 from torch import Tensor, nn
 
-from carclass.models.classifier import Classifier, Precision, autocast
+from carclass.models.classifier import Classifier, autocast
+from carclass.models.precision import Precision
 from carclass.training.dataloader import SMALL_STEP_PIXELS
 
 

@@ -143,7 +143,7 @@ def _train(job: StageJob, worker: WorkerContext, learner: Learner, loader: loop.
     if worker.rank > 0:
         callbacks = loop.Callbacks(on_epoch_end=partial(_report_epoch, job), after_step=StepCheck(worker))
         return loop.train_epochs(learner, loader, state, callbacks)
-    record_environment(job.run.uri, job.stage, worker.device)
+    record_environment(job.run.uri, job.stage, worker.device, job.run.settings.precision)
     writer = CheckpointWriter(job.run, job.stage, learner, state)
     check = StepCheck(worker, writer.is_checkpoint_due)
     progress = StageProgress(f"{job.run.settings.name} {job.stage}", learner.stage, loader.num_steps, state)

@@ -36,11 +36,12 @@ def test_a_run_records_its_start_and_code(run: Run):
 
 
 def test_a_stage_records_device_and_libraries(run: Run):
-    record_environment(run.uri, "frozen", CPU)
+    record_environment(run.uri, "frozen", CPU, "fp32")
     (environment,) = run.lineage()["environments"]
     assert environment == {
         "stage": "frozen",
         "device": "CPU",
+        "precision": "fp32",
         "code": code_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -50,10 +51,10 @@ def test_a_stage_records_device_and_libraries(run: Run):
 
 def test_a_resumed_stage_is_recorded_once_unless_its_environment_differs(run: Run, monkeypatch: pytest.MonkeyPatch):
     for _ in range(2):
-        record_environment(run.uri, "frozen", CPU)
+        record_environment(run.uri, "frozen", CPU, "fp32")
     monkeypatch.setattr(torch, "__version__", "9.9")
-    record_environment(run.uri, "frozen", CPU)
-    record_environment(run.uri, "unfrozen", CPU)
+    record_environment(run.uri, "frozen", CPU, "fp32")
+    record_environment(run.uri, "unfrozen", CPU, "fp32")
     assert [(each["stage"], each["torch"] == "9.9") for each in run.lineage()["environments"]] == [
         ("frozen", False),
         ("frozen", True),
@@ -64,7 +65,7 @@ def test_a_resumed_stage_is_recorded_once_unless_its_environment_differs(run: Ru
 def test_a_copied_stage_has_the_environment_it_was_trained_in(run: Run, tmp_path: Path):
     other = Run(str(tmp_path / "other"), run.settings)
     begin_run(other, dataset.Dataset("", {}), "0" * 64)
-    record_environment(run.uri, "frozen", CPU)
+    record_environment(run.uri, "frozen", CPU, "fp32")
     for suffix in (".safetensors", ".json"):
         path = Path(run.model_uri("frozen") + suffix)
         path.parent.mkdir(exist_ok=True)
