@@ -15,7 +15,7 @@ def storage_values(photos: str, root: str) -> Values:
     """Return the placeholders for S3 buckets and prefixes. Raise UserError for anything but s3://bucket/prefix."""
     values: Values = {}
     for name, uri in (("PHOTOS", photos), ("ROOT", root)):
-        bucket, _, prefix = uri.removeprefix("s3://").strip("/").partition("/")
+        bucket, prefix = _split_uri(uri)
         if not uri.startswith("s3://") or not prefix:
             raise UserError(f"{uri}: give s3://bucket/prefix, so that nodes cannot access the rest of the bucket.")
         values |= {f"{name}_BUCKET": bucket, name: f"{prefix}/*"}
@@ -50,7 +50,7 @@ def check_buckets(session: Any, buckets: set[str]) -> tuple[list[str], list[str]
 
 def check_photos(session: Any, photos: str) -> str:
     """Return advice if the photos may not be listed, "" otherwise. Raise UserError for a prefix without objects."""
-    bucket, _, prefix = photos.removeprefix("s3://").strip("/").partition("/")
+    bucket, prefix = _split_uri(photos)
     try:
         found = session.client("s3").list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/", MaxKeys=1)
     except ClientError as error:
@@ -60,6 +60,12 @@ def check_photos(session: Any, photos: str) -> str:
     if not found.get("Contents"):
         raise UserError(f"--photos {photos}: no object has this prefix. Correct it, or upload the photos first.")
     return ""
+
+
+def _split_uri(uri: str) -> tuple[str, str]:
+    """Return the bucket and the prefix of s3://bucket/prefix."""
+    bucket, _, prefix = uri.removeprefix("s3://").strip("/").partition("/")
+    return bucket, prefix
 
 
 def _own_buckets(s3: Any) -> set[str] | None:

@@ -250,6 +250,7 @@ def _check_batch_size(
     assert settings.unfrozen is not None
     stage, max_photos = settings.unfrozen, max(0, int((usable - step.fixed) // step.per_photo))
     if photos_per_pass(stage, num_workers) > max_photos:
+        size_key = "train.unfrozen.train_size" if stage.train_size else "train.model.image_size"
         advice = "Not even one fits"
         if max_photos:
             advice = f"Up to {max_photos * num_workers} fit"
@@ -258,7 +259,7 @@ def _check_batch_size(
             f"`train.unfrozen.batch_size`: {stage.batch_size} photos of {settings.train_size} pixels "
             f"over {num_workers} worker(s) don't fit into {available}, of which weights, gradients, optimizer "
             f"and libraries take {bytes_text(PROCESS_BYTES + step.fixed)} and each photo {bytes_text(step.per_photo)}. "
-            f"{advice}, lower `train.model.image_size`, or use more or larger machines."
+            f"{advice}, lower `{size_key}`, or use more or larger machines."
         )
 
 
@@ -307,9 +308,23 @@ def saved_bytes(net: Classifier, settings: TrainSettings, num_photos: int, *, us
         labels = torch.empty(num_photos, dtype=torch.int64, device=device)
         with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
             with classifier.autocast(precision, torch.device("cpu")):
-                logits = net(photos.to(dtype))
+                logits = _forward(net, photos.to(dtype), settings)
             functional.cross_entropy(logits.float(), labels)
         return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+def _forward(net: Classifier, photos: Tensor, settings: TrainSettings) -> Tensor:
+    """Return the logits of photos. Raise UserError for a network that is built for photos of `image_size` alone."""
+    try:
+        logits: Tensor = net(photos)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        if settings.train_size == settings.model.image_size:
+            raise
+        raise UserError(
+            f"`train.unfrozen.train_size` is {settings.train_size}, which {settings.model.architecture} cannot take: "
+            f"it is built for the {settings.model.image_size} pixels of `model.image_size`. Leave `train_size` out."
+        ) from error
+    return logits
 
 
 def weight_bytes(net: nn.Module) -> int:

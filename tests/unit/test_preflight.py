@@ -200,9 +200,10 @@ def test_workers_on_cpus_share_the_memory(net: torch.nn.Module):
         preflight.check_memory(settings, of_size(10, 5), net, 4 * GB, use_gpu=False)
 
 
-def test_the_error_has_a_remedy_if_not_even_one_photo_fits(net: torch.nn.Module):
-    settings = train_settings(frozen=None)
-    with pytest.raises(UserError, match=r"Not even one fits, lower `train.model.image_size`, or use more or larger"):
+@pytest.mark.parametrize(("train_size", "key"), [(None, "train.model.image_size"), (64, "train.unfrozen.train_size")])
+def test_the_error_has_a_remedy_if_not_even_one_photo_fits(net: torch.nn.Module, train_size: int | None, key: str):
+    settings = train_settings(frozen=None, unfrozen=UnfrozenSettings(train_size=train_size))
+    with pytest.raises(UserError, match=rf"Not even one fits, lower `{key}`, or use more or larger"):
         preflight.check_memory(settings, of_size(10, 5), net, GB // 2, use_gpu=True)
 
 

@@ -171,6 +171,13 @@ def test_a_size_that_a_network_cannot_take_is_an_error():
         build("vit_tiny_patch16_224", 100)
 
 
+def test_a_smaller_training_size_that_a_network_cannot_take_is_an_error():
+    stage = UnfrozenSettings(train_size=96)
+    settings = TrainSettings(name="run", model=model("mixer_s32_224", 224), frozen=None, unfrozen=stage)
+    with pytest.raises(UserError, match=r"`train.unfrozen.train_size` is 96, which timm:mixer_s32_224 cannot take"):
+        preflight.step_memory(settings, stage, build("mixer_s32_224", 224), use_gpu=False)
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
