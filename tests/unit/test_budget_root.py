@@ -28,7 +28,8 @@ def test_a_root_without_a_budget_is_read_by_any(tmp_path: Path):
 
 def test_the_included_budgets_have_roots_of_their_own(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("CARCLASS_ROOT", "/results")
-    assert {load_tree(file, {}).budget.root for file in BUDGETS} == {f"/results/{file.stem}" for file in BUDGETS}
+    roots = {load_tree(file, {}).budget.root.removesuffix("/seed-1") for file in BUDGETS}
+    assert roots == {f"/results/{file.stem}" for file in BUDGETS}
 
 
 @pytest.mark.parametrize("words", [("tree",), ("rerun-stale", "--yes")], ids=" ".join)

@@ -58,6 +58,13 @@ def test_shipped_trees(budget: str):
     )
 
 
+@pytest.mark.parametrize(("budget", "num_variants"), [("recipe", 9), ("recipe-96px", 5)])
+def test_the_ingredients_of_the_shipped_recipes_start_from_one_frozen_stage(budget: str, num_variants: int):
+    loaded = tree.load_tree(BUDGETS / f"{budget}.yml", {"root": "results"})
+    parents = [experiment.settings.parent for experiment in loaded.experiments if experiment.settings.frozen is None]
+    assert parents == ["recipe-frozen@best"] * num_variants
+
+
 def test_parents_come_before_children(tmp_path: Path):
     loaded = load(tmp_path, a={**UNFROZEN, "parent": "z@4"}, b=FROZEN, z=FROZEN)
     assert [each.name for each in loaded.experiments] == ["z", "a", "b"]
