@@ -1,6 +1,7 @@
 """Photos of a split, for training and evaluation."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,27 +15,37 @@ from carclass.data import dataset, photo, publishing
 from carclass.evaluation.classification import classify_here, classify_on_cluster, predict_split
 from carclass.runs.run import Run
 from carclass.training.dataloader import PhotoSamples
-from carclass.training.photo_store import get_blocks, open_block, store_split
+from carclass.training.photo_store import get_blocks, open_block, store_split, store_split_here
 from tests.helpers import parts, runs
 from tests.helpers.clusters import start
 
 SIZE = 48
+Store = Callable[[dataset.Dataset, str, int | None], list[ray.ObjectRef]]
 
 
-def load_samples(source: dataset.Dataset, size: int | None) -> PhotoSamples:
-    blocks = ray.get(store_split(source, "train", size))
+def load_samples(source: dataset.Dataset, size: int | None, store: Store = store_split) -> PhotoSamples:
+    blocks = ray.get(store(source, "train", size))
     return PhotoSamples([open_block(block, SIZE) for block in blocks], seed=1)
+
+
+def assert_same_epochs(first: PhotoSamples, second: PhotoSamples) -> None:
+    for one, other in zip(first.steps(1, 16), second.steps(1, 16), strict=True):
+        np.testing.assert_array_equal(one.ids, other.ids)
+        np.testing.assert_array_equal(first.labels[one.positions], second.labels[other.positions])
+        np.testing.assert_array_equal(first.pixels(one.positions), second.pixels(other.positions))
 
 
 @pytest.mark.slow  # 5 s
 def test_encoded_and_decoded_photos_give_the_same_epochs(ingested: dataset.Dataset):
-    encoded, decoded = load_samples(ingested, None), load_samples(ingested, SIZE)
+    encoded = load_samples(ingested, None)
     assert len(encoded) == ingested.manifest["splits"]["train"]
-    for encoded_step, decoded_step in zip(encoded.steps(1, 16), decoded.steps(1, 16), strict=True):
-        np.testing.assert_array_equal(encoded_step.ids, decoded_step.ids)
-        of_encoded, of_decoded = encoded_step.positions, decoded_step.positions
-        np.testing.assert_array_equal(encoded.labels[of_encoded], decoded.labels[of_decoded])
-        np.testing.assert_array_equal(encoded.pixels(of_encoded), decoded.pixels(of_decoded))
+    assert_same_epochs(encoded, load_samples(ingested, SIZE))
+
+
+@pytest.mark.slow  # 5 s
+@pytest.mark.parametrize("size", [None, SIZE])
+def test_photos_read_in_this_process_give_the_same_epochs(ingested: dataset.Dataset, size: int | None):
+    assert_same_epochs(load_samples(ingested, size), load_samples(ingested, size, store_split_here))
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +62,11 @@ def grown(ray_cluster: str, tmp_path_factory: pytest.TempPathFactory) -> dataset
 
 @pytest.mark.slow  # 10 s
 @pytest.mark.parametrize("size", [None, SIZE])
-def test_parts_without_photos_of_a_split_are_skipped_in_training(grown: dataset.Dataset, size: int | None):
-    (blocks,) = get_blocks({"val": store_split(grown, "val", size)}, SIZE)
+@pytest.mark.parametrize("store", [store_split, store_split_here])
+def test_parts_without_photos_of_a_split_are_skipped_in_training(
+    grown: dataset.Dataset, size: int | None, store: Store
+):
+    (blocks,) = get_blocks({"val": store(grown, "val", size)}, SIZE)
     assert sum(len(block.ids) for block in blocks) == 2
 
 
