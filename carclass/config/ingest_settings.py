@@ -44,6 +44,8 @@ class IngestSettings(Section):
     group: str | None = Field(None, min_length=1)
     """Photos to keep in one split: the name of a column of `labels`, whose values are the groups, or a regular
     expression with one group in parentheses that is searched in the keys, such as `([^/]+)/[^/]+$` for folders."""
+    corrections: Uri | None = None
+    """Table of an audit (.csv), with an action for each wrong photo: `drop`, `relabel:CLASS` or `group:NAME`."""
     max_side: int | None = Field(800, ge=16)
     """Longest side of a stored photo in pixels; larger photos are shrunk."""
     quality: int = Field(92, ge=50, le=100)

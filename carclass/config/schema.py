@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from carclass.config import yaml_file
+from carclass.config.audit_settings import AuditSettings
 from carclass.config.effects import check_mask_effect, check_train_effect
 from carclass.config.ingest_settings import IngestSettings as IngestSettings
 from carclass.config.model_settings import TIMM
@@ -366,6 +367,7 @@ class Config(Section):
     mask: Annotated[MaskSettings | None, AfterValidator(check_mask_effect)] = None
     train: Annotated[TrainSettings | None, AfterValidator(check_train_effect)] = None
     evaluate: EvaluateSettings = EvaluateSettings()
+    audit: AuditSettings = AuditSettings()
     predict: PredictSettings | None = None
     compare_unmasked: bool = False
     """Also train on the unmasked dataset in the pipeline, with the same settings, to measure the effect of masking."""

@@ -201,7 +201,13 @@ KINDS = {
 }
 """All kinds of stored files."""
 TYPES: dict[str, dict[str, Any]] = {
-    "manifest": {"held_out": dict[str, float], "outcomes": COUNTS, "source_digest": str, "detector_weights": str},
+    "manifest": {
+        "corrections": str,
+        "held_out": dict[str, float],
+        "outcomes": COUNTS,
+        "source_digest": str,
+        "detector_weights": str,
+    },
     "steps": {"accuracy": float, "lr": float},
     "model": {"classes": list[str], "run": str},
     "checkpoint": {"val_accuracies": list[float], "sha256": dict[str, str]},

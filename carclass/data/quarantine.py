@@ -26,13 +26,14 @@ class Reason(StrEnum):
     NO_LABEL = "no_label"  # a photo without a label
     JUNK = "junk"  # not a photo by its name, and no label names it
     BAD_NAME = "bad_name"  # the name is not UTF-8
+    DROPPED = "dropped"  # by `ingest.corrections`
     LABEL_CONFLICT = "label_conflict"  # the same bytes under two labels
     LEAKAGE = "leakage"  # a train photo whose bytes are also in test
     CRASHED = "crashed"  # crashed every worker that processed it
     DOUBTFUL_MASK = "doubtful_mask"  # excluded by `mask.exclude`
 
 
-LISTING_REASONS = (Reason.MISSING_FILE, Reason.NO_LABEL, Reason.JUNK, Reason.BAD_NAME)
+LISTING_REASONS = (Reason.MISSING_FILE, Reason.NO_LABEL, Reason.JUNK, Reason.BAD_NAME, Reason.DROPPED)
 """Reasons that are known from the listing and the labels, without reading the photo."""
 
 

@@ -76,6 +76,7 @@ def _facts(complete: dataset.Dataset, settings: IngestSettings, origin: str) -> 
         ("Labels", origin),
         ("Size", sides),
         *((f"Held out for {split}", f"{share:g} {HELD_OUT_OF[split]}") for split, share in complete.held_out.items()),
+        *([("Corrections", settings.corrections)] if settings.corrections else []),
         ("Seed", str(settings.seed)),
     ]
 

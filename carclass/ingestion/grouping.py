@@ -58,9 +58,14 @@ def group_photos(settings: IngestSettings, inventory: Inventory) -> None:
         )
     if number:
         log.warning("ingest: %s photos have no group and are each on their own, such as %r", f"{number:,}", example)
+    check_groups(inventory, "ingest.group")
+
+
+def check_groups(inventory: Inventory, setting: str) -> None:
+    """Raise UserError if photos of a group are in several subsets. setting: origin of the groups."""
     if divided := list(inventory.query(DIVIDED, MAX_LISTED)):
         examples = ", ".join(f"{name!r} ({subsets.replace(',', ' and ')})" for name, subsets, _ in divided)
         raise UserError(
-            f"`ingest.group`: {divided[0][2]:,} groups have photos in several subsets: {examples}. Put all photos of a "
+            f"`{setting}`: {divided[0][2]:,} groups have photos in several subsets: {examples}. Put all photos of a "
             "group into one subset."
         )

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
+from carclass import storage
 from carclass.cluster import connection
 from carclass.cluster.tasks import run_tasks
 from carclass.cluster.telemetry import PhotoMeter
@@ -36,7 +37,16 @@ log = logging.getLogger(__name__)
 QUARANTINE_ROWS = 10_000
 """Rows per file of quarantine, for rows that need no photo to be read."""
 ARCHIVE_PREFETCH_PARTS = 4
-IRRELEVANT = {"columns", "dataset", "labels", "max_quarantined", "num_classes", "part_rows", "test_fraction"}
+IRRELEVANT = {
+    "columns",
+    "corrections",
+    "dataset",
+    "labels",
+    "max_quarantined",
+    "num_classes",
+    "part_rows",
+    "test_fraction",
+}
 """Settings that change no row by themselves: labels are compared photo by photo, and so are held-out splits."""
 
 
@@ -93,7 +103,10 @@ def _write_dataset(draft: Draft, settings: IngestSettings, shares: dict[str, flo
     draft.write_missing(lambda: _write_inputs(draft, settings))
     _quarantine_leaks(draft)
     hold_out(draft, shares, settings.seed)
-    complete = draft.complete(classes, {"kind": "photos", "held_out": shares})
+    facts = {"kind": "photos", "held_out": shares}
+    if settings.corrections is not None:
+        facts["corrections"] = storage.sha256(storage.read_bytes(settings.corrections))
+    complete = draft.complete(classes, facts)
     quarantine.check_quarantined(complete.manifest, settings.max_quarantined, "ingest.max_quarantined")
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in complete.manifest["reasons"].items())
     check_classes(complete.classes, settings, f"photos that are not in quarantine ({reasons})")

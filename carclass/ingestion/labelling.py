@@ -12,6 +12,7 @@ from carclass.data.quarantine import Reason
 from carclass.errors import UserError, suggest_beside
 from carclass.formatting import count_text
 from carclass.ingestion import label_matching, label_table, labels, names
+from carclass.ingestion.corrections import apply_corrections
 from carclass.ingestion.devkit import read_devkit
 from carclass.ingestion.folder_labels import ClassFolders, find_classes
 from carclass.ingestion.grouping import find_group_column, group_photos
@@ -106,6 +107,8 @@ def label_photos(settings: IngestSettings, inventory: Inventory) -> None:
         _name_table(settings.photos, settings.labels, inventory)
         _check_matches(settings, inventory)
     group_photos(settings, inventory)
+    if settings.corrections is not None:
+        apply_corrections(settings.corrections, inventory)
     _warn(inventory, f"reason = '{Reason.NO_LABEL}'", "files without a label")
     _warn(inventory, f"reason = '{Reason.BAD_NAME}'", "names that cannot be used")
     _warn_about_lost_folders(inventory)

@@ -17,6 +17,7 @@ from carclass.errors import UserError
 JOBS = Path(__file__).parents[2] / "jobs"
 SAMPLE = JOBS / "experiments" / "sample.yml"
 SECTIONS = {
+    "audit": "audit",
     "ingest": "ingest",
     "mask": "mask",
     "train": "train",
