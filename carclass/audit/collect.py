@@ -18,7 +18,7 @@ from carclass.models.preprocessing import to_network_input
 from carclass.progress import Progress
 
 BATCH_SIZE = 32
-COLUMNS = ("key", "image_id", "label", "split", "image")
+COLUMNS = ("key", "label", "split", "image")
 
 
 class AuditedPhotos(NamedTuple):
@@ -26,7 +26,6 @@ class AuditedPhotos(NamedTuple):
 
     classes: list[str]
     keys: list[str]
-    image_ids: list[str]
     splits: list[str]
     labels: np.ndarray  # int64 (N,), indices of classes
     features: np.ndarray  # float16 (N,D)
@@ -51,10 +50,10 @@ def read_photos(source: Dataset, net: Classifier, settings: TrainSettings) -> Au
         rows += batch
         progress.add(len(batch))
     order = np.argsort(np.array([row["key"] for row in rows]), kind="stable")
-    columns = {name: [rows[i][name] for i in order] for name in ("key", "image_id", "label", "split")}
+    columns = {name: [rows[i][name] for i in order] for name in ("key", "label", "split")}
     labels = dataset.class_indices(pa.array(columns["label"]), source.classes)
     arrays = (labels, features[order], thumbnails[order], measures[order])
-    return AuditedPhotos(source.classes, columns["key"], columns["image_id"], columns["split"], *arrays)
+    return AuditedPhotos(source.classes, columns["key"], columns["split"], *arrays)
 
 
 def _batches(source: Dataset) -> Iterator[list[dict[str, Any]]]:

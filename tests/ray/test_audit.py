@@ -60,7 +60,7 @@ def test_a_run_that_has_learned_the_labels_is_refused_as_backbone(root: str):
         audit.load_network(root, TRAIN.model_copy(update={"parent": "exp_002@best"}))
 
 
-def test_corrections_are_applied_and_recorded(
+def test_changed_corrections_are_applied_by_an_update_and_recorded(
     root: str, ingested: dataset.Dataset, tmp_path: Path, photos_folder: Path
 ):
     rows = ingested.read(["key", "label", "image_id"]).to_pylist()
@@ -68,12 +68,16 @@ def test_corrections_are_applied_and_recorded(
     dropped, relabelled, *_ = (row for row in rows if image_ids.count(row["image_id"]) == 1)
     other = next(name for name in ingested.classes if name != relabelled["label"])
     table = tmp_path / "audit.csv"
-    table.write_text(f"key,action\n{dropped['key']},drop\n{relabelled['key']},relabel:{other}\n")
     settings = IngestSettings(
         dataset="corrected", photos=str(photos_folder / "photos"), labels=str(photos_folder / "labels.csv"),
         corrections=str(table),
     )  # fmt: skip
-    corrected = ingest_photos(root, settings)
+    table.write_text("key,action\n")
+    ingest_photos(root, settings)
+    table.write_text(f"key,action\n{dropped['key']},drop\n{relabelled['key']},relabel:{other}\n")
+    with pytest.raises(UserError, match="--update"):
+        ingest_photos(root, settings)
+    corrected = ingest_photos(root, settings, update=True)
     labels = {row["key"]: row["label"] for row in corrected.read(["key", "label"]).to_pylist()}
     assert dropped["key"] not in labels
     assert labels[relabelled["key"]] == other

@@ -140,7 +140,7 @@ def assert_equal_rows(actual: Rows, expected: Rows) -> None:
     assert exact[0] == exact[1]
     for row, other in zip(actual, expected, strict=True):
         for name in numbers:
-            assert row[name] == (other[name] if other[name] is None else pytest.approx(other[name], abs=1e-5))
+            assert row[name] == (other[name] if other[name] is None else pytest.approx(other[name], abs=1e-5, rel=1e-6))
 
 
 @both_runs

@@ -235,7 +235,14 @@ def test_the_estimate_includes_weights_gradients_moments_and_average(net: torch.
     assert estimate == pytest.approx(sum(tensor.nbytes for tensor in tensors), rel=0.02)
 
 
+@pytest.fixture
+def cpu_with_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Count this CPU as one that computes in bfloat16: sizes of tensors are estimated without computing."""
+    monkeypatch.setattr("carclass.models.precision._has_fast_bf16", lambda _: True)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("cpu_with_bf16")
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_the_estimate_on_a_cpu_includes_folded_weights_and_the_checkpoint_that_is_being_written(
     net: torch.nn.Module, precision: classifier.Precision
@@ -258,6 +265,7 @@ def test_an_elastic_run_is_checked_with_the_fewest_workers_on_gpus_and_the_most_
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("cpu_with_bf16")
 @pytest.mark.parametrize(("precision", "bytes_per_value"), [("fp32", 4), ("bf16", 2)])
 def test_on_a_gpu_the_input_of_every_norm_is_counted(precision: classifier.Precision, bytes_per_value: int):
     """A GPU does not fold BatchNorm into the convolution before it."""
