@@ -1,6 +1,7 @@
 """Precision of a device's arithmetic: bfloat16 only where it is faster than float32.
 
-Elsewhere it would take 1.4 times (Intel's AVX512-BF16 without AMX) to 15 times as long (AVX2) to train a ResNet50.
+Elsewhere it takes longer to train a ResNet50: measured 1.4 times as long with Intel's AVX512-BF16 without AMX, and 15
+times with PyTorch and oneDNN limited to AVX2.
 """
 
 from functools import cache
